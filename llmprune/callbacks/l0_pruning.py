@@ -1,0 +1,263 @@
+"""Learned L0 gates as a Composer callback (Sheared-LLaMA, arXiv:2310.06694, section 2.1)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from composer.core import Callback, Precision, State, Time, TimeUnit
+from composer.loggers import Logger
+from composer.utils import dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmprune.data.order import keyed_generator
+from llmprune.errors import UserError
+from llmprune.families import target_shape
+from llmprune.gates.attach import GateSlot, attach
+from llmprune.gates.gate_set import Factors, GateSet
+from llmprune.models.causal_lm import ComposerCausalLM
+
+EVALUATIONS = ("expected", "target")
+
+
+@dataclass
+class TargetShape:
+    """The shape to prune to; what is left out stays as it is.
+
+    Heads without ``kv_heads`` remove whole key/value groups, and the other way round; both together can also remove the
+    same number of query heads within every group.
+    """
+
+    layers: int | None = None
+    hidden: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    intermediate: int | None = None
+
+
+@dataclass
+class L0PruningConfig:
+    """Settings of ``L0Pruning``; the defaults are Sheared-LLaMA's.
+
+    Attributes:
+        target: the shape to reach.
+        start_sparsity: where the target sparsity starts.
+        lagrangian_warmup: how long it takes to rise to the target (``640ba``, ``0.2dur``).
+        gate_lr: learning rate of the gates (log α).
+        multiplier_lr: learning rate of the Lagrange multipliers, which ascend.
+        evaluate_at: ``expected`` evaluates with as many gates at zero as are expected by now; ``target`` with exactly the
+            target shape.
+    """
+
+    target: TargetShape = field(default_factory=TargetShape)
+    start_sparsity: float = 0.0
+    lagrangian_warmup: str = "0.2dur"
+    gate_lr: float = 1.0
+    multiplier_lr: float = 1.0
+    evaluate_at: str = "expected"
+
+
+class L0Pruning(Callback):
+    """Trains gates that lead the model to a target shape, beside the model itself.
+
+    Gates multiply weights; they are float32, the same on every rank, and stay outside the model's state dict. One sample of
+    all gates is drawn per microbatch, keyed by (seed, batch, microbatch, rank). The factors that they make are detached
+    leaves of the model's graph: after each backward pass their gradients are chained to the gates; after the batch
+    those are averaged over ranks, the Lagrangian's gradient, which depends on the gates alone, is added, and gates and
+    multipliers step. The model's learning-rate schedule scales all learning rates. Gradient clipping leaves gates out.
+    """
+
+    def __init__(self, config: L0PruningConfig, *, seed: int, folder: Path | None = None) -> None:
+        """Prepare; the gates are made and attached at Composer's INIT.
+
+        Args:
+            config: the settings.
+            seed: of the gates' start and noise.
+            folder: where gate values are saved at every evaluation; None = nowhere.
+
+        Raises:
+            UserError: a setting is out of range.
+        """
+        if config.evaluate_at not in EVALUATIONS:
+            raise UserError(f"l0_pruning.evaluate_at is '{config.evaluate_at}'; choose {' or '.join(EVALUATIONS)}")
+        if not 0 <= config.start_sparsity < 1:
+            raise UserError(f"l0_pruning.start_sparsity is {config.start_sparsity}; it must lie in [0, 1)")
+        try:
+            self._warmup = Time.from_timestring(config.lagrangian_warmup)
+        except ValueError:
+            raise UserError(
+                f"l0_pruning.lagrangian_warmup '{config.lagrangian_warmup}' is no duration: write 640ba or 0.2dur"
+            ) from None
+        self.config, self.seed, self._folder = config, seed, folder
+        self._microbatch = 0
+        self._factors = Factors()
+        self._leaves = Factors()
+        self.gates: GateSet
+        self._slot: GateSlot
+        self._optimizers: tuple[torch.optim.Optimizer, ...]
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Make the gates and attach them, before the model is sharded."""
+        if state.precision == Precision.AMP_FP16:
+            raise UserError("gates can't be trained with precision amp_fp16 (loss scaling): use amp_bf16")
+        if state.auto_microbatching:
+            raise UserError("gates can't be trained with device_train_microbatch_size=auto: give a number")
+        model = cast(ComposerCausalLM, state.model)
+        source = model.family.shape(model.model.config)
+        gates = make_gates(model, self.config.target, self.seed)
+        self.gates = state.device.module_to_device(gates)
+        self._slot = attach(model.model, model.family, set(gates.factors(gates.at_target()).trainable()))
+        multipliers = [*gates.linear.values(), *gates.quadratic.values()]
+        # Adam without decay; beta and epsilon are the paper's.
+        common: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8}
+        self._optimizers = (
+            torch.optim.Adam(gates.log_alpha.values(), lr=self.config.gate_lr, **common),
+            torch.optim.Adam(multipliers, lr=self.config.multiplier_lr, maximize=True, **common),
+        )
+        logger.log_hyperparameters({"l0/source": str(source), "l0/target": str(gates.target)})
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        """Start a batch."""
+        self._microbatch = 0
+        self.gates.zero_grad(set_to_none=True)
+
+    def noise_key(self, batch: int, microbatch: int, rank: int) -> tuple[int, ...]:
+        """What the noise of one microbatch depends on."""
+        return self.seed, batch, microbatch, rank
+
+    def before_forward(self, state: State, logger: Logger) -> None:
+        """Draw the gates of one microbatch and hand the model leaves of what they multiply."""
+        key = self.noise_key(state.timestamp.batch.value, self._microbatch, dist.get_global_rank())
+        generator = torch.Generator().manual_seed(int(keyed_generator(*key).integers(2**63)))
+        self._factors = self.gates.factors(self.gates.sample(generator))
+        self._leaves = self._slot.factors = self._factors.detached()
+        self._microbatch += 1
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        """Chain the gradients that the leaves collected to the gates."""
+        leaves = self._leaves.trainable()
+        pairs = [(value, leaves[name].grad) for name, value in self._factors.trainable().items()]
+        reached = [(value, grad) for value, grad in pairs if grad is not None]
+        torch.autograd.backward([value for value, _ in reached], [grad for _, grad in reached])
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Average the gates' gradients over ranks, add the constraint's, and step gates and multipliers."""
+        average_gradients(list(self.gates.log_alpha.values()))
+        targets = self.gates.targets(self.config.start_sparsity, self._warmup_progress(state))
+        constraint = self.gates.constraint(targets)
+        constraint.backward()
+        scale = learning_rate_scale(state)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * scale
+            optimizer.step()
+        self.gates.clamp()
+        self._log(targets, constraint.detach(), logger)
+
+    def eval_before_all(self, state: State, logger: Logger) -> None:
+        """Evaluate with deterministic gates."""
+        self._use_deterministic_gates()
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        """Evaluate with deterministic gates when an evaluation is called by itself, too."""
+        self._use_deterministic_gates()
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        """Save the gates' values."""
+        if self._folder is not None and dist.get_global_rank() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            values = {name: value.cpu().contiguous() for name, value in self._evaluated().items()}
+            save_file(values, self._folder / f"ba{state.timestamp.batch.value:06d}.safetensors")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gates, multipliers and their optimisers: tensors and plain types only."""
+        return {
+            "gates": self.gates.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            UserError: it was saved by a run with another target shape or from another model.
+        """
+        load_gates(self.gates, state)
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+    def _evaluated(self) -> dict[str, Tensor]:
+        return self.gates.at_target() if self.config.evaluate_at == "target" else self.gates.as_expected()
+
+    @torch.no_grad()
+    def _use_deterministic_gates(self) -> None:
+        self._slot.factors = self.gates.factors(self._evaluated())
+
+    def _warmup_progress(self, state: State) -> float:
+        if self._warmup.value == 0:
+            return 1.0
+        if self._warmup.unit == TimeUnit.DURATION:
+            elapsed = state.get_elapsed_duration()
+            return (elapsed.value if elapsed is not None else 0.0) / self._warmup.value
+        return state.timestamp.get(self._warmup.unit).value / self._warmup.value
+
+    @torch.no_grad()
+    def _log(self, targets: Mapping[str, float], constraint: Tensor, logger: Logger) -> None:
+        expected = torch.stack([constraint, *(self.gates.sparsity(name).mean() for name in targets)]).tolist()
+        metrics = {"l0/constraint": expected[0]}
+        for (name, target), sparsity in zip(targets.items(), expected[1:], strict=True):
+            metrics |= {f"l0/{name}/expected_sparsity": sparsity, f"l0/{name}/target_sparsity": target}
+        logger.log_metrics(metrics)
+
+
+def make_gates(model: ComposerCausalLM, target: TargetShape, seed: int) -> GateSet:
+    """The gates that lead ``model`` to ``target``.
+
+    Raises:
+        UserError: the target is not smaller, or not possible.
+    """
+    source = model.family.shape(model.model.config)
+    gates = GateSet(source, target_shape(source, vars(target)), seed)
+    if not gates.kinds:
+        raise UserError(f"the target shape is the source's own ({source}): nothing to prune")
+    return gates
+
+
+def load_gates(gates: GateSet, state: Mapping[str, Any]) -> None:
+    """Load gates from the state of an ``L0Pruning`` callback.
+
+    Raises:
+        UserError: it was saved by a run with another target shape or from another model.
+    """
+    saved = {name: tuple(value.shape) for name, value in state["gates"].items()}
+    own = {name: tuple(value.shape) for name, value in gates.state_dict().items()}
+    if saved != own:
+        differing = sorted(set(saved.items()) ^ set(own.items()))
+        raise UserError(
+            f"the checkpoint's gates are of another shape ({differing[0][0]}): "
+            "resume with the target shape and the model of the run that saved it"
+        )
+    gates.load_state_dict(state["gates"])
+
+
+def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Average the gradients of replicated parameters over all ranks, in one message."""
+    if dist.get_world_size() == 1:
+        return
+    flat = torch.cat([
+        (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters
+    ])
+    dist.all_reduce(flat, reduce_operation="SUM")
+    flat /= dist.get_world_size()
+    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = grad.view_as(parameter).clone()
+
+
+def learning_rate_scale(state: State) -> float:
+    """The model's current learning rate over its base rate: one schedule for everything."""
+    if not state.schedulers:
+        return 1.0
+    scheduler = cast(torch.optim.lr_scheduler.LRScheduler, state.schedulers[0])
+    return float(scheduler.get_last_lr()[0] / scheduler.base_lrs[0])

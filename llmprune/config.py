@@ -1,0 +1,253 @@
+"""The YAML of a run as a typed schema.
+
+A run is described by one YAML file and ``key=value`` overrides. Every key is a field of a dataclass below; a section that
+configures a component is declared beside it.
+"""
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
+
+from llmprune.callbacks.l0_pruning import L0PruningConfig
+from llmprune.errors import UserError, nearest
+
+
+@dataclass
+class RunConfig:
+    """The run folder.
+
+    Attributes:
+        name: of the run, in loggers and in the default folder.
+        folder: everything the run writes goes here.
+        seed: of weights, order of the data and gates.
+        overwrite: delete what stands in the folder.
+        autoresume: go on from the folder's newest checkpoint, if there is one.
+    """
+
+    name: str = MISSING
+    folder: str = "runs/${run.name}"
+    seed: int = 17
+    overwrite: bool = False
+    autoresume: bool = False
+
+
+@dataclass
+class ModelConfig:
+    """The model to start from: either ``path``, or ``config`` for random weights.
+
+    Attributes:
+        path: a Hugging Face folder or hub name.
+        config: fields of a Hugging Face config, ``model_type`` among them; the vocabulary size and the special tokens
+            come from the tokenizer unless given.
+        tokenizer: folder or hub name; default: that of ``path``, or of the data.
+        attention: ``sdpa``, ``eager`` or ``flash_attention_2`` (GPU).
+        dtype: of the weights in training: float32 or bfloat16.
+    """
+
+    path: str | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    attention: str = "sdpa"
+    dtype: str = "float32"
+
+
+@dataclass
+class DataConfig:
+    """The data to train and evaluate on.
+
+    Attributes:
+        path: a folder prepared by ``python -m data_prep tokenize``.
+        weights: share of each domain in training; null = in proportion to its samples.
+        workers: loader processes per rank.
+        shuffle_window: shards whose samples are shuffled together.
+        eval_samples_per_domain: null = all.
+    """
+
+    path: str = MISSING
+    weights: dict[str, float] | None = None
+    workers: int = 0
+    shuffle_window: int = 8
+    eval_samples_per_domain: int | None = None
+
+
+@dataclass
+class OptimizerConfig:
+    """The model's optimiser: ``decoupled_adamw`` (decay not multiplied by the learning rate) or ``adamw``."""
+
+    name: str = "decoupled_adamw"
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass
+class SchedulerConfig:
+    """The learning rate's course: ``cosine``, ``linear`` or ``constant``, after a linear warm-up.
+
+    Attributes:
+        warmup: duration (``320ba``, ``0.03dur``).
+        final: last learning rate / base rate (cosine and linear).
+    """
+
+    name: str = "cosine"
+    warmup: str = "0ba"
+    final: float = 0.1
+
+
+@dataclass
+class TrainConfig:
+    """The course of training.
+
+    Attributes:
+        duration: ``3200ba`` (batches) or ``400000000tok``.
+        global_batch_size: samples per step over all ranks.
+        microbatch_size: samples per forward pass on one device, or ``auto``.
+        precision: fp32, amp_bf16 or amp_fp16.
+        clip_norm: limit of the gradients' norm (the model's only, not the gates'); null = none.
+        eval_interval: ``50ba``; ``0ba`` = never.
+        eval_first: evaluate before the first batch.
+        device: cpu or gpu; null = what is there.
+    """
+
+    duration: str = MISSING
+    global_batch_size: int = MISSING
+    microbatch_size: Any = 1
+    precision: str = "fp32"
+    clip_norm: float | None = 1.0
+    eval_interval: str = "1dur"
+    eval_first: bool = False
+    device: str | None = None
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints go to ``run.folder``/checkpoints.
+
+    Attributes:
+        interval: ``3200ba``; the last batch is always saved.
+        keep: how many of the newest are kept; -1 = all.
+    """
+
+    interval: str = "1dur"
+    keep: int = -1
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases."""
+
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    offline: bool = False
+
+
+@dataclass
+class LoggersConfig:
+    """Where metrics go besides metrics.jsonl.
+
+    Attributes:
+        console: print them every ``console_interval``; otherwise a progress bar is shown.
+        tensorboard: write event files to ``run.folder``/tensorboard.
+        wandb: settings of Weights & Biases; null = off.
+    """
+
+    console: bool = True
+    console_interval: str = "10ba"
+    tensorboard: bool = False
+    wandb: WandbConfig | None = None
+
+
+@dataclass
+class Config:
+    """One run of ``train.py``. With ``l0_pruning`` it prunes; without, it trains."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    l0_pruning: L0PruningConfig | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    loggers: LoggersConfig = field(default_factory=LoggersConfig)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a run's YAML and apply overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: ``section.key=value``, later ones win.
+
+    Raises:
+        UserError: the file can't be read, a key is unknown, a value has the wrong type or is missing.
+    """
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (YAMLError, OSError) as error:
+        raise UserError(f"{path} can't be read: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path} must hold sections such as run:, model: and data:")
+    merged = OmegaConf.structured(Config)
+    merged = _merge(merged, loaded, str(path))
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"'{override}' is not of the form section.key=value")
+        merged = _merge(merged, OmegaConf.from_dotlist([override]), f"'{override}'")
+    try:
+        OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+        config = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{path}: {error.full_key or 'a key'} must be set") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_first_line(error)}") from None
+    assert isinstance(config, Config)
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML."""
+    OmegaConf.save(OmegaConf.structured(config), path, resolve=True)
+
+
+def _merge(base: Any, update: Any, source: str) -> Any:
+    try:
+        return OmegaConf.merge(base, update)
+    except ConfigKeyError as error:
+        key = error.full_key or ""
+        section, _, name = key.rpartition(".")
+        raise UserError(f"{source}: unknown key '{key}'; {nearest(name, _fields_of(section))}") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: {error.full_key}: {_first_line(error)}") from None
+
+
+def _fields_of(section: str) -> Iterator[str]:
+    """Names of the fields of the section with this dotted name."""
+    cls: Any = Config
+    for part in filter(None, section.split(".")):
+        cls = _dataclass_in(typing.get_type_hints(cls)[re.sub(r"\[.*", "", part)])
+    return (f.name for f in dataclasses.fields(cls))
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """The dataclass of ``X`` or ``X | None``."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next(option for option in options if dataclasses.is_dataclass(option))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

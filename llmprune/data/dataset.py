@@ -1,0 +1,180 @@
+"""Prepared data as PyTorch data sets: an endless mixed stream for training, a fixed set for evaluation."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from streaming.base.format import Reader
+from streaming.base.stream import Stream
+from streaming.base.world import World
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from llmprune.data.format import COLUMN, EVAL, TRAIN, DataManifest
+from llmprune.data.mixing import Mixer, domain_weights
+from llmprune.data.order import DomainOrder
+from llmprune.errors import UserError, nearest
+
+Sample = dict[str, torch.Tensor]
+
+
+class DomainReader:
+    """Reads the samples of one split of one domain from its MDS shards."""
+
+    def __init__(self, folder: Path, domain: str, split: str) -> None:
+        """Open the split's index.
+
+        Raises:
+            UserError: the split is missing or damaged.
+        """
+        index = folder / domain / split / "index.json"
+        if not index.is_file():
+            raise UserError(f"{index} does not exist: the domain '{domain}' was moved or never prepared")
+        self._stream = Stream(local=str(folder / domain), split=split)
+        try:
+            self._shards: list[Reader] = self._stream.get_shards(World.detect(), allow_unsafe_types=False)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index} is damaged ({error}): prepare the data again") from None
+        for shard in self._shards:
+            for raw, _ in shard.file_pairs:
+                path = folder / domain / split / raw.basename
+                if not path.is_file() or path.stat().st_size != raw.bytes:
+                    raise UserError(f"{path} is missing or cut short: prepare the data again")
+        self.shard_sizes = [shard.samples for shard in self._shards]
+
+    def read(self, shard: int, index: int) -> torch.Tensor:
+        """The token ids of one sample, int64 [sequence length]."""
+        tokens = self._shards[shard].get_item(index)[COLUMN]
+        return torch.from_numpy(np.asarray(tokens).astype(np.int64))
+
+
+class MixedDataset(IterableDataset[Sample]):
+    """The endless training stream over all domains, in fixed proportions.
+
+    Slot n of the stream is sample n of the global sequence, whatever the number of ranks and workers: each rank and
+    worker computes its own slots without talking to anyone. It yields {"input_ids": int64 [sequence length],
+    "domain": int64 []}.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        global_batch_size: int,
+        weights: Mapping[str, float] | None,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle_window: int = 8,
+    ) -> None:
+        """Open the training split of every domain.
+
+        Args:
+            folder: prepared data.
+            global_batch_size: samples per batch over all ranks; a multiple of ``world_size``.
+            weights: share of each domain by name (absent = 0); None = in proportion to its samples.
+            seed: of the order.
+            rank: this process.
+            world_size: number of processes.
+            shuffle_window: shards whose samples are shuffled together.
+
+        Raises:
+            UserError: unknown domains, no weight, no data.
+        """
+        self.manifest = DataManifest.load(folder)
+        self.domains = sorted(self.manifest.domains)
+        check_domains(weights or {}, self.domains)
+        self._batch, self._rank, self._world_size = global_batch_size, rank, world_size
+        self._readers = [DomainReader(Path(folder), domain, TRAIN) for domain in self.domains]
+        sizes = [sum(reader.shard_sizes) for reader in self._readers]
+        try:
+            self._weights = domain_weights(self.domains, weights, sizes)
+        except ValueError as error:
+            raise UserError(f"domain weights: {error}") from None
+        for domain, size, weight in zip(self.domains, sizes, self._weights, strict=True):
+            if weight and not size:
+                raise UserError(f"the domain '{domain}' has no training samples: give it weight 0 or prepare more text")
+        self._orders = [
+            DomainOrder(reader.shard_sizes, seed, number, shuffle_window) for number, reader in enumerate(self._readers)
+        ]
+        self._start = 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Yield this rank's and this worker's samples, for ever."""
+        worker = get_worker_info()
+        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        per_rank = self._batch // self._world_size
+        mixer = Mixer(self._weights)
+        mixer.skip(self._start)
+        batch = 0
+        while True:
+            slots = [mixer.next() for _ in range(self._batch)]
+            if batch % workers == number:
+                for domain, sample in slots[self._rank * per_rank : (self._rank + 1) * per_rank]:
+                    shard, index = self._orders[domain].locate(sample)
+                    yield {
+                        "input_ids": self._readers[domain].read(shard, index),
+                        "domain": torch.tensor(domain),
+                    }
+            batch += 1
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Where the stream stands after ``num_samples`` samples over all ranks.
+
+        Composer calls this with the samples since the start of the run's only, endless epoch (``from_beginning``).
+        """
+        return {"samples": num_samples}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved place, on any number of ranks and workers."""
+        self._start = int(state["samples"])
+
+
+class EvalDataset(Dataset[Sample]):
+    """The evaluation splits of all domains, one after the other."""
+
+    def __init__(self, folder: Path | str, samples_per_domain: int | None = None) -> None:
+        """Open the evaluation split of every domain that has one.
+
+        Args:
+            folder: prepared data.
+            samples_per_domain: take at most so many of each, evenly spaced.
+
+        Raises:
+            UserError: no domain has an evaluation sample.
+        """
+        self.manifest = DataManifest.load(folder)
+        self.domains = sorted(self.manifest.domains)
+        self._readers: dict[int, DomainReader] = {}
+        self._samples: list[tuple[int, int, int]] = []
+        for number, domain in enumerate(self.domains):
+            if EVAL not in self.manifest.domains[domain] or not self.manifest.domains[domain][EVAL].samples:
+                continue
+            reader = self._readers[number] = DomainReader(Path(folder), domain, EVAL)
+            places = [(number, shard, i) for shard, size in enumerate(reader.shard_sizes) for i in range(size)]
+            take = min(samples_per_domain or len(places), len(places))
+            self._samples += [places[i * len(places) // take] for i in range(take)]
+        if not self._samples:
+            raise UserError(f"{folder} has no evaluation samples: prepare it with a larger --eval-fraction")
+
+    @property
+    def domains_present(self) -> list[int]:
+        """Numbers of the domains that have evaluation samples."""
+        return sorted(self._readers)
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._samples)
+
+    def __getitem__(self, item: int) -> Sample:
+        """One sample, as ``MixedDataset`` yields it."""
+        domain, shard, index = self._samples[item]
+        return {"input_ids": self._readers[domain].read(shard, index), "domain": torch.tensor(domain)}
+
+
+def check_domains(weights: Mapping[str, float], domains: Sequence[str]) -> None:
+    """Raise ``UserError`` if ``weights`` names a domain that the data does not have."""
+    for name in weights:
+        if name not in domains:
+            raise UserError(f"data.weights names the domain '{name}', which the data does not have; {nearest(name, domains)}")

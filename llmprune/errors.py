@@ -1,0 +1,19 @@
+"""The one exception for mistakes that the user can mend."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user asked for: shown as one line, without a traceback, exit code 2.
+
+    The message says what is wrong and what to do about it. Errors that can only be our own
+    are raised as anything else and keep their traceback.
+    """
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint for a misspelt ``name``: the nearest valid one, or the list of them all."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(valid)}"

@@ -1,0 +1,93 @@
+"""Files and folders that appear whole or not at all."""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmprune.errors import UserError
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raise ``UserError`` if something stands at ``path`` and may not be overwritten."""
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already: choose another place, or pass --overwrite")
+    if overwrite and path.is_dir() and (path / ".git").exists():
+        raise UserError(f"{path} is a git checkout; it is not overwritten")
+
+
+@contextmanager
+def output_folder(path: Path | str, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path`` that takes its place once the block ends well.
+
+    An error inside the block removes the temporary folder and leaves ``path`` as it was.
+
+    Raises:
+        UserError: ``path`` exists and ``overwrite`` is false, or its parent can't be written.
+    """
+    path = Path(path)
+    refuse_existing(path, overwrite)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"can't write beside {path}: {error.strerror}") from error
+    try:
+        yield temporary
+        if path.exists():
+            discarded = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
+            path.rename(discarded)
+            temporary.rename(path)
+            remove(discarded)
+        else:
+            temporary.rename(path)
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write ``text`` so that a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): restore it or make it anew") from None
+
+
+def sha256_text(text: str) -> str:
+    """Hexadecimal SHA-256 of a text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode()).hexdigest()

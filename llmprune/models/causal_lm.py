@@ -1,0 +1,139 @@
+"""A Hugging Face causal LM as a Composer model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from composer.models import ComposerModel
+from torch import Tensor
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+
+from llmprune.families import family_of
+
+IGNORED = -100
+
+Batch = Mapping[str, Tensor]
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Next-token losses of a batch, in float32.
+
+    Args:
+        logits: [batch, length, vocabulary].
+        labels: int64 [batch, length], the input ids themselves (the shift by one happens here); ``IGNORED`` = no loss.
+
+    Returns:
+        The summed negative log-likelihood (nats) and the number of predicted tokens of every sample, [batch] each.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view_as(targets)
+    return losses.sum(1), (targets != IGNORED).sum(1)
+
+
+class DomainLoss(Metric):
+    """Mean next-token loss (nats per token) over all samples, or over those of one domain."""
+
+    full_state_update = False
+
+    def __init__(self, domain: int | None = None, **kwargs: Any) -> None:
+        """Measure the domain with this number; None = everything."""
+        super().__init__(**kwargs)
+        self.domain = domain
+        self.add_state("loss", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, tokens: Tensor, domain: Tensor) -> None:
+        """Add a batch: loss sums, token counts and domain numbers, [batch] each."""
+        if self.domain is not None:
+            chosen = domain == self.domain
+            loss, tokens = loss[chosen], tokens[chosen]
+        self.loss += loss.double().sum()
+        self.tokens += tokens.sum()
+
+    def compute(self) -> Tensor:
+        """Nats per token (NaN before the first token)."""
+        return self.loss / self.tokens
+
+
+class Perplexity(DomainLoss):
+    """exp of the mean next-token loss."""
+
+    def compute(self) -> Tensor:
+        """Perplexity per token."""
+        return super().compute().exp()
+
+
+class ComposerCausalLM(ComposerModel):
+    """Trains and evaluates any Hugging Face causal LM that a family knows.
+
+    Parameter names are Hugging Face's under the prefix ``model.``. A batch holds ``input_ids`` [batch, length],
+    optionally ``labels`` (default: the input ids) and ``domain`` [batch] (default: 0). Loss, perplexity and the losses
+    per domain all come from one pass over the logits.
+    """
+
+    def __init__(self, model: PreTrainedModel, domains: Mapping[int, str] | None = None) -> None:
+        """Wrap ``model``.
+
+        Args:
+            model: the model; its config's ``use_cache`` is switched off for training.
+            domains: number → name of each domain whose evaluation loss is reported apart.
+        """
+        super().__init__()
+        self.model = model
+        self.family = family_of(model.config)
+        self.domains = dict(domains or {})
+        model.config.use_cache = False
+        for block in model.get_submodule(self.family.blocks).children():
+            # Composer shards and checkpoints activations at these.
+            block._fsdp_wrap = True  # type: ignore[assignment]
+            block._activation_checkpointing = True  # type: ignore[assignment]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The logits, [batch, length, vocabulary]."""
+        return self.model(input_ids=batch["input_ids"], use_cache=False).logits
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Mean next-token loss of the batch (nats per token)."""
+        loss, tokens = token_losses(outputs, _labels(batch))
+        return loss.sum() / tokens.sum()
+
+    def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> dict[str, Tensor]:
+        """Loss sums, token counts and domain of every sample, [batch] each."""
+        logits = self.forward(batch) if outputs is None else outputs
+        loss, tokens = token_losses(logits, _labels(batch))
+        domain = batch.get("domain")
+        return {"loss": loss, "tokens": tokens, "domain": torch.zeros_like(tokens) if domain is None else domain}
+
+    def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
+        """The evaluation metrics: ``loss``, ``perplexity`` and ``loss/DOMAIN``; none in training."""
+        if is_train:
+            return {}
+        per_domain = {f"loss/{name}": DomainLoss(number) for number, name in self.domains.items()}
+        return {"loss": DomainLoss(), "perplexity": Perplexity(), **per_domain}
+
+    def update_metric(self, batch: Batch, outputs: dict[str, Tensor], metric: Metric) -> None:
+        """Add one batch to a metric."""
+        metric.update(**outputs)
+
+    def flops_per_batch(self, batch: Batch) -> int:
+        """Floating-point operations of a training step, forward and backward, for Composer's speed monitor.
+
+        6 per parameter that is multiplied with every token, and 12 · layers · heads · head size · length per token for
+        attention (PaLM, arXiv:2204.02311, appendix B). The embedding counts only where it is the output layer too.
+        """
+        shape = self.family.shape(self.model.config)
+        multiplied = sum(p.numel() for p in self.parameters())
+        if not self.family.tied(self.model.config):
+            multiplied -= self.model.get_input_embeddings().weight.numel()
+        samples, length = batch["input_ids"].shape
+        attention = 12 * shape.layers * shape.heads * shape.head_dim * length
+        return samples * length * (6 * multiplied + attention)
+
+
+def _labels(batch: Batch) -> Tensor:
+    labels = batch.get("labels")
+    return batch["input_ids"] if labels is None else labels

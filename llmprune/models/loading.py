@@ -1,0 +1,162 @@
+"""Opening Hugging Face models and their weights, wherever they lie."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from llmprune.errors import UserError
+from llmprune.families import Role, family_of
+from llmprune.files import read_json
+
+transformers_logging.disable_progress_bar()
+
+
+def resolve_model(model: str | Path) -> Path:
+    """The local folder of a model: the folder itself, or the downloaded (or cached) snapshot of a hub name.
+
+    Raises:
+        UserError: there is no such folder or no such model can be reached.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} is no Hugging Face model: it has no config.json")
+        return folder
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model"]))
+    except Exception as error:  # the hub client raises many kinds: bad names, no network, no access
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the model '{model}' is neither a folder nor reachable on the hub ({reason})") from None
+
+
+def load_config(model: str | Path) -> PretrainedConfig:
+    """The config of a model of a supported family.
+
+    Raises:
+        UserError: it can't be read, or its architecture is not supported.
+    """
+    folder = resolve_model(model)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        model_type = read_json(folder / "config.json").get("model_type", "unknown")
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder}/config.json (model type '{model_type}') can't be used: {reason}") from None
+    family_of(config)
+    return config
+
+
+def load_model(
+    model: str | Path, *, dtype: torch.dtype | str = torch.float32, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """A causal LM with its weights, in evaluation mode.
+
+    Args:
+        model: folder or hub name.
+        dtype: of the weights; "auto" = as stored.
+        attention: ``sdpa``, ``eager`` or ``flash_attention_2``.
+
+    Raises:
+        UserError: it can't be read, or its architecture is not supported.
+    """
+    load_config(model)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            resolve_model(model), dtype=dtype, attn_implementation=attention
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the model {model} can't be loaded: {reason}") from None
+    return loaded
+
+
+def new_model(config: PretrainedConfig, *, seed: int, attention: str = "sdpa") -> PreTrainedModel:
+    """A causal LM with random weights from ``seed``, float32; global random state is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+
+
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, or from a folder that holds only a tokenizer.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(model)
+    try:
+        return AutoTokenizer.from_pretrained(folder if folder.is_dir() else resolve_model(model))
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{model} has no usable tokenizer: {reason}") from None
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The weights of a model folder, read from its safetensors files one tensor at a time."""
+
+    def __init__(self, model: str | Path) -> None:
+        """Open the folder (or the snapshot of a hub name).
+
+        Raises:
+            UserError: no safetensors there, or a file is damaged.
+        """
+        folder = resolve_model(model)
+        index = folder / "model.safetensors.index.json"
+        try:
+            if index.is_file():
+                files: dict[str, str] = read_json(index)["weight_map"]
+                self._files = {name: folder / Path(file).name for name, file in files.items()}
+            else:
+                with safe_open(folder / "model.safetensors", framework="pt") as file:
+                    self._files = dict.fromkeys(file.keys(), folder / "model.safetensors")
+            self._open = {path: safe_open(path, framework="pt") for path in sorted(set(self._files.values()))}
+        except FileNotFoundError as error:
+            raise UserError(f"{folder} has no safetensors weights ({error.filename or error})") from None
+        except SafetensorError as error:
+            raise UserError(f"the weights in {folder} are damaged ({error})") from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor."""
+        return self._open[self._files[name]].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of all tensors."""
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        """How many tensors there are."""
+        return len(self._files)
+
+
+def parameter_names(weights: Mapping[str, Tensor], config: PretrainedConfig) -> list[str]:
+    """The sorted names of a model's own parameters: no buffers of older formats, and a tied output layer left out."""
+    family = family_of(config)
+    output_layer = family.outer_name(Role.HEAD) + ".weight" if family.tied(config) else None
+    return sorted(name for name in weights if name.endswith((".weight", ".bias")) and name != output_layer)
+
+
+def fingerprint(weights: Mapping[str, Tensor], config: PretrainedConfig) -> str:
+    """SHA-256 over a model's parameters: names, dtypes, shapes and bytes.
+
+    The same weights give the same hash whether they come from safetensors or from a checkpoint.
+    """
+    digest = hashlib.sha256()
+    for name in parameter_names(weights, config):
+        tensor = weights[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()

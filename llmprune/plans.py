@@ -1,0 +1,190 @@
+"""The plan: which units of a model stay and which factors are folded into its weights.
+
+Everything that decides writes a plan; surgery alone carries it out. On disk a plan is a JSON file with index lists, that a
+person can read and edit, and a safetensors file beside it with the factors::
+
+    plan.json         {"schema", "family", "model", "source", "hidden", "blocks": [{"index", "heads", "channels"}, …]}
+    plan.safetensors  "hidden", "layers", "blocks.I.heads", "blocks.I.channels"   (float32; each is optional)
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from llmprune.errors import UserError
+from llmprune.families import Shape, shape_from
+from llmprune.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class KeptBlock:
+    """One block that stays, and its units that stay (numbers in the source; None = all).
+
+    Attributes:
+        index: the block's number in the source.
+        heads: query heads, ascending; a key/value group stays if any of its query heads does.
+        channels: MLP channels, ascending.
+    """
+
+    index: int
+    heads: tuple[int, ...] | None = None
+    channels: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays of a model.
+
+    Attributes:
+        family: name of the model's family.
+        model: SHA-256 of the weights that the plan was made for (``fingerprint``).
+        source: the model's shape.
+        blocks: the blocks that stay, in order.
+        hidden: the hidden dimensions that stay, ascending (None = all).
+        factors: what is multiplied into the kept weights, float32, each as long as what it multiplies: ``hidden``
+            [kept hidden], ``layers`` [kept blocks], ``blocks.I.heads`` [kept heads], ``blocks.I.channels``
+            [kept channels], where I is the block's number in the source. Absent = one.
+    """
+
+    family: str
+    model: str
+    source: Shape
+    blocks: tuple[KeptBlock, ...]
+    hidden: tuple[int, ...] | None = None
+    factors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that the plan is a possible one, and uniform over blocks, as configs need it.
+
+        Raises:
+            UserError: an index is out of range or twice, blocks differ in size, a factor does not fit.
+        """
+        source = self.source
+        _check_indices("blocks", tuple(block.index for block in self.blocks), source.layers)
+        _check_indices("hidden", self.hidden, source.hidden)
+        for block in self.blocks:
+            _check_indices(f"heads of block {block.index}", block.heads, source.heads)
+            _check_indices(f"channels of block {block.index}", block.channels, source.intermediate)
+            per_group = {len(heads) for heads in self.heads_by_group(block).values()}
+            if len(per_group) > 1:
+                raise UserError(
+                    f"block {block.index} keeps {' and '.join(map(str, sorted(per_group)))} query heads in different "
+                    "key/value groups: a config needs the same number in each"
+                )
+        for what, sizes in {
+            "heads": {len(self.heads(block)) for block in self.blocks},
+            "key/value groups": {len(self.heads_by_group(block)) for block in self.blocks},
+            "channels": {len(self.channels(block)) for block in self.blocks},
+        }.items():
+            if len(sizes) > 1:
+                raise UserError(f"blocks keep different numbers of {what} ({sorted(sizes)}): a config needs one number")
+        expected = self._factor_lengths()
+        for name, factor in self.factors.items():
+            if name not in expected or tuple(factor.shape) != (expected[name],):
+                raise UserError(
+                    f"the plan's factor '{name}' has the shape {list(factor.shape)}, expected [{expected.get(name, 'none')}]"
+                )
+
+    def heads(self, block: KeptBlock) -> tuple[int, ...]:
+        """The query heads of ``block`` that stay."""
+        return tuple(range(self.source.heads)) if block.heads is None else block.heads
+
+    def channels(self, block: KeptBlock) -> tuple[int, ...]:
+        """The MLP channels of ``block`` that stay."""
+        return tuple(range(self.source.intermediate)) if block.channels is None else block.channels
+
+    def heads_by_group(self, block: KeptBlock) -> dict[int, list[int]]:
+        """The key/value groups of ``block`` that stay, each with its query heads that stay."""
+        groups: dict[int, list[int]] = {}
+        for head in self.heads(block):
+            groups.setdefault(head // self.source.heads_per_group, []).append(head)
+        return groups
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the cut model."""
+        first = self.blocks[0]
+        return replace(
+            self.source,
+            layers=len(self.blocks),
+            hidden=self.source.hidden if self.hidden is None else len(self.hidden),
+            heads=len(self.heads(first)),
+            kv_heads=len(self.heads_by_group(first)),
+            intermediate=len(self.channels(first)),
+        )
+
+    def _factor_lengths(self) -> dict[str, int]:
+        shape = self.shape
+        lengths = {"hidden": shape.hidden, "layers": shape.layers}
+        for block in self.blocks:
+            lengths[f"blocks.{block.index}.heads"] = shape.heads
+            lengths[f"blocks.{block.index}.channels"] = shape.intermediate
+        return lengths
+
+    def save(self, path: Path | str) -> None:
+        """Write the plan to ``path`` (.json) and its factors beside it (.safetensors)."""
+        path = Path(path)
+        if self.factors:
+            tensors = {name: factor.detach().float().cpu().contiguous() for name, factor in self.factors.items()}
+            save_file(tensors, path.with_suffix(".safetensors"))
+        values = {
+            "schema": 1,
+            "family": self.family,
+            "model": self.model,
+            "source": asdict(self.source),
+            "hidden": self.hidden,
+            "blocks": [asdict(block) for block in self.blocks],
+            "factors": path.with_suffix(".safetensors").name if self.factors else None,
+        }
+        write_json(path, values)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Plan":
+        """Read a plan.
+
+        Raises:
+            UserError: a file is missing or damaged, or the plan is impossible.
+        """
+        path = Path(path)
+        values = read_json(path)
+        try:
+            if values["schema"] != 1:
+                raise UserError(f"{path} has schema {values['schema']}; this version reads 1")
+            blocks = tuple(
+                KeptBlock(block["index"], _indices(block["heads"]), _indices(block["channels"]))
+                for block in values["blocks"]
+            )
+            factors_file = path.with_suffix(".safetensors")
+            factors = load_file(factors_file) if values["factors"] else {}
+            return cls(
+                family=values["family"],
+                model=values["model"],
+                source=shape_from(values["source"]),
+                blocks=blocks,
+                hidden=_indices(values["hidden"]),
+                factors=factors,
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a plan ({type(error).__name__}: {error})") from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"the factors of {path} can't be read ({error})") from None
+
+
+def _indices(values: Any) -> tuple[int, ...] | None:
+    return None if values is None else tuple(values)
+
+
+def _check_indices(what: str, indices: tuple[int, ...] | None, size: int) -> None:
+    if indices is None:
+        return
+    if not indices:
+        raise UserError(f"the plan keeps no {what}")
+    if not all(isinstance(index, int) for index in indices):
+        raise UserError(f"the plan's {what} must be whole numbers")
+    if any(b <= a for a, b in zip(indices, indices[1:], strict=False)) or indices[0] < 0 or indices[-1] >= size:
+        raise UserError(f"the plan's {what} must be ascending, each once, between 0 and {size - 1}")

@@ -1,0 +1,355 @@
+"""From a config to a Composer trainer."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from composer import Callback, Trainer
+from composer.algorithms import GradientClipping
+from composer.callbacks import LRMonitor, SpeedMonitor
+from composer.core import Time, TimeUnit
+from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
+from composer.optim import (
+    ComposerScheduler,
+    ConstantWithWarmupScheduler,
+    CosineAnnealingWithWarmupScheduler,
+    DecoupledAdamW,
+    LinearWithWarmupScheduler,
+)
+from composer.utils import dist, get_device
+from torch.utils.data import DataLoader
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmprune.callbacks.l0_pruning import L0Pruning
+from llmprune.callbacks.loss_guard import LossGuard
+from llmprune.callbacks.metrics_file import MetricsFile
+from llmprune.config import Config, LoggersConfig, OptimizerConfig, SchedulerConfig, save_config
+from llmprune.data.dataset import EvalDataset, MixedDataset
+from llmprune.data.format import DataManifest, tokenizer_fingerprint
+from llmprune.errors import UserError, nearest
+from llmprune.families import family_of, target_shape
+from llmprune.models.causal_lm import ComposerCausalLM
+from llmprune.models.loading import load_config as load_model_config
+from llmprune.models.loading import load_model, load_tokenizer, new_model
+from llmprune.run_folder import Manifest, RunFolder, git_commit, versions
+
+T = TypeVar("T")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "decoupled_adamw": DecoupledAdamW,
+    "adamw": torch.optim.AdamW,
+}
+SCHEDULERS: dict[str, Callable[[SchedulerConfig], ComposerScheduler]] = {
+    "cosine": lambda c: CosineAnnealingWithWarmupScheduler(t_warmup=c.warmup, alpha_f=c.final),
+    "linear": lambda c: LinearWithWarmupScheduler(t_warmup=c.warmup, alpha_f=c.final),
+    "constant": lambda c: ConstantWithWarmupScheduler(t_warmup=c.warmup),
+}
+
+
+@dataclass
+class Ingredients:
+    """What a run needs to know of its inputs, checked before any weight is loaded."""
+
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: DataManifest
+
+
+def check(config: Config) -> Ingredients:
+    """Check everything that can be checked without loading weights or training.
+
+    Raises:
+        UserError: something does not fit; the message says what and how to mend it.
+    """
+    _check_choices(config)
+    data = DataManifest.load(config.data.path)
+    if (config.model.path is None) == (config.model.config is None):
+        raise UserError("give either model.path (a checkpoint) or model.config (random weights), not both")
+    tokenizer_at = config.model.tokenizer or config.model.path or f"{config.data.path}/tokenizer"
+    if config.model.path is not None:
+        model_config = load_model_config(config.model.path)
+        tokenizer = load_tokenizer(tokenizer_at)
+    else:
+        tokenizer = load_tokenizer(tokenizer_at)
+        model_config = config_from_fields(config.model.config or {}, tokenizer)
+    if tokenizer_fingerprint(tokenizer) != data.tokenizer:
+        raise UserError(
+            f"the tokenizer of {tokenizer_at} did not make the data in {config.data.path}: prepare the data with it "
+            f"(python -m data_prep tokenize … --tokenizer {tokenizer_at})"
+        )
+    if model_config.vocab_size < data.vocab_size:
+        raise UserError(
+            f"the model's vocabulary ({model_config.vocab_size}) is smaller than the data's ({data.vocab_size}): "
+            "use the model's own tokenizer"
+        )
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if limit is not None and data.sequence_length > limit:
+        raise UserError(f"the data's samples have {data.sequence_length} tokens, the model takes {limit}")
+    family = family_of(model_config)
+    if config.l0_pruning is not None:
+        target_shape(family.shape(model_config), vars(config.l0_pruning.target))
+    return Ingredients(model_config, tokenizer, data)
+
+
+def build_trainer(config: Config) -> Trainer:
+    """Check the config, make the run folder ready and build the trainer.
+
+    Raises:
+        UserError: see ``check`` and ``RunFolder.prepare``.
+    """
+    inputs = check(config)
+    dist.initialize_dist(get_device(config.train.device))
+    run = RunFolder(Path(config.run.folder))
+    manifest = _manifest(config, inputs)
+    resume = on_rank_zero(
+        lambda: run.prepare(overwrite=config.run.overwrite, autoresume=config.run.autoresume)
+    )
+    if resume is not None:
+        check_same_model(run.checkpoints, manifest, inputs.model_config)
+    model = make_model(config, inputs)
+    if resume is None:
+        on_rank_zero(lambda: _write_run(config, run, manifest, model, inputs.tokenizer))
+    train, evaluation = make_loaders(config)
+    wrapped = ComposerCausalLM(
+        model, {number: evaluation.domains[number] for number in evaluation.domains_present}
+    )
+    optimizer = make_optimizer(config.optimizer, wrapped)
+    per_rank = config.train.global_batch_size // dist.get_world_size()
+    eval_batch = per_rank if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
+    clipping = config.train.clip_norm
+    return Trainer(
+        model=wrapped,
+        run_name=config.run.name,
+        seed=config.run.seed,
+        device=config.train.device,
+        train_dataloader=train,
+        eval_dataloader=_eval_loader(evaluation, eval_batch),
+        max_duration=config.train.duration,
+        eval_interval=config.train.eval_interval if _batches(config.train.eval_interval) else 0,
+        optimizers=optimizer,
+        schedulers=SCHEDULERS[config.scheduler.name](config.scheduler),
+        step_schedulers_every_batch=True,
+        algorithms=[] if clipping is None else [GradientClipping("norm", clipping_threshold=clipping)],
+        callbacks=make_callbacks(config, run),
+        loggers=make_loggers(config.loggers, run, config.run.name),
+        progress_bar=not config.loggers.console,
+        log_to_console=config.loggers.console,
+        console_log_interval=config.loggers.console_interval,
+        precision=config.train.precision,
+        device_train_microbatch_size=config.train.microbatch_size,
+        save_folder=str(run.checkpoints),
+        save_filename="ba{batch}-rank{rank}.pt",
+        save_latest_filename="latest-rank{rank}.pt",
+        save_interval=config.checkpoint.interval,
+        save_num_checkpoints_to_keep=config.checkpoint.keep,
+        save_overwrite=True,
+        load_path=None if resume is None else str(resume),
+    )
+
+
+def train(config: Config) -> Trainer:
+    """Run the job that ``config`` describes, to its end."""
+    trainer = build_trainer(config)
+    if config.train.eval_first and trainer.state.timestamp.batch.value == 0:
+        trainer.eval()
+    trainer.fit()
+    trainer.close()
+    return trainer
+
+
+def config_from_fields(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """A Hugging Face config from its fields; vocabulary and special tokens come from the tokenizer unless given.
+
+    Raises:
+        UserError: the model type is missing or unsupported, or a field is unknown.
+    """
+    values = dict(values)
+    model_type = values.pop("model_type", None)
+    if model_type is None or model_type not in CONFIG_MAPPING:
+        raise UserError(f"model.config.model_type '{model_type}' is unknown: name one such as llama")
+    known = vars(CONFIG_MAPPING[model_type]())
+    for name in values:
+        if name not in known:
+            raise UserError(f"model.config has the unknown field '{name}'; {nearest(name, known)}")
+    special = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
+    config = CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **special, **values})
+    family_of(config)
+    return config
+
+
+def make_model(config: Config, inputs: Ingredients) -> PreTrainedModel:
+    """The model to train, with its weights, in the dtype asked for."""
+    dtype = DTYPES[config.model.dtype]
+    if config.model.path is not None:
+        return load_model(config.model.path, dtype=dtype, attention=config.model.attention)
+    return new_model(inputs.model_config, seed=config.run.seed, attention=config.model.attention).to(dtype)
+
+
+def make_loaders(config: Config) -> tuple[DataLoader[Any], EvalDataset]:
+    """The training stream of this rank, and the evaluation samples."""
+    world_size = dist.get_world_size()
+    train = MixedDataset(
+        config.data.path,
+        global_batch_size=config.train.global_batch_size,
+        weights=config.data.weights,
+        seed=config.run.seed,
+        rank=dist.get_global_rank(),
+        world_size=world_size,
+        shuffle_window=config.data.shuffle_window,
+    )
+    loader: DataLoader[Any] = DataLoader(
+        train,
+        batch_size=config.train.global_batch_size // world_size,
+        num_workers=config.data.workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=config.data.workers > 0,
+    )
+    return loader, EvalDataset(config.data.path, config.data.eval_samples_per_domain)
+
+
+def _eval_loader(dataset: EvalDataset, batch_size: int) -> DataLoader[Any]:
+    sampler = dist.get_sampler(dataset, shuffle=False)
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler)
+
+
+def make_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The model's optimiser."""
+    return OPTIMIZERS[config.name](
+        model.parameters(),
+        lr=config.lr,
+        betas=tuple(config.betas),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def make_callbacks(config: Config, run: RunFolder) -> list[Callback]:
+    """The callbacks of a run."""
+    callbacks: list[Callback] = [LossGuard(), LRMonitor(), SpeedMonitor(window_size=10)]
+    if config.l0_pruning is not None:
+        callbacks.append(L0Pruning(config.l0_pruning, seed=config.run.seed, folder=run.gates))
+    return callbacks
+
+
+def make_loggers(config: LoggersConfig, run: RunFolder, name: str) -> list[LoggerDestination]:
+    """Where metrics go: always metrics.jsonl, and what the config asks for."""
+    loggers: list[LoggerDestination] = [MetricsFile(run.metrics)]
+    if config.tensorboard:
+        loggers.append(TensorboardLogger(log_dir=str(run.path / "tensorboard"), flush_interval=100))
+    if config.wandb is not None:
+        settings = {"mode": "offline"} if config.wandb.offline else {}
+        loggers.append(
+            WandBLogger(
+                project=config.wandb.project,
+                entity=config.wandb.entity,
+                group=config.wandb.group,
+                name=name,
+                tags=config.wandb.tags,
+                init_kwargs={"dir": str(run.path), **settings},
+            )
+        )
+    return loggers
+
+
+def check_same_model(checkpoints: Path, manifest: Manifest, model_config: PretrainedConfig) -> None:
+    """Check that the checkpoints of a run are of the model and the target that the config names now.
+
+    Raises:
+        UserError: they are not.
+    """
+    saved = Manifest.load(checkpoints)
+    family = family_of(model_config)
+    saved_config = load_model_config(checkpoints / "model")
+    if saved.family != family.name or family.shape(saved_config) != family.shape(model_config):
+        raise UserError(
+            f"the checkpoints in {checkpoints} are of a {saved.family} model with {family.shape(saved_config)}; the config's "
+            f"model has {family.shape(model_config)}: resume with the model that the run began with, or use another folder"
+        )
+    before, now = ((m.l0_pruning or {}).get("target") for m in (saved, manifest))
+    if before != now:
+        raise UserError(
+            f"the checkpoints in {checkpoints} are of a run with l0_pruning.target {before}; the config asks for {now}: "
+            "keep the target, or use another run.folder"
+        )
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0 alone and give every rank its result or its ``UserError``."""
+    outcome: list[Any] = [None, None]
+    if dist.get_global_rank() == 0:
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = str(error)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    result: T = outcome[0]
+    return result
+
+
+def _manifest(config: Config, inputs: Ingredients) -> Manifest:
+    return Manifest(
+        family=family_of(inputs.model_config).name,
+        l0_pruning=None if config.l0_pruning is None else asdict(config.l0_pruning),
+        source=config.model.path or "random",
+        data={"path": config.data.path, "tokenizer": inputs.data.tokenizer},
+        seed=config.run.seed,
+        versions=versions(),
+        git_commit=git_commit(),
+    )
+
+
+def _write_run(
+    config: Config, run: RunFolder, manifest: Manifest, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    save_config(config, run.config)
+    manifest.save(run.checkpoints, model, tokenizer)
+
+
+def _check_choices(config: Config) -> None:
+    for key, value, valid in (
+        ("optimizer.name", config.optimizer.name, OPTIMIZERS),
+        ("scheduler.name", config.scheduler.name, SCHEDULERS),
+        ("model.dtype", config.model.dtype, DTYPES),
+        ("train.precision", config.train.precision, ("fp32", "amp_bf16", "amp_fp16")),
+        ("model.attention", config.model.attention, ("sdpa", "eager", "flash_attention_2")),
+    ):
+        if value not in valid:
+            raise UserError(f"{key} '{value}' is unknown; {nearest(value, valid)}")
+    for key, value in (
+        ("train.duration", config.train.duration),
+        ("train.eval_interval", config.train.eval_interval),
+        ("checkpoint.interval", config.checkpoint.interval),
+        ("scheduler.warmup", config.scheduler.warmup),
+    ):
+        _batches(value, key)
+    duration, warmup = Time.from_timestring(config.train.duration), Time.from_timestring(config.scheduler.warmup)
+    if duration.unit not in (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE) or duration.value < 1:
+        raise UserError(f"train.duration '{config.train.duration}' must be positive, in ba, sp or tok: the stream has no end")
+    if warmup.value and warmup.unit not in (TimeUnit.DURATION, duration.unit):
+        raise UserError(
+            f"scheduler.warmup '{config.scheduler.warmup}' must have the unit of train.duration "
+            f"('{config.train.duration}') or be a share such as 0.03dur"
+        )
+    world_size = dist.get_world_size()
+    batch, microbatch = config.train.global_batch_size, config.train.microbatch_size
+    if batch < 1 or batch % world_size:
+        raise UserError(f"train.global_batch_size {batch} must be a positive multiple of the {world_size} ranks")
+    if microbatch != "auto" and not (isinstance(microbatch, int) and microbatch >= 1):
+        raise UserError(f"train.microbatch_size '{microbatch}' must be a positive whole number or auto")
+    if config.train.precision != "fp32" and get_device(config.train.device).name == "cpu":
+        raise UserError(f"train.precision {config.train.precision} needs a GPU; on CPUs use fp32")
+
+
+def _batches(value: str, key: str = "") -> float:
+    """The number in a duration."""
+    try:
+        return float(Time.from_timestring(value).value)
+    except ValueError:
+        raise UserError(f"{key} '{value}' is no duration: write 100ba, 1000000tok or 0.1dur") from None

@@ -1,0 +1,34 @@
+"""Installation of llmprune.
+
+The pins are the versions that the tests run with. mosaicml 0.32.1 is the newest and decides torch (< 2.7.1).
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="llmprune",
+    version="0.1.0",
+    description="Prune large language models and train them back, on Composer",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["llmprune*", "data_prep*"]),
+    install_requires=[
+        "mosaicml[tensorboard]==0.32.1",
+        "mosaicml-streaming==0.13.0",
+        "torch==2.7.0",
+        "transformers==4.57.3",
+        "tokenizers==0.22.2",
+        "huggingface_hub==0.36.2",
+        "safetensors==0.8.0",
+        "omegaconf==2.4.0",
+        "typer==0.29.2",
+        "zstandard==0.25.0",
+        "numpy==2.1.3",
+    ],
+    extras_require={
+        "gpu": ["flash-attn==2.8.3"],
+        "eval": ["lm-eval==0.4.9.2"],
+        "wandb": ["wandb==0.18.7"],
+        "dev": ["pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "mypy==2.4.1", "import-linter==2.16"],
+    },
+    entry_points={"console_scripts": ["llmprune=llmprune.cli:main"]},
+)

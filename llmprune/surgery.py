@@ -40,18 +40,28 @@ class Surgery:
         self._index = self._indices()
         self._factor = self._factors()
 
-    def cut(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
-        """Cut the parameter ``name``.
+    def new_name(self, name: str) -> str | None:
+        """The name of the parameter ``name`` in the cut model.
 
-        Returns:
-            Its new name and its new tensor (same dtype; factors are multiplied in float32), or None if it goes: its
-            block is removed, or it is the output layer of a tied model, which is stored as the embedding.
+        None if it goes: its block is removed, or it is the output layer of a tied model, which is stored as the embedding.
         """
         parameter = self.family.locate(name)
-        if parameter.block is not None and parameter.block not in self._position:
-            return None
         if self._tied and parameter.role is Role.HEAD:
             return None
+        if parameter.block is None:
+            return name
+        if parameter.block not in self._position:
+            return None
+        prefix = f"{self.family.blocks}.{parameter.block}."
+        return f"{self.family.blocks}.{self._position[parameter.block]}.{name[len(prefix) :]}"
+
+    def cut(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Cut the parameter ``name``, which must be one that stays.
+
+        Returns:
+            A tensor of the same dtype; factors are multiplied in float32.
+        """
+        parameter = self.family.locate(name)
         for axis, dimension in enumerate(parameter.axes):
             index = self._index.get((dimension.dimension, self._scope(parameter, dimension.dimension)))
             if index is not None:
@@ -67,24 +77,18 @@ class Surgery:
                 view = [-1 if a == axis else 1 for a in range(tensor.ndim)]
                 scaled = scaled * factor.to(tensor.device).view(view)
             tensor = scaled.to(tensor.dtype)
-        return self._rename(name, parameter), tensor
+        return tensor
 
     def cut_all(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Cut every tensor of an iterable of (name, tensor), lazily."""
+        """Cut every tensor that stays, lazily: (new name, tensor)."""
         for name, tensor in tensors:
-            if (kept := self.cut(name, tensor)) is not None:
-                yield kept
+            if (new := self.new_name(name)) is not None:
+                yield new, self.cut(name, tensor)
 
     @staticmethod
     def _scope(parameter: Parameter, what: str | None) -> int | None:
         """Hidden dimensions are the model's; all other units are their block's."""
         return None if what == "hidden" else parameter.block
-
-    def _rename(self, name: str, parameter: Parameter) -> str:
-        if parameter.block is None:
-            return name
-        prefix = f"{self.family.blocks}.{parameter.block}."
-        return f"{self.family.blocks}.{self._position[parameter.block]}.{name[len(prefix) :]}"
 
     def _indices(self) -> dict[tuple[str | None, int | None], torch.Tensor]:
         """Kept rows or columns by (dimension, block); absent = all."""

@@ -127,7 +127,7 @@ def build_trainer(config: Config) -> Trainer:
         train_dataloader=train,
         eval_dataloader=_eval_loader(evaluation, eval_batch),
         max_duration=config.train.duration,
-        eval_interval=config.train.eval_interval if _batches(config.train.eval_interval) else 0,
+        eval_interval=interval(config.train.eval_interval, config.train.duration),
         optimizers=optimizer,
         schedulers=SCHEDULERS[config.scheduler.name](config.scheduler),
         step_schedulers_every_batch=True,
@@ -142,7 +142,7 @@ def build_trainer(config: Config) -> Trainer:
         save_folder=str(run.checkpoints),
         save_filename="ba{batch}-rank{rank}.pt",
         save_latest_filename="latest-rank{rank}.pt",
-        save_interval=config.checkpoint.interval,
+        save_interval=interval(config.checkpoint.interval, config.train.duration),
         save_num_checkpoints_to_keep=config.checkpoint.keep,
         save_overwrite=True,
         load_path=None if resume is None else str(resume),
@@ -157,6 +157,16 @@ def train(config: Config) -> Trainer:
     trainer.fit()
     trainer.close()
     return trainer
+
+
+def interval(every: str, duration: str) -> int | Time[int]:
+    """An interval for Composer, which knows no shares of an endless stream: a share becomes a number; zero = never."""
+    time, whole = Time.from_timestring(every), Time.from_timestring(duration)
+    if not time.value:
+        return 0
+    if time.unit == TimeUnit.DURATION:
+        return Time(max(1, round(time.value * whole.value)), whole.unit)
+    return time
 
 
 def config_from_fields(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
@@ -328,7 +338,10 @@ def _check_choices(config: Config) -> None:
         ("checkpoint.interval", config.checkpoint.interval),
         ("scheduler.warmup", config.scheduler.warmup),
     ):
-        _batches(value, key)
+        try:
+            Time.from_timestring(value)
+        except ValueError:
+            raise UserError(f"{key} '{value}' is no duration: write 100ba, 1000000tok or 0.1dur") from None
     duration, warmup = Time.from_timestring(config.train.duration), Time.from_timestring(config.scheduler.warmup)
     if duration.unit not in (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE) or duration.value < 1:
         raise UserError(f"train.duration '{config.train.duration}' must be positive, in ba, sp or tok: the stream has no end")
@@ -345,11 +358,3 @@ def _check_choices(config: Config) -> None:
         raise UserError(f"train.microbatch_size '{microbatch}' must be a positive whole number or auto")
     if config.train.precision != "fp32" and get_device(config.train.device).name == "cpu":
         raise UserError(f"train.precision {config.train.precision} needs a GPU; on CPUs use fp32")
-
-
-def _batches(value: str, key: str = "") -> float:
-    """The number in a duration."""
-    try:
-        return float(Time.from_timestring(value).value)
-    except ValueError:
-        raise UserError(f"{key} '{value}' is no duration: write 100ba, 1000000tok or 0.1dur") from None

@@ -1,0 +1,140 @@
+"""Reading what training left behind: Composer checkpoints with their manifest."""
+
+import datetime
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+from transformers import PretrainedConfig
+
+from llmprune.callbacks.l0_pruning import load_gates
+from llmprune.errors import UserError
+from llmprune.families import Family, family_of, target_shape
+from llmprune.gates.gate_set import GateSet
+from llmprune.models.loading import fingerprint, load_config
+from llmprune.run_folder import Manifest, RunFolder
+
+_PREFIX = "model."
+
+# What Composer keeps beside tensors and plain types: durations, the torch version, numpy's random state.
+_SAFE = [
+    datetime.timedelta,
+    TorchVersion,
+    np.ndarray,
+    np.dtype,
+    np.dtypes.UInt32DType,
+    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+]
+
+
+class CheckpointWeights(Mapping[str, Tensor]):
+    """The model's weights in a Composer checkpoint under their Hugging Face names, read from disk as they are used."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        """Wrap a model's state dict."""
+        self._state = state
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One tensor."""
+        return self._state[_PREFIX + name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The Hugging Face names."""
+        return (name.removeprefix(_PREFIX) for name in self._state)
+
+    def __len__(self) -> int:
+        """How many tensors there are."""
+        return len(self._state)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Composer checkpoint of llmprune.
+
+    Attributes:
+        path: the checkpoint file.
+        manifest: what it is.
+        config: the config of the model in it.
+    """
+
+    path: Path
+    manifest: Manifest
+    config: PretrainedConfig
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Checkpoint":
+        """Find a checkpoint by its file, its folder or its run's folder (the newest complete one).
+
+        Raises:
+            UserError: there is none.
+        """
+        path = Path(path)
+        if path.is_dir():
+            folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+            latest = RunFolder(folder.parent).latest_checkpoint() if folder.name == "checkpoints" else None
+            latest = latest or max(folder.glob("*.pt"), key=lambda file: file.stat().st_mtime, default=None)
+            if latest is None:
+                raise UserError(f"{path} holds no checkpoint")
+            path = latest
+        if not path.is_file():
+            raise UserError(f"{path} does not exist")
+        path = path.resolve()
+        return cls(path, Manifest.load(path.parent), load_config(path.parent / "model"))
+
+    @property
+    def model_folder(self) -> Path:
+        """Config, tokenizer and generation config of the model."""
+        return self.path.parent / "model"
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+        return family_of(self.config)
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """Composer's state; tensors stay on disk until they are used.
+
+        Raises:
+            UserError: the file is damaged, or holds what must not be unpickled.
+        """
+        try:
+            with torch.serialization.safe_globals(_SAFE):
+                loaded = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+            state: dict[str, Any] = loaded["state"]
+        except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{self.path} is no readable checkpoint ({reason}): use another one") from None
+        return state
+
+    @property
+    def weights(self) -> CheckpointWeights:
+        """The model's weights."""
+        return CheckpointWeights(self.state["model"])
+
+    def gates(self) -> GateSet | None:
+        """The gates that were trained, if any."""
+        settings = self.manifest.l0_pruning
+        if settings is None:
+            return None
+        source = self.family.shape(self.config)
+        gates = GateSet(source, target_shape(source, settings["target"]))
+        load_gates(gates, self.state["callbacks"]["L0Pruning"])
+        return gates
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the model's parameters."""
+        return fingerprint(self.weights, self.config)
+
+
+def is_checkpoint(path: Path | str) -> bool:
+    """Whether ``path`` names a Composer checkpoint rather than a Hugging Face model."""
+    path = Path(path)
+    return path.suffix == ".pt" or (path.is_dir() and not (path / "config.json").is_file())

@@ -1,0 +1,119 @@
+"""Writing a plain Hugging Face folder, tensor by tensor, cut by a plan on the way."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+
+from llmprune.convert.model_card import model_card
+from llmprune.errors import UserError
+from llmprune.families import family_of
+from llmprune.files import output_folder, write_json
+from llmprune.models.loading import parameter_names
+from llmprune.plans import KeptBlock, Plan
+from llmprune.surgery import Surgery
+
+# What belongs to a model besides config and weights.
+_COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template*",
+)  # fmt: skip
+
+
+def keep_everything(config: PretrainedConfig, model: str) -> Plan:
+    """The plan that changes nothing."""
+    family = family_of(config)
+    shape = family.shape(config)
+    return Plan(family.name, model, shape, tuple(KeptBlock(i) for i in range(shape.layers)))
+
+
+def export(
+    weights: Mapping[str, Tensor],
+    config: PretrainedConfig,
+    plan: Plan,
+    out: Path | str,
+    *,
+    companions: Path,
+    source: str,
+    card: Mapping[str, object] | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Cut ``weights`` by ``plan`` and write them as a Hugging Face folder.
+
+    Never more than one output shard and one source tensor are in memory. Beside the model lie its model card and, in
+    ``llmprune/``, the plan.
+
+    Args:
+        weights: by Hugging Face name.
+        config: of the model that the weights are of.
+        plan: what stays.
+        out: folder to write.
+        companions: folder with the tokenizer and generation config.
+        source: name of the source model, for the card.
+        card: further facts for the card, each a heading and its value.
+        dtype: of the weights written; None = as they are.
+        overwrite: whether ``out`` may be replaced.
+        max_shard_size: of one safetensors file.
+
+    Raises:
+        UserError: the plan does not fit the model, or ``out`` exists.
+    """
+    surgery = Surgery(config, plan)
+    sources = {new: name for name in parameter_names(weights, config) if (new := surgery.new_name(name)) is not None}
+    expected = _meta_tensors(surgery.config, dtype or _stored_dtype(weights, sources))
+    if missing := sorted(set(expected) ^ set(sources)):
+        raise UserError(f"the weights do not fit the config: '{missing[0]}' is missing or left over")
+    split = split_torch_state_dict_into_shards(expected, max_shard_size=max_shard_size)
+    with output_folder(out, overwrite) as folder:
+        for filename, names in split.filename_to_tensors.items():
+            shard = {}
+            for name in names:
+                tensor = surgery.cut(sources[name], weights[sources[name]]).to(expected[name].dtype).contiguous()
+                if tensor.shape != expected[name].shape:
+                    raise UserError(
+                        f"'{name}' comes out as {list(tensor.shape)}, the config wants {list(expected[name].shape)}: "
+                        "are these the weights of this config?"
+                    )
+                shard[name] = tensor
+            save_file(shard, folder / filename, metadata={"format": "pt"})
+            del shard
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            write_json(folder / "model.safetensors.index.json", index)
+        _write_companions(folder, companions, surgery.config, next(iter(expected.values())).dtype)
+        (folder / "llmprune").mkdir()
+        plan.save(folder / "llmprune" / "plan.json")
+        parameters = sum(tensor.numel() for tensor in expected.values())
+        text = model_card(source, plan, parameters, surgery.config.model_type, card or {})
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _meta_tensors(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The parameters of a model with this config, without memory; a tied output layer is left out."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    state = dict(model.named_parameters(remove_duplicate=True))
+    return {name: state[name].detach() for name in parameter_names(state, config)}
+
+
+def _stored_dtype(weights: Mapping[str, Tensor], sources: Mapping[str, str]) -> torch.dtype:
+    return weights[next(iter(sources.values()))].dtype
+
+
+def _write_companions(folder: Path, companions: Path, config: PretrainedConfig, dtype: torch.dtype) -> None:
+    config.use_cache = True
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    try:
+        GenerationConfig.from_pretrained(companions).save_pretrained(folder)
+    except OSError:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+    for pattern in _COMPANIONS:
+        for file in companions.glob(pattern):
+            shutil.copy2(file, folder / file.name)

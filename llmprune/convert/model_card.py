@@ -1,0 +1,44 @@
+"""The README.md of an exported model."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import yaml
+
+from llmprune.plans import Plan
+
+
+def model_card(source: str, plan: Plan, parameters: int, model_type: str, facts: Mapping[str, object]) -> str:
+    """The text of the card.
+
+    Args:
+        source: the model that was cut.
+        plan: how.
+        parameters: of the cut model.
+        model_type: its architecture.
+        facts: further sections, heading → JSON-like value.
+    """
+    header: dict[str, object] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["llmprune", "pruned", model_type],
+    }
+    if source.count("/") == 1 and not source.startswith((".", "/")):
+        header["base_model"] = source
+    before, after = asdict(plan.source), asdict(plan.shape)
+    rows = [f"| {name.replace('_', ' ')} | {before[name]:,} | {after[name]:,} |" for name in before]
+    sections = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# A {model_type} model of {parameters:,} parameters",
+        f"Made from `{source}` with llmprune. It loads with plain transformers:",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        "model = AutoModelForCausalLM.from_pretrained(FOLDER)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n```",
+        "## Shape\n\n| | source | this model |\n|---|---|---|\n" + "\n".join(rows),
+        f"The plan is in `llmprune/plan.json`; it was made for weights with the SHA-256 `{plan.model}`.",
+    ]
+    for heading, value in facts.items():
+        text = value if isinstance(value, str) else f"```json\n{json.dumps(value, indent=2)}\n```"
+        sections.append(f"## {heading}\n\n{text}")
+    return "\n\n".join(sections) + "\n"

@@ -1,0 +1,77 @@
+"""Whether two models compute the same."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from llmprune.convert.checkpoint import Checkpoint, is_checkpoint
+from llmprune.errors import UserError
+from llmprune.gates.attach import attach
+from llmprune.models.loading import load_model, new_model
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two models' logits lie apart.
+
+    Attributes:
+        max_abs: largest absolute difference.
+        max_rel: that over the largest absolute logit.
+        mean_abs: mean absolute difference.
+    """
+
+    max_abs: float
+    max_rel: float
+    mean_abs: float
+
+
+@torch.no_grad()
+def open_for_comparison(path: Path | str) -> PreTrainedModel:
+    """A model in float32 and evaluation mode: a Hugging Face model, or a checkpoint, with its gates at the target shape.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    if not is_checkpoint(path):
+        return load_model(path).eval()
+    checkpoint = Checkpoint.open(path)
+    model = new_model(checkpoint.config, seed=0).eval()
+    weights = checkpoint.weights
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+    if (gates := checkpoint.gates()) is not None:
+        factors = gates.factors(gates.at_target())
+        attach(model, checkpoint.family, set(factors.trainable())).factors = factors
+    return model
+
+
+@torch.no_grad()
+def compare(a: PreTrainedModel, b: PreTrainedModel, *, samples: int = 4, length: int = 128, seed: int = 0) -> Difference:
+    """Compare the logits of two models on the same random tokens.
+
+    Args:
+        a: one model.
+        b: the other; it must have the same vocabulary.
+        samples: sequences.
+        length: tokens of each.
+        seed: of the tokens.
+
+    Raises:
+        UserError: the vocabularies differ.
+    """
+    if a.config.vocab_size != b.config.vocab_size:
+        raise UserError(
+            f"the vocabularies differ ({a.config.vocab_size} and {b.config.vocab_size}): these models can't be compared"
+        )
+    length = min(length, a.config.max_position_embeddings, b.config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(seed)
+    difference, total, largest = 0.0, 0.0, 0.0
+    for _ in range(samples):
+        tokens = torch.randint(a.config.vocab_size, (1, length), generator=generator)
+        x, y = a(input_ids=tokens).logits.double(), b(input_ids=tokens).logits.double()
+        gap = (x - y).abs()
+        difference, total = max(difference, gap.max().item()), total + gap.mean().item()
+        largest = max(largest, x.abs().max().item(), y.abs().max().item())
+    return Difference(difference, difference / largest if largest else 0.0, total / samples)

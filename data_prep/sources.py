@@ -1,0 +1,168 @@
+"""Reading documents: plain text and JSON lines, plain, .gz or .zst.
+
+A format is one entry of ``READERS``: from a stream of bytes to (record number, text, record) triples. Formats that are no
+streams of bytes (Parquet, data sets of the hub) would be further kinds of ``documents``.
+"""
+
+import gzip
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import zstandard
+
+from llmprune.errors import UserError
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, its domain, and how many bytes of all inputs had been read when it was found."""
+
+    text: str
+    domain: str
+    position: int
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that could not be read: where it is and what is wrong."""
+
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which fields of a JSON record matter (nested ones with dots) and what overrides the domain.
+
+    Attributes:
+        text: holds the text.
+        domain_field: holds the domain.
+        domain: one domain for everything.
+    """
+
+    text: str = "text"
+    domain_field: str | None = None
+    domain: str | None = None
+
+
+def read_text(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """A text file is one document."""
+    yield 1, stream.read()
+
+
+def read_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """A file of JSON lines is one document a line; empty lines are passed over."""
+    for number, line in enumerate(stream, 1):
+        if line.strip():
+            yield number, line
+
+
+READERS: dict[str, Callable[[BinaryIO], Iterator[tuple[int, bytes]]]] = {
+    ".txt": read_text,
+    ".md": read_text,
+    ".jsonl": read_lines,
+    ".ndjson": read_lines,
+}
+_JSON = {".jsonl", ".ndjson"}
+_COMPRESSED = {".gz", ".zst"}
+
+
+def find_files(inputs: Sequence[Path]) -> list[tuple[Path, str]]:
+    """All readable files among ``inputs`` (folders are searched), each with its domain by folder.
+
+    The domain is the folder directly below the input folder, or the folder that a file itself lies in.
+
+    Raises:
+        UserError: an input does not exist, or no file is of a known format.
+    """
+    found: list[tuple[Path, str]] = []
+    for path in inputs:
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
+        root = path.resolve()
+        if path.is_file():
+            if _format(path) not in READERS:
+                raise UserError(f"{path} is of no known format; known: {', '.join(READERS)}, each also .gz or .zst")
+            found.append((path, root.parent.name))
+            continue
+        for file in sorted(path.rglob("*")):
+            if file.is_file() and _format(file) in READERS:
+                inner = file.relative_to(path).parts
+                found.append((file, inner[0] if len(inner) > 1 else root.name))
+    if not found:
+        raise UserError(
+            f"{', '.join(map(str, inputs))} holds no readable files; known: {', '.join(READERS)}, each also .gz or .zst"
+        )
+    return found
+
+
+def documents(files: Sequence[tuple[Path, str]], fields: Fields) -> Iterator[Document | BadRecord]:
+    """Every document of ``files``, and every record that could not be read."""
+    before = 0
+    for path, folder in files:
+        with path.open("rb") as raw:
+            is_json = _format(path) in _JSON
+            number = 0
+            try:
+                for number, record in READERS[_format(path)](_decompressed(raw, path.suffix)):
+                    place = f"{path}:{number}"
+                    try:
+                        text, domain = _parse_json(record, fields) if is_json else (record.decode("utf-8"), None)
+                    except (ValueError, KeyError, TypeError) as error:
+                        yield BadRecord(place, _reason(error))
+                        continue
+                    if text.strip():
+                        yield Document(text, clean_name(fields.domain or domain or folder), before + raw.tell())
+            except (OSError, EOFError, zstandard.ZstdError) as error:
+                # A damaged archive: what was read before the damage is kept, the rest is lost.
+                yield BadRecord(f"{path}:{number + 1}", f"the file is damaged from here on ({error})")
+        before += path.stat().st_size
+
+
+def clean_name(name: str) -> str:
+    """A domain's name as a folder name: letters, digits, ``.``, ``_`` and ``-``, not starting with a dot."""
+    cleaned = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".")
+    return cleaned[:100] or "unnamed"
+
+
+def _parse_json(record: bytes, fields: Fields) -> tuple[str, str | None]:
+    value = json.loads(record.decode("utf-8"))
+    text = _field(value, fields.text)
+    domain = None if fields.domain_field is None else _field(value, fields.domain_field)
+    return text, domain
+
+
+def _field(record: Any, dotted: str) -> str:
+    value = record
+    for name in dotted.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise KeyError(f"no field '{dotted}'")
+        value = value[name]
+    if not isinstance(value, str):
+        raise TypeError(f"field '{dotted}' is no string")
+    return value
+
+
+def _reason(error: Exception) -> str:
+    return str(error.args[0]) if isinstance(error, KeyError) else str(error)
+
+
+def _format(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
+    if suffix.lower() == ".gz":
+        return cast(BinaryIO, gzip.open(raw))
+    if suffix.lower() == ".zst":
+        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader)))
+    return raw

@@ -1,0 +1,88 @@
+"""Shared fixtures: small models, and prepared data with a tokenizer, all made on the spot."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import LlamaConfig, PreTrainedModel
+
+from data_prep.pack import PackSettings, prepare
+from data_prep.tokenizer import train_tokenizer
+from llmprune.models.loading import new_model
+
+torch.set_num_threads(2)
+
+VOCABULARY = 300
+SEQUENCE_LENGTH = 32
+
+
+def tiny_config(**changes: object) -> LlamaConfig:
+    """A Llama of four blocks with grouped queries."""
+    fields = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    return LlamaConfig(**{**fields, **changes})
+
+
+def random_model(config: LlamaConfig, seed: int = 0) -> PreTrainedModel:
+    """A model in which every parameter is random, norms too, and large enough to matter."""
+    model = new_model(config, seed=seed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Random token ids, [3, 17]."""
+    return torch.randint(VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small domains of text: counting and letters."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for domain, text in (("numbers", "one two three four five six "), ("letters", "alpha beta gamma delta ")):
+        (folder / domain).mkdir()
+        with (folder / domain / "part.jsonl").open("w") as file:
+            for number in range(60):
+                file.write(json.dumps({"text": f"{number}: " + text * (5 + number % 7)}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus, prepared with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("data")
+    train_tokenizer([corpus], folder / "tokenizer", vocab_size=VOCABULARY)
+    settings = PackSettings(SEQUENCE_LENGTH, eval_fraction=0.2)
+    prepare([corpus], folder / "tokenizer", folder / "mds", settings, processes=1)
+    return folder / "mds"
+
+
+@pytest.fixture(scope="session")
+def model_folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama with random weights, saved with the data's tokenizer."""
+    from llmprune.models.loading import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    random_model(tiny_config()).save_pretrained(folder)
+    load_tokenizer(data / "tokenizer").save_pretrained(folder)
+    return folder

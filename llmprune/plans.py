@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from llmprune.errors import UserError
 from llmprune.families import Shape, shape_from
-from llmprune.files import read_json, write_json
+from llmprune.files import read_json, save_tensors, write_json
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ class Plan:
         """Write the plan to ``path`` (.json) and its factors beside it (.safetensors)."""
         path = Path(path)
         if self.factors:
-            tensors = {name: factor.detach().float().cpu().contiguous() for name, factor in self.factors.items()}
-            save_file(tensors, path.with_suffix(".safetensors"))
+            tensors = {name: factor.detach().float().cpu() for name, factor in self.factors.items()}
+            save_tensors(path.with_suffix(".safetensors"), tensors)
         values = {
             "schema": 1,
             "family": self.family,

@@ -9,12 +9,12 @@ import torch
 from composer.core import Callback, Precision, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llmprune.data.order import keyed_generator
 from llmprune.errors import UserError
 from llmprune.families import target_shape
+from llmprune.files import save_tensors
 from llmprune.gates.attach import GateSlot, attach
 from llmprune.gates.gate_set import Factors, GateSet
 from llmprune.models.causal_lm import ComposerCausalLM
@@ -168,8 +168,8 @@ class L0Pruning(Callback):
         """Save the gates' values."""
         if self._folder is not None and dist.get_global_rank() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            values = {name: value.cpu().contiguous() for name, value in self._evaluated().items()}
-            save_file(values, self._folder / f"ba{state.timestamp.batch.value:06d}.safetensors")
+            path = self._folder / f"ba{state.timestamp.batch.value:06d}.safetensors"
+            save_tensors(path, {name: value.cpu() for name, value in self._evaluated().items()})
 
     def state_dict(self) -> dict[str, Any]:
         """Gates, multipliers and their optimisers: tensors and plain types only."""
@@ -256,8 +256,8 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def learning_rate_scale(state: State) -> float:
-    """The model's current learning rate over its base rate: one schedule for everything."""
+    """The schedule's present multiplier of the learning rate: one schedule for everything."""
     if not state.schedulers:
         return 1.0
-    scheduler = cast(torch.optim.lr_scheduler.LRScheduler, state.schedulers[0])
-    return float(scheduler.get_last_lr()[0] / scheduler.base_lrs[0])
+    scheduler = cast(torch.optim.lr_scheduler.LambdaLR, state.schedulers[0])  # what Composer makes of any schedule
+    return float(scheduler.lr_lambdas[0](scheduler.last_epoch))

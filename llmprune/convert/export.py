@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from llmprune.convert.model_card import model_card
 from llmprune.errors import UserError
 from llmprune.families import family_of
-from llmprune.files import output_folder, write_json
+from llmprune.files import output_folder, save_tensors, write_json
 from llmprune.models.loading import parameter_names
 from llmprune.plans import KeptBlock, Plan
 from llmprune.surgery import Surgery
@@ -74,14 +73,14 @@ def export(
         for filename, names in split.filename_to_tensors.items():
             shard = {}
             for name in names:
-                tensor = surgery.cut(sources[name], weights[sources[name]]).to(expected[name].dtype).contiguous()
+                tensor = surgery.cut(sources[name], weights[sources[name]]).to(expected[name].dtype)
                 if tensor.shape != expected[name].shape:
                     raise UserError(
                         f"'{name}' comes out as {list(tensor.shape)}, the config wants {list(expected[name].shape)}: "
                         "are these the weights of this config?"
                     )
                 shard[name] = tensor
-            save_file(shard, folder / filename, metadata={"format": "pt"})
+            save_tensors(folder / filename, shard, {"format": "pt"})
             del shard
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

@@ -1,0 +1,133 @@
+"""Pruning as a callback: its gradients, its ranks, its state."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from llmprune.callbacks.l0_pruning import L0Pruning, L0PruningConfig, TargetShape
+from llmprune.config import load_config
+from llmprune.data.order import keyed_generator
+from llmprune.errors import UserError
+from llmprune.families import family_of, target_shape
+from llmprune.gates import hard_concrete
+from llmprune.gates.gate_set import GateSet
+from llmprune.models.causal_lm import token_losses
+from llmprune.models.loading import load_model
+from llmprune.training import make_loaders
+from tests.callbacks import fixed_noise
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(data: Path, model_folder: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "prune.yaml"
+    path.write_text(f"""
+run: {{name: test, folder: {tmp_path}/run, seed: 3}}
+model: {{path: {model_folder}}}
+data: {{path: {data}, eval_samples_per_domain: 2}}
+l0_pruning:
+  target: {{layers: 3, hidden: 20, heads: 4, intermediate: 32}}
+  lagrangian_warmup: 4ba
+optimizer: {{lr: 0.0}}
+train: {{duration: 3ba, global_batch_size: 8, microbatch_size: 8}}
+loggers: {{console: false}}
+""")
+    return path
+
+
+def assert_same(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tensor]], tolerance: float) -> None:
+    first = {name: value for name, value in a[0].items() if name.startswith("grad.log_alpha")}
+    assert len(first) == 4 and all(value.abs().max() > 0 for value in first.values())
+    for name in first:
+        scale = first[name].abs().max()
+        assert ((first[name] - b[0][name]).abs().max() / scale).item() <= tolerance, name
+
+
+def test_microbatches_and_ranks_change_nothing(config: Path, tmp_path: Path) -> None:
+    whole = fixed_noise.run(config, tmp_path / "whole")
+    pieces = fixed_noise.run(config, tmp_path / "pieces", "train.microbatch_size=2", "run.overwrite=true")
+    assert_same(whole, pieces, 1e-6)
+
+    command = [str(Path(sys.executable).parent / "composer"), "-n", "2", "tests/callbacks/fixed_noise.py"]
+    arguments = [str(config), str(tmp_path / "ranks"), "train.microbatch_size=2", "run.overwrite=true"]
+    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"ranks.{rank}") for rank in (0, 1)]
+    assert_same(whole, ranks[0], 1e-6)
+    for a, b in zip(*ranks, strict=True):  # every gate and multiplier, after every batch
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_chained_gradient_is_that_of_gated_activations(config: Path, tmp_path: Path) -> None:
+    """The first batch's gradient against one autograd graph from the gates through a naive gated model to the loss."""
+
+    found = fixed_noise.run(config, tmp_path / "found")[0]
+    settings = load_config(config)
+    batch = next(iter(make_loaders(settings)[0]))
+    model = load_model(str(settings.model.path)).eval()
+    source = family_of(model.config).shape(model.config)
+    gates = GateSet(source, target_shape(source, {"layers": 3, "hidden": 20, "heads": 4, "intermediate": 32}))
+    fixed_noise.spread(gates)
+
+    generator = torch.Generator().manual_seed(int(keyed_generator(3).integers(2**63)))
+    z = {
+        name: hard_concrete.sample(value, torch.rand(value.shape, generator=generator))
+        for name, value in gates.log_alpha.items()
+    }
+    x = model.model.embed_tokens(batch["input_ids"]) * z["hidden"]
+    kept = z["hidden"] > 0
+
+    def norm(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        mean_square = x[..., kept].pow(2).mean(-1, keepdim=True)
+        return x * torch.rsqrt(mean_square + module.variance_epsilon) * module.weight * z["hidden"]
+
+    length = x.shape[1]
+    rotary = model.model.rotary_emb(x, torch.arange(length)[None])
+
+    for i, block in enumerate(model.model.layers):
+        y, attention = norm(block.input_layernorm, x), block.self_attn
+        q, k, v = (
+            p(y).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, *rotary)
+        k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
+        scores = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+        heads = scores.softmax(-1) @ v * z["kv_group"][i].repeat_interleave(2)[:, None, None]
+        x = x + attention.o_proj(heads.transpose(1, 2).flatten(2)) * z["hidden"] * z["layer"][i]
+        y = norm(block.post_attention_layernorm, x)
+        inner = torch.nn.functional.silu(block.mlp.gate_proj(y)) * block.mlp.up_proj(y) * z["intermediate"][i]
+        x = x + block.mlp.down_proj(inner) * z["hidden"] * z["layer"][i]
+    logits = norm(model.model.norm, x) @ model.lm_head.weight.t()
+    sums, counts = token_losses(logits, batch["input_ids"])
+    (sums.sum() / counts.sum() + gates.constraint(gates.targets(0.0, 0.0))).backward()
+    for name, value in gates.log_alpha.items():
+        expected = found[f"grad.log_alpha.{name}"]
+        assert value.grad is not None
+        assert ((value.grad - expected).abs().max() / expected.abs().max()).item() <= 1e-5, name
+
+
+def test_gate_values_are_saved_at_every_evaluation(config: Path, tmp_path: Path) -> None:
+    fixed_noise.run(config, tmp_path / "x", "train.eval_interval=2ba", "l0_pruning.evaluate_at=target")
+    files = sorted((tmp_path / "run" / "gates").iterdir())
+    assert [file.name for file in files] == ["ba000002.safetensors", "ba000003.safetensors"]
+    values = load_file(files[-1])
+    assert values["hidden"].count_nonzero() == 20 and (values["intermediate"].count_nonzero(dim=1) == 32).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"evaluate_at": "expcted"}, "choose expected or target"),
+        ({"start_sparsity": 1.5}, "must lie in"),
+        ({"lagrangian_warmup": "soon"}, "no duration"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        L0Pruning(L0PruningConfig(target=TargetShape(layers=1), **settings), seed=0)  # type: ignore[arg-type]

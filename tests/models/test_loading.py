@@ -1,0 +1,58 @@
+"""Opening models and hashing their weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config
+
+from llmprune.errors import UserError
+from llmprune.models.loading import StoredWeights, fingerprint, load_config, load_model, new_model
+from tests.conftest import random_model, tiny_config
+
+
+def test_the_fingerprint_is_of_the_weights_however_they_are_stored(tmp_path: Path) -> None:
+    for tied in (True, False):
+        model = random_model(tiny_config(tie_word_embeddings=tied))
+        one, many = tmp_path / f"one{tied}", tmp_path / f"many{tied}"
+        model.save_pretrained(one)
+        model.save_pretrained(many, max_shard_size="30KB")
+        assert len(list(many.glob("*.safetensors"))) > 1
+        prints = {fingerprint(StoredWeights(folder), model.config) for folder in (one, many)}
+        assert prints == {fingerprint(model.state_dict(), model.config)}
+
+
+def test_the_fingerprint_sees_one_changed_number() -> None:
+    model = random_model(tiny_config())
+    before = fingerprint(model.state_dict(), model.config)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3, 4] += 1e-3
+    assert fingerprint(model.state_dict(), model.config) != before
+
+
+def test_random_models_depend_on_their_seed_alone() -> None:
+    torch.manual_seed(1)
+    a = new_model(tiny_config(), seed=3).state_dict()
+    state = torch.random.get_rng_state()
+    b = new_model(tiny_config(), seed=3).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither a folder nor reachable"):
+        load_config("nobody/nothing")
+    with pytest.raises(UserError, match="no config.json"):
+        load_config(tmp_path)
+    GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="'gpt2' is not supported; supported: llama"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="JSON"):
+        load_config(tmp_path)
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no safetensors"):
+        StoredWeights(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"junk" * 10)
+    with pytest.raises(UserError, match="damaged"):
+        StoredWeights(tmp_path)

@@ -1,0 +1,72 @@
+"""Cutting single tensors, against indexing by hand."""
+
+import pytest
+import torch
+
+from llmprune.errors import UserError
+from llmprune.families import LLAMA
+from llmprune.plans import KeptBlock, Plan
+from llmprune.surgery import Surgery
+from tests.conftest import tiny_config
+
+CONFIG = tiny_config(tie_word_embeddings=False)
+
+def plan() -> Plan:
+    return Plan(
+        family="llama",
+        model="",
+        source=LLAMA.shape(CONFIG),
+        blocks=(KeptBlock(1, heads=(2, 3, 6, 7), channels=(0, 7)), KeptBlock(3, heads=(0, 1, 4, 5), channels=(5, 9))),
+        hidden=(0, 10, 31),
+        factors={
+            "hidden": torch.tensor([1.0, 0.5, 2.0]),
+            "layers": torch.tensor([1.0, 3.0]),
+            "blocks.3.heads": torch.tensor([1.0, 2.0, 4.0, 8.0]),
+        },
+    )
+
+
+def test_the_attention_output_loses_rows_and_columns_and_takes_all_factors() -> None:
+    surgery = Surgery(CONFIG, plan())
+    weight = torch.randn(32, 64)
+    name = "model.layers.3.self_attn.o_proj.weight"
+    assert surgery.new_name(name) == "model.layers.1.self_attn.o_proj.weight"
+    found = surgery.cut(name, weight)
+    for row, (hidden, factor) in enumerate(((0, 1.0), (10, 0.5), (31, 2.0))):
+        for column, (head, gate) in enumerate(((0, 1.0), (1, 2.0), (4, 4.0), (5, 8.0))):
+            expected = weight[hidden, head * 8 : head * 8 + 8] * factor * 3.0 * gate
+            torch.testing.assert_close(found[row, column * 8 : column * 8 + 8], expected)
+
+
+def test_keys_follow_their_groups_and_norms_the_hidden_dimensions() -> None:
+    surgery = Surgery(CONFIG, plan())
+    weight = torch.randn(32, 32)
+    found = surgery.cut("model.layers.1.self_attn.k_proj.weight", weight)
+    kept = [*range(8, 16), *range(24, 32)]  # groups 1 and 3
+    torch.testing.assert_close(found, weight[kept][:, [0, 10, 31]])
+    norm = torch.randn(32)
+    torch.testing.assert_close(surgery.cut("model.norm.weight", norm), norm[[0, 10, 31]] * torch.tensor([1, 0.5, 2]))
+
+
+def test_removed_blocks_have_no_name() -> None:
+    surgery = Surgery(CONFIG, plan())
+    assert surgery.new_name("model.layers.0.mlp.up_proj.weight") is None
+    assert surgery.new_name("lm_head.weight") == "lm_head.weight"
+    assert Surgery(tiny_config(), plan()).new_name("lm_head.weight") is None
+
+
+def test_factors_keep_the_dtype() -> None:
+    weight = torch.randn(32, 64, dtype=torch.bfloat16)
+    assert Surgery(CONFIG, plan()).cut("model.layers.1.self_attn.o_proj.weight", weight).dtype == torch.bfloat16
+
+
+def test_the_config_describes_the_cut_model() -> None:
+    config = Surgery(CONFIG, plan()).config
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (2, 3, 4)
+    assert (config.num_key_value_heads, config.head_dim, config.intermediate_size) == (2, 8, 2)
+    assert CONFIG.num_hidden_layers == 4
+
+
+def test_a_plan_for_another_shape_is_refused() -> None:
+    with pytest.raises(UserError, match="the plan is for a llama model with layers 4"):
+        Surgery(tiny_config(num_hidden_layers=5), plan())

@@ -1,7 +1,8 @@
 """The built-in corpus: real text that every installation has, so that no network and no bundled text are needed.
 
 Four domains: the Python language reference (``reference``), docstrings of the installed scientific packages
-(``docstrings``), source code of the standard library (``code``), and the descriptions that packages publish of themselves
+(``docstrings``), source code of the standard library (``code``), and the descriptions that packages publish of
+themselves
 (``packages``).
 """
 
@@ -14,11 +15,20 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llmprune.files import output_folder
 
-DOCUMENTED = ("torch", "numpy", "transformers", "composer", "streaming", "torchmetrics", "torchvision", "huggingface_hub")
+DOCUMENTED = (
+    "torch",
+    "numpy",
+    "transformers",
+    "composer",
+    "streaming",
+    "torchmetrics",
+    "torchvision",
+    "huggingface_hub",
+)
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "__pycache__", "pydoc_data"}
 _SHORTEST = 200  # characters of a document
 
@@ -64,15 +74,17 @@ def packages(order: random.Random) -> Iterator[tuple[str, str]]:
     """The long descriptions of all installed packages."""
     found = {d.metadata["Name"]: d for d in importlib.metadata.distributions() if d.metadata["Name"]}
     for name, distribution in _shuffled(found.items(), order):
-        text = distribution.metadata.get_payload()  # type: ignore[attr-defined]
-        yield name, text if isinstance(text, str) and text.strip() else distribution.metadata.get("Description") or ""
+        metadata: dict[str, Any] = distribution.metadata.json
+        yield name, metadata.get("description", "")
 
 
 # From the smallest to the largest, so that what a small one leaves goes to the others.
 DOMAINS: dict[str, Domain] = {"reference": reference, "packages": packages, "code": code, "docstrings": docstrings}
 
 
-def build_corpus(out: Path | str, *, megabytes: float = 16.0, seed: int = 17, overwrite: bool = False) -> dict[str, int]:
+def build_corpus(
+    out: Path | str, *, megabytes: float = 16.0, seed: int = 17, overwrite: bool = False
+) -> dict[str, int]:
     """Write the corpus as JSON lines, ``OUT/DOMAIN/part-000.jsonl`` with the fields ``text`` and ``source``.
 
     Args:

@@ -70,7 +70,8 @@ def prepare(
 ) -> Summary:
     """Tokenise, pack and write documents, one folder per domain.
 
-    Documents are tokenised in parallel, and packed and written in their order, so the result does not depend on the number
+    Documents are tokenised in parallel, and packed and written in their order, so the result does not depend on the
+    number
     of processes. Texts that are equal go to the same split. An incomplete last sample is dropped.
 
     Args:
@@ -84,7 +85,8 @@ def prepare(
         progress: show a bar on standard error.
 
     Raises:
-        UserError: inputs, tokenizer or settings that can't work; too many bad records; a domain too short for one sample.
+        UserError: inputs, tokenizer or settings that can't work; too many bad records; a domain too short for one
+        sample.
     """
     refuse_existing(Path(out), overwrite)
     if settings.sequence_length < 2:
@@ -180,7 +182,8 @@ def _check_bad(bad: list[BadRecord], good: int, limit: float) -> None:
     if len(bad) > limit * (len(bad) + good):
         shown = "; ".join(f"{record.place}: {record.reason}" for record in bad[:3])
         raise UserError(
-            f"{len(bad)} of {len(bad) + good} records can't be read, more than the {limit:.1%} allowed by --max-bad: {shown}"
+            f"{len(bad)} of {len(bad) + good} records can't be read, more than the {limit:.1%} allowed "
+            f"by --max-bad: {shown}"
         )
 
 
@@ -280,7 +283,8 @@ class _Packer:
         for domain, splits in domains.items():
             if not splits[TRAIN].samples:
                 raise UserError(
-                    f"the domain '{domain}' is too short for one training sample of {self._settings.sequence_length} tokens: "
+                    f"the domain '{domain}' is too short for one training sample of "
+                    f"{self._settings.sequence_length} tokens: "
                     "give it more text, or choose a smaller --sequence-length"
                 )
         return domains

@@ -29,7 +29,9 @@ def train_tokenizer(
         UserError: the vocabulary is too small, or there is no text.
     """
     if vocab_size < 258:
-        raise UserError(f"a vocabulary of {vocab_size} can't hold the 256 bytes and two special tokens: choose 258 or more")
+        raise UserError(
+            f"a vocabulary of {vocab_size} can't hold the 256 bytes and two special tokens: choose 258 or more"
+        )
     files = find_files(inputs)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

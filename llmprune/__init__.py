@@ -1,0 +1,1 @@
+"""Prune large language models and train them back."""

@@ -95,7 +95,11 @@ def families(as_json: Json = False) -> None:
     from llmprune.families import FAMILIES
 
     if as_json:
-        print(json.dumps({name: {"model_types": f.model_types, "description": f.description} for name, f in FAMILIES.items()}))
+        print(
+            json.dumps(
+                {name: {"model_types": f.model_types, "description": f.description} for name, f in FAMILIES.items()}
+            )
+        )
         return
     for name, family in FAMILIES.items():
         print(f"{name:12} {', '.join(family.model_types):20} {family.description}")

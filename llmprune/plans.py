@@ -1,6 +1,7 @@
 """The plan: which units of a model stay and which factors are folded into its weights.
 
-Everything that decides writes a plan; surgery alone carries it out. On disk a plan is a JSON file with index lists, that a
+Everything that decides writes a plan; surgery alone carries it out. On disk a plan is a JSON file with index lists,
+that a
 person can read and edit, and a safetensors file beside it with the factors::
 
     plan.json         {"schema", "family", "model", "source", "hidden", "blocks": [{"index", "heads", "channels"}, …]}
@@ -9,6 +10,7 @@ person can read and edit, and a safetensors file beside it with the factors::
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,8 @@ class Plan:
         for name, factor in self.factors.items():
             if name not in expected or tuple(factor.shape) != (expected[name],):
                 raise UserError(
-                    f"the plan's factor '{name}' has the shape {list(factor.shape)}, expected [{expected.get(name, 'none')}]"
+                    f"the plan's factor '{name}' has the shape {list(factor.shape)}, expected "
+                    f"[{expected.get(name, 'none')}]"
                 )
 
     def heads(self, block: KeptBlock) -> tuple[int, ...]:
@@ -186,5 +189,5 @@ def _check_indices(what: str, indices: tuple[int, ...] | None, size: int) -> Non
         raise UserError(f"the plan keeps no {what}")
     if not all(isinstance(index, int) for index in indices):
         raise UserError(f"the plan's {what} must be whole numbers")
-    if any(b <= a for a, b in zip(indices, indices[1:], strict=False)) or indices[0] < 0 or indices[-1] >= size:
+    if any(b <= a for a, b in pairwise(indices)) or indices[0] < 0 or indices[-1] >= size:
         raise UserError(f"the plan's {what} must be ascending, each once, between 0 and {size - 1}")

@@ -74,7 +74,8 @@ class RunFolder:
                 raise UserError(f"{self.path} holds something that is no run: choose another run.folder")
             if not (overwrite or autoresume):
                 raise UserError(
-                    f"{self.path} holds a run already: pass run.autoresume=true to go on with it, run.overwrite=true to "
+                    f"{self.path} holds a run already: pass run.autoresume=true to go on with it, "
+                    f"run.overwrite=true to "
                     "delete it, or another run.folder"
                 )
             remove(self.path)

@@ -31,7 +31,8 @@ class Surgery:
         shape = self.family.shape(config)
         if plan.family != self.family.name or plan.source != shape:
             raise UserError(
-                f"the plan is for a {plan.family} model with {plan.source}; this is a {self.family.name} model with {shape}"
+                f"the plan is for a {plan.family} model with {plan.source}; this is a {self.family.name} "
+                f"model with {shape}"
             )
         self.plan = plan
         self.config = self.family.with_shape(config, plan.shape)
@@ -43,7 +44,8 @@ class Surgery:
     def new_name(self, name: str) -> str | None:
         """The name of the parameter ``name`` in the cut model.
 
-        None if it goes: its block is removed, or it is the output layer of a tied model, which is stored as the embedding.
+        None if it goes: its block is removed, or it is the output layer of a tied model, which is stored as the
+        embedding.
         """
         parameter = self.family.locate(name)
         if self._tied and parameter.role is Role.HEAD:

@@ -103,18 +103,14 @@ def build_trainer(config: Config) -> Trainer:
     dist.initialize_dist(get_device(config.train.device))
     run = RunFolder(Path(config.run.folder))
     manifest = _manifest(config, inputs)
-    resume = on_rank_zero(
-        lambda: run.prepare(overwrite=config.run.overwrite, autoresume=config.run.autoresume)
-    )
+    resume = on_rank_zero(lambda: run.prepare(overwrite=config.run.overwrite, autoresume=config.run.autoresume))
     if resume is not None:
         check_same_model(run.checkpoints, manifest, inputs.model_config)
     model = make_model(config, inputs)
     if resume is None:
         on_rank_zero(lambda: _write_run(config, run, manifest, model, inputs.tokenizer))
     train, evaluation = make_loaders(config)
-    wrapped = ComposerCausalLM(
-        model, {number: evaluation.domains[number] for number in evaluation.domains_present}
-    )
+    wrapped = ComposerCausalLM(model, {number: evaluation.domains[number] for number in evaluation.domains_present})
     optimizer = make_optimizer(config.optimizer, wrapped)
     per_rank = config.train.global_batch_size // dist.get_world_size()
     eval_batch = per_rank if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
@@ -183,9 +179,7 @@ def config_from_fields(values: dict[str, Any], tokenizer: PreTrainedTokenizerBas
     for name in values:
         if name not in known:
             raise UserError(f"model.config has the unknown field '{name}'; {nearest(name, known)}")
-    special = {
-        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
-    }
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **special, **values})
     family_of(config)
     return config
@@ -276,13 +270,16 @@ def check_same_model(checkpoints: Path, manifest: Manifest, model_config: Pretra
     saved_config = load_model_config(checkpoints / "model")
     if saved.family != family.name or family.shape(saved_config) != family.shape(model_config):
         raise UserError(
-            f"the checkpoints in {checkpoints} are of a {saved.family} model with {family.shape(saved_config)}; the config's "
-            f"model has {family.shape(model_config)}: resume with the model that the run began with, or use another folder"
+            f"the checkpoints in {checkpoints} are of a {saved.family} model with "
+            f"{family.shape(saved_config)}; the config's "
+            f"model has {family.shape(model_config)}: resume with the model that the run began with, or "
+            f"use another folder"
         )
     before, now = ((m.l0_pruning or {}).get("target") for m in (saved, manifest))
     if before != now:
         raise UserError(
-            f"the checkpoints in {checkpoints} are of a run with l0_pruning.target {before}; the config asks for {now}: "
+            f"the checkpoints in {checkpoints} are of a run with l0_pruning.target {before}; the config "
+            f"asks for {now}: "
             "keep the target, or use another run.folder"
         )
 
@@ -344,7 +341,9 @@ def _check_choices(config: Config) -> None:
             raise UserError(f"{key} '{value}' is no duration: write 100ba, 1000000tok or 0.1dur") from None
     duration, warmup = Time.from_timestring(config.train.duration), Time.from_timestring(config.scheduler.warmup)
     if duration.unit not in (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE) or duration.value < 1:
-        raise UserError(f"train.duration '{config.train.duration}' must be positive, in ba, sp or tok: the stream has no end")
+        raise UserError(
+            f"train.duration '{config.train.duration}' must be positive, in ba, sp or tok: the stream has no end"
+        )
     if warmup.value and warmup.unit not in (TimeUnit.DURATION, duration.unit):
         raise UserError(
             f"scheduler.warmup '{config.scheduler.warmup}' must have the unit of train.duration "

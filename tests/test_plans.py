@@ -19,7 +19,9 @@ def plan(*blocks: KeptBlock, **changes: object) -> Plan:
 
 def test_the_shape_follows_from_what_is_kept() -> None:
     a = plan(
-        KeptBlock(0, heads=(0, 2), channels=(1, 5, 7)), KeptBlock(3, heads=(4, 7), channels=(0, 1, 2)), hidden=(1, 2, 31)
+        KeptBlock(0, heads=(0, 2), channels=(1, 5, 7)),
+        KeptBlock(3, heads=(4, 7), channels=(0, 1, 2)),
+        hidden=(1, 2, 31),
     )
     assert a.shape == Shape(2, 3, 2, 2, 8, 3)
     assert a.heads_by_group(a.blocks[1]) == {2: [4], 3: [7]}

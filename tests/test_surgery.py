@@ -11,6 +11,7 @@ from tests.conftest import tiny_config
 
 CONFIG = tiny_config(tie_word_embeddings=False)
 
+
 def plan() -> Plan:
     return Plan(
         family="llama",

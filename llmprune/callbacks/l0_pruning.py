@@ -47,7 +47,8 @@ class L0PruningConfig:
         lagrangian_warmup: how long it takes to rise to the target (``640ba``, ``0.2dur``).
         gate_lr: learning rate of the gates (log α).
         multiplier_lr: learning rate of the Lagrange multipliers, which ascend.
-        evaluate_at: ``expected`` evaluates with as many gates at zero as are expected by now; ``target`` with exactly the
+        evaluate_at: ``expected`` evaluates with as many gates at zero as are expected by now; ``target`` with
+        exactly the
             target shape.
     """
 
@@ -62,7 +63,8 @@ class L0PruningConfig:
 class L0Pruning(Callback):
     """Trains gates that lead the model to a target shape, beside the model itself.
 
-    Gates multiply weights; they are float32, the same on every rank, and stay outside the model's state dict. One sample of
+    Gates multiply weights; they are float32, the same on every rank, and stay outside the model's state dict. One
+    sample of
     all gates is drawn per microbatch, keyed by (seed, batch, microbatch, rank). The factors that they make are detached
     leaves of the model's graph: after each backward pass their gradients are chained to the gates; after the batch
     those are averaged over ranks, the Lagrangian's gradient, which depends on the gates alone, is added, and gates and
@@ -246,9 +248,7 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Average the gradients of replicated parameters over all ranks, in one message."""
     if dist.get_world_size() == 1:
         return
-    flat = torch.cat([
-        (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters
-    ])
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     dist.all_reduce(flat, reduce_operation="SUM")
     flat /= dist.get_world_size()
     for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):

@@ -18,6 +18,7 @@ class LossGuard(Callback):
             batch = state.timestamp.batch.value - 1
             samples = state.previous_timestamp.sample.value if state.previous_timestamp else 0
             raise UserError(
-                f"the loss is {loss} at batch {batch} (samples {samples} to {state.timestamp.sample.value - 1}): the last "
+                f"the loss is {loss} at batch {batch} (samples {samples} to "
+                f"{state.timestamp.sample.value - 1}): the last "
                 "checkpoint before it is kept; resume from it with autoresume=true and a lower optimizer.lr"
             )

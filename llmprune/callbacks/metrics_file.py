@@ -30,7 +30,9 @@ class MetricsFile(LoggerDestination):
             lines = [json.loads(line) for line in self._path.read_text().splitlines()]
             now = state.timestamp.batch.value
             # An evaluation's line bears the number of the batch that follows it.
-            kept = [line for line in lines if line["batch"] < now or (line["batch"] == now and "time/batch" not in line)]
+            kept = [
+                line for line in lines if line["batch"] < now or (line["batch"] == now and "time/batch" not in line)
+            ]
             write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:

@@ -1,0 +1,1 @@
+"""From checkpoints and plans to Hugging Face folders."""

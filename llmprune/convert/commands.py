@@ -58,9 +58,7 @@ def convert(
     return plan
 
 
-def apply(
-    model: Path | str, plan: Plan | Path | str, out: Path | str, *, overwrite: bool = False
-) -> None:
+def apply(model: Path | str, plan: Plan | Path | str, out: Path | str, *, overwrite: bool = False) -> None:
     """Cut a Hugging Face model by a plan.
 
     Args:
@@ -103,7 +101,8 @@ def last_evaluation(metrics: Path) -> dict[str, float]:
     """The newest evaluation in a ``metrics.jsonl``: metric → value (empty if there is none)."""
     if not metrics.is_file():
         return {}
-    prefix, found = "metrics/eval/", {}
+    prefix = "metrics/eval/"
+    found: dict[str, float] = {}
     for line in metrics.read_text().splitlines():
         values = {k.removeprefix(prefix): v for k, v in json.loads(line).items() if k.startswith(prefix)}
         found = {**values, "batch": json.loads(line)["batch"]} if values else found

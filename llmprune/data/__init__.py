@@ -1,0 +1,1 @@
+"""Prepared data: its format, its order, and the streams that training reads."""

@@ -177,4 +177,6 @@ def check_domains(weights: Mapping[str, float], domains: Sequence[str]) -> None:
     """Raise ``UserError`` if ``weights`` names a domain that the data does not have."""
     for name in weights:
         if name not in domains:
-            raise UserError(f"data.weights names the domain '{name}', which the data does not have; {nearest(name, domains)}")
+            raise UserError(
+                f"data.weights names the domain '{name}', which the data does not have; {nearest(name, domains)}"
+            )

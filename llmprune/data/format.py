@@ -1,10 +1,10 @@
 """The layout of prepared data, shared by the writer (data_prep) and the readers.
 
-    DATA/
-      manifest.json                what is here and which tokenizer made it
-      tokenizer/                   that tokenizer
-      DOMAIN/train/index.json …    MDS shards; one sample = ``sequence_length`` token ids
-      DOMAIN/eval/index.json …
+DATA/
+  manifest.json                what is here and which tokenizer made it
+  tokenizer/                   that tokenizer
+  DOMAIN/train/index.json …    MDS shards; one sample = ``sequence_length`` token ids
+  DOMAIN/eval/index.json …
 """
 
 import json
@@ -71,8 +71,7 @@ class DataManifest:
         folder = Path(folder)
         if not (folder / "manifest.json").is_file():
             raise UserError(
-                f"{folder} holds no prepared data (no manifest.json): "
-                "make it with `python -m data_prep tokenize`"
+                f"{folder} holds no prepared data (no manifest.json): make it with `python -m data_prep tokenize`"
             )
         values = read_json(folder / "manifest.json")
         try:

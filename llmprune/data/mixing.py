@@ -1,6 +1,7 @@
 """Which domain each sample of the stream comes from: arithmetic, not chance.
 
-Tijdeman's rule for the chairman assignment problem (Discrete Mathematics 32, 1980): every prefix of the stream holds, of
+Tijdeman's rule for the chairman assignment problem (Discrete Mathematics 32, 1980): every prefix of the stream
+holds, of
 each domain, less than one sample more or fewer than its due share.
 """
 

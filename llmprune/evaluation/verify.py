@@ -29,7 +29,7 @@ class Difference:
 
 @torch.no_grad()
 def open_for_comparison(path: Path | str) -> PreTrainedModel:
-    """A model in float32 and evaluation mode: a Hugging Face model, or a checkpoint, with its gates at the target shape.
+    """A model in float32 and evaluation mode, from a Hugging Face folder or a checkpoint (gates at the target shape).
 
     Raises:
         UserError: it can't be read.
@@ -48,7 +48,9 @@ def open_for_comparison(path: Path | str) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def compare(a: PreTrainedModel, b: PreTrainedModel, *, samples: int = 4, length: int = 128, seed: int = 0) -> Difference:
+def compare(
+    a: PreTrainedModel, b: PreTrainedModel, *, samples: int = 4, length: int = 128, seed: int = 0
+) -> Difference:
     """Compare the logits of two models on the same random tokens.
 
     Args:

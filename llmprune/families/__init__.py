@@ -33,5 +33,6 @@ def family_of(config: PretrainedConfig) -> Family:
             return family
     supported = sorted(model_type for family in FAMILIES.values() for model_type in family.model_types)
     raise UserError(
-        f"the architecture '{config.model_type or type(config).__name__}' is not supported; supported: {', '.join(supported)}"
+        f"the architecture '{config.model_type or type(config).__name__}' is not supported; supported: "
+        f"{', '.join(supported)}"
     )

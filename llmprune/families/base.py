@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
@@ -123,7 +123,7 @@ class Family:
 
     def shape(self, config: PretrainedConfig) -> Shape:
         """The shape that ``config`` describes (defaults of older configs filled in)."""
-        values = {name: getattr(config, field, None) for name, field in self.fields.items()}
+        values: dict[str, Any] = {name: getattr(config, field, None) for name, field in self.fields.items()}
         values["kv_heads"] = values["kv_heads"] or values["heads"]
         values["head_dim"] = values["head_dim"] or values["hidden"] // values["heads"]
         return Shape(**values)
@@ -234,7 +234,9 @@ def shape_from(values: Mapping[str, int]) -> Shape:
         UserError: a field is missing, unknown or not a positive whole number.
     """
     names = {field.name for field in fields(Shape)}
-    if set(values) != names or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values.values()):
+    if set(values) != names or not all(
+        isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values.values()
+    ):
         raise UserError(f"a shape needs positive whole numbers for {', '.join(sorted(names))}; got {dict(values)}")
     shape = Shape(**values)
     if shape.heads % shape.kv_heads:

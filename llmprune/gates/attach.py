@@ -67,11 +67,11 @@ class _GatedRMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         gate = self._gate
         x = hidden_states.float()
-        factor = gate.factor("hidden")
-        if factor is None:
+        factor, kept = gate.factor("hidden"), gate.slot.factors.kept_hidden
+        if factor is None or kept is None:
             mean_square, weight = x.square().mean(-1, keepdim=True), self.weight
         else:
-            mean_square = x.square().sum(-1, keepdim=True) / gate.slot.factors.kept_hidden
+            mean_square = x.square().sum(-1, keepdim=True) / kept
             weight = (self.weight * factor).to(self.weight.dtype)
         normalised = x * torch.rsqrt(mean_square + gate.epsilon)
         return weight * normalised.to(hidden_states.dtype)
@@ -83,7 +83,8 @@ def attach(model: PreTrainedModel, family: Family, factors: set[str]) -> GateSlo
     Args:
         model: the dense model, not yet sharded.
         family: its family.
-        factors: names of the factors (fields of ``Factors``) that the gates have; modules that none of them touches are left
+        factors: names of the factors (fields of ``Factors``) that the gates have; modules that none of them touches
+        are left
             alone.
 
     Returns:

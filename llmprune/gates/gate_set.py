@@ -86,7 +86,8 @@ class Factors:
 class GateSet(nn.Module):
     """The gates that lead a model from one shape to another, and their Lagrange multipliers.
 
-    Parameters (float32): ``log_alpha.KIND`` of the kind's size, ``linear.KIND`` and ``quadratic.KIND`` (λ1 and λ2) with one
+    Parameters (float32): ``log_alpha.KIND`` of the kind's size, ``linear.KIND`` and ``quadratic.KIND`` (λ1 and λ2)
+    with one
     entry per row. They belong to no model: whoever owns the set trains it.
     """
 
@@ -147,7 +148,8 @@ class GateSet(nn.Module):
     def constraint(self, targets: Mapping[str, float]) -> Tensor:
         """The Lagrangian term, summed over kinds: minimised by the gates, maximised by the multipliers."""
         terms = [
-            lagrangian(self.sparsity(name), targets[name], self.linear[name], self.quadratic[name]) for name in self.kinds
+            lagrangian(self.sparsity(name), targets[name], self.linear[name], self.quadratic[name])
+            for name in self.kinds
         ]
         return torch.stack(terms).sum()
 
@@ -213,7 +215,9 @@ class GateSet(nn.Module):
             if channels is not None:
                 factors[f"blocks.{index}.channels"] = channels[index][list(block.channels or ())]
             blocks.append(block)
-        return Plan(family=family, model=model, source=self.source, blocks=tuple(blocks), hidden=hidden, factors=factors)
+        return Plan(
+            family=family, model=model, source=self.source, blocks=tuple(blocks), hidden=hidden, factors=factors
+        )
 
 
 def _kept(gates: Tensor) -> list[int]:

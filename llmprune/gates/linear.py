@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """x · (rows ⊗ columns ∘ weight)ᵀ + rows ∘ bias.
+    """X · (rows ⊗ columns ∘ weight)ᵀ + rows ∘ bias.
 
     The scaled weight costs O(parameters) where gating activations costs O(tokens × width); it is never kept for the
     backward pass, which scales anew, so memory stays that of the plain product.
@@ -30,7 +30,7 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | 
 
 
 def _scale(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """weight ∘ rows ⊗ columns in float32 (a new tensor)."""
+    """Weight ∘ rows ⊗ columns in float32 (a new tensor)."""
     if columns is None:
         return weight * rows[:, None] if rows is not None else weight.clone()
     scaled = weight * columns

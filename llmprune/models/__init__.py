@@ -1,0 +1,1 @@
+"""Opening Hugging Face models and wrapping them for Composer."""

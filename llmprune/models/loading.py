@@ -75,9 +75,7 @@ def load_model(
     """
     load_config(model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            resolve_model(model), dtype=dtype, attn_implementation=attention
-        )
+        loaded = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the model {model} can't be loaded: {reason}") from None

@@ -14,7 +14,9 @@ from llmprune.errors import UserError
 BATCH = 8
 
 
-def stream(data: Path, batches: int, *, rank: int = 0, ranks: int = 1, workers: int = 0, start: int = 0) -> list[list[int]]:
+def stream(
+    data: Path, batches: int, *, rank: int = 0, ranks: int = 1, workers: int = 0, start: int = 0
+) -> list[list[int]]:
     """The samples of one rank's batches, each flattened to a list with its domain at the end."""
     dataset = MixedDataset(
         data, global_batch_size=BATCH, weights={"numbers": 0.6, "letters": 0.4}, seed=3, rank=rank, world_size=ranks

@@ -24,7 +24,9 @@ def test_any_place_can_be_asked_for_in_any_sequence() -> None:
 
 
 def test_seeds_and_domains_differ() -> None:
-    orders = [[DomainOrder([40], seed, domain).locate(n) for n in range(40)] for seed, domain in ((1, 0), (2, 0), (1, 1))]
+    orders = [
+        [DomainOrder([40], seed, domain).locate(n) for n in range(40)] for seed, domain in ((1, 0), (2, 0), (1, 1))
+    ]
     assert orders[0] != orders[1] and orders[0] != orders[2]
 
 

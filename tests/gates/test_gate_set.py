@@ -66,7 +66,9 @@ def test_the_constraint_leads_to_the_target() -> None:
     target = target_shape(SOURCE, {"layers": 3, "hidden": 20, "heads": 4, "intermediate": 30})
     gates = GateSet(SOURCE, target)
     main = torch.optim.Adam(gates.log_alpha.values(), lr=1.0, betas=(0.9, 0.95))
-    ascent = torch.optim.Adam([*gates.linear.values(), *gates.quadratic.values()], lr=1.0, betas=(0.9, 0.95), maximize=True)
+    ascent = torch.optim.Adam(
+        [*gates.linear.values(), *gates.quadratic.values()], lr=1.0, betas=(0.9, 0.95), maximize=True
+    )
     for step in range(120):
         gates.zero_grad()
         gates.constraint(gates.targets(0.0, step / 24)).backward()

@@ -1,0 +1,51 @@
+"""Held-out losses of a model on prepared data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from llmprune.data.dataset import EvalDataset
+from llmprune.models.causal_lm import token_losses
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean next-token losses in nats per token.
+
+    Attributes:
+        loss: over all evaluated tokens.
+        domains: of each domain.
+    """
+
+    loss: float
+    domains: dict[str, float]
+
+
+@torch.no_grad()
+def evaluate_losses(
+    model: PreTrainedModel, data: Path | str, *, samples_per_domain: int | None = None, batch_size: int = 8
+) -> Losses:
+    """The losses of ``model`` on the evaluation splits of ``data``.
+
+    Args:
+        model: any causal LM whose tokenizer made the data.
+        data: a prepared folder.
+        samples_per_domain: at most so many of each; None = all.
+        batch_size: samples per forward pass.
+    """
+    dataset = EvalDataset(data, samples_per_domain)
+    sums = torch.zeros(len(dataset.domains), dtype=torch.float64)
+    counts = torch.zeros(len(dataset.domains), dtype=torch.int64)
+    model.eval()
+    for batch in DataLoader(dataset, batch_size=batch_size):
+        tokens = batch["input_ids"].to(model.device)
+        loss, number = token_losses(model(input_ids=tokens, use_cache=False).logits, tokens)
+        sums.index_add_(0, batch["domain"], loss.double().cpu())
+        counts.index_add_(0, batch["domain"], number.cpu())
+    return Losses(
+        loss=(sums.sum() / counts.sum()).item(),
+        domains={dataset.domains[i]: (sums[i] / counts[i]).item() for i in dataset.domains_present},
+    )

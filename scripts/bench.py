@@ -1,0 +1,193 @@
+"""Ratios of what llmprune does to the same work without it, from interleaved runs in one process.
+
+A ratio's value is the median over pairs of runs; its interval is from the 10th to the 90th percentile.
+"""
+
+import argparse
+import gc
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from llmprune.files import write_json
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One line of the table.
+
+    Attributes:
+        median: of the ratios of all pairs of runs; the bar is met if it is at most ``bar``.
+        p10: 10th percentile.
+        p90: 90th percentile.
+        bar: the most it may be.
+        work: what was measured, in words.
+    """
+
+    median: float
+    p10: float
+    p90: float
+    bar: float
+    work: str
+
+
+def interleaved(measured: Callable[[], None], reference: Callable[[], None], runs: int, bar: float, work: str) -> Ratio:
+    """Time the two in turn, after one warm-up of each."""
+    ratios = []
+    for number in range(runs + 1):
+        seconds = []
+        order = (measured, reference) if number % 2 else (reference, measured)
+        for run in order:
+            gc.collect()
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        took = dict(zip(order, seconds, strict=True))
+        if number:
+            ratios.append(took[measured] / took[reference])
+    tenths = statistics.quantiles(ratios, n=10, method="inclusive")
+    return Ratio(statistics.median(ratios), tenths[0], tenths[-1], bar, work)
+
+
+def training_step(gated: bool) -> tuple[Callable[[], None], str]:
+    """A training step of a Llama, with all gates or with none, and what it is in words."""
+    from transformers import LlamaConfig
+
+    from llmprune.families import LLAMA, target_shape
+    from llmprune.gates.attach import attach
+    from llmprune.gates.gate_set import GateSet
+    from llmprune.models.causal_lm import ComposerCausalLM
+    from llmprune.models.loading import new_model
+
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
+    target = {"layers": 4, "hidden": 384, "heads": 4, "kv_heads": 2, "intermediate": 1024}
+    tokens = torch.randint(config.vocab_size, (8, 256), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": tokens}
+    model = ComposerCausalLM(new_model(config, seed=0))
+    size = sum(p.numel() for p in model.parameters())
+    words = f"training step of a {size / 1e6:.1f} M Llama on {tokens.numel()} tokens, all gates / none"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def dense_step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model.loss(model(batch), batch).backward()
+        optimizer.step()
+
+    if not gated:
+        return dense_step, words
+
+    source = LLAMA.shape(config)
+    gates = GateSet(source, target_shape(source, target))
+    with torch.no_grad():
+        for log_alpha in gates.log_alpha.values():  # where samples lie between zero and one
+            log_alpha.copy_(torch.randn(log_alpha.shape))
+    gate_optimizer = torch.optim.Adam(gates.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    slot = attach(model.model, LLAMA, set(gates.factors(gates.at_target()).trainable()))
+
+    def gated_step() -> None:
+        factors = gates.factors(gates.sample(generator))
+        leaves = slot.factors = factors.detached()
+        optimizer.zero_grad(set_to_none=True)
+        gate_optimizer.zero_grad(set_to_none=True)
+        model.loss(model(batch), batch).backward()
+        grads = [leaf.grad for leaf in leaves.trainable().values()]
+        torch.autograd.backward(list(factors.trainable().values()), grads)
+        gates.constraint(gates.targets(0.0, 1.0)).backward()
+        gate_optimizer.step()
+        gates.clamp()
+        optimizer.step()
+
+    return gated_step, words
+
+
+def gated_step(runs: int) -> Ratio:
+    """A training step with all gates against a dense step of the same model; peak memory of each beside it."""
+    dense, words = training_step(False)
+    gated, _ = training_step(True)
+    ratio = interleaved(gated, dense, runs, 1.05, words)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        dense_mb, gated_mb = (pool.submit(peak_memory, kind).result() for kind in (False, True))
+    return replace(ratio, work=f"{words}; peak memory {gated_mb:.0f} / {dense_mb:.0f} MB")
+
+
+def peak_memory(gated: bool) -> float:
+    """Peak memory in MB of a fresh process that does a few training steps."""
+    step, _ = training_step(gated)
+    for _ in range(3):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def data_prep(runs: int) -> Ratio:
+    """Tokenising, packing and writing MDS against bare batch tokenisation of the same text on the same cores."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # the reference uses all cores
+    from tokenizers import Tokenizer
+
+    from data_prep.builtin import build_corpus
+    from data_prep.pack import PackSettings, prepare
+    from data_prep.sources import Document, Fields, documents, find_files
+    from data_prep.tokenizer import train_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        corpus, out = Path(folder) / "corpus", Path(folder) / "out"
+        build_corpus(corpus, megabytes=24)
+        tokenizer = train_tokenizer([corpus], Path(folder) / "tokenizer", vocab_size=8192, megabytes=8)
+        texts = [d.text for d in documents(find_files([corpus]), Fields()) if isinstance(d, Document)]
+        backend: Tokenizer = tokenizer.backend_tokenizer
+
+        def bare() -> None:
+            for start in range(0, len(texts), 100):
+                for encoding in backend.encode_batch(texts[start : start + 100], add_special_tokens=False):
+                    encoding.ids  # noqa: B018 (a tokenisation whose ids nobody reads is none)
+
+        def whole() -> None:
+            prepare([corpus], Path(folder) / "tokenizer", out, PackSettings(1024), overwrite=True)
+
+        size = sum(map(len, texts)) / 1e6
+        return interleaved(whole, bare, runs, 1.35, f"{size:.0f} MB of text into MDS / bare batch tokenisation")
+
+
+BENCHMARKS: dict[str, Callable[[int], Ratio]] = {"gated_step": gated_step, "data_prep": data_prep}
+
+
+def main() -> int:
+    """Run the benchmarks and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", help="names, separated by commas")
+    parser.add_argument("--runs", type=int, default=15, help="pairs of runs of each")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/bench.json"))
+    arguments = parser.parse_args()
+    names = arguments.only.split(",") if arguments.only else list(BENCHMARKS)
+    results = {}
+    print(f"{'name':16}{'median':>8}{'10 %':>8}{'90 %':>8}{'bar':>8}   work")
+    for name in names:
+        ratio = BENCHMARKS[name](arguments.runs)
+        results[name] = asdict(ratio)
+        verdict = "" if ratio.median <= ratio.bar else "  MISSED"
+        print(f"{name:16}{ratio.median:8.3f}{ratio.p10:8.3f}{ratio.p90:8.3f}{ratio.bar:8.2f}   {ratio.work}{verdict}")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.out, {"schema": 1, "benchmarks": results})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

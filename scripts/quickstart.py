@@ -1,0 +1,223 @@
+"""The whole journey on a small default: corpus → base → pruned → recovered, beside training from scratch.
+
+Every stage leaves its folder under OUT; a second run reuses the stages whose inputs have not changed. It ends with a
+table, OUT/summary.json, and samples of text from the base and the recovered model.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llmprune.errors import UserError
+from llmprune.files import read_json, remove, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+SEQUENCE_LENGTH, VOCABULARY, MEGABYTES = 128, 4096, 16.0
+EVAL_SAMPLES_PER_DOMAIN = 100
+PROMPT = "The function returns"
+
+
+class Stages:
+    """Runs named stages, each once for the same inputs."""
+
+    def __init__(self, out: Path) -> None:
+        """Remember what was done in ``out``/stages.json."""
+        self._path = out / "stages.json"
+        self._done: dict[str, dict[str, Any]] = read_json(self._path) if self._path.exists() else {}
+        self._previous = ""
+
+    def run(self, name: str, inputs: Any, outputs: list[Path], work: Callable[[], None]) -> None:
+        """Do ``work`` unless it was done with the same inputs (its own and all before it) and its outputs are there."""
+        key = hashlib.sha256(json.dumps([self._previous, name, inputs]).encode()).hexdigest()
+        self._previous = key
+        if self._done.get(name, {}).get("key") == key and all(path.exists() for path in outputs):
+            print(f"quickstart: {name}: reused", flush=True)
+            return
+        print(f"quickstart: {name} …", flush=True)
+        for path in outputs:
+            remove(path)
+        start = time.perf_counter()
+        work()
+        self._done[name] = {"key": key, "seconds": round(time.perf_counter() - start, 1)}
+        write_json(self._path, self._done)
+        print(f"quickstart: {name}: {self._done[name]['seconds']} s", flush=True)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each stage took when it was last done."""
+        return {name: stage["seconds"] for name, stage in self._done.items()}
+
+
+def train_here(yaml: str, overrides: list[str]) -> None:
+    """Train in this process: starting another costs more than small stages do."""
+    from llmprune.config import load_config
+    from llmprune.training import train
+
+    train(load_config(ROOT / "yamls" / yaml, overrides))
+
+
+def prune_by_launcher(overrides: list[str]) -> None:
+    """Prune as a user would, with Composer's launcher."""
+    command = [str(Path(sys.executable).parent / "composer"), "train.py", "yamls/prune.yaml", *overrides]
+    print("quickstart:   " + " ".join(["composer", *command[1:]]), flush=True)
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def journey(out: Path, seed: int) -> dict[str, Any]:
+    """Run all stages; returns the summary."""
+    from data_prep.builtin import build_corpus
+    from data_prep.pack import PackSettings, prepare
+    from data_prep.tokenizer import train_tokenizer
+    from llmprune.convert.commands import convert
+
+    stages = Stages(out)
+    data, base, pruned = out / "data", out / "base", out / "pruned"
+    common = [f"data.path={data}", f"run.seed={seed}"]
+    yamls = {path.name: path.read_text() for path in sorted((ROOT / "yamls").glob("*.yaml"))}
+
+    stages.run(
+        "corpus", MEGABYTES, [out / "corpus"], lambda: _ignore(build_corpus(out / "corpus", megabytes=MEGABYTES))
+    )
+    stages.run(
+        "tokenizer",
+        VOCABULARY,
+        [out / "tokenizer"],
+        lambda: _ignore(train_tokenizer([out / "corpus"], out / "tokenizer", vocab_size=VOCABULARY, megabytes=8)),
+    )
+    settings = PackSettings(SEQUENCE_LENGTH, eval_fraction=0.06)
+    stages.run(
+        "data", asdict(settings), [data], lambda: _ignore(prepare([out / "corpus"], out / "tokenizer", data, settings))
+    )
+
+    def pretrain() -> None:
+        train_here("pretrain.yaml", [*common, f"run.folder={out}/pretrain"])
+        convert(out / "pretrain", base)
+
+    def prune() -> None:
+        prune_by_launcher([*common, f"model.path={base}", f"run.folder={out}/prune"])
+        convert(out / "prune", pruned)
+
+    def recover() -> None:
+        train_here("continue.yaml", [*common, f"model.path={pruned}", f"run.folder={out}/continue"])
+        convert(out / "continue", out / "recovered")
+
+    def scratch() -> None:
+        train_here("pretrain.yaml", [*common, f"run.folder={out}/from_scratch", *scratch_overrides(pruned, out)])
+        convert(out / "from_scratch", out / "scratch")
+
+    stages.run("pretrain", [seed, yamls["pretrain.yaml"]], [out / "pretrain", base], pretrain)
+    stages.run("prune", [seed, yamls["prune.yaml"]], [out / "prune", pruned], prune)
+    stages.run("continue", [seed, yamls["continue.yaml"]], [out / "continue", out / "recovered"], recover)
+    stages.run("scratch", seed, [out / "from_scratch", out / "scratch"], scratch)
+    stages.run("evaluate", EVAL_SAMPLES_PER_DOMAIN, [out / "evaluation.json"], lambda: evaluate(out, data))
+    summary = {**read_json(out / "evaluation.json"), "seed": seed, "seconds": stages.seconds}
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def scratch_overrides(pruned: Path, out: Path) -> list[str]:
+    """The pruned model's shape, and as many batches as pruning and recovery had together."""
+    from llmprune.config import load_config
+
+    config = read_json(pruned / "config.json")
+    fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    batches = sum(
+        int(load_config(out / run / "config.yaml").train.duration.removesuffix("ba")) for run in ("prune", "continue")
+    )
+    return [*(f"model.config.{field}={config[field]}" for field in fields), f"train.duration={batches}ba"]
+
+
+def evaluate(out: Path, data: Path) -> None:
+    """Measure the four models, let two of them write, and compare the gated checkpoint with its export."""
+    from llmprune.evaluation.losses import evaluate_losses
+    from llmprune.evaluation.verify import compare, open_for_comparison
+    from llmprune.models.loading import load_model
+
+    folders = {name: out / name for name in ("base", "pruned", "recovered", "scratch")}
+    losses, parameters = {}, {}
+    for name, folder in folders.items():
+        model = load_model(folder)
+        losses[name] = evaluate_losses(model, data, samples_per_domain=EVAL_SAMPLES_PER_DOMAIN)
+        parameters[name] = sum(p.numel() for p in model.parameters())
+    difference = compare(open_for_comparison(out / "prune"), open_for_comparison(folders["pruned"]))
+    write_json(
+        out / "evaluation.json",
+        {
+            "base_params": parameters["base"],
+            "pruned_params": parameters["pruned"],
+            **{f"{name}_loss": found.loss for name, found in losses.items()},
+            "domains": {name: found.domains for name, found in losses.items()},
+            "gated_minus_cut": asdict(difference),
+            "samples": {name: sample(folders[name]) for name in ("base", "recovered")},
+        },
+    )
+
+
+def sample(folder: Path) -> str:
+    """What a model writes after the prompt (seeded)."""
+    import torch
+
+    from llmprune.models.loading import load_model, load_tokenizer
+
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    torch.manual_seed(0)
+    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    written = model.generate(**inputs, max_new_tokens=40, do_sample=True, temperature=0.6, top_p=0.9)
+    return str(tokenizer.decode(written[0], skip_special_tokens=True))
+
+
+def show(summary: dict[str, Any], out: Path) -> None:
+    """Print the table."""
+    rows = {
+        "base": ("base", summary["base_params"]),
+        "pruned": ("pruned (cut, not yet recovered)", summary["pruned_params"]),
+        "recovered": ("recovered", summary["pruned_params"]),
+        "scratch": ("same shape and tokens from scratch", summary["pruned_params"]),
+    }
+    domains = sorted(summary["domains"]["base"])
+    print(f"\n{'model':36}{'parameters':>12}{'loss':>9}" + "".join(f"{name:>12}" for name in domains))
+    for name, (label, parameters) in rows.items():
+        found = summary["domains"][name]
+        print(
+            f"{label:36}{parameters:12,}{summary[f'{name}_loss']:9.4f}" + "".join(f"{found[d]:12.4f}" for d in domains)
+        )
+    for name, text in summary["samples"].items():
+        print(f"\n{name} writes: {' '.join(text.split())}")
+    print(f"\nThe recovered model is {out}/recovered; figures and seconds per stage: {out}/summary.json")
+
+
+def _ignore(_: object) -> None:
+    """A stage's work returns nothing."""
+
+
+def main() -> int:
+    """Run the journey; a mistake of the user's is one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of all results")
+    parser.add_argument("--seed", type=int, default=17, help="of weights, data order and gates")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("composer").setLevel(logging.ERROR)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        show(journey(arguments.out, arguments.seed), arguments.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except subprocess.CalledProcessError as error:
+        print("error: pruning failed; see its message above", file=sys.stderr)
+        return error.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

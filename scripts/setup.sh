@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Make .venv with everything llmprune needs, or do nothing when it is current.
+#   bash scripts/setup.sh            PYTHON=python3.12 bash scripts/setup.sh to choose the interpreter
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+current() {  # whether $1 runs and is Python 3.10 to 3.12
+  "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
+}
+
+python=""
+for candidate in "${PYTHON:-}" python3.11 python3.12 python3.10 python3 python; do
+  if [ -n "$candidate" ] && current "$candidate"; then python="$candidate"; break; fi
+done
+if [ -z "$python" ]; then
+  echo "error: llmprune needs Python 3.10, 3.11 or 3.12: install one, or name it with PYTHON=/path/to/python3.11" >&2
+  exit 2
+fi
+
+# What the environment depends on: the pins and the interpreter.
+stamp="$(cat setup.py scripts/setup.sh | cksum | tr ' ' -) $("$python" -V 2>&1) $PWD"
+if [ -x .venv/bin/python ] && [ "$(cat .venv/stamp 2>/dev/null)" = "$stamp" ]; then
+  echo "setup: .venv is current"
+  exit 0
+fi
+
+echo "setup: making .venv with $("$python" -V 2>&1) (torch and its CUDA libraries are about 7 GB; some minutes)"
+"$python" -m venv --clear .venv
+.venv/bin/python -m pip install --quiet --upgrade "pip>=24"
+.venv/bin/python -m pip install --quiet --editable ".[dev]"
+echo "$stamp" > .venv/stamp
+echo "setup: done; run .venv/bin/llmprune, or 'source .venv/bin/activate' first"

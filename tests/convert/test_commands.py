@@ -1,0 +1,124 @@
+"""From checkpoints and plans to Hugging Face folders."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmprune.config import load_config
+from llmprune.convert.checkpoint import Checkpoint
+from llmprune.convert.commands import apply, convert
+from llmprune.convert.export import export, keep_everything
+from llmprune.errors import UserError
+from llmprune.evaluation.verify import compare, open_for_comparison
+from llmprune.models.loading import StoredWeights, fingerprint, load_model
+from llmprune.plans import Plan
+from llmprune.training import train
+
+
+@pytest.fixture(scope="module")
+def pruned_run(data: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short pruning run."""
+    folder = tmp_path_factory.mktemp("run")
+    yaml = folder / "prune.yaml"
+    yaml.write_text(f"""
+run: {{name: test, folder: {folder}/run}}
+model: {{path: {model_folder}}}
+data: {{path: {data}, eval_samples_per_domain: 2}}
+l0_pruning: {{target: {{layers: 3, hidden: 20, heads: 4, intermediate: 32}}}}
+optimizer: {{lr: 1.0e-3}}
+train: {{duration: 30ba, global_batch_size: 4, microbatch_size: 4}}
+loggers: {{console: false}}
+""")
+    train(load_config(yaml))
+    return folder / "run"
+
+
+def test_the_gated_checkpoint_and_its_export_agree(pruned_run: Path, tmp_path: Path) -> None:
+    plan = convert(pruned_run, tmp_path / "out")
+    assert (plan.shape.layers, plan.shape.hidden, plan.shape.heads, plan.shape.intermediate) == (3, 20, 4, 32)
+    gated, cut = open_for_comparison(pruned_run), open_for_comparison(tmp_path / "out")
+    difference = compare(gated, cut)
+    assert difference.max_rel <= 1e-5 and difference.mean_abs <= difference.max_abs
+    dense = open_for_comparison(Path(load_config(pruned_run / "config.yaml").model.path or ""))
+    assert compare(gated, dense).max_rel > 1e-2
+
+
+def test_the_export_is_a_plain_hugging_face_folder(pruned_run: Path, tmp_path: Path) -> None:
+    convert(pruned_run, tmp_path / "out", dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False, dtype="auto")
+    assert model.dtype == torch.bfloat16 and model.config.use_cache and model.config.hidden_size == 20
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.decode(tokenizer("one two </s>")["input_ids"]) == "one two </s>"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: transformers" in card and "| hidden | 32 | 20 |" in card and "perplexity" in card
+    assert {file.name for file in (tmp_path / "out").glob("*.safetensors")} == {"model.safetensors"}
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o044
+
+
+def test_the_plan_of_an_export_cuts_the_source_again(pruned_run: Path, model_folder: Path, tmp_path: Path) -> None:
+    convert(pruned_run, tmp_path / "out")
+    plan = Plan.load(tmp_path / "out" / "llmprune" / "plan.json")
+    with pytest.raises(UserError, match="apply it to the model that it was made for"):
+        apply(model_folder, plan, tmp_path / "again")
+    checkpoint = Checkpoint.open(pruned_run)
+    dense = keep_everything(checkpoint.config, plan.model)
+    export(
+        checkpoint.weights, checkpoint.config, dense, tmp_path / "dense", companions=checkpoint.model_folder, source="x"
+    )
+    apply(tmp_path / "dense", plan, tmp_path / "again")
+    once, twice = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert all(torch.equal(once[name], twice[name]) for name in once) and len(once) == len(twice)
+
+
+def test_shards_hold_what_one_file_holds(model_folder: Path, tmp_path: Path) -> None:
+    weights, model = StoredWeights(model_folder), load_model(model_folder)
+    plan = keep_everything(model.config, fingerprint(weights, model.config))
+    export(weights, model.config, plan, tmp_path / "out", companions=model_folder, source="x", max_shard_size="20KB")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert compare(load_model(model_folder), load_model(tmp_path / "out")).max_abs == 0
+
+
+def test_nothing_is_half_written(pruned_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("llmprune.convert.export.save_tensors", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        convert(pruned_run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_are_named(pruned_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="pass --overwrite"):
+        convert(pruned_run, tmp_path / "there")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        convert(tmp_path / "there", tmp_path / "out")
+    with pytest.raises(UserError, match="does not exist"):
+        convert(tmp_path / "no.pt", tmp_path / "out")
+    (tmp_path / "there" / "x.pt").write_bytes(b"junk")
+    with pytest.raises(UserError, match="no manifest.json"):
+        convert(tmp_path / "there" / "x.pt", tmp_path / "out")
+
+
+def test_a_damaged_or_dangerous_checkpoint_is_refused(pruned_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (exec, (f"open({str(tmp_path / 'owned')!r}, 'w')",))
+
+    copy = shutil.copytree(pruned_run / "checkpoints", tmp_path / "checkpoints", symlinks=True)
+    file = next(copy.glob("ba*.pt"))
+    torch.save({"state": {"model": Evil()}}, file)
+    with pytest.raises(UserError, match="no readable checkpoint"):
+        convert(file, tmp_path / "out")
+    assert not (tmp_path / "owned").exists()
+    file.write_bytes(b"PK" + b"junk" * 100)
+    with pytest.raises(UserError, match="no readable checkpoint"):
+        convert(file, tmp_path / "out")

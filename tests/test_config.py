@@ -1,0 +1,77 @@
+"""The YAML schema: overrides, and mistakes told in one line."""
+
+from pathlib import Path
+
+import pytest
+
+from llmprune.config import load_config, save_config
+from llmprune.errors import UserError
+
+YAMLS = sorted((Path(__file__).parents[1] / "yamls").rglob("*.yaml"))
+
+MINIMAL = """
+run: {name: x}
+model: {path: somewhere}
+data: {path: there}
+train: {duration: 10ba, global_batch_size: 4}
+"""
+
+
+@pytest.fixture
+def yaml(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_overrides_win_and_sections_appear_on_demand(yaml: Path) -> None:
+    config = load_config(yaml, ["optimizer.lr=0.5", "l0_pruning.target.hidden=8", "data.weights.web=2"])
+    assert config.optimizer.lr == 0.5 and config.run.folder == "runs/x"
+    assert config.l0_pruning is not None and config.l0_pruning.target.hidden == 8
+    assert config.data.weights == {"web": 2.0}
+
+
+def test_a_saved_config_loads_as_itself(yaml: Path, tmp_path: Path) -> None:
+    config = load_config(yaml, ["l0_pruning.target.heads=4"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rate=1", "unknown key 'optimizer.learning_rate'"),
+        ("trian.duration=3ba", "did you mean 'train'"),
+        ("train.global_batchsize=3", "did you mean 'global_batch_size'"),
+        ("l0_pruning.target.hiden=3", "did you mean 'hidden'"),
+        ("optimizer.lr=fast", "optimizer.lr"),
+        ("nonsense", "not of the form"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_nearest(yaml: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_config(yaml, [override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: {name: x", "can't be read"),
+        ("- 1", "must hold sections"),
+        ("run: {name: x}", "must be set"),
+        (MINIMAL + "\nscheduler: {naem: cosine}", "did you mean 'name'"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(path)
+    with pytest.raises(UserError, match="does not exist"):
+        load_config(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_every_shipped_yaml_loads(path: Path) -> None:
+    load_config(path)

@@ -20,7 +20,7 @@ setup(
         "huggingface_hub==0.36.2",
         "safetensors==0.8.0",
         "omegaconf==2.4.0",
-        "typer==0.29.2",
+        "typer==0.29.1",
         "zstandard==0.25.0",
         "numpy==2.1.3",
     ],
@@ -28,7 +28,7 @@ setup(
         "gpu": ["flash-attn==2.8.3"],
         "eval": ["lm-eval==0.4.9.2"],
         "wandb": ["wandb==0.18.7"],
-        "dev": ["pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "mypy==2.4.1", "import-linter==2.16"],
+        "dev": ["pytest==9.2.0", "hypothesis==6.168.5", "ruff==0.17.6", "mypy==2.4.1", "import-linter==2.11"],
     },
     entry_points={"console_scripts": ["llmprune=llmprune.cli:main"]},
 )

@@ -7,11 +7,15 @@ from llmprune.errors import UserError
 
 def main(arguments: list[str]) -> int:
     """Train as the YAML says; 0 = done, 2 = a mistake of the user's, told in one line."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: composer [-n RANKS] train.py yamls/NAME.yaml [section.key=value …]")
-        print("       every section and key, with its meaning: llmprune/config.py and docs/config.md")
-        return 0 if arguments else 2
+    if not arguments:
+        print("usage: composer [-n RANKS] train.py yamls/NAME.yaml [section.key=value …]", file=sys.stderr)
+        return 2
     try:
+        if arguments[0] in ("-h", "--help"):
+            from llmprune.config import describe
+
+            print(f"composer [-n RANKS] train.py yamls/NAME.yaml [section.key=value …]\n\n{describe()}")
+            return 0
         from llmprune.config import load_config
         from llmprune.training import train
 

@@ -2,8 +2,7 @@
 
 Four domains: the Python language reference (``reference``), docstrings of the installed scientific packages
 (``docstrings``), source code of the standard library (``code``), and the descriptions that packages publish of
-themselves
-(``packages``).
+themselves (``packages``).
 """
 
 import ast

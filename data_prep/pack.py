@@ -71,8 +71,7 @@ def prepare(
     """Tokenise, pack and write documents, one folder per domain.
 
     Documents are tokenised in parallel, and packed and written in their order, so the result does not depend on the
-    number
-    of processes. Texts that are equal go to the same split. An incomplete last sample is dropped.
+    number of processes. Texts that are equal go to the same split. An incomplete last sample is dropped.
 
     Args:
         inputs: files and folders.
@@ -86,7 +85,7 @@ def prepare(
 
     Raises:
         UserError: inputs, tokenizer or settings that can't work; too many bad records; a domain too short for one
-        sample.
+            sample.
     """
     refuse_existing(Path(out), overwrite)
     if settings.sequence_length < 2:

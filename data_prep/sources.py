@@ -1,8 +1,7 @@
 """Reading documents: plain text and JSON lines, plain, .gz or .zst.
 
-A format is one entry of ``READERS``: from a stream of bytes to (record number, text, record) triples. Formats that
-are no
-streams of bytes (Parquet, data sets of the hub) would be further kinds of ``documents``.
+A format is one entry of ``READERS``: from a stream of bytes to (record number, text, record) triples. Formats that are
+no streams of bytes (Parquet, data sets of the hub) would be further kinds of ``documents``.
 """
 
 import gzip

@@ -1,11 +1,11 @@
 """The YAML of a run as a typed schema.
 
 A run is described by one YAML file and ``key=value`` overrides. Every key is a field of a dataclass below; a section
-that
-configures a component is declared beside it.
+that configures a component is declared beside it.
 """
 
 import dataclasses
+import inspect
 import re
 import types
 import typing
@@ -223,6 +223,39 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config as YAML."""
     OmegaConf.save(OmegaConf.structured(config), path, resolve=True)
+
+
+def describe() -> str:
+    """Every section and key of a run's YAML with its default and its meaning, as text."""
+    lines: list[str] = []
+    for section in dataclasses.fields(Config):
+        cls = _dataclass_in(typing.get_type_hints(Config)[section.name])
+        optional = " (optional)" if section.default is None else ""
+        lines += ["", f"{section.name}:{optional}  # {inspect.cleandoc(cls.__doc__).splitlines()[0]}"]
+        lines += _describe_fields(cls, "  ")
+    return "\n".join(lines[1:])
+
+
+def _describe_fields(cls: Any, indent: str) -> list[str]:
+    lines, meanings = [], _attributes(cls)
+    for key in dataclasses.fields(cls):
+        hint = typing.get_type_hints(cls)[key.name]
+        meaning = f"  # {meanings[key.name]}" if key.name in meanings else ""
+        nested = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
+        if nested is not None:
+            lines += [f"{indent}{key.name}:{meaning}", *_describe_fields(nested, indent + "  ")]
+            continue
+        default = key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
+        shown = "(required)" if default is MISSING else "null" if default is None else str(default)
+        lines.append(f"{indent}{key.name}: {shown}{meaning}")
+    return lines
+
+
+def _attributes(cls: Any) -> dict[str, str]:
+    """What a dataclass's docstring says of each attribute."""
+    _, _, section = inspect.cleandoc(cls.__doc__).partition("Attributes:\n")
+    entries = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def _merge(base: Any, update: Any, source: str) -> Any:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 class UserError(Exception):
     """A mistake in what the user asked for: shown as one line, without a traceback, exit code 2.
 
-    The message says what is wrong and what to do about it. Errors that can only be our own
-    are raised as anything else and keep their traceback.
+    The message says what is wrong and what to do about it. Errors that can only be our own are raised as anything else
+    and keep their traceback.
     """
 
 

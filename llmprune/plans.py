@@ -1,8 +1,7 @@
 """The plan: which units of a model stay and which factors are folded into its weights.
 
-Everything that decides writes a plan; surgery alone carries it out. On disk a plan is a JSON file with index lists,
-that a
-person can read and edit, and a safetensors file beside it with the factors::
+Everything that decides writes a plan; surgery alone carries it out. On disk a plan is a JSON file with index lists, that
+a person can read and edit, and a safetensors file beside it with the factors::
 
     plan.json         {"schema", "family", "model", "source", "hidden", "blocks": [{"index", "heads", "channels"}, …]}
     plan.safetensors  "hidden", "layers", "blocks.I.heads", "blocks.I.channels"   (float32; each is optional)
@@ -49,8 +48,8 @@ class Plan:
         blocks: the blocks that stay, in order.
         hidden: the hidden dimensions that stay, ascending (None = all).
         factors: what is multiplied into the kept weights, float32, each as long as what it multiplies: ``hidden``
-            [kept hidden], ``layers`` [kept blocks], ``blocks.I.heads`` [kept heads], ``blocks.I.channels``
-            [kept channels], where I is the block's number in the source. Absent = one.
+            [kept hidden], ``layers`` [kept blocks], ``blocks.I.heads`` [kept heads], ``blocks.I.channels`` [kept
+            channels], where I is the block's number in the source. Absent = one.
     """
 
     family: str

@@ -1,5 +1,6 @@
 """From a config to a Composer trainer."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -329,6 +330,12 @@ def _check_choices(config: Config) -> None:
     ):
         if value not in valid:
             raise UserError(f"{key} '{value}' is unknown; {nearest(value, valid)}")
+    for wanted, package, extra in (
+        (config.model.attention == "flash_attention_2", "flash_attn", "gpu"),
+        (config.loggers.wandb is not None, "wandb", "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"the package {package} is not installed: pip install -e '.[{extra}]'")
     for key, value in (
         ("train.duration", config.train.duration),
         ("train.eval_interval", config.train.eval_interval),

@@ -63,7 +63,7 @@ def training_step(gated: bool) -> tuple[Callable[[], None], str]:
     """A training step of a Llama, with all gates or with none, and what it is in words."""
     from transformers import LlamaConfig
 
-    from llmprune.families import LLAMA, target_shape
+    from llmprune.families import FAMILIES, target_shape
     from llmprune.gates.attach import attach
     from llmprune.gates.gate_set import GateSet
     from llmprune.models.causal_lm import ComposerCausalLM
@@ -94,14 +94,15 @@ def training_step(gated: bool) -> tuple[Callable[[], None], str]:
     if not gated:
         return dense_step, words
 
-    source = LLAMA.shape(config)
+    family = FAMILIES["llama"]
+    source = family.shape(config)
     gates = GateSet(source, target_shape(source, target))
     with torch.no_grad():
         for log_alpha in gates.log_alpha.values():  # where samples lie between zero and one
             log_alpha.copy_(torch.randn(log_alpha.shape))
     gate_optimizer = torch.optim.Adam(gates.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(0)
-    slot = attach(model.model, LLAMA, set(gates.factors(gates.at_target()).trainable()))
+    slot = attach(model.model, family, set(gates.factors(gates.at_target()).trainable()))
 
     def gated_step() -> None:
         factors = gates.factors(gates.sample(generator))
@@ -109,7 +110,7 @@ def training_step(gated: bool) -> tuple[Callable[[], None], str]:
         optimizer.zero_grad(set_to_none=True)
         gate_optimizer.zero_grad(set_to_none=True)
         model.loss(model(batch), batch).backward()
-        grads = [leaf.grad for leaf in leaves.trainable().values()]
+        grads = [leaf.grad for leaf in leaves.trainable().values() if leaf.grad is not None]
         torch.autograd.backward(list(factors.trainable().values()), grads)
         gates.constraint(gates.targets(0.0, 1.0)).backward()
         gate_optimizer.step()
@@ -156,7 +157,7 @@ def data_prep(runs: int) -> Ratio:
 
         def bare() -> None:
             for start in range(0, len(texts), 100):
-                for encoding in backend.encode_batch(texts[start : start + 100], add_special_tokens=False):
+                for encoding in backend.encode_batch_fast(texts[start : start + 100], add_special_tokens=False):
                     encoding.ids  # noqa: B018 (a tokenisation whose ids nobody reads is none)
 
         def whole() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmprune.errors import UserError
-from llmprune.families import LLAMA
+from llmprune.families.llama import LLAMA
 from llmprune.plans import KeptBlock, Plan
 from llmprune.surgery import Surgery
 from tests.conftest import tiny_config

@@ -146,6 +146,8 @@ def test_a_nan_loss_stops_and_keeps_the_last_checkpoint(yaml: Path, tmp_path: Pa
         ("scheduler.warmup=100tok", "must have the unit"),
         ("train.microbatch_size=0", "positive whole number or auto"),
         ("train.precision=amp_bf16", "needs a GPU"),
+        ("model.attention=flash_attention_2", r"pip install -e '.\[gpu\]'"),
+        ("loggers.wandb={project: x}", r"pip install -e '.\[wandb\]'"),
         ("model.dtype=float8", "did you mean .float32"),
     ],
 )

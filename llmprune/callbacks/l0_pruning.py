@@ -26,8 +26,8 @@ EVALUATIONS = ("expected", "target")
 class TargetShape:
     """The shape to prune to; what is left out stays as it is.
 
-    Heads without ``kv_heads`` remove whole key/value groups, and the other way round; both together can also remove the
-    same number of query heads within every group.
+    Heads without ``kv_heads`` remove whole key/value groups, and the other way round; both together can also remove
+    the same number of query heads within every group.
     """
 
     layers: int | None = None
@@ -47,9 +47,8 @@ class L0PruningConfig:
         lagrangian_warmup: how long it takes to rise to the target (``640ba``, ``0.2dur``).
         gate_lr: learning rate of the gates (log α).
         multiplier_lr: learning rate of the Lagrange multipliers, which ascend.
-        evaluate_at: ``expected`` evaluates with as many gates at zero as are expected by now; ``target`` with
-        exactly the
-            target shape.
+        evaluate_at: ``expected`` evaluates with as many gates at zero as are expected by now; ``target`` with exactly
+            the target shape.
     """
 
     target: TargetShape = field(default_factory=TargetShape)
@@ -64,11 +63,11 @@ class L0Pruning(Callback):
     """Trains gates that lead the model to a target shape, beside the model itself.
 
     Gates multiply weights; they are float32, the same on every rank, and stay outside the model's state dict. One
-    sample of
-    all gates is drawn per microbatch, keyed by (seed, batch, microbatch, rank). The factors that they make are detached
-    leaves of the model's graph: after each backward pass their gradients are chained to the gates; after the batch
-    those are averaged over ranks, the Lagrangian's gradient, which depends on the gates alone, is added, and gates and
-    multipliers step. The model's learning-rate schedule scales all learning rates. Gradient clipping leaves gates out.
+    sample of all gates is drawn per microbatch, keyed by (seed, batch, microbatch, rank). The factors that they make
+    are detached leaves of the model's graph: after each backward pass their gradients are chained to the gates; after
+    the batch those are averaged over ranks, the Lagrangian's gradient, which depends on the gates alone, is added, and
+    gates and multipliers step. The model's learning-rate schedule scales all learning rates. Gradient clipping leaves
+    gates out.
     """
 
     def __init__(self, config: L0PruningConfig, *, seed: int, folder: Path | None = None) -> None:

@@ -14,8 +14,8 @@ from llmprune.files import write_text
 class MetricsFile(LoggerDestination):
     """Writes ``metrics.jsonl``: lines of {"batch": n, metric: value, …}, by rank 0.
 
-    A batch has one line, and one more for each evaluation after it.
-    A resumed run drops the lines of batches that it does again.
+    A batch has one line, and one more for each evaluation after it. A resumed run drops the lines of batches that it
+    does again.
     """
 
     def __init__(self, path: Path) -> None:

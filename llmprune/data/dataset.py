@@ -53,8 +53,8 @@ class MixedDataset(IterableDataset[Sample]):
     """The endless training stream over all domains, in fixed proportions.
 
     Slot n of the stream is sample n of the global sequence, whatever the number of ranks and workers: each rank and
-    worker computes its own slots without talking to anyone. It yields {"input_ids": int64 [sequence length],
-    "domain": int64 []}.
+    worker computes its own slots without talking to anyone. It yields {"input_ids": int64 [sequence length], "domain":
+    int64 []}.
     """
 
     def __init__(

@@ -43,8 +43,8 @@ class SplitCounts:
 class DataManifest:
     """``manifest.json`` of a prepared data folder.
 
-    ``domains`` maps each domain to its splits (``train``, ``eval``) and their counts; ``dtype``
-    is the MDS encoding of the ids (``uint16`` or ``uint32``).
+    ``domains`` maps each domain to its splits (``train``, ``eval``) and their counts; ``dtype`` is the MDS encoding of
+    the ids (``uint16`` or ``uint32``).
     """
 
     sequence_length: int

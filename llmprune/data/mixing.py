@@ -1,8 +1,7 @@
 """Which domain each sample of the stream comes from: arithmetic, not chance.
 
-Tijdeman's rule for the chairman assignment problem (Discrete Mathematics 32, 1980): every prefix of the stream
-holds, of
-each domain, less than one sample more or fewer than its due share.
+Tijdeman's rule for the chairman assignment problem (Discrete Mathematics 32, 1980): every prefix of the stream holds,
+of each domain, less than one sample more or fewer than its due share.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +32,8 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
 class Mixer:
     """The endless sequence of domains under constant weights, from any starting slot.
 
-    At slot n (from 0), among the domains whose next sample may start by now, the one whose sample is due first is taken
-    (ties: the lower number). All arithmetic is in whole numbers, so every process computes the same sequence.
+    At slot n (from 0), among the domains whose next sample may start by now, the one whose sample is due first is
+    taken (ties: the lower number). All arithmetic is in whole numbers, so every process computes the same sequence.
     """
 
     def __init__(self, weights: Sequence[int]) -> None:

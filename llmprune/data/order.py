@@ -1,7 +1,7 @@
 """In which order the samples of one domain come: computed, not stored.
 
-Each epoch permutes the shards and shuffles samples within a window of consecutive permuted shards. Memory and time grow
-with the number of shards and the size of one window, never with the number of samples.
+Each epoch permutes the shards and shuffles samples within a window of consecutive permuted shards. Memory and time
+grow with the number of shards and the size of one window, never with the number of samples.
 """
 
 from collections.abc import Sequence

@@ -84,8 +84,7 @@ def attach(model: PreTrainedModel, family: Family, factors: set[str]) -> GateSlo
         model: the dense model, not yet sharded.
         family: its family.
         factors: names of the factors (fields of ``Factors``) that the gates have; modules that none of them touches
-        are left
-            alone.
+            are left alone.
 
     Returns:
         The slot: set its ``factors`` before a forward pass. Until then the model computes as before.

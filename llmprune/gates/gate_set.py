@@ -87,8 +87,7 @@ class GateSet(nn.Module):
     """The gates that lead a model from one shape to another, and their Lagrange multipliers.
 
     Parameters (float32): ``log_alpha.KIND`` of the kind's size, ``linear.KIND`` and ``quadratic.KIND`` (λ1 and λ2)
-    with one
-    entry per row. They belong to no model: whoever owns the set trains it.
+    with one entry per row. They belong to no model: whoever owns the set trains it.
     """
 
     def __init__(self, source: Shape, target: Shape, seed: int = 0) -> None:

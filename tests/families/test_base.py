@@ -4,7 +4,8 @@ import pytest
 from transformers import GPT2Config, LlamaConfig
 
 from llmprune.errors import UserError
-from llmprune.families import LLAMA, Role, Shape, family_of, shape_from, target_shape
+from llmprune.families import Role, Shape, family_of, shape_from, target_shape
+from llmprune.families.llama import LLAMA
 from llmprune.models.loading import new_model
 from tests.conftest import tiny_config
 

@@ -1,0 +1,155 @@
+"""From documents to shards and back."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from streaming import StreamingDataset
+from streaming.base.util import clean_stale_shared_memory
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from data_prep.pack import PackSettings, prepare, split_of
+from data_prep.sources import Fields
+from data_prep.tokenizer import train_tokenizer
+from llmprune.data.dataset import DomainReader
+from llmprune.data.format import DataManifest
+from llmprune.errors import UserError
+
+TEXTS = [
+    f"document {n}: " + " ".join(random.Random(n).choices(["tree", "house", "bird", "é", "</s>"], k=n))
+    for n in range(90)
+]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "a").mkdir()
+    (folder / "b").mkdir()
+    for number, domain in enumerate("ab"):
+        lines = [json.dumps({"text": text}) for text in TEXTS[number::2]]
+        (folder / domain / "x.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer") / "t"
+    train_tokenizer([source], folder, vocab_size=280)
+    return folder
+
+
+def samples(data: Path, domain: str, split: str) -> list[list[int]]:
+    reader = DomainReader(data, domain, split)
+    return [reader.read(shard, i).tolist() for shard, size in enumerate(reader.shard_sizes) for i in range(size)]
+
+
+def test_samples_are_the_documents_joined(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    settings = PackSettings(16, eval_fraction=0.3, bos=True)
+    manifest = prepare([source], tokenizer, tmp_path / "out", settings, processes=1).manifest
+    plain = AutoTokenizer.from_pretrained(tokenizer)
+    plain.backend_tokenizer.encode_special_tokens = True
+    for number, domain in enumerate("ab"):
+        for split in ("train", "eval"):
+            stream: list[int] = []
+            count = 0
+            for text in TEXTS[number::2]:
+                if split_of(text, settings.seed, 0.3) == split:
+                    ids = plain.backend_tokenizer.encode(text, add_special_tokens=False).ids
+                    stream += [plain.bos_token_id, *ids, plain.eos_token_id]
+                    count += 1
+            naive = [stream[i : i + 16] for i in range(0, len(stream) - 15, 16)]
+            assert samples(tmp_path / "out", domain, split) == naive
+            counts = manifest.domains[domain][split]
+            assert (counts.documents, counts.samples, counts.tokens) == (count, len(naive), 16 * len(naive))
+
+
+def test_text_that_looks_like_a_special_token_is_text(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    prepare([source], tokenizer, tmp_path / "out", PackSettings(16, eval_fraction=0), processes=1)
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    flat = [t for domain in "ab" for sample in samples(tmp_path / "out", domain, "train") for t in sample]
+    assert abs(flat.count(loaded.eos_token_id) - len(TEXTS)) <= 2  # only the ends of documents
+    assert "</s>" in loaded.decode([t for t in flat if t != loaded.eos_token_id])
+
+
+def test_the_number_of_processes_changes_nothing(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_prep.pack._BATCH_CHARACTERS", 500)
+    for processes in (1, 2):
+        prepare(
+            [source], tokenizer, tmp_path / str(processes), PackSettings(16, eval_fraction=0.2), processes=processes
+        )
+    files = [sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*") if p.is_file()) for n in "12"]
+    assert files[0] == files[1]
+    for name in files[0]:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
+
+
+def test_shards_are_readable_by_streaming_itself(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    prepare([source], tokenizer, tmp_path / "out", PackSettings(16, eval_fraction=0), processes=1)
+    clean_stale_shared_memory()
+    dataset = StreamingDataset(local=str(tmp_path / "out" / "a"), split="train", batch_size=1)
+    assert [list(dataset[i]["tokens"]) for i in range(len(dataset))] == samples(tmp_path / "out", "a", "train")
+    del dataset
+    clean_stale_shared_memory()
+
+
+def test_equal_texts_are_never_on_both_sides_and_shares_are_right() -> None:
+    splits = [split_of(f"text {n}", 17, 0.25) for n in range(4000)]
+    assert splits == [split_of(f"text {n}", 17, 0.25) for n in range(4000)]
+    assert splits.count("eval") / 4000 == pytest.approx(0.25, abs=0.03)
+    assert splits != [split_of(f"text {n}", 18, 0.25) for n in range(4000)]
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(65_536, "uint16"), (70_000, "uint32")])
+def test_large_vocabularies_get_wide_ids(size: int, dtype: str, tmp_path: Path) -> None:
+    vocabulary = {f"w{n}": n for n in range(size)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1").save_pretrained(tmp_path / "t")
+    (tmp_path / "x.txt").write_text(f"w5 w{size - 1} w9 " * 40)
+    manifest = prepare([tmp_path / "x.txt"], tmp_path / "t", tmp_path / "out", PackSettings(8, 0), processes=1).manifest
+    assert manifest.dtype == dtype
+    domain = next(iter(manifest.domains))
+    assert samples(tmp_path / "out", domain, "train")[0][:3] == [5, size - 1, 9]
+
+
+def test_too_many_bad_records_stop_the_job_and_leave_nothing(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    good = [json.dumps({"text": "fine words " * 20})] * 60
+    (tmp_path / "in" / "x.jsonl").write_text("\n".join([*good, "{bad"]))
+    settings = PackSettings(8, eval_fraction=0)
+    with pytest.raises(UserError, match=r"1 of 61 records can't be read.*x.jsonl:61"):
+        prepare([tmp_path / "in"], tokenizer, tmp_path / "out", settings, processes=1)
+    assert {p.name for p in tmp_path.iterdir()} == {"in"}
+    summary = prepare([tmp_path / "in"], tokenizer, tmp_path / "out", PackSettings(8, 0, max_bad=0.1), processes=1)
+    assert [record.place.rpartition("/")[2] for record in summary.bad] == ["x.jsonl:61"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence_length": 1}, "choose 2 or more"),
+        ({"sequence_length": 100_000}, "too short for one training sample"),
+        ({"eval_fraction": 1.5}, "must lie in"),
+    ],
+)
+def test_settings_that_cannot_work(
+    source: Path, tokenizer: Path, tmp_path: Path, changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare([source], tokenizer, tmp_path / "out", PackSettings(**{"sequence_length": 16, **changes}), processes=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_mistakes(source: Path, tokenizer: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--overwrite"):
+        prepare([source], tokenizer, data, PackSettings(16))
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        prepare([source], tmp_path, tmp_path / "out", PackSettings(16))
+    with pytest.raises(UserError, match="no field|can't be read"):
+        prepare([source], tokenizer, tmp_path / "out", PackSettings(16), fields=Fields(text="body"), processes=1)
+    assert DataManifest.load(data).sequence_length == 32

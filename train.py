@@ -1,26 +1,32 @@
 """Run one job: ``composer [-n RANKS] train.py yamls/NAME.yaml [section.key=value …]``."""
 
+import os
 import sys
+import time
 
 from llmprune.errors import UserError
+
+USAGE = "composer [-n RANKS] train.py yamls/NAME.yaml [section.key=value …]"
 
 
 def main(arguments: list[str]) -> int:
     """Train as the YAML says; 0 = done, 2 = a mistake of the user's, told in one line."""
     if not arguments:
-        print("usage: composer [-n RANKS] train.py yamls/NAME.yaml [section.key=value …]", file=sys.stderr)
+        print(f"usage: {USAGE}", file=sys.stderr)
         return 2
     try:
-        if arguments[0] in ("-h", "--help"):
-            from llmprune.config import describe
+        from llmprune.config import describe, load_config
 
-            print(f"composer [-n RANKS] train.py yamls/NAME.yaml [section.key=value …]\n\n{describe()}")
+        if arguments[0] in ("-h", "--help"):
+            print(f"{USAGE}\n\n{describe()}")
             return 0
-        from llmprune.config import load_config
         from llmprune.training import train
 
         train(load_config(arguments[0], arguments[1:]))
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            # The launcher kills all ranks when one ends: let rank 0 tell the mistake and set the exit code.
+            time.sleep(5)
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,7 +1,7 @@
 """The plan: which units of a model stay and which factors are folded into its weights.
 
-Everything that decides writes a plan; surgery alone carries it out. On disk a plan is a JSON file with index lists, that
-a person can read and edit, and a safetensors file beside it with the factors::
+Everything that decides writes a plan; surgery alone carries it out. On disk a plan is a JSON file with index lists,
+which a person can read and edit, and a safetensors file beside it with the factors::
 
     plan.json         {"schema", "family", "model", "source", "hidden", "blocks": [{"index", "heads", "channels"}, …]}
     plan.safetensors  "hidden", "layers", "blocks.I.heads", "blocks.I.channels"   (float32; each is optional)

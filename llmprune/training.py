@@ -147,11 +147,15 @@ def build_trainer(config: Config) -> Trainer:
 
 
 def train(config: Config) -> Trainer:
-    """Run the job that ``config`` describes, to its end."""
+    """Run the job that ``config`` describes, to its end; a resumed run that has ended already is left as it is."""
     trainer = build_trainer(config)
     if config.train.eval_first and trainer.state.timestamp.batch.value == 0:
         trainer.eval()
-    trainer.fit()
+    assert trainer.state.max_duration is not None
+    if trainer.state.timestamp < trainer.state.max_duration:
+        trainer.fit()
+    else:
+        print(f"{config.run.folder} is complete: nothing is left to do until train.duration is raised")
     trainer.close()
     return trainer
 

@@ -74,6 +74,8 @@ def test_a_killed_and_resumed_run_ends_as_the_undisturbed_one(yaml: Path, tmp_pa
         train(load_config(yaml))
     train(load_config(yaml, ["run.autoresume=true"]))
 
+    train(load_config(yaml, ["run.autoresume=true"]))  # once more, at its end: nothing changes
+
     a, b = Checkpoint.open(whole), Checkpoint.open(tmp_path / "run")
     assert a.path.name == b.path.name == "ba6-rank0.pt"
     assert a.fingerprint() == b.fingerprint()

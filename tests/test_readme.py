@@ -1,0 +1,83 @@
+"""The quickstart in miniature, and every command of the README on what it leaves."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMANDS = [
+    line.removeprefix(".venv/bin/")
+    for block in BLOCKS
+    for line in block.splitlines()
+    if not line.startswith(("git ", "bash scripts/"))
+]
+
+
+@pytest.fixture(scope="module")
+def quickstart() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "scripts" / "quickstart.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def workplace(quickstart: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a checkout, in which the quickstart has run with tiny budgets."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "train.py").symlink_to(ROOT / "train.py")
+    (folder / "yamls").mkdir()
+    for yaml in (ROOT / "yamls").glob("*.yaml"):
+        text = re.sub(r"duration: \d+ba", "duration: 4ba", yaml.read_text())
+        (folder / "yamls" / yaml.name).write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, value in (("ROOT", folder), ("MEGABYTES", 1.0), ("VOCABULARY", 600), ("EVAL_SAMPLES_PER_DOMAIN", 2)):
+            patch.setattr(quickstart, name, value)
+        quickstart.journey(Path("runs/quickstart"), seed=17)
+    return folder
+
+
+def test_the_summary_has_what_it_promises(workplace: Path) -> None:
+    summary = json.loads((workplace / "runs/quickstart/summary.json").read_text())
+    assert summary["pruned_params"] < summary["base_params"]
+    for name in ("base", "pruned", "recovered", "scratch"):
+        assert 3 < summary[f"{name}_loss"] < 8
+        assert set(summary["domains"][name]) <= {"code", "docstrings", "packages", "reference"}
+    assert summary["gated_minus_cut"]["max_rel"] <= 1e-5
+    assert set(summary["seconds"]) >= {"corpus", "pretrain", "prune", "continue", "scratch", "evaluate"}
+    scratch = json.loads((workplace / "runs/quickstart/scratch/config.json").read_text())
+    pruned = json.loads((workplace / "runs/quickstart/pruned/config.json").read_text())
+    assert all(scratch[key] == pruned[key] for key in ("hidden_size", "num_hidden_layers", "intermediate_size"))
+
+
+def test_a_second_run_reuses_everything(
+    quickstart: ModuleType, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    for name, value in (("ROOT", workplace), ("MEGABYTES", 1.0), ("VOCABULARY", 600), ("EVAL_SAMPLES_PER_DOMAIN", 2)):
+        monkeypatch.setattr(quickstart, name, value)
+    quickstart.show(quickstart.journey(Path("runs/quickstart"), seed=17), Path("runs/quickstart"))
+    printed = capsys.readouterr().out
+    assert printed.count("reused") == 8 and "same shape and tokens from scratch" in printed
+
+
+def test_every_command_of_the_readme_works(workplace: Path) -> None:
+    assert len(COMMANDS) >= 8
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    for command in COMMANDS:
+        shortened = f"{command} train.duration=4ba" if command.startswith("composer") else command
+        done = subprocess.run(
+            ["bash", "-c", shortened], cwd=workplace, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"

@@ -1,6 +1,7 @@
 """From a config to a Composer trainer."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,6 +102,7 @@ def build_trainer(config: Config) -> Trainer:
         UserError: see ``check`` and ``RunFolder.prepare``.
     """
     inputs = check(config)
+    share_cores()
     dist.initialize_dist(get_device(config.train.device))
     run = RunFolder(Path(config.run.folder))
     manifest = _manifest(config, inputs)
@@ -158,6 +160,16 @@ def train(config: Config) -> Trainer:
         print(f"{config.run.folder} is complete: nothing is left to do until train.duration is raised")
     trainer.close()
     return trainer
+
+
+def share_cores() -> None:
+    """Give every rank of this machine its share of the cores: more threads than cores slow each other down manifold.
+
+    ``OMP_NUM_THREADS`` overrides.
+    """
+    ranks = dist.get_local_world_size()
+    if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
 
 def interval(every: str, duration: str) -> int | Time[int]:

@@ -179,12 +179,15 @@ def main() -> int:
     arguments = parser.parse_args()
     names = arguments.only.split(",") if arguments.only else list(BENCHMARKS)
     results = {}
-    print(f"{'name':16}{'median':>8}{'10 %':>8}{'90 %':>8}{'bar':>8}   work")
+    print(f"{'name':16}{'median':>8}{'10 %':>8}{'90 %':>8}{'bar':>8}   work", flush=True)
     for name in names:
         ratio = BENCHMARKS[name](arguments.runs)
         results[name] = asdict(ratio)
         verdict = "" if ratio.median <= ratio.bar else "  MISSED"
-        print(f"{name:16}{ratio.median:8.3f}{ratio.p10:8.3f}{ratio.p90:8.3f}{ratio.bar:8.2f}   {ratio.work}{verdict}")
+        print(
+            f"{name:16}{ratio.median:8.3f}{ratio.p10:8.3f}{ratio.p90:8.3f}{ratio.bar:8.2f}   {ratio.work}{verdict}",
+            flush=True,
+        )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out, {"schema": 1, "benchmarks": results})
     return 0

@@ -178,11 +178,10 @@ def test_a_folder_that_is_no_run_is_not_overwritten(yaml: Path, tmp_path: Path) 
     assert (tmp_path / "run" / "thesis.txt").exists()
 
 
-def test_tokens_as_duration_and_adamw(yaml: Path, tmp_path: Path) -> None:
-    trainer = train(
-        load_config(
-            yaml,
-            ["train.duration=512tok", "scheduler.warmup=0.1dur", "optimizer.name=adamw", "train.eval_interval=0ba"],
-        )
-    )
+def test_other_choices(yaml: Path, tmp_path: Path) -> None:
+    choices = ["train.duration=512tok", "scheduler.warmup=0.1dur", "scheduler.name=linear", "optimizer.name=adamw"]
+    more = ["train.eval_interval=0ba", "train.clip_norm=null", "loggers.tensorboard=true", "data.workers=2"]
+    trainer = train(load_config(yaml, [*choices, *more]))
     assert trainer.state.timestamp.batch.value == 2
+    assert list((tmp_path / "run" / "tensorboard").rglob("events*"))
+    assert not any(name.startswith("metrics/") for _, name, _ in numbers(tmp_path / "run" / "metrics.jsonl"))

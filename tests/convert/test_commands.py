@@ -1,6 +1,7 @@
 """From checkpoints and plans to Hugging Face folders."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune.config import load_config
 from llmprune.convert.checkpoint import Checkpoint
-from llmprune.convert.commands import apply, convert
+from llmprune.convert.commands import apply, convert, push_to_hub
 from llmprune.convert.export import export, keep_everything
 from llmprune.errors import UserError
 from llmprune.evaluation.verify import compare, open_for_comparison
@@ -107,8 +108,6 @@ def test_mistakes_are_named(pruned_run: Path, tmp_path: Path) -> None:
 
 
 def test_a_damaged_or_dangerous_checkpoint_is_refused(pruned_run: Path, tmp_path: Path) -> None:
-    import shutil
-
     class Evil:
         def __reduce__(self) -> tuple[object, ...]:
             return (exec, (f"open({str(tmp_path / 'owned')!r}, 'w')",))
@@ -122,3 +121,21 @@ def test_a_damaged_or_dangerous_checkpoint_is_refused(pruned_run: Path, tmp_path
     file.write_bytes(b"PK" + b"junk" * 100)
     with pytest.raises(UserError, match="no readable checkpoint"):
         convert(file, tmp_path / "out")
+
+
+def test_uploading_names_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded = {}
+
+    class Hub:
+        def create_repo(self, name: str, exist_ok: bool) -> None:
+            if name == "nobody/closed":
+                raise OSError("the hub can't be reached")
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> str:
+            uploaded[repo_id] = folder_path
+            return f"hub/{repo_id}"
+
+    monkeypatch.setattr("llmprune.convert.commands.HfApi", Hub)
+    assert push_to_hub(tmp_path, "me/model") == "hub/me/model" and uploaded == {"me/model": tmp_path}
+    with pytest.raises(UserError, match="could not be uploaded as 'nobody/closed'.*can't be reached"):
+        push_to_hub(tmp_path, "nobody/closed")

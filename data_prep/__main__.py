@@ -87,8 +87,8 @@ def tokenize(
     for name, splits in summary.manifest.domains.items():
         for split, counts in splits.items():
             print(f"{name:20} {split:6} {counts.documents:12,} {counts.tokens:15,} {counts.samples:12,}")
-        if "eval" not in splits:
-            print(f"{name:20} has no evaluation sample: raise --eval-fraction to have its loss reported")
+        if eval_fraction and "eval" not in splits:
+            print(f"{name:20} has no evaluation sample: that takes four samples of text, in several documents")
     for record in summary.bad[:10]:
         print(f"skipped {record.place}: {record.reason}", file=sys.stderr)
     if len(summary.bad) > 10:

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,12 +114,12 @@ def documents(files: Sequence[tuple[Path, str]], fields: Fields) -> Iterator[Doc
                     place = f"{path}:{number}"
                     try:
                         text, domain = _parse_json(record, fields) if is_json else (record.decode("utf-8"), None)
-                    except (ValueError, KeyError, TypeError) as error:
+                    except (ValueError, KeyError, TypeError, RecursionError) as error:
                         yield BadRecord(place, _reason(error))
                         continue
                     if text.strip():
                         yield Document(text, clean_name(fields.domain or domain or folder), before + raw.tell())
-            except (OSError, EOFError, zstandard.ZstdError) as error:
+            except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
                 # A damaged archive: what was read before the damage is kept, the rest is lost.
                 yield BadRecord(f"{path}:{number + 1}", f"the file is damaged from here on ({error})")
         before += path.stat().st_size
@@ -133,6 +134,7 @@ def clean_name(name: str) -> str:
 def _parse_json(record: bytes, fields: Fields) -> tuple[str, str | None]:
     value = json.loads(record.decode("utf-8"))
     text = _field(value, fields.text)
+    text.encode("utf-8")  # an escaped lone surrogate is JSON but no text; this raises a ValueError
     domain = None if fields.domain_field is None else _field(value, fields.domain_field)
     return text, domain
 
@@ -163,6 +165,34 @@ def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
     if suffix.lower() == ".gz":
         return cast(BinaryIO, gzip.open(raw))
     if suffix.lower() == ".zst":
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader)))
+        return cast(BinaryIO, io.BufferedReader(_ZstdReader(raw), 1 << 17))
     return raw
+
+
+class _ZstdReader(io.RawIOBase):
+    """Decompresses one zstd frame after the other; unlike the library's reader, it notices a truncated last one."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._in_frame = False
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._in_frame = zstandard.ZstdDecompressor().decompressobj(), False
+            data = data or self._raw.read(1 << 17)
+            if not data:
+                if self._in_frame:
+                    raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+                return 0
+            self._in_frame = True
+            self._ready = memoryview(self._frame.decompress(data))
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size

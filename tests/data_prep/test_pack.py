@@ -10,8 +10,9 @@ from streaming.base.util import clean_stale_shared_memory
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data_prep.pack import PackSettings, prepare, split_of
+from data_prep.pack import PackSettings, prepare
 from data_prep.sources import Fields
+from data_prep.split import rank_of, split_of
 from data_prep.tokenizer import train_tokenizer
 from llmprune.data.dataset import DomainReader
 from llmprune.data.format import DataManifest
@@ -46,7 +47,11 @@ def samples(data: Path, domain: str, split: str) -> list[list[int]]:
     return [reader.read(shard, i).tolist() for shard, size in enumerate(reader.shard_sizes) for i in range(size)]
 
 
-def test_samples_are_the_documents_joined(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_characters", [250_000, 300])  # all in one batch; samples that span batches
+def test_samples_are_the_documents_joined(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_characters: int
+) -> None:
+    monkeypatch.setattr("data_prep.pack._BATCH_CHARACTERS", batch_characters)
     settings = PackSettings(16, eval_fraction=0.3, bos=True)
     manifest = prepare([source], tokenizer, tmp_path / "out", settings, processes=1).manifest
     plain = AutoTokenizer.from_pretrained(tokenizer)
@@ -56,7 +61,7 @@ def test_samples_are_the_documents_joined(source: Path, tokenizer: Path, tmp_pat
             stream: list[int] = []
             count = 0
             for text in TEXTS[number::2]:
-                if split_of(text, settings.seed, 0.3) == split:
+                if split_of(rank_of(text, settings.seed), 0.3, {}) == split:
                     ids = plain.backend_tokenizer.encode(text, add_special_tokens=False).ids
                     stream += [plain.bos_token_id, *ids, plain.eos_token_id]
                     count += 1
@@ -97,13 +102,6 @@ def test_shards_are_readable_by_streaming_itself(source: Path, tokenizer: Path, 
     clean_stale_shared_memory()
 
 
-def test_equal_texts_are_never_on_both_sides_and_shares_are_right() -> None:
-    splits = [split_of(f"text {n}", 17, 0.25) for n in range(4000)]
-    assert splits == [split_of(f"text {n}", 17, 0.25) for n in range(4000)]
-    assert splits.count("eval") / 4000 == pytest.approx(0.25, abs=0.03)
-    assert splits != [split_of(f"text {n}", 18, 0.25) for n in range(4000)]
-
-
 @pytest.mark.parametrize(("size", "dtype"), [(65_536, "uint16"), (70_000, "uint32")])
 def test_large_vocabularies_get_wide_ids(size: int, dtype: str, tmp_path: Path) -> None:
     vocabulary = {f"w{n}": n for n in range(size)}
@@ -115,6 +113,50 @@ def test_large_vocabularies_get_wide_ids(size: int, dtype: str, tmp_path: Path) 
     assert manifest.dtype == dtype
     domain = next(iter(manifest.domains))
     assert samples(tmp_path / "out", domain, "train")[0][:3] == [5, size - 1, 9]
+
+
+def test_ids_beyond_the_number_of_tokens_survive(tmp_path: Path) -> None:
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "near": 1, "far": 70_000}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[UNK]").save_pretrained(tmp_path / "t")
+    (tmp_path / "x.txt").write_text("far near " * 40)
+    manifest = prepare([tmp_path / "x.txt"], tmp_path / "t", tmp_path / "out", PackSettings(8, 0), processes=1).manifest
+    assert (manifest.dtype, manifest.vocab_size) == ("uint32", 70_001)
+    assert samples(tmp_path / "out", next(iter(manifest.domains)), "train")[0][:2] == [70_000, 1]
+
+
+@pytest.mark.parametrize("held_tokens", [1 << 24, 200])  # split when all is known, and midway
+def test_a_small_domain_has_samples_on_both_sides(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_tokens: int
+) -> None:
+    monkeypatch.setattr("data_prep.samples._HELD_TOKENS", held_tokens)
+    monkeypatch.setattr("data_prep.pack._BATCH_CHARACTERS", 400)
+    (tmp_path / "in").mkdir()
+    texts = [f"{n}: " + "house tree " * 4 for n in range(20)] * 2  # every text comes twice, far apart
+    (tmp_path / "in" / "x.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    settings = PackSettings(32, eval_fraction=1e-9)
+    manifest = prepare([tmp_path / "in"], tokenizer, tmp_path / "out", settings, processes=1).manifest
+    counts = manifest.domains["in"]
+    assert counts["train"].samples > counts["eval"].samples >= 1
+    decode = AutoTokenizer.from_pretrained(tokenizer).decode
+    names = {
+        split: {
+            text.split(":")[0]
+            for row in samples(tmp_path / "out", "in", split)
+            for text in decode(row).split("</s>")[1:]
+            if ":" in text
+        }
+        for split in ("train", "eval")
+    }
+    assert names["train"] and not names["train"] & names["eval"]
+
+
+def test_a_lone_document_is_for_training_whatever_its_rank(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.txt").write_text("house tree " * 40)
+    settings = PackSettings(16, eval_fraction=0.999999)
+    manifest = prepare([tmp_path / "in"], tokenizer, tmp_path / "out", settings, processes=1).manifest
+    assert set(manifest.domains["in"]) == {"train"}
 
 
 def test_too_many_bad_records_stop_the_job_and_leave_nothing(tokenizer: Path, tmp_path: Path) -> None:
@@ -135,10 +177,11 @@ def test_too_many_bad_records_stop_the_job_and_leave_nothing(tokenizer: Path, tm
         ({"sequence_length": 1}, "choose 2 or more"),
         ({"sequence_length": 100_000}, "too short for one training sample"),
         ({"eval_fraction": 1.5}, "must lie in"),
+        ({"max_bad": -1}, "must lie in"),
     ],
 )
 def test_settings_that_cannot_work(
-    source: Path, tokenizer: Path, tmp_path: Path, changes: dict[str, int], message: str
+    source: Path, tokenizer: Path, tmp_path: Path, changes: dict[str, float], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         prepare([source], tokenizer, tmp_path / "out", PackSettings(**{"sequence_length": 16, **changes}), processes=1)
@@ -152,4 +195,9 @@ def test_other_mistakes(source: Path, tokenizer: Path, data: Path, tmp_path: Pat
         prepare([source], tmp_path, tmp_path / "out", PackSettings(16))
     with pytest.raises(UserError, match="no field|can't be read"):
         prepare([source], tokenizer, tmp_path / "out", PackSettings(16), fields=Fields(text="body"), processes=1)
+    with pytest.raises(UserError, match="choose 1 or more"):
+        prepare([source], tokenizer, tmp_path / "out", PackSettings(16), processes=0)
+    with pytest.raises(UserError, match="a domain can't be named 'manifest.json'"):
+        prepare([source], tokenizer, tmp_path / "out", PackSettings(16), fields=Fields(domain="manifest.json"))
     assert DataManifest.load(data).sequence_length == 32
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,23 +60,52 @@ def test_unreadable_records_are_named(tmp_path: Path) -> None:
         b'{"txt": 1}',
         b'{"text": 7}',
         b'{"text": "\xff"}',
+        b'{"text": "\\ud800"}',
+        b'{"text": ' + b"[" * 200_000,
         b"",
         b'{"text": "also"}',
     ]
     (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines))
     found = read(tmp_path / "x.jsonl")
     bad = [(item.place.rpartition(":")[2], item.reason) for item in found if isinstance(item, BadRecord)]
-    assert [place for place, _ in bad] == ["2", "3", "4", "5"]
+    assert [place for place, _ in bad] == ["2", "3", "4", "5", "6", "7"]
     assert "no field 'text'" in bad[1][1] and "is no string" in bad[2][1]
     assert len([item for item in found if isinstance(item, Document)]) == 2
 
 
-def test_a_damaged_archive_keeps_what_was_read(tmp_path: Path) -> None:
-    lines = "".join(json.dumps({"text": f"{n} " * 200}) + "\n" for n in range(500)).encode()
-    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines)[:-50])
-    found = read(tmp_path / "x.jsonl.gz")
-    assert isinstance(found[-1], BadRecord) and "damaged" in found[-1].reason
-    assert isinstance(found[0], Document)
+def half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def scrambled(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes(byte ^ 0x5A for byte in data[middle : middle + 50]) + data[middle + 50 :]
+
+
+@pytest.mark.parametrize("damage", [half, scrambled])
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_a_damaged_archive_keeps_only_whole_records(
+    tmp_path: Path, kind: str, suffix: str, damage: Callable[[bytes], bytes]
+) -> None:
+    texts = [random.Random(n).randbytes(500).hex() for n in range(1000)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    packed = gzip.compress(lines) if suffix == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress(lines)
+    (tmp_path / f"x.{kind}{suffix}").write_bytes(damage(packed))
+    *good, last = read(tmp_path / f"x.{kind}{suffix}")
+    assert isinstance(last, BadRecord) and "damaged" in last.reason
+    kept = [item for item in good if isinstance(item, Document)]
+    if kind == "txt":
+        assert not good
+    elif damage is half:
+        assert 0 < len(kept) == len(good) and [d.text for d in kept] == texts[: len(kept)]
+
+
+def test_an_archive_that_is_no_deflate_stream_is_damaged(tmp_path: Path) -> None:
+    packed = bytearray(gzip.compress(b"some text"))
+    packed[10] |= 0b110  # the first block, after the header of ten bytes, is of the reserved type
+    (tmp_path / "x.txt.gz").write_bytes(packed)
+    assert [type(item) for item in read(tmp_path / "x.txt.gz")] == [BadRecord]
 
 
 def test_inputs_that_hold_nothing_are_refused(tmp_path: Path) -> None:

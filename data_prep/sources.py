@@ -113,7 +113,7 @@ def documents(files: Sequence[tuple[Path, str]], fields: Fields) -> Iterator[Doc
                 for number, record in READERS[_format(path)](_decompressed(raw, path.suffix)):
                     place = f"{path}:{number}"
                     try:
-                        text, domain = _parse_json(record, fields) if is_json else (record.decode("utf-8"), None)
+                        text, domain = _parse_json(record, fields) if is_json else (record.decode("utf-8-sig"), None)
                     except (ValueError, KeyError, TypeError, RecursionError) as error:
                         yield BadRecord(place, _reason(error))
                         continue
@@ -132,7 +132,7 @@ def clean_name(name: str) -> str:
 
 
 def _parse_json(record: bytes, fields: Fields) -> tuple[str, str | None]:
-    value = json.loads(record.decode("utf-8"))
+    value = json.loads(record.decode("utf-8-sig"))
     text = _field(value, fields.text)
     text.encode("utf-8")  # an escaped lone surrogate is JSON but no text; this raises a ValueError
     domain = None if fields.domain_field is None else _field(value, fields.domain_field)

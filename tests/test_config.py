@@ -74,4 +74,5 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_every_shipped_yaml_loads(path: Path) -> None:
-    load_config(path)
+    config = load_config(path)
+    assert config.run.name == path.stem and config.data.path == "runs/quickstart/data"

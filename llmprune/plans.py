@@ -3,8 +3,9 @@
 Everything that decides writes a plan; surgery alone carries it out. On disk a plan is a JSON file with index lists,
 which a person can read and edit, and a safetensors file beside it with the factors::
 
-    plan.json         {"schema", "family", "model", "source", "hidden", "blocks": [{"index", "heads", "channels"}, …]}
-    plan.safetensors  "hidden", "layers", "blocks.I.heads", "blocks.I.channels"   (float32; each is optional)
+    plan.json         {"schema", "family", "model", "source", "hidden",
+                       "blocks": [{"attention", "mlp", "heads", "channels"}, …]}
+    plan.safetensors  "hidden", "attention", "mlp", "heads.I", "channels.J"   (float32; each is optional)
 """
 
 from collections.abc import Mapping
@@ -24,17 +25,32 @@ from llmprune.files import read_json, save_tensors, write_json
 
 @dataclass(frozen=True)
 class KeptBlock:
-    """One block that stays, and its units that stay (numbers in the source; None = all).
+    """One block of the cut model, and its units that stay (numbers in the source; None = all).
+
+    Attention and MLP may come from two blocks of the source, if everything between them goes: what one adds to the
+    residual stream is then what the other reads, as within a block.
 
     Attributes:
-        index: the block's number in the source.
+        attention: number in the source of the block whose attention this is.
+        mlp: number in the source of the block whose MLP this is.
         heads: query heads, ascending; a key/value group stays if any of its query heads does.
         channels: MLP channels, ascending.
     """
 
-    index: int
+    attention: int
+    mlp: int
     heads: tuple[int, ...] | None = None
     channels: tuple[int, ...] | None = None
+
+    @classmethod
+    def whole(
+        cls, index: int, heads: tuple[int, ...] | None = None, channels: tuple[int, ...] | None = None
+    ) -> "KeptBlock":
+        """The source's block ``index``."""
+        return cls(index, index, heads, channels)
+
+    def __str__(self) -> str:
+        return str(self.attention) if self.attention == self.mlp else f"{self.attention}/{self.mlp}"
 
 
 @dataclass(frozen=True)
@@ -48,8 +64,9 @@ class Plan:
         blocks: the blocks that stay, in order.
         hidden: the hidden dimensions that stay, ascending (None = all).
         factors: what is multiplied into the kept weights, float32, each as long as what it multiplies: ``hidden``
-            [kept hidden], ``layers`` [kept blocks], ``blocks.I.heads`` [kept heads], ``blocks.I.channels`` [kept
-            channels], where I is the block's number in the source. Absent = one.
+            [kept hidden], ``attention`` and ``mlp`` [kept blocks] (what the sub-layer adds to the residual stream; 0 =
+            it does nothing), ``heads.I`` [kept heads], ``channels.J`` [kept channels], where I and J are the source's
+            numbers of the block's attention and MLP. Absent = one.
     """
 
     family: str
@@ -66,15 +83,15 @@ class Plan:
             UserError: an index is out of range or twice, blocks differ in size, a factor does not fit.
         """
         source = self.source
-        _check_indices("blocks", tuple(block.index for block in self.blocks), source.layers)
+        _check_order(self.blocks, source.layers)
         _check_indices("hidden", self.hidden, source.hidden)
         for block in self.blocks:
-            _check_indices(f"heads of block {block.index}", block.heads, source.heads)
-            _check_indices(f"channels of block {block.index}", block.channels, source.intermediate)
+            _check_indices(f"heads of block {block}", block.heads, source.heads)
+            _check_indices(f"channels of block {block}", block.channels, source.intermediate)
             per_group = {len(heads) for heads in self.heads_by_group(block).values()}
             if len(per_group) > 1:
                 raise UserError(
-                    f"block {block.index} keeps {' and '.join(map(str, sorted(per_group)))} query heads in different "
+                    f"block {block} keeps {' and '.join(map(str, sorted(per_group)))} query heads in different "
                     "key/value groups: a config needs the same number in each"
                 )
         for what, sizes in {
@@ -122,10 +139,10 @@ class Plan:
 
     def _factor_lengths(self) -> dict[str, int]:
         shape = self.shape
-        lengths = {"hidden": shape.hidden, "layers": shape.layers}
+        lengths = {"hidden": shape.hidden, "attention": shape.layers, "mlp": shape.layers}
         for block in self.blocks:
-            lengths[f"blocks.{block.index}.heads"] = shape.heads
-            lengths[f"blocks.{block.index}.channels"] = shape.intermediate
+            lengths[f"heads.{block.attention}"] = shape.heads
+            lengths[f"channels.{block.mlp}"] = shape.intermediate
         return lengths
 
     def save(self, path: Path | str) -> None:
@@ -158,7 +175,7 @@ class Plan:
             if values["schema"] != 1:
                 raise UserError(f"{path} has schema {values['schema']}; this version reads 1")
             blocks = tuple(
-                KeptBlock(block["index"], _indices(block["heads"]), _indices(block["channels"]))
+                KeptBlock(block["attention"], block["mlp"], _indices(block["heads"]), _indices(block["channels"]))
                 for block in values["blocks"]
             )
             factors_file = path.with_suffix(".safetensors")
@@ -179,6 +196,17 @@ class Plan:
 
 def _indices(values: Any) -> tuple[int, ...] | None:
     return None if values is None else tuple(values)
+
+
+def _check_order(blocks: tuple[KeptBlock, ...], layers: int) -> None:
+    """The source runs attention 0, MLP 0, attention 1, MLP 1, …: the cut model must keep that order."""
+    if not blocks:
+        raise UserError("the plan keeps no blocks")
+    if not all(isinstance(i, int) and 0 <= i < layers for block in blocks for i in (block.attention, block.mlp)):
+        raise UserError(f"the plan's blocks must be whole numbers between 0 and {layers - 1}")
+    order = [position for block in blocks for position in (2 * block.attention, 2 * block.mlp + 1)]
+    if any(b <= a for a, b in pairwise(order)):
+        raise UserError("the plan's blocks must be ascending, each once")
 
 
 def _check_indices(what: str, indices: tuple[int, ...] | None, size: int) -> None:

@@ -35,9 +35,12 @@ class Surgery:
                 f"model with {shape}"
             )
         self.plan = plan
-        self.config = self.family.with_shape(config, plan.shape)
+        self.config = self.family.with_shape(config, plan.shape, [block.attention for block in plan.blocks])
         self._tied = self.family.tied(config)
-        self._position = {block.index: position for position, block in enumerate(plan.blocks)}
+        self._position = {
+            **{("attention", block.attention): position for position, block in enumerate(plan.blocks)},
+            **{("mlp", block.mlp): position for position, block in enumerate(plan.blocks)},
+        }
         self._index = self._indices()
         self._factor = self._factors()
 
@@ -48,14 +51,16 @@ class Surgery:
         embedding.
         """
         parameter = self.family.locate(name)
-        if self._tied and parameter.role is Role.HEAD:
+        if self._tied and parameter.role is Role.OUTPUT:
             return None
         if parameter.block is None:
             return name
-        if parameter.block not in self._position:
+        assert parameter.sublayer is not None
+        position = self._position.get((parameter.sublayer, parameter.block))
+        if position is None:
             return None
         prefix = f"{self.family.blocks}.{parameter.block}."
-        return f"{self.family.blocks}.{self._position[parameter.block]}.{name[len(prefix) :]}"
+        return f"{self.family.blocks}.{position}.{name[len(prefix) :]}"
 
     def cut(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Cut the parameter ``name``, which must be one that stays.
@@ -100,27 +105,29 @@ class Surgery:
             indices["hidden", None] = torch.tensor(plan.hidden)
         for block in plan.blocks:
             if block.heads is not None:
-                indices["query", block.index] = _rows_of_heads(block.heads, head_dim)
-                indices["key_value", block.index] = _rows_of_heads(plan.heads_by_group(block), head_dim)
+                indices["query", block.attention] = _rows_of_heads(block.heads, head_dim)
+                indices["key_value", block.attention] = _rows_of_heads(plan.heads_by_group(block), head_dim)
             if block.channels is not None:
-                indices["channel", block.index] = torch.tensor(block.channels)
+                indices["channel", block.mlp] = torch.tensor(block.channels)
         return indices
 
     def _factors(self) -> dict[tuple[str | None, int | None], torch.Tensor]:
         """What multiplies the kept rows or columns, by (factor, block); absent = one."""
         plan = self.plan
         factors: dict[tuple[str | None, int | None], torch.Tensor] = {}
-        hidden, layers = plan.factors.get("hidden"), plan.factors.get("layers")
+        hidden = plan.factors.get("hidden")
         if hidden is not None:
             factors["hidden", None] = hidden
         for position, block in enumerate(plan.blocks):
-            if hidden is not None or layers is not None:
-                residual = torch.ones(plan.shape.hidden) if hidden is None else hidden
-                factors["residual", block.index] = residual if layers is None else residual * layers[position]
-            if (heads := plan.factors.get(f"blocks.{block.index}.heads")) is not None:
-                factors["query", block.index] = heads.repeat_interleave(plan.source.head_dim)
-            if (channels := plan.factors.get(f"blocks.{block.index}.channels")) is not None:
-                factors["channel", block.index] = channels
+            for sublayer, index in (("attention", block.attention), ("mlp", block.mlp)):
+                whole = plan.factors.get(sublayer)
+                if hidden is not None or whole is not None:
+                    dimensions = torch.ones(plan.shape.hidden) if hidden is None else hidden
+                    factors[sublayer, index] = dimensions if whole is None else dimensions * whole[position]
+            if (heads := plan.factors.get(f"heads.{block.attention}")) is not None:
+                factors["query", block.attention] = heads.repeat_interleave(plan.source.head_dim)
+            if (channels := plan.factors.get(f"channels.{block.mlp}")) is not None:
+                factors["channel", block.mlp] = channels
         return factors
 
 

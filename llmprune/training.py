@@ -24,14 +24,14 @@ from composer.utils import dist, get_device
 from torch.utils.data import DataLoader
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.callbacks.l0_pruning import L0Pruning
+from llmprune.callbacks.l0_pruning import L0Pruning, make_goal
 from llmprune.callbacks.loss_guard import LossGuard
 from llmprune.callbacks.metrics_file import MetricsFile
 from llmprune.config import Config, LoggersConfig, OptimizerConfig, SchedulerConfig, save_config
 from llmprune.data.dataset import EvalDataset, MixedDataset
 from llmprune.data.format import DataManifest, tokenizer_fingerprint
 from llmprune.errors import UserError, nearest
-from llmprune.families import family_of, target_shape
+from llmprune.families import family_of
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.loading import load_config as load_model_config
 from llmprune.models.loading import load_model, load_tokenizer, new_model
@@ -91,7 +91,7 @@ def check(config: Config) -> Ingredients:
         raise UserError(f"the data's samples have {data.sequence_length} tokens, the model takes {limit}")
     family = family_of(model_config)
     if config.l0_pruning is not None:
-        target_shape(family.shape(model_config), vars(config.l0_pruning.target))
+        make_goal(family, family.shape(model_config), config.l0_pruning)
     return Ingredients(model_config, tokenizer, data)
 
 
@@ -292,13 +292,13 @@ def check_same_model(checkpoints: Path, manifest: Manifest, model_config: Pretra
             f"model has {family.shape(model_config)}: resume with the model that the run began with, or "
             f"use another folder"
         )
-    before, now = ((m.l0_pruning or {}).get("target") for m in (saved, manifest))
-    if before != now:
-        raise UserError(
-            f"the checkpoints in {checkpoints} are of a run with l0_pruning.target {before}; the config "
-            f"asks for {now}: "
-            "keep the target, or use another run.folder"
-        )
+    for key in ("target", "target_sparsity", "gates"):
+        before, now = ((m.l0_pruning or {}).get(key) for m in (saved, manifest))
+        if before != now:
+            raise UserError(
+                f"the checkpoints in {checkpoints} are of a run with l0_pruning.{key} {before}; the config asks for "
+                f"{now}: keep the target, or use another run.folder"
+            )
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:

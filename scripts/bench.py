@@ -66,6 +66,7 @@ def training_step(gated: bool) -> tuple[Callable[[], None], str]:
     from llmprune.families import FAMILIES, target_shape
     from llmprune.gates.attach import attach
     from llmprune.gates.gate_set import GateSet
+    from llmprune.gates.goals import ShapeGoal
     from llmprune.models.causal_lm import ComposerCausalLM
     from llmprune.models.loading import new_model
 
@@ -96,7 +97,7 @@ def training_step(gated: bool) -> tuple[Callable[[], None], str]:
 
     family = FAMILIES["llama"]
     source = family.shape(config)
-    gates = GateSet(source, target_shape(source, target))
+    gates = GateSet(source, ShapeGoal(source, target_shape(source, target)))
     with torch.no_grad():
         for log_alpha in gates.log_alpha.values():  # where samples lie between zero and one
             log_alpha.copy_(torch.randn(log_alpha.shape))

@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from data_prep.pack import PackSettings, prepare
 from data_prep.tokenizer import train_tokenizer
@@ -21,8 +21,8 @@ VOCABULARY = 300
 SEQUENCE_LENGTH = 32
 
 
-def tiny_config(**changes: object) -> LlamaConfig:
-    """A Llama of four blocks with grouped queries."""
+def tiny_config(model_type: str = "llama", **changes: object) -> PretrainedConfig:
+    """A model of four blocks with grouped queries, a Llama unless told otherwise."""
     fields = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -36,12 +36,12 @@ def tiny_config(**changes: object) -> LlamaConfig:
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
-    return LlamaConfig(**{**fields, **changes})
+    return CONFIG_MAPPING[model_type](**{**fields, **changes})
 
 
-def random_model(config: LlamaConfig, seed: int = 0) -> PreTrainedModel:
-    """A model in which every parameter is random, norms too, and large enough to matter."""
-    model = new_model(config, seed=seed).eval()
+def random_model(config: PretrainedConfig, seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
+    """A model in which every parameter is random, norms and biases too, and large enough to matter."""
+    model = new_model(config, seed=seed, attention=attention).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

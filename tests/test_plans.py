@@ -19,8 +19,8 @@ def plan(*blocks: KeptBlock, **changes: object) -> Plan:
 
 def test_the_shape_follows_from_what_is_kept() -> None:
     a = plan(
-        KeptBlock(0, heads=(0, 2), channels=(1, 5, 7)),
-        KeptBlock(3, heads=(4, 7), channels=(0, 1, 2)),
+        KeptBlock.whole(0, heads=(0, 2), channels=(1, 5, 7)),
+        KeptBlock.whole(3, heads=(4, 7), channels=(0, 1, 2)),
         hidden=(1, 2, 31),
     )
     assert a.shape == Shape(2, 3, 2, 2, 8, 3)
@@ -28,8 +28,8 @@ def test_the_shape_follows_from_what_is_kept() -> None:
 
 
 def test_a_saved_plan_is_the_same_plan(tmp_path: Path) -> None:
-    factors = {"hidden": torch.rand(2), "layers": torch.rand(1), "blocks.2.heads": torch.rand(4)}
-    a = plan(KeptBlock(2, heads=(0, 1, 2, 3)), hidden=(4, 9), factors=factors)
+    factors = {"hidden": torch.rand(2), "mlp": torch.rand(1), "heads.2": torch.rand(4)}
+    a = plan(KeptBlock.whole(2, heads=(0, 1, 2, 3)), hidden=(4, 9), factors=factors)
     a.save(tmp_path / "plan.json")
     b = Plan.load(tmp_path / "plan.json")
     assert (a.blocks, a.hidden, a.source, a.model) == (b.blocks, b.hidden, b.source, b.model)
@@ -40,13 +40,15 @@ def test_a_saved_plan_is_the_same_plan(tmp_path: Path) -> None:
     ("build", "message"),
     [
         (lambda: plan(), "keeps no blocks"),
-        (lambda: plan(KeptBlock(4)), "between 0 and 3"),
-        (lambda: plan(KeptBlock(1), KeptBlock(1)), "ascending"),
-        (lambda: plan(KeptBlock(0, heads=(0, 1, 2))), "different key/value groups"),
-        (lambda: plan(KeptBlock(0, channels=(1,)), KeptBlock(1)), "different numbers of channels"),
-        (lambda: plan(KeptBlock(0), hidden=(3, 2)), "ascending"),
-        (lambda: plan(KeptBlock(0), factors={"hidden": torch.rand(3)}), "expected \\[32\\]"),
-        (lambda: plan(KeptBlock(0), factors={"nonsense": torch.rand(3)}), "nonsense"),
+        (lambda: plan(KeptBlock.whole(4)), "between 0 and 3"),
+        (lambda: plan(KeptBlock.whole(1), KeptBlock.whole(1)), "ascending"),
+        (lambda: plan(KeptBlock(2, 1)), "ascending"),
+        (lambda: plan(KeptBlock(0, 2), KeptBlock.whole(2)), "ascending"),
+        (lambda: plan(KeptBlock.whole(0, heads=(0, 1, 2))), "different key/value groups"),
+        (lambda: plan(KeptBlock.whole(0, channels=(1,)), KeptBlock.whole(1)), "different numbers of channels"),
+        (lambda: plan(KeptBlock.whole(0), hidden=(3, 2)), "ascending"),
+        (lambda: plan(KeptBlock.whole(0), factors={"hidden": torch.rand(3)}), "expected \\[32\\]"),
+        (lambda: plan(KeptBlock.whole(0), factors={"nonsense": torch.rand(3)}), "nonsense"),
     ],
 )
 def test_impossible_plans_are_refused(build: object, message: str) -> None:
@@ -59,14 +61,14 @@ def test_impossible_plans_are_refused(build: object, message: str) -> None:
     [
         lambda v: v.pop("blocks"),
         lambda v: v.update(schema=2),
-        lambda v: v.update(blocks=[{"index": "x", "heads": None, "channels": None}]),
+        lambda v: v.update(blocks=[{"attention": "x", "mlp": 0, "heads": None, "channels": None}]),
         lambda v: v.update(blocks=7),
         lambda v: v.update(source={"layers": 4}),
         lambda v: v.update(factors="plan.safetensors"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, damage: object) -> None:
-    plan(KeptBlock(0)).save(tmp_path / "plan.json")
+    plan(KeptBlock.whole(0)).save(tmp_path / "plan.json")
     values = json.loads((tmp_path / "plan.json").read_text())
     damage(values)  # type: ignore[operator]
     (tmp_path / "plan.json").write_text(json.dumps(values))

@@ -17,12 +17,15 @@ def plan() -> Plan:
         family="llama",
         model="",
         source=LLAMA.shape(CONFIG),
-        blocks=(KeptBlock(1, heads=(2, 3, 6, 7), channels=(0, 7)), KeptBlock(3, heads=(0, 1, 4, 5), channels=(5, 9))),
+        blocks=(
+            KeptBlock.whole(1, heads=(2, 3, 6, 7), channels=(0, 7)),
+            KeptBlock.whole(3, heads=(0, 1, 4, 5), channels=(5, 9)),
+        ),
         hidden=(0, 10, 31),
         factors={
             "hidden": torch.tensor([1.0, 0.5, 2.0]),
-            "layers": torch.tensor([1.0, 3.0]),
-            "blocks.3.heads": torch.tensor([1.0, 2.0, 4.0, 8.0]),
+            "attention": torch.tensor([1.0, 3.0]),
+            "heads.3": torch.tensor([1.0, 2.0, 4.0, 8.0]),
         },
     )
 
@@ -54,6 +57,21 @@ def test_removed_blocks_have_no_name() -> None:
     assert surgery.new_name("model.layers.0.mlp.up_proj.weight") is None
     assert surgery.new_name("lm_head.weight") == "lm_head.weight"
     assert Surgery(tiny_config(), plan()).new_name("lm_head.weight") is None
+
+
+def test_attention_and_mlp_of_two_blocks_share_one() -> None:
+    surgery = Surgery(CONFIG, Plan("llama", "", LLAMA.shape(CONFIG), (KeptBlock(0, 2), KeptBlock.whole(3))))
+    names = {
+        "model.layers.0.self_attn.q_proj.weight": "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.post_attention_layernorm.weight": None,
+        "model.layers.0.mlp.up_proj.weight": None,
+        "model.layers.1.input_layernorm.weight": None,
+        "model.layers.2.self_attn.o_proj.weight": None,
+        "model.layers.2.post_attention_layernorm.weight": "model.layers.0.post_attention_layernorm.weight",
+        "model.layers.2.mlp.down_proj.weight": "model.layers.0.mlp.down_proj.weight",
+        "model.layers.3.input_layernorm.weight": "model.layers.1.input_layernorm.weight",
+    }
+    assert {name: surgery.new_name(name) for name in names} == names
 
 
 def test_factors_keep_the_dtype() -> None:

@@ -13,13 +13,16 @@ from torch import Tensor
 
 from llmprune.data.order import keyed_generator
 from llmprune.errors import UserError
-from llmprune.families import target_shape
+from llmprune.families import Family, Shape, target_shape
 from llmprune.files import save_tensors
 from llmprune.gates.attach import GateSlot, attach
 from llmprune.gates.gate_set import Factors, GateSet
+from llmprune.gates.goals import Goal, ShapeGoal, SizeGoal
+from llmprune.gates.kinds import HIDDEN, INTERMEDIATE, KV_GROUP, LAYER
 from llmprune.models.causal_lm import ComposerCausalLM
 
 EVALUATIONS = ("expected", "target")
+DEFAULT_GATES = [HIDDEN, KV_GROUP, INTERMEDIATE, LAYER]
 
 
 @dataclass
@@ -28,9 +31,20 @@ class TargetShape:
 
     Heads without ``kv_heads`` remove whole key/value groups, and the other way round; both together can also remove
     the same number of query heads within every group.
+
+    Attributes:
+        layers: blocks.
+        attention_layers: attention sub-layers, in the blocks that stay; those that go are gated by themselves.
+        mlp_layers: MLP sub-layers, in the same way.
+        hidden: hidden dimensions.
+        heads: query heads.
+        kv_heads: key/value groups.
+        intermediate: MLP channels.
     """
 
     layers: int | None = None
+    attention_layers: int | None = None
+    mlp_layers: int | None = None
     hidden: int | None = None
     heads: int | None = None
     kv_heads: int | None = None
@@ -38,29 +52,82 @@ class TargetShape:
 
 
 @dataclass
+class Multiples:
+    """What the cut model's sizes must be multiples of (hardware likes 64 or 128); heads are always kept whole."""
+
+    hidden: int = 1
+    intermediate: int = 1
+
+
+@dataclass
 class L0PruningConfig:
     """Settings of ``L0Pruning``; the defaults are Sheared-LLaMA's.
 
     Attributes:
-        target: the shape to reach.
+        target: the shape to reach; either this or ``target_sparsity``.
+        target_sparsity: share of the attention and MLP parameters that is to go, wherever they are needed least.
+        gates: with ``target_sparsity``, the kinds of gates: hidden, kv_group, head, intermediate, and layer or
+            attention and mlp; null = hidden, kv_group, intermediate and layer.
+        multiples: what the sizes of the cut model must be multiples of; a target shape is rounded to them.
         start_sparsity: where the target sparsity starts.
         lagrangian_warmup: how long it takes to rise to the target (``640ba``, ``0.2dur``).
         gate_lr: learning rate of the gates (log α).
         multiplier_lr: learning rate of the Lagrange multipliers, which ascend.
         evaluate_at: ``expected`` evaluates with as many gates at zero as are expected by now; ``target`` with exactly
-            the target shape.
+            those of the model that would be cut now.
     """
 
     target: TargetShape = field(default_factory=TargetShape)
+    target_sparsity: float | None = None
+    gates: list[str] | None = None
+    multiples: Multiples = field(default_factory=Multiples)
     start_sparsity: float = 0.0
     lagrangian_warmup: str = "0.2dur"
     gate_lr: float = 1.0
     multiplier_lr: float = 1.0
     evaluate_at: str = "expected"
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "L0PruningConfig":
+        """The settings that ``dataclasses.asdict`` turned into ``values``."""
+        nested = {"target": TargetShape(**values["target"]), "multiples": Multiples(**values["multiples"])}
+        return cls(**{**values, **nested})
+
+
+def make_goal(family: Family, source: Shape, config: L0PruningConfig) -> Goal:
+    """What the gates of a model are to come to.
+
+    Raises:
+        UserError: the target is missing, given twice, not smaller, or not possible with these gates.
+    """
+    wanted, multiples = vars(config.target), vars(config.multiples)
+    for name, multiple in multiples.items():
+        if multiple < 1 or multiple > getattr(source, name):
+            raise UserError(
+                f"l0_pruning.multiples.{name} {multiple} must lie between 1 and the source's {getattr(source, name)}"
+            )
+    shape_given = any(value is not None for value in wanted.values())
+    if config.target_sparsity is None:
+        if not shape_given:
+            raise UserError("give either l0_pruning.target (a shape) or l0_pruning.target_sparsity")
+        if config.gates is not None:
+            raise UserError("l0_pruning.gates goes with target_sparsity; with a target shape the shape decides")
+        sublayers = {name: wanted[name] for name in ("attention_layers", "mlp_layers")}
+        dimensions = {name: value for name, value in wanted.items() if name not in sublayers}
+        if all(value is None for value in dimensions.values()):
+            dimensions["layers"] = source.layers
+        for name, multiple in multiples.items():
+            if (value := dimensions[name]) is not None:
+                dimensions[name] = min(max(round(value / multiple), 1), getattr(source, name) // multiple) * multiple
+        return ShapeGoal(source, target_shape(source, dimensions), **sublayers)
+    if shape_given:
+        raise UserError("give either l0_pruning.target (a shape) or l0_pruning.target_sparsity, not both")
+    kinds = tuple(DEFAULT_GATES if config.gates is None else config.gates)
+    return SizeGoal(source, family.matrices(), kinds, config.target_sparsity, multiples)
+
 
 class L0Pruning(Callback):
-    """Trains gates that lead the model to a target shape, beside the model itself.
+    """Trains gates that lead the model to a target shape or size, beside the model itself.
 
     Gates multiply weights; they are float32, the same on every rank, and stay outside the model's state dict. One
     sample of all gates is drawn per microbatch, keyed by (seed, batch, microbatch, rank). The factors that they make
@@ -107,7 +174,7 @@ class L0Pruning(Callback):
             raise UserError("gates can't be trained with device_train_microbatch_size=auto: give a number")
         model = cast(ComposerCausalLM, state.model)
         source = model.family.shape(model.model.config)
-        gates = make_gates(model, self.config.target, self.seed)
+        gates = GateSet(source, make_goal(model.family, source, self.config), self.seed)
         self.gates = state.device.module_to_device(gates)
         self._slot = attach(model.model, model.family, set(gates.factors(gates.at_target()).trainable()))
         multipliers = [*gates.linear.values(), *gates.quadratic.values()]
@@ -117,7 +184,7 @@ class L0Pruning(Callback):
             torch.optim.Adam(gates.log_alpha.values(), lr=self.config.gate_lr, **common),
             torch.optim.Adam(multipliers, lr=self.config.multiplier_lr, maximize=True, **common),
         )
-        logger.log_hyperparameters({"l0/source": str(source), "l0/target": str(gates.target)})
+        logger.log_hyperparameters({"l0/source": str(source), "l0/target": str(gates.goal)})
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Start a batch."""
@@ -206,24 +273,16 @@ class L0Pruning(Callback):
 
     @torch.no_grad()
     def _log(self, targets: Mapping[str, float], constraint: Tensor, logger: Logger) -> None:
-        expected = torch.stack([constraint, *(self.gates.sparsity(name).mean() for name in targets)]).tolist()
-        metrics = {"l0/constraint": expected[0]}
-        for (name, target), sparsity in zip(targets.items(), expected[1:], strict=True):
-            metrics |= {f"l0/{name}/expected_sparsity": sparsity, f"l0/{name}/target_sparsity": target}
-        logger.log_metrics(metrics)
-
-
-def make_gates(model: ComposerCausalLM, target: TargetShape, seed: int) -> GateSet:
-    """The gates that lead ``model`` to ``target``.
-
-    Raises:
-        UserError: the target is not smaller, or not possible.
-    """
-    source = model.family.shape(model.model.config)
-    gates = GateSet(source, target_shape(source, vars(target)), seed)
-    if not gates.kinds:
-        raise UserError(f"the target shape is the source's own ({source}): nothing to prune")
-    return gates
+        by_kind = {kind: 1 - keep.mean() for kind, keep in self.gates.keep_probability().items()}
+        sparsities = {**by_kind, **{name: rows.mean() for name, rows in self.gates.sparsity().items()}}
+        expected = torch.stack([constraint, *sparsities.values()]).tolist()
+        logger.log_metrics(
+            {
+                "l0/constraint": expected[0],
+                **{f"l0/{n}/expected_sparsity": s for n, s in zip(sparsities, expected[1:], strict=True)},
+                **{f"l0/{name}/target_sparsity": target for name, target in targets.items()},
+            }
+        )
 
 
 def load_gates(gates: GateSet, state: Mapping[str, Any]) -> None:

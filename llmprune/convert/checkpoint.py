@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 from transformers import PretrainedConfig
 
-from llmprune.callbacks.l0_pruning import load_gates
+from llmprune.callbacks.l0_pruning import L0PruningConfig, load_gates, make_goal
 from llmprune.errors import UserError
-from llmprune.families import Family, family_of, target_shape
+from llmprune.families import Family, family_of
 from llmprune.gates.gate_set import GateSet
 from llmprune.models.loading import fingerprint, load_config
 from llmprune.run_folder import Manifest, RunFolder
@@ -125,7 +125,7 @@ class Checkpoint:
         if settings is None:
             return None
         source = self.family.shape(self.config)
-        gates = GateSet(source, target_shape(source, settings["target"]))
+        gates = GateSet(source, make_goal(self.family, source, L0PruningConfig.from_dict(settings)))
         load_gates(gates, self.state["callbacks"]["L0Pruning"])
         return gates
 

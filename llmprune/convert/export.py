@@ -27,7 +27,7 @@ def keep_everything(config: PretrainedConfig, model: str) -> Plan:
     """The plan that changes nothing."""
     family = family_of(config)
     shape = family.shape(config)
-    return Plan(family.name, model, shape, tuple(KeptBlock(i) for i in range(shape.layers)))
+    return Plan(family.name, model, shape, tuple(KeptBlock.whole(i) for i in range(shape.layers)))
 
 
 def export(

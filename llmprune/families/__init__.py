@@ -3,12 +3,25 @@
 from transformers import PretrainedConfig
 
 from llmprune.errors import UserError
-from llmprune.families.base import AXES, Axis, Family, Parameter, Role, Shape, shape_from, target_shape
-from llmprune.families.llama import LLAMA
+from llmprune.families.base import (
+    AXES,
+    NORMS,
+    SUBLAYERS,
+    Axis,
+    Family,
+    Parameter,
+    Role,
+    Shape,
+    shape_from,
+    target_shape,
+)
+from llmprune.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 
 __all__ = [
     "AXES",
     "FAMILIES",
+    "NORMS",
+    "SUBLAYERS",
     "Axis",
     "Family",
     "Parameter",
@@ -19,7 +32,7 @@ __all__ = [
     "target_shape",
 ]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
 def family_of(config: PretrainedConfig) -> Family:

@@ -6,7 +6,8 @@ role through the table ``AXES`` below.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from typing import Any, NamedTuple
@@ -20,14 +21,26 @@ class Role(Enum):
     """What a module does for the residual stream."""
 
     EMBEDDING = "embedding"
-    NORM = "norm"
-    FINAL_NORM = "final norm"
+    ATTENTION_NORM = "norm before the attention"
     QUERY = "query projection"
     KEY_VALUE = "key or value projection"
+    HEAD_NORM = "norm of every query or key by itself"
     ATTENTION_OUT = "attention output projection"
+    MLP_NORM = "norm before the MLP"
     MLP_IN = "MLP input projection"
     MLP_OUT = "MLP output projection"
-    HEAD = "output layer"
+    FINAL_NORM = "final norm"
+    OUTPUT = "output layer"
+
+
+# Norms of the residual stream.
+NORMS = frozenset({Role.ATTENTION_NORM, Role.MLP_NORM, Role.FINAL_NORM})
+
+# The roles of a block's two sub-layers; each reads the residual stream and adds to it.
+SUBLAYERS: dict[str, frozenset[Role]] = {
+    "attention": frozenset({Role.ATTENTION_NORM, Role.QUERY, Role.KEY_VALUE, Role.HEAD_NORM, Role.ATTENTION_OUT}),
+    "mlp": frozenset({Role.MLP_NORM, Role.MLP_IN, Role.MLP_OUT}),
+}
 
 
 class Axis(NamedTuple):
@@ -36,8 +49,8 @@ class Axis(NamedTuple):
     Attributes:
         dimension: what is cut along it: ``hidden``, ``query`` (query heads × head size), ``key_value`` (key/value
             groups × head size), ``channel``, or None (never cut).
-        factor: which gate factor multiplies it: ``hidden``, ``residual`` (hidden × layer), ``query``, ``channel``, or
-            None.
+        factor: which gate factor multiplies it: ``hidden``, ``attention`` or ``mlp`` (hidden × layer × sub-layer),
+            ``query``, ``channel``, or None.
     """
 
     dimension: str | None
@@ -47,14 +60,16 @@ class Axis(NamedTuple):
 # The axes of each role's weight. A bias has the weight's first axis.
 AXES: dict[Role, tuple[Axis, ...]] = {
     Role.EMBEDDING: (Axis(None), Axis("hidden", "hidden")),
-    Role.NORM: (Axis("hidden", "hidden"),),
-    Role.FINAL_NORM: (Axis("hidden", "hidden"),),
+    Role.ATTENTION_NORM: (Axis("hidden", "hidden"),),
     Role.QUERY: (Axis("query"), Axis("hidden")),
     Role.KEY_VALUE: (Axis("key_value"), Axis("hidden")),
-    Role.ATTENTION_OUT: (Axis("hidden", "residual"), Axis("query", "query")),
+    Role.HEAD_NORM: (Axis(None),),
+    Role.ATTENTION_OUT: (Axis("hidden", "attention"), Axis("query", "query")),
+    Role.MLP_NORM: (Axis("hidden", "hidden"),),
     Role.MLP_IN: (Axis("channel"), Axis("hidden")),
-    Role.MLP_OUT: (Axis("hidden", "residual"), Axis("channel", "channel")),
-    Role.HEAD: (Axis(None), Axis("hidden")),
+    Role.MLP_OUT: (Axis("hidden", "mlp"), Axis("channel", "channel")),
+    Role.FINAL_NORM: (Axis("hidden", "hidden"),),
+    Role.OUTPUT: (Axis(None), Axis("hidden")),
 }
 
 
@@ -85,6 +100,11 @@ class Parameter(NamedTuple):
     block: int | None
     axes: tuple[Axis, ...]
 
+    @property
+    def sublayer(self) -> str | None:
+        """``attention`` or ``mlp``; None outside the blocks."""
+        return next((name for name, roles in SUBLAYERS.items() if self.role in roles), None)
+
 
 @dataclass(frozen=True)
 class RMSNorm:
@@ -110,6 +130,7 @@ class Family:
         block: modules inside a block, by name within it.
         norm: how its norms compute.
         fields: the config's field for each field of ``Shape``.
+        per_block: config fields that list something for every block (of its attention).
     """
 
     name: str
@@ -120,6 +141,7 @@ class Family:
     block: Mapping[str, Role]
     norm: RMSNorm
     fields: Mapping[str, str]
+    per_block: tuple[str, ...] = ()
 
     def shape(self, config: PretrainedConfig) -> Shape:
         """The shape that ``config`` describes (defaults of older configs filled in)."""
@@ -128,12 +150,25 @@ class Family:
         values["head_dim"] = values["head_dim"] or values["hidden"] // values["heads"]
         return Shape(**values)
 
-    def with_shape(self, config: PretrainedConfig, shape: Shape) -> PretrainedConfig:
-        """A copy of ``config`` that describes ``shape``."""
+    def with_shape(self, config: PretrainedConfig, shape: Shape, blocks: Sequence[int]) -> PretrainedConfig:
+        """A copy of ``config`` that describes ``shape``.
+
+        Args:
+            config: the source's.
+            shape: the new one.
+            blocks: the source's number of every block's attention, [shape.layers].
+        """
         config = copy.deepcopy(config)
         for name, field in self.fields.items():
             setattr(config, field, getattr(shape, name))
+        for field in self.per_block:
+            if (values := getattr(config, field, None)) is not None:
+                setattr(config, field, [values[block] for block in blocks])
         return config
+
+    def matrices(self) -> Counter[Role]:
+        """How many matrices of each role a block has."""
+        return Counter(role for role in self.block.values() if len(AXES[role]) == 2)
 
     def tied(self, config: PretrainedConfig) -> bool:
         """Whether the output layer is the embedding."""

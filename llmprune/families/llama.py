@@ -1,24 +1,26 @@
-"""Llama 1, 2 and 3.x, and all that share their code (Vicuna, SmolLM, …)."""
+"""Llama and the families that share its layout: RMS norms, rotary positions, gated MLP, grouped queries."""
+
+from dataclasses import replace
 
 from llmprune.families.base import Family, RMSNorm, Role
 
 LLAMA = Family(
     name="llama",
-    description="Llama 1, 2, 3.x: RMS norms, rotary positions, gated MLP, grouped queries, tied or untied embeddings",
+    description="Llama 1, 2, 3.x and all that share their code (Vicuna, SmolLM, …), tied or untied embeddings",
     model_types=("llama",),
     outer={
         "model.embed_tokens": Role.EMBEDDING,
         "model.norm": Role.FINAL_NORM,
-        "lm_head": Role.HEAD,
+        "lm_head": Role.OUTPUT,
     },
     blocks="model.layers",
     block={
-        "input_layernorm": Role.NORM,
+        "input_layernorm": Role.ATTENTION_NORM,
         "self_attn.q_proj": Role.QUERY,
         "self_attn.k_proj": Role.KEY_VALUE,
         "self_attn.v_proj": Role.KEY_VALUE,
         "self_attn.o_proj": Role.ATTENTION_OUT,
-        "post_attention_layernorm": Role.NORM,
+        "post_attention_layernorm": Role.MLP_NORM,
         "mlp.gate_proj": Role.MLP_IN,
         "mlp.up_proj": Role.MLP_IN,
         "mlp.down_proj": Role.MLP_OUT,
@@ -32,4 +34,27 @@ LLAMA = Family(
         "head_dim": "head_dim",
         "intermediate": "intermediate_size",
     },
+)
+
+MISTRAL = replace(
+    LLAMA,
+    name="mistral",
+    description="Mistral 7B and its kin: as Llama, with sliding-window attention",
+    model_types=("mistral",),
+)
+
+QWEN2 = replace(
+    LLAMA,
+    name="qwen2",
+    description="Qwen2 and Qwen2.5: as Llama, with biases on queries, keys and values",
+    model_types=("qwen2",),
+    per_block=("layer_types",),
+)
+
+QWEN3 = replace(
+    QWEN2,
+    name="qwen3",
+    description="Qwen3 (dense): as Llama, with a norm of every query and key",
+    model_types=("qwen3",),
+    block={**LLAMA.block, "self_attn.q_norm": Role.HEAD_NORM, "self_attn.k_norm": Role.HEAD_NORM},
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmprune.families import AXES, Family, Role
+from llmprune.families import AXES, NORMS, Family, Role
 from llmprune.gates.gate_set import Factors
 from llmprune.gates.linear import gated_linear
 
@@ -96,7 +96,7 @@ def attach(model: PreTrainedModel, family: Family, factors: set[str]) -> GateSlo
         if not any(touched):
             continue
         module = model.get_submodule(name)
-        if role in (Role.NORM, Role.FINAL_NORM):
+        if role in NORMS:
             epsilon = getattr(module, family.norm.epsilon)
             _swap(module, _GatedRMSNorm, _Binding(slot, block, "hidden", None, epsilon))
         else:

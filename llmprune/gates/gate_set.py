@@ -1,57 +1,18 @@
-"""All gates of a model: what is learned, what it should come to, and what it decides."""
+"""All gates of a model: what is learned, and what it decides."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from llmprune.families import Shape
 from llmprune.gates import hard_concrete
+from llmprune.gates.goals import Goal
+from llmprune.gates.kinds import ATTENTION, HEAD, HIDDEN, INTERMEDIATE, KV_GROUP, LAYER, MLP, gate_sizes
 from llmprune.gates.lagrangian import lagrangian, warmed_up
 from llmprune.plans import KeptBlock, Plan
-
-HIDDEN, KV_GROUP, HEAD, INTERMEDIATE, LAYER = "hidden", "kv_group", "head", "intermediate", "layer"
-
-
-class GateKind(NamedTuple):
-    """One kind of gate.
-
-    Attributes:
-        size: of its tensor; the last dimension is what is counted, the others are rows with a constraint each.
-        keep: how many gates of every row stay at the target shape.
-    """
-
-    size: tuple[int, ...]
-    keep: int
-
-    @property
-    def target(self) -> float:
-        """Target sparsity."""
-        return 1 - self.keep / self.size[-1]
-
-    @property
-    def zeros(self) -> int:
-        """Gates of every row that are zero at the target shape."""
-        return self.size[-1] - self.keep
-
-
-def gate_kinds(source: Shape, target: Shape) -> dict[str, GateKind]:
-    """The gates that lead from ``source`` to ``target``: one kind for every dimension that shrinks.
-
-    ``kv_group`` removes a key/value group with all its queries (in models without grouped queries: a head); ``head``
-    removes the same number of query heads in every group.
-    """
-    blocks, groups, queries = source.layers, source.kv_heads, source.heads_per_group
-    every = {
-        HIDDEN: GateKind((source.hidden,), target.hidden),
-        KV_GROUP: GateKind((blocks, groups), target.kv_heads),
-        HEAD: GateKind((blocks, groups, queries), target.heads_per_group),
-        INTERMEDIATE: GateKind((blocks, source.intermediate), target.intermediate),
-        LAYER: GateKind((blocks,), target.layers),
-    }
-    return {name: kind for name, kind in every.items() if kind.zeros}
 
 
 @dataclasses.dataclass
@@ -60,21 +21,23 @@ class Factors:
 
     Attributes:
         hidden: [hidden], on the embedding's output and every norm's weight.
-        residual: [blocks, hidden], on the rows of the matrices that write to the residual stream.
+        attention: [blocks, hidden], on what every attention adds to the residual stream.
+        mlp: [blocks, hidden], on what every MLP adds to it.
         query: [blocks, heads · head size], on the columns of the attention output.
         channel: [blocks, intermediate], on the columns of the MLP output.
         kept_hidden: [], how many hidden gates are not zero: the norms' statistics are over these.
     """
 
     hidden: Tensor | None = None
-    residual: Tensor | None = None
+    attention: Tensor | None = None
+    mlp: Tensor | None = None
     query: Tensor | None = None
     channel: Tensor | None = None
     kept_hidden: Tensor | None = None
 
     def trainable(self) -> dict[str, Tensor]:
         """The factors that gradients flow to, by name."""
-        names = ("hidden", "residual", "query", "channel")
+        names = ("hidden", "attention", "mlp", "query", "channel")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def detached(self) -> "Factors":
@@ -84,32 +47,30 @@ class Factors:
 
 
 class GateSet(nn.Module):
-    """The gates that lead a model from one shape to another, and their Lagrange multipliers.
+    """The gates that lead a model to a goal, and their Lagrange multipliers.
 
-    Parameters (float32): ``log_alpha.KIND`` of the kind's size, ``linear.KIND`` and ``quadratic.KIND`` (λ1 and λ2)
-    with one entry per row. They belong to no model: whoever owns the set trains it.
+    Parameters (float32): ``log_alpha.KIND`` of the kind's size; ``linear.CONSTRAINT`` and ``quadratic.CONSTRAINT`` (λ1
+    and λ2) with one entry per row. They belong to no model: whoever owns the set trains it.
     """
 
-    def __init__(self, source: Shape, target: Shape, seed: int = 0) -> None:
+    def __init__(self, source: Shape, goal: Goal, seed: int = 0) -> None:
         """Gates that are all open.
 
         Args:
             source: shape of the model.
-            target: shape to reach; at least one dimension smaller.
+            goal: what they are to come to.
             seed: of the gates' start, N(5, 0.01).
         """
         super().__init__()
-        self.source, self.target = source, target
-        self.kinds = gate_kinds(source, target)
+        self.source, self.goal = source, goal
+        self.sizes = {kind: gate_sizes(source)[kind] for kind in goal.kinds}
         generator = torch.Generator().manual_seed(seed)
         self.log_alpha = nn.ParameterDict()
-        self.linear = nn.ParameterDict()
-        self.quadratic = nn.ParameterDict()
-        for name, kind in self.kinds.items():
-            start = torch.randn(kind.size, generator=generator) * hard_concrete.LOG_ALPHA_SPREAD
-            self.log_alpha[name] = nn.Parameter(start + hard_concrete.LOG_ALPHA_START)
-            self.linear[name] = nn.Parameter(torch.zeros(kind.size[:-1]))
-            self.quadratic[name] = nn.Parameter(torch.zeros(kind.size[:-1]))
+        for kind, size in self.sizes.items():
+            start = torch.randn(size, generator=generator) * hard_concrete.LOG_ALPHA_SPREAD
+            self.log_alpha[kind] = nn.Parameter(start + hard_concrete.LOG_ALPHA_START)
+        self.linear = nn.ParameterDict({name: nn.Parameter(torch.zeros(rows)) for name, rows in goal.rows.items()})
+        self.quadratic = nn.ParameterDict({name: nn.Parameter(torch.zeros(rows)) for name, rows in goal.rows.items()})
 
     def sample(self, generator: torch.Generator) -> dict[str, Tensor]:
         """One draw of every gate; the noise comes from ``generator`` (on the CPU, so that devices agree)."""
@@ -120,35 +81,46 @@ class GateSet(nn.Module):
             for name, log_alpha in self.log_alpha.items()
         }
 
+    @torch.no_grad()
     def at_target(self) -> dict[str, Tensor]:
-        """The deterministic gates with exactly the target shape's zeros."""
-        return {
-            name: hard_concrete.deterministic(self.log_alpha[name].detach(), kind.zeros)
-            for name, kind in self.kinds.items()
-        }
+        """The deterministic gates with exactly the goal's number of zeros in every row."""
+        counts = self.goal.counts(self.keep_probability())
+        zeros = {kind: size[-1] - counts[kind] for kind, size in self.sizes.items()}
+        log_alpha: dict[str, Tensor] = {kind: value.detach() for kind, value in self.log_alpha.items()}
+        if LAYER in zeros:  # the sub-layers of removed blocks go before all others
+            gone = hard_concrete.deterministic(log_alpha[LAYER], zeros[LAYER]) == 0
+            log_alpha |= {
+                kind: log_alpha[kind].masked_fill(gone, -torch.inf) for kind in (ATTENTION, MLP) if kind in zeros
+            }
+        return {kind: hard_concrete.deterministic(value, zeros[kind]) for kind, value in log_alpha.items()}
 
+    @torch.no_grad()
     def as_expected(self) -> dict[str, Tensor]:
         """The deterministic gates with as many zeros in every row as are expected of it now."""
         return {
-            name: hard_concrete.deterministic(
-                self.log_alpha[name].detach(), (self.sparsity(name).detach() * kind.size[-1]).round().long()
+            kind: hard_concrete.deterministic(
+                self.log_alpha[kind].detach(), ((1 - keep.mean(-1)) * keep.shape[-1]).round().long()
             )
-            for name, kind in self.kinds.items()
+            for kind, keep in self.keep_probability().items()
         }
 
-    def sparsity(self, kind: str) -> Tensor:
-        """Expected share of zero gates of every row."""
-        return 1 - hard_concrete.keep_probability(self.log_alpha[kind]).mean(-1)
+    def keep_probability(self) -> dict[str, Tensor]:
+        """P(z > 0) of every gate, by kind."""
+        return {kind: hard_concrete.keep_probability(value) for kind, value in self.log_alpha.items()}
+
+    def sparsity(self) -> dict[str, Tensor]:
+        """Expected sparsity of every constraint, one for each row."""
+        return self.goal.sparsity(self.keep_probability())
 
     def targets(self, start: float, progress: float) -> dict[str, float]:
-        """Target sparsity of every kind after ``progress`` (0 … 1) of the warm-up that begins at ``start``."""
-        return {name: warmed_up(kind.target, min(start, kind.target), progress) for name, kind in self.kinds.items()}
+        """Every constraint's target sparsity after ``progress`` (0 … 1) of the warm-up that begins at ``start``."""
+        return {name: warmed_up(target, min(start, target), progress) for name, target in self.goal.targets.items()}
 
     def constraint(self, targets: Mapping[str, float]) -> Tensor:
-        """The Lagrangian term, summed over kinds: minimised by the gates, maximised by the multipliers."""
+        """The Lagrangian term, summed over constraints: minimised by the gates, maximised by the multipliers."""
         terms = [
-            lagrangian(self.sparsity(name), targets[name], self.linear[name], self.quadratic[name])
-            for name in self.kinds
+            lagrangian(sparsity, targets[name], self.linear[name], self.quadratic[name])
+            for name, sparsity in self.sparsity().items()
         ]
         return torch.stack(terms).sum()
 
@@ -160,18 +132,20 @@ class GateSet(nn.Module):
 
     def factors(self, gates: Mapping[str, Tensor]) -> Factors:
         """What ``gates`` (values of every kind) multiply in the model."""
-        blocks, head_dim = self.source.layers, self.source.head_dim
-        hidden, layer = gates.get(HIDDEN), gates.get(LAYER)
-        residual = None
-        if hidden is not None or layer is not None:
-            per_block = torch.ones(blocks, device=next(iter(gates.values())).device) if layer is None else layer
-            per_dimension = torch.ones(self.source.hidden, device=per_block.device) if hidden is None else hidden
-            residual = per_block[:, None] * per_dimension
-        heads = self._heads(gates)
+        hidden, heads = gates.get(HIDDEN), self._heads(gates)
+        device = next(iter(gates.values())).device
+        residual: dict[str, Tensor] = {}
+        for kind in (ATTENTION, MLP):
+            sublayer = _product(gates.get(LAYER), gates.get(kind))
+            if hidden is not None or sublayer is not None:
+                per_block = torch.ones(self.source.layers, device=device) if sublayer is None else sublayer
+                per_dimension = torch.ones(self.source.hidden, device=device) if hidden is None else hidden
+                residual[kind] = per_block[:, None] * per_dimension
         return Factors(
             hidden=hidden,
-            residual=residual,
-            query=None if heads is None else heads.repeat_interleave(head_dim, dim=1),
+            attention=residual.get(ATTENTION),
+            mlp=residual.get(MLP),
+            query=None if heads is None else heads.repeat_interleave(self.source.head_dim, dim=1),
             channel=gates.get(INTERMEDIATE),
             kept_hidden=None if hidden is None else hidden.detach().count_nonzero().clamp(min=1),
         )
@@ -179,40 +153,44 @@ class GateSet(nn.Module):
     def _heads(self, gates: Mapping[str, Tensor]) -> Tensor | None:
         """The gate of every query head, [blocks, heads]: its group's times its own."""
         group, head = gates.get(KV_GROUP), gates.get(HEAD)
-        if group is None and head is None:
-            return None
-        if group is not None and head is not None:
-            return (group[..., None] * head).flatten(1)
-        return head.flatten(1) if group is None else group.repeat_interleave(self.source.heads_per_group, dim=1)  # type: ignore[union-attr]
+        if head is None:
+            return None if group is None else group.repeat_interleave(self.source.heads_per_group, dim=1)
+        return cast(Tensor, _product(head, None if group is None else group[..., None])).flatten(1)
 
     def plan(self, family: str, model: str) -> Plan:
-        """The plan to the target shape, soft gates folded in.
+        """The plan that the gates have come to, soft gates folded in.
+
+        A sub-layer that goes alone takes its block with it where the kept sub-layers before and after it can share
+        one; otherwise it stays in its block with a factor of zero, because no config can leave it out.
 
         Args:
             family: name of the model's family.
             model: fingerprint of the model's weights.
         """
         gates = {name: value.cpu() for name, value in self.at_target().items()}
-        kept_layers = _kept(gates[LAYER]) if LAYER in gates else list(range(self.source.layers))
-        heads, channels = self._heads(gates), gates.get(INTERMEDIATE)
+        heads, channels, hidden = self._heads(gates), gates.get(INTERMEDIATE), None
         factors: dict[str, Tensor] = {}
-        hidden = None
         if HIDDEN in gates:
             hidden = tuple(_kept(gates[HIDDEN]))
             factors["hidden"] = gates[HIDDEN][list(hidden)]
-        if LAYER in gates:
-            factors["layers"] = gates[LAYER][kept_layers]
+        ones = torch.ones(self.source.layers)
+        of_attention, of_mlp = (gates.get(LAYER, ones) * gates.get(kind, ones) for kind in (ATTENTION, MLP))
+        pairs = _pair(_kept(of_attention), _kept(of_mlp))
+        if {LAYER, ATTENTION, MLP} & gates.keys():
+            factors["attention"] = of_attention[[attention for attention, _ in pairs]]
+            factors["mlp"] = of_mlp[[mlp for _, mlp in pairs]]
         blocks = []
-        for index in kept_layers:
+        for attention, mlp in pairs:
             block = KeptBlock(
-                index,
-                heads=None if heads is None else tuple(_kept(heads[index])),
-                channels=None if channels is None else tuple(_kept(channels[index])),
+                attention,
+                mlp,
+                heads=None if heads is None else tuple(_kept(heads[attention])),
+                channels=None if channels is None else tuple(_kept(channels[mlp])),
             )
             if heads is not None:
-                factors[f"blocks.{index}.heads"] = heads[index][list(block.heads or ())]
+                factors[f"heads.{attention}"] = heads[attention][list(block.heads or ())]
             if channels is not None:
-                factors[f"blocks.{index}.channels"] = channels[index][list(block.channels or ())]
+                factors[f"channels.{mlp}"] = channels[mlp][list(block.channels or ())]
             blocks.append(block)
         return Plan(
             family=family, model=model, source=self.source, blocks=tuple(blocks), hidden=hidden, factors=factors
@@ -221,3 +199,26 @@ class GateSet(nn.Module):
 
 def _kept(gates: Tensor) -> list[int]:
     return gates.nonzero().flatten().tolist()
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a * b
+
+
+def _pair(attentions: list[int], mlps: list[int]) -> list[tuple[int, int]]:
+    """The fewest blocks that hold these sub-layers in the source's order: (attention's, MLP's number) of each.
+
+    An attention shares a block with the next sub-layer that stays if that is an MLP. One that finds no partner is
+    beside its own block's other sub-layer, which does not stay.
+    """
+    order = sorted([(index, 0) for index in attentions] + [(index, 1) for index in mlps])
+    pairs = []
+    for position, (index, is_mlp) in enumerate(order):
+        following = order[position + 1] if position + 1 < len(order) else (index, 0)
+        if not is_mlp:
+            pairs.append((index, following[0] if following[1] else index))
+        elif position == 0 or order[position - 1][1]:
+            pairs.append((index, index))
+    return pairs

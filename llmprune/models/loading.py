@@ -143,7 +143,7 @@ class StoredWeights(Mapping[str, Tensor]):
 def parameter_names(weights: Mapping[str, Tensor], config: PretrainedConfig) -> list[str]:
     """The sorted names of a model's own parameters: no buffers of older formats, and a tied output layer left out."""
     family = family_of(config)
-    output_layer = family.outer_name(Role.HEAD) + ".weight" if family.tied(config) else None
+    output_layer = family.outer_name(Role.OUTPUT) + ".weight" if family.tied(config) else None
     return sorted(name for name in weights if name.endswith((".weight", ".bias")) and name != output_layer)
 
 

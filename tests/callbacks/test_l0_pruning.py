@@ -16,6 +16,7 @@ from llmprune.errors import UserError
 from llmprune.families import family_of, target_shape
 from llmprune.gates import hard_concrete
 from llmprune.gates.gate_set import GateSet
+from llmprune.gates.goals import ShapeGoal
 from llmprune.models.causal_lm import token_losses
 from llmprune.models.loading import load_model
 from llmprune.training import make_loaders
@@ -72,7 +73,9 @@ def test_the_chained_gradient_is_that_of_gated_activations(config: Path, tmp_pat
     batch = next(iter(make_loaders(settings)[0]))
     model = load_model(str(settings.model.path)).eval()
     source = family_of(model.config).shape(model.config)
-    gates = GateSet(source, target_shape(source, {"layers": 3, "hidden": 20, "heads": 4, "intermediate": 32}))
+    gates = GateSet(
+        source, ShapeGoal(source, target_shape(source, {"layers": 3, "hidden": 20, "heads": 4, "intermediate": 32}))
+    )
     fixed_noise.spread(gates)
 
     generator = torch.Generator().manual_seed(int(keyed_generator(3).integers(2**63)))

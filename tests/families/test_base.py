@@ -1,11 +1,13 @@
 """Shapes, targets, and what a family says of a config."""
 
+from dataclasses import replace
+
 import pytest
 from transformers import GPT2Config, LlamaConfig
 
 from llmprune.errors import UserError
 from llmprune.families import Role, Shape, family_of, shape_from, target_shape
-from llmprune.families.llama import LLAMA
+from llmprune.families.llama import LLAMA, QWEN2
 from llmprune.models.loading import new_model
 from tests.conftest import tiny_config
 
@@ -21,7 +23,14 @@ def test_shape_of_a_config_without_newer_fields() -> None:
 
 def test_with_shape_is_the_inverse_of_shape() -> None:
     shape = Shape(3, 24, 4, 2, 8, 31)
-    assert LLAMA.shape(LLAMA.with_shape(tiny_config(), shape)) == shape
+    assert LLAMA.shape(LLAMA.with_shape(tiny_config(), shape, [0, 1, 3])) == shape
+
+
+def test_lists_per_block_follow_their_blocks() -> None:
+    config = tiny_config("qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=2)
+    assert config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
+    cut = QWEN2.with_shape(config, replace(QWEN2.shape(config), layers=2), [1, 3])
+    assert cut.layer_types == ["full_attention", "sliding_attention"] and len(config.layer_types) == 4
 
 
 @pytest.mark.parametrize(
@@ -55,7 +64,7 @@ def test_impossible_targets_say_what_to_do(target: dict[str, int | None], messag
 
 
 def test_an_unknown_architecture_names_the_supported_ones() -> None:
-    with pytest.raises(UserError, match="'gpt2' is not supported; supported: llama"):
+    with pytest.raises(UserError, match="'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3"):
         family_of(GPT2Config())
 
 

@@ -1,0 +1,117 @@
+"""The prunable size of a model: the matrices of its blocks, as expected under gates and as a plain count."""
+
+import itertools
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from llmprune.families import Role, Shape
+from llmprune.gates.kinds import ATTENTION, DEPTH, HEAD, HIDDEN, INTERMEDIATE, KV_GROUP, LAYER, MLP, gate_sizes
+
+
+def prunable_size(source: Shape, matrices: Mapping[Role, int], keep: Mapping[str, Tensor]) -> Tensor:
+    """The number of attention and MLP parameters that stay, [].
+
+    A matrix element stays with the product of the probabilities of every gate that touches it (gates are independent),
+    so the expectation over gates is the same formula as the count for one draw of them.
+
+    Args:
+        source: shape of the model.
+        matrices: how many matrices of each role a block has (``Family.matrices``).
+        keep: probability to stay (or the gates themselves, 0 or 1) of every kind, of the kind's size; absent = 1.
+    """
+    sizes = gate_sizes(source)
+    device = next(iter(keep.values())).device
+    p = {kind: keep.get(kind, torch.ones(size, device=device)) for kind, size in sizes.items()}
+    hidden = p[HIDDEN].sum()
+    groups = p[KV_GROUP].sum(1) * source.head_dim
+    queries = (p[KV_GROUP][..., None] * p[HEAD]).sum((1, 2)) * source.head_dim
+    of_attention = (matrices[Role.QUERY] + matrices[Role.ATTENTION_OUT]) * queries + matrices[Role.KEY_VALUE] * groups
+    of_mlp = (matrices[Role.MLP_IN] + matrices[Role.MLP_OUT]) * p[INTERMEDIATE].sum(1)
+    return (p[LAYER] * (p[ATTENTION] * of_attention + p[MLP] * of_mlp)).sum() * hidden
+
+
+def uniform_counts(
+    source: Shape,
+    matrices: Mapping[Role, int],
+    keep: Mapping[str, Tensor],
+    sparsity: float,
+    multiples: Mapping[str, int],
+) -> dict[str, int]:
+    """The uniform shape nearest to what the gates have learned, at the size wanted.
+
+    Among counts around the learned means it takes those whose size is nearest to the one wanted (to 1 %), and of these
+    the one that changes least. MLP channels, or else hidden dimensions, are chosen last to meet the size.
+
+    Args:
+        source: shape of the model.
+        matrices: see ``prunable_size``.
+        keep: probability to stay of every kind of gate that there is.
+        sparsity: share of the prunable size that goes.
+        multiples: kind → what its count must be a multiple of; absent = 1.
+
+    Returns:
+        How many gates of every row stay, by kind.
+    """
+    sizes = gate_sizes(source)
+    full = {kind: size[-1] for kind, size in sizes.items()}
+    wanted = (1 - sparsity) * _size(source, matrices, full)
+    learned = {kind: _mean_count(kind, keep) for kind in keep}
+    solved = next((kind for kind in (INTERMEDIATE, HIDDEN) if kind in keep), None)
+    tried = [kind for kind in keep if kind != solved]
+    candidates = [_around(learned[kind], multiples.get(kind, 1), full[kind]) for kind in tried]
+    best: tuple[tuple[float, float], dict[str, int]] | None = None
+    for counts in itertools.product(*candidates):
+        chosen = dict(zip(tried, counts, strict=True))
+        if solved is not None:
+            chosen[solved] = _solve(source, matrices, {**full, **chosen}, solved, wanted, multiples.get(solved, 1))
+        error = abs(_size(source, matrices, {**full, **chosen}) / wanted - 1)
+        change = sum(abs(chosen[kind] - learned[kind]) / full[kind] for kind in keep)
+        cost = (round(error, 2), change)
+        if best is None or cost < best[0]:
+            best = cost, chosen
+    assert best is not None
+    return best[1]
+
+
+def _size(source: Shape, matrices: Mapping[Role, int], counts: Mapping[str, int]) -> int:
+    """The prunable size of a uniform shape."""
+    head_dim, groups = source.head_dim, counts[KV_GROUP]
+    queries = groups * counts[HEAD] * head_dim
+    of_attention = (matrices[Role.QUERY] + matrices[Role.ATTENTION_OUT]) * queries
+    of_attention += matrices[Role.KEY_VALUE] * groups * head_dim
+    of_mlp = (matrices[Role.MLP_IN] + matrices[Role.MLP_OUT]) * counts[INTERMEDIATE]
+    attentions, mlps = (min(counts[LAYER], counts[kind]) for kind in (ATTENTION, MLP))
+    return (attentions * of_attention + mlps * of_mlp) * counts[HIDDEN]
+
+
+def _mean_count(kind: str, keep: Mapping[str, Tensor]) -> float:
+    """How many gates of a row are expected to stay, averaged over the blocks that are likely to stay."""
+    counts = keep[kind].sum(-1)
+    if kind in DEPTH or counts.ndim == 0:
+        return counts.item()
+    sublayer = MLP if kind == INTERMEDIATE else ATTENTION
+    ones = torch.ones(counts.shape[0], device=counts.device)
+    weight = keep.get(LAYER, ones) * keep.get(sublayer, ones)
+    counts = counts.flatten(1).mean(1) if counts.ndim > 1 else counts
+    return ((counts * weight).sum() / weight.sum()).item()
+
+
+def _around(value: float, multiple: int, limit: int) -> list[int]:
+    """The multiples next to ``value``, two on each side, from one up to ``limit``."""
+    near = math.floor(value / multiple) * multiple
+    steps = {near + step * multiple for step in (-1, 0, 1, 2)}
+    return sorted(n for n in steps if 0 < n <= limit) or [limit]
+
+
+def _solve(
+    source: Shape, matrices: Mapping[Role, int], counts: Mapping[str, int], kind: str, wanted: float, multiple: int
+) -> int:
+    """The count of ``kind`` that brings the size nearest to ``wanted``: the size is linear in it."""
+    limit = counts[kind]
+    zero, one = (_size(source, matrices, {**counts, kind: n}) for n in (0, 1))
+    exact = (wanted - zero) / (one - zero)
+    largest = limit // multiple * multiple or limit
+    return int(min(max(round(exact / multiple) * multiple, min(multiple, largest)), largest))

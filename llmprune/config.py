@@ -20,6 +20,7 @@ from yaml import YAMLError
 
 from llmprune.callbacks.l0_pruning import L0PruningConfig
 from llmprune.errors import UserError, nearest
+from llmprune.sharding import ShardingConfig
 
 
 @dataclass
@@ -112,7 +113,9 @@ class TrainConfig:
     Attributes:
         duration: ``3200ba`` (batches) or ``400000000tok``.
         global_batch_size: samples per step over all ranks.
-        microbatch_size: samples per forward pass on one device, or ``auto``.
+        microbatch_size: samples per forward pass on one device; ``auto`` finds the largest that fits (GPU, neither
+            sharded nor with gates).
+        activation_checkpointing: keep only each block's input and compute its activations anew in the backward pass.
         precision: fp32, amp_bf16 or amp_fp16.
         clip_norm: limit of the gradients' norm (the model's only, not the gates'); null = none.
         eval_interval: ``50ba``; ``0ba`` = never.
@@ -123,6 +126,7 @@ class TrainConfig:
     duration: str = MISSING
     global_batch_size: int = MISSING
     microbatch_size: Any = 1
+    activation_checkpointing: bool = False
     precision: str = "fp32"
     clip_norm: float | None = 1.0
     eval_interval: str = "1dur"
@@ -181,6 +185,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    sharding: ShardingConfig | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     loggers: LoggersConfig = field(default_factory=LoggersConfig)
 
@@ -190,7 +195,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: the YAML file.
-        overrides: ``section.key=value``, later ones win.
+        overrides: ``section.key=value``, later ones win; a value in braces replaces the whole mapping.
 
     Raises:
         UserError: the file can't be read, a key is unknown, a value has the wrong type or is missing.
@@ -203,12 +208,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} can't be read: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path} must hold sections such as run:, model: and data:")
-    merged = OmegaConf.structured(Config)
-    merged = _merge(merged, loaded, str(path))
+    _merge(OmegaConf.structured(Config), loaded, str(path))
     for override in overrides:
-        if "=" not in override:
+        key, separator, _ = override.partition("=")
+        if not separator:
             raise UserError(f"'{override}' is not of the form section.key=value")
-        merged = _merge(merged, OmegaConf.from_dotlist([override]), f"'{override}'")
+        try:
+            given = OmegaConf.from_dotlist([override])
+        except YAMLError:
+            raise UserError(f"'{override}' is no valid value: put quotes around the whole ('{key}={{…}}')") from None
+        _merge(OmegaConf.structured(Config), given, f"'{override}'")
+        OmegaConf.update(loaded, key, OmegaConf.select(given, key), merge=False)
+    merged = _merge(OmegaConf.structured(Config), loaded, str(path))
     try:
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         config = OmegaConf.to_object(merged)
@@ -266,7 +277,8 @@ def _merge(base: Any, update: Any, source: str) -> Any:
         section, _, name = key.rpartition(".")
         raise UserError(f"{source}: unknown key '{key}'; {nearest(name, _fields_of(section))}") from None
     except OmegaConfBaseException as error:
-        raise UserError(f"{source}: {error.full_key}: {_first_line(error)}") from None
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{source}: {where}{_first_line(error)}") from None
 
 
 def _fields_of(section: str) -> Iterator[str]:

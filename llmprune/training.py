@@ -1,5 +1,6 @@
 """From a config to a Composer trainer."""
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.callbacks.l0_pruning import L0Pruning, make_goal
+from llmprune.callbacks.load_shards import LoadShards
 from llmprune.callbacks.loss_guard import LossGuard
 from llmprune.callbacks.metrics_file import MetricsFile
 from llmprune.config import Config, LoggersConfig, OptimizerConfig, SchedulerConfig, save_config
@@ -33,9 +35,10 @@ from llmprune.data.format import DataManifest, tokenizer_fingerprint
 from llmprune.errors import UserError, nearest
 from llmprune.families import family_of
 from llmprune.models.causal_lm import ComposerCausalLM
+from llmprune.models.loading import empty_model, load_model, load_tokenizer, new_model
 from llmprune.models.loading import load_config as load_model_config
-from llmprune.models.loading import load_model, load_tokenizer, new_model
 from llmprune.run_folder import Manifest, RunFolder, git_commit, versions
+from llmprune.sharding import check_sharding, parallelism
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -131,13 +134,14 @@ def build_trainer(config: Config) -> Trainer:
         schedulers=SCHEDULERS[config.scheduler.name](config.scheduler),
         step_schedulers_every_batch=True,
         algorithms=[] if clipping is None else [GradientClipping("norm", clipping_threshold=clipping)],
-        callbacks=make_callbacks(config, run),
+        callbacks=make_callbacks(config, run, resumed=resume is not None),
         loggers=make_loggers(config.loggers, run, config.run.name),
         progress_bar=not config.loggers.console,
         log_to_console=config.loggers.console,
         console_log_interval=config.loggers.console_interval,
         precision=config.train.precision,
         device_train_microbatch_size=config.train.microbatch_size,
+        parallelism_config=parallelism(config.sharding, config.train.activation_checkpointing),
         save_folder=str(run.checkpoints),
         save_filename="ba{batch}-rank{rank}.pt",
         save_latest_filename="latest-rank{rank}.pt",
@@ -203,11 +207,23 @@ def config_from_fields(values: dict[str, Any], tokenizer: PreTrainedTokenizerBas
 
 
 def make_model(config: Config, inputs: Ingredients) -> PreTrainedModel:
-    """The model to train, with its weights, in the dtype asked for."""
-    dtype = DTYPES[config.model.dtype]
-    if config.model.path is not None:
-        return load_model(config.model.path, dtype=dtype, attention=config.model.attention)
-    return new_model(inputs.model_config, seed=config.run.seed, attention=config.model.attention).to(dtype)
+    """The model to train, in the dtype asked for.
+
+    Sharded, a model from disk is still empty (``LoadShards`` fills it) and one with random weights is made on rank 0
+    alone, from where Composer spreads it.
+    """
+    dtype, attention = DTYPES[config.model.dtype], config.model.attention
+    if config.model.path is None:
+        elsewhere = config.sharding is not None and dist.get_global_rank() != 0
+        with torch.device("meta") if elsewhere else contextlib.nullcontext():
+            model = new_model(inputs.model_config, seed=config.run.seed, attention=attention).to(dtype)
+    elif config.sharding is not None:
+        model = empty_model(config.model.path, dtype=dtype, attention=attention)
+    else:
+        model = load_model(config.model.path, dtype=dtype, attention=attention)
+    if config.train.activation_checkpointing and config.sharding is None:  # sharded, Composer does it
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
 def make_loaders(config: Config) -> tuple[DataLoader[Any], EvalDataset]:
@@ -248,9 +264,11 @@ def make_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.opt
     )
 
 
-def make_callbacks(config: Config, run: RunFolder) -> list[Callback]:
-    """The callbacks of a run."""
+def make_callbacks(config: Config, run: RunFolder, *, resumed: bool) -> list[Callback]:
+    """The callbacks of a run; a resumed one has its weights in the checkpoint."""
     callbacks: list[Callback] = [LossGuard(), LRMonitor(), SpeedMonitor(window_size=10)]
+    if config.sharding is not None and config.model.path is not None and not resumed:
+        callbacks.append(LoadShards(config.model.path))
     if config.l0_pruning is not None:
         callbacks.append(L0Pruning(config.l0_pruning, seed=config.run.seed, folder=run.gates))
     return callbacks
@@ -378,5 +396,15 @@ def _check_choices(config: Config) -> None:
         raise UserError(f"train.global_batch_size {batch} must be a positive multiple of the {world_size} ranks")
     if microbatch != "auto" and not (isinstance(microbatch, int) and microbatch >= 1):
         raise UserError(f"train.microbatch_size '{microbatch}' must be a positive whole number or auto")
-    if config.train.precision != "fp32" and get_device(config.train.device).name == "cpu":
+    on_cpu = get_device(config.train.device).name == "cpu"
+    for refused, where in (
+        (config.sharding is not None, "with sharding"),
+        (config.l0_pruning is not None, "while gates train"),
+        (on_cpu, "on CPUs"),
+    ):
+        if refused and microbatch == "auto":
+            raise UserError(f"train.microbatch_size=auto does not work {where}: give a number")
+    if config.sharding is not None:
+        check_sharding(config.sharding, on_cpu=on_cpu)
+    if config.train.precision != "fp32" and on_cpu:
         raise UserError(f"train.precision {config.train.precision} needs a GPU; on CPUs use fp32")

@@ -77,7 +77,7 @@ class L0PruningConfig:
             those of the model that would be cut now.
     """
 
-    target: TargetShape = field(default_factory=TargetShape)
+    target: TargetShape | None = None
     target_sparsity: float | None = None
     gates: list[str] | None = None
     multiples: Multiples = field(default_factory=Multiples)
@@ -90,8 +90,8 @@ class L0PruningConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "L0PruningConfig":
         """The settings that ``dataclasses.asdict`` turned into ``values``."""
-        nested = {"target": TargetShape(**values["target"]), "multiples": Multiples(**values["multiples"])}
-        return cls(**{**values, **nested})
+        target = None if values["target"] is None else TargetShape(**values["target"])
+        return cls(**{**values, "target": target, "multiples": Multiples(**values["multiples"])})
 
 
 def make_goal(family: Family, source: Shape, config: L0PruningConfig) -> Goal:
@@ -100,7 +100,7 @@ def make_goal(family: Family, source: Shape, config: L0PruningConfig) -> Goal:
     Raises:
         UserError: the target is missing, given twice, not smaller, or not possible with these gates.
     """
-    wanted, multiples = vars(config.target), vars(config.multiples)
+    wanted, multiples = vars(config.target or TargetShape()), vars(config.multiples)
     for name, multiple in multiples.items():
         if multiple < 1 or multiple > getattr(source, name):
             raise UserError(
@@ -170,8 +170,6 @@ class L0Pruning(Callback):
         """Make the gates and attach them, before the model is sharded."""
         if state.precision == Precision.AMP_FP16:
             raise UserError("gates can't be trained with precision amp_fp16 (loss scaling): use amp_bf16")
-        if state.auto_microbatching:
-            raise UserError("gates can't be trained with device_train_microbatch_size=auto: give a number")
         model = cast(ComposerCausalLM, state.model)
         source = model.family.shape(model.model.config)
         gates = GateSet(source, make_goal(model.family, source, self.config), self.seed)
@@ -184,6 +182,8 @@ class L0Pruning(Callback):
             torch.optim.Adam(gates.log_alpha.values(), lr=self.config.gate_lr, **common),
             torch.optim.Adam(multipliers, lr=self.config.multiplier_lr, maximize=True, **common),
         )
+        for optimizer in self._optimizers:
+            _prime(optimizer)
         logger.log_hyperparameters({"l0/source": str(source), "l0/target": str(gates.goal)})
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
@@ -219,7 +219,7 @@ class L0Pruning(Callback):
         scale = learning_rate_scale(state)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * scale
+                group["lr"] = group["initial_lr"] * scale
             optimizer.step()
         self.gates.clamp()
         self._log(targets, constraint.detach(), logger)
@@ -252,7 +252,7 @@ class L0Pruning(Callback):
         Raises:
             UserError: it was saved by a run with another target shape or from another model.
         """
-        load_gates(self.gates, state)
+        load_gates(self.gates, state["gates"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
@@ -285,21 +285,30 @@ class L0Pruning(Callback):
         )
 
 
-def load_gates(gates: GateSet, state: Mapping[str, Any]) -> None:
-    """Load gates from the state of an ``L0Pruning`` callback.
+def _prime(optimizer: torch.optim.Optimizer) -> None:
+    """Give Adam the state that it would make at its first step: sharded checkpoints fill only what is there."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+        for parameter in group["params"]:
+            zeros = torch.zeros_like(parameter)
+            optimizer.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+
+def load_gates(gates: GateSet, saved: Mapping[str, Tensor]) -> None:
+    """Load gates from the ``gates`` in the state of an ``L0Pruning`` callback.
 
     Raises:
-        UserError: it was saved by a run with another target shape or from another model.
+        UserError: they were saved by a run with another target or from another model.
     """
-    saved = {name: tuple(value.shape) for name, value in state["gates"].items()}
     own = {name: tuple(value.shape) for name, value in gates.state_dict().items()}
-    if saved != own:
-        differing = sorted(set(saved.items()) ^ set(own.items()))
+    found = {name: tuple(saved[name].shape) for name in saved}
+    if found != own:
+        differing = sorted(set(found.items()) ^ set(own.items()))
         raise UserError(
             f"the checkpoint's gates are of another shape ({differing[0][0]}): "
             "resume with the target shape and the model of the run that saved it"
         )
-    gates.load_state_dict(state["gates"])
+    gates.load_state_dict({name: saved[name] for name in saved})
 
 
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:

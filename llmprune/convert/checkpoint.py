@@ -1,20 +1,15 @@
-"""Reading what training left behind: Composer checkpoints with their manifest."""
+"""A checkpoint of llmprune: Composer's state, and the manifest that says what it is."""
 
-import datetime
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
-from torch.torch_version import TorchVersion
 from transformers import PretrainedConfig
 
 from llmprune.callbacks.l0_pruning import L0PruningConfig, load_gates, make_goal
+from llmprune.convert.stored_state import METADATA, StoredState, open_state
 from llmprune.errors import UserError
 from llmprune.families import Family, family_of
 from llmprune.gates.gate_set import GateSet
@@ -22,16 +17,6 @@ from llmprune.models.loading import fingerprint, load_config
 from llmprune.run_folder import Manifest, RunFolder
 
 _PREFIX = "model."
-
-# What Composer keeps beside tensors and plain types: durations, the torch version, numpy's random state.
-_SAFE = [
-    datetime.timedelta,
-    TorchVersion,
-    np.ndarray,
-    np.dtype,
-    np.dtypes.UInt32DType,
-    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-]
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
@@ -59,7 +44,7 @@ class Checkpoint:
     """A Composer checkpoint of llmprune.
 
     Attributes:
-        path: the checkpoint file.
+        path: the checkpoint's file, or its folder if it is sharded.
         manifest: what it is.
         config: the config of the model in it.
     """
@@ -76,14 +61,15 @@ class Checkpoint:
             UserError: there is none.
         """
         path = Path(path)
-        if path.is_dir():
+        if path.is_dir() and not _is_sharded(path):
             folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
             latest = RunFolder(folder.parent).latest_checkpoint() if folder.name == "checkpoints" else None
-            latest = latest or max(folder.glob("*.pt"), key=lambda file: file.stat().st_mtime, default=None)
+            complete = [entry for entry in folder.iterdir() if entry.suffix == ".pt" or _is_sharded(entry)]
+            latest = latest or max(complete, key=lambda entry: entry.stat().st_mtime, default=None)
             if latest is None:
                 raise UserError(f"{path} holds no checkpoint")
             path = latest
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"{path} does not exist")
         path = path.resolve()
         return cls(path, Manifest.load(path.parent), load_config(path.parent / "model"))
@@ -99,25 +85,17 @@ class Checkpoint:
         return family_of(self.config)
 
     @cached_property
-    def state(self) -> dict[str, Any]:
-        """Composer's state; tensors stay on disk until they are used.
-
-        Raises:
-            UserError: the file is damaged, or holds what must not be unpickled.
-        """
-        try:
-            with torch.serialization.safe_globals(_SAFE):
-                loaded = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-            state: dict[str, Any] = loaded["state"]
-        except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{self.path} is no readable checkpoint ({reason}): use another one") from None
-        return state
+    def _state(self) -> StoredState:
+        return open_state(self.path)
 
     @property
     def weights(self) -> CheckpointWeights:
-        """The model's weights."""
-        return CheckpointWeights(self.state["model"])
+        """The model's weights.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        return CheckpointWeights(self._state.tensors("model"))
 
     def gates(self) -> GateSet | None:
         """The gates that were trained, if any."""
@@ -126,7 +104,7 @@ class Checkpoint:
             return None
         source = self.family.shape(self.config)
         gates = GateSet(source, make_goal(self.family, source, L0PruningConfig.from_dict(settings)))
-        load_gates(gates, self.state["callbacks"]["L0Pruning"])
+        load_gates(gates, self._state.tensors("callbacks", "L0Pruning", "gates"))
         return gates
 
     def fingerprint(self) -> str:
@@ -138,3 +116,7 @@ def is_checkpoint(path: Path | str) -> bool:
     """Whether ``path`` names a Composer checkpoint rather than a Hugging Face model."""
     path = Path(path)
     return path.suffix == ".pt" or (path.is_dir() and not (path / "config.json").is_file())
+
+
+def _is_sharded(path: Path) -> bool:
+    return (path / METADATA).is_file()

@@ -1,5 +1,6 @@
 """Opening Hugging Face models and their weights, wherever they lie."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,10 +13,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.accelerate import init_empty_weights
 from transformers.utils import logging as transformers_logging
 
 from llmprune.errors import UserError
@@ -89,6 +92,29 @@ def new_model(config: PretrainedConfig, *, seed: int, attention: str = "sdpa") -
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
 
 
+def empty_model(model: str | Path, *, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
+    """A causal LM whose parameters have a place in memory but no values yet.
+
+    Memory that is never written is never occupied, so this costs nothing until the model has been sharded and each
+    rank fills its part. (Composer can also start from meta tensors, but only on CUDA.)
+
+    Args:
+        model: folder or hub name.
+        dtype: of the parameters.
+        attention: see ``load_model``.
+    """
+    config = load_config(model)
+    with init_empty_weights(include_buffers=False):
+        empty = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    for module in empty.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    empty.tie_weights()
+    with contextlib.suppress(OSError):
+        empty.generation_config = GenerationConfig.from_pretrained(resolve_model(model))
+    return empty
+
+
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, or from a folder that holds only a tokenizer.
 
@@ -130,6 +156,10 @@ class StoredWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor."""
         return self._open[self._files[name]].get_tensor(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Read rows ``start`` to ``stop`` of one tensor."""
+        return self._open[self._files[name]].get_slice(name)[start:stop]
 
     def __iter__(self) -> Iterator[str]:
         """The names of all tensors."""

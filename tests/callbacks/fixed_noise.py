@@ -1,20 +1,28 @@
-"""Run a few batches of pruning with the noise held fixed and save gradients and gates.
+"""Run a few batches of pruning with the noise held fixed and keep gradients and gates of every batch.
 
-Used in-process, and as a script under the launcher: ``composer -n 2 fixed_noise.py CONFIG OUT``.
+Used in-process, and as a script under the launcher for several runs one after the other:
+``composer -n 2 fixed_noise.py CONFIG NAME=override,override NAME=override …`` where an override ``kill=N`` ends the run
+at batch N and goes on with it. Every run saves RUN_FOLDER/history.RANK.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
 import torch
+from composer import Callback
 from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+from torch.distributed.tensor import DTensor
 
 from llmprune import training
 from llmprune.callbacks.l0_pruning import L0Pruning
 from llmprune.config import load_config
 from llmprune.gates.gate_set import GateSet
+
+History = list[dict[str, torch.Tensor]]
 
 
 def spread(gates: GateSet) -> None:
@@ -28,9 +36,12 @@ def spread(gates: GateSet) -> None:
 class FixedNoise(L0Pruning):
     """The same noise for every batch, microbatch and rank; collects the gates' gradients of every batch."""
 
+    history: History
+
     def init(self, state: State, logger: Logger) -> None:
         super().init(state, logger)
         spread(self.gates)
+        self.history = []
 
     def noise_key(self, batch: int, microbatch: int, rank: int) -> tuple[int, ...]:
         return (self.seed,)
@@ -39,22 +50,65 @@ class FixedNoise(L0Pruning):
         super().after_train_batch(state, logger)
         gates = {name: parameter.detach().clone() for name, parameter in self.gates.named_parameters()}
         grads = {f"grad.{name}": p.grad.clone() for name, p in self.gates.named_parameters() if p.grad is not None}
-        self.history = [*getattr(self, "history", []), {**gates, **grads}]
+        self.history.append({**gates, **grads})
 
 
-def run(config: Path, out: Path, *overrides: str) -> list[dict[str, torch.Tensor]]:
-    """Train and save this rank's history as OUT.RANK."""
+def allow_hybrid_sharding_on_cpus() -> None:
+    """Gloo can sum but not average: let FSDP2 divide by itself, as it does for float16."""
+    training.check_sharding = lambda *_, **__: None  # type: ignore[assignment]
+    collectives._get_gradient_divide_factors = lambda *_: (1.0, float(dist.get_world_size()))
+
+
+class Killed(BaseException):
+    """As if the process had died."""
+
+
+class KillAt(Callback):
+    """Dies in the middle of a batch."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def after_forward(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch.value == self.batch:
+            raise Killed
+
+
+def run(config: Path, *overrides: str, kill: int | None = None) -> History:
+    """Train, and return what was collected."""
     training.L0Pruning = FixedNoise  # type: ignore[misc,assignment]
     try:
-        trainer = training.build_trainer(load_config(config, overrides))
+        settings = load_config(config, overrides)
+        trainer = training.build_trainer(settings)
     finally:
         training.L0Pruning = L0Pruning  # type: ignore[misc]
-    trainer.fit()
+    sharded = [isinstance(parameter, DTensor) for parameter in trainer.state.model.parameters()]
+    assert all(sharded) if settings.sharding is not None else not any(sharded)
+    if kill is not None:
+        trainer.state.callbacks.append(KillAt(kill))
+    with contextlib.suppress(Killed):
+        trainer.fit()
     callback = next(c for c in trainer.state.callbacks if isinstance(c, FixedNoise))
-    torch.save(callback.history, f"{out}.{dist.get_global_rank()}")
     trainer.close()
     return callback.history
 
 
+def main() -> None:
+    """Do the runs that the command line names."""
+    config, *runs = sys.argv[1:]
+    base = Path(load_config(config).run.folder).parent
+    for name, _, listed in (argument.partition("=") for argument in runs):
+        overrides = [f"run.folder={base}/{name}", *filter(None, listed.split(","))]
+        if name == "hybrid":
+            allow_hybrid_sharding_on_cpus()
+        kill = next((int(o.removeprefix("kill=")) for o in overrides if o.startswith("kill=")), None)
+        overrides = [o for o in overrides if not o.startswith("kill=")]
+        if kill is not None:
+            run(Path(config), *overrides, kill=kill)
+            overrides.append("run.autoresume=true")
+        history = run(Path(config), *overrides)
+        torch.save(history, base / name / f"history.{dist.get_global_rank()}")
+
+
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    main()

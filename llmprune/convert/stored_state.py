@@ -1,0 +1,141 @@
+"""Reading tensors from Composer's checkpoints, whole or sharded, one at a time and without unpickling anything else."""
+
+import datetime
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.torch_version import TorchVersion
+
+from llmprune.errors import UserError
+
+METADATA = ".metadata"  # marks a folder as a sharded checkpoint
+
+# What Composer keeps in a whole checkpoint beside tensors and plain types: durations, the torch version, numpy's
+# random state.
+_SAFE_IN_WHOLE = [
+    datetime.timedelta,
+    TorchVersion,
+    np.ndarray,
+    np.dtype,
+    np.dtypes.UInt32DType,
+    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+]
+
+# What describes the tensors of a sharded checkpoint.
+_SAFE_IN_METADATA = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool"},
+    "pathlib": {"PosixPath"},
+}
+
+
+class StoredState(Protocol):
+    """The tensors of a checkpoint."""
+
+    def tensors(self, *path: str) -> Mapping[str, Tensor]:
+        """The tensors below ``path`` of Composer's state, read as they are used."""
+        ...
+
+
+def open_state(path: Path) -> StoredState:
+    """Open a checkpoint: a file, or the folder of a sharded one.
+
+    Raises:
+        UserError: it is damaged, or holds what must not be unpickled.
+    """
+    try:
+        return _Sharded(path) if path.is_dir() else _Whole(path)
+    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, OSError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} is no readable checkpoint ({reason}): use another one") from None
+
+
+class _Whole:
+    """One file; tensors stay on disk until they are used."""
+
+    def __init__(self, path: Path) -> None:
+        with torch.serialization.safe_globals(_SAFE_IN_WHOLE):
+            self._state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state"]
+
+    def tensors(self, *path: str) -> Mapping[str, Tensor]:
+        below: Any = self._state
+        for key in path:
+            below = below[key]
+        return below
+
+
+class _Sharded(FileSystemReader):
+    """A folder in which every rank has written its parts."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        with (path / METADATA).open("rb") as file:
+            self._metadata: Metadata = _MetadataUnpickler(file).load()
+        self._metadata.storage_meta = StorageMeta()
+
+    def read_metadata(self) -> Metadata:
+        return self._metadata
+
+    def tensors(self, *path: str) -> Mapping[str, Tensor]:
+        return _ShardedTensors(self, ".".join(("state", *path)) + ".", self._metadata)
+
+
+class _ShardedTensors(Mapping[str, Tensor]):
+    def __init__(self, reader: _Sharded, prefix: str, metadata: Metadata) -> None:
+        self._reader, self._prefix = reader, prefix
+        self._found = {
+            name.removeprefix(prefix): entry
+            for name, entry in metadata.state_dict_metadata.items()
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._found[name]
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that there are no other ranks
+                load({self._prefix + name: tensor}, storage_reader=self._reader, no_dist=True)
+        except CheckpointException as error:
+            reason = str(next(iter(error.failures.values()))[0]).strip().splitlines()[0]
+            raise UserError(f"{self._reader.path} is damaged or incomplete ({reason}): use another one") from None
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the few classes that describe tensors, and no others."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _SAFE_IN_METADATA.get(module, ()):
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return super().find_class(module, name)

@@ -14,7 +14,6 @@ from composer import Callback
 from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 from torch.distributed.tensor import DTensor
 
 from llmprune import training
@@ -53,10 +52,7 @@ class FixedNoise(L0Pruning):
         self.history.append({**gates, **grads})
 
 
-def allow_hybrid_sharding_on_cpus() -> None:
-    """Gloo can sum but not average: let FSDP2 divide by itself, as it does for float16."""
-    training.check_sharding = lambda *_, **__: None  # type: ignore[assignment]
-    collectives._get_gradient_divide_factors = lambda *_: (1.0, float(dist.get_world_size()))
+FixedNoise.__qualname__ = "L0Pruning"  # the name under which Composer keeps its state
 
 
 class Killed(BaseException):
@@ -93,16 +89,30 @@ def run(config: Path, *overrides: str, kill: int | None = None) -> History:
     return callback.history
 
 
+def evaluate(config: Path, *overrides: str) -> float:
+    """The loss before training: hybrid sharding trains on GPUs only, but its mesh and its forward pass are the same."""
+    settings = load_config(config, overrides)
+    training.check_sharding = lambda *_, **__: None  # type: ignore[assignment]
+    trainer = training.build_trainer(settings)
+    if settings.sharding is not None:
+        placements = {str(parameter.placements) for parameter in trainer.state.model.parameters()}
+        assert placements == {"(Replicate(), Shard(dim=0))"}, placements
+    trainer.eval()
+    trainer.close()
+    return float(trainer.state.eval_metric_values["loss"])
+
+
 def main() -> None:
     """Do the runs that the command line names."""
     config, *runs = sys.argv[1:]
     base = Path(load_config(config).run.folder).parent
     for name, _, listed in (argument.partition("=") for argument in runs):
         overrides = [f"run.folder={base}/{name}", *filter(None, listed.split(","))]
-        if name == "hybrid":
-            allow_hybrid_sharding_on_cpus()
         kill = next((int(o.removeprefix("kill=")) for o in overrides if o.startswith("kill=")), None)
         overrides = [o for o in overrides if not o.startswith("kill=")]
+        if name == "hybrid":
+            torch.save(evaluate(Path(config), *overrides), base / name / "loss")
+            continue
         if kill is not None:
             run(Path(config), *overrides, kill=kill)
             overrides.append("run.autoresume=true")

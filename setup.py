@@ -20,6 +20,7 @@ setup(
         "huggingface_hub==0.36.2",
         "safetensors==0.8.0",
         "omegaconf==2.4.0",
+        "lion-pytorch==0.2.5",
         "typer==0.29.1",
         "zstandard==0.25.0",
         "numpy==2.1.3",

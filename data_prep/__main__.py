@@ -1,18 +1,22 @@
 """The command ``python -m data_prep``: it only delegates."""
 
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
 
+from data_prep.sources import BadRecord, Fields
 from llmprune.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Inputs = Annotated[list[Path], typer.Argument(help="Files or folders: .txt, .md, .jsonl; also .gz and .zst.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
+TextField = Annotated[str, typer.Option(help="Field with the text; nested: a.b")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 
 
@@ -41,13 +45,18 @@ def tokenizer(
     out: Out,
     vocab_size: Annotated[int, typer.Option(help="Tokens in all.")] = 32000,
     megabytes: Annotated[float, typer.Option(help="How much text to read, at most.")] = 100.0,
+    text_field: TextField = "text",
     overwrite: Overwrite = False,
 ) -> None:
     """Train a byte-level BPE tokenizer."""
     from data_prep.tokenizer import train_tokenizer
 
-    trained = train_tokenizer(inputs, out, vocab_size=vocab_size, megabytes=megabytes, overwrite=overwrite)
+    bad: list[BadRecord] = []
+    trained = train_tokenizer(
+        inputs, out, vocab_size=vocab_size, megabytes=megabytes, text_field=text_field, overwrite=overwrite, bad=bad
+    )
     print(f"{out}: {len(trained)} tokens")
+    _print_skipped(bad)
 
 
 @app.command()
@@ -56,7 +65,7 @@ def tokenize(
     out: Out,
     tokenizer: Annotated[str, typer.Option(help="Folder or hub name of the model whose tokenizer to use.")],
     sequence_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 2048,
-    text_field: Annotated[str, typer.Option(help="Field with the text; nested: a.b")] = "text",
+    text_field: TextField = "text",
     domain: Annotated[str | None, typer.Option(help="One domain for everything.")] = None,
     domain_field: Annotated[str | None, typer.Option(help="Field with the domain; default: the folder's name.")] = None,
     eval_fraction: Annotated[float, typer.Option(help="Share of the documents kept for evaluation.")] = 0.01,
@@ -69,7 +78,6 @@ def tokenize(
 ) -> None:
     """Tokenise documents, pack them into samples and write MDS shards, a folder per domain."""
     from data_prep.pack import PackSettings, prepare
-    from data_prep.sources import Fields
 
     if domain is not None and domain_field is not None:
         raise UserError("give --domain or --domain-field, not both")
@@ -89,20 +97,30 @@ def tokenize(
             print(f"{name:20} {split:6} {counts.documents:12,} {counts.tokens:15,} {counts.samples:12,}")
         if eval_fraction and "eval" not in splits:
             print(f"{name:20} has no evaluation sample: that takes four samples of text, in several documents")
-    for record in summary.bad[:10]:
-        print(f"skipped {record.place}: {record.reason}", file=sys.stderr)
-    if len(summary.bad) > 10:
-        print(f"… {len(summary.bad)} records skipped in all", file=sys.stderr)
+    _print_skipped(summary.bad)
 
 
 def main() -> None:
     """Run the command; a mistake of the user's is one line on standard error and exit code 2."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.exit(2)
+
+
+def _print_skipped(bad: list[BadRecord]) -> None:
+    for record in bad[:10]:
+        print(f"skipped {record.place}: {record.reason}", file=sys.stderr)
+    if len(bad) > 10:
+        print(f"… {len(bad)} records skipped in all", file=sys.stderr)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """End on a signal as on Ctrl-C: workers and unfinished output go with the command."""
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

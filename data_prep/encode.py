@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -34,8 +36,13 @@ Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]  # all ids, one document 
 _backend: Tokenizer  # of this process; workers inherit it by fork
 
 
-def encoded(backend: Tokenizer, batches: Iterator[Batch], processes: int) -> Iterator[tuple[Batch, Encoded]]:
-    """Every batch with its ids, in order; at most a few batches per process are in memory."""
+def encoded(
+    backend: Tokenizer, batches: Iterator[Batch], processes: int
+) -> Generator[tuple[Batch, Encoded], None, None]:
+    """Every batch with its ids, in order; at most a few batches per process are in memory.
+
+    Closing the generator, or an error, ends the processes after the batches that they are at.
+    """
     global _backend
     _backend = backend
     if processes == 1:
@@ -44,7 +51,8 @@ def encoded(backend: Tokenizer, batches: Iterator[Batch], processes: int) -> Ite
         return
     waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker) as pool:
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker)
+    try:
         for batch in batches:
             waiting.append((batch, pool.submit(_encode, batch.texts)))
             if len(waiting) > 4 * processes:
@@ -52,10 +60,23 @@ def encoded(backend: Tokenizer, batches: Iterator[Batch], processes: int) -> Ite
                 yield done, future.result()
         for done, future in waiting:
             yield done, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent is gone, however that ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode(texts: list[str]) -> Encoded:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_prep.encode import Batch, encoded
 from data_prep.samples import Packer
-from data_prep.sources import BadRecord, Document, Fields, documents, find_files
+from data_prep.sources import BadRecord, Document, Fields, documents, find_files, refuse_replacing
 from data_prep.split import rank_of
 from llmprune.data.format import DataManifest, token_dtype, tokenizer_fingerprint
 from llmprune.errors import UserError
@@ -78,9 +79,12 @@ def prepare(
         progress: show a bar on standard error.
 
     Raises:
-        UserError: inputs, tokenizer or settings that can't work; too many bad records; a domain too short for one
-            sample.
+        UserError: inputs, tokenizer or settings that can't work; an output that would replace inputs; too many bad
+            records; a domain too short for one sample.
     """
+    files = find_files(inputs)
+    local = [Path(tokenizer)] if Path(tokenizer).exists() else []  # else it is a name on the hub
+    refuse_replacing(out, [*inputs, *(path for path, _ in files), *local])
     refuse_existing(Path(out), overwrite)
     if settings.sequence_length < 2:
         raise UserError(f"a sequence length of {settings.sequence_length} leaves nothing to predict: choose 2 or more")
@@ -90,7 +94,6 @@ def prepare(
         raise UserError(f"the share of bad records {settings.max_bad} must lie in [0, 1]")
     if not 0 <= settings.eval_fraction < 1:
         raise UserError(f"the evaluation fraction {settings.eval_fraction} must lie in [0, 1)")
-    files = find_files(inputs)
     loaded = load_fast_tokenizer(tokenizer)
     prefix, suffix = _special_ids(loaded, settings, str(tokenizer))
     backend = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
@@ -113,9 +116,10 @@ def prepare(
             suffix=suffix,
         )
         batches = _batches(documents(files, fields or Fields()), settings, bad)
-        for batch, ids in encoded(backend, batches, processes or _cores()):
-            packer.add(batch, ids)
-            bar.update(batch.position - bar.n)
+        with closing(encoded(backend, batches, processes or _cores())) as results:
+            for batch, ids in results:
+                packer.add(batch, ids)
+                bar.update(batch.position - bar.n)
         _check_bad(bad, packer.documents, settings.max_bad)
         loaded.save_pretrained(folder / "tokenizer")
         manifest = DataManifest(

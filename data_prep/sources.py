@@ -8,8 +8,9 @@ import gzip
 import io
 import json
 import re
+import unicodedata
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -74,14 +75,15 @@ _COMPRESSED = {".gz", ".zst"}
 
 
 def find_files(inputs: Sequence[Path]) -> list[tuple[Path, str]]:
-    """All readable files among ``inputs`` (folders are searched), each with its domain by folder.
+    """All readable files among ``inputs`` (folders are searched), each once, with its domain by folder.
 
-    The domain is the folder directly below the input folder, or the folder that a file itself lies in.
+    The domain is the folder directly below the input folder, or the folder that a file itself lies in. A file that is
+    reached in several ways, by links too, counts where it is found first.
 
     Raises:
         UserError: an input does not exist, or no file is of a known format.
     """
-    found: list[tuple[Path, str]] = []
+    found: dict[Path, tuple[Path, str]] = {}
     for path in inputs:
         if not path.exists():
             raise UserError(f"{path} does not exist")
@@ -89,21 +91,38 @@ def find_files(inputs: Sequence[Path]) -> list[tuple[Path, str]]:
         if path.is_file():
             if _format(path) not in READERS:
                 raise UserError(f"{path} is of no known format; known: {', '.join(READERS)}, each also .gz or .zst")
-            found.append((path, root.parent.name))
+            found.setdefault(root, (path, root.parent.name))
             continue
         for file in sorted(path.rglob("*")):
             if file.is_file() and _format(file) in READERS:
                 inner = file.relative_to(path).parts
-                found.append((file, inner[0] if len(inner) > 1 else root.name))
+                found.setdefault(file.resolve(), (file, inner[0] if len(inner) > 1 else root.name))
     if not found:
         raise UserError(
             f"{', '.join(map(str, inputs))} holds no readable files; known: {', '.join(READERS)}, each also .gz or .zst"
         )
-    return found
+    return list(found.values())
+
+
+def refuse_replacing(out: Path | str, inputs: Iterable[Path]) -> None:
+    """Raise ``UserError`` if ``out`` is one of ``inputs`` or holds one: replacing it would delete what is read."""
+    target = Path(out).resolve()
+    for path in inputs:
+        place = path.resolve()
+        if target == place or target in place.parents:
+            raise UserError(f"writing {out} would delete the input {path}: choose another --out")
 
 
 def documents(files: Sequence[tuple[Path, str]], fields: Fields) -> Iterator[Document | BadRecord]:
-    """Every document of ``files``, and every record that could not be read."""
+    """Every document of ``files``, and every record that could not be read.
+
+    Raises:
+        UserError: two domains would get the same name.
+    """
+    names = _Names()
+    if fields.domain is None and fields.domain_field is None:
+        for _, folder in files:
+            names.clean(folder)  # a clash shows before anything is read
     before = 0
     for path, folder in files:
         with path.open("rb") as raw:
@@ -118,7 +137,7 @@ def documents(files: Sequence[tuple[Path, str]], fields: Fields) -> Iterator[Doc
                         yield BadRecord(place, _reason(error))
                         continue
                     if text.strip():
-                        yield Document(text, clean_name(fields.domain or domain or folder), before + raw.tell())
+                        yield Document(text, names.clean(fields.domain or domain or folder), before + raw.tell())
             except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
                 # A damaged archive: what was read before the damage is kept, the rest is lost.
                 yield BadRecord(f"{path}:{number + 1}", f"the file is damaged from here on ({error})")
@@ -126,9 +145,31 @@ def documents(files: Sequence[tuple[Path, str]], fields: Fields) -> Iterator[Doc
 
 
 def clean_name(name: str) -> str:
-    """A domain's name as a folder name: letters, digits, ``.``, ``_`` and ``-``, not starting with a dot."""
-    cleaned = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".")
-    return cleaned[:100] or "unnamed"
+    """A domain's name as a folder name: letters and digits of any script, ``.``, ``_`` and ``-``; no dot in front."""
+    kept = (c if c in "._-" or c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in name)
+    cleaned = re.sub(" +", "_", "".join(kept)).lstrip(".")
+    return cleaned.encode()[:100].decode(errors="ignore") or "unnamed"
+
+
+class _Names:
+    """The clean names of domains, of which no two are the same."""
+
+    def __init__(self) -> None:
+        self._cleaned: dict[str, str] = {}
+        self._originals: dict[str, str] = {}
+
+    def clean(self, name: str) -> str:
+        name = unicodedata.normalize("NFC", name)  # file systems spell the same name in different ways
+        if name not in self._cleaned:
+            cleaned = clean_name(name)
+            original = self._originals.setdefault(cleaned, name)
+            if original != name:
+                raise UserError(
+                    f"the domains '{original}' and '{name}' would both be named '{cleaned}': "
+                    "rename one of them, or pass --domain"
+                )
+            self._cleaned[name] = cleaned
+        return self._cleaned[name]
 
 
 def _parse_json(record: bytes, fields: Fields) -> tuple[str, str | None]:

@@ -1,38 +1,61 @@
 """Training a byte-level BPE tokenizer."""
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data_prep.sources import Document, Fields, documents, find_files
+from data_prep.sources import BadRecord, Document, Fields, documents, find_files, refuse_replacing
 from llmprune.errors import UserError
-from llmprune.files import output_folder
+from llmprune.files import output_folder, refuse_existing
 
 BOS, EOS = "<s>", "</s>"
 
 
 def train_tokenizer(
-    inputs: Sequence[Path], out: Path | str, *, vocab_size: int, megabytes: float = 100.0, overwrite: bool = False
+    inputs: Sequence[Path],
+    out: Path | str,
+    *,
+    vocab_size: int,
+    megabytes: float = 100.0,
+    text_field: str = "text",
+    overwrite: bool = False,
+    bad: list[BadRecord] | None = None,
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer that encodes any text without loss and adds no special tokens of its own.
 
     Args:
-        inputs: files and folders of text or JSON lines (field ``text``).
+        inputs: files and folders of text or JSON lines.
         out: folder to write.
         vocab_size: tokens in all, ``<s>``, ``</s>`` and the 256 bytes included.
         megabytes: how much text to read, at most, evenly from all files.
+        text_field: field of JSON records that holds the text; nested ones with dots.
         overwrite: whether ``out`` may be replaced.
+        bad: takes the records that could not be read and were skipped.
 
     Raises:
-        UserError: the vocabulary is too small, or there is no text.
+        UserError: the vocabulary is too small, there is no text, or ``out`` would replace inputs.
     """
+    bad = [] if bad is None else bad
+    files = find_files(inputs)
+    refuse_replacing(out, [*inputs, *(path for path, _ in files)])
+    refuse_existing(Path(out), overwrite)
     if vocab_size < 258:
         raise UserError(
             f"a vocabulary of {vocab_size} can't hold the 256 bytes and two special tokens: choose 258 or more"
         )
-    files = find_files(inputs)
+    characters = int(megabytes * 1e6 / len(files))
+    if characters < 1:
+        raise UserError(
+            f"{megabytes} megabytes leave nothing to read of {len(files)} files: choose a larger --megabytes"
+        )
+    texts = _texts(files, characters, Fields(text_field), bad)
+    first = next(texts, None)
+    if first is None:
+        reason = f" ({len(bad)} records can't be read; {bad[0].place}: {bad[0].reason})" if bad else ""
+        raise UserError(f"the inputs hold no text{reason}: give files with text, or name its field with --text-field")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -42,19 +65,24 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(files, int(megabytes * 1e6 / len(files))), trainer)
+    tokenizer.train_from_iterator(chain([first], texts), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS)
     with output_folder(out, overwrite) as folder:
         fast.save_pretrained(folder)
     return fast
 
 
-def _texts(files: Sequence[tuple[Path, str]], characters_per_file: int) -> Iterator[str]:
+def _texts(
+    files: Sequence[tuple[Path, str]], characters_per_file: int, fields: Fields, bad: list[BadRecord]
+) -> Iterator[str]:
+    """The beginning of every file's documents; unreadable records go to ``bad``."""
     for file in files:
         left = characters_per_file
-        for item in documents([file], Fields()):
+        for item in documents([file], fields):
             if left <= 0:
                 break
             if isinstance(item, Document):
                 yield item.text[:left]
                 left -= len(item.text)
+            else:
+                bad.append(item)

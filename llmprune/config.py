@@ -18,8 +18,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from llmprune.callbacks.l0_pruning import L0PruningConfig
 from llmprune.errors import UserError, nearest
+from llmprune.gates.settings import L0PruningConfig
+from llmprune.optimizers import OptimizerConfig, SchedulerConfig
 from llmprune.sharding import ShardingConfig
 
 
@@ -82,31 +83,6 @@ class DataConfig:
 
 
 @dataclass
-class OptimizerConfig:
-    """The model's optimiser: ``decoupled_adamw`` (decay not multiplied by the learning rate) or ``adamw``."""
-
-    name: str = "decoupled_adamw"
-    lr: float = 1e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-
-
-@dataclass
-class SchedulerConfig:
-    """The learning rate's course: ``cosine``, ``linear`` or ``constant``, after a linear warm-up.
-
-    Attributes:
-        warmup: duration (``320ba``, ``0.03dur``).
-        final: last learning rate / base rate (cosine and linear).
-    """
-
-    name: str = "cosine"
-    warmup: str = "0ba"
-    final: float = 0.1
-
-
-@dataclass
 class TrainConfig:
     """The course of training.
 
@@ -118,6 +94,8 @@ class TrainConfig:
         activation_checkpointing: keep only each block's input and compute its activations anew in the backward pass.
         precision: fp32, amp_bf16 or amp_fp16.
         clip_norm: limit of the gradients' norm (the model's only, not the gates'); null = none.
+        loss_spike_factor: a batch whose loss is so many times the mean of the last 100 is a spike; null = never.
+        loss_spike: ``log`` it, or ``skip`` the batch as well.
         eval_interval: ``50ba``; ``0ba`` = never.
         eval_first: evaluate before the first batch.
         device: cpu or gpu; null = what is there.
@@ -129,6 +107,8 @@ class TrainConfig:
     activation_checkpointing: bool = False
     precision: str = "fp32"
     clip_norm: float | None = 1.0
+    loss_spike_factor: float | None = 2.0
+    loss_spike: str = "log"
     eval_interval: str = "1dur"
     eval_first: bool = False
     device: str | None = None
@@ -139,12 +119,12 @@ class CheckpointConfig:
     """Checkpoints go to ``run.folder``/checkpoints.
 
     Attributes:
-        interval: ``3200ba``; the last batch is always saved.
+        interval: ``3200ba``, ``0.1dur``; the last batch is always saved.
         keep: how many of the newest are kept; -1 = all.
     """
 
-    interval: str = "1dur"
-    keep: int = -1
+    interval: str = "0.1dur"
+    keep: int = 2
 
 
 @dataclass

@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,18 @@ from torch import Tensor
 from llmprune.errors import UserError
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise ``UserError`` if something stands at ``path`` and may not be overwritten."""
+def refuse_existing(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Raise ``UserError`` if something stands at ``path`` and may not be overwritten.
+
+    Args:
+        path: what is to be written.
+        overwrite: whether it may be replaced.
+        inputs: what it is made from, which it must not replace.
+    """
+    path = path.resolve()
+    for source in inputs:
+        if path in (source.resolve(), *source.resolve().parents):
+            raise UserError(f"{path} is or holds the input {source}: choose another place")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already: choose another place, or pass --overwrite")
     if overwrite and path.is_dir() and (path / ".git").exists():
@@ -33,7 +43,7 @@ def output_folder(path: Path | str, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UserError: ``path`` exists and ``overwrite`` is false, or its parent can't be written.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     refuse_existing(path, overwrite)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -178,8 +178,7 @@ class Plan:
                 KeptBlock(block["attention"], block["mlp"], _indices(block["heads"]), _indices(block["channels"]))
                 for block in values["blocks"]
             )
-            factors_file = path.with_suffix(".safetensors")
-            factors = load_file(factors_file) if values["factors"] else {}
+            factors = load_file(path.parent / Path(values["factors"]).name) if values["factors"] else {}
             return cls(
                 family=values["family"],
                 model=values["model"],

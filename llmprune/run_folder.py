@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmprune.errors import UserError
 from llmprune.files import output_folder, read_json, remove, write_json
 
+RANDOM = "random"  # the source of a model that was not trained before
 PACKAGES = ("llmprune", "torch", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
 
 
@@ -55,8 +56,8 @@ class RunFolder:
         latest = self.checkpoints / "latest-rank0.pt"
         return latest.resolve() if latest.exists() else None
 
-    def prepare(self, *, overwrite: bool, autoresume: bool) -> Path | None:
-        """Make the folder ready.
+    def find(self, *, overwrite: bool, autoresume: bool) -> Path | None:
+        """See whether the folder may be used; nothing is changed.
 
         Returns:
             The checkpoint to resume from, if any.
@@ -69,21 +70,30 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run.folder {self.path} is a file: choose another folder")
         if self.path.exists() and any(self.path.iterdir()):
-            ours = self.config.exists()
-            if not ours:
+            if not self.config.exists():
                 raise UserError(f"{self.path} holds something that is no run: choose another run.folder")
             if not (overwrite or autoresume):
                 raise UserError(
                     f"{self.path} holds a run already: pass run.autoresume=true to go on with it, "
-                    f"run.overwrite=true to "
-                    "delete it, or another run.folder"
+                    "run.overwrite=true to delete it, or another run.folder"
                 )
-            remove(self.path)
+            if autoresume:
+                print(f"{self.path} holds no complete checkpoint to resume from: the run begins anew")
+        return None
+
+    def create(self) -> None:
+        """Make the folder, empty but for what marks it as a run; what stood there is deleted.
+
+        Raises:
+            UserError: it can't be written.
+        """
+        remove(self.path)
         try:
-            self.checkpoints.mkdir(parents=True)
+            self.path.mkdir(parents=True)
+            self.config.touch()
+            self.checkpoints.mkdir()
         except OSError as error:
             raise UserError(f"can't write to {self.path}: {error.strerror}") from None
-        return None
 
 
 @dataclass
@@ -94,7 +104,7 @@ class Manifest:
         family: the model's family.
         l0_pruning: the settings of ``L0Pruning``, if gates were trained.
         source: the model that the run started from (folder, hub name, or "random").
-        data: the data folder and the hash of its tokenizer.
+        data: the data folder, the hash of its tokenizer and that of its description.
         seed: the run's.
         versions: of Python and the packages that matter.
         git_commit: of llmprune's checkout, if it is one.

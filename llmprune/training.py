@@ -1,10 +1,9 @@
 """From a config to a Composer trainer."""
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,88 +13,26 @@ from composer.algorithms import GradientClipping
 from composer.callbacks import LRMonitor, SpeedMonitor
 from composer.core import Time, TimeUnit
 from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
-from composer.optim import (
-    ComposerScheduler,
-    ConstantWithWarmupScheduler,
-    CosineAnnealingWithWarmupScheduler,
-    DecoupledAdamW,
-    LinearWithWarmupScheduler,
-)
 from composer.utils import dist, get_device
 from torch.utils.data import DataLoader
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.callbacks.l0_pruning import L0Pruning, make_goal
+from llmprune.callbacks.l0_pruning import EVALUATIONS, L0Pruning
 from llmprune.callbacks.load_shards import LoadShards
 from llmprune.callbacks.loss_guard import LossGuard
 from llmprune.callbacks.metrics_file import MetricsFile
-from llmprune.config import Config, LoggersConfig, OptimizerConfig, SchedulerConfig, save_config
+from llmprune.checks import DTYPES, Ingredients, check, check_same_run, data_contents
+from llmprune.config import Config, LoggersConfig, save_config
 from llmprune.data.dataset import EvalDataset, MixedDataset
-from llmprune.data.format import DataManifest, tokenizer_fingerprint
-from llmprune.errors import UserError, nearest
+from llmprune.errors import UserError
 from llmprune.families import family_of
 from llmprune.models.causal_lm import ComposerCausalLM
-from llmprune.models.loading import empty_model, load_model, load_tokenizer, new_model
-from llmprune.models.loading import load_config as load_model_config
-from llmprune.run_folder import Manifest, RunFolder, git_commit, versions
-from llmprune.sharding import check_sharding, parallelism
+from llmprune.models.loading import empty_model, load_model, new_model
+from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
+from llmprune.run_folder import RANDOM, Manifest, RunFolder, git_commit, versions
+from llmprune.sharding import parallelism
 
 T = TypeVar("T")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "decoupled_adamw": DecoupledAdamW,
-    "adamw": torch.optim.AdamW,
-}
-SCHEDULERS: dict[str, Callable[[SchedulerConfig], ComposerScheduler]] = {
-    "cosine": lambda c: CosineAnnealingWithWarmupScheduler(t_warmup=c.warmup, alpha_f=c.final),
-    "linear": lambda c: LinearWithWarmupScheduler(t_warmup=c.warmup, alpha_f=c.final),
-    "constant": lambda c: ConstantWithWarmupScheduler(t_warmup=c.warmup),
-}
-
-
-@dataclass
-class Ingredients:
-    """What a run needs to know of its inputs, checked before any weight is loaded."""
-
-    model_config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    data: DataManifest
-
-
-def check(config: Config) -> Ingredients:
-    """Check everything that can be checked without loading weights or training.
-
-    Raises:
-        UserError: something does not fit; the message says what and how to mend it.
-    """
-    _check_choices(config)
-    data = DataManifest.load(config.data.path)
-    if (config.model.path is None) == (config.model.config is None):
-        raise UserError("give either model.path (a checkpoint) or model.config (random weights), not both")
-    tokenizer_at = config.model.tokenizer or config.model.path or f"{config.data.path}/tokenizer"
-    if config.model.path is not None:
-        model_config = load_model_config(config.model.path)
-        tokenizer = load_tokenizer(tokenizer_at)
-    else:
-        tokenizer = load_tokenizer(tokenizer_at)
-        model_config = config_from_fields(config.model.config or {}, tokenizer)
-    if tokenizer_fingerprint(tokenizer) != data.tokenizer:
-        raise UserError(
-            f"the tokenizer of {tokenizer_at} did not make the data in {config.data.path}: prepare the data with it "
-            f"(python -m data_prep tokenize … --tokenizer {tokenizer_at})"
-        )
-    if model_config.vocab_size < data.vocab_size:
-        raise UserError(
-            f"the model's vocabulary ({model_config.vocab_size}) is smaller than the data's ({data.vocab_size}): "
-            "use the model's own tokenizer"
-        )
-    limit = getattr(model_config, "max_position_embeddings", None)
-    if limit is not None and data.sequence_length > limit:
-        raise UserError(f"the data's samples have {data.sequence_length} tokens, the model takes {limit}")
-    family = family_of(model_config)
-    if config.l0_pruning is not None:
-        make_goal(family, family.shape(model_config), config.l0_pruning)
-    return Ingredients(model_config, tokenizer, data)
 
 
 def build_trainer(config: Config) -> Trainer:
@@ -107,17 +44,16 @@ def build_trainer(config: Config) -> Trainer:
     inputs = check(config)
     share_cores()
     dist.initialize_dist(get_device(config.train.device))
-    run = RunFolder(Path(config.run.folder))
-    manifest = _manifest(config, inputs)
-    resume = on_rank_zero(lambda: run.prepare(overwrite=config.run.overwrite, autoresume=config.run.autoresume))
+    run, manifest = RunFolder(Path(config.run.folder)), _manifest(config, inputs)
+    resume = on_rank_zero(lambda: run.find(overwrite=config.run.overwrite, autoresume=config.run.autoresume))
     if resume is not None:
-        check_same_model(run.checkpoints, manifest, inputs.model_config)
+        check_same_run(run, manifest, config, inputs.model_config)
     model = make_model(config, inputs)
-    if resume is None:
-        on_rank_zero(lambda: _write_run(config, run, manifest, model, inputs.tokenizer))
     train, evaluation = make_loaders(config)
     wrapped = ComposerCausalLM(model, {number: evaluation.domains[number] for number in evaluation.domains_present})
-    optimizer = make_optimizer(config.optimizer, wrapped)
+    optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
+    callbacks = make_callbacks(config, run, resumed=resume is not None)
+    on_rank_zero(lambda: _write_run(config, run, manifest, model, inputs.tokenizer, resumed=resume is not None))
     per_rank = config.train.global_batch_size // dist.get_world_size()
     eval_batch = per_rank if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
     clipping = config.train.clip_norm
@@ -134,7 +70,7 @@ def build_trainer(config: Config) -> Trainer:
         schedulers=SCHEDULERS[config.scheduler.name](config.scheduler),
         step_schedulers_every_batch=True,
         algorithms=[] if clipping is None else [GradientClipping("norm", clipping_threshold=clipping)],
-        callbacks=make_callbacks(config, run, resumed=resume is not None),
+        callbacks=callbacks,
         loggers=make_loggers(config.loggers, run, config.run.name),
         progress_bar=not config.loggers.console,
         log_to_console=config.loggers.console,
@@ -160,10 +96,30 @@ def train(config: Config) -> Trainer:
     assert trainer.state.max_duration is not None
     if trainer.state.timestamp < trainer.state.max_duration:
         trainer.fit()
+        if config.l0_pruning is not None and config.l0_pruning.target_sparsity is not None:
+            report_rounding(trainer)
     else:
         print(f"{config.run.folder} is complete: nothing is left to do until train.duration is raised")
     trainer.close()
     return trainer
+
+
+def report_rounding(trainer: Trainer) -> None:
+    """Print what it costs that every block of the cut model has the same shape: the loss with the gates as learned,
+    which may differ from block to block, and with those of the uniform shape that is cut.
+    """  # noqa: D205
+    pruning = next(callback for callback in trainer.state.callbacks if isinstance(callback, L0Pruning))
+    losses = {}
+    for manner in EVALUATIONS:
+        pruning.evaluate_at = manner
+        trainer.eval()
+        losses[manner] = float(trainer.state.eval_metric_values["loss"])
+    if dist.get_global_rank() == 0:
+        shape = pruning.gates.plan("", "").shape
+        print(
+            f"the model is cut to one shape for all blocks ({shape}): its loss is {losses['target']:.4f}, with the "
+            f"gates as learned {losses['expected']:.4f}"
+        )
 
 
 def share_cores() -> None:
@@ -184,26 +140,6 @@ def interval(every: str, duration: str) -> int | Time[int]:
     if time.unit == TimeUnit.DURATION:
         return Time(max(1, round(time.value * whole.value)), whole.unit)
     return time
-
-
-def config_from_fields(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """A Hugging Face config from its fields; vocabulary and special tokens come from the tokenizer unless given.
-
-    Raises:
-        UserError: the model type is missing or unsupported, or a field is unknown.
-    """
-    values = dict(values)
-    model_type = values.pop("model_type", None)
-    if model_type is None or model_type not in CONFIG_MAPPING:
-        raise UserError(f"model.config.model_type '{model_type}' is unknown: name one such as llama")
-    known = vars(CONFIG_MAPPING[model_type]())
-    for name in values:
-        if name not in known:
-            raise UserError(f"model.config has the unknown field '{name}'; {nearest(name, known)}")
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    config = CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **special, **values})
-    family_of(config)
-    return config
 
 
 def make_model(config: Config, inputs: Ingredients) -> PreTrainedModel:
@@ -253,20 +189,10 @@ def _eval_loader(dataset: EvalDataset, batch_size: int) -> DataLoader[Any]:
     return DataLoader(dataset, batch_size=batch_size, sampler=sampler)
 
 
-def make_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The model's optimiser."""
-    return OPTIMIZERS[config.name](
-        model.parameters(),
-        lr=config.lr,
-        betas=tuple(config.betas),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
-
-
 def make_callbacks(config: Config, run: RunFolder, *, resumed: bool) -> list[Callback]:
     """The callbacks of a run; a resumed one has its weights in the checkpoint."""
-    callbacks: list[Callback] = [LossGuard(), LRMonitor(), SpeedMonitor(window_size=10)]
+    guard = LossGuard(config.train.loss_spike_factor, skip=config.train.loss_spike == "skip")
+    callbacks: list[Callback] = [guard, LRMonitor(), SpeedMonitor(window_size=10)]
     if config.sharding is not None and config.model.path is not None and not resumed:
         callbacks.append(LoadShards(config.model.path))
     if config.l0_pruning is not None:
@@ -294,31 +220,6 @@ def make_loggers(config: LoggersConfig, run: RunFolder, name: str) -> list[Logge
     return loggers
 
 
-def check_same_model(checkpoints: Path, manifest: Manifest, model_config: PretrainedConfig) -> None:
-    """Check that the checkpoints of a run are of the model and the target that the config names now.
-
-    Raises:
-        UserError: they are not.
-    """
-    saved = Manifest.load(checkpoints)
-    family = family_of(model_config)
-    saved_config = load_model_config(checkpoints / "model")
-    if saved.family != family.name or family.shape(saved_config) != family.shape(model_config):
-        raise UserError(
-            f"the checkpoints in {checkpoints} are of a {saved.family} model with "
-            f"{family.shape(saved_config)}; the config's "
-            f"model has {family.shape(model_config)}: resume with the model that the run began with, or "
-            f"use another folder"
-        )
-    for key in ("target", "target_sparsity", "gates"):
-        before, now = ((m.l0_pruning or {}).get(key) for m in (saved, manifest))
-        if before != now:
-            raise UserError(
-                f"the checkpoints in {checkpoints} are of a run with l0_pruning.{key} {before}; the config asks for "
-                f"{now}: keep the target, or use another run.folder"
-            )
-
-
 def on_rank_zero(work: Callable[[], T]) -> T:
     """Run ``work`` on rank 0 alone and give every rank its result or its ``UserError``."""
     outcome: list[Any] = [None, None]
@@ -339,8 +240,8 @@ def _manifest(config: Config, inputs: Ingredients) -> Manifest:
     return Manifest(
         family=family_of(inputs.model_config).name,
         l0_pruning=None if config.l0_pruning is None else asdict(config.l0_pruning),
-        source=config.model.path or "random",
-        data={"path": config.data.path, "tokenizer": inputs.data.tokenizer},
+        source=config.model.path or RANDOM,
+        data=data_contents(config.data.path, inputs.data),
         seed=config.run.seed,
         versions=versions(),
         git_commit=git_commit(),
@@ -348,63 +249,15 @@ def _manifest(config: Config, inputs: Ingredients) -> Manifest:
 
 
 def _write_run(
-    config: Config, run: RunFolder, manifest: Manifest, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    config: Config,
+    run: RunFolder,
+    manifest: Manifest,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    resumed: bool,
 ) -> None:
+    if not resumed:
+        run.create()
+        manifest.save(run.checkpoints, model, tokenizer)
     save_config(config, run.config)
-    manifest.save(run.checkpoints, model, tokenizer)
-
-
-def _check_choices(config: Config) -> None:
-    for key, value, valid in (
-        ("optimizer.name", config.optimizer.name, OPTIMIZERS),
-        ("scheduler.name", config.scheduler.name, SCHEDULERS),
-        ("model.dtype", config.model.dtype, DTYPES),
-        ("train.precision", config.train.precision, ("fp32", "amp_bf16", "amp_fp16")),
-        ("model.attention", config.model.attention, ("sdpa", "eager", "flash_attention_2")),
-    ):
-        if value not in valid:
-            raise UserError(f"{key} '{value}' is unknown; {nearest(value, valid)}")
-    for wanted, package, extra in (
-        (config.model.attention == "flash_attention_2", "flash_attn", "gpu"),
-        (config.loggers.wandb is not None, "wandb", "wandb"),
-    ):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise UserError(f"the package {package} is not installed: pip install -e '.[{extra}]'")
-    for key, value in (
-        ("train.duration", config.train.duration),
-        ("train.eval_interval", config.train.eval_interval),
-        ("checkpoint.interval", config.checkpoint.interval),
-        ("scheduler.warmup", config.scheduler.warmup),
-    ):
-        try:
-            Time.from_timestring(value)
-        except ValueError:
-            raise UserError(f"{key} '{value}' is no duration: write 100ba, 1000000tok or 0.1dur") from None
-    duration, warmup = Time.from_timestring(config.train.duration), Time.from_timestring(config.scheduler.warmup)
-    if duration.unit not in (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE) or duration.value < 1:
-        raise UserError(
-            f"train.duration '{config.train.duration}' must be positive, in ba, sp or tok: the stream has no end"
-        )
-    if warmup.value and warmup.unit not in (TimeUnit.DURATION, duration.unit):
-        raise UserError(
-            f"scheduler.warmup '{config.scheduler.warmup}' must have the unit of train.duration "
-            f"('{config.train.duration}') or be a share such as 0.03dur"
-        )
-    world_size = dist.get_world_size()
-    batch, microbatch = config.train.global_batch_size, config.train.microbatch_size
-    if batch < 1 or batch % world_size:
-        raise UserError(f"train.global_batch_size {batch} must be a positive multiple of the {world_size} ranks")
-    if microbatch != "auto" and not (isinstance(microbatch, int) and microbatch >= 1):
-        raise UserError(f"train.microbatch_size '{microbatch}' must be a positive whole number or auto")
-    on_cpu = get_device(config.train.device).name == "cpu"
-    for refused, where in (
-        (config.sharding is not None, "with sharding"),
-        (config.l0_pruning is not None, "while gates train"),
-        (on_cpu, "on CPUs"),
-    ):
-        if refused and microbatch == "auto":
-            raise UserError(f"train.microbatch_size=auto does not work {where}: give a number")
-    if config.sharding is not None:
-        check_sharding(config.sharding, on_cpu=on_cpu)
-    if config.train.precision != "fp32" and on_cpu:
-        raise UserError(f"train.precision {config.train.precision} needs a GPU; on CPUs use fp32")

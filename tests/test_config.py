@@ -27,8 +27,20 @@ def yaml(tmp_path: Path) -> Path:
 def test_overrides_win_and_sections_appear_on_demand(yaml: Path) -> None:
     config = load_config(yaml, ["optimizer.lr=0.5", "l0_pruning.target.hidden=8", "data.weights.web=2"])
     assert config.optimizer.lr == 0.5 and config.run.folder == "runs/x"
-    assert config.l0_pruning is not None and config.l0_pruning.target.hidden == 8
+    assert config.l0_pruning is not None and config.l0_pruning.target is not None
+    assert config.l0_pruning.target.hidden == 8
     assert config.data.weights == {"web": 2.0}
+
+
+def test_a_mapping_in_an_override_replaces_the_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL + "l0_pruning: {target: {layers: 3, hidden: 20}, gate_lr: 0.5}\n")
+    target = load_config(path, ["l0_pruning.target={layers: 2}"]).l0_pruning
+    assert target is not None and target.target is not None
+    assert (target.target.layers, target.target.hidden, target.gate_lr) == (2, None, 0.5)
+    assert load_config(path, ["l0_pruning.target.layers=2"]).l0_pruning.target.hidden == 20  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="put quotes around the whole"):
+        load_config(path, ["l0_pruning.target={layers:"])
 
 
 def test_a_saved_config_loads_as_itself(yaml: Path, tmp_path: Path) -> None:

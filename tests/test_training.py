@@ -1,8 +1,10 @@
 """Whole runs: resuming, stopping, and refusing what can't work."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,11 +13,18 @@ from composer.core import State
 from composer.loggers import Logger
 from transformers import AutoModelForCausalLM
 
+from llmprune.callbacks.l0_pruning import L0Pruning
+from llmprune.checks import check
 from llmprune.config import Config, load_config
 from llmprune.convert.checkpoint import Checkpoint
+from llmprune.convert.commands import convert
 from llmprune.data.format import DataManifest
 from llmprune.errors import UserError
-from llmprune.training import build_trainer, check, train
+from llmprune.evaluation.losses import evaluate_losses
+from llmprune.models.loading import load_model
+from llmprune.optimizers import OPTIMIZERS, OptimizerConfig
+from llmprune.training import build_trainer, train
+from tests.callbacks.fixed_noise import KillAt, Killed
 
 
 @pytest.fixture
@@ -33,21 +42,6 @@ checkpoint: {{interval: 3ba}}
 loggers: {{console: false}}
 """)
     return path
-
-
-class Killed(BaseException):
-    """As if the process had died."""
-
-
-class KillAt(Callback):
-    """Dies in the middle of a batch."""
-
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
-
-    def after_forward(self, state: State, logger: Logger) -> None:
-        if state.timestamp.batch.value == self.batch:
-            raise Killed
 
 
 def run_killed(config: Config, batch: int) -> None:
@@ -106,8 +100,11 @@ def test_a_run_learns_and_leaves_a_folder_that_explains_itself(yaml: Path, tmp_p
 
 def test_a_resumed_run_must_be_the_same_model_and_target(yaml: Path) -> None:
     run_killed(load_config(yaml), batch=4)
-    with pytest.raises(UserError, match="keep the target"):
+    with pytest.raises(UserError, match="keep what the run began with"):
         train(load_config(yaml, ["run.autoresume=true", "l0_pruning.target.hidden=16"]))
+    for change in ("run.seed=4", "train.global_batch_size=4"):
+        with pytest.raises(UserError, match=f"with {change.split('=')[0]} [38]; the config asks for 4"):
+            train(load_config(yaml, ["run.autoresume=true", change]))
     other = [
         "model.path=null",
         "model.config={model_type: llama, hidden_size: 32, num_hidden_layers: 3}",
@@ -119,9 +116,9 @@ def test_a_resumed_run_must_be_the_same_model_and_target(yaml: Path) -> None:
 
 def test_a_nan_loss_stops_and_keeps_the_last_checkpoint(yaml: Path, tmp_path: Path) -> None:
     class Poison(Callback):
-        def before_backward(self, state: State, logger: Logger) -> None:
+        def before_loss(self, state: State, logger: Logger) -> None:
             if state.timestamp.batch.value == 4:
-                state.loss = state.loss * float("nan")  # type: ignore[operator]
+                state.outputs = state.outputs * float("nan")
 
     trainer = build_trainer(load_config(yaml))
     trainer.state.callbacks.append(Poison())
@@ -147,6 +144,36 @@ def test_a_nan_loss_stops_and_keeps_the_last_checkpoint(yaml: Path, tmp_path: Pa
         ("train.duration=soon", "no duration"),
         ("scheduler.warmup=100tok", "must have the unit"),
         ("train.microbatch_size=0", "positive whole number or auto"),
+        ("train.microbatch_size=auto", "does not work while gates train"),
+        ("sharding={replicas: 2}", "must divide the number of ranks"),
+        ("sharding={checkpoints: half}", "choose sharded or whole"),
+        ("optimizer.lr=-1", "zero or positive"),
+        ("optimizer.betas=[0.9]", "two numbers"),
+        ("run.seed=-1", "lie between 0"),
+        ("data.workers=-1", "zero or positive"),
+        ("data.shuffle_window=0", "must be positive"),
+        ("data.eval_samples_per_domain=0", "null for all"),
+        ("train.device=gpu", "there is none"),
+        ("train.device=tpu", "did you mean|valid"),
+        ("train.duration=2.5ba", "no duration"),
+        ("train.eval_interval=-1ba", "zero or positive"),
+        ("train.clip_norm=-1", "positive or null"),
+        ("scheduler.final=-2", "between 0 and 1"),
+        ("scheduler.warmup=90ba", "longer than train.duration"),
+        ("loggers.console_interval=abc", "no duration"),
+        ("checkpoint.interval=0ba", "must be positive"),
+        ("checkpoint.keep=0", "positive, or -1"),
+        ("train.loss_spike=ignore", "train.loss_spike"),
+        ("l0_pruning.target_sparsity=0.5", "not both"),
+        ("l0_pruning.gates=[hidden]", "goes with target_sparsity"),
+        ("l0_pruning.target={attention_layers: 9}", "must lie between 1 and the 4 blocks"),
+        ("l0_pruning.target={attention_layers: 2, hidden: 20}", "choose layer, or attention and mlp"),
+        ("l0_pruning={target_sparsity: 0.9, gates: [kv_group]}", "the most that gates on kv_group can remove"),
+        ("l0_pruning={target_sparsity: 0.3, gates: [hiden]}", "did you mean 'hidden'"),
+        ("l0_pruning={}", "give either l0_pruning.target"),
+        ("l0_pruning.multiples.hidden=99", "must lie between 1 and"),
+        ("l0_pruning.lagrangian_warmup=1ep", "ba, sp, tok or dur"),
+        ("l0_pruning.gate_lr=-1", "zero or positive"),
         ("train.precision=amp_bf16", "needs a GPU"),
         ("model.attention=flash_attention_2", r"pip install -e '.\[gpu\]'"),
         ("loggers.wandb={project: x}", r"pip install -e '.\[wandb\]'"),
@@ -159,6 +186,91 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=message) as error:
         train(load_config(yaml, [override]))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_mistake_found_late_leaves_the_old_run_alone(yaml: Path, tmp_path: Path) -> None:
+    train(load_config(yaml))
+    with pytest.raises(UserError, match="weights"):
+        train(load_config(yaml, ["run.overwrite=true", "data.weights={nowhere: 1.0}"]))
+    assert Checkpoint.open(tmp_path / "run").batch == 6
+
+
+def test_nothing_to_resume_is_said(yaml: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_killed(load_config(yaml), batch=1)
+    train(load_config(yaml, ["run.autoresume=true", "train.duration=1ba", "scheduler.warmup=0ba"]))
+    assert "holds no complete checkpoint to resume from" in capfd.readouterr().out
+
+
+def test_a_torn_line_of_metrics_hinders_nobody(yaml: Path, tmp_path: Path) -> None:
+    run_killed(load_config(yaml), batch=4)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"batch": 3, "loss/tr')
+    train(load_config(yaml, ["run.autoresume=true"]))
+    assert [json.loads(line) for line in metrics.read_text().splitlines()]
+    convert(tmp_path / "run", tmp_path / "out")
+
+
+def test_activation_checkpointing_changes_nothing(yaml: Path, tmp_path: Path) -> None:
+    train(load_config(yaml, ["train.duration=3ba"]))
+    plain = numbers(tmp_path / "run" / "metrics.jsonl")
+    train(load_config(yaml, ["train.duration=3ba", "train.activation_checkpointing=true", "run.overwrite=true"]))
+    assert numbers(tmp_path / "run" / "metrics.jsonl") == plain
+
+
+def test_a_loss_spike_is_logged_and_on_request_skipped(
+    yaml: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Spike(Callback):
+        weights: ClassVar[list[torch.Tensor]] = []
+
+        def after_forward(self, state: State, logger: Logger) -> None:
+            if state.timestamp.batch.value == 22:
+                state.outputs = state.outputs * 100
+
+        def batch_end(self, state: State, logger: Logger) -> None:
+            gates = next(c for c in state.callbacks if isinstance(c, L0Pruning)).gates
+            flat = [p.detach().flatten() for p in (*state.model.parameters(), *gates.parameters())]
+            self.weights.append(torch.cat(flat))
+
+    for action in ("log", "skip"):
+        Spike.weights.clear()
+        overrides = [f"train.loss_spike={action}", "train.duration=24ba", "run.overwrite=true"]
+        trainer = build_trainer(load_config(yaml, overrides))
+        trainer.state.callbacks.append(Spike())
+        trainer.fit()
+        trainer.close()
+        assert torch.equal(Spike.weights[22], Spike.weights[21]) == (action == "skip")
+        assert not torch.equal(Spike.weights[23], Spike.weights[22])
+        assert "the loss jumps from" in caplog.text and "batch 22 (samples 176 to 183)" in caplog.text
+        caplog.clear()
+    spikes = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["batch"] for line in spikes if "loss/spike" in line] == [22]
+
+
+def test_pruning_to_a_size_prints_what_uniform_blocks_cost(
+    yaml: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train(load_config(yaml, ["l0_pruning={target_sparsity: 0.5}", "train.duration=40ba"]))
+    printed = capfd.readouterr().out
+    found = re.search(
+        r"one shape for all blocks \((.*)\): its loss is ([\d.]+), with the gates as learned ([\d.]+)", printed
+    )
+    assert found is not None
+    plan = convert(tmp_path / "run", tmp_path / "out")
+    assert str(plan.shape) == found[1]
+    loss = evaluate_losses(load_model(tmp_path / "out"), load_config(yaml).data.path, samples_per_domain=2).loss
+    assert loss == pytest.approx(float(found[2]), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["decoupled_lion", "decoupled_adamw", "adamw"])
+def test_optimisers_take_their_settings(name: str) -> None:
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = OPTIMIZERS[name]([parameter], OptimizerConfig(name, lr=0.1, betas=[0.5, 0.7], weight_decay=0.01))
+    assert optimizer.defaults["lr"] == 0.1 and optimizer.defaults["betas"] == (0.5, 0.7)
+    parameter.grad = torch.tensor([3.0, 0.0])
+    optimizer.step()
+    decay = 0.01 if name.startswith("decoupled") else 0.1 * 0.01  # decoupled: not times the base learning rate
+    torch.testing.assert_close(parameter.data, torch.tensor([1.0, -2.0]) * (1 - decay) - torch.tensor([0.1, 0.0]))
 
 
 def test_a_tokenizer_that_did_not_make_the_data_is_refused(yaml: Path, data: Path, tmp_path: Path) -> None:

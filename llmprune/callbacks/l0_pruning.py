@@ -1,11 +1,11 @@
 """Learned L0 gates as a Composer callback (Sheared-LLaMA, arXiv:2310.06694, section 2.1)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from composer.algorithms import GradientClipping
 from composer.core import Callback, Precision, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
@@ -13,117 +13,15 @@ from torch import Tensor
 
 from llmprune.data.order import keyed_generator
 from llmprune.errors import UserError
-from llmprune.families import Family, Shape, target_shape
 from llmprune.files import save_tensors
+from llmprune.gates.alarms import GateAlarms
 from llmprune.gates.attach import GateSlot, attach
 from llmprune.gates.gate_set import Factors, GateSet
-from llmprune.gates.goals import Goal, ShapeGoal, SizeGoal
-from llmprune.gates.kinds import HIDDEN, INTERMEDIATE, KV_GROUP, LAYER
+from llmprune.gates.settings import L0PruningConfig, make_goal
 from llmprune.models.causal_lm import ComposerCausalLM
 
 EVALUATIONS = ("expected", "target")
-DEFAULT_GATES = [HIDDEN, KV_GROUP, INTERMEDIATE, LAYER]
-
-
-@dataclass
-class TargetShape:
-    """The shape to prune to; what is left out stays as it is.
-
-    Heads without ``kv_heads`` remove whole key/value groups, and the other way round; both together can also remove
-    the same number of query heads within every group.
-
-    Attributes:
-        layers: blocks.
-        attention_layers: attention sub-layers, in the blocks that stay; those that go are gated by themselves.
-        mlp_layers: MLP sub-layers, in the same way.
-        hidden: hidden dimensions.
-        heads: query heads.
-        kv_heads: key/value groups.
-        intermediate: MLP channels.
-    """
-
-    layers: int | None = None
-    attention_layers: int | None = None
-    mlp_layers: int | None = None
-    hidden: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    intermediate: int | None = None
-
-
-@dataclass
-class Multiples:
-    """What the cut model's sizes must be multiples of (hardware likes 64 or 128); heads are always kept whole."""
-
-    hidden: int = 1
-    intermediate: int = 1
-
-
-@dataclass
-class L0PruningConfig:
-    """Settings of ``L0Pruning``; the defaults are Sheared-LLaMA's.
-
-    Attributes:
-        target: the shape to reach; either this or ``target_sparsity``.
-        target_sparsity: share of the attention and MLP parameters that is to go, wherever they are needed least.
-        gates: with ``target_sparsity``, the kinds of gates: hidden, kv_group, head, intermediate, and layer or
-            attention and mlp; null = hidden, kv_group, intermediate and layer.
-        multiples: what the sizes of the cut model must be multiples of; a target shape is rounded to them.
-        start_sparsity: where the target sparsity starts.
-        lagrangian_warmup: how long it takes to rise to the target (``640ba``, ``0.2dur``).
-        gate_lr: learning rate of the gates (log α).
-        multiplier_lr: learning rate of the Lagrange multipliers, which ascend.
-        evaluate_at: ``expected`` evaluates with as many gates at zero as are expected by now; ``target`` with exactly
-            those of the model that would be cut now.
-    """
-
-    target: TargetShape | None = None
-    target_sparsity: float | None = None
-    gates: list[str] | None = None
-    multiples: Multiples = field(default_factory=Multiples)
-    start_sparsity: float = 0.0
-    lagrangian_warmup: str = "0.2dur"
-    gate_lr: float = 1.0
-    multiplier_lr: float = 1.0
-    evaluate_at: str = "expected"
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "L0PruningConfig":
-        """The settings that ``dataclasses.asdict`` turned into ``values``."""
-        target = None if values["target"] is None else TargetShape(**values["target"])
-        return cls(**{**values, "target": target, "multiples": Multiples(**values["multiples"])})
-
-
-def make_goal(family: Family, source: Shape, config: L0PruningConfig) -> Goal:
-    """What the gates of a model are to come to.
-
-    Raises:
-        UserError: the target is missing, given twice, not smaller, or not possible with these gates.
-    """
-    wanted, multiples = vars(config.target or TargetShape()), vars(config.multiples)
-    for name, multiple in multiples.items():
-        if multiple < 1 or multiple > getattr(source, name):
-            raise UserError(
-                f"l0_pruning.multiples.{name} {multiple} must lie between 1 and the source's {getattr(source, name)}"
-            )
-    shape_given = any(value is not None for value in wanted.values())
-    if config.target_sparsity is None:
-        if not shape_given:
-            raise UserError("give either l0_pruning.target (a shape) or l0_pruning.target_sparsity")
-        if config.gates is not None:
-            raise UserError("l0_pruning.gates goes with target_sparsity; with a target shape the shape decides")
-        sublayers = {name: wanted[name] for name in ("attention_layers", "mlp_layers")}
-        dimensions = {name: value for name, value in wanted.items() if name not in sublayers}
-        if all(value is None for value in dimensions.values()):
-            dimensions["layers"] = source.layers
-        for name, multiple in multiples.items():
-            if (value := dimensions[name]) is not None:
-                dimensions[name] = min(max(round(value / multiple), 1), getattr(source, name) // multiple) * multiple
-        return ShapeGoal(source, target_shape(source, dimensions), **sublayers)
-    if shape_given:
-        raise UserError("give either l0_pruning.target (a shape) or l0_pruning.target_sparsity, not both")
-    kinds = tuple(DEFAULT_GATES if config.gates is None else config.gates)
-    return SizeGoal(source, family.matrices(), kinds, config.target_sparsity, multiples)
+WARMUP_UNITS = (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.DURATION)
 
 
 class L0Pruning(Callback):
@@ -152,14 +50,22 @@ class L0Pruning(Callback):
             raise UserError(f"l0_pruning.evaluate_at is '{config.evaluate_at}'; choose {' or '.join(EVALUATIONS)}")
         if not 0 <= config.start_sparsity < 1:
             raise UserError(f"l0_pruning.start_sparsity is {config.start_sparsity}; it must lie in [0, 1)")
+        for name in ("gate_lr", "multiplier_lr"):
+            if getattr(config, name) < 0:
+                raise UserError(f"l0_pruning.{name} is {getattr(config, name)}; it must be zero or positive")
         try:
             self._warmup = Time.from_timestring(config.lagrangian_warmup)
-        except ValueError:
+            if self._warmup.value < 0 or self._warmup.unit not in WARMUP_UNITS:
+                raise ValueError
+        except (ValueError, TypeError):
             raise UserError(
-                f"l0_pruning.lagrangian_warmup '{config.lagrangian_warmup}' is no duration: write 640ba or 0.2dur"
+                f"l0_pruning.lagrangian_warmup '{config.lagrangian_warmup}' is no duration in ba, sp, tok or dur: "
+                "write 640ba or 0.2dur"
             ) from None
+        self.evaluate_at = config.evaluate_at
         self.config, self.seed, self._folder = config, seed, folder
         self._microbatch = 0
+        self._alarms = GateAlarms()
         self._factors = Factors()
         self._leaves = Factors()
         self.gates: GateSet
@@ -184,7 +90,10 @@ class L0Pruning(Callback):
         )
         for optimizer in self._optimizers:
             _prime(optimizer)
-        logger.log_hyperparameters({"l0/source": str(source), "l0/target": str(gates.goal)})
+        facts = {"l0/source": str(source), "l0/target": str(gates.goal)}
+        if any(isinstance(algorithm, GradientClipping) for algorithm in state.algorithms):
+            facts["l0/clipping"] = "of the model's gradients only; gates are not clipped"
+        logger.log_hyperparameters(facts)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Start a batch."""
@@ -212,6 +121,8 @@ class L0Pruning(Callback):
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Average the gates' gradients over ranks, add the constraint's, and step gates and multipliers."""
+        if all(parameter.grad is None for parameter in state.model.parameters()):
+            return  # the batch is skipped
         average_gradients(list(self.gates.log_alpha.values()))
         targets = self.gates.targets(self.config.start_sparsity, self._warmup_progress(state))
         constraint = self.gates.constraint(targets)
@@ -222,7 +133,7 @@ class L0Pruning(Callback):
                 group["lr"] = group["initial_lr"] * scale
             optimizer.step()
         self.gates.clamp()
-        self._log(targets, constraint.detach(), logger)
+        self._log(targets, constraint.detach(), state, logger)
 
     def eval_before_all(self, state: State, logger: Logger) -> None:
         """Evaluate with deterministic gates."""
@@ -234,6 +145,13 @@ class L0Pruning(Callback):
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Save the gates' values."""
+        self._save(state)
+
+    def eval_standalone_end(self, state: State, logger: Logger) -> None:
+        """Save them after an evaluation outside training, too."""
+        self._save(state)
+
+    def _save(self, state: State) -> None:
         if self._folder is not None and dist.get_global_rank() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"ba{state.timestamp.batch.value:06d}.safetensors"
@@ -257,7 +175,7 @@ class L0Pruning(Callback):
             optimizer.load_state_dict(saved)
 
     def _evaluated(self) -> dict[str, Tensor]:
-        return self.gates.at_target() if self.config.evaluate_at == "target" else self.gates.as_expected()
+        return self.gates.at_target() if self.evaluate_at == "target" else self.gates.as_expected()
 
     @torch.no_grad()
     def _use_deterministic_gates(self) -> None:
@@ -272,17 +190,24 @@ class L0Pruning(Callback):
         return state.timestamp.get(self._warmup.unit).value / self._warmup.value
 
     @torch.no_grad()
-    def _log(self, targets: Mapping[str, float], constraint: Tensor, logger: Logger) -> None:
-        by_kind = {kind: 1 - keep.mean() for kind, keep in self.gates.keep_probability().items()}
+    def _log(self, targets: Mapping[str, float], constraint: Tensor, state: State, logger: Logger) -> None:
+        """Log expected and target sparsities, with one look at the device."""
+        keep = self.gates.keep_probability()
+        by_kind = {kind: 1 - value.mean() for kind, value in keep.items()}
         sparsities = {**by_kind, **{name: rows.mean() for name, rows in self.gates.sparsity().items()}}
-        expected = torch.stack([constraint, *sparsities.values()]).tolist()
+        fewest = [value.sum(-1).min() for value in keep.values()]
+        numbers = torch.stack([constraint, *sparsities.values(), *fewest]).tolist()
+        expected = dict(zip(sparsities, numbers[1:], strict=False))
         logger.log_metrics(
             {
-                "l0/constraint": expected[0],
-                **{f"l0/{n}/expected_sparsity": s for n, s in zip(sparsities, expected[1:], strict=True)},
+                "l0/constraint": numbers[0],
+                **{f"l0/{name}/expected_sparsity": value for name, value in expected.items()},
                 **{f"l0/{name}/target_sparsity": target for name, target in targets.items()},
             }
         )
+        if dist.get_global_rank() == 0:
+            left = dict(zip(keep, numbers[1 + len(sparsities) :], strict=True))
+            self._alarms.look(state.timestamp.batch.value, self._warmup_progress(state), expected, targets, left)
 
 
 def _prime(optimizer: torch.optim.Optimizer) -> None:

@@ -11,6 +11,17 @@ from composer.utils import dist
 from llmprune.files import write_text
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; none if there is no file. A last line that a crash has torn is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError:
+        return [json.loads(line) for line in lines[:-1]]
+
+
 class MetricsFile(LoggerDestination):
     """Writes ``metrics.jsonl``: lines of {"batch": n, metric: value, …}, by rank 0.
 
@@ -27,7 +38,7 @@ class MetricsFile(LoggerDestination):
     def after_load(self, state: State, logger: Logger) -> None:
         """Keep what lies before the batch that the run resumes at."""
         if self._active and self._path.exists():
-            lines = [json.loads(line) for line in self._path.read_text().splitlines()]
+            lines = read_metrics(self._path)
             now = state.timestamp.batch.value
             # An evaluation's line bears the number of the batch that follows it.
             kept = [

@@ -1,5 +1,7 @@
 """A checkpoint of llmprune: Composer's state, and the manifest that says what it is."""
 
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,11 +10,12 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from llmprune.callbacks.l0_pruning import L0PruningConfig, load_gates, make_goal
+from llmprune.callbacks.l0_pruning import load_gates
 from llmprune.convert.stored_state import METADATA, StoredState, open_state
 from llmprune.errors import UserError
 from llmprune.families import Family, family_of
 from llmprune.gates.gate_set import GateSet
+from llmprune.gates.settings import L0PruningConfig, make_goal
 from llmprune.models.loading import fingerprint, load_config
 from llmprune.run_folder import Manifest, RunFolder
 
@@ -73,6 +76,12 @@ class Checkpoint:
             raise UserError(f"{path} does not exist")
         path = path.resolve()
         return cls(path, Manifest.load(path.parent), load_config(path.parent / "model"))
+
+    @property
+    def batch(self) -> int:
+        """How many batches had been trained on."""
+        number = re.match(r"ba(\d+)", self.path.name)
+        return int(number[1]) if number else sys.maxsize
 
     @property
     def model_folder(self) -> Path:

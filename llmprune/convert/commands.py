@@ -1,19 +1,27 @@
 """The ways to a Hugging Face folder: from a checkpoint, and from a model and a plan."""
 
-import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from torch import Tensor
 
-from llmprune.convert.checkpoint import Checkpoint
+from llmprune.callbacks.metrics_file import read_metrics
+from llmprune.convert.checkpoint import Checkpoint, is_checkpoint
 from llmprune.convert.export import export, keep_everything
 from llmprune.errors import UserError
 from llmprune.files import refuse_existing
+from llmprune.gates.gate_set import GateSet
 from llmprune.models.loading import StoredWeights, fingerprint, load_config, resolve_model
 from llmprune.plans import Plan
 from llmprune.run_folder import RunFolder
+
+UNFINISHED = 0.02  # distance from the target sparsity that is worth a warning
+
+log = logging.getLogger(__name__)
 
 
 def convert(
@@ -33,16 +41,18 @@ def convert(
     Raises:
         UserError: there is no checkpoint, it is damaged, or ``out`` exists.
     """
-    refuse_existing(Path(out), overwrite)
     opened = Checkpoint.open(checkpoint)
+    refuse_existing(Path(out), overwrite, inputs=[opened.path])
     gates, model = opened.gates(), opened.fingerprint()
+    if gates is not None:
+        _warn_of_unfinished(gates)
     plan = keep_everything(opened.config, model) if gates is None else gates.plan(opened.family.name, model)
     manifest = opened.manifest
     card = {
         "Data": f"Trained on `{manifest.data['path']}`.",
         "Training": {"seed": manifest.seed, "versions": manifest.versions, "l0_pruning": manifest.l0_pruning},
     }
-    if results := last_evaluation(RunFolder(opened.path.parent.parent).metrics):
+    if results := last_evaluation(RunFolder(opened.path.parent.parent).metrics, opened.batch):
         card["Results of the last evaluation in training"] = results
     export(
         opened.weights,
@@ -59,10 +69,10 @@ def convert(
 
 
 def apply(model: Path | str, plan: Plan | Path | str, out: Path | str, *, overwrite: bool = False) -> None:
-    """Cut a Hugging Face model by a plan.
+    """Cut a model by a plan.
 
     Args:
-        model: folder or hub name.
+        model: Hugging Face folder or hub name, or a checkpoint (its gates are not used: the plan decides).
         plan: the plan, or its file.
         out: folder to write.
         overwrite: whether ``out`` may be replaced.
@@ -70,16 +80,23 @@ def apply(model: Path | str, plan: Plan | Path | str, out: Path | str, *, overwr
     Raises:
         UserError: the plan is for other weights, a file is missing or damaged, or ``out`` exists.
     """
-    refuse_existing(Path(out), overwrite)
+    weights: Mapping[str, Tensor]
+    if is_checkpoint(model):
+        checkpoint = Checkpoint.open(model)
+        config, weights, folder, place = checkpoint.config, checkpoint.weights, checkpoint.model_folder, checkpoint.path
+    else:
+        config, weights, folder = load_config(model), StoredWeights(model), resolve_model(model)
+        place = folder
+    inputs = [place] if isinstance(plan, Plan) else [place, Path(plan)]
+    refuse_existing(Path(out), overwrite, inputs=inputs)
     if not isinstance(plan, Plan):
         plan = Plan.load(plan)
-    config, weights = load_config(model), StoredWeights(model)
     if plan.model != (found := fingerprint(weights, config)):
         raise UserError(
-            f"the plan was made for a model with the hash {plan.model[:12]}…; {model} has {found[:12]}…: "
-            "apply it to the model that it was made for"
+            f"the plan was made for a model with the hash {plan.model}; {model} has {found}: apply it to the model "
+            "that it was made for"
         )
-    export(weights, config, plan, out, companions=resolve_model(model), source=str(model), overwrite=overwrite)
+    export(weights, config, plan, out, companions=folder, source=str(model), overwrite=overwrite)
 
 
 def push_to_hub(folder: Path | str, name: str) -> str:
@@ -97,13 +114,28 @@ def push_to_hub(folder: Path | str, name: str) -> str:
         raise UserError(f"{folder} could not be uploaded as '{name}' ({reason}): it stays where it is") from None
 
 
-def last_evaluation(metrics: Path) -> dict[str, float]:
-    """The newest evaluation in a ``metrics.jsonl``: metric → value (empty if there is none)."""
-    if not metrics.is_file():
-        return {}
+def last_evaluation(metrics: Path, batch: int) -> dict[str, float]:
+    """The newest evaluation in a ``metrics.jsonl`` up to a batch: metric → value (empty if there is none)."""
     prefix = "metrics/eval/"
     found: dict[str, float] = {}
-    for line in metrics.read_text().splitlines():
-        values = {k.removeprefix(prefix): v for k, v in json.loads(line).items() if k.startswith(prefix)}
-        found = {**values, "batch": json.loads(line)["batch"]} if values else found
+    for line in read_metrics(metrics):
+        values = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
+        if values and line["batch"] <= batch:
+            found = {**values, "batch": line["batch"]}
     return found
+
+
+def _warn_of_unfinished(gates: GateSet) -> None:
+    """Say so if the gates are not yet near their target: the cut model is then another one than the gated."""
+    far = {
+        name: (rows.mean().item(), gates.goal.targets[name])
+        for name, rows in gates.sparsity().items()
+        if (rows - gates.goal.targets[name]).abs().max() > UNFINISHED
+    }
+    if far:
+        listed = ", ".join(f"{name} {now:.3f} of {target:.3f}" for name, (now, target) in far.items())
+        log.warning(
+            "the gates have not come to their target yet (expected sparsity: %s): the cut model is worse than they "
+            "could make it; train longer",
+            listed,
+        )

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import yaml
 
 from llmprune.plans import Plan
+from llmprune.run_folder import RANDOM
 
 
 def model_card(source: str, plan: Plan, parameters: int, model_type: str, facts: Mapping[str, object]) -> str:
@@ -28,10 +29,11 @@ def model_card(source: str, plan: Plan, parameters: int, model_type: str, facts:
         header["base_model"] = source
     before, after = asdict(plan.source), asdict(plan.shape)
     rows = [f"| {name.replace('_', ' ')} | {before[name]:,} | {after[name]:,} |" for name in before]
+    origin = "random weights" if source == RANDOM else f"`{source}`"
     sections = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# A {model_type} model of {parameters:,} parameters",
-        f"Made from `{source}` with llmprune. It loads with plain transformers:",
+        f"Made from {origin} with llmprune. It loads with plain transformers:",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "model = AutoModelForCausalLM.from_pretrained(FOLDER)\n"
         "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n```",

@@ -57,6 +57,10 @@ class DataManifest:
     domains: dict[str, dict[str, SplitCounts]]
     schema: int = 1
 
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that the manifest says."""
+        return sha256_text(json.dumps(asdict(self), sort_keys=True))
+
     def save(self, folder: Path | str) -> None:
         """Write ``manifest.json`` into ``folder``."""
         write_json(Path(folder) / "manifest.json", asdict(self))

@@ -16,7 +16,7 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
         weights: non-negative, not all zero; they need not sum to one.
 
     Raises:
-        ValueError: a weight is negative or not finite, or all are zero.
+        ValueError: a weight is negative or not finite, all are zero, or one is so small that it gets no part.
     """
     total = sum(weights)
     if not weights or not all(0 <= w < float("inf") for w in weights) or not 0 < total < float("inf"):
@@ -26,6 +26,12 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
     by_remainder = sorted(range(len(weights)), key=lambda i: parts[i] - exact[i])
     for i in by_remainder[: PARTS - sum(parts)]:
         parts[i] += 1
+    for weight, part in zip(weights, parts, strict=True):
+        if weight and not part:
+            raise ValueError(
+                f"the weight {weight:g} of {total:g} in all would never be drawn, the smallest possible share is "
+                f"{1 / PARTS:g}: raise it, or make it 0 (without weights, the samples of each domain count)"
+            )
     return parts
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from composer.models import ComposerModel
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
@@ -87,10 +87,11 @@ class ComposerCausalLM(ComposerModel):
         self.family = family_of(model.config)
         self.domains = dict(domains or {})
         model.config.use_cache = False
-        for block in model.get_submodule(self.family.blocks).children():
-            # Composer shards and checkpoints activations at these.
-            block._fsdp_wrap = True  # type: ignore[assignment]
-            block._activation_checkpointing = True  # type: ignore[assignment]
+        # What Composer shards and whose activations it checkpoints: the blocks (wrapped, once they are checkpointed).
+        model.fsdp_wrap_fn = model.activation_checkpointing_fn = self._is_block  # type: ignore[assignment]
+
+    def _is_block(self, module: nn.Module) -> bool:
+        return any(module is block for block in self.model.get_submodule(self.family.blocks).children())
 
     def forward(self, batch: Batch) -> Tensor:
         """The logits, [batch, length, vocabulary]."""

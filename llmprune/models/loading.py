@@ -39,6 +39,8 @@ def resolve_model(model: str | Path) -> Path:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is no Hugging Face model: it has no config.json")
         return folder
+    if folder.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
+        raise UserError(f"{model} is no folder with a Hugging Face model")
     try:
         return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model"]))
     except Exception as error:  # the hub client raises many kinds: bad names, no network, no access

@@ -16,7 +16,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch.distributed.tensor import DTensor
 
-from llmprune import training
+from llmprune import checks, training
 from llmprune.callbacks.l0_pruning import L0Pruning
 from llmprune.config import load_config
 from llmprune.gates.gate_set import GateSet
@@ -92,7 +92,7 @@ def run(config: Path, *overrides: str, kill: int | None = None) -> History:
 def evaluate(config: Path, *overrides: str) -> float:
     """The loss before training: hybrid sharding trains on GPUs only, but its mesh and its forward pass are the same."""
     settings = load_config(config, overrides)
-    training.check_sharding = lambda *_, **__: None  # type: ignore[assignment]
+    checks.check_sharding = lambda *_, **__: None  # type: ignore[assignment]
     trainer = training.build_trainer(settings)
     if settings.sharding is not None:
         placements = {str(parameter.placements) for parameter in trainer.state.model.parameters()}

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llmprune.callbacks.l0_pruning import L0Pruning, L0PruningConfig, TargetShape
+from llmprune.callbacks.l0_pruning import L0Pruning
 from llmprune.config import load_config
 from llmprune.data.order import keyed_generator
 from llmprune.errors import UserError
@@ -15,6 +15,7 @@ from llmprune.families import family_of, target_shape
 from llmprune.gates import hard_concrete
 from llmprune.gates.gate_set import GateSet
 from llmprune.gates.goals import ShapeGoal
+from llmprune.gates.settings import L0PruningConfig, TargetShape
 from llmprune.models.causal_lm import token_losses
 from llmprune.models.loading import load_model
 from llmprune.training import make_loaders

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from llmprune.data.mixing import PARTS, Mixer, domain_weights, integer_weights
 
-weights = st.lists(st.floats(0, 1), min_size=1, max_size=9).filter(lambda w: sum(w) > 1e-3)
+weights = st.lists(st.just(0.0) | st.floats(1e-4, 1), min_size=1, max_size=9).filter(any)
 
 
 @settings(max_examples=60, deadline=None)
@@ -51,3 +51,10 @@ def test_without_weights_samples_decide() -> None:
 def test_impossible_weights_are_refused(raw: list[float]) -> None:
     with pytest.raises(ValueError, match="non-negative"):
         integer_weights(raw)
+
+
+@pytest.mark.parametrize("raw", [[1e-9, 1.0], [0.0, 1.0, 4e-7]])
+def test_a_weight_too_small_ever_to_be_drawn_is_refused(raw: list[float]) -> None:
+    with pytest.raises(ValueError, match="never be drawn, the smallest possible share is 1e-06"):
+        integer_weights(raw)
+    assert integer_weights([1e-6, 1 - 1e-6]) == [1, PARTS - 1]

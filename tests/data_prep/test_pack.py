@@ -188,6 +188,18 @@ def test_settings_that_cannot_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_never_replaces_what_is_read(source: Path, tokenizer: Path) -> None:
+    for out in (source, source.parent, source / "a", source / "b" / "x.jsonl", tokenizer, tokenizer.parent):
+        with pytest.raises(UserError, match="would delete the input"):
+            prepare([source], tokenizer, out, PackSettings(16), processes=1, overwrite=True)
+    assert len(list(source.rglob("x.jsonl"))) == 2 and (tokenizer / "tokenizer.json").exists()
+
+
+def test_a_domain_of_another_script(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    prepare([source], tokenizer, tmp_path / "out", PackSettings(16), fields=Fields(domain="日本"), processes=1)
+    assert samples(tmp_path / "out", "日本", "train")
+
+
 def test_other_mistakes(source: Path, tokenizer: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--overwrite"):
         prepare([source], tokenizer, data, PackSettings(16))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data_prep.sources import BadRecord, Document, Fields, clean_name, documents, find_files
+from data_prep.sources import BadRecord, Document, Fields, clean_name, documents, find_files, refuse_replacing
 from llmprune.errors import UserError
 
 
@@ -46,11 +46,64 @@ def test_the_domain_comes_from_folder_field_or_option(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "clean"), [("../../etc", "_.._etc"), ("..", "unnamed"), ("a b/c", "a_b_c"), ("", "unnamed")]
+    ("name", "clean"),
+    [
+        ("../../etc", "_.._etc"),
+        ("..", "unnamed"),
+        ("a b/c", "a_b_c"),
+        ("", "unnamed"),
+        ("Ä", "Ä"),
+        ("日本語/ニュース", "日本語_ニュース"),
+        ("हिन्दी", "हिन्दी"),
+        ("語" * 90, "語" * 33),  # file systems count bytes
+    ],
 )
 def test_domain_names_are_safe_folder_names(name: str, clean: str) -> None:
     assert clean_name(name) in (clean, clean.lstrip("."))
     assert "/" not in clean_name(name) and not clean_name(name).startswith(".")
+
+
+def test_domains_that_would_share_a_name_are_refused(tmp_path: Path) -> None:
+    for domain in ("Ä", "ß", "日本", "中国"):
+        (tmp_path / "apart" / domain).mkdir(parents=True)
+        (tmp_path / "apart" / domain / "x.txt").write_text(domain)
+    assert sorted(pairs(tmp_path / "apart")) == sorted((domain, domain) for domain in ("Ä", "ß", "日本", "中国"))
+    (tmp_path / "clash" / "a b").mkdir(parents=True)
+    (tmp_path / "clash" / "a b" / "x.txt").write_text("one")
+    (tmp_path / "clash" / "a+b").mkdir()
+    (tmp_path / "clash" / "a+b" / "x.txt").write_text("two")
+    with pytest.raises(UserError, match=r"'a b' and 'a\+b' would both be named 'a_b'"):
+        next(iter(documents(find_files([tmp_path / "clash"]), Fields())))
+    assert [name for name, _ in pairs(tmp_path / "clash", domain="mine")] == ["mine"] * 2
+    records = [{"text": "one", "set": "?"}, {"text": "two", "set": "!"}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
+    with pytest.raises(UserError, match=r"'\?' and '!' would both be named '_'"):
+        read(tmp_path / "x.jsonl", domain_field="set")
+
+
+def test_one_name_spelt_in_two_ways_is_one_domain(tmp_path: Path) -> None:
+    records = [{"text": "one", "set": "\u00e9"}, {"text": "two", "set": "e\u0301"}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert pairs(tmp_path / "x.jsonl", domain_field="set") == [("\u00e9", "one"), ("\u00e9", "two")]
+
+
+def test_a_file_reached_in_several_ways_is_read_once(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "x.txt").write_text("one")
+    (folder / "y.txt").symlink_to("x.txt")
+    assert find_files([folder, folder / "x.txt", folder / ".." / "a"]) == [(folder / "x.txt", "a")]
+
+
+def test_an_output_that_holds_an_input_is_refused(tmp_path: Path) -> None:
+    inputs = [tmp_path / "a" / "b" / "x.txt"]
+    inputs[0].parent.mkdir(parents=True)
+    (tmp_path / "link").symlink_to("a")
+    for out in (tmp_path, tmp_path / "a", tmp_path / "link", tmp_path / "c" / ".." / "a" / "b", inputs[0]):
+        with pytest.raises(UserError, match=r"would delete the input .*x\.txt: choose another --out"):
+            refuse_replacing(out, inputs)
+    for out in (tmp_path / "a" / "b" / "out", tmp_path / "a" / "x.txt", tmp_path / "a" / "b" / "x"):
+        refuse_replacing(out, inputs)
 
 
 def test_unreadable_records_are_named(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from llmprune.callbacks.l0_pruning import L0PruningConfig, TargetShape, make_goal
 from llmprune.convert.commands import apply
 from llmprune.families import family_of
 from llmprune.gates.attach import attach
 from llmprune.gates.gate_set import GateSet
+from llmprune.gates.settings import L0PruningConfig, TargetShape, make_goal
 from llmprune.models.loading import fingerprint, new_model
 from llmprune.plans import KeptBlock, Plan
 from llmprune.surgery import Surgery

@@ -1,0 +1,259 @@
+"""Everything about a run that can be checked before weights are loaded or anything is written."""
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Time, TimeUnit
+from composer.utils import dist, get_device
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
+
+from llmprune.config import Config, load_config
+from llmprune.data.format import DataManifest, tokenizer_fingerprint
+from llmprune.errors import UserError, nearest
+from llmprune.families import FAMILIES, family_of
+from llmprune.gates.settings import make_goal
+from llmprune.models.loading import load_config as load_model_config
+from llmprune.models.loading import load_tokenizer
+from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
+from llmprune.run_folder import Manifest, RunFolder
+from llmprune.sharding import check_sharding
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Ingredients:
+    """What a run needs to know of its inputs."""
+
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: DataManifest
+
+
+def check(config: Config) -> Ingredients:
+    """Check a config and open its inputs.
+
+    Raises:
+        UserError: something does not fit; the message says what and how to mend it.
+    """
+    _check_choices(config)
+    _check_numbers(config)
+    _check_times(config)
+    _check_devices(config)
+    data = DataManifest.load(config.data.path)
+    if (config.model.path is None) == (config.model.config is None):
+        raise UserError("give either model.path (a checkpoint) or model.config (random weights), not both")
+    tokenizer_at = config.model.tokenizer or config.model.path or f"{config.data.path}/tokenizer"
+    if config.model.path is not None:
+        model_config = load_model_config(config.model.path)
+        tokenizer = load_tokenizer(tokenizer_at)
+    else:
+        tokenizer = load_tokenizer(tokenizer_at)
+        model_config = config_from_fields(config.model.config or {}, tokenizer)
+    if tokenizer_fingerprint(tokenizer) != data.tokenizer:
+        raise UserError(
+            f"the tokenizer of {tokenizer_at} did not make the data in {config.data.path}: prepare the data with it "
+            f"(python -m data_prep tokenize … --tokenizer {tokenizer_at})"
+        )
+    if model_config.vocab_size < data.vocab_size:
+        raise UserError(
+            f"the model's vocabulary ({model_config.vocab_size}) is smaller than the data's ({data.vocab_size}): "
+            "use the model's own tokenizer"
+        )
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if limit is not None and data.sequence_length > limit:
+        raise UserError(f"the data's samples have {data.sequence_length} tokens, the model takes {limit}")
+    family = family_of(model_config)
+    if config.l0_pruning is not None:
+        make_goal(family, family.shape(model_config), config.l0_pruning)
+    return Ingredients(model_config, tokenizer, data)
+
+
+def config_from_fields(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """A Hugging Face config from its fields; vocabulary and special tokens come from the tokenizer unless given.
+
+    Raises:
+        UserError: the model type is missing or unsupported, a field is unknown, or the values make no model.
+    """
+    values = dict(values)
+    model_type = values.pop("model_type", None)
+    supported = sorted(model_type for family in FAMILIES.values() for model_type in family.model_types)
+    if model_type not in supported:
+        raise UserError(f"model.config.model_type '{model_type}' is not supported; supported: {', '.join(supported)}")
+    known = vars(CONFIG_MAPPING[model_type]())
+    for name in values:
+        if name not in known:
+            raise UserError(f"model.config has the unknown field '{name}'; {nearest(name, known)}")
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    try:
+        config = CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **special, **values})
+        shape = family_of(config).shape(config)
+        sizes = vars(shape)
+        if not all(isinstance(size, int) and size > 0 for size in sizes.values()) or shape.heads % shape.kv_heads:
+            raise ValueError(f"{shape}: all must be positive, and heads a multiple of kv_heads")
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"model.config makes no {model_type} model ({str(error).strip().splitlines()[0]})") from None
+    return config
+
+
+def check_same_run(run: RunFolder, manifest: Manifest, config: Config, model_config: PretrainedConfig) -> None:
+    """Check that a run's checkpoints can go on under ``config``.
+
+    Raises:
+        UserError: the model, the target, the data, the seed or the batch size is another one.
+    """
+    saved, before = Manifest.load(run.checkpoints), load_config(run.config)
+    family = family_of(model_config)
+    saved_config = load_model_config(run.checkpoints / "model")
+    if saved.family != family.name or family.shape(saved_config) != family.shape(model_config):
+        raise UserError(
+            f"the checkpoints in {run.checkpoints} are of a {saved.family} model with "
+            f"{family.shape(saved_config)}; the config's model has {family.shape(model_config)}: resume with the model "
+            "that the run began with, or use another folder"
+        )
+    pruning = [m.l0_pruning or {} for m in (saved, manifest)]
+    for key, was, now in (
+        *((f"l0_pruning.{key}", *(p.get(key) for p in pruning)) for key in ("target", "target_sparsity", "gates")),
+        ("run.seed", before.run.seed, config.run.seed),
+        ("train.global_batch_size", before.train.global_batch_size, config.train.global_batch_size),
+        ("data (its contents)", saved.data["contents"][:12], manifest.data["contents"][:12]),
+    ):
+        if was != now:
+            raise UserError(
+                f"the checkpoints in {run.checkpoints} are of a run with {key} {was}; the config asks for {now}: keep "
+                "what the run began with, or use another run.folder"
+            )
+
+
+def _check_choices(config: Config) -> None:
+    for key, value, valid in (
+        ("optimizer.name", config.optimizer.name, OPTIMIZERS),
+        ("scheduler.name", config.scheduler.name, SCHEDULERS),
+        ("model.dtype", config.model.dtype, DTYPES),
+        ("train.precision", config.train.precision, ("fp32", "amp_bf16", "amp_fp16")),
+        ("train.loss_spike", config.train.loss_spike, ("log", "skip")),
+        ("train.device", config.train.device or "cpu", ("cpu", "gpu")),
+        ("model.attention", config.model.attention, ("sdpa", "eager", "flash_attention_2")),
+    ):
+        if value not in valid:
+            raise UserError(f"{key} '{value}' is unknown; {nearest(value, valid)}")
+    for wanted, package, extra in (
+        (config.model.attention == "flash_attention_2", "flash_attn", "gpu"),
+        (config.loggers.wandb is not None, "wandb", "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"the package {package} is not installed: pip install -e '.[{extra}]'")
+
+
+def _check_numbers(config: Config) -> None:
+    optimizer, train, data = config.optimizer, config.train, config.data
+    world_size = dist.get_world_size()
+    batch, microbatch = train.global_batch_size, train.microbatch_size
+    for key, value, good, wanted in (
+        ("run.seed", config.run.seed, 0 <= config.run.seed < 2**32, "lie between 0 and 2**32 - 1"),
+        ("optimizer.lr", optimizer.lr, 0 <= optimizer.lr < math.inf, "be zero or positive"),
+        ("optimizer.eps", optimizer.eps, optimizer.eps > 0, "be positive"),
+        ("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "be zero or positive"),
+        (
+            "optimizer.betas",
+            optimizer.betas,
+            len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas),
+            "be two numbers in [0, 1)",
+        ),
+        ("scheduler.final", config.scheduler.final, 0 <= config.scheduler.final <= 1, "lie between 0 and 1"),
+        ("train.clip_norm", train.clip_norm, train.clip_norm is None or train.clip_norm > 0, "be positive or null"),
+        (
+            "train.loss_spike_factor",
+            train.loss_spike_factor,
+            train.loss_spike_factor is None or train.loss_spike_factor > 1,
+            "be more than 1, or null",
+        ),
+        (
+            "train.global_batch_size",
+            batch,
+            batch >= 1 and batch % world_size == 0,
+            f"be a positive multiple of the {world_size} ranks",
+        ),
+        (
+            "train.microbatch_size",
+            microbatch,
+            microbatch == "auto" or (isinstance(microbatch, int) and microbatch >= 1),
+            "be a positive whole number or auto",
+        ),
+        ("data.workers", data.workers, data.workers >= 0, "be zero or positive"),
+        ("data.shuffle_window", data.shuffle_window, data.shuffle_window >= 1, "be positive"),
+        (
+            "data.eval_samples_per_domain",
+            data.eval_samples_per_domain,
+            data.eval_samples_per_domain is None or data.eval_samples_per_domain >= 1,
+            "be positive, or null for all",
+        ),
+        (
+            "checkpoint.keep",
+            config.checkpoint.keep,
+            config.checkpoint.keep == -1 or config.checkpoint.keep >= 1,
+            "be positive, or -1 for all",
+        ),
+    ):
+        if not good:
+            raise UserError(f"{key} is {value}; it must {wanted}")
+
+
+def _check_times(config: Config) -> None:
+    times = {}
+    for key, text, least in (
+        ("train.duration", config.train.duration, 1),
+        ("train.eval_interval", config.train.eval_interval, 0),
+        ("checkpoint.interval", config.checkpoint.interval, 1),
+        ("scheduler.warmup", config.scheduler.warmup, 0),
+        ("loggers.console_interval", config.loggers.console_interval, 1),
+    ):
+        try:
+            times[key] = time = Time.from_timestring(text)
+        except (ValueError, TypeError):
+            raise UserError(f"{key} '{text}' is no duration: write 100ba, 1000000tok or 0.1dur") from None
+        if time.value < least and not (time.unit == TimeUnit.DURATION and time.value > 0):
+            raise UserError(f"{key} '{text}' must be {'positive' if least else 'zero or positive'}")
+        if key != "train.duration" and time.unit not in _STREAM_UNITS | {TimeUnit.DURATION}:
+            raise UserError(f"{key} '{text}' must be in ba, sp, tok or dur: the stream has no end")
+    duration, warmup = times["train.duration"], times["scheduler.warmup"]
+    if duration.unit not in _STREAM_UNITS:
+        raise UserError(f"train.duration '{config.train.duration}' must be in ba, sp or tok: the stream has no end")
+    if warmup.value and warmup.unit not in (TimeUnit.DURATION, duration.unit):
+        raise UserError(
+            f"scheduler.warmup '{config.scheduler.warmup}' must have the unit of train.duration "
+            f"('{config.train.duration}') or be a share such as 0.03dur"
+        )
+    if warmup.value > (1 if warmup.unit == TimeUnit.DURATION else duration.value):
+        raise UserError(
+            f"scheduler.warmup '{config.scheduler.warmup}' is longer than train.duration '{config.train.duration}'"
+        )
+
+
+_STREAM_UNITS = {TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN}
+
+
+def _check_devices(config: Config) -> None:
+    if config.train.device == "gpu" and not torch.cuda.is_available():
+        raise UserError("train.device is gpu, but there is none")
+    on_cpu = get_device(config.train.device).name == "cpu"
+    for refused, where in (
+        (config.sharding is not None, "with sharding"),
+        (config.l0_pruning is not None, "while gates train"),
+        (on_cpu, "on CPUs"),
+    ):
+        if refused and config.train.microbatch_size == "auto":
+            raise UserError(f"train.microbatch_size=auto does not work {where}: give a number")
+    if config.sharding is not None:
+        check_sharding(config.sharding, on_cpu=on_cpu)
+    if config.train.precision != "fp32" and on_cpu:
+        raise UserError(f"train.precision {config.train.precision} needs a GPU; on CPUs use fp32")
+
+
+def data_contents(path: str | Path, data: DataManifest) -> dict[str, str]:
+    """What a run's manifest says of its data: where it lies, its tokenizer's hash, and a hash of its description."""
+    return {"path": str(path), "tokenizer": data.tokenizer, "contents": data.fingerprint()}

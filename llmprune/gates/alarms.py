@@ -1,0 +1,59 @@
+"""Noticing gates that collapse or do not move."""
+
+import logging
+from collections.abc import Mapping
+
+STILL, GAP, MOVED = 50, 0.05, 1e-4  # batches between looks; distance from the target; movement that is none
+
+log = logging.getLogger(__name__)
+
+
+class GateAlarms:
+    """Warns, once of each thing, when training the gates goes wrong."""
+
+    def __init__(self) -> None:
+        """Nothing has been seen yet."""
+        self._before: dict[str, float] = {}
+        self._warned: set[tuple[str, str]] = set()
+
+    def look(
+        self,
+        batch: int,
+        warmup: float,
+        expected: Mapping[str, float],
+        targets: Mapping[str, float],
+        left: Mapping[str, float],
+    ) -> None:
+        """Judge one batch.
+
+        Args:
+            batch: its number.
+            warmup: how far the warm-up of the target has come (1 = ended).
+            expected: expected sparsity of every constraint.
+            targets: present target of every constraint.
+            left: kind → how many gates of its emptiest row (for a block's units: of a block) are expected to stay.
+        """
+        if warmup < 1:
+            for kind, count in left.items():
+                if count < 0.5:
+                    self._warn(
+                        ("collapse", kind),
+                        f"all {kind} gates of one row are zero at batch {batch}, before the warm-up has ended: lower "
+                        "l0_pruning.gate_lr or lengthen l0_pruning.lagrangian_warmup",
+                    )
+        if batch % STILL:
+            return
+        for name, target in targets.items():
+            before, now = self._before.get(name), expected[name]
+            if before is not None and abs(now - target) > GAP and abs(now - before) < MOVED:
+                self._warn(
+                    ("still", name),
+                    f"the expected sparsity of {name} has stayed at {now:.4f} for {STILL} batches; its target is "
+                    f"{target:.4f}: raise l0_pruning.gate_lr or l0_pruning.multiplier_lr",
+                )
+        self._before = {name: expected[name] for name in targets}
+
+    def _warn(self, alarm: tuple[str, str], message: str) -> None:
+        if alarm not in self._warned:
+            self._warned.add(alarm)
+            log.warning(message)

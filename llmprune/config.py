@@ -1,6 +1,6 @@
 """The YAML of a run as a typed schema.
 
-A run is described by one YAML file and ``key=value`` overrides. Every key is a field of a dataclass below; a section
+A run is described by one YAML file, which may name another as its ``base``, and ``key=value`` overrides. Every key is a field of a dataclass below; a section
 that configures a component is declared beside it.
 """
 
@@ -180,14 +180,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: the file can't be read, a key is unknown, a value has the wrong type or is missing.
     """
-    try:
-        loaded = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (YAMLError, OSError) as error:
-        raise UserError(f"{path} can't be read: {' '.join(str(error).split())}") from None
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path} must hold sections such as run:, model: and data:")
+    loaded = _read(Path(path))
     _merge(OmegaConf.structured(Config), loaded, str(path))
     for override in overrides:
         key, separator, _ = override.partition("=")
@@ -209,6 +202,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: {_first_line(error)}") from None
     assert isinstance(config, Config)
     return config
+
+
+def _read(path: Path) -> DictConfig:
+    """A YAML file, laid over the one that its key ``base`` names (a path beside it)."""
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (YAMLError, OSError) as error:
+        raise UserError(f"{path} can't be read: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path} must hold sections such as run:, model: and data:")
+    base = loaded.pop("base", None)
+    if base is None:
+        return loaded
+    merged = OmegaConf.merge(_read(path.parent / base), loaded)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def save_config(config: Config, path: Path) -> None:

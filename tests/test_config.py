@@ -3,11 +3,19 @@
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmprune.config import load_config, save_config
 from llmprune.errors import UserError
+from llmprune.families.llama import LLAMA
+from llmprune.gates.gate_set import GateSet
+from llmprune.gates.settings import make_goal
+from llmprune.surgery import Surgery
 
-YAMLS = sorted((Path(__file__).parents[1] / "yamls").rglob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+YAMLS = sorted((ROOT / "yamls").glob("*.yaml"))
+PAPERS = ROOT / "yamls" / "papers"
 
 MINIMAL = """
 run: {name: x}
@@ -88,3 +96,39 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
 def test_every_shipped_yaml_loads(path: Path) -> None:
     config = load_config(path)
     assert config.run.name == path.stem and config.data.path == "runs/quickstart/data"
+
+
+# Sheared-LLaMA's published sizes.
+SHEARED = {"370m": 373_867_520, "1.3b": 1_345_423_360, "2.7b": 2_701_560_320}
+
+
+@pytest.mark.parametrize("size", SHEARED)
+def test_sheared_llama(size: str) -> None:
+    prune = load_config(PAPERS / f"sheared_llama_{size}_prune.yaml", ["data.path=somewhere"])
+    assert prune.l0_pruning is not None and prune.sharding is not None and prune.train.activation_checkpointing
+    tokens = 4096 * prune.train.global_batch_size * int(prune.train.duration.removesuffix("ba"))
+    assert tokens == pytest.approx(0.4e9, rel=0.05) and prune.l0_pruning.lagrangian_warmup == "640ba"
+    source = LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5)  # Llama-2-7B
+    shape = LLAMA.shape(source)
+    plan = GateSet(shape, make_goal(LLAMA, shape, prune.l0_pruning)).plan("llama", "")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Surgery(source, plan).config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == SHEARED[size]
+
+    continued = load_config(PAPERS / f"sheared_llama_{size}_continue.yaml", ["data.path=somewhere"])
+    tokens = 4096 * continued.train.global_batch_size * int(continued.train.duration.removesuffix("ba"))
+    assert tokens == pytest.approx(50e9, rel=0.01) and continued.l0_pruning is None and continued.sharding is not None
+    assert continued.model.path == f"runs/sheared_llama_{size}_pruned"
+    for config in (prune, continued):
+        assert config.data.weights is not None and sum(config.data.weights.values()) == pytest.approx(1)
+        assert (config.optimizer.lr, config.optimizer.betas, config.train.precision) == (1e-4, [0.9, 0.95], "amp_bf16")
+
+
+def test_a_base_is_laid_under(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(MINIMAL + "optimizer: {lr: 0.5, eps: 0.1}\n")
+    (tmp_path / "over.yaml").write_text("base: base.yaml\nrun: {name: y}\noptimizer: {lr: 0.25}\n")
+    config = load_config(tmp_path / "over.yaml")
+    assert (config.run.name, config.optimizer.lr, config.optimizer.eps) == ("y", 0.25, 0.1)
+    (tmp_path / "over.yaml").write_text("base: nowhere.yaml\n")
+    with pytest.raises(UserError, match="nowhere.yaml does not exist"):
+        load_config(tmp_path / "over.yaml")

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_prep.encode import Batch, encoded
 from data_prep.samples import Packer
-from data_prep.sources import BadRecord, Document, Fields, documents, find_files, refuse_replacing
+from data_prep.sources import BadRecord, Document, Fields, documents, find_files
 from data_prep.split import rank_of
 from llmprune.data.format import DataManifest, token_dtype, tokenizer_fingerprint
 from llmprune.errors import UserError
-from llmprune.files import output_folder, refuse_existing
+from llmprune.files import output_folder, refuse_existing, refuse_replacing
 
 _BATCH_CHARACTERS = 250_000  # small, so that no process idles for long while the last batches finish
 _EARLY_STOP = 100  # bad records, before the share of bad ones is looked at while reading

@@ -10,7 +10,7 @@ import json
 import re
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -102,15 +102,6 @@ def find_files(inputs: Sequence[Path]) -> list[tuple[Path, str]]:
             f"{', '.join(map(str, inputs))} holds no readable files; known: {', '.join(READERS)}, each also .gz or .zst"
         )
     return list(found.values())
-
-
-def refuse_replacing(out: Path | str, inputs: Iterable[Path]) -> None:
-    """Raise ``UserError`` if ``out`` is one of ``inputs`` or holds one: replacing it would delete what is read."""
-    target = Path(out).resolve()
-    for path in inputs:
-        place = path.resolve()
-        if target == place or target in place.parents:
-            raise UserError(f"writing {out} would delete the input {path}: choose another --out")
 
 
 def documents(files: Sequence[tuple[Path, str]], fields: Fields) -> Iterator[Document | BadRecord]:

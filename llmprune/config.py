@@ -1,7 +1,7 @@
 """The YAML of a run as a typed schema.
 
-A run is described by one YAML file, which may name another as its ``base``, and ``key=value`` overrides. Every key is a field of a dataclass below; a section
-that configures a component is declared beside it.
+A run is described by one YAML file, which may name another as its ``base``, and ``key=value`` overrides. Every key is a
+field of a dataclass below; a section that configures a component is declared beside it.
 """
 
 import dataclasses

@@ -16,18 +16,18 @@ from torch import Tensor
 from llmprune.errors import UserError
 
 
-def refuse_existing(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
-    """Raise ``UserError`` if something stands at ``path`` and may not be overwritten.
+def refuse_replacing(out: Path | str, inputs: Iterable[Path | str]) -> None:
+    """Raise ``UserError`` if ``out`` is one of ``inputs`` or holds one: replacing it would delete what is read."""
+    target = Path(out).resolve()
+    for path in inputs:
+        place = Path(path).resolve()
+        if target == place or target in place.parents:
+            raise UserError(f"writing {out} would delete the input {path}: choose another --out")
 
-    Args:
-        path: what is to be written.
-        overwrite: whether it may be replaced.
-        inputs: what it is made from, which it must not replace.
-    """
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raise ``UserError`` if something stands at ``path`` and may not be overwritten."""
     path = path.resolve()
-    for source in inputs:
-        if path in (source.resolve(), *source.resolve().parents):
-            raise UserError(f"{path} is or holds the input {source}: choose another place")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already: choose another place, or pass --overwrite")
     if overwrite and path.is_dir() and (path / ".git").exists():

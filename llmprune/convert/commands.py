@@ -13,7 +13,7 @@ from llmprune.callbacks.metrics_file import read_metrics
 from llmprune.convert.checkpoint import Checkpoint, is_checkpoint
 from llmprune.convert.export import export, keep_everything
 from llmprune.errors import UserError
-from llmprune.files import refuse_existing
+from llmprune.files import refuse_existing, refuse_replacing
 from llmprune.gates.gate_set import GateSet
 from llmprune.models.loading import StoredWeights, fingerprint, load_config, resolve_model
 from llmprune.plans import Plan
@@ -41,8 +41,9 @@ def convert(
     Raises:
         UserError: there is no checkpoint, it is damaged, or ``out`` exists.
     """
+    refuse_existing(Path(out), overwrite)
     opened = Checkpoint.open(checkpoint)
-    refuse_existing(Path(out), overwrite, inputs=[opened.path])
+    refuse_replacing(out, [opened.path])
     gates, model = opened.gates(), opened.fingerprint()
     if gates is not None:
         _warn_of_unfinished(gates)
@@ -80,6 +81,7 @@ def apply(model: Path | str, plan: Plan | Path | str, out: Path | str, *, overwr
     Raises:
         UserError: the plan is for other weights, a file is missing or damaged, or ``out`` exists.
     """
+    refuse_existing(Path(out), overwrite)
     weights: Mapping[str, Tensor]
     if is_checkpoint(model):
         checkpoint = Checkpoint.open(model)
@@ -87,8 +89,7 @@ def apply(model: Path | str, plan: Plan | Path | str, out: Path | str, *, overwr
     else:
         config, weights, folder = load_config(model), StoredWeights(model), resolve_model(model)
         place = folder
-    inputs = [place] if isinstance(plan, Plan) else [place, Path(plan)]
-    refuse_existing(Path(out), overwrite, inputs=inputs)
+    refuse_replacing(out, [place] if isinstance(plan, Plan) else [place, plan])
     if not isinstance(plan, Plan):
         plan = Plan.load(plan)
     if plan.model != (found := fingerprint(weights, config)):

@@ -30,7 +30,7 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
         if weight and not part:
             raise ValueError(
                 f"the weight {weight:g} of {total:g} in all would never be drawn, the smallest possible share is "
-                f"{1 / PARTS:g}: raise it, or make it 0 (without weights, the samples of each domain count)"
+                f"{1 / PARTS:g}: raise it, or make it 0"
             )
     return parts
 
@@ -89,4 +89,7 @@ class Mixer:
 
 def domain_weights(domains: Sequence[str], weights: Mapping[str, float] | None, samples: Sequence[int]) -> list[int]:
     """Whole weights for ``domains``: as given by name, or in proportion to their samples."""
-    return integer_weights(list(samples) if weights is None else [weights.get(domain, 0.0) for domain in domains])
+    if weights is not None:
+        return integer_weights([weights.get(domain, 0.0) for domain in domains])
+    least = sum(samples) / PARTS  # a tiny domain is still drawn
+    return integer_weights([max(count, least) if count else 0 for count in samples])

@@ -92,7 +92,8 @@ def run(config: Path, *overrides: str, kill: int | None = None) -> History:
 def evaluate(config: Path, *overrides: str) -> float:
     """The loss before training: hybrid sharding trains on GPUs only, but its mesh and its forward pass are the same."""
     settings = load_config(config, overrides)
-    checks.check_sharding = lambda *_, **__: None  # type: ignore[assignment]
+    if settings.sharding is not None:
+        checks.check_sharding = lambda *_, **__: None  # type: ignore[assignment]
     trainer = training.build_trainer(settings)
     if settings.sharding is not None:
         placements = {str(parameter.placements) for parameter in trainer.state.model.parameters()}

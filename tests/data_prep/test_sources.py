@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data_prep.sources import BadRecord, Document, Fields, clean_name, documents, find_files, refuse_replacing
+from data_prep.sources import BadRecord, Document, Fields, clean_name, documents, find_files
 from llmprune.errors import UserError
+from llmprune.files import refuse_replacing
 
 
 def read(*inputs: Path, **fields: str) -> list[Document | BadRecord]:

@@ -22,6 +22,7 @@ from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.run_folder import Manifest, RunFolder
 from llmprune.sharding import check_sharding
 
+_STREAM_UNITS = {TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -228,13 +229,6 @@ def _check_times(config: Config) -> None:
             f"scheduler.warmup '{config.scheduler.warmup}' must have the unit of train.duration "
             f"('{config.train.duration}') or be a share such as 0.03dur"
         )
-    if warmup.value > (1 if warmup.unit == TimeUnit.DURATION else duration.value):
-        raise UserError(
-            f"scheduler.warmup '{config.scheduler.warmup}' is longer than train.duration '{config.train.duration}'"
-        )
-
-
-_STREAM_UNITS = {TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN}
 
 
 def _check_devices(config: Config) -> None:

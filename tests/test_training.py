@@ -159,7 +159,6 @@ def test_a_nan_loss_stops_and_keeps_the_last_checkpoint(yaml: Path, tmp_path: Pa
         ("train.eval_interval=-1ba", "zero or positive"),
         ("train.clip_norm=-1", "positive or null"),
         ("scheduler.final=-2", "between 0 and 1"),
-        ("scheduler.warmup=90ba", "longer than train.duration"),
         ("loggers.console_interval=abc", "no duration"),
         ("checkpoint.interval=0ba", "must be positive"),
         ("checkpoint.keep=0", "positive, or -1"),

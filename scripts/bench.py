@@ -10,16 +10,21 @@ import resource
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from llmprune.files import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,8 @@ class Ratio:
     """One line of the table.
 
     Attributes:
-        median: of the ratios of all pairs of runs; the bar is met if it is at most ``bar``.
+        median: of the ratios of all pairs of runs (of memory: the one measured); the bar is met if it is at most
+            ``bar``.
         p10: 10th percentile.
         p90: 90th percentile.
         bar: the most it may be.
@@ -126,9 +132,14 @@ def gated_step(runs: int) -> Ratio:
     dense, words = training_step(False)
     gated, _ = training_step(True)
     ratio = interleaved(gated, dense, runs, 1.05, words)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        dense_mb, gated_mb = (pool.submit(peak_memory, kind).result() for kind in (False, True))
+    dense_mb, gated_mb = (in_fresh_process(peak_memory, kind) for kind in (False, True))
     return replace(ratio, work=f"{words}; peak memory {gated_mb:.0f} / {dense_mb:.0f} MB")
+
+
+def in_fresh_process(work: Callable[..., T], *arguments: Any) -> T:
+    """Do ``work`` in a process of its own, whose peak memory is its own too."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def peak_memory(gated: bool) -> float:
@@ -168,7 +179,77 @@ def data_prep(runs: int) -> Ratio:
         return interleaved(whole, bare, runs, 1.35, f"{size:.0f} MB of text into MDS / bare batch tokenisation")
 
 
-BENCHMARKS: dict[str, Callable[[int], Ratio]] = {"gated_step": gated_step, "data_prep": data_prep}
+def convert_memory(runs: int) -> Ratio:
+    """Peak memory of converting a pruning run's checkpoint (whole and sharded) over the bytes of the model in it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        ratios, size = {}, 0
+        for kind in ("whole", "sharded"):
+            size = in_fresh_process(_pruning_run, folder, kind)
+            ratios[kind] = in_fresh_process(_peak_of_converting, folder, kind) / size
+    largest = max(ratios.values())
+    each = ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in ratios.items())
+    words = f"peak memory of convert / the model's {size / 1e9:.2f} GB ({each})"
+    return Ratio(largest, largest, largest, 1.25, words)
+
+
+def _pruning_run(folder: Path, kind: str) -> int:
+    """One batch of pruning a model of a gigabyte, with its checkpoint; returns the model's bytes."""
+    from data_prep.builtin import build_corpus
+    from data_prep.pack import PackSettings, prepare
+    from data_prep.tokenizer import train_tokenizer
+    from llmprune.config import load_config
+    from llmprune.training import train
+
+    if not (folder / "data").exists():
+        build_corpus(folder / "corpus", megabytes=1)
+        train_tokenizer([folder / "corpus"], folder / "tokenizer", vocab_size=4096)
+        prepare([folder / "corpus"], folder / "tokenizer", folder / "data", PackSettings(64))
+    model = "model_type: llama, hidden_size: 1024, num_hidden_layers: 20, num_attention_heads: 16"
+    overrides = [
+        f"run.folder={folder}/{kind}",
+        f"data.path={folder}/data",
+        "model.path=null",
+        f"model.config={{{model}, intermediate_size: 2816}}",
+        "l0_pruning.target={layers: 18, hidden: 960, heads: 14, intermediate: 2560}",
+        "train.duration=1ba",
+        "train.global_batch_size=1",
+        "train.microbatch_size=1",
+        "train.eval_interval=0ba",
+        f"sharding={{checkpoints: {kind}}}",
+    ]
+    trainer = train(load_config(ROOT / "yamls" / "prune.yaml", overrides))
+    return sum(p.numel() * p.element_size() for p in trainer.state.model.parameters())
+
+
+def _peak_of_converting(folder: Path, kind: str) -> int:
+    """How many bytes more than before are resident at the peak, mapped files included."""
+    from llmprune.convert.commands import convert
+
+    stop, peak = threading.Event(), [0]
+
+    def watch() -> None:
+        while not stop.wait(0.002):
+            peak[0] = max(peak[0], _resident())
+
+    before, watcher = _resident(), threading.Thread(target=watch)
+    watcher.start()
+    convert(folder / kind, folder / f"{kind}-cut")
+    stop.set()
+    watcher.join()
+    return peak[0] - before
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+BENCHMARKS: dict[str, Callable[[int], Ratio]] = {
+    "gated_step": gated_step,
+    "data_prep": data_prep,
+    "convert_memory": convert_memory,
+}
 
 
 def main() -> int:

@@ -7,6 +7,6 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 source .venv/bin/activate
 ruff format --check .
 ruff check .
-mypy llmprune data_prep train.py scripts/quickstart.py scripts/bench.py
+mypy llmprune data_prep train.py scripts/*.py
 lint-imports
 python -m pytest "$@"

@@ -26,7 +26,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
     """The model's weights in a Composer checkpoint under their Hugging Face names, read from disk as they are used."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
-        """Wrap a model's state dict."""
+        """Wrap a model's state dict, each of whose tensors is read when it is asked for."""
         self._state = state
 
     def __getitem__(self, name: str) -> Tensor:

@@ -72,17 +72,42 @@ def open_state(path: Path) -> StoredState:
 
 
 class _Whole:
-    """One file; tensors stay on disk until they are used."""
+    """One file."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
+        self.below(())  # to know that it can be read
+
+    def below(self, path: tuple[str, ...]) -> Any:
+        """What lies at ``path`` of the state; tensors are mapped from the file, not read."""
         with torch.serialization.safe_globals(_SAFE_IN_WHOLE):
-            self._state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state"]
+            found = torch.load(self._path, map_location="cpu", mmap=True, weights_only=True)["state"]
+        for key in path:
+            found = found[key]
+        return found
 
     def tensors(self, *path: str) -> Mapping[str, Tensor]:
-        below: Any = self._state
-        for key in path:
-            below = below[key]
-        return below
+        return _WholeTensors(self, path)
+
+
+class _WholeTensors(Mapping[str, Tensor]):
+    """Maps the file anew for every tensor: pages of a mapping stay in memory once they are read."""
+
+    def __init__(self, whole: _Whole, path: tuple[str, ...]) -> None:
+        self._whole, self._path = whole, path
+        self._names = list(whole.below(path))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._whole.below((*self._path, name))
+        return tensor.clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class _Sharded(FileSystemReader):

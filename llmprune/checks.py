@@ -85,14 +85,17 @@ def config_from_fields(values: dict[str, Any], tokenizer: PreTrainedTokenizerBas
     supported = sorted(model_type for family in FAMILIES.values() for model_type in family.model_types)
     if model_type not in supported:
         raise UserError(f"model.config.model_type '{model_type}' is not supported; supported: {', '.join(supported)}")
-    known = vars(CONFIG_MAPPING[model_type]())
+    family = next(family for family in FAMILIES.values() if model_type in family.model_types)
+    known = {name for name in vars(CONFIG_MAPPING[model_type]()) if not name.startswith("_")} | {
+        *family.fields.values()
+    }
     for name in values:
         if name not in known:
             raise UserError(f"model.config has the unknown field '{name}'; {nearest(name, known)}")
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     try:
         config = CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **special, **values})
-        shape = family_of(config).shape(config)
+        shape = family.shape(config)
         sizes = vars(shape)
         if not all(isinstance(size, int) and size > 0 for size in sizes.values()) or shape.heads % shape.kv_heads:
             raise ValueError(f"{shape}: all must be positive, and heads a multiple of kv_heads")

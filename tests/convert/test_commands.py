@@ -48,6 +48,58 @@ def test_the_gated_checkpoint_and_its_export_agree(pruned_run: Path, tmp_path: P
     assert compare(gated, dense).max_rel > 1e-2
 
 
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
+def test_every_family_is_pruned_and_exported(model_type: str, data: Path, pruned_run: Path, tmp_path: Path) -> None:
+    fields = "hidden_size: 32, intermediate_size: 48, num_hidden_layers: 4, num_attention_heads: 8, head_dim: 8"
+    overrides = [
+        "model.path=null",
+        f"model.config={{model_type: {model_type}, num_key_value_heads: 4, {fields}}}",
+        f"run.folder={tmp_path}/run",
+        "train.duration=3ba",
+    ]
+    train(load_config(pruned_run / "config.yaml", overrides))
+    assert convert(tmp_path / "run", tmp_path / "out").family == model_type
+    assert compare(open_for_comparison(tmp_path / "run"), open_for_comparison(tmp_path / "out")).max_rel <= 1e-5
+
+
+def test_the_gates_of_a_checkpoint_are_not_used_by_apply(pruned_run: Path, tmp_path: Path) -> None:
+    convert(pruned_run, tmp_path / "out")
+    apply(pruned_run, tmp_path / "out" / "llmprune" / "plan.json", tmp_path / "again")
+    once, twice = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert all(torch.equal(once[name], twice[name]) for name in once) and len(once) == len(twice)
+
+
+def test_gates_far_from_their_target_are_told(
+    pruned_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(load_config(pruned_run / "config.yaml", [f"run.folder={tmp_path}/run", "train.duration=2ba"]))
+    convert(tmp_path / "run", tmp_path / "out")
+    assert "have not come to their target yet (expected sparsity: hidden 0.0" in caplog.text
+
+
+def test_the_card_shows_the_checkpoints_own_results(pruned_run: Path, tmp_path: Path) -> None:
+    overrides = [
+        f"run.folder={tmp_path}/run",
+        "train.duration=4ba",
+        "train.eval_interval=2ba",
+        "checkpoint.interval=2ba",
+    ]
+    train(load_config(pruned_run / "config.yaml", overrides))
+    for batch in (2, 4):
+        convert(tmp_path / "run" / "checkpoints" / f"ba{batch}-rank0.pt", tmp_path / f"out{batch}")
+        assert f'"batch": {batch}' in (tmp_path / f"out{batch}" / "README.md").read_text()
+
+
+def test_the_input_is_not_overwritten(pruned_run: Path, model_folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(pruned_run, tmp_path / "run", symlinks=True)
+    for out in (run, run / "checkpoints", tmp_path):
+        with pytest.raises(UserError, match="would delete the input"):
+            convert(run, out, overwrite=True)
+    source = shutil.copytree(model_folder, tmp_path / "model")
+    with pytest.raises(UserError, match="would delete the input"):
+        apply(source, keep_everything(load_model(source).config, ""), source, overwrite=True)
+
+
 def test_the_export_is_a_plain_hugging_face_folder(pruned_run: Path, tmp_path: Path) -> None:
     convert(pruned_run, tmp_path / "out", dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False, dtype="auto")

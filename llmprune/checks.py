@@ -68,9 +68,8 @@ def check(config: Config) -> Ingredients:
     limit = getattr(model_config, "max_position_embeddings", None)
     if limit is not None and data.sequence_length > limit:
         raise UserError(f"the data's samples have {data.sequence_length} tokens, the model takes {limit}")
-    family = family_of(model_config)
     if config.l0_pruning is not None:
-        make_goal(family, family.shape(model_config), config.l0_pruning)
+        make_goal(model_config, config.l0_pruning)
     return Ingredients(model_config, tokenizer, data)
 
 

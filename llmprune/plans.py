@@ -4,10 +4,11 @@ Everything that decides writes a plan; surgery alone carries it out. On disk a p
 which a person can read and edit, and a safetensors file beside it with the factors::
 
     plan.json         {"schema", "family", "model", "source", "hidden",
-                       "blocks": [{"attention", "mlp", "heads", "channels"}, …]}
+                       "blocks": [{"attention", "mlp", "heads", "channels", "merge"}, …]}
     plan.safetensors  "hidden", "attention", "mlp", "heads.I", "channels.J"   (float32; each is optional)
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -35,12 +36,15 @@ class KeptBlock:
         mlp: number in the source of the block whose MLP this is.
         heads: query heads, ascending; a key/value group stays if any of its query heads does.
         channels: MLP channels, ascending.
+        merge: what the block's weights are made of, if not of its own alone: (number in the source, weight) of every
+            block that is part of the sum; the weights add up to one.
     """
 
     attention: int
     mlp: int
     heads: tuple[int, ...] | None = None
     channels: tuple[int, ...] | None = None
+    merge: tuple[tuple[int, float], ...] | None = None
 
     @classmethod
     def whole(
@@ -86,6 +90,7 @@ class Plan:
         _check_order(self.blocks, source.layers)
         _check_indices("hidden", self.hidden, source.hidden)
         for block in self.blocks:
+            _check_merge(block, source.layers)
             _check_indices(f"heads of block {block}", block.heads, source.heads)
             _check_indices(f"channels of block {block}", block.channels, source.intermediate)
             per_group = {len(heads) for heads in self.heads_by_group(block).values()}
@@ -175,7 +180,13 @@ class Plan:
             if values["schema"] != 1:
                 raise UserError(f"{path} has schema {values['schema']}; this version reads 1")
             blocks = tuple(
-                KeptBlock(block["attention"], block["mlp"], _indices(block["heads"]), _indices(block["channels"]))
+                KeptBlock(
+                    block["attention"],
+                    block["mlp"],
+                    _indices(block["heads"]),
+                    _indices(block["channels"]),
+                    None if block.get("merge") is None else tuple((number, w) for number, w in block["merge"]),
+                )
                 for block in values["blocks"]
             )
             factors = load_file(path.parent / Path(values["factors"]).name) if values["factors"] else {}
@@ -187,7 +198,7 @@ class Plan:
                 hidden=_indices(values["hidden"]),
                 factors=factors,
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{path} is not a plan ({type(error).__name__}: {error})") from None
         except (OSError, SafetensorError) as error:
             raise UserError(f"the factors of {path} can't be read ({error})") from None
@@ -206,6 +217,17 @@ def _check_order(blocks: tuple[KeptBlock, ...], layers: int) -> None:
     order = [position for block in blocks for position in (2 * block.attention, 2 * block.mlp + 1)]
     if any(b <= a for a, b in pairwise(order)):
         raise UserError("the plan's blocks must be ascending, each once")
+
+
+def _check_merge(block: KeptBlock, layers: int) -> None:
+    if block.merge is None:
+        return
+    if block.attention != block.mlp:
+        raise UserError(f"block {block} can't be a merge: its attention and MLP come from two blocks")
+    if not all(isinstance(number, int) and 0 <= number < layers for number, _ in block.merge):
+        raise UserError(f"the merge of block {block} must name blocks between 0 and {layers - 1}")
+    if not math.isclose(sum(weight for _, weight in block.merge), 1, abs_tol=1e-6):
+        raise UserError(f"the weights of the merge of block {block} must add up to one")
 
 
 def _check_indices(what: str, indices: tuple[int, ...] | None, size: int) -> None:

@@ -1,16 +1,18 @@
 """Carrying out a plan: the only place that changes shapes.
 
-Surgery works on one named tensor at a time, so the same code cuts a model in memory and one that is streamed from disk
+Surgery makes one named tensor at a time, so the same code cuts a model in memory and one that is streamed from disk
 shard by shard.
 """
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from llmprune.errors import UserError
-from llmprune.families import Family, Parameter, Role, family_of
+from llmprune.families import Axis, Family, Parameter, Role, family_of
 from llmprune.plans import Plan
 
 
@@ -25,7 +27,7 @@ class Surgery:
         """Prepare to cut a model with ``config``.
 
         Raises:
-            UserError: the plan is for another family or another shape.
+            UserError: the plan is for another family or another shape, or no config can describe its result.
         """
         self.family: Family = family_of(config)
         shape = self.family.shape(config)
@@ -34,14 +36,21 @@ class Surgery:
                 f"the plan is for a {plan.family} model with {plan.source}; this is a {self.family.name} "
                 f"model with {shape}"
             )
+        if self.family.is_parallel(config) and any(block.attention != block.mlp for block in plan.blocks):
+            raise UserError(
+                f"attention and MLP of this {self.family.name} model's blocks read the same input: they can't come from "
+                "two blocks"
+            )
         self.plan = plan
         self.config = self.family.with_shape(config, plan.shape, [block.attention for block in plan.blocks])
         self._tied = self.family.tied(config)
+        # (sub-layer, the source's block) → the block of the cut model.
         self._position = {
-            **{("attention", block.attention): position for position, block in enumerate(plan.blocks)},
-            **{("mlp", block.mlp): position for position, block in enumerate(plan.blocks)},
+            (sublayer, number): position
+            for position, block in enumerate(plan.blocks)
+            for sublayer, number in (("attention", block.attention), ("mlp", block.mlp))
         }
-        self._index = self._indices()
+        self._kept = self._kept_units()
         self._factor = self._factors()
 
     def new_name(self, name: str) -> str | None:
@@ -59,18 +68,23 @@ class Surgery:
         position = self._position.get((parameter.sublayer, parameter.block))
         if position is None:
             return None
-        prefix = f"{self.family.blocks}.{parameter.block}."
-        return f"{self.family.blocks}.{position}.{name[len(prefix) :]}"
+        return self._in_block(name, parameter.block, position)
 
-    def cut(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Cut the parameter ``name``, which must be one that stays.
+    def cut(self, name: str, weights: Mapping[str, Tensor]) -> Tensor:
+        """The parameter of the cut model that comes from the source's parameter ``name``, which must be one that stays.
+
+        Args:
+            name: in the source.
+            weights: the source's; only ``name`` is read, and what is merged into it.
 
         Returns:
-            A tensor of the same dtype; factors are multiplied in float32.
+            A tensor of the same dtype; factors and merges are computed in float32.
         """
         parameter = self.family.locate(name)
-        for axis, dimension in enumerate(parameter.axes):
-            index = self._index.get((dimension.dimension, self._scope(parameter, dimension.dimension)))
+        tensor = self._merged(name, parameter, weights)
+        dtype = tensor.dtype
+        for axis, meaning in enumerate(parameter.axes):
+            index = self._index(meaning, parameter)
             if index is not None:
                 tensor = tensor.index_select(axis, index.to(tensor.device))
         factors = [
@@ -78,43 +92,84 @@ class Surgery:
             for axis, factor in enumerate(self.family.scaled_axes(parameter, self._tied))
             if (key := (factor, self._scope(parameter, factor))) in self._factor
         ]
-        if factors:
-            scaled = tensor.float()
+        constant = self._constant(parameter)
+        if factors or constant != 1:
+            scaled = tensor.float() + parameter.offset
             for axis, factor in factors:
                 view = [-1 if a == axis else 1 for a in range(tensor.ndim)]
                 scaled = scaled * factor.to(tensor.device).view(view)
-            tensor = scaled.to(tensor.dtype)
-        return tensor
+            tensor = scaled * constant - parameter.offset
+        return tensor.to(dtype)
 
-    def cut_all(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Cut every tensor that stays, lazily: (new name, tensor)."""
-        for name, tensor in tensors:
+    def cut_all(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the cut model, lazily: (new name, tensor)."""
+        for name in weights:
             if (new := self.new_name(name)) is not None:
-                yield new, self.cut(name, tensor)
+                yield new, self.cut(name, weights)
+
+    def _in_block(self, name: str, block: int, other: int) -> str:
+        prefix = f"{self.family.blocks}.{block}."
+        return f"{self.family.blocks}.{other}.{name[len(prefix) :]}"
+
+    def _merged(self, name: str, parameter: Parameter, weights: Mapping[str, Tensor]) -> Tensor:
+        """The tensor, or what its block's merge makes of it."""
+        if parameter.block is None:
+            return weights[name]
+        assert parameter.sublayer is not None
+        merge = self.plan.blocks[self._position[parameter.sublayer, parameter.block]].merge
+        if merge is None:
+            return weights[name]
+        parts = ((weights[self._in_block(name, parameter.block, block)], weight) for block, weight in merge)
+        first, weight = next(parts)
+        total = first.float() * weight
+        for part, weight in parts:
+            total += part.float() * weight
+        return total.to(first.dtype)
+
+    def _constant(self, parameter: Parameter) -> float:
+        """What makes up for a model that multiplies its embeddings by the root of its hidden size."""
+        if not self.family.scaled_embedding:
+            return 1.0
+        ratio = math.sqrt(self.plan.source.hidden / self.plan.shape.hidden)
+        if parameter.role is Role.EMBEDDING:
+            return ratio
+        return 1 / ratio if parameter.role is Role.FINAL_NORM and self._tied else 1.0
 
     @staticmethod
     def _scope(parameter: Parameter, what: str | None) -> int | None:
         """Hidden dimensions are the model's; all other units are their block's."""
         return None if what == "hidden" else parameter.block
 
-    def _indices(self) -> dict[tuple[str | None, int | None], torch.Tensor]:
-        """Kept rows or columns by (dimension, block); absent = all."""
-        plan, head_dim = self.plan, self.plan.source.head_dim
-        indices: dict[tuple[str | None, int | None], torch.Tensor] = {}
+    def _index(self, axis: Axis, parameter: Parameter) -> Tensor | None:
+        """The rows or columns along an axis that stay; None = all."""
+        if not any((dimension, self._scope(parameter, dimension)) in self._kept for dimension in axis.dimensions):
+            return None
+        rows, start = [], 0
+        for dimension in axis.dimensions:
+            count, size = self.plan.source.units(dimension)
+            kept = self._kept.get((dimension, self._scope(parameter, dimension)), range(count))
+            rows.append(start + _rows(kept, size * axis.repeat))
+            start += count * size * axis.repeat
+        return torch.cat(rows)
+
+    def _kept_units(self) -> dict[tuple[str, int | None], Iterable[int]]:
+        """Kept units by (dimension, block); absent = all."""
+        plan = self.plan
+        kept: dict[tuple[str, int | None], Iterable[int]] = {}
         if plan.hidden is not None:
-            indices["hidden", None] = torch.tensor(plan.hidden)
+            kept["hidden", None] = plan.hidden
         for block in plan.blocks:
             if block.heads is not None:
-                indices["query", block.attention] = _rows_of_heads(block.heads, head_dim)
-                indices["key_value", block.attention] = _rows_of_heads(plan.heads_by_group(block), head_dim)
+                kept["query", block.attention] = block.heads
+                kept["key_value", block.attention] = plan.heads_by_group(block)
             if block.channels is not None:
-                indices["channel", block.mlp] = torch.tensor(block.channels)
-        return indices
+                kept["channel", block.mlp] = block.channels
+        return kept
 
-    def _factors(self) -> dict[tuple[str | None, int | None], torch.Tensor]:
+    def _factors(self) -> dict[tuple[str | None, int | None], Tensor]:
         """What multiplies the kept rows or columns, by (factor, block); absent = one."""
         plan = self.plan
-        factors: dict[tuple[str | None, int | None], torch.Tensor] = {}
+        factors: dict[tuple[str | None, int | None], Tensor] = {}
         hidden = plan.factors.get("hidden")
         if hidden is not None:
             factors["hidden", None] = hidden
@@ -131,6 +186,6 @@ class Surgery:
         return factors
 
 
-def _rows_of_heads(heads: Iterable[int], head_dim: int) -> torch.Tensor:
-    """Row numbers of whole heads: head h owns rows h·head_dim … (h+1)·head_dim − 1."""
-    return (torch.tensor(list(heads))[:, None] * head_dim + torch.arange(head_dim)).flatten()
+def _rows(units: Iterable[int], size: int) -> Tensor:
+    """Row numbers of whole units: unit u owns rows u·size … (u+1)·size − 1."""
+    return (torch.tensor(list(units))[:, None] * size + torch.arange(size)).flatten()

@@ -39,7 +39,7 @@ def prunable_share_of_attention(base: Path) -> float:
 
     config = load_config(base)
     family = family_of(config)
-    shape, matrices = family.shape(config), family.matrices()
+    shape, matrices = family.shape(config), family.matrices(config)
     whole, mlp = (
         float(prunable_size(shape, matrices, {"attention": torch.full((shape.layers,), p)})) for p in (1.0, 0.0)
     )

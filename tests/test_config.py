@@ -110,7 +110,7 @@ def test_sheared_llama(size: str) -> None:
     assert tokens == pytest.approx(0.4e9, rel=0.05) and prune.l0_pruning.lagrangian_warmup == "640ba"
     source = LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5)  # Llama-2-7B
     shape = LLAMA.shape(source)
-    plan = GateSet(shape, make_goal(LLAMA, shape, prune.l0_pruning)).plan("llama", "")
+    plan = GateSet(shape, make_goal(source, prune.l0_pruning)).plan("llama", "")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(Surgery(source, plan).config)
     assert sum(parameter.numel() for parameter in model.parameters()) == SHEARED[size]

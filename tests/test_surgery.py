@@ -35,7 +35,7 @@ def test_the_attention_output_loses_rows_and_columns_and_takes_all_factors() -> 
     weight = torch.randn(32, 64)
     name = "model.layers.3.self_attn.o_proj.weight"
     assert surgery.new_name(name) == "model.layers.1.self_attn.o_proj.weight"
-    found = surgery.cut(name, weight)
+    found = surgery.cut(name, {name: weight})
     for row, (hidden, factor) in enumerate(((0, 1.0), (10, 0.5), (31, 2.0))):
         for column, (head, gate) in enumerate(((0, 1.0), (1, 2.0), (4, 4.0), (5, 8.0))):
             expected = weight[hidden, head * 8 : head * 8 + 8] * factor * 3.0 * gate
@@ -45,11 +45,12 @@ def test_the_attention_output_loses_rows_and_columns_and_takes_all_factors() -> 
 def test_keys_follow_their_groups_and_norms_the_hidden_dimensions() -> None:
     surgery = Surgery(CONFIG, plan())
     weight = torch.randn(32, 32)
-    found = surgery.cut("model.layers.1.self_attn.k_proj.weight", weight)
+    found = surgery.cut(name := "model.layers.1.self_attn.k_proj.weight", {name: weight})
     kept = [*range(8, 16), *range(24, 32)]  # groups 1 and 3
     torch.testing.assert_close(found, weight[kept][:, [0, 10, 31]])
     norm = torch.randn(32)
-    torch.testing.assert_close(surgery.cut("model.norm.weight", norm), norm[[0, 10, 31]] * torch.tensor([1, 0.5, 2]))
+    found = surgery.cut("model.norm.weight", {"model.norm.weight": norm})
+    torch.testing.assert_close(found, norm[[0, 10, 31]] * torch.tensor([1, 0.5, 2]))
 
 
 def test_removed_blocks_have_no_name() -> None:
@@ -76,7 +77,8 @@ def test_attention_and_mlp_of_two_blocks_share_one() -> None:
 
 def test_factors_keep_the_dtype() -> None:
     weight = torch.randn(32, 64, dtype=torch.bfloat16)
-    assert Surgery(CONFIG, plan()).cut("model.layers.1.self_attn.o_proj.weight", weight).dtype == torch.bfloat16
+    name = "model.layers.1.self_attn.o_proj.weight"
+    assert Surgery(CONFIG, plan()).cut(name, {name: weight}).dtype == torch.bfloat16
 
 
 def test_the_config_describes_the_cut_model() -> None:

@@ -78,7 +78,7 @@ class L0Pruning(Callback):
             raise UserError("gates can't be trained with precision amp_fp16 (loss scaling): use amp_bf16")
         model = cast(ComposerCausalLM, state.model)
         source = model.family.shape(model.model.config)
-        gates = GateSet(source, make_goal(model.family, source, self.config), self.seed)
+        gates = GateSet(source, make_goal(model.model.config, self.config), self.seed)
         self.gates = state.device.module_to_device(gates)
         self._slot = attach(model.model, model.family, set(gates.factors(gates.at_target()).trainable()))
         multipliers = [*gates.linear.values(), *gates.quadratic.values()]

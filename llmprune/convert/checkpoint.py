@@ -112,7 +112,7 @@ class Checkpoint:
         if settings is None:
             return None
         source = self.family.shape(self.config)
-        gates = GateSet(source, make_goal(self.family, source, L0PruningConfig.from_dict(settings)))
+        gates = GateSet(source, make_goal(self.config, L0PruningConfig.from_dict(settings)))
         load_gates(gates, self._state.tensors("callbacks", "L0Pruning", "gates"))
         return gates
 

@@ -73,7 +73,7 @@ def export(
         for filename, names in split.filename_to_tensors.items():
             shard = {}
             for name in names:
-                tensor = surgery.cut(sources[name], weights[sources[name]]).to(expected[name].dtype)
+                tensor = surgery.cut(sources[name], weights).to(expected[name].dtype)
                 if tensor.shape != expected[name].shape:
                     raise UserError(
                         f"'{name}' comes out as {list(tensor.shape)}, the config wants {list(expected[name].shape)}: "

@@ -3,22 +3,18 @@
 from transformers import PretrainedConfig
 
 from llmprune.errors import UserError
-from llmprune.families.base import (
-    AXES,
-    NORMS,
-    SUBLAYERS,
-    Axis,
-    Family,
-    Parameter,
-    Role,
-    Shape,
-    shape_from,
-    target_shape,
-)
-from llmprune.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from llmprune.families.base import Family, Parameter
+from llmprune.families.gemma import GEMMA, GEMMA2, GEMMA3
+from llmprune.families.gpt_neox import GPT_NEOX
+from llmprune.families.llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
+from llmprune.families.mixture import MIXTRAL, QWEN3_MOE
+from llmprune.families.opt import OPT
+from llmprune.families.roles import AXES, EMBEDDINGS, NORMS, SUBLAYERS, Axis, Role
+from llmprune.families.shapes import Shape, shape_from, target_shape
 
 __all__ = [
     "AXES",
+    "EMBEDDINGS",
     "FAMILIES",
     "NORMS",
     "SUBLAYERS",
@@ -32,17 +28,23 @@ __all__ = [
     "target_shape",
 ]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, OPT, GPT_NEOX, PHI3, OLMO2, MIXTRAL, QWEN3_MOE,
+    )
+}  # fmt: skip
 
 
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a Hugging Face config.
 
     Raises:
-        UserError: no family knows this architecture; the message names those that are supported.
+        UserError: no family knows this architecture, or not this variant; the message names what is supported.
     """
     for family in FAMILIES.values():
         if config.model_type in family.model_types:
+            family.check(config)
             return family
     supported = sorted(model_type for family in FAMILIES.values() for model_type in family.model_types)
     raise UserError(

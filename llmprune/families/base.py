@@ -2,103 +2,37 @@
 
 A ``Family`` is one declarative entry. It names the modules of a Hugging Face causal LM and gives each a ``Role``;
 everything else (what an axis of a weight means, what a gate multiplies, what surgery cuts and folds) follows from the
-role through the table ``AXES`` below.
+role through the table ``AXES``.
 """
 
 import copy
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from enum import Enum
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
 from llmprune.errors import UserError
-
-
-class Role(Enum):
-    """What a module does for the residual stream."""
-
-    EMBEDDING = "embedding"
-    ATTENTION_NORM = "norm before the attention"
-    QUERY = "query projection"
-    KEY_VALUE = "key or value projection"
-    HEAD_NORM = "norm of every query or key by itself"
-    ATTENTION_OUT = "attention output projection"
-    MLP_NORM = "norm before the MLP"
-    MLP_IN = "MLP input projection"
-    MLP_OUT = "MLP output projection"
-    FINAL_NORM = "final norm"
-    OUTPUT = "output layer"
-
-
-# Norms of the residual stream.
-NORMS = frozenset({Role.ATTENTION_NORM, Role.MLP_NORM, Role.FINAL_NORM})
-
-# The roles of a block's two sub-layers; each reads the residual stream and adds to it.
-SUBLAYERS: dict[str, frozenset[Role]] = {
-    "attention": frozenset({Role.ATTENTION_NORM, Role.QUERY, Role.KEY_VALUE, Role.HEAD_NORM, Role.ATTENTION_OUT}),
-    "mlp": frozenset({Role.MLP_NORM, Role.MLP_IN, Role.MLP_OUT}),
-}
-
-
-class Axis(NamedTuple):
-    """One axis of a parameter.
-
-    Attributes:
-        dimension: what is cut along it: ``hidden``, ``query`` (query heads × head size), ``key_value`` (key/value
-            groups × head size), ``channel``, or None (never cut).
-        factor: which gate factor multiplies it: ``hidden``, ``attention`` or ``mlp`` (hidden × layer × sub-layer),
-            ``query``, ``channel``, or None.
-    """
-
-    dimension: str | None
-    factor: str | None = None
-
-
-# The axes of each role's weight. A bias has the weight's first axis.
-AXES: dict[Role, tuple[Axis, ...]] = {
-    Role.EMBEDDING: (Axis(None), Axis("hidden", "hidden")),
-    Role.ATTENTION_NORM: (Axis("hidden", "hidden"),),
-    Role.QUERY: (Axis("query"), Axis("hidden")),
-    Role.KEY_VALUE: (Axis("key_value"), Axis("hidden")),
-    Role.HEAD_NORM: (Axis(None),),
-    Role.ATTENTION_OUT: (Axis("hidden", "attention"), Axis("query", "query")),
-    Role.MLP_NORM: (Axis("hidden", "hidden"),),
-    Role.MLP_IN: (Axis("channel"), Axis("hidden")),
-    Role.MLP_OUT: (Axis("hidden", "mlp"), Axis("channel", "channel")),
-    Role.FINAL_NORM: (Axis("hidden", "hidden"),),
-    Role.OUTPUT: (Axis(None), Axis("hidden")),
-}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The size of a decoder: what pruning changes, and the head size, which it keeps."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-
-    @property
-    def heads_per_group(self) -> int:
-        """Query heads that share one key/value group."""
-        return self.heads // self.kv_heads
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in asdict(self).items())
+from llmprune.families.roles import AXES, NORMS, SUBLAYERS, Axis, Role
+from llmprune.families.shapes import Shape
 
 
 class Parameter(NamedTuple):
-    """A parameter of a model, as its family sees it. ``block`` is None outside the blocks."""
+    """A parameter of a model, as its family sees it.
+
+    Attributes:
+        role: of its module.
+        block: number of its block; None outside the blocks.
+        axes: of the tensor.
+        offset: what the model adds to the tensor before it uses it (norms that add one).
+    """
 
     role: Role
     block: int | None
     axes: tuple[Axis, ...]
+    offset: float = 0.0
 
     @property
     def sublayer(self) -> str | None:
@@ -107,14 +41,21 @@ class Parameter(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RMSNorm:
-    """How the family's RMS norms are spelt: ``y = x / sqrt(mean(x²) + eps) · weight``.
+class Norm:
+    """How the family's norms are spelt.
+
+    An RMS norm computes ``x / sqrt(mean(x²) + eps) · (offset + weight)``; one that is ``centred`` (LayerNorm) takes the
+    mean off first and adds a bias last.
 
     Attributes:
         epsilon: the module's attribute that holds eps.
+        centred: whether it is a LayerNorm.
+        offset: what is added to the weight.
     """
 
     epsilon: str
+    centred: bool = False
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -127,10 +68,20 @@ class Family:
         model_types: the ``model_type`` values of its configs.
         outer: modules outside the blocks, by name.
         blocks: name of the module list that holds the blocks.
-        block: modules inside a block, by name within it.
+        block: modules inside a block, by name within it; ``*`` stands for the number of an expert.
         norm: how its norms compute.
-        fields: the config's field for each field of ``Shape``.
+        fields: the config's field for each field of ``Shape``; without ``head_dim`` the config can't hold a head size,
+            it is always hidden / heads.
         per_block: config fields that list something for every block (of its attention).
+        aliases: further config fields that hold a field of ``Shape``.
+        requires: config fields that must have this value.
+        experts: the config's field with the number of experts, if the MLPs have any.
+        parallel: the config's field that says whether attention and MLP of a block read the same input.
+        scaled_embedding: whether the model multiplies the embedding's output by the root of the hidden size.
+        derived_head_size: whether this config takes hidden / heads for the head size though it has a field for it.
+        refused_gates: kinds of gates that the family can't have, each with the reason.
+        tuple_blocks: whether a block returns its output in a tuple.
+        buffers: names within a block that old checkpoints store and no model reads.
     """
 
     name: str
@@ -139,16 +90,63 @@ class Family:
     outer: Mapping[str, Role]
     blocks: str
     block: Mapping[str, Role]
-    norm: RMSNorm
+    norm: Norm
     fields: Mapping[str, str]
     per_block: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    requires: Mapping[str, Any] = field(default_factory=dict)
+    experts: str | None = None
+    parallel: str | None = None
+    scaled_embedding: bool = False
+    derived_head_size: Callable[[PretrainedConfig], bool] = lambda _: False
+    refused_gates: Mapping[str, str] = field(default_factory=dict)
+    tuple_blocks: bool = False
+    buffers: tuple[str, ...] = ()
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Check that ``config`` is of a variant that this entry describes.
+
+        Raises:
+            UserError: it is not.
+        """
+        for name, wanted in self.requires.items():
+            if (found := getattr(config, name, wanted)) != wanted:
+                raise UserError(f"{self.name} models with {name} = {found} are not supported; only {wanted} is")
+        for name, of_shape in self.aliases.items():
+            found, wanted = getattr(config, name), getattr(config, self.fields[of_shape])
+            if found != wanted:
+                raise UserError(
+                    f"{self.name} models with {name} = {found} other than {self.fields[of_shape]} = {wanted} are not "
+                    "supported"
+                )
 
     def shape(self, config: PretrainedConfig) -> Shape:
         """The shape that ``config`` describes (defaults of older configs filled in)."""
         values: dict[str, Any] = {name: getattr(config, field, None) for name, field in self.fields.items()}
-        values["kv_heads"] = values["kv_heads"] or values["heads"]
-        values["head_dim"] = values["head_dim"] or values["hidden"] // values["heads"]
+        values["kv_heads"] = values.get("kv_heads") or values["heads"]
+        values["head_dim"] = values.get("head_dim") or values["hidden"] // values["heads"]
         return Shape(**values)
+
+    def head_size_is_derived(self, config: PretrainedConfig) -> bool:
+        """Whether models with this config always have the head size hidden / heads."""
+        return "head_dim" not in self.fields or self.derived_head_size(config)
+
+    def check_shape(self, config: PretrainedConfig, shape: Shape) -> None:
+        """Check that a config like this one can describe ``shape``.
+
+        Raises:
+            UserError: it can't; the message names shapes that would work.
+        """
+        if "kv_heads" not in self.fields and shape.kv_heads != shape.heads:
+            raise UserError(f"{self.name} models have no grouped queries: kv_heads must be heads")
+        if self.head_size_is_derived(config) and shape.hidden != shape.heads * shape.head_dim:
+            fitting = shape.heads * shape.head_dim
+            lower = max(shape.hidden // shape.head_dim, 1)
+            raise UserError(
+                f"this {self.name} config takes hidden / heads for the head size, {shape.head_dim}, so hidden and heads "
+                f"shrink together: hidden {shape.hidden} with heads {shape.heads} can't be expressed; choose hidden "
+                f"{fitting} with heads {shape.heads}, or hidden {lower * shape.head_dim} with heads {lower}"
+            )
 
     def with_shape(self, config: PretrainedConfig, shape: Shape, blocks: Sequence[int]) -> PretrainedConfig:
         """A copy of ``config`` that describes ``shape``.
@@ -157,18 +155,32 @@ class Family:
             config: the source's.
             shape: the new one.
             blocks: the source's number of every block's attention, [shape.layers].
+
+        Raises:
+            UserError: see ``check_shape``.
         """
+        self.check_shape(config, shape)
         config = copy.deepcopy(config)
-        for name, field in self.fields.items():
-            setattr(config, field, getattr(shape, name))
-        for field in self.per_block:
-            if (values := getattr(config, field, None)) is not None:
-                setattr(config, field, [values[block] for block in blocks])
+        for name, config_field in self.fields.items():
+            setattr(config, config_field, getattr(shape, name))
+        for config_field, name in self.aliases.items():
+            setattr(config, config_field, getattr(shape, name))
+        for config_field in self.per_block:
+            if (values := getattr(config, config_field, None)) is not None:
+                setattr(config, config_field, [values[block] for block in blocks])
         return config
 
-    def matrices(self) -> Counter[Role]:
-        """How many matrices of each role a block has."""
-        return Counter(role for role in self.block.values() if len(AXES[role]) == 2)
+    def is_parallel(self, config: PretrainedConfig) -> bool:
+        """Whether attention and MLP of a block read the same input."""
+        return self.parallel is not None and bool(getattr(config, self.parallel))
+
+    def refused(self, config: PretrainedConfig) -> dict[str, str]:
+        """Kinds of gates that a model can't have, each with the reason."""
+        reasons = dict(self.refused_gates)
+        if self.is_parallel(config):
+            reason = "attention and MLP of a block read the same input, so neither can leave its block: use layer"
+            reasons |= {"attention": reason, "mlp": reason}
+        return reasons
 
     def tied(self, config: PretrainedConfig) -> bool:
         """Whether the output layer is the embedding."""
@@ -178,13 +190,42 @@ class Family:
         """The name of the one module outside the blocks that has ``role``."""
         return next(name for name, r in self.outer.items() if r is role)
 
-    def modules(self, layers: int) -> Iterator[tuple[str, Role, int | None]]:
+    def modules(self, config: PretrainedConfig) -> Iterator[tuple[str, Role, int | None]]:
         """Every module that holds prunable parameters: (name, role, block or None)."""
         for name, role in self.outer.items():
             yield name, role, None
-        for block in range(layers):
-            for name, role in self.block.items():
+        for block in range(self.shape(config).layers):
+            for name, role in self._in_block(config):
                 yield f"{self.blocks}.{block}.{name}", role, block
+
+    def _in_block(self, config: PretrainedConfig) -> Iterator[tuple[str, Role]]:
+        for name, role in self.block.items():
+            if "*" in name and self.experts is not None:
+                yield from ((name.replace("*", str(n)), role) for n in range(getattr(config, self.experts)))
+            else:
+                yield name, role
+
+    def matrices(self, config: PretrainedConfig) -> Counter[str]:
+        """How many matrices a block has by what is cut along their other axis than hidden.
+
+        The keys are ``query``, ``key_value`` and ``channel``; matrices that hold several count for each.
+        """
+        count: Counter[str] = Counter()
+        for _, role in self._in_block(config):
+            for axis in AXES[role] if len(AXES[role]) == 2 else ():
+                for dimension in axis.dimensions:
+                    count[dimension] += axis.repeat * (dimension != "hidden")
+        return count
+
+    def update(self, sublayer: str) -> str:
+        """The module within a block whose output the sub-layer adds to the residual stream."""
+        norm, out = {
+            "attention": (Role.ATTENTION_POST_NORM, Role.ATTENTION_OUT),
+            "mlp": (Role.MLP_POST_NORM, Role.MLP_OUT),
+        }[sublayer]
+        found = {role: name for name, role in self.block.items()}
+        name = found.get(norm) or found[out]
+        return name.split(".experts.")[0]
 
     def locate(self, name: str) -> Parameter:
         """The role, block and axes of the parameter called ``name``.
@@ -197,12 +238,17 @@ class Family:
         role = self.outer.get(module)
         if module.startswith(self.blocks + "."):
             number, _, inner = module[len(self.blocks) + 1 :].partition(".")
-            role = self.block.get(inner)
+            role = self.block.get(re.sub(r"\.\d+\.", ".*.", inner))
             block = int(number) if number.isdigit() else None
         if role is None or kind not in ("weight", "bias"):
             raise UserError(f"'{name}' is no parameter of the family {self.name}: is this model's config right?")
-        axes = AXES[role]
-        return Parameter(role, block, axes if kind == "weight" else axes[:1])
+        if kind == "bias":
+            return Parameter(role, block, AXES[role][:1])
+        return Parameter(role, block, AXES[role], self.norm.offset if role in NORMS else 0.0)
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether ``name`` is something that old checkpoints store and no model reads."""
+        return name.endswith(tuple(f".{buffer}" for buffer in self.buffers)) if self.buffers else False
 
     def scaled_axes(self, parameter: Parameter, tied: bool) -> tuple[str | None, ...]:
         """The factor that is folded into each axis on export.
@@ -213,67 +259,3 @@ class Family:
         if tied and parameter.role is Role.FINAL_NORM:
             return tuple(None for _ in parameter.axes)
         return tuple(axis.factor for axis in parameter.axes)
-
-
-def target_shape(source: Shape, target: Mapping[str, int | None]) -> Shape:
-    """The shape that ``target`` asks for; what it leaves out stays as in ``source``.
-
-    If heads are given and key/value heads are not, whole key/value groups go, so that the queries per group stay; the
-    same holds the other way round.
-
-    Args:
-        source: shape of the model to prune.
-        target: any of ``layers``, ``hidden``, ``heads``, ``kv_heads``, ``intermediate``.
-
-    Raises:
-        UserError: larger than the source, not positive, or heads that can't be grouped evenly.
-    """
-    given = {name: value for name, value in target.items() if value is not None}
-    if not given:
-        raise UserError(f"the target shape is empty: name at least one of {', '.join(sorted(target))}")
-    for name, value in given.items():
-        limit = getattr(source, name)
-        if value < 1 or value > limit:
-            raise UserError(f"target {name} {value} must lie between 1 and the source's {limit}")
-    per_group = source.heads_per_group
-    if "heads" in given and "kv_heads" not in given:
-        if given["heads"] % per_group:
-            lower = given["heads"] // per_group * per_group
-            choices = [n for n in (lower, lower + per_group) if 0 < n <= source.heads]
-            raise UserError(
-                f"target heads {given['heads']} is not a multiple of the source's {per_group} query heads per "
-                f"key/value group: choose {' or '.join(map(str, choices))}, or give kv_heads as well to prune heads "
-                "within groups"
-            )
-        given["kv_heads"] = given["heads"] // per_group
-    elif "kv_heads" in given and "heads" not in given:
-        given["heads"] = given["kv_heads"] * per_group
-    shape = replace(source, **given)
-    if shape.heads % shape.kv_heads:
-        raise UserError(
-            f"target heads {shape.heads} can't be divided evenly among {shape.kv_heads} key/value groups: "
-            f"choose a multiple of {shape.kv_heads}"
-        )
-    if shape.heads_per_group > per_group:
-        raise UserError(
-            f"target heads {shape.heads} with kv_heads {shape.kv_heads} needs {shape.heads_per_group} query heads per "
-            f"group, but the source has {per_group}: choose at most {per_group * shape.kv_heads} heads"
-        )
-    return shape
-
-
-def shape_from(values: Mapping[str, int]) -> Shape:
-    """A ``Shape`` from plain numbers, as read from JSON.
-
-    Raises:
-        UserError: a field is missing, unknown or not a positive whole number.
-    """
-    names = {field.name for field in fields(Shape)}
-    if set(values) != names or not all(
-        isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values.values()
-    ):
-        raise UserError(f"a shape needs positive whole numbers for {', '.join(sorted(names))}; got {dict(values)}")
-    shape = Shape(**values)
-    if shape.heads % shape.kv_heads:
-        raise UserError(f"a shape's heads must be a multiple of its kv_heads; got {shape.heads} and {shape.kv_heads}")
-    return shape

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from llmprune.families.base import Family, RMSNorm, Role
+from llmprune.families.base import Family, Norm
+from llmprune.families.roles import Role
 
 LLAMA = Family(
     name="llama",
@@ -25,7 +26,7 @@ LLAMA = Family(
         "mlp.up_proj": Role.MLP_IN,
         "mlp.down_proj": Role.MLP_OUT,
     },
-    norm=RMSNorm(epsilon="variance_epsilon"),
+    norm=Norm(epsilon="variance_epsilon"),
     fields={
         "layers": "num_hidden_layers",
         "hidden": "hidden_size",
@@ -34,6 +35,7 @@ LLAMA = Family(
         "head_dim": "head_dim",
         "intermediate": "intermediate_size",
     },
+    buffers=("self_attn.rotary_emb.inv_freq",),
 )
 
 MISTRAL = replace(
@@ -46,7 +48,7 @@ MISTRAL = replace(
 QWEN2 = replace(
     LLAMA,
     name="qwen2",
-    description="Qwen2 and Qwen2.5: as Llama, with biases on queries, keys and values",
+    description="Qwen1.5, Qwen2 and Qwen2.5: as Llama, with biases on queries, keys and values",
     model_types=("qwen2",),
     per_block=("layer_types",),
 )
@@ -57,4 +59,40 @@ QWEN3 = replace(
     description="Qwen3 (dense): as Llama, with a norm of every query and key",
     model_types=("qwen3",),
     block={**LLAMA.block, "self_attn.q_norm": Role.HEAD_NORM, "self_attn.k_norm": Role.HEAD_NORM},
+)
+
+PHI3 = replace(
+    LLAMA,
+    name="phi3",
+    description="Phi-3 and Phi-4: as Llama, with fused projections",
+    model_types=("phi3",),
+    block={
+        "input_layernorm": Role.ATTENTION_NORM,
+        "self_attn.qkv_proj": Role.QUERY_KEY_VALUE,
+        "self_attn.o_proj": Role.ATTENTION_OUT,
+        "post_attention_layernorm": Role.MLP_NORM,
+        "mlp.gate_up_proj": Role.MLP_GATE_UP,
+        "mlp.down_proj": Role.MLP_OUT,
+    },
+    derived_head_size=lambda config: config.rope_scaling is not None,  # its config checks their lengths so
+)
+
+OLMO2 = replace(
+    LLAMA,
+    name="olmo2",
+    description="OLMo 2: norms after attention and MLP in place of before, and norms over all queries and all keys",
+    model_types=("olmo2",),
+    block={
+        "self_attn.q_proj": Role.QUERY,
+        "self_attn.k_proj": Role.KEY_VALUE,
+        "self_attn.v_proj": Role.KEY_VALUE,
+        "self_attn.q_norm": Role.QUERY_NORM,
+        "self_attn.k_norm": Role.KEY_NORM,
+        "self_attn.o_proj": Role.ATTENTION_OUT_TO_NORM,
+        "post_attention_layernorm": Role.ATTENTION_POST_NORM,
+        "mlp.gate_proj": Role.MLP_IN,
+        "mlp.up_proj": Role.MLP_IN,
+        "mlp.down_proj": Role.MLP_OUT_TO_NORM,
+        "post_feedforward_layernorm": Role.MLP_POST_NORM,
+    },
 )

@@ -1,14 +1,15 @@
 """Letting a model compute with gates, by swapping the classes of the modules that they touch."""
 
 import dataclasses
+from collections.abc import Set
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmprune.families import AXES, NORMS, Family, Role
+from llmprune.families import AXES, EMBEDDINGS, NORMS, Family
 from llmprune.gates.gate_set import Factors
 from llmprune.gates.linear import gated_linear
 
@@ -22,17 +23,33 @@ class GateSlot:
 
 @dataclass(frozen=True)
 class _Binding:
-    """What one gated module needs to know: its slot, its block, and its role's factors."""
+    """What one gated module needs to know: its slot, its block, its role's factors, and how its norm computes.
+
+    Attributes:
+        slot: see ``GateSlot``.
+        block: its number; None outside the blocks.
+        rows: the factor along the first axis.
+        columns: the factor along the second.
+        dimension: what the statistics of a norm run over.
+        epsilon: of a norm.
+        offset: what a norm adds to its weight.
+    """
 
     slot: GateSlot
     block: int | None
     rows: str | None
-    columns: str | None
+    columns: str | None = None
+    dimension: str = "hidden"
     epsilon: float = 0.0
+    offset: float = 0.0
 
     def factor(self, name: str | None) -> Tensor | None:
         value = None if name is None else getattr(self.slot.factors, name)
         return value if value is None or name == "hidden" else value[self.block]
+
+    def kept(self) -> Tensor | None:
+        mask = self.slot.factors.kept.get(self.dimension)
+        return mask if mask is None or self.dimension == "hidden" else mask[self.block]
 
 
 class _GatedLinear(nn.Linear):
@@ -48,14 +65,14 @@ class _GatedEmbedding(nn.Embedding):
 
     _gate: _Binding
 
-    def forward(self, input: Tensor) -> Tensor:
-        rows = super().forward(input)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        rows = super().forward(*args, **kwargs)
         factor = self._gate.factor("hidden")
         return rows if factor is None else (rows * factor).to(rows.dtype)
 
 
 class _GatedRMSNorm(nn.Module):
-    """An RMS norm over the kept dimensions.
+    """An RMS norm over what stays.
 
     A gated residual stream is zero wherever its gate is, so the sum of squares over all dimensions is the sum over the
     kept ones, and only the divisor changes: no gather is needed.
@@ -67,17 +84,45 @@ class _GatedRMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         gate = self._gate
         x = hidden_states.float()
-        factor, kept = gate.factor("hidden"), gate.slot.factors.kept_hidden
-        if factor is None or kept is None:
-            mean_square, weight = x.square().mean(-1, keepdim=True), self.weight
+        kept, factor = gate.kept(), gate.factor(gate.rows)
+        if kept is None:
+            mean_square = x.square().mean(-1, keepdim=True)
         else:
-            mean_square = x.square().sum(-1, keepdim=True) / kept
-            weight = (self.weight * factor).to(self.weight.dtype)
+            gated = x if gate.dimension == "hidden" else x * kept
+            mean_square = gated.square().sum(-1, keepdim=True) / kept.sum().clamp(min=1)
         normalised = x * torch.rsqrt(mean_square + gate.epsilon)
+        if gate.offset:
+            weight = self.weight.float() + gate.offset
+            return (normalised * (weight if factor is None else weight * factor)).to(hidden_states.dtype)
+        weight = self.weight if factor is None else (self.weight * factor).to(self.weight.dtype)
         return weight * normalised.to(hidden_states.dtype)
 
 
-def attach(model: PreTrainedModel, family: Family, factors: set[str]) -> GateSlot:
+class _GatedLayerNorm(nn.Module):
+    """A LayerNorm over what stays: mean and variance of the kept dimensions."""
+
+    _gate: _Binding
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate = self._gate
+        x = hidden_states.float()
+        kept, factor = gate.kept(), gate.factor(gate.rows)
+        if kept is None:
+            centred = x - x.mean(-1, keepdim=True)
+            variance = centred.square().mean(-1, keepdim=True)
+        else:
+            count = kept.sum().clamp(min=1)
+            centred = (x - x.sum(-1, keepdim=True) / count) * kept
+            variance = centred.square().sum(-1, keepdim=True) / count
+        y = centred * torch.rsqrt(variance + gate.epsilon) * self.weight
+        if self.bias is not None:
+            y = y + self.bias
+        return (y if factor is None else y * factor).to(hidden_states.dtype)
+
+
+def attach(model: PreTrainedModel, family: Family, factors: Set[str]) -> GateSlot:
     """Make ``model`` compute with gates; parameters, their names and the state dict stay as they are.
 
     Args:
@@ -90,17 +135,21 @@ def attach(model: PreTrainedModel, family: Family, factors: set[str]) -> GateSlo
         The slot: set its ``factors`` before a forward pass. Until then the model computes as before.
     """
     slot = GateSlot()
-    layers = family.shape(model.config).layers
-    for name, role, block in family.modules(layers):
-        touched = [axis.factor if axis.factor in factors else None for axis in AXES[role]]
-        if not any(touched):
-            continue
+    masked = {"hidden": "hidden", "query": "query", "key_value": "query"}  # dimension → the factor that cuts it
+    for name, role, block in family.modules(model.config):
+        axes = AXES[role]
+        touched = [axis.factor if axis.factor in factors else None for axis in axes]
         module = model.get_submodule(name)
         if role in NORMS:
-            epsilon = getattr(module, family.norm.epsilon)
-            _swap(module, _GatedRMSNorm, _Binding(slot, block, "hidden", None, epsilon))
-        else:
-            gated = _GatedEmbedding if role is Role.EMBEDDING else _GatedLinear
+            dimension = axes[0].dimensions[0] if axes[0].dimensions else None
+            if dimension is None or not (touched[0] or masked[dimension] in factors):
+                continue
+            norm = family.norm
+            epsilon = getattr(module, norm.epsilon)
+            binding = _Binding(slot, block, touched[0], None, dimension, epsilon, norm.offset)
+            _swap(module, _GatedLayerNorm if norm.centred else _GatedRMSNorm, binding)
+        elif any(touched):
+            gated = _GatedEmbedding if role in EMBEDDINGS else _GatedLinear
             _swap(module, gated, _Binding(slot, block, touched[0], touched[1]))
     return slot
 

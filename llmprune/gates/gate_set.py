@@ -25,7 +25,8 @@ class Factors:
         mlp: [blocks, hidden], on what every MLP adds to it.
         query: [blocks, heads · head size], on the columns of the attention output.
         channel: [blocks, intermediate], on the columns of the MLP output.
-        kept_hidden: [], how many hidden gates are not zero: the norms' statistics are over these.
+        kept: by dimension (``hidden`` [hidden], ``query`` [blocks, heads · head size], ``key_value`` [blocks, groups ·
+            head size]), 1 where anything stays and 0 elsewhere: norms take their statistics over what stays.
     """
 
     hidden: Tensor | None = None
@@ -33,7 +34,7 @@ class Factors:
     mlp: Tensor | None = None
     query: Tensor | None = None
     channel: Tensor | None = None
-    kept_hidden: Tensor | None = None
+    kept: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def trainable(self) -> dict[str, Tensor]:
         """The factors that gradients flow to, by name."""
@@ -141,13 +142,21 @@ class GateSet(nn.Module):
                 per_block = torch.ones(self.source.layers, device=device) if sublayer is None else sublayer
                 per_dimension = torch.ones(self.source.hidden, device=device) if hidden is None else hidden
                 residual[kind] = per_block[:, None] * per_dimension
+        kept = {} if hidden is None else {"hidden": _nonzero(hidden)}
+        query = None if heads is None else heads.repeat_interleave(self.source.head_dim, dim=1)
+        if heads is not None and query is not None:
+            groups = heads.unflatten(1, (self.source.kv_heads, -1)).amax(2)
+            kept |= {
+                "query": _nonzero(query),
+                "key_value": _nonzero(groups.repeat_interleave(self.source.head_dim, dim=1)),
+            }
         return Factors(
             hidden=hidden,
             attention=residual.get(ATTENTION),
             mlp=residual.get(MLP),
-            query=None if heads is None else heads.repeat_interleave(self.source.head_dim, dim=1),
+            query=query,
             channel=gates.get(INTERMEDIATE),
-            kept_hidden=None if hidden is None else hidden.detach().count_nonzero().clamp(min=1),
+            kept=kept,
         )
 
     def _heads(self, gates: Mapping[str, Tensor]) -> Tensor | None:
@@ -195,6 +204,10 @@ class GateSet(nn.Module):
         return Plan(
             family=family, model=model, source=self.source, blocks=tuple(blocks), hidden=hidden, factors=factors
         )
+
+
+def _nonzero(factor: Tensor) -> Tensor:
+    return (factor.detach() != 0).to(factor.dtype)
 
 
 def _kept(gates: Tensor) -> list[int]:

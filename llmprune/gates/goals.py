@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import UserError
-from llmprune.families import Role, Shape
+from llmprune.families import Shape
 from llmprune.gates.kinds import ATTENTION, HEAD, HIDDEN, INTERMEDIATE, KV_GROUP, LAYER, MLP, check_kinds, gate_sizes
 from llmprune.gates.size import prunable_size, uniform_counts
 
@@ -102,19 +102,22 @@ class SizeGoal:
     def __init__(
         self,
         source: Shape,
-        matrices: Mapping[Role, int],
+        matrices: Mapping[str, int],
         kinds: tuple[str, ...],
         sparsity: float,
         multiples: Mapping[str, int] | None = None,
+        *,
+        coupled: bool = False,
     ) -> None:
         """A goal for gates of these kinds.
 
         Args:
             source: shape of the model.
-            matrices: how many matrices of each role a block has (``Family.matrices``).
+            matrices: how many matrices of each kind a block has (``Family.matrices``).
             kinds: kinds of gates.
             sparsity: share of the prunable size that is to go.
             multiples: kind → what its count must be a multiple of in the model that is cut.
+            coupled: whether the config takes hidden / heads for the head size, so that both shrink together.
 
         Raises:
             UserError: these gates can't go together, do nothing in this model, or can't remove as much.
@@ -124,10 +127,16 @@ class SizeGoal:
         for kind in kinds:
             if sizes[kind][-1] == 1:
                 raise UserError(f"gates of the kind {kind} have nothing to remove: this model has one only")
+        if coupled and len({HIDDEN, KV_GROUP} & set(kinds)) == 1:
+            raise UserError(
+                f"this model's config takes hidden / heads for the head size, {source.head_dim}, so hidden and heads "
+                "shrink together: choose gates on both hidden and kv_group, or on neither"
+            )
         self.kinds = tuple(kind for kind in sizes if kind in kinds)
         self.targets = {SIZE: sparsity}
         self.rows: dict[str, tuple[int, ...]] = {SIZE: ()}
-        self._source, self._matrices, self._multiples = source, matrices, dict(multiples or {})
+        self._source, self._matrices = source, matrices
+        self._multiples, self._coupled = dict(multiples or {}), coupled
         self._full = float(prunable_size(source, matrices, {HIDDEN: torch.ones(sizes[HIDDEN])}))
         self._check_reachable(sparsity)
 
@@ -148,7 +157,9 @@ class SizeGoal:
 
     def counts(self, keep: Mapping[str, Tensor]) -> dict[str, int]:
         """The uniform shape of the target's size that is nearest to what the gates have learned."""
-        return uniform_counts(self._source, self._matrices, keep, self.targets[SIZE], self._multiples)
+        return uniform_counts(
+            self._source, self._matrices, keep, self.targets[SIZE], self._multiples, self._coupled
+        )
 
     def __str__(self) -> str:
         return f"{self.targets[SIZE]:.1%} of the attention and MLP parameters removed by {', '.join(self.kinds)}"

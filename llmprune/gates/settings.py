@@ -1,11 +1,13 @@
 """The settings of pruning by gates, and the goal that they describe."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from llmprune.errors import UserError
-from llmprune.families import Family, Shape, target_shape
+from llmprune.families import family_of, target_shape
 from llmprune.gates.goals import Goal, ShapeGoal, SizeGoal
 from llmprune.gates.kinds import HIDDEN, INTERMEDIATE, KV_GROUP, LAYER
 
@@ -81,12 +83,18 @@ class L0PruningConfig:
         return cls(**{**values, "target": target, "multiples": Multiples(**values["multiples"])})
 
 
-def make_goal(family: Family, source: Shape, config: L0PruningConfig) -> Goal:
+def make_goal(model: PretrainedConfig, config: L0PruningConfig) -> Goal:
     """What the gates of a model are to come to.
 
+    Args:
+        model: its config.
+        config: the settings.
+
     Raises:
-        UserError: the target is missing, given twice, not smaller, or not possible with these gates.
+        UserError: the target is missing, given twice, not smaller, or not possible with these gates or this family.
     """
+    family = family_of(model)
+    source = family.shape(model)
     wanted, multiples = vars(config.target or TargetShape()), vars(config.multiples)
     for name, multiple in multiples.items():
         if multiple < 1 or multiple > getattr(source, name):
@@ -106,8 +114,23 @@ def make_goal(family: Family, source: Shape, config: L0PruningConfig) -> Goal:
         for name, multiple in multiples.items():
             if (value := dimensions[name]) is not None and value % multiple:
                 dimensions[name] = max(value // multiple, 1) * multiple
-        return ShapeGoal(source, target_shape(source, dimensions), **sublayers)
+        target = target_shape(source, dimensions)
+        family.check_shape(model, target)
+        goal: Goal = ShapeGoal(source, target, **sublayers)
+        _refuse_gates(family.name, goal.kinds, family.refused(model))
+        return goal
     if shape_given:
         raise UserError("give either l0_pruning.target (a shape) or l0_pruning.target_sparsity, not both")
     kinds = tuple(DEFAULT_GATES if config.gates is None else config.gates)
-    return SizeGoal(source, family.matrices(), kinds, config.target_sparsity, multiples)
+    refused = family.refused(model)
+    if config.gates is None:
+        kinds = tuple(kind for kind in kinds if kind not in refused)
+    _refuse_gates(family.name, kinds, refused)
+    coupled = family.head_size_is_derived(model)
+    return SizeGoal(source, family.matrices(model), kinds, config.target_sparsity, multiples, coupled=coupled)
+
+
+def _refuse_gates(family: str, kinds: Iterable[str], refused: Mapping[str, str]) -> None:
+    for kind in kinds:
+        if kind in refused:
+            raise UserError(f"{family} models can't have {kind} gates: {refused[kind]}")

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llmprune.families import Role, Shape
+from llmprune.families import Shape
 from llmprune.gates.kinds import ATTENTION, DEPTH, HEAD, HIDDEN, INTERMEDIATE, KV_GROUP, LAYER, MLP, gate_sizes
 
 
-def prunable_size(source: Shape, matrices: Mapping[Role, int], keep: Mapping[str, Tensor]) -> Tensor:
+def prunable_size(source: Shape, matrices: Mapping[str, int], keep: Mapping[str, Tensor]) -> Tensor:
     """The number of attention and MLP parameters that stay, [].
 
     A matrix element stays with the product of the probabilities of every gate that touches it (gates are independent),
@@ -19,7 +19,7 @@ def prunable_size(source: Shape, matrices: Mapping[Role, int], keep: Mapping[str
 
     Args:
         source: shape of the model.
-        matrices: how many matrices of each role a block has (``Family.matrices``).
+        matrices: how many matrices of each kind a block has (``Family.matrices``).
         keep: probability to stay (or the gates themselves, 0 or 1) of every kind, of the kind's size; absent = 1.
     """
     sizes = gate_sizes(source)
@@ -28,17 +28,18 @@ def prunable_size(source: Shape, matrices: Mapping[Role, int], keep: Mapping[str
     hidden = p[HIDDEN].sum()
     groups = p[KV_GROUP].sum(1) * source.head_dim
     queries = (p[KV_GROUP][..., None] * p[HEAD]).sum((1, 2)) * source.head_dim
-    of_attention = (matrices[Role.QUERY] + matrices[Role.ATTENTION_OUT]) * queries + matrices[Role.KEY_VALUE] * groups
-    of_mlp = (matrices[Role.MLP_IN] + matrices[Role.MLP_OUT]) * p[INTERMEDIATE].sum(1)
+    of_attention = matrices["query"] * queries + matrices["key_value"] * groups
+    of_mlp = matrices["channel"] * p[INTERMEDIATE].sum(1)
     return (p[LAYER] * (p[ATTENTION] * of_attention + p[MLP] * of_mlp)).sum() * hidden
 
 
 def uniform_counts(
     source: Shape,
-    matrices: Mapping[Role, int],
+    matrices: Mapping[str, int],
     keep: Mapping[str, Tensor],
     sparsity: float,
     multiples: Mapping[str, int],
+    coupled: bool = False,
 ) -> dict[str, int]:
     """The uniform shape nearest to what the gates have learned, at the size wanted.
 
@@ -51,6 +52,7 @@ def uniform_counts(
         keep: probability to stay of every kind of gate that there is.
         sparsity: share of the prunable size that goes.
         multiples: kind → what its count must be a multiple of; absent = 1.
+        coupled: whether hidden must be key/value groups × head size.
 
     Returns:
         How many gates of every row stay, by kind.
@@ -59,12 +61,18 @@ def uniform_counts(
     full = {kind: size[-1] for kind, size in sizes.items()}
     wanted = (1 - sparsity) * _size(source, matrices, full)
     learned = {kind: _mean_count(kind, keep) for kind in keep}
-    solved = next((kind for kind in (INTERMEDIATE, HIDDEN) if kind in keep), None)
-    tried = [kind for kind in keep if kind != solved]
+    follows = coupled and HIDDEN in keep
+    solved = next((kind for kind in (INTERMEDIATE, HIDDEN) if kind in keep and not (follows and kind == HIDDEN)), None)
+    tried = [kind for kind in keep if kind != solved and not (follows and kind == HIDDEN)]
     candidates = [_around(learned[kind], multiples.get(kind, 1), full[kind]) for kind in tried]
+    if follows:
+        fitting = [n for n in range(1, full[KV_GROUP] + 1) if n * source.head_dim % multiples.get(HIDDEN, 1) == 0]
+        candidates[tried.index(KV_GROUP)] = fitting
     best: tuple[tuple[float, float], dict[str, int]] | None = None
     for counts in itertools.product(*candidates):
         chosen = dict(zip(tried, counts, strict=True))
+        if follows:
+            chosen[HIDDEN] = chosen[KV_GROUP] * source.head_dim
         if solved is not None:
             chosen[solved] = _solve(source, matrices, {**full, **chosen}, solved, wanted, multiples.get(solved, 1))
         error = abs(_size(source, matrices, {**full, **chosen}) / wanted - 1)
@@ -76,13 +84,12 @@ def uniform_counts(
     return best[1]
 
 
-def _size(source: Shape, matrices: Mapping[Role, int], counts: Mapping[str, int]) -> int:
+def _size(source: Shape, matrices: Mapping[str, int], counts: Mapping[str, int]) -> int:
     """The prunable size of a uniform shape."""
     head_dim, groups = source.head_dim, counts[KV_GROUP]
     queries = groups * counts[HEAD] * head_dim
-    of_attention = (matrices[Role.QUERY] + matrices[Role.ATTENTION_OUT]) * queries
-    of_attention += matrices[Role.KEY_VALUE] * groups * head_dim
-    of_mlp = (matrices[Role.MLP_IN] + matrices[Role.MLP_OUT]) * counts[INTERMEDIATE]
+    of_attention = matrices["query"] * queries + matrices["key_value"] * groups * head_dim
+    of_mlp = matrices["channel"] * counts[INTERMEDIATE]
     attentions, mlps = (min(counts[LAYER], counts[kind]) for kind in (ATTENTION, MLP))
     return (attentions * of_attention + mlps * of_mlp) * counts[HIDDEN]
 
@@ -107,7 +114,7 @@ def _around(value: float, multiple: int, limit: int) -> list[int]:
 
 
 def _solve(
-    source: Shape, matrices: Mapping[Role, int], counts: Mapping[str, int], kind: str, wanted: float, multiple: int
+    source: Shape, matrices: Mapping[str, int], counts: Mapping[str, int], kind: str, wanted: float, multiple: int
 ) -> int:
     """The count of ``kind`` that brings the size nearest to ``wanted``: the size is linear in it."""
     limit = counts[kind]

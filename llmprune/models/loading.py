@@ -176,7 +176,11 @@ def parameter_names(weights: Mapping[str, Tensor], config: PretrainedConfig) -> 
     """The sorted names of a model's own parameters: no buffers of older formats, and a tied output layer left out."""
     family = family_of(config)
     output_layer = family.outer_name(Role.OUTPUT) + ".weight" if family.tied(config) else None
-    return sorted(name for name in weights if name.endswith((".weight", ".bias")) and name != output_layer)
+    return sorted(
+        name
+        for name in weights
+        if name.endswith((".weight", ".bias")) and name != output_layer and not family.is_buffer(name)
+    )
 
 
 def fingerprint(weights: Mapping[str, Tensor], config: PretrainedConfig) -> str:

@@ -8,11 +8,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmprune.convert.commands import apply
-from llmprune.families import family_of
+from llmprune.errors import UserError
+from llmprune.families import Role, family_of
 from llmprune.gates.attach import attach
 from llmprune.gates.gate_set import GateSet
 from llmprune.gates.settings import L0PruningConfig, TargetShape, make_goal
 from llmprune.models.loading import fingerprint, new_model
+from llmprune.models.walking import Run, visited
 from llmprune.plans import KeptBlock, Plan
 from llmprune.surgery import Surgery
 from tests.conftest import random_model, tiny_config
@@ -41,6 +43,29 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "qwen3-tied": tiny_config("qwen3"),
     "qwen3-wide-heads": tiny_config("qwen3", tie_word_embeddings=False, head_dim=16, attention_bias=True),
+    "gemma": tiny_config("gemma", head_dim=16),
+    "gemma2": tiny_config("gemma2", sliding_window=6, query_pre_attn_scalar=8, pad_token_id=2),
+    "gemma3": tiny_config(
+        "gemma3_text", sliding_window=6, query_pre_attn_scalar=8, sliding_window_pattern=2, pad_token_id=2
+    ),
+    "phi3": tiny_config("phi3", tie_word_embeddings=False, partial_rotary_factor=0.5, pad_token_id=2),
+    "olmo2": tiny_config("olmo2", tie_word_embeddings=False, pad_token_id=2),
+    "olmo2-biases": tiny_config("olmo2", attention_bias=True, pad_token_id=2),
+    "opt": tiny_config("opt", num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
+    "opt-no-biases": tiny_config(
+        "opt", num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32, enable_bias=False, dropout=0.0
+    ),
+    "gpt_neox": tiny_config("gpt_neox", num_attention_heads=4, tie_word_embeddings=False),
+    "gpt_neox-sequential": tiny_config("gpt_neox", num_attention_heads=4, use_parallel_residual=False),
+    "mixtral": tiny_config("mixtral", tie_word_embeddings=False, num_local_experts=4),
+    "qwen3_moe": tiny_config(
+        "qwen3_moe",
+        tie_word_embeddings=False,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+    ),
 }
 TARGETS = {
     "hidden": {"hidden": 20},
@@ -66,7 +91,7 @@ def soft_gates(config: PretrainedConfig, target: dict[str, int]) -> GateSet:
     """Gates with random values, as in the middle of training."""
     family = family_of(config)
     source = family.shape(config)
-    gates = GateSet(source, make_goal(family, source, L0PruningConfig(target=TargetShape(**target))))
+    gates = GateSet(source, make_goal(config, L0PruningConfig(target=TargetShape(**target))))
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for log_alpha in gates.log_alpha.values():
@@ -82,8 +107,9 @@ def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
 def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     surgery = Surgery(model.config, plan)
     smaller = new_model(surgery.config, seed=99, attention=model.config._attn_implementation).eval()
-    result = smaller.load_state_dict(dict(surgery.cut_all(model.state_dict().items())), strict=False)
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    result = smaller.load_state_dict(dict(surgery.cut_all(model.state_dict())), strict=False)
+    output = surgery.family.outer_name(Role.OUTPUT)
+    tied = {f"{output}.weight"} if model.config.tie_word_embeddings else set()
     assert not result.unexpected_keys and set(result.missing_keys) == tied
     return smaller
 
@@ -108,30 +134,45 @@ def check_gated_equals_cut(config: PretrainedConfig, gates: GateSet, tokens: tor
     return plan
 
 
+def possible(config: PretrainedConfig, target: str) -> dict[str, int]:
+    """The target as this family can have it: its groups, its experts, and hidden = heads × head size where it must."""
+    family = family_of(config)
+    source = family.shape(config)
+    wanted = {**TARGETS, **GROUPED_TARGETS, **SUBLAYER_TARGETS}[target]
+    if target in GROUPED_TARGETS and (source.kv_heads, source.heads) != (4, 8):
+        wanted = {"heads": source.heads // 2}
+    if source.kv_heads == 1 and "heads" in wanted:
+        wanted = {**wanted, "kv_heads": 1}
+    if family.head_size_is_derived(config) and {"hidden", "heads"} & set(wanted):
+        wanted = {**wanted, "hidden": 2 * source.head_dim, "heads": 2}
+    refused = family.refused(config)
+    for kind, name in (("intermediate", "intermediate"), ("attention", "attention_layers"), ("mlp", "mlp_layers")):
+        if kind in refused and name in wanted:
+            with pytest.raises(UserError, match=f"can't have {kind} gates"):
+                make_goal(config, L0PruningConfig(target=TargetShape(**{name: 2})))
+            wanted = {other: value for other, value in wanted.items() if other != name}
+    return wanted or {"layers": 3}
+
+
 @pytest.mark.parametrize("target", [*TARGETS, *GROUPED_TARGETS, *SUBLAYER_TARGETS])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gated_equals_cut(name: str, target: str, tokens: torch.Tensor) -> None:
     config = CONFIGS[name]
-    if target in GROUPED_TARGETS and config.num_key_value_heads != 4:
-        target, wanted = "half the heads", TARGETS["half the heads"]
-    else:
-        wanted = {**TARGETS, **GROUPED_TARGETS, **SUBLAYER_TARGETS}[target]
-    if config.num_key_value_heads == 1 and "heads" in wanted:
-        wanted = {**wanted, "kv_heads": 1}
+    wanted = possible(config, target)
     plan = check_gated_equals_cut(config, soft_gates(config, wanted), tokens, "sdpa")
-    shape = {name: value for name, value in wanted.items() if not name.endswith("_layers")}
-    assert {name: getattr(plan.shape, name) for name in shape if target not in SUBLAYER_TARGETS} == (
-        shape if target not in SUBLAYER_TARGETS else {}
-    )
+    if not any(name.endswith("_layers") for name in wanted):
+        assert {name: getattr(plan.shape, name) for name in wanted} == wanted
     for sublayer in ("attention", "mlp"):
         if (count := wanted.get(f"{sublayer}_layers")) is not None:
             assert plan.factors[sublayer].count_nonzero() == count
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["llama-grouped-tied", "mistral", "qwen2-sliding", "qwen3-tied"])
+@pytest.mark.parametrize(
+    "name", ["llama-grouped-tied", "mistral", "qwen2-sliding", "qwen3-tied", "gemma2", "gemma3", "opt", "gpt_neox"]
+)
 def test_gated_equals_cut_under_each_attention_kernel(name: str, attention: str, tokens: torch.Tensor) -> None:
-    gates = soft_gates(CONFIGS[name], {**TARGETS["everything"], "kv_heads": 2})
+    gates = soft_gates(CONFIGS[name], possible(CONFIGS[name], "everything"))
     check_gated_equals_cut(CONFIGS[name], gates, tokens, attention)
 
 
@@ -141,16 +182,31 @@ def test_skipped_equals_removed(name: str, tokens: torch.Tensor) -> None:
     family = family_of(model.config)
     source = family.shape(model.config)
     smaller = cut(model, Plan(family.name, "", source, tuple(KeptBlock.whole(i) for i in (0, 2, 3))))
-    skipped = model.get_submodule(family.blocks)[1]
-    skipped.forward = lambda hidden_states, *args, **kwargs: hidden_states  # type: ignore[assignment]
-    assert relative(logits(model, tokens), logits(smaller, tokens)) <= 1e-6
+    dense = logits(model, tokens)
+    with visited(model, lambda number, run, states: states if number == 1 else run(states)):
+        skipped = logits(model, tokens)
+    assert relative(skipped, logits(smaller, tokens)) <= 1e-6
+    assert torch.equal(logits(model, tokens), dense) and relative(dense, skipped) > 1e-3
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_visited_block_runs_on_any_number_of_samples(name: str, attention: str, tokens: torch.Tensor) -> None:
+    model = random_model(CONFIGS[name], attention=attention)
+
+    def one_by_one(number: int, run: Run, states: torch.Tensor) -> torch.Tensor:
+        return torch.cat([run(states[i : i + 1]) for i in range(len(states))])
+
+    dense = logits(model, tokens)
+    with visited(model, one_by_one):
+        assert relative(dense, logits(model, tokens)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_saved_equals_reloaded_and_generates_with_cache(name: str, tokens: torch.Tensor, tmp_path: Path) -> None:
     model = random_model(CONFIGS[name])
     model.save_pretrained(tmp_path / "source")
-    gates = soft_gates(model.config, {"layers": 3, "hidden": 24, "intermediate": 31})
+    gates = soft_gates(model.config, possible(model.config, "everything"))
     plan = gates.plan(family_of(model.config).name, fingerprint(model.state_dict(), model.config))
     apply(tmp_path / "source", plan, tmp_path / "cut")
     expected = logits(cut(model, plan), tokens)

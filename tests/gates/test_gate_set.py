@@ -12,6 +12,7 @@ from llmprune.families.llama import LLAMA
 from llmprune.gates.gate_set import GateSet
 from llmprune.gates.goals import Goal, ShapeGoal, SizeGoal
 from llmprune.gates.kinds import DEPTH, WIDTH
+from tests.conftest import tiny_config
 
 SOURCE = Shape(layers=4, hidden=32, heads=8, kv_heads=4, head_dim=8, intermediate=48)
 # How many gates of a row each kind is to keep below.
@@ -116,7 +117,7 @@ def test_factors_are_the_products_of_the_gates() -> None:
     head, size = 5, SOURCE.head_dim  # the second query head of group 2
     expected = values["kv_group"][1, 2] * values["head"][1, 2, 1]
     assert (factors.query[1, head * size : (head + 1) * size] == expected).all()
-    assert factors.kept_hidden == 27 and factors.channel is None
+    assert factors.kept["hidden"].sum() == 27 and factors.channel is None
 
 
 def test_expected_sparsity_is_that_of_samples() -> None:
@@ -134,7 +135,7 @@ def test_expected_size_by_enumerating_every_gate() -> None:
     """All 2^n gates of a tiny model, each weighed by its probability; sizes are counted on weights cut to zero."""
     tiny = Shape(layers=2, hidden=2, heads=2, kv_heads=1, head_dim=1, intermediate=2)
     kinds = ("hidden", "head", "intermediate", "attention", "mlp")
-    gates = spread(GateSet(tiny, SizeGoal(tiny, LLAMA.matrices(), kinds, 0.5)))
+    gates = spread(GateSet(tiny, SizeGoal(tiny, LLAMA.matrices(tiny_config()), kinds, 0.5)))
     keep = gates.keep_probability()
     flat = torch.cat([keep[kind].detach().flatten() for kind in gates.sizes])
     expected = 0.0
@@ -158,7 +159,7 @@ def test_expected_size_by_enumerating_every_gate() -> None:
 GOALS: dict[str, Goal] = {
     "shape": shape_goal(("layer", "hidden", "kv_group")),
     "sub-layers": shape_goal(("layer", "attention", "mlp")),
-    "size": SizeGoal(SOURCE, LLAMA.matrices(), ("hidden", "kv_group", "head", "intermediate", "layer"), 0.6),
+    "size": SizeGoal(SOURCE, LLAMA.matrices(tiny_config()), ("hidden", "kv_group", "head", "intermediate", "layer"), 0.6),
 }
 
 
@@ -194,7 +195,7 @@ def test_the_constraint_leads_every_kind_to_its_target_in_120_steps(kinds: tuple
     "kinds", [("hidden", "kv_group", "intermediate", "layer"), ("intermediate", "attention", "mlp"), ("hidden",)]
 )
 def test_a_size_is_rounded_to_a_uniform_shape_of_that_size(kinds: tuple[str, ...], sparsity: float) -> None:
-    gates = spread(GateSet(SOURCE, SizeGoal(SOURCE, LLAMA.matrices(), kinds, sparsity)))
+    gates = spread(GateSet(SOURCE, SizeGoal(SOURCE, LLAMA.matrices(tiny_config()), kinds, sparsity)))
     train(gates, 200)
     plan = gates.plan("llama", "")
     shape = plan.shape
@@ -207,6 +208,6 @@ def test_a_size_is_rounded_to_a_uniform_shape_of_that_size(kinds: tuple[str, ...
 
 def test_uniform_shapes_are_multiples() -> None:
     kinds = ("hidden", "kv_group", "intermediate", "layer")
-    goal = SizeGoal(SOURCE, LLAMA.matrices(), kinds, 0.5, {"hidden": 8, "intermediate": 16})
+    goal = SizeGoal(SOURCE, LLAMA.matrices(tiny_config()), kinds, 0.5, {"hidden": 8, "intermediate": 16})
     plan = spread(GateSet(SOURCE, goal)).plan("llama", "")
     assert plan.shape.hidden % 8 == 0 and plan.shape.intermediate % 16 == 0

@@ -1,0 +1,72 @@
+"""Stepping in where a model would run its blocks, in its own forward pass and whatever its family."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmprune.families import family_of
+
+Run = Callable[[Tensor], Tensor]
+Visit = Callable[[int, Run, Tensor], Tensor]
+
+
+@contextmanager
+def visited(model: PreTrainedModel, visit: Visit) -> Iterator[None]:
+    """While open, ``model``'s forward pass calls ``visit(number, run, states)`` in place of every block.
+
+    ``states`` [batch, length, hidden] is the block's input and what is returned goes on to the next block; ``run(x)``
+    is the block itself, for any number of samples of the same length, as long as none is padded.
+
+    Args:
+        model: a model of a supported family.
+        visit: what to do at every block.
+    """
+    family = family_of(model.config)
+    blocks = model.get_submodule(family.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    originals = list(blocks)
+    try:
+        for number, block in enumerate(originals):
+            blocks[number] = _StandIn(number, block, visit, family.tuple_blocks)
+        yield
+    finally:
+        for number, block in enumerate(originals):
+            blocks[number] = block
+
+
+def given(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """The hidden states in what a module returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _StandIn(nn.Module):
+    """In the place of a block; everything but the forward pass is asked of the block itself."""
+
+    def __init__(self, number: int, block: nn.Module, visit: Visit, in_tuple: bool) -> None:
+        super().__init__()
+        self._number, self._visit, self._in_tuple = number, visit, in_tuple
+        self.__dict__["_block"] = block  # no submodule: it keeps its own place in state dicts and sharding
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        def run(x: Tensor) -> Tensor:
+            fitted = hidden_states.shape[0], x.shape[0]
+            own = {name: _fit(value, *fitted) for name, value in kwargs.items()}
+            return given(self.__dict__["_block"](x, *(_fit(value, *fitted) for value in args), **own))
+
+        states = self._visit(self._number, run, hidden_states)
+        return (states,) if self._in_tuple else states
+
+
+def _fit(value: Any, batch: int, wanted: int) -> Any:
+    """Masks and positions for another number of samples: without padding all samples have the same."""
+    if isinstance(value, tuple):
+        return tuple(_fit(item, batch, wanted) for item in value)
+    if wanted != batch and isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch:
+        return value[:1]
+    return value

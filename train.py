@@ -15,14 +15,20 @@ def main(arguments: list[str]) -> int:
         print(f"usage: {USAGE}", file=sys.stderr)
         return 2
     try:
-        from llmprune.config import describe, load_config
+        from llmprune.config import ScoringConfig, describe, load_job
 
         if arguments[0] in ("-h", "--help"):
             print(f"{USAGE}\n\n{describe()}")
             return 0
-        from llmprune.training import train
+        job = load_job(arguments[0], arguments[1:])
+        if isinstance(job, ScoringConfig):
+            from llmprune.scoring_run import run_scoring
 
-        train(load_config(arguments[0], arguments[1:]))
+            run_scoring(job)
+        else:
+            from llmprune.training import train
+
+            train(job)
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             # The launcher kills all ranks when one ends: let rank 0 tell the mistake and set the exit code.

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from data_prep.sources import BadRecord, Fields
+from llmprune.data.sources import BadRecord, Fields
 from llmprune.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

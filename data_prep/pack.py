@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_prep.encode import Batch, encoded
 from data_prep.samples import Packer
-from data_prep.sources import BadRecord, Document, Fields, documents, find_files
 from data_prep.split import rank_of
 from llmprune.data.format import DataManifest, token_dtype, tokenizer_fingerprint
+from llmprune.data.sources import BadRecord, Document, Fields, documents, find_files
 from llmprune.errors import UserError
 from llmprune.files import output_folder, refuse_existing, refuse_replacing
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data_prep.sources import BadRecord, Document, Fields, documents, find_files
+from llmprune.data.sources import BadRecord, Document, Fields, documents, find_files
 from llmprune.errors import UserError
 from llmprune.files import output_folder, refuse_existing, refuse_replacing
 

@@ -90,19 +90,130 @@ def verify(
 
 
 @app.command()
-def families(as_json: Json = False) -> None:
-    """List the model families that can be pruned."""
-    from llmprune.families import FAMILIES
+def score(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub name.")],
+    out: Annotated[str, typer.Option(help="File to write (.json); pictures are drawn beside it.")],
+    data: Annotated[str | None, typer.Option(help="Prepared data, or text, Markdown or JSON lines.")] = None,
+    criteria: Annotated[str | None, typer.Option(help="Names, separated by commas; default: all.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
+    bos: Annotated[str, typer.Option(help="A BOS before no sample, the first or each: none, first, each.")] = "none",
+    text_field: Annotated[str, typer.Option(help="Field of a JSON record that holds the text.")] = "text",
+    batch_size: Annotated[int, typer.Option(help="Samples that go through a block at a time.")] = 8,
+    row_reduction: Annotated[str, typer.Option(help="Of weights, over rows: sum, mean, max, prod.")] = "sum",
+    matrix_reduction: Annotated[str, typer.Option(help="Of weights, over a block's matrices.")] = "sum",
+    seed: Annotated[int, typer.Option(help="Of the samples and of the random order.")] = 17,
+    dtype: Annotated[DType, typer.Option(help="Of the weights in memory.")] = DType.float32,
+    device: Annotated[str | None, typer.Option(help="cpu or gpu; default: what is there.")] = None,
+    offload: Annotated[bool, typer.Option("--offload", help="Hold one block at a time, read from the files.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score every block of a model by every criterion, in one pass."""
+    from llmprune.data.calibration import CalibrationConfig
+    from llmprune.files import check_json_output
+    from llmprune.score import Source, save_scores
+    from llmprune.score import score as score_model
+    from llmprune.scoring.settings import LayerScoringConfig
 
+    check_json_output(out, overwrite)
+    scores = score_model(
+        Source(model, dtype=dtype.value, device=device),
+        LayerScoringConfig(
+            CalibrationConfig(data, samples, seq_len, bos, text_field, seed),
+            None if criteria is None else criteria.split(","),
+            batch_size,
+            row_reduction,
+            matrix_reduction,
+            seed,
+        ),
+        offload=offload,
+    )
+    files = save_scores(scores, out)
+    print(json.dumps(scores.as_dict()) if as_json else "\n".join(map(str, files)))
+
+
+@app.command()
+def plan(
+    scores: Annotated[str, typer.Argument(help="What `llmprune score` wrote.")],
+    out: Annotated[str | None, typer.Option(help="Plan to write (.json).")] = None,
+    criterion: Annotated[str | None, typer.Option(help="Whose scores decide.")] = None,
+    remove: Annotated[int | None, typer.Option(help="How many blocks go.")] = None,
+    method: Annotated[str | None, typer.Option(help="How to select; `--methods` lists the ways.")] = None,
+    span: Annotated[bool, typer.Option("--span", help="One span of neighbours goes (--method span).")] = False,
+    drop: Annotated[str | None, typer.Option(help="What goes: 3,7 or attention.3,mlp.3 (--method list).")] = None,
+    protect_first: Annotated[int | None, typer.Option(help="So many blocks at the start stay.")] = None,
+    protect_last: Annotated[int | None, typer.Option(help="So many at the end.")] = None,
+    threshold: Annotated[float, typer.Option(help="Merging: mean cosine that the final states keep.")] = 0.65,
+    merge_size: Annotated[int, typer.Option(help="Merging: blocks that become one.")] = 4,
+    merge_step: Annotated[int, typer.Option(help="Merging: blocks to go back after a merge.")] = 2,
+    model: Annotated[str | None, typer.Option(help="Where the model lies, if it was moved since.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Show what every criterion would drop.")] = False,
+    methods: Annotated[bool, typer.Option("--methods", help="List the ways to select.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Choose what goes by scores; OUT is a plan for `llmprune apply`."""
+    from llmprune import planning
+    from llmprune.files import check_json_output
+    from llmprune.scoring.scores import Scores
+    from llmprune.scoring.selection import PlanConfig
+
+    if methods:
+        print("\n".join(f"{name:12}{text}" for name, text in planning.SELECTIONS.describe().items()))
+        return
+    ways = [way for way, chosen in ((method, method), ("span", span), ("list", drop)) if chosen]
+    if len(set(ways)) > 1:
+        raise UserError(f"choose one way to select, not {' and '.join(map(str, ways))}")
+    config = PlanConfig(
+        method=(ways or ["lowest"])[0] or "lowest",
+        criterion=criterion,
+        remove=remove,
+        drop=None if drop is None else drop.split(","),
+        protect_first=protect_first,
+        protect_last=protect_last,
+        threshold=threshold,
+        merge_size=merge_size,
+        merge_step=merge_step,
+    )
+    loaded = Scores.load(scores)
+    if compare:
+        gone = planning.compare(loaded, config)
+        print(json.dumps(gone) if as_json else planning.comparison_table(gone, loaded.layers))
+        return
+    if out is None:
+        raise UserError("name the plan to write with --out")
+    check_json_output(out, overwrite)
+    made = planning.make_plan(loaded, config, model=model)
+    made.save(out)
+    removed = planning.removed_blocks(made)
+    print(json.dumps({"removed": removed}) if as_json else f"{out}: {planning.describe(made)}")
+
+
+@app.command()
+def families(as_json: Json = False) -> None:
+    """List the model families that can be pruned, and what can be pruned of each."""
+    from llmprune.families import FAMILIES
+    from llmprune.gates.kinds import DEPTH, WIDTH
+
+    gates = {name: [k for k in (*DEPTH, *WIDTH) if k not in family.refused_gates] for name, family in FAMILIES.items()}
     if as_json:
-        print(
-            json.dumps(
-                {name: {"model_types": f.model_types, "description": f.description} for name, f in FAMILIES.items()}
-            )
-        )
+        table = {
+            name: {
+                "model_types": family.model_types,
+                "description": family.description,
+                "gates": gates[name],
+                "notes": family.notes(),
+            }
+            for name, family in FAMILIES.items()
+        }
+        print(json.dumps(table))
         return
     for name, family in FAMILIES.items():
-        print(f"{name:12} {', '.join(family.model_types):20} {family.description}")
+        print(f"{name:10} {family.description} (model_type {', '.join(family.model_types)})")
+        print(f"{'':10} blocks by scores; gates on {', '.join(gates[name])}")
+        for note in family.notes():
+            print(f"{'':10} {note}")
 
 
 def main() -> None:

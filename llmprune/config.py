@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -21,25 +21,41 @@ from yaml import YAMLError
 from llmprune.errors import UserError, nearest
 from llmprune.gates.settings import L0PruningConfig
 from llmprune.optimizers import OptimizerConfig, SchedulerConfig
+from llmprune.scoring.selection import PlansConfig
+from llmprune.scoring.settings import LayerScoringConfig
 from llmprune.sharding import ShardingConfig
+
+J = TypeVar("J")
 
 
 @dataclass
-class RunConfig:
+class FolderConfig:
+    """The folder of what a job writes.
+
+    Attributes:
+        name: of the run, in loggers and in the default folder.
+        folder: everything the run writes goes here.
+        overwrite: delete what stands in the folder.
+    """
+
+    name: str = MISSING
+    folder: str = "runs/${run.name}"
+    overwrite: bool = False
+
+
+@dataclass
+class RunConfig(FolderConfig):
     """The run folder.
 
     Attributes:
         name: of the run, in loggers and in the default folder.
         folder: everything the run writes goes here.
-        seed: of weights, order of the data and gates.
         overwrite: delete what stands in the folder.
+        seed: of weights, order of the data and gates.
         autoresume: go on from the folder's newest checkpoint, if there is one.
     """
 
-    name: str = MISSING
-    folder: str = "runs/${run.name}"
     seed: int = 17
-    overwrite: bool = False
     autoresume: bool = False
 
 
@@ -170,8 +186,52 @@ class Config:
     loggers: LoggersConfig = field(default_factory=LoggersConfig)
 
 
+@dataclass
+class ScoredModelConfig:
+    """The model to score.
+
+    Attributes:
+        path: a Hugging Face folder or hub name.
+        tokenizer: folder or hub name; default: that of ``path``.
+        attention: ``sdpa``, ``eager`` or ``flash_attention_2`` (GPU).
+        dtype: of the weights in memory: float32 or bfloat16.
+        device: cpu or gpu; null = what is there.
+    """
+
+    path: str = MISSING
+    tokenizer: str | None = None
+    attention: str = "sdpa"
+    dtype: str = "float32"
+    device: str | None = None
+
+
+@dataclass
+class ScoringConfig:
+    """A job that scores the blocks of a model, and writes plans if there is a ``plan``.
+
+    Attributes:
+        plan: the plans that follow; one for each number in ``plan.remove``.
+    """
+
+    run: FolderConfig = field(default_factory=FolderConfig)
+    model: ScoredModelConfig = field(default_factory=ScoredModelConfig)
+    layer_scoring: LayerScoringConfig = field(default_factory=LayerScoringConfig)
+    plan: PlansConfig | None = None
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Config | ScoringConfig:
+    """Read the YAML of any job and apply overrides; one with ``layer_scoring`` scores, all others train.
+
+    Raises:
+        UserError: see ``load_config``.
+    """
+    if "layer_scoring" in _read(Path(path)):
+        return _load(path, overrides, ScoringConfig)
+    return _load(path, overrides, Config)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a run's YAML and apply overrides.
+    """Read the YAML of a job that trains and apply overrides.
 
     Args:
         path: the YAML file.
@@ -180,8 +240,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: the file can't be read, a key is unknown, a value has the wrong type or is missing.
     """
+    return _load(path, overrides, Config)
+
+
+def _load(path: str | Path, overrides: Sequence[str], schema: type[J]) -> J:
     loaded = _read(Path(path))
-    _merge(OmegaConf.structured(Config), loaded, str(path))
+    _merge(schema, loaded, str(path))
     for override in overrides:
         key, separator, _ = override.partition("=")
         if not separator:
@@ -190,9 +254,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             given = OmegaConf.from_dotlist([override])
         except YAMLError:
             raise UserError(f"'{override}' is no valid value: put quotes around the whole ('{key}={{…}}')") from None
-        _merge(OmegaConf.structured(Config), given, f"'{override}'")
+        _merge(schema, given, f"'{override}'")
         OmegaConf.update(loaded, key, OmegaConf.select(given, key), merge=False)
-    merged = _merge(OmegaConf.structured(Config), loaded, str(path))
+    merged = _merge(schema, loaded, str(path))
     try:
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         config = OmegaConf.to_object(merged)
@@ -200,7 +264,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: {error.full_key or 'a key'} must be set") from None
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {_first_line(error)}") from None
-    assert isinstance(config, Config)
+    assert isinstance(config, schema)
     return config
 
 
@@ -222,20 +286,23 @@ def _read(path: Path) -> DictConfig:
     return merged
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: Config | ScoringConfig, path: Path) -> None:
     """Write the resolved config as YAML."""
     OmegaConf.save(OmegaConf.structured(config), path, resolve=True)
 
 
 def describe() -> str:
-    """Every section and key of a run's YAML with its default and its meaning, as text."""
+    """Every section and key of every job's YAML with its default and its meaning, as text."""
     lines: list[str] = []
-    for section in dataclasses.fields(Config):
-        cls = _dataclass_in(typing.get_type_hints(Config)[section.name])
-        optional = " (optional)" if section.default is None else ""
-        lines += ["", f"{section.name}:{optional}  # {inspect.cleandoc(cls.__doc__).splitlines()[0]}"]
-        lines += _describe_fields(cls, "  ")
-    return "\n".join(lines[1:])
+    for schema in (Config, ScoringConfig):
+        lines += [f"## {inspect.cleandoc(schema.__doc__ or '').splitlines()[0]}"]
+        for section in dataclasses.fields(schema):
+            cls = _dataclass_in(typing.get_type_hints(schema)[section.name])
+            optional = " (optional)" if section.default is None else ""
+            lines += ["", f"{section.name}:{optional}  # {inspect.cleandoc(cls.__doc__).splitlines()[0]}"]
+            lines += _describe_fields(cls, "  ")
+        lines += [""]
+    return "\n".join(lines[:-1])
 
 
 def _describe_fields(cls: Any, indent: str) -> list[str]:
@@ -260,21 +327,21 @@ def _attributes(cls: Any) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in entries}
 
 
-def _merge(base: Any, update: Any, source: str) -> Any:
+def _merge(schema: Any, update: Any, source: str) -> Any:
     try:
-        return OmegaConf.merge(base, update)
+        return OmegaConf.merge(OmegaConf.structured(schema), update)
     except ConfigKeyError as error:
         key = error.full_key or ""
         section, _, name = key.rpartition(".")
-        raise UserError(f"{source}: unknown key '{key}'; {nearest(name, _fields_of(section))}") from None
+        raise UserError(f"{source}: unknown key '{key}'; {nearest(name, _fields_of(schema, section))}") from None
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise UserError(f"{source}: {where}{_first_line(error)}") from None
 
 
-def _fields_of(section: str) -> Iterator[str]:
+def _fields_of(schema: Any, section: str) -> Iterator[str]:
     """Names of the fields of the section with this dotted name."""
-    cls: Any = Config
+    cls: Any = schema
     for part in filter(None, section.split(".")):
         cls = _dataclass_in(typing.get_type_hints(cls)[re.sub(r"\[.*", "", part)])
     return (f.name for f in dataclasses.fields(cls))

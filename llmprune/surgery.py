@@ -38,8 +38,8 @@ class Surgery:
             )
         if self.family.is_parallel(config) and any(block.attention != block.mlp for block in plan.blocks):
             raise UserError(
-                f"attention and MLP of this {self.family.name} model's blocks read the same input: they can't come from "
-                "two blocks"
+                f"attention and MLP of this {self.family.name} model's blocks read the same input: they can't come "
+                "from two blocks"
             )
         self.plan = plan
         self.config = self.family.with_shape(config, plan.shape, [block.attention for block in plan.blocks])

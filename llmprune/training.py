@@ -1,11 +1,9 @@
 """From a config to a Composer trainer."""
 
 import contextlib
-import os
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from composer import Callback, Trainer
@@ -24,15 +22,13 @@ from llmprune.callbacks.metrics_file import MetricsFile
 from llmprune.checks import DTYPES, Ingredients, check, check_same_run, data_contents
 from llmprune.config import Config, LoggersConfig, save_config
 from llmprune.data.dataset import EvalDataset, MixedDataset
-from llmprune.errors import UserError
 from llmprune.families import family_of
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.loading import empty_model, load_model, new_model
 from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
+from llmprune.ranks import on_rank_zero, share_cores
 from llmprune.run_folder import RANDOM, Manifest, RunFolder, git_commit, versions
 from llmprune.sharding import parallelism
-
-T = TypeVar("T")
 
 
 def build_trainer(config: Config) -> Trainer:
@@ -122,16 +118,6 @@ def report_rounding(trainer: Trainer) -> None:
         )
 
 
-def share_cores() -> None:
-    """Give every rank of this machine its share of the cores: more threads than cores slow each other down manifold.
-
-    ``OMP_NUM_THREADS`` overrides.
-    """
-    ranks = dist.get_local_world_size()
-    if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-
-
 def interval(every: str, duration: str) -> int | Time[int]:
     """An interval for Composer, which knows no shares of an endless stream: a share becomes a number; zero = never."""
     time, whole = Time.from_timestring(every), Time.from_timestring(duration)
@@ -218,22 +204,6 @@ def make_loggers(config: LoggersConfig, run: RunFolder, name: str) -> list[Logge
             )
         )
     return loggers
-
-
-def on_rank_zero(work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0 alone and give every rank its result or its ``UserError``."""
-    outcome: list[Any] = [None, None]
-    if dist.get_global_rank() == 0:
-        try:
-            outcome[0] = work()
-        except UserError as error:
-            outcome[1] = str(error)
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    result: T = outcome[0]
-    return result
 
 
 def _manifest(config: Config, inputs: Ingredients) -> Manifest:

@@ -157,8 +157,8 @@ def data_prep(runs: int) -> Ratio:
 
     from data_prep.builtin import build_corpus
     from data_prep.pack import PackSettings, prepare
-    from data_prep.sources import Document, Fields, documents, find_files
     from data_prep.tokenizer import train_tokenizer
+    from llmprune.data.sources import Document, Fields, documents, find_files
 
     with tempfile.TemporaryDirectory() as folder:
         corpus, out = Path(folder) / "corpus", Path(folder) / "out"

@@ -143,9 +143,9 @@ class Family:
             fitting = shape.heads * shape.head_dim
             lower = max(shape.hidden // shape.head_dim, 1)
             raise UserError(
-                f"this {self.name} config takes hidden / heads for the head size, {shape.head_dim}, so hidden and heads "
-                f"shrink together: hidden {shape.hidden} with heads {shape.heads} can't be expressed; choose hidden "
-                f"{fitting} with heads {shape.heads}, or hidden {lower * shape.head_dim} with heads {lower}"
+                f"this {self.name} config takes hidden / heads for the head size, {shape.head_dim}, so hidden and "
+                f"heads shrink together: hidden {shape.hidden} with heads {shape.heads} can't be expressed; choose "
+                f"hidden {fitting} with heads {shape.heads}, or hidden {lower * shape.head_dim} with heads {lower}"
             )
 
     def with_shape(self, config: PretrainedConfig, shape: Shape, blocks: Sequence[int]) -> PretrainedConfig:
@@ -181,6 +181,15 @@ class Family:
             reason = "attention and MLP of a block read the same input, so neither can leave its block: use layer"
             reasons |= {"attention": reason, "mlp": reason}
         return reasons
+
+    def notes(self) -> list[str]:
+        """What pruning a model of this family has to mind, in words."""
+        notes = [f"no {kind} gates: {reason}" for kind, reason in self.refused_gates.items()]
+        if self.parallel is not None:
+            notes.append(f"attention and mlp gates only with {self.parallel} = false")
+        if "head_dim" not in self.fields:
+            notes.append("hidden and heads shrink together: the head size is hidden / heads")
+        return notes
 
     def tied(self, config: PretrainedConfig) -> bool:
         """Whether the output layer is the embedding."""

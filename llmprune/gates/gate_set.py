@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,9 @@ class Factors:
 
     def detached(self) -> "Factors":
         """The same values as leaves that collect their own gradients."""
-        leaves = {name: value.detach().contiguous().requires_grad_() for name, value in self.trainable().items()}
+        leaves: dict[str, Any] = {
+            name: value.detach().contiguous().requires_grad_() for name, value in self.trainable().items()
+        }
         return dataclasses.replace(self, **leaves)
 
 

@@ -157,9 +157,7 @@ class SizeGoal:
 
     def counts(self, keep: Mapping[str, Tensor]) -> dict[str, int]:
         """The uniform shape of the target's size that is nearest to what the gates have learned."""
-        return uniform_counts(
-            self._source, self._matrices, keep, self.targets[SIZE], self._multiples, self._coupled
-        )
+        return uniform_counts(self._source, self._matrices, keep, self.targets[SIZE], self._multiples, self._coupled)
 
     def __str__(self) -> str:
         return f"{self.targets[SIZE]:.1%} of the attention and MLP parameters removed by {', '.join(self.kinds)}"

@@ -149,19 +149,23 @@ class StoredWeights(Mapping[str, Tensor]):
             else:
                 with safe_open(folder / "model.safetensors", framework="pt") as file:
                     self._files = dict.fromkeys(file.keys(), folder / "model.safetensors")
-            self._open = {path: safe_open(path, framework="pt") for path in sorted(set(self._files.values()))}
+            for path in sorted(set(self._files.values())):
+                with safe_open(path, framework="pt"):
+                    pass
         except FileNotFoundError as error:
             raise UserError(f"{folder} has no safetensors weights ({error.filename or error})") from None
         except SafetensorError as error:
             raise UserError(f"the weights in {folder} are damaged ({error})") from None
 
     def __getitem__(self, name: str) -> Tensor:
-        """Read one tensor."""
-        return self._open[self._files[name]].get_tensor(name)
+        """Read one tensor. Its file is opened for it alone: a file that stays mapped would stay in memory."""
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read rows ``start`` to ``stop`` of one tensor."""
-        return self._open[self._files[name]].get_slice(name)[start:stop]
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_slice(name)[start:stop]
 
     def __iter__(self) -> Iterator[str]:
         """The names of all tensors."""

@@ -1,6 +1,6 @@
 """Stepping in where a model would run its blocks, in its own forward pass and whatever its family."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,3 +70,20 @@ def _fit(value: Any, batch: int, wanted: int) -> Any:
     if wanted != batch and isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch:
         return value[:1]
     return value
+
+
+@contextmanager
+def shortened(model: PreTrainedModel, kept: Sequence[int]) -> Iterator[None]:
+    """While open, ``model`` has only the blocks ``kept`` (for forward passes without a cache)."""
+    family = family_of(model.config)
+    parent, _, name = family.blocks.rpartition(".")
+    blocks, field = model.get_submodule(family.blocks), family.fields["layers"]
+    assert isinstance(blocks, nn.ModuleList)
+    layers = getattr(model.config, field)
+    try:
+        setattr(model.get_submodule(parent), name, nn.ModuleList(blocks[number] for number in kept))
+        setattr(model.config, field, len(kept))
+        yield
+    finally:
+        setattr(model.get_submodule(parent), name, blocks)
+        setattr(model.config, field, layers)

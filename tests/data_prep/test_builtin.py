@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from data_prep.__main__ import app
 from data_prep.builtin import DOMAINS
-from data_prep.sources import BadRecord
 from data_prep.tokenizer import train_tokenizer
 from llmprune.data.format import DataManifest
+from llmprune.data.sources import BadRecord
 from llmprune.errors import UserError
 
 

@@ -11,11 +11,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_prep.pack import PackSettings, prepare
-from data_prep.sources import Fields
 from data_prep.split import rank_of, split_of
 from data_prep.tokenizer import train_tokenizer
 from llmprune.data.dataset import DomainReader
 from llmprune.data.format import DataManifest
+from llmprune.data.sources import Fields
 from llmprune.errors import UserError
 
 TEXTS = [

@@ -13,7 +13,7 @@ from types import FrameType
 import pytest
 
 from data_prep import __main__ as command
-from data_prep.sources import Document, Fields
+from llmprune.data.sources import Document, Fields
 
 ORPHANS = """
 import os, signal

@@ -159,7 +159,9 @@ def test_expected_size_by_enumerating_every_gate() -> None:
 GOALS: dict[str, Goal] = {
     "shape": shape_goal(("layer", "hidden", "kv_group")),
     "sub-layers": shape_goal(("layer", "attention", "mlp")),
-    "size": SizeGoal(SOURCE, LLAMA.matrices(tiny_config()), ("hidden", "kv_group", "head", "intermediate", "layer"), 0.6),
+    "size": SizeGoal(
+        SOURCE, LLAMA.matrices(tiny_config()), ("hidden", "kv_group", "head", "intermediate", "layer"), 0.6
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data_prep.sources import BadRecord, Document, Fields, clean_name, documents, find_files
+from llmprune.data.sources import BadRecord, Document, Fields, clean_name, documents, find_files
 from llmprune.errors import UserError
 from llmprune.files import refuse_replacing
 

@@ -1,0 +1,87 @@
+"""Scoring of blocks as a Composer callback."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, cast
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from llmprune.models.causal_lm import ComposerCausalLM
+from llmprune.scoring.criterion import ScoringJob
+from llmprune.scoring.scorer import Scorer
+from llmprune.scoring.settings import LayerScoringConfig
+
+CALIBRATION = "calibration"
+
+
+class LayerScoring(Callback):
+    """Scores the blocks of a model while the evaluator called ``calibration`` runs.
+
+    The evaluation's own forward pass is the walk that the criteria watch. Every rank takes its share of the samples;
+    sums are added up over ranks at the end, so any number of ranks gives the same scores.
+    """
+
+    def __init__(self, config: LayerScoringConfig) -> None:
+        """Prepare.
+
+        Raises:
+            UserError: a setting is unknown.
+        """
+        self._config, self._names = config, config.names()
+        self._scorer: Scorer | None = None
+        self._watching = ExitStack()
+        self.scores: Mapping[str, Mapping[str, Any]] = {}
+        self.perplexity: float | None = None
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        """Start with empty sums."""
+        if state.dataloader_label != CALIBRATION:
+            return
+        wrapped = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
+        model = cast(ComposerCausalLM, wrapped)
+        config = self._config
+        self._scorer = Scorer(
+            model.model,
+            self._names,
+            ScoringJob(
+                layers=model.family.shape(model.model.config).layers,
+                device=next(model.parameters()).device,
+                row_reduction=config.row_reduction,
+                matrix_reduction=config.matrix_reduction,
+                seed=config.seed,
+            ),
+            batch_size=config.batch_size,
+        )
+
+    def eval_before_forward(self, state: State, logger: Logger) -> None:
+        """Watch the forward pass of the batch."""
+        if self._scorer is not None:
+            self._watching.enter_context(self._scorer.watching(state.batch["input_ids"]))
+
+    def eval_after_forward(self, state: State, logger: Logger) -> None:
+        """Compute what is left to compute of it."""
+        self._watching.close()
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """Add up over ranks."""
+        if self._scorer is not None:
+            self.scores = self._scorer.scores(_add_up)
+            self.perplexity = self._scorer.perplexity()
+            self._scorer = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scores: plain numbers."""
+        return {"scores": self.scores, "perplexity": self.perplexity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over scores that were saved."""
+        self.scores, self.perplexity = state["scores"], state["perplexity"]
+
+
+def _add_up(sums: Tensor) -> None:
+    if dist.get_world_size() > 1:
+        dist.all_reduce(sums, reduce_operation="SUM")

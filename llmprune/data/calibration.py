@@ -1,0 +1,112 @@
+"""Calibration samples: a few sequences of text that show which parts of a model matter."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llmprune.data.dataset import MixedDataset
+from llmprune.data.format import DataManifest, tokenizer_fingerprint
+from llmprune.data.sources import Document, Fields, documents, find_files
+from llmprune.errors import UserError, nearest
+
+BOS_MODES = ("none", "first", "each")
+
+
+@dataclass
+class CalibrationConfig:
+    """Calibration samples.
+
+    Attributes:
+        path: a folder prepared by ``python -m data_prep tokenize`` (its training split is used), or text, Markdown or
+            JSON lines (a file or a folder, plain, .gz or .zst).
+        samples: how many.
+        length: tokens of each.
+        bos: put a BOS before every sample (``each``), before the first one (``first``) or nowhere (``none``); it counts
+            as one of the tokens.
+        text_field: the field of a JSON record that holds the text.
+        seed: of the choice among prepared samples.
+    """
+
+    path: str | None = None
+    samples: int = 32
+    length: int = 128
+    bos: str = "none"
+    text_field: str = "text"
+    seed: int = 17
+
+
+def calibration_samples(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The samples, int64 [samples, length].
+
+    Prepared data give the first samples of their training stream, all domains in proportion. Text is read in order of
+    the files' names, documents one after the other with an EOS between them.
+
+    Raises:
+        UserError: the data can't be read, are of another tokenizer, or too short.
+    """
+    if config.path is None:
+        raise UserError("the criteria need calibration text: name it with --data (layer_scoring.data.path in a YAML)")
+    for name, least in (("samples", 1), ("length", 8)):
+        if getattr(config, name) < least:
+            raise UserError(f"calibration needs at least {least} {name}; got {getattr(config, name)}")
+    if config.bos not in BOS_MODES:
+        raise UserError(f"there is no BOS mode '{config.bos}'; {nearest(config.bos, BOS_MODES)}")
+    bos = tokenizer.bos_token_id
+    if config.bos != "none" and bos is None:
+        raise UserError(f"this tokenizer has no BOS token: choose bos none instead of {config.bos}")
+    path = Path(config.path)
+    read = _prepared if (path / "manifest.json").is_file() else _from_text
+    samples = torch.tensor(list(read(config, tokenizer)), dtype=torch.int64)
+    if config.bos == "each":
+        samples = torch.cat([torch.full((len(samples), 1), bos), samples], dim=1)
+    elif config.bos == "first":
+        samples[0] = torch.cat([torch.tensor([bos]), samples[0, :-1]])
+    return samples
+
+
+def _prepared(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    assert config.path is not None
+    manifest = DataManifest.load(config.path)
+    if tokenizer_fingerprint(tokenizer) != manifest.tokenizer:
+        raise UserError(f"the model's tokenizer did not make the data in {config.path}: prepare the data with it")
+    if config.length > manifest.sequence_length:
+        raise UserError(
+            f"the samples in {config.path} have {manifest.sequence_length} tokens; ask for no more than that, not "
+            f"{config.length}"
+        )
+    available = sum(splits["train"].samples for splits in manifest.domains.values() if "train" in splits)
+    _enough(config, available)
+    stream = MixedDataset(config.path, global_batch_size=config.samples, weights=None, seed=config.seed)
+    own = config.length - (config.bos == "each")
+    for sample in islice(stream, config.samples):
+        yield sample["input_ids"][:own].tolist()
+
+
+def _from_text(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    assert config.path is not None
+    own = config.length - (config.bos == "each")
+    tokens: list[int] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for document in documents(find_files([Path(config.path)]), Fields(config.text_field)):
+        if not isinstance(document, Document):
+            raise UserError(f"{document.place} can't be read: {document.reason}")
+        tokens += tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"] + end
+        if len(tokens) >= own * config.samples:
+            break
+    _enough(config, len(tokens) // own)
+    for sample in range(config.samples):
+        yield tokens[sample * own : (sample + 1) * own]
+
+
+def _enough(config: CalibrationConfig, available: int) -> None:
+    if available < config.samples:
+        remedy = f"ask for {available} samples" if available else "give more text or shorter samples"
+        raise UserError(
+            f"{config.path} has text for {available} samples of {config.length} tokens, not for {config.samples}: "
+            f"{remedy}"
+        )

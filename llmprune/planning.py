@@ -1,0 +1,115 @@
+"""From scores to a plan, and what the criteria would say side by side."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from llmprune.data.calibration import CalibrationConfig, calibration_samples
+from llmprune.errors import UserError
+from llmprune.families import family_of
+from llmprune.models.loading import StoredWeights, fingerprint, load_config, load_model, load_tokenizer
+from llmprune.plans import Plan
+from llmprune.score import DTYPES
+from llmprune.scoring import merging, repeated
+from llmprune.scoring.scores import Scores
+from llmprune.scoring.selection import SELECTIONS, Opened, PlanConfig, Request, select
+
+__all__ = ["SELECTIONS", "compare", "make_plan", "merging", "repeated"]
+
+
+def make_plan(scores: Scores, config: PlanConfig, *, model: str | None = None) -> Plan:
+    """The plan that follows from scores.
+
+    Args:
+        scores: of the model.
+        config: how to select.
+        model: where the model lies now; None = where it lay when it was scored.
+
+    Raises:
+        UserError: the request is impossible, or (for ways that look at the model again) the model is another one.
+    """
+    return select(_request(scores, config, model or scores.model))
+
+
+def removed_blocks(plan: Plan) -> list[int]:
+    """The source's blocks of which nothing stays, not even merged into another."""
+    used = {number for block in plan.blocks for number in (block.attention, block.mlp)}
+    used |= {number for block in plan.blocks for number, _ in block.merge or ()}
+    return [number for number in range(plan.source.layers) if number not in used]
+
+
+def describe(plan: Plan) -> str:
+    """What a plan does to the blocks, in words."""
+    parted = [str(block) for block in plan.blocks if block.attention != block.mlp]
+    merged = [f"{block} = {_sum(block.merge)}" for block in plan.blocks if block.merge]
+    notes = [f"{len(plan.blocks)} of {plan.source.layers} blocks stay"]
+    notes += [f"gone: {', '.join(map(str, removed_blocks(plan)))}"] if removed_blocks(plan) else []
+    notes += [f"attention/MLP of two blocks: {', '.join(parted)}"] if parted else []
+    notes += [f"merged: {'; '.join(merged)}"] if merged else []
+    return "; ".join(notes)
+
+
+def _sum(merge: Sequence[tuple[int, float]]) -> str:
+    return " ".join(f"{weight:+g}·[{block}]" for block, weight in merge)
+
+
+def compare(scores: Scores, config: PlanConfig) -> dict[str, list[int]]:
+    """The blocks that would go by every criterion: of blocks the lowest, of spans the best span.
+
+    Raises:
+        UserError: as many blocks can't go.
+    """
+    gone = {}
+    for criteria, method in ((scores.blocks, "lowest"), (scores.spans, "span")):
+        for name in criteria:
+            plan = make_plan(scores, replace(config, criterion=name, method=method))
+            kept = {block.attention for block in plan.blocks}
+            gone[name] = [block for block in range(scores.layers) if block not in kept]
+    if not gone:
+        raise UserError("the scores have no criterion of blocks or spans to compare")
+    return gone
+
+
+def comparison_table(gone: dict[str, list[int]], layers: int) -> str:
+    """A comparison as text: a row for each criterion, a column for each block, and how many agree."""
+    votes = Counter(block for blocks in gone.values() for block in blocks)
+    width = max(len(name) for name in (*gone, "votes"))
+    cell = max(len(str(layers - 1)), len(str(len(gone)))) + 1
+    lines = [" " * width + "".join(f"{block:{cell}}" for block in range(layers))]
+    for name, blocks in gone.items():
+        lines.append(
+            f"{name:{width}}" + "".join(f"{'x' if block in blocks else '.':>{cell}}" for block in range(layers))
+        )
+    lines.append(f"{'votes':{width}}" + "".join(f"{votes[block] or '.':>{cell}}" for block in range(layers)))
+    return "\n".join(lines)
+
+
+def _request(scores: Scores, config: PlanConfig, model: str) -> Request:
+    return Request(scores, config, lambda: _open(scores, model), _parallel(scores, config, model))
+
+
+def _parallel(scores: Scores, config: PlanConfig, model: str) -> bool:
+    """Whether attention and MLP of a block read the same input; only ways that part them need to know."""
+    if config.method not in ("list", "sublayers"):
+        return False
+    model_config = load_config(model)
+    return family_of(model_config).is_parallel(model_config)
+
+
+def _open(scores: Scores, model: str) -> Opened:
+    """The model that was scored, with its calibration samples."""
+    model_config = load_config(model)
+    if (found := fingerprint(StoredWeights(model), model_config)) != scores.fingerprint:
+        raise UserError(
+            f"the scores are of a model with the hash {scores.fingerprint}; {model} has {found}: name the model that "
+            "was scored, or score this one"
+        )
+    settings = scores.settings
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_model(model, dtype=DTYPES[settings["dtype"]]).to(device).eval()
+    if not scores.data:
+        raise UserError("the scores were computed without calibration text: score again with --data")
+    tokens = calibration_samples(CalibrationConfig(**scores.data), load_tokenizer(settings["tokenizer"] or model))
+    return Opened(loaded, tokens.to(device), settings["batch_size"])

@@ -1,0 +1,171 @@
+"""Scoring the blocks of a model: through Composer's trainer, or block by block from disk."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.core import Evaluator
+from composer.utils import dist, get_device
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from llmprune.callbacks.layer_scoring import CALIBRATION, LayerScoring
+from llmprune.data.calibration import calibration_samples
+from llmprune.errors import UserError, nearest
+from llmprune.families import family_of
+from llmprune.models.causal_lm import ComposerCausalLM
+from llmprune.models.loading import StoredWeights, fingerprint, load_config, load_model, load_tokenizer, resolve_model
+from llmprune.models.offloading import OffloadedModel
+from llmprune.report.score_pictures import draw_scores
+from llmprune.scoring.criterion import ScoringJob
+from llmprune.scoring.scorer import Scorer
+from llmprune.scoring.scores import Scores
+from llmprune.scoring.settings import LayerScoringConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model to score and how to hold it.
+
+    Attributes:
+        model: folder or hub name.
+        tokenizer: folder or hub name; None = the model's.
+        dtype: of the weights in memory: float32 or bfloat16.
+        attention: ``sdpa``, ``eager`` or ``flash_attention_2``.
+        device: cpu or gpu; None = what is there.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    dtype: str = "float32"
+    attention: str = "sdpa"
+    device: str | None = None
+
+
+def score(source: Source, config: LayerScoringConfig, *, offload: bool = False) -> Scores:
+    """Score a model's blocks.
+
+    Args:
+        source: the model.
+        config: criteria and calibration samples.
+        offload: keep only one block (and the next) in memory; without criteria that need gradients.
+
+    Raises:
+        UserError: the model or the samples can't be read, or a criterion is impossible here.
+    """
+    if source.dtype not in DTYPES:
+        raise UserError(f"dtype '{source.dtype}' is unknown; {nearest(source.dtype, DTYPES)}")
+    if source.device == "gpu" and not torch.cuda.is_available():
+        raise UserError("the device is gpu, but there is none")
+    names = config.names()
+    model_config = load_config(source.model)
+    family = family_of(model_config)
+    shape = family.shape(model_config)
+    tokens = _samples(source, config, names, getattr(model_config, "max_position_embeddings", None))
+    scored = _offloaded if offload else _by_trainer
+    sections, perplexity = scored(source, config, names, tokens)
+    return Scores(
+        model=str(resolve_model(source.model)) if Path(source.model).is_dir() else source.model,
+        family=family.name,
+        fingerprint=fingerprint(StoredWeights(source.model), model_config),
+        source=shape,
+        data={} if tokens is None else asdict(config.data),
+        settings={
+            "row_reduction": config.row_reduction,
+            "matrix_reduction": config.matrix_reduction,
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "dtype": source.dtype,
+            "tokenizer": source.tokenizer,
+        },
+        perplexity=perplexity,
+        **sections,
+    )
+
+
+def save_scores(scores: Scores, out: Path | str) -> list[Path]:
+    """Write scores as JSON and draw their pictures beside it; returns the files."""
+    out = Path(out)
+    scores.save(out)
+    return [out, *draw_scores(scores, out.parent, out.stem)]
+
+
+def _samples(source: Source, config: LayerScoringConfig, names: list[str], limit: int | None) -> Tensor | None:
+    """The calibration samples; None if no criterion reads any."""
+    from llmprune.scoring.criteria import CRITERIA
+
+    if all(CRITERIA.get(name).reads in (None, "weights") for name in names):
+        return None
+    if limit is not None and config.data.length > limit:
+        raise UserError(f"samples of {config.data.length} tokens are too long: the model takes {limit}")
+    return calibration_samples(config.data, load_tokenizer(source.tokenizer or source.model))
+
+
+def _by_trainer(
+    source: Source, config: LayerScoringConfig, names: list[str], tokens: Tensor | None
+) -> tuple[dict[str, dict[str, Any]], float | None]:
+    """Score with the whole model in memory, every rank its share of the samples."""
+    dist.initialize_dist(get_device(source.device))
+    model = load_model(source.model, dtype=DTYPES[source.dtype], attention=source.attention)
+    callback = LayerScoring(config)
+    ranks, rank = dist.get_world_size(), dist.get_global_rank()
+    if tokens is not None and len(tokens) < ranks:
+        raise UserError(f"{len(tokens)} calibration samples are too few for {ranks} ranks")
+    if tokens is None:
+        tokens = torch.zeros(ranks, 8, dtype=torch.int64)
+    loader = DataLoader(_Share(tokens[rank::ranks]), batch_size=config.batch_size)
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # what a command prints is its result
+        warnings.simplefilter("ignore")
+        trainer = Trainer(
+            model=ComposerCausalLM(model),
+            device=source.device,
+            precision="fp32",
+            eval_dataloader=Evaluator(label=CALIBRATION, dataloader=loader),
+            callbacks=[callback],
+            progress_bar=rank == 0,
+        )
+        trainer.eval()
+        trainer.close()
+    return {name: dict(values) for name, values in callback.scores.items()}, callback.perplexity
+
+
+def _offloaded(
+    source: Source, config: LayerScoringConfig, names: list[str], tokens: Tensor | None
+) -> tuple[dict[str, dict[str, Any]], float | None]:
+    """Score block by block: all samples pass a block before the next one is read."""
+    device = get_device(source.device)._device if source.device else torch.device("cpu")
+    offloaded = OffloadedModel(source.model, dtype=DTYPES[source.dtype], device=device, attention=source.attention)
+    model = offloaded.model
+    job = ScoringJob(
+        layers=family_of(model.config).shape(model.config).layers,
+        device=device,
+        row_reduction=config.row_reduction,
+        matrix_reduction=config.matrix_reduction,
+        seed=config.seed,
+    )
+    scorer = Scorer(model, names, job, batch_size=config.batch_size, loaded=offloaded.loaded)
+    if tokens is not None:
+        scorer.update(tokens.to(device))
+    return scorer.scores(), scorer.perplexity()
+
+
+class _Share(IterableDataset[dict[str, Tensor]]):
+    """One rank's samples."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for sample in self._tokens:
+            yield {"input_ids": sample}

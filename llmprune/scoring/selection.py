@@ -1,0 +1,284 @@
+"""Which blocks go: plug-ins that turn scores into the blocks of a plan."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmprune.errors import UserError
+from llmprune.plans import KeptBlock, Plan
+from llmprune.registry import Registry
+from llmprune.scoring.scores import Scores
+
+
+@dataclass
+class PlanConfig:
+    """How a plan follows from scores.
+
+    Attributes:
+        method: a registered way to select: lowest, span, list, sublayers, iterative, greedy or merge.
+        criterion: whose scores decide.
+        remove: how many blocks go.
+        drop: with ``list``, what goes: numbers of blocks, or ``attention.N`` and ``mlp.N``.
+        protect_first: so many blocks at the start stay; null = none (greedy and merge: one).
+        protect_last: so many at the end.
+        threshold: with ``merge``, the mean cosine that the final hidden states must keep.
+        merge_size: with ``merge``, how many blocks become one at a time.
+        merge_step: with ``merge``, how many blocks to go back after a merge.
+    """
+
+    method: str = "lowest"
+    criterion: str | None = None
+    remove: int | None = None
+    drop: list[str] | None = None
+    protect_first: int | None = None
+    protect_last: int | None = None
+    threshold: float = 0.65
+    merge_size: int = 4
+    merge_step: int = 2
+
+
+@dataclass
+class PlansConfig:
+    """The plans that a scoring job writes, ``plan-N.json`` for every N in ``remove``; see ``PlanConfig``.
+
+    Attributes:
+        method: a registered way to select.
+        criterion: whose scores decide.
+        remove: how many blocks go, for each plan.
+        protect_first: so many blocks at the start stay.
+        protect_last: so many at the end.
+    """
+
+    criterion: str | None = None
+    remove: list[int] = field(default_factory=list)
+    method: str = "lowest"
+    protect_first: int | None = None
+    protect_last: int | None = None
+
+    def each(self) -> dict[int, PlanConfig]:
+        """The settings of every plan, by the number of blocks that go."""
+        return {
+            count: PlanConfig(self.method, self.criterion, count, None, self.protect_first, self.protect_last)
+            for count in self.remove
+        }
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The model itself, for the ways that look at it again.
+
+    Attributes:
+        model: in memory, in evaluation mode.
+        tokens: its calibration samples, [samples, length].
+        batch_size: samples that go through a block at a time.
+    """
+
+    model: PreTrainedModel
+    tokens: Tensor
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be selected.
+
+    Attributes:
+        scores: the model's.
+        config: how.
+        open: opens the model that was scored, with its calibration samples.
+        parallel: whether attention and MLP of a block read the same input.
+    """
+
+    scores: Scores
+    config: PlanConfig
+    open: Callable[[], Opened]
+    parallel: bool
+
+    @property
+    def layers(self) -> int:
+        """The number of blocks."""
+        return self.scores.layers
+
+    @cached_property
+    def criterion(self) -> str:
+        """The criterion that decides.
+
+        Raises:
+            UserError: none was named.
+        """
+        if self.config.criterion is None:
+            known = ", ".join([*self.scores.blocks, *self.scores.spans])
+            raise UserError(f"name the criterion that decides with --criterion; the scores have {known}")
+        return self.config.criterion
+
+    @cached_property
+    def remove(self) -> int:
+        """How many blocks go.
+
+        Raises:
+            UserError: the number is missing or leaves nothing.
+        """
+        count = self.config.remove
+        if count is None:
+            raise UserError("say how many blocks go with --remove")
+        if not 1 <= count < self.layers:
+            raise UserError(f"{count} blocks can't be removed: the model has {self.layers}, and at least one must stay")
+        return count
+
+    def removable(self, default: int = 0) -> list[int]:
+        """The blocks that are not protected.
+
+        Args:
+            default: how many are protected at each end if the user does not say.
+
+        Raises:
+            UserError: the protected blocks leave too few.
+        """
+        ends = self.config.protect_first, self.config.protect_last
+        first, last = (default if end is None else end for end in ends)
+        if first < 0 or last < 0:
+            raise UserError("protected blocks can't be fewer than none")
+        blocks = list(range(first, self.layers - last))
+        if len(blocks) < (self.config.remove or 1):
+            raise UserError(
+                f"with the first {first} and the last {last} blocks protected only {max(len(blocks), 0)} of "
+                f"{self.layers} can go, not {self.config.remove or 1}"
+            )
+        return blocks
+
+
+Selection = Callable[[Request], tuple[KeptBlock, ...]]
+SELECTIONS: Registry[Selection] = Registry("selections", "way to select")
+
+
+def select(request: Request) -> Plan:
+    """The plan that a request asks for.
+
+    Raises:
+        UserError: it is impossible.
+    """
+    blocks = SELECTIONS.get(request.config.method)(request)
+    scores = request.scores
+    return Plan(scores.family, scores.fingerprint, scores.source, blocks)
+
+
+def without(layers: int, removed: Sequence[int]) -> tuple[KeptBlock, ...]:
+    """All blocks but ``removed``."""
+    return tuple(KeptBlock.whole(block) for block in range(layers) if block not in removed)
+
+
+def lowest_blocks(scores: Sequence[float], removable: Sequence[int], count: int) -> list[int]:
+    """The removable blocks with the lowest scores; of equals the later ones."""
+    return sorted(sorted(removable, key=lambda block: (scores[block], -block))[:count])
+
+
+@SELECTIONS.register("lowest")
+def lowest(request: Request) -> tuple[KeptBlock, ...]:
+    """The blocks with the lowest scores go."""
+    scores = request.scores.of_blocks(request.criterion)
+    return without(request.layers, lowest_blocks(scores, request.removable(), request.remove))
+
+
+@SELECTIONS.register("span")
+def span(request: Request) -> tuple[KeptBlock, ...]:
+    """One span of neighbouring blocks goes: the most alike at both ends, or the lowest in sum."""
+    count, removable, scores = request.remove, request.removable(), request.scores
+    starts = [block for block in removable if block + count - 1 in removable]
+    if not starts:
+        raise UserError(f"no span of {count} blocks lies within the {len(removable)} that are not protected")
+    name = request.criterion
+    if name in scores.spans:
+        lengths = scores.of_spans(name)[str(count)]
+        cost = [-value if name == "cosine" else value for value in lengths]
+    else:
+        blocks = scores.of_blocks(name)
+        cost = [sum(blocks[start : start + count]) for start in range(request.layers - count + 1)]
+    start = min(starts, key=lambda place: cost[place])
+    return without(request.layers, range(start, start + count))
+
+
+@SELECTIONS.register("list")
+def explicit(request: Request) -> tuple[KeptBlock, ...]:
+    """What the user lists goes: blocks, or an attention or MLP alone where the config can express the rest."""
+    listed = request.config.drop
+    if not listed:
+        raise UserError("list what goes with --drop: 3,7 or attention.3,mlp.2")
+    gone: set[tuple[int, str]] = set()
+    for item in listed:
+        kind, _, number = str(item).rpartition(".")
+        if not number.isdigit() or kind not in ("", "attention", "mlp"):
+            raise UserError(f"'{item}' is neither a block's number nor attention.N or mlp.N")
+        if int(number) >= request.layers:
+            raise UserError(f"there is no block {number}: the model has {request.layers}, from 0")
+        gone |= {(int(number), name) for name in ([kind] if kind else ["attention", "mlp"])}
+    return pair_sublayers(request, gone)
+
+
+def pair_sublayers(request: Request, gone: set[tuple[int, str]]) -> tuple[KeptBlock, ...]:
+    """The blocks that hold what stays, each an attention and the MLP after it.
+
+    Args:
+        request: for the model's layout.
+        gone: the sub-layers that go: (block, ``attention`` or ``mlp``).
+
+    Raises:
+        UserError: no config can express it.
+    """
+    order = [(block, name) for block in range(request.layers) for name in ("attention", "mlp")]
+    kept = [sublayer for sublayer in order if sublayer not in gone]
+    for place, (block, name) in enumerate(kept):
+        if name != ("attention", "mlp")[place % 2] or (place == len(kept) - 1 and name == "attention"):
+            raise UserError(
+                f"the {name} of block {block} would stay without a partner, which no {request.scores.family} config "
+                "can express: what goes must be pairs of neighbours, such as attention.3,mlp.3 or mlp.3,attention.4"
+            )
+    blocks = tuple(KeptBlock(attention, mlp) for (attention, _), (mlp, _) in zip(kept[::2], kept[1::2], strict=True))
+    if request.parallel and any(block.attention != block.mlp for block in blocks):
+        raise UserError(
+            f"attention and MLP of this {request.scores.family} model's blocks read the same input: they go together"
+        )
+    return blocks
+
+
+@SELECTIONS.register("sublayers")
+def sublayers(request: Request) -> tuple[KeptBlock, ...]:
+    """Pairs of neighbouring sub-layers go, across blocks too: those whose influences add up to the least."""
+    if request.parallel:
+        raise UserError(
+            f"attention and MLP of this {request.scores.family} model's blocks read the same input: no pair of "
+            "neighbours but a whole block can go"
+        )
+    influence = {name: request.scores.subblocks.get(name) for name in ("attention", "mlp")}
+    attention, mlp = influence["attention"], influence["mlp"]
+    if attention is None or mlp is None:
+        raise UserError("the scores have no influence of sub-layers: score again with the criteria attention and mlp")
+    removable = request.removable()
+    order = [(block, name) for block in removable for name in ("attention", "mlp")]
+    costs = [(attention if name == "attention" else mlp)[block] for block, name in order]
+    gone = cheapest_pairs(costs, request.remove)
+    return pair_sublayers(request, {order[place] for pair in gone for place in (pair, pair + 1)})
+
+
+def cheapest_pairs(costs: Sequence[float], count: int) -> list[int]:
+    """The places of ``count`` pairs of neighbours that do not overlap and cost least together, by dynamic programming.
+
+    Removing pairs of neighbours one after the other may bring others together; a run of any even length is a row of
+    such pairs, so nothing is lost by looking at pairs that are neighbours from the start.
+    """
+    infinity = float("inf")
+    best = [[0.0] + [infinity] * count for _ in range(len(costs) + 1)]
+    for end in range(2, len(costs) + 1):
+        for pairs in range(1, count + 1):
+            with_pair = best[end - 2][pairs - 1] + costs[end - 2] + costs[end - 1]
+            best[end][pairs] = min(best[end - 1][pairs], with_pair)
+    found, end, pairs = [], len(costs), count
+    while pairs:
+        if best[end][pairs] == best[end - 1][pairs]:
+            end -= 1
+            continue
+        found.append(end - 2)
+        end, pairs = end - 2, pairs - 1
+    return found[::-1]

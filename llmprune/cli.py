@@ -72,14 +72,17 @@ def apply(
 def verify(
     a: Annotated[str, typer.Argument(help="A Hugging Face model, or a checkpoint (gated or not).")],
     b: Annotated[str, typer.Argument(help="Another one.")],
+    plan: Annotated[str | None, typer.Option(help="Leave out of A what this plan removes, without cutting.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare the logits of two models on the same tokens, in float32."""
     from dataclasses import asdict
 
     from llmprune.evaluation.verify import compare, open_for_comparison
+    from llmprune.plans import Plan
 
-    difference = compare(open_for_comparison(a), open_for_comparison(b))
+    source = open_for_comparison(a, None if plan is None else Plan.load(plan))
+    difference = compare(source, open_for_comparison(b))
     if as_json:
         print(json.dumps(asdict(difference)))
     else:

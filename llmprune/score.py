@@ -3,7 +3,7 @@
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from composer.core import Evaluator
 from composer.utils import dist, get_device
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
 
 from llmprune.callbacks.layer_scoring import CALIBRATION, LayerScoring
 from llmprune.data.calibration import calibration_samples
@@ -121,7 +122,7 @@ def _by_trainer(
         raise UserError(f"{len(tokens)} calibration samples are too few for {ranks} ranks")
     if tokens is None:
         tokens = torch.zeros(ranks, 8, dtype=torch.int64)
-    loader = DataLoader(_Share(tokens[rank::ranks]), batch_size=config.batch_size)
+    loader = DataLoader(_Share(tokens[rank::ranks], shown=rank == 0), batch_size=config.batch_size)
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # what a command prints is its result
         warnings.simplefilter("ignore")
         trainer = Trainer(
@@ -130,7 +131,7 @@ def _by_trainer(
             precision="fp32",
             eval_dataloader=Evaluator(label=CALIBRATION, dataloader=loader),
             callbacks=[callback],
-            progress_bar=rank == 0,
+            progress_bar=False,
         )
         trainer.eval()
         trainer.close()
@@ -151,21 +152,29 @@ def _offloaded(
         matrix_reduction=config.matrix_reduction,
         seed=config.seed,
     )
-    scorer = Scorer(model, names, job, batch_size=config.batch_size, loaded=offloaded.loaded)
-    if tokens is not None:
-        scorer.update(tokens.to(device))
-    return scorer.scores(), scorer.perplexity()
+    with tqdm(total=job.layers, desc="scoring", unit="block", disable=None) as progress:
+
+        @contextmanager
+        def loaded(number: int) -> Iterator[None]:
+            with offloaded.loaded(number):
+                yield
+            progress.update()
+
+        scorer = Scorer(model, names, job, batch_size=config.batch_size, loaded=loaded)
+        if tokens is not None:
+            scorer.update(tokens.to(device))
+        return scorer.scores(), scorer.perplexity()
 
 
 class _Share(IterableDataset[dict[str, Tensor]]):
     """One rank's samples."""
 
-    def __init__(self, tokens: Tensor) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: Tensor, *, shown: bool) -> None:
+        self._tokens, self._shown = tokens, shown
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for sample in self._tokens:
+        for sample in tqdm(self._tokens, desc="scoring", unit="sample", disable=None if self._shown else True):
             yield {"input_ids": sample}

@@ -86,3 +86,43 @@ def model_folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_model(tiny_config()).save_pretrained(folder)
     load_tokenizer(data / "tokenizer").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained_folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama of six blocks that has learned the corpus, saved with its tokenizer."""
+    from llmprune.data.dataset import MixedDataset
+    from llmprune.models.loading import load_tokenizer
+
+    torch.manual_seed(0)
+    model = new_model(tiny_config(num_hidden_layers=6), seed=3).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    stream = iter(MixedDataset(data, global_batch_size=8, weights=None, seed=1))
+    for _ in range(60):
+        tokens = torch.stack([next(stream)["input_ids"] for _ in range(8)])
+        loss = model(input_ids=tokens, labels=tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 3  # it began at log 300 = 5.7
+    folder = tmp_path_factory.mktemp("trained")
+    model.save_pretrained(folder)
+    load_tokenizer(data / "tokenizer").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def trained(trained_folder: Path) -> PreTrainedModel:
+    """The trained model in memory."""
+    from llmprune.models.loading import load_model
+
+    return load_model(trained_folder).eval()
+
+
+@pytest.fixture(scope="session")
+def calibration(data: Path) -> torch.Tensor:
+    """Ten calibration samples of real text, [10, 32]."""
+    from llmprune.data.dataset import EvalDataset
+
+    samples = EvalDataset(data)
+    return torch.stack([samples[place]["input_ids"] for place in range(10)])

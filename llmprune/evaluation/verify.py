@@ -9,7 +9,10 @@ from transformers import PreTrainedModel
 from llmprune.convert.checkpoint import Checkpoint, is_checkpoint
 from llmprune.errors import UserError
 from llmprune.gates.attach import attach
+from llmprune.gates.from_plan import factors_of
 from llmprune.models.loading import load_model, new_model
+from llmprune.plans import Plan
+from llmprune.surgery import Surgery
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,18 @@ class Difference:
 
 
 @torch.no_grad()
-def open_for_comparison(path: Path | str) -> PreTrainedModel:
+def open_for_comparison(path: Path | str, plan: Plan | None = None) -> PreTrainedModel:
     """A model in float32 and evaluation mode, from a Hugging Face folder or a checkpoint (gates at the target shape).
 
+    Args:
+        path: folder, hub name or checkpoint.
+        plan: leave out what this plan removes, without cutting.
+
     Raises:
-        UserError: it can't be read.
+        UserError: it can't be read, or the plan is for another shape.
     """
+    if plan is not None:
+        return _follow(load_model(path).eval(), plan)
     if not is_checkpoint(path):
         return load_model(path).eval()
     checkpoint = Checkpoint.open(path)
@@ -44,6 +53,25 @@ def open_for_comparison(path: Path | str) -> PreTrainedModel:
     if (gates := checkpoint.gates()) is not None:
         factors = gates.factors(gates.at_target())
         attach(model, checkpoint.family, set(factors.trainable())).factors = factors
+    return model
+
+
+def _merges(plan: Plan) -> bool:
+    return any(block.merge is not None for block in plan.blocks)
+
+
+def _follow(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """Let a whole model compute what a plan leaves of it."""
+    surgery = Surgery(model.config, plan)  # refuses a plan for another model
+    family = surgery.family
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()} if _merges(plan) else {}
+    for block in plan.blocks:
+        if block.merge is not None:
+            for name, parameter in model.get_submodule(f"{family.blocks}.{block.attention}").named_parameters():
+                parts = [whole[f"{family.blocks}.{number}.{name}"] * weight for number, weight in block.merge]
+                parameter.copy_(torch.stack(parts).sum(0))
+    factors = factors_of(plan)
+    attach(model, family, set(factors.trainable())).factors = factors
     return model
 
 

@@ -36,6 +36,27 @@ class Factors:
     channel: Tensor | None = None
     kept: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        *,
+        hidden: Tensor | None,
+        attention: Tensor | None,
+        mlp: Tensor | None,
+        heads: Tensor | None,
+        channel: Tensor | None,
+        kv_heads: int,
+        head_dim: int,
+    ) -> "Factors":
+        """The factors whose heads are ``heads`` [blocks, heads], and what norms have to know of them."""
+        kept = {} if hidden is None else {"hidden": _nonzero(hidden)}
+        query = None
+        if heads is not None:
+            query = heads.repeat_interleave(head_dim, dim=1)
+            groups = heads.unflatten(1, (kv_heads, -1)).amax(2).repeat_interleave(head_dim, dim=1)
+            kept |= {"query": _nonzero(query), "key_value": _nonzero(groups)}
+        return cls(hidden=hidden, attention=attention, mlp=mlp, query=query, channel=channel, kept=kept)
+
     def trainable(self) -> dict[str, Tensor]:
         """The factors that gradients flow to, by name."""
         names = ("hidden", "attention", "mlp", "query", "channel")
@@ -144,21 +165,14 @@ class GateSet(nn.Module):
                 per_block = torch.ones(self.source.layers, device=device) if sublayer is None else sublayer
                 per_dimension = torch.ones(self.source.hidden, device=device) if hidden is None else hidden
                 residual[kind] = per_block[:, None] * per_dimension
-        kept = {} if hidden is None else {"hidden": _nonzero(hidden)}
-        query = None if heads is None else heads.repeat_interleave(self.source.head_dim, dim=1)
-        if heads is not None and query is not None:
-            groups = heads.unflatten(1, (self.source.kv_heads, -1)).amax(2)
-            kept |= {
-                "query": _nonzero(query),
-                "key_value": _nonzero(groups.repeat_interleave(self.source.head_dim, dim=1)),
-            }
-        return Factors(
+        return Factors.of(
             hidden=hidden,
             attention=residual.get(ATTENTION),
             mlp=residual.get(MLP),
-            query=query,
+            heads=heads,
             channel=gates.get(INTERMEDIATE),
-            kept=kept,
+            kv_heads=self.source.kv_heads,
+            head_dim=self.source.head_dim,
         )
 
     def _heads(self, gates: Mapping[str, Tensor]) -> Tensor | None:

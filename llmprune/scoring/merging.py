@@ -55,10 +55,14 @@ def merge(request: Request) -> tuple[KeptBlock, ...]:
         place = min(place - (config.merge_step if accepted else 1), len(live) - config.merge_size)
     if len(live) == request.layers:
         raise UserError(f"no merge keeps a mean cosine of {config.threshold}: lower --threshold or --merge-size")
-    return tuple(
-        KeptBlock(block, block, merge=tuple(sorted(mixtures[block].items())) if len(mixtures[block]) > 1 else None)
-        for block in live
-    )
+    return tuple(_kept(block, mixtures[block]) for block in live)
+
+
+def _kept(block: int, mixture: Mixture) -> KeptBlock:
+    """A block of the merged model; one that is made of a single block of the source is that block."""
+    if len(mixture) == 1:
+        return KeptBlock.whole(next(iter(mixture)))
+    return KeptBlock(block, block, merge=tuple(sorted(mixture.items())))
 
 
 def _mixture(parts: list[Mixture]) -> Mixture:

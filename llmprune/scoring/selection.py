@@ -71,7 +71,7 @@ class Opened:
     """The model itself, for the ways that look at it again.
 
     Attributes:
-        model: in memory, in evaluation mode.
+        model: in memory, in evaluation mode; merging changes its weights.
         tokens: its calibration samples, [samples, length].
         batch_size: samples that go through a block at a time.
     """

@@ -1,0 +1,61 @@
+"""Calibration samples from text, JSON lines and prepared data."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmprune.data.calibration import CalibrationConfig, calibration_samples
+from llmprune.data.dataset import MixedDataset
+from llmprune.errors import UserError
+from llmprune.models.loading import load_tokenizer
+
+
+def test_text_is_cut_into_samples_in_order(data: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(data / "tokenizer")
+    texts = ["one two three four five six " * 3, "alpha beta gamma delta " * 4]
+    with (tmp_path / "text.jsonl").open("w") as file:
+        for text in texts:
+            file.write(json.dumps({"body": text}) + "\n")
+    stream = [i for t in texts for i in [*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]]
+    config = CalibrationConfig(str(tmp_path / "text.jsonl"), samples=3, length=8, text_field="body")
+    assert calibration_samples(config, tokenizer).flatten().tolist() == stream[:24]
+    bos = tokenizer.bos_token_id
+    config.bos = "each"
+    each = calibration_samples(config, tokenizer)
+    assert each.shape == (3, 8) and (each[:, 0] == bos).all() and each[:, 1:].flatten().tolist() == stream[:21]
+    config.bos = "first"
+    first = calibration_samples(config, tokenizer)
+    assert first[0].tolist() == [bos, *stream[:7]] and first[1].tolist() == stream[8:16]
+
+
+def test_prepared_data_give_training_samples(data: Path) -> None:
+    tokenizer = load_tokenizer(data / "tokenizer")
+    samples = calibration_samples(CalibrationConfig(str(data), samples=6, length=16, seed=3), tokenizer)
+    stream = iter(MixedDataset(data, global_batch_size=6, weights=None, seed=3))
+    assert samples.tolist() == [next(stream)["input_ids"][:16].tolist() for _ in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": 0}, "at least 1 samples"),
+        ({"length": 4}, "at least 8 length"),
+        ({"bos": "all"}, "no BOS mode 'all'"),
+        ({"path": None}, "need calibration text"),
+        ({"path": "nowhere.txt"}, "nowhere.txt does not exist"),
+        ({"length": 64}, "have 32 tokens"),
+        ({"samples": 100000}, "ask for"),
+    ],
+)
+def test_mistakes(data: Path, changes: dict[str, object], message: str) -> None:
+    config = CalibrationConfig(**{"path": str(data), "samples": 2, "length": 16, **changes})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=message):
+        calibration_samples(config, load_tokenizer(data / "tokenizer"))
+
+
+def test_text_shorter_than_a_sample(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("one two")
+    config = CalibrationConfig(str(tmp_path / "short.txt"), samples=1, length=32)
+    with pytest.raises(UserError, match="text for 0 samples of 32 tokens"):
+        calibration_samples(config, load_tokenizer(data / "tokenizer"))

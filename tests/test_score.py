@@ -1,0 +1,190 @@
+"""Scoring as users start it: the command, the YAML on two ranks, offloaded; and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from llmprune.cli import app
+from llmprune.data.calibration import CalibrationConfig
+from llmprune.errors import UserError
+from llmprune.models.loading import load_tokenizer
+from llmprune.score import Source, save_scores, score
+from llmprune.scoring.scores import Scores
+from llmprune.scoring.settings import LayerScoringConfig
+from tests.conftest import random_model
+from tests.families.test_conformance import CONFIGS
+
+ROOT = Path(__file__).resolve().parents[1]
+SECTIONS = ("blocks", "subblocks", "spans", "pairs")
+
+
+def settings(data: Path, **changes: Any) -> LayerScoringConfig:
+    return LayerScoringConfig(CalibrationConfig(str(data), samples=7, length=24), **changes)
+
+
+def flat(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        return [number for name in sorted(value) for number in flat(value[name])]
+    return [number for item in value for number in flat(item)] if isinstance(value, list) else [value]
+
+
+def numbers(scores: Scores) -> list[float]:
+    return [number for section in SECTIONS for number in flat(scores.as_dict()[section])]
+
+
+@pytest.fixture(scope="module")
+def scores(trained_folder: Path, data: Path) -> Scores:
+    return score(Source(str(trained_folder), device="cpu"), settings(data))
+
+
+def test_everything_is_there(scores: Scores, tmp_path: Path) -> None:
+    values = scores.as_dict()
+    assert set(values["blocks"]) == {
+        "block_influence", "relative_magnitude", "magnitude_l1", "magnitude_l2", "taylor", "taylor_signed",
+        "perplexity", "tail", "random",
+    }  # fmt: skip
+    assert set(values["subblocks"]) == {"attention", "mlp"}
+    assert set(values["spans"]) == {"cosine", "angular"} and set(values["pairs"]) == {"cka"}
+    assert (values["schema"], values["num_blocks"]) == (1, 6)
+    files = save_scores(scores, tmp_path / "scores.json")
+    assert [file.name for file in files] == ["scores.json", "scores.png", "scores.spans.png", "scores.cka.png"]
+    assert all(file.stat().st_size > 1000 for file in files)
+    assert Scores.load(tmp_path / "scores.json") == scores
+
+
+def test_offloaded_gives_the_same(scores: Scores, trained_folder: Path, data: Path) -> None:
+    names = [name for name in settings(data).names() if not name.startswith("taylor")]
+    offloaded = score(Source(str(trained_folder)), settings(data, criteria=names, batch_size=3), offload=True)
+    for section in SECTIONS:
+        for name, found in offloaded.as_dict()[section].items():
+            assert flat(found) == pytest.approx(flat(scores.as_dict()[section][name]), rel=1e-5), name
+    assert offloaded.perplexity == pytest.approx(scores.perplexity, rel=1e-6)
+    with pytest.raises(UserError, match="taylor: there are no gradients when blocks are offloaded"):
+        score(Source(str(trained_folder)), settings(data, criteria=["taylor"]), offload=True)
+
+
+def test_offloaded_blocks_come_and_go(trained_folder: Path) -> None:
+    from llmprune.models.offloading import OffloadedModel
+
+    offloaded = OffloadedModel(trained_folder, dtype=torch.float32, device=torch.device("cpu"))
+    blocks = offloaded.model.model.layers
+    for number in range(6):
+        with offloaded.loaded(number):
+            assert [b.mlp.up_proj.weight.device.type for b in blocks].count("cpu") == 1
+            assert blocks[number].mlp.up_proj.weight.device.type == "cpu"
+    assert all(parameter.device.type == "meta" for parameter in blocks.parameters())
+
+
+def test_two_ranks_give_the_same(scores: Scores, trained_folder: Path, data: Path, tmp_path: Path) -> None:
+    command = [
+        str(Path(sys.executable).parent / "composer"), "-n", "2", "train.py", "yamls/score.yaml",
+        f"model.path={trained_folder}", f"layer_scoring.data.path={data}", "layer_scoring.data.samples=7",
+        "layer_scoring.data.length=24", f"run.folder={tmp_path}/run", "plan.criterion=taylor", "plan.remove=[2]",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = Scores.load(tmp_path / "run" / "scores.json")
+    assert numbers(found) == pytest.approx(numbers(scores), rel=1e-5)
+    kept = {block["attention"] for block in json.loads((tmp_path / "run" / "plan-2.json").read_text())["blocks"]}
+    taylor = scores.blocks["taylor"]
+    assert set(range(6)) - kept == set(sorted(range(6), key=taylor.__getitem__)[:2])
+
+
+def run(*arguments: str) -> None:
+    app(list(arguments), standalone_mode=False)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_score_plan_apply_verify_and_generate(
+    name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(data / "tokenizer")
+    random_model(CONFIGS[name]).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    model, plan, cut = (str(tmp_path / part) for part in ("model", "plan.json", "cut"))
+    run("score", model, "--data", str(data), "--samples", "3", "--seq-len", "16", "--out", str(tmp_path / "s.json"))
+    run("plan", str(tmp_path / "s.json"), "--criterion", "block_influence", "--remove", "2", "--out", plan)
+    run("apply", model, plan, "--out", cut)
+    capsys.readouterr()
+    run("verify", model, cut, "--plan", plan, "--json")
+    assert json.loads(capsys.readouterr().out)["max_rel"] <= 1e-5
+    smaller = AutoModelForCausalLM.from_pretrained(cut).eval()
+    assert smaller.config.num_hidden_layers == 2
+    prompt = tokenizer("one two three", return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with_cache = smaller.generate(prompt, use_cache=True, **options)
+    assert torch.equal(with_cache, smaller.generate(prompt, use_cache=False, **options))
+
+
+def refused(message: str, *arguments: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(*arguments)
+
+
+def test_mistakes(scores: Scores, trained_folder: Path, model_folder: Path, data: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "scores.json", str(tmp_path / "plan.json")
+    scores.save(path)
+    plan = ("plan", str(path), "--out", out)
+    refused("at least one must stay", *plan, "--criterion", "taylor", "--remove", "6")
+    refused("choose one way to select, not greedy and span", *plan, "--method", "greedy", "--span")
+    refused(
+        "no span of 5|only 4 of 6", *plan, "--criterion", "cosine", "--span", "--remove", "5", "--protect-first", "2"
+    )
+    refused("name the plan to write", "plan", str(path), "--criterion", "taylor", "--remove", "1")
+    refused("does not exist", "plan", str(tmp_path / "none.json"), "--out", out)
+    refused("exists already", "plan", str(path), "--out", str(path), "--criterion", "taylor", "--remove", "1")
+    greedy = ("--method", "greedy", "--remove", "1")
+    refused("the scores are of a model with the hash", *plan, *greedy, "--model", str(model_folder))
+    refused("no criterion 'bi'", "score", str(trained_folder), "--data", str(data), "--out", out, "--criteria", "bi")
+    refused("need calibration text", "score", str(trained_folder), "--out", out)
+    refused("the model takes 128", "score", str(trained_folder), "--data", str(data), "--out", out, "--seq-len", "129")
+    refused("must be a file whose name ends in .json", "score", str(trained_folder), "--out", str(tmp_path / "x.txt"))
+    run(*plan, "--criterion", "taylor", "--remove", "1")
+    refused("the plan was made for a model", "apply", str(model_folder), out, "--out", str(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "not valid JSON"),
+        (lambda text: json.dumps({**json.loads(text), "num_blocks": 5}), "is damaged"),
+        (lambda text: text.replace('"taylor": [', '"taylor": [1.0, '), "is damaged"),
+        (lambda text: text.replace('"mlp": [', '"mlp": [NaN, '), "is damaged"),
+        (lambda text: json.dumps({"schema": 1}), "holds no scores"),
+        (lambda text: json.dumps({**json.loads(text), "schema": 2}), "has schema 2"),
+    ],
+)
+def test_damaged_scores(scores: Scores, tmp_path: Path, damage: Any, message: str) -> None:
+    scores.save(tmp_path / "scores.json")
+    (tmp_path / "scores.json").write_text(damage((tmp_path / "scores.json").read_text()))
+    with pytest.raises(UserError, match=message):
+        Scores.load(tmp_path / "scores.json")
+
+
+def test_criteria_on_weights_need_no_text(trained_folder: Path, scores: Scores, tmp_path: Path) -> None:
+    run("score", str(trained_folder), "--criteria", "magnitude_l1,tail", "--out", str(tmp_path / "s.json"))
+    found = Scores.load(tmp_path / "s.json")
+    assert found.blocks["magnitude_l1"] == pytest.approx(scores.blocks["magnitude_l1"]) and not found.spans
+
+
+def test_comparison(scores: Scores, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores.save(tmp_path / "scores.json")
+    run("plan", str(tmp_path / "scores.json"), "--compare", "--remove", "2", "--json")
+    gone = json.loads(capsys.readouterr().out)
+    assert gone["tail"] == [4, 5] and all(len(blocks) == 2 for blocks in gone.values())
+    run("plan", str(tmp_path / "scores.json"), "--compare", "--remove", "2")
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == len(gone) + 2 and table[-1].split()[0] == "votes"
+
+
+def test_families_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    run("families", "--json")
+    listed = json.loads(capsys.readouterr().out)
+    assert {"llama", "gemma3", "opt", "gpt_neox", "phi3", "olmo2", "mixtral", "qwen3_moe"} <= set(listed)
+    assert "intermediate" not in listed["mixtral"]["gates"] and listed["opt"]["notes"]

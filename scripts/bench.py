@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
 from llmprune.files import write_json
 
@@ -226,6 +227,11 @@ def _peak_of_converting(folder: Path, kind: str) -> int:
     """How many bytes more than before are resident at the peak, mapped files included."""
     from llmprune.convert.commands import convert
 
+    return _peak_of(lambda: convert(folder / kind, folder / f"{kind}-cut"))
+
+
+def _peak_of(work: Callable[[], object]) -> int:
+    """How many bytes more than before are resident at the peak of some work, mapped files included."""
     stop, peak = threading.Event(), [0]
 
     def watch() -> None:
@@ -234,9 +240,11 @@ def _peak_of_converting(folder: Path, kind: str) -> int:
 
     before, watcher = _resident(), threading.Thread(target=watch)
     watcher.start()
-    convert(folder / kind, folder / f"{kind}-cut")
-    stop.set()
-    watcher.join()
+    try:
+        work()
+    finally:
+        stop.set()
+        watcher.join()
     return peak[0] - before
 
 
@@ -245,10 +253,150 @@ def _resident() -> int:
     return pages * resource.getpagesize()
 
 
+def scoring_model() -> tuple[PreTrainedModel, torch.Tensor, str]:
+    """A Llama of 24 blocks, calibration samples for it, and what they are in words."""
+    from transformers import LlamaConfig
+
+    from llmprune.models.loading import new_model
+
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=6,
+        tie_word_embeddings=True,
+    )
+    model = new_model(config, seed=0).eval()
+    tokens = torch.randint(config.vocab_size, (8, 128), generator=torch.Generator().manual_seed(0))
+    size = sum(p.numel() for p in model.parameters())
+    return model, tokens, f"{config.num_hidden_layers} blocks, {size / 1e6:.1f} M parameters, {tokens.numel()} tokens"
+
+
+def score_by(model: PreTrainedModel, tokens: torch.Tensor, names: Sequence[str]) -> None:
+    """Score a model by some criteria."""
+    from llmprune.scoring.criterion import ScoringJob
+    from llmprune.scoring.scorer import Scorer
+
+    job = ScoringJob(model.config.num_hidden_layers, torch.device("cpu"))
+    scorer = Scorer(model, names, job, batch_size=len(tokens))
+    scorer.update(tokens)
+    scorer.scores()
+
+
+def removal_perplexity(runs: int) -> Ratio:
+    """Perplexity of every single removal, together, over one pass for each with its block skipped."""
+    from llmprune.models.causal_lm import token_losses
+    from llmprune.models.walking import shortened
+
+    model, tokens, words = scoring_model()
+    layers = model.config.num_hidden_layers
+
+    @torch.no_grad()
+    def one_by_one() -> None:
+        for block in range(layers):
+            with shortened(model, [other for other in range(layers) if other != block]):
+                loss, count = token_losses(model(input_ids=tokens, use_cache=False).logits, tokens)
+            (loss.sum() / count.sum()).exp().item()
+
+    def together() -> None:
+        score_by(model, tokens, ["perplexity"])
+
+    return interleaved(together, one_by_one, runs, 0.60, f"perplexity of all removals / one pass each ({words})")
+
+
+def all_criteria(runs: int) -> Ratio:
+    """All criteria at once over the dearest alone."""
+    from llmprune.scoring.criteria import CRITERIA
+
+    model, tokens, words = scoring_model()
+    return interleaved(
+        lambda: score_by(model, tokens, CRITERIA.names()),
+        lambda: score_by(model, tokens, ["perplexity"]),
+        runs,
+        1.25,
+        f"all {len(CRITERIA.names())} criteria / perplexity of all removals alone ({words})",
+    )
+
+
+def offload_memory(runs: int) -> Ratio:
+    """Peak memory of ``score --offload`` over what it may hold, under a limit smaller than the model."""
+    with tempfile.TemporaryDirectory() as temporary:
+        model, block, outside = in_fresh_process(_model_of_gigabytes, Path(temporary))
+        samples, length, layers, hidden = 4, 64, 10, 4096
+        states = samples * length * hidden * 2 * (layers + 3)  # every variant's, and a block's input and output
+        allowed = 2 * block + outside + states
+        peak, limit = in_fresh_process(_peak_of_offloading, Path(temporary), samples, length)
+        words = (
+            f"peak memory of score --offload / 2 blocks, what is outside them and the states: {peak / 1e9:.2f} of "
+            f"{allowed / 1e9:.2f} GB; model {model / 1e9:.2f} GB, the process limited to {limit / 1e9:.2f} GB of data"
+        )
+        ratio = peak / allowed
+        return Ratio(ratio, ratio, ratio, 1.0, words)
+
+
+def _model_of_gigabytes(folder: Path) -> tuple[int, int, int]:
+    """Write a random Llama in bfloat16, block by block; the bytes of all of it, of a block, and of the rest."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from llmprune.files import write_json
+
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=10,
+        num_attention_heads=32,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        group = name.split(".")[2] if ".layers." in name else "outside"
+        groups.setdefault(group, {})[name] = parameter
+    sizes = {}
+    places: dict[str, str] = {}
+    for group, parameters in groups.items():
+        tensors = {name: torch.empty(p.shape, dtype=p.dtype).normal_(std=0.02) for name, p in parameters.items()}
+        save_file(tensors, folder / f"model-{group}.safetensors", metadata={"format": "pt"})
+        sizes[group] = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        places |= dict.fromkeys(tensors, f"model-{group}.safetensors")
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+    return sum(sizes.values()), sizes["0"], sizes["outside"]
+
+
+def _peak_of_offloading(folder: Path, samples: int, length: int) -> tuple[int, int]:
+    """The peak of scoring by perplexity and block influence, and the limit on the process's data meanwhile."""
+    from llmprune.models.offloading import OffloadedModel
+    from llmprune.scoring.criterion import ScoringJob
+    from llmprune.scoring.scorer import Scorer
+
+    limit = 3 * 2**30
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    tokens = torch.randint(4096, (samples, length), generator=torch.Generator().manual_seed(0))
+
+    def work() -> None:
+        device = torch.device("cpu")
+        offloaded = OffloadedModel(folder, dtype=torch.bfloat16, device=device)
+        job = ScoringJob(offloaded.model.config.num_hidden_layers, device)
+        scorer = Scorer(offloaded.model, ["perplexity", "block_influence"], job, batch_size=4, loaded=offloaded.loaded)
+        scorer.update(tokens)
+        scorer.scores()
+
+    return _peak_of(work), limit
+
+
 BENCHMARKS: dict[str, Callable[[int], Ratio]] = {
     "gated_step": gated_step,
     "data_prep": data_prep,
     "convert_memory": convert_memory,
+    "removal_perplexity": removal_perplexity,
+    "all_criteria": all_criteria,
+    "offload_memory": offload_memory,
 }
 
 

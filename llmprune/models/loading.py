@@ -162,6 +162,11 @@ class StoredWeights(Mapping[str, Tensor]):
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(name)
 
+    def shape(self, name: str) -> list[int]:
+        """The shape of one tensor."""
+        with safe_open(self._files[name], framework="pt") as file:
+            return list(file.get_slice(name).get_shape())
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read rows ``start`` to ``stop`` of one tensor."""
         with safe_open(self._files[name], framework="pt") as file:

@@ -1,5 +1,6 @@
 """A model whose blocks are read from its files when they are needed and dropped afterwards."""
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,9 +15,11 @@ from llmprune.errors import UserError
 from llmprune.families import family_of
 from llmprune.models.loading import StoredWeights, load_config
 
+PIECE = 2**21  # numbers read at a time
+
 
 class OffloadedModel:
-    """Holds what lies outside the blocks, one block, and the next one while it is being read.
+    """Holds what lies outside the blocks and one block; the next one's files are read ahead.
 
     Attributes:
         model: the model; its blocks have weights only within ``loaded``.
@@ -44,41 +47,50 @@ class OffloadedModel:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
         self._reader = ThreadPoolExecutor(max_workers=1)
-        self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._ahead: Future[None] | None = None
 
     @contextmanager
     def loaded(self, number: int) -> Iterator[None]:
-        """Give block ``number`` its weights; the one after it is read ahead."""
-        if self._next is not None and self._next[0] == number:
-            weights = self._next[1].result()
-        else:
-            weights = self._read_block(number)
-        self._next = None
-        if number + 1 < len(self._blocks):
-            self._next = number + 1, self._reader.submit(self._read_block, number + 1)
+        """Give block ``number`` its weights; meanwhile the next one's files are read ahead."""
+        if self._ahead is not None:
+            self._ahead.result()
         block = self._blocks[number]
         empty = dict(block.named_parameters())
-        for name in list(weights):
-            self._place(block, name, weights.pop(name))
+        for name, parameter in empty.items():
+            self._place(block, name, self._read(self._name(number, name), parameter))
+        if number + 1 < len(self._blocks):
+            self._ahead = self._reader.submit(self._read_ahead, number + 1)
         try:
             yield
         finally:
             for name, parameter in empty.items():
                 self._place(block, name, parameter)
 
-    def _read_block(self, number: int) -> dict[str, Tensor]:
-        return {
-            name: self._read(f"{self._prefix}.{number}.{name}", parameter)
-            for name, parameter in self._blocks[number].named_parameters()
-        }
+    def _name(self, number: int, name: str) -> str:
+        return f"{self._prefix}.{number}.{name}"
+
+    def _read_ahead(self, number: int) -> None:
+        """Let the system have a block's bytes in its file cache, which gives way where memory is short."""
+        for name, parameter in self._blocks[number].named_parameters():
+            for _ in self._pieces(self._name(number, name), parameter):
+                pass
 
     def _read(self, name: str, like: Tensor) -> Tensor:
+        tensor = torch.empty(like.shape, dtype=self._dtype, device=self._device)
+        for start, piece in self._pieces(name, like):
+            tensor[start : start + len(piece)] = piece
+        return tensor
+
+    def _pieces(self, name: str, like: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Some rows of a tensor at a time: a file's pages stay in memory as long as a tensor refers to them."""
         if name not in self._weights:
             raise UserError(f"the model's files have no tensor '{name}', which its config asks for")
-        tensor = self._weights[name]
-        if tensor.shape != like.shape:
-            raise UserError(f"'{name}' has the shape {list(tensor.shape)}; its config asks for {list(like.shape)}")
-        return tensor.to(self._device, self._dtype, copy=True)
+        shape = self._weights.shape(name)
+        if shape != list(like.shape):
+            raise UserError(f"'{name}' has the shape {shape}; its config asks for {list(like.shape)}")
+        rows = max(1, PIECE // max(math.prod(shape[1:]), 1))
+        for start in range(0, shape[0], rows):
+            yield start, self._weights.rows(name, start, min(start + rows, shape[0]))
 
     @staticmethod
     def _place(root: nn.Module, name: str, tensor: Tensor) -> None:

@@ -3,19 +3,12 @@
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from llmprune.config import load_config, save_config
+from llmprune.config import ScoringConfig, load_config, load_job, save_config
 from llmprune.errors import UserError
-from llmprune.families.llama import LLAMA
-from llmprune.gates.gate_set import GateSet
-from llmprune.gates.settings import make_goal
-from llmprune.surgery import Surgery
 
 ROOT = Path(__file__).parents[1]
 YAMLS = sorted((ROOT / "yamls").glob("*.yaml"))
-PAPERS = ROOT / "yamls" / "papers"
 
 MINIMAL = """
 run: {name: x}
@@ -94,34 +87,22 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_every_shipped_yaml_loads(path: Path) -> None:
-    config = load_config(path)
-    assert config.run.name == path.stem and config.data.path == "runs/quickstart/data"
+    job = load_job(path)
+    data = job.layer_scoring.data if isinstance(job, ScoringConfig) else job.data
+    assert job.run.name == path.stem and data.path == "runs/quickstart/data"
 
 
-# Sheared-LLaMA's published sizes.
-SHEARED = {"370m": 373_867_520, "1.3b": 1_345_423_360, "2.7b": 2_701_560_320}
-
-
-@pytest.mark.parametrize("size", SHEARED)
-def test_sheared_llama(size: str) -> None:
-    prune = load_config(PAPERS / f"sheared_llama_{size}_prune.yaml", ["data.path=somewhere"])
-    assert prune.l0_pruning is not None and prune.sharding is not None and prune.train.activation_checkpointing
-    tokens = 4096 * prune.train.global_batch_size * int(prune.train.duration.removesuffix("ba"))
-    assert tokens == pytest.approx(0.4e9, rel=0.05) and prune.l0_pruning.lagrangian_warmup == "640ba"
-    source = LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5)  # Llama-2-7B
-    shape = LLAMA.shape(source)
-    plan = GateSet(shape, make_goal(source, prune.l0_pruning)).plan("llama", "")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(Surgery(source, plan).config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == SHEARED[size]
-
-    continued = load_config(PAPERS / f"sheared_llama_{size}_continue.yaml", ["data.path=somewhere"])
-    tokens = 4096 * continued.train.global_batch_size * int(continued.train.duration.removesuffix("ba"))
-    assert tokens == pytest.approx(50e9, rel=0.01) and continued.l0_pruning is None and continued.sharding is not None
-    assert continued.model.path == f"runs/sheared_llama_{size}_pruned"
-    for config in (prune, continued):
-        assert config.data.weights is not None and sum(config.data.weights.values()) == pytest.approx(1)
-        assert (config.optimizer.lr, config.optimizer.betas, config.train.precision) == (1e-4, [0.9, 0.95], "amp_bf16")
+def test_a_scoring_job_has_its_own_keys(tmp_path: Path) -> None:
+    path = tmp_path / "score.yaml"
+    path.write_text("run: {name: x}\nmodel: {path: here}\nlayer_scoring: {criteria: [tail]}\n")
+    job = load_job(path, ["plan.remove=[2]", "layer_scoring.data.bos=each"])
+    assert isinstance(job, ScoringConfig) and job.plan is not None and job.plan.remove == [2]
+    save_config(job, tmp_path / "saved.yaml")
+    assert load_job(tmp_path / "saved.yaml") == job
+    with pytest.raises(UserError, match="unknown key 'layer_scoring.criterion'; did you mean 'criteria'"):
+        load_job(path, ["layer_scoring.criterion=tail"])
+    with pytest.raises(UserError, match="unknown key 'train"):
+        load_job(path, ["train.duration=3ba"])
 
 
 def test_a_base_is_laid_under(tmp_path: Path) -> None:

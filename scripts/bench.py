@@ -254,7 +254,7 @@ def _resident() -> int:
 
 
 def scoring_model() -> tuple[PreTrainedModel, torch.Tensor, str]:
-    """A Llama of 24 blocks, calibration samples for it, and what they are in words."""
+    """A Llama of 32 blocks, calibration samples for it, and what they are in words."""
     from transformers import LlamaConfig
 
     from llmprune.models.loading import new_model
@@ -263,7 +263,7 @@ def scoring_model() -> tuple[PreTrainedModel, torch.Tensor, str]:
         vocab_size=4096,
         hidden_size=384,
         intermediate_size=1024,
-        num_hidden_layers=24,
+        num_hidden_layers=32,
         num_attention_heads=6,
         tie_word_embeddings=True,
     )

@@ -222,8 +222,9 @@ class Family:
         count: Counter[str] = Counter()
         for _, role in self._in_block(config):
             for axis in AXES[role] if len(AXES[role]) == 2 else ():
-                for dimension in axis.dimensions:
-                    count[dimension] += axis.repeat * (dimension != "hidden")
+                count.update(
+                    {name: axis.dimensions.count(name) * axis.repeat for name in {*axis.dimensions} - {"hidden"}}
+                )
         return count
 
     def update(self, sublayer: str) -> str:

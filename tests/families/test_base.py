@@ -3,12 +3,14 @@
 from dataclasses import replace
 
 import pytest
-from transformers import GPT2Config, LlamaConfig
+import torch
+from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 from llmprune.errors import UserError
 from llmprune.families import Role, Shape, family_of, shape_from, target_shape
 from llmprune.families.llama import LLAMA, QWEN2
-from llmprune.models.loading import new_model
+from llmprune.gates.settings import L0PruningConfig, make_goal
+from llmprune.models.loading import new_model, parameter_names
 from tests.conftest import tiny_config
 
 LLAMA_2_7B = Shape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, intermediate=11008)
@@ -64,7 +66,7 @@ def test_impossible_targets_say_what_to_do(target: dict[str, int | None], messag
 
 
 def test_an_unknown_architecture_names_the_supported_ones() -> None:
-    with pytest.raises(UserError, match="'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3"):
+    with pytest.raises(UserError, match="'gpt2' is not supported; supported: gemma, gemma2, gemma3_text, "):
         family_of(GPT2Config())
 
 
@@ -82,3 +84,53 @@ def test_every_parameter_has_a_role() -> None:
 def test_damaged_shapes_are_refused(values: dict[str, int]) -> None:
     with pytest.raises(UserError):
         shape_from(values)
+
+
+def test_fused_projections_and_experts_count_as_what_they_hold() -> None:
+    assert LLAMA.matrices(tiny_config()) == {"query": 2, "key_value": 2, "channel": 3}
+    phi = tiny_config("phi3", pad_token_id=2)
+    assert family_of(phi).matrices(phi) == {"query": 2, "key_value": 2, "channel": 3}
+    neox = tiny_config("gpt_neox", num_attention_heads=4)
+    assert family_of(neox).matrices(neox) == {"query": 4, "channel": 2}
+    mixture = tiny_config("mixtral", num_local_experts=5)
+    assert family_of(mixture).matrices(mixture) == {"query": 2, "key_value": 2, "channel": 15}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (tiny_config("opt", do_layer_norm_before=False), "do_layer_norm_before = False are not supported"),
+        (tiny_config("opt", word_embed_proj_dim=16), "word_embed_proj_dim = 16 other than hidden_size = 32"),
+        (tiny_config("qwen3_moe", mlp_only_layers=[1]), "mlp_only_layers"),
+    ],
+)
+def test_variants_that_no_entry_describes_are_refused(config: PretrainedConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        family_of(config)
+
+
+def test_a_derived_head_size_says_which_shapes_work() -> None:
+    config = tiny_config("opt", num_attention_heads=4, word_embed_proj_dim=32)
+    family = family_of(config)
+    with pytest.raises(UserError, match="choose hidden 32 with heads 4, or hidden 24 with heads 3"):
+        family.check_shape(config, replace(family.shape(config), hidden=24))
+    family.check_shape(config, replace(family.shape(config), hidden=24, heads=3, kv_heads=3))
+
+
+def test_long_context_rope_fixes_the_head_size() -> None:
+    scaling = {"type": "longrope", "short_factor": [1.0] * 2, "long_factor": [2.0] * 2}
+    fields = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "hidden_size": 16, "pad_token_id": 2}
+    config = tiny_config("phi3", rope_scaling=scaling, original_max_position_embeddings=32, **fields)
+    family = family_of(config)
+    with pytest.raises(UserError, match="shrink together"):
+        family.with_shape(config, replace(family.shape(config), hidden=8), range(4))
+    with pytest.raises(UserError, match="choose gates on both hidden and kv_group"):
+        make_goal(config, L0PruningConfig(target_sparsity=0.3, gates=["hidden", "intermediate"]))
+    cut = family.with_shape(config, replace(family.shape(config), hidden=8, heads=2, kv_heads=1), range(4))
+    assert family.shape(type(cut)(**cut.to_dict())).hidden == 8
+
+
+def test_buffers_of_old_checkpoints_are_no_parameters() -> None:
+    config = tiny_config("gpt_neox", num_attention_heads=4)
+    weights = {name: torch.zeros(1) for name in ("gpt_neox.embed_in.weight", "gpt_neox.layers.0.attention.bias")}
+    assert parameter_names(weights, config) == ["gpt_neox.embed_in.weight"]

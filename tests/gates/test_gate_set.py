@@ -213,3 +213,17 @@ def test_uniform_shapes_are_multiples() -> None:
     goal = SizeGoal(SOURCE, LLAMA.matrices(tiny_config()), kinds, 0.5, {"hidden": 8, "intermediate": 16})
     plan = spread(GateSet(SOURCE, goal)).plan("llama", "")
     assert plan.shape.hidden % 8 == 0 and plan.shape.intermediate % 16 == 0
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.6])
+def test_hidden_and_heads_of_a_size_shrink_together_where_they_must(sparsity: float) -> None:
+    source = Shape(layers=4, hidden=64, heads=8, kv_heads=8, head_dim=8, intermediate=48)
+    kinds = ("hidden", "kv_group", "intermediate", "layer")
+    matrices = {"query": 4, "key_value": 0, "channel": 2}
+    goal = SizeGoal(source, matrices, kinds, sparsity, coupled=True)
+    gates = spread(GateSet(source, goal))
+    train(gates, 150)
+    shape = gates.plan("opt", "").shape
+    assert shape.hidden == shape.heads * 8
+    size = shape.layers * (4 * shape.heads * 8 + 2 * shape.intermediate) * shape.hidden
+    assert 1 - size / (4 * (4 * 64 + 2 * 48) * 64) == pytest.approx(sparsity, abs=0.03)

@@ -109,7 +109,8 @@ def _open(scores: Scores, model: str) -> Opened:
     settings = scores.settings
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(model, dtype=DTYPES[settings["dtype"]]).to(device).eval()
-    if not scores.data:
-        raise UserError("the scores were computed without calibration text: score again with --data")
-    tokens = calibration_samples(CalibrationConfig(**scores.data), load_tokenizer(settings["tokenizer"] or model))
-    return Opened(loaded, tokens.to(device), settings["batch_size"])
+    samples = None
+    if scores.data:
+        tokenizer = load_tokenizer(settings["tokenizer"] or model)
+        samples = calibration_samples(CalibrationConfig(**scores.data), tokenizer).to(device)
+    return Opened(loaded, samples, settings["batch_size"])

@@ -1,5 +1,6 @@
 """Scoring the blocks of a model: through Composer's trainer, or block by block from disk."""
 
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from composer import Trainer
 from composer.core import Evaluator
@@ -71,9 +73,11 @@ def score(source: Source, config: LayerScoringConfig, *, offload: bool = False) 
     family = family_of(model_config)
     shape = family.shape(model_config)
     tokens = _samples(source, config, names, getattr(model_config, "max_position_embeddings", None))
+    if not offload:
+        _check_memory(source)
     scored = _offloaded if offload else _by_trainer
     sections, perplexity = scored(source, config, names, tokens)
-    return Scores(
+    scores = Scores(
         model=str(resolve_model(source.model)) if Path(source.model).is_dir() else source.model,
         family=family.name,
         fingerprint=fingerprint(StoredWeights(source.model), model_config),
@@ -90,6 +94,8 @@ def score(source: Source, config: LayerScoringConfig, *, offload: bool = False) 
         perplexity=perplexity,
         **sections,
     )
+    scores.check()
+    return scores
 
 
 def save_scores(scores: Scores, out: Path | str) -> list[Path]:
@@ -108,6 +114,19 @@ def _samples(source: Source, config: LayerScoringConfig, names: list[str], limit
     if limit is not None and config.data.length > limit:
         raise UserError(f"samples of {config.data.length} tokens are too long: the model takes {limit}")
     return calibration_samples(config.data, load_tokenizer(source.tokenizer or source.model))
+
+
+def _check_memory(source: Source) -> None:
+    """Refuse a model that can't be held."""
+    weights = StoredWeights(source.model)
+    needed = sum(math.prod(weights.shape(name)) for name in weights) * DTYPES[source.dtype].itemsize
+    on_gpu = source.device == "gpu" or (source.device is None and torch.cuda.is_available())
+    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"in {source.dtype} the model takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: hold one block "
+            "at a time with --offload, or take bfloat16"
+        )
 
 
 def _by_trainer(

@@ -188,3 +188,53 @@ def test_families_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     listed = json.loads(capsys.readouterr().out)
     assert {"llama", "gemma3", "opt", "gpt_neox", "phi3", "olmo2", "mixtral", "qwen3_moe"} <= set(listed)
     assert "intermediate" not in listed["mixtral"]["gates"] and listed["opt"]["notes"]
+
+
+def test_a_model_that_is_no_longer_one(trained_folder: Path, data: Path, tmp_path: Path) -> None:
+    from llmprune.models.loading import load_model
+
+    model = load_model(trained_folder)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(data / "tokenizer").save_pretrained(tmp_path / "model")
+    refused(
+        "no number",
+        "score",
+        str(tmp_path / "model"),
+        "--data",
+        str(data),
+        "--seq-len",
+        "16",
+        "--out",
+        str(tmp_path / "s.json"),
+    )
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_a_model_larger_than_memory(trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    free = type(psutil.virtual_memory())(*[1000] * len(psutil.virtual_memory()))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    arguments = (
+        "score",
+        str(trained_folder),
+        "--device",
+        "cpu",
+        "--criteria",
+        "tail",
+        "--out",
+        str(tmp_path / "s.json"),
+    )
+    refused("hold one block at a time with --offload", *arguments)
+    run(*arguments, "--offload")
+
+
+def test_iterative_without_text(trained_folder: Path, tmp_path: Path) -> None:
+    scores, out = str(tmp_path / "s.json"), str(tmp_path / "plan.json")
+    run("score", str(trained_folder), "--criteria", "magnitude_l1", "--out", scores)
+    run("plan", scores, "--method", "iterative", "--criterion", "magnitude_l1", "--remove", "2", "--out", out)
+    refused(
+        "score again with --data", "plan", scores, "--method", "greedy", "--remove", "2", "--out", out, "--overwrite"
+    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ def iterative(request: Request) -> tuple[KeptBlock, ...]:
     for _ in range(request.remove):
         job = ScoringJob(
             len(live),
-            opened.tokens.device,
+            opened.model.device,
             settings["row_reduction"],
             settings["matrix_reduction"],
             settings["seed"],
@@ -124,15 +125,9 @@ def _check_memory(request: Request, opened: Opened) -> None:
     """Refuse what can't fit: the states of three models (present, best, tried) at every block."""
     size = next(opened.model.parameters()).element_size()
     needed = 3 * request.layers * opened.tokens.numel() * request.scores.source.hidden * size
-    free = _free_memory()
+    free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(
             f"greedy selection keeps {needed / 1e9:.1f} GB of states and {free / 1e9:.1f} GB are free: take fewer or "
             "shorter samples, or --method iterative --criterion perplexity, which keeps none"
         )
-
-
-def _free_memory() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)

@@ -1,7 +1,7 @@
 """scores.json: what scoring found, and for which model."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,20 @@ class Scores:
             )
         return section[criterion]
 
+    def check(self) -> None:
+        """Check that what was computed are numbers.
+
+        Raises:
+            UserError: a criterion gave none: the model does not compute.
+        """
+        for section in ("blocks", "subblocks", "spans", "pairs"):
+            for name, values in getattr(self, section).items():
+                if not all(math.isfinite(number) for number in _flat(values)):
+                    raise UserError(
+                        f"the criterion {name} came out as something that is no number: are the weights of "
+                        f"{self.model} whole, and is the dtype wide enough for them?"
+                    )
+
     def as_dict(self) -> dict[str, Any]:
         """What stands in scores.json."""
         return {"schema": 1, "num_blocks": self.layers, **asdict(self)}
@@ -97,6 +111,16 @@ class Scores:
         if layers != scores.layers or not _well_formed(scores):
             raise UserError(f"{path} is damaged: a criterion has too few, too many or impossible numbers; score again")
         return scores
+
+
+def _flat(values: Any) -> Iterator[float]:
+    if isinstance(values, Mapping):
+        values = values.values()
+    elif not isinstance(values, list):
+        yield values
+        return
+    for item in values:
+        yield from _flat(item)
 
 
 def _well_formed(scores: Scores) -> bool:

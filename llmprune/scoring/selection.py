@@ -72,13 +72,24 @@ class Opened:
 
     Attributes:
         model: in memory, in evaluation mode; merging changes its weights.
-        tokens: its calibration samples, [samples, length].
+        samples: its calibration samples, [samples, length]; None if it was scored without any.
         batch_size: samples that go through a block at a time.
     """
 
     model: PreTrainedModel
-    tokens: Tensor
+    samples: Tensor | None
     batch_size: int
+
+    @property
+    def tokens(self) -> Tensor:
+        """The calibration samples.
+
+        Raises:
+            UserError: there are none.
+        """
+        if self.samples is None:
+            raise UserError("the scores were computed without calibration text: score again with --data")
+        return self.samples
 
 
 @dataclass(frozen=True)

@@ -48,18 +48,47 @@ def test_the_gated_checkpoint_and_its_export_agree(pruned_run: Path, tmp_path: P
     assert compare(gated, dense).max_rel > 1e-2
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
+# Every family that gates can prune, with the target that its config can express.
+FAMILY_FIELDS = {
+    **dict.fromkeys(("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"), ""),
+    "mixtral": ", num_local_experts: 2",
+    "qwen3_moe": ", num_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 16",
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILY_FIELDS)
 def test_every_family_is_pruned_and_exported(model_type: str, data: Path, pruned_run: Path, tmp_path: Path) -> None:
     fields = "hidden_size: 32, intermediate_size: 48, num_hidden_layers: 4, num_attention_heads: 8, head_dim: 8"
+    fields += ", num_key_value_heads: 4" + FAMILY_FIELDS[model_type]
+    target = "layers: 3, hidden: 24, heads: 4" + ("" if FAMILY_FIELDS[model_type] else ", intermediate: 30")
+    check_run(f"{{model_type: {model_type}, {fields}}}", f"{{{target}}}", pruned_run, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "{model_type: opt, ffn_dim: 48, word_embed_proj_dim: 32, dropout: 0.0, @}",
+        "{model_type: gpt_neox, intermediate_size: 48, @}",
+    ],
+)
+def test_families_with_a_derived_head_size_too(config: str, pruned_run: Path, tmp_path: Path) -> None:
+    fields = "hidden_size: 32, num_hidden_layers: 4, num_attention_heads: 4"
+    target = "{layers: 3, hidden: 16, heads: 2, intermediate: 30}"
+    check_run(config.replace("@", fields), target, pruned_run, tmp_path)
+
+
+def check_run(model: str, target: str, pruned_run: Path, folder: Path) -> None:
+    """Prune a model of random weights in three batches: the export computes what the gated checkpoint does."""
     overrides = [
         "model.path=null",
-        f"model.config={{model_type: {model_type}, num_key_value_heads: 4, {fields}}}",
-        f"run.folder={tmp_path}/run",
+        f"model.config={model}",
+        f"l0_pruning.target={target}",
+        f"run.folder={folder}/run",
         "train.duration=3ba",
     ]
     train(load_config(pruned_run / "config.yaml", overrides))
-    assert convert(tmp_path / "run", tmp_path / "out").family == model_type
-    assert compare(open_for_comparison(tmp_path / "run"), open_for_comparison(tmp_path / "out")).max_rel <= 1e-5
+    convert(folder / "run", folder / "out")
+    assert compare(open_for_comparison(folder / "run"), open_for_comparison(folder / "out")).max_rel <= 1e-5
 
 
 def test_the_gates_of_a_checkpoint_are_not_used_by_apply(pruned_run: Path, tmp_path: Path) -> None:

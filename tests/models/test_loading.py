@@ -45,7 +45,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no config.json"):
         load_config(tmp_path)
     GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="'gpt2' is not supported; supported: llama"):
+    with pytest.raises(UserError, match="'gpt2' is not supported; supported: gemma"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="JSON"):

@@ -268,9 +268,9 @@ def scoring_model() -> tuple[PreTrainedModel, torch.Tensor, str]:
         tie_word_embeddings=True,
     )
     model = new_model(config, seed=0).eval()
-    tokens = torch.randint(config.vocab_size, (8, 128), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(config.vocab_size, (4, 256), generator=torch.Generator().manual_seed(0))
     size = sum(p.numel() for p in model.parameters())
-    return model, tokens, f"{config.num_hidden_layers} blocks, {size / 1e6:.1f} M parameters, {tokens.numel()} tokens"
+    return model, tokens, f"{config.num_hidden_layers} blocks, {size / 1e6:.1f} M parameters, 4 samples of 256 tokens"
 
 
 def score_by(model: PreTrainedModel, tokens: torch.Tensor, names: Sequence[str]) -> None:

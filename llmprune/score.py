@@ -64,8 +64,13 @@ def score(source: Source, config: LayerScoringConfig, *, offload: bool = False) 
     Raises:
         UserError: the model or the samples can't be read, or a criterion is impossible here.
     """
-    if source.dtype not in DTYPES:
-        raise UserError(f"dtype '{source.dtype}' is unknown; {nearest(source.dtype, DTYPES)}")
+    for key, value, valid in (
+        ("dtype", source.dtype, tuple(DTYPES)),
+        ("device", source.device or "cpu", ("cpu", "gpu")),
+        ("attention", source.attention, ("sdpa", "eager", "flash_attention_2")),
+    ):
+        if value not in valid:
+            raise UserError(f"{key} '{value}' is unknown; {nearest(value, valid)}")
     if source.device == "gpu" and not torch.cuda.is_available():
         raise UserError("the device is gpu, but there is none")
     names = config.names()

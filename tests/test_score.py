@@ -143,6 +143,8 @@ def test_mistakes(scores: Scores, trained_folder: Path, model_folder: Path, data
     refused("the scores are of a model with the hash", *plan, *greedy, "--model", str(model_folder))
     refused("no criterion 'bi'", "score", str(trained_folder), "--data", str(data), "--out", out, "--criteria", "bi")
     refused("need calibration text", "score", str(trained_folder), "--out", out)
+    refused("device 'tpu' is unknown", "score", str(trained_folder), "--out", out, "--device", "tpu")
+    refused("at least one must stay", "plan", str(path), "--compare", "--remove", "9")
     refused("the model takes 128", "score", str(trained_folder), "--data", str(data), "--out", out, "--seq-len", "129")
     refused("must be a file whose name ends in .json", "score", str(trained_folder), "--out", str(tmp_path / "x.txt"))
     run(*plan, "--criterion", "taylor", "--remove", "1")

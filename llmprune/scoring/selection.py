@@ -146,17 +146,18 @@ class Request:
             default: how many are protected at each end if the user does not say.
 
         Raises:
-            UserError: the protected blocks leave too few.
+            UserError: the protected blocks leave too few, or too many are to go.
         """
+        wanted = 1 if self.config.remove is None else self.remove
         ends = self.config.protect_first, self.config.protect_last
         first, last = (default if end is None else end for end in ends)
         if first < 0 or last < 0:
             raise UserError("protected blocks can't be fewer than none")
         blocks = list(range(first, self.layers - last))
-        if len(blocks) < (self.config.remove or 1):
+        if len(blocks) < wanted:
             raise UserError(
-                f"with the first {first} and the last {last} blocks protected only {max(len(blocks), 0)} of "
-                f"{self.layers} can go, not {self.config.remove or 1}"
+                f"with the first {first} and the last {last} blocks protected only {len(blocks)} of {self.layers} can "
+                f"go, not {wanted}"
             )
         return blocks
 

@@ -25,6 +25,25 @@ class DType(str, Enum):
     float16 = "float16"
 
 
+def _list_criteria(wanted: bool) -> None:
+    if wanted:
+        from llmprune.scoring.criteria import CRITERIA
+
+        _describe(CRITERIA.describe())
+
+
+def _list_methods(wanted: bool) -> None:
+    if wanted:
+        from llmprune.planning import SELECTIONS
+
+        _describe(SELECTIONS.describe())
+
+
+def _describe(choices: dict[str, str]) -> None:
+    print("\n".join(f"{name:20}{text}" for name, text in choices.items()))
+    raise typer.Exit
+
+
 @app.callback()
 def llmprune() -> None:
     """Prune large language models and train them back."""
@@ -98,6 +117,9 @@ def score(
     out: Annotated[str, typer.Option(help="File to write (.json); pictures are drawn beside it.")],
     data: Annotated[str | None, typer.Option(help="Prepared data, or text, Markdown or JSON lines.")] = None,
     criteria: Annotated[str | None, typer.Option(help="Names, separated by commas; default: all.")] = None,
+    names: Annotated[
+        bool, typer.Option("--names", help="List the criteria.", is_eager=True, callback=_list_criteria)
+    ] = False,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
     bos: Annotated[str, typer.Option(help="A BOS before no sample, the first or each: none, first, each.")] = "none",
@@ -152,7 +174,9 @@ def plan(
     merge_step: Annotated[int, typer.Option(help="Merging: blocks to go back after a merge.")] = 2,
     model: Annotated[str | None, typer.Option(help="Where the model lies, if it was moved since.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show what every criterion would drop.")] = False,
-    methods: Annotated[bool, typer.Option("--methods", help="List the ways to select.")] = False,
+    methods: Annotated[
+        bool, typer.Option("--methods", help="List the ways to select.", is_eager=True, callback=_list_methods)
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -162,9 +186,6 @@ def plan(
     from llmprune.scoring.scores import Scores
     from llmprune.scoring.selection import PlanConfig
 
-    if methods:
-        print("\n".join(f"{name:12}{text}" for name, text in planning.SELECTIONS.describe().items()))
-        return
     ways = [way for way, chosen in ((method, method), ("span", span), ("list", drop)) if chosen]
     if len(set(ways)) > 1:
         raise UserError(f"choose one way to select, not {' and '.join(map(str, ways))}")

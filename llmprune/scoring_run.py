@@ -67,7 +67,7 @@ def _write(config: ScoringConfig, scores: Scores, folder: Path) -> None:
     with output_folder(folder, overwrite=config.run.overwrite) as temporary:
         save_config(config, temporary / "config.yaml")
         save_scores(scores, temporary / "scores.json")
-        for count, plan in plans.items():
-            make_plan(scores, plan).save(temporary / f"plan-{count}.json")
+    for count, plan in plans.items():  # scores that took hours stay, whatever becomes of the plans
+        make_plan(scores, plan).save(folder / f"plan-{count}.json")
     names = ["scores.json", *(f"plan-{count}.json" for count in plans)]
     print(f"{folder}: {', '.join(names)}")

@@ -69,6 +69,17 @@ def test_offloaded_gives_the_same(scores: Scores, trained_folder: Path, data: Pa
         score(Source(str(trained_folder)), settings(data, criteria=["taylor"]), offload=True)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_can_be_offloaded(name: str, data: Path, tmp_path: Path) -> None:
+    random_model(CONFIGS[name]).save_pretrained(tmp_path)
+    load_tokenizer(data / "tokenizer").save_pretrained(tmp_path)
+    criteria = ["perplexity", "block_influence", "attention", "mlp", "magnitude_l1"]
+    plain, offloaded = (
+        score(Source(str(tmp_path)), settings(data, criteria=criteria), offload=o) for o in (False, True)
+    )
+    assert numbers(offloaded) == pytest.approx(numbers(plain), rel=1e-5)
+
+
 def test_offloaded_blocks_come_and_go(trained_folder: Path) -> None:
     from llmprune.models.offloading import OffloadedModel
 
@@ -183,6 +194,13 @@ def test_comparison(scores: Scores, tmp_path: Path, capsys: pytest.CaptureFixtur
     run("plan", str(tmp_path / "scores.json"), "--compare", "--remove", "2")
     table = capsys.readouterr().out.splitlines()
     assert len(table) == len(gone) + 2 and table[-1].split()[0] == "votes"
+
+
+def test_choices_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    run("plan", "--methods")
+    assert capsys.readouterr().out.startswith("lowest ")
+    run("score", "--names")
+    assert len(capsys.readouterr().out.splitlines()) == 14
 
 
 def test_families_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,7 +142,8 @@ def test_mistakes(scores: Scores, trained_folder: Path, model_folder: Path, data
     path, out = tmp_path / "scores.json", str(tmp_path / "plan.json")
     scores.save(path)
     plan = ("plan", str(path), "--out", out)
-    refused("at least one must stay", *plan, "--criterion", "taylor", "--remove", "6")
+    refused("6 of 6 blocks can't be removed: choose 1 to 5", *plan, "--criterion", "taylor", "--remove", "6")
+    refused("'cosine' scores spans: pass --span", *plan, "--criterion", "cosine", "--remove", "2")
     refused("choose one way to select, not greedy and span", *plan, "--method", "greedy", "--span")
     refused(
         "no span of 5|only 4 of 6", *plan, "--criterion", "cosine", "--span", "--remove", "5", "--protect-first", "2"
@@ -155,7 +156,7 @@ def test_mistakes(scores: Scores, trained_folder: Path, model_folder: Path, data
     refused("no criterion 'bi'", "score", str(trained_folder), "--data", str(data), "--out", out, "--criteria", "bi")
     refused("need calibration text", "score", str(trained_folder), "--out", out)
     refused("device 'tpu' is unknown", "score", str(trained_folder), "--out", out, "--device", "tpu")
-    refused("at least one must stay", "plan", str(path), "--compare", "--remove", "9")
+    refused("9 of 6 blocks can't be removed", "plan", str(path), "--compare", "--remove", "9")
     refused("the model takes 128", "score", str(trained_folder), "--data", str(data), "--out", out, "--seq-len", "129")
     refused("must be a file whose name ends in .json", "score", str(trained_folder), "--out", str(tmp_path / "x.txt"))
     run(*plan, "--criterion", "taylor", "--remove", "1")

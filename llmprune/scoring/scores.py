@@ -52,6 +52,8 @@ class Scores:
         Raises:
             UserError: it was not computed, or is none of blocks.
         """
+        if criterion in self.spans:
+            raise UserError(f"'{criterion}' scores spans: pass --span to remove one, or choose another criterion")
         return self._one(self.blocks, criterion, "blocks")
 
     def of_spans(self, criterion: str) -> Mapping[str, list[float]]:

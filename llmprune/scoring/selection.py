@@ -136,7 +136,7 @@ class Request:
         if count is None:
             raise UserError("say how many blocks go with --remove")
         if not 1 <= count < self.layers:
-            raise UserError(f"{count} blocks can't be removed: the model has {self.layers}, and at least one must stay")
+            raise UserError(f"{count} of {self.layers} blocks can't be removed: choose 1 to {self.layers - 1}")
         return count
 
     def removable(self, default: int = 0) -> list[int]:

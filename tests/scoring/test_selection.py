@@ -209,8 +209,8 @@ def test_merges_undo_what_they_tried(trained: PreTrainedModel, calibration: Tens
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (PlanConfig(criterion="given", remove=6), "the model has 6, and at least one must stay"),
-        (PlanConfig(criterion="given", remove=0), "0 blocks can't be removed"),
+        (PlanConfig(criterion="given", remove=6), "6 of 6 blocks can't be removed: choose 1 to 5"),
+        (PlanConfig(criterion="given", remove=0), "0 of 6 blocks can't be removed"),
         (PlanConfig(criterion="given"), "--remove"),
         (PlanConfig(remove=1), "--criterion"),
         (PlanConfig(criterion="gien", remove=1), "did you mean 'given'"),

@@ -34,16 +34,16 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path} is a git checkout; it is not overwritten")
 
 
-def check_json_output(path: Path | str, overwrite: bool) -> None:
-    """Check, before any work, that a JSON file can be written; its folder is made.
+def check_output(path: Path | str, suffix: str, overwrite: bool) -> None:
+    """Check, before any work, that a file can be written; its folder is made.
 
     Raises:
-        UserError: something stands at ``path``, it is no name of a JSON file, or its folder can't be made.
+        UserError: something stands at ``path``, its name does not end in ``suffix``, or its folder can't be made.
     """
     path = Path(path)
     refuse_existing(path, overwrite)
-    if path.suffix != ".json" or path.is_dir():
-        raise UserError(f"{path} must be a file whose name ends in .json")
+    if path.suffix != suffix or path.is_dir():
+        raise UserError(f"{path} must be a file whose name ends in {suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

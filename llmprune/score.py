@@ -1,6 +1,5 @@
 """Scoring the blocks of a model: through Composer's trainer, or block by block from disk."""
 
-import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -9,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from composer import Trainer
 from composer.core import Evaluator
@@ -24,6 +22,7 @@ from llmprune.errors import UserError, nearest
 from llmprune.families import family_of
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.loading import StoredWeights, fingerprint, load_config, load_model, load_tokenizer, resolve_model
+from llmprune.models.memory import check_memory
 from llmprune.models.offloading import OffloadedModel
 from llmprune.report.score_pictures import draw_scores
 from llmprune.scoring.criterion import ScoringJob
@@ -79,7 +78,12 @@ def score(source: Source, config: LayerScoringConfig, *, offload: bool = False) 
     shape = family.shape(model_config)
     tokens = _samples(source, config, names, getattr(model_config, "max_position_embeddings", None))
     if not offload:
-        _check_memory(source)
+        check_memory(
+            source.model,
+            dtype=DTYPES[source.dtype],
+            on_gpu=source.device == "gpu" or (source.device is None and torch.cuda.is_available()),
+            remedy="hold one block at a time with --offload, or take bfloat16",
+        )
     scored = _offloaded if offload else _by_trainer
     sections, perplexity = scored(source, config, names, tokens)
     scores = Scores(
@@ -119,19 +123,6 @@ def _samples(source: Source, config: LayerScoringConfig, names: list[str], limit
     if limit is not None and config.data.length > limit:
         raise UserError(f"samples of {config.data.length} tokens are too long: the model takes {limit}")
     return calibration_samples(config.data, load_tokenizer(source.tokenizer or source.model))
-
-
-def _check_memory(source: Source) -> None:
-    """Refuse a model that can't be held."""
-    weights = StoredWeights(source.model)
-    needed = sum(math.prod(weights.shape(name)) for name in weights) * DTYPES[source.dtype].itemsize
-    on_gpu = source.device == "gpu" or (source.device is None and torch.cuda.is_available())
-    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
-    if needed > free:
-        raise UserError(
-            f"in {source.dtype} the model takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: hold one block "
-            "at a time with --offload, or take bfloat16"
-        )
 
 
 def _by_trainer(

@@ -44,7 +44,7 @@ def resolve_model(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model"]))
     except Exception as error:  # the hub client raises many kinds: bad names, no network, no access
-        reason = str(error).strip().splitlines()[0]
+        reason = _first_line(error)
         raise UserError(f"the model '{model}' is neither a folder nor reachable on the hub ({reason})") from None
 
 
@@ -59,7 +59,7 @@ def load_config(model: str | Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         model_type = read_json(folder / "config.json").get("model_type", "unknown")
-        reason = str(error).strip().splitlines()[0]
+        reason = _first_line(error)
         raise UserError(f"{folder}/config.json (model type '{model_type}') can't be used: {reason}") from None
     family_of(config)
     return config
@@ -79,12 +79,48 @@ def load_model(
         UserError: it can't be read, or its architecture is not supported.
     """
     load_config(model)
+    return load_any_model(model, dtype=dtype, attention=attention)
+
+
+def load_any_model(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    attention: str = "sdpa",
+    device_map: str | None = None,
+    adapter: str | Path | None = None,
+) -> PreTrainedModel:
+    """A causal LM of any architecture that Transformers knows, quantised ones too, in evaluation mode.
+
+    Args:
+        model: folder or hub name.
+        dtype: of the weights; "auto" = as stored.
+        attention: ``sdpa``, ``eager`` or ``flash_attention_2``.
+        device_map: how to spread the model over devices (``auto``); None = in this process's main memory.
+        adapter: folder of a PEFT adapter to put on the model.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    folder = resolve_model(model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the model {model} can't be loaded: {reason}") from None
-    return loaded
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, device_map=device_map
+        )
+    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"the model {model} can't be loaded: {_first_line(error)}") from None
+    if adapter is not None:
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise UserError(f"{adapter} holds no adapter: it has no adapter_config.json")
+        try:
+            loaded.load_adapter(str(adapter))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"the adapter {adapter} does not fit {model}: {_first_line(error)}") from None
+    return loaded.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def new_model(config: PretrainedConfig, *, seed: int, attention: str = "sdpa") -> PreTrainedModel:
@@ -127,7 +163,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder if folder.is_dir() else resolve_model(model))
     except (OSError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = _first_line(error)
         raise UserError(f"{model} has no usable tokenizer: {reason}") from None
 
 
@@ -166,6 +202,10 @@ class StoredWeights(Mapping[str, Tensor]):
         """The shape of one tensor."""
         with safe_open(self._files[name], framework="pt") as file:
             return list(file.get_slice(name).get_shape())
+
+    def size(self) -> int:
+        """The bytes of all files."""
+        return sum(path.stat().st_size for path in set(self._files.values()))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read rows ``start`` to ``stop`` of one tensor."""

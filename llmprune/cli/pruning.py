@@ -1,28 +1,12 @@
-"""The command ``llmprune``: it only delegates. Imports are inside the commands, so that --help is quick."""
+"""Deciding what goes, cutting it out, and making sure."""
 
 import json
-import sys
-from enum import Enum
 from typing import Annotated
 
 import typer
 
+from llmprune.cli.options import DType, Json, Out, Overwrite, PushToHub, app, names_in
 from llmprune.errors import UserError
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
-Out = Annotated[str, typer.Option(help="Folder to write.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-PushToHub = Annotated[str | None, typer.Option(help="Also upload OUT to the Hugging Face hub under this name.")]
-
-
-class DType(str, Enum):
-    """Number formats that weights can be written in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def _list_criteria(wanted: bool) -> None:
@@ -42,11 +26,6 @@ def _list_methods(wanted: bool) -> None:
 def _describe(choices: dict[str, str]) -> None:
     print("\n".join(f"{name:20}{text}" for name, text in choices.items()))
     raise typer.Exit
-
-
-@app.callback()
-def llmprune() -> None:
-    """Prune large language models and train them back."""
 
 
 @app.command()
@@ -136,17 +115,17 @@ def score(
 ) -> None:
     """Score every block of a model by every criterion, in one pass."""
     from llmprune.data.calibration import CalibrationConfig
-    from llmprune.files import check_json_output
+    from llmprune.files import check_output
     from llmprune.score import Source, save_scores
     from llmprune.score import score as score_model
     from llmprune.scoring.settings import LayerScoringConfig
 
-    check_json_output(out, overwrite)
+    check_output(out, ".json", overwrite)
     scores = score_model(
         Source(model, dtype=dtype.value, device=device),
         LayerScoringConfig(
             CalibrationConfig(data, samples, seq_len, bos, text_field, seed),
-            None if criteria is None else criteria.split(","),
+            names_in(criteria),
             batch_size,
             row_reduction,
             matrix_reduction,
@@ -182,7 +161,7 @@ def plan(
 ) -> None:
     """Choose what goes by scores; OUT is a plan for `llmprune apply`."""
     from llmprune import planning
-    from llmprune.files import check_json_output
+    from llmprune.files import check_output
     from llmprune.scoring.scores import Scores
     from llmprune.scoring.selection import PlanConfig
 
@@ -193,7 +172,7 @@ def plan(
         method=(ways or ["lowest"])[0] or "lowest",
         criterion=criterion,
         remove=remove,
-        drop=None if drop is None else drop.split(","),
+        drop=names_in(drop),
         protect_first=protect_first,
         protect_last=protect_last,
         threshold=threshold,
@@ -207,7 +186,7 @@ def plan(
         return
     if out is None:
         raise UserError("name the plan to write with --out")
-    check_json_output(out, overwrite)
+    check_output(out, ".json", overwrite)
     made = planning.make_plan(loaded, config, model=model)
     made.save(out)
     removed = planning.removed_blocks(made)
@@ -238,16 +217,3 @@ def families(as_json: Json = False) -> None:
         print(f"{'':10} blocks by scores; gates on {', '.join(gates[name])}")
         for note in family.notes():
             print(f"{'':10} {note}")
-
-
-def main() -> None:
-    """Run the command; a mistake of the user's is one line on standard error and exit code 2."""
-    try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

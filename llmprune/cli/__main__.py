@@ -1,0 +1,5 @@
+"""``python -m llmprune.cli``."""
+
+from llmprune.cli import main
+
+main()

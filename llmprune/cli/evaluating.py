@@ -1,0 +1,167 @@
+"""How good models are."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from llmprune.cli.options import Json, app, names_in
+from llmprune.errors import UserError
+
+Models = Annotated[list[str], typer.Argument(metavar="MODEL…", help="Hugging Face folders or hub names.")]
+DTypeToRun = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16; auto = as stored.")]
+Device = Annotated[str | None, typer.Option(help="cpu or gpu; default: what is there.")]
+DeviceMap = Annotated[str | None, typer.Option(help="auto: spread over all devices and the machine's memory.")]
+Attention = Annotated[str, typer.Option(help="sdpa, eager or flash_attention_2.")]
+Adapter = Annotated[str | None, typer.Option(help="Folder of a PEFT adapter to put on the model.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Continuations: tokens at most.")]
+Temperature = Annotated[float, typer.Option(help="Continuations: 0 = always the likeliest token.")]
+TopP = Annotated[float, typer.Option(help="Continuations: sample from the likeliest that make up so much.")]
+TopK = Annotated[int, typer.Option(help="Continuations: sample from so many of the likeliest; 0 = all.")]
+PerPrompt = Annotated[int, typer.Option(help="Continuations of each prompt.")]
+Seed = Annotated[int, typer.Option(help="Of the sampling.")]
+Share = Annotated[
+    float | None, typer.Option(help="Take this share of each text as its prompt, the rest as its reference.")
+]
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str] | None, typer.Argument(metavar="MODEL…", help="Folders or hub names.")] = None,
+    out: Annotated[str | None, typer.Option(help="File to write (.json); logs of samples go beside it.")] = None,
+    perplexity: Annotated[list[str] | None, typer.Option(help="Text or prepared data; may be repeated.")] = None,
+    segment: Annotated[int, typer.Option(help="Perplexity: tokens of a segment.")] = 128,
+    stride: Annotated[int | None, typer.Option(help="Perplexity: tokens between segments; default: segment.")] = None,
+    bos: Annotated[
+        str, typer.Option(help="Perplexity: where a BOS stands: none, once, each, or several.")
+    ] = "once,each",
+    samples_per_domain: Annotated[int | None, typer.Option(help="Perplexity: of prepared data at most.")] = None,
+    text_field: Annotated[str, typer.Option(help="Field of a JSON record that holds the text.")] = "text",
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval or suites, separated by commas.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Tasks: examples in the prompt.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Tasks: questions of each, or a share below 1.")] = None,
+    include_path: Annotated[str | None, typer.Option(help="Tasks: folder with task files of your own.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Continuations: prompts with references.")] = None,
+    prompt_share: Share = None,
+    generated: Annotated[list[str] | None, typer.Option(help="Score what `llmprune generate` wrote.")] = None,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    per_prompt: PerPrompt = 1,
+    seed: Seed = 17,
+    batch_size: Annotated[str, typer.Option(help="Samples per forward pass, or auto.")] = "8",
+    adapter: Adapter = None,
+    dtype: DTypeToRun = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    attention: Attention = "sdpa",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, tasks and continuations of one or several models."""
+    from pathlib import Path
+
+    from llmprune.evaluation.continuations import GenerationConfig, continuation_scores, read_continuations
+    from llmprune.evaluation.evaluate import EvaluationConfig, table
+    from llmprune.evaluation.evaluate import evaluate as evaluate_models
+    from llmprune.evaluation.perplexity import PerplexityConfig
+    from llmprune.evaluation.tasks import TasksConfig
+    from llmprune.files import check_output, write_json
+    from llmprune.models.opened import Placement
+
+    if out is not None:
+        check_output(out, ".json", overwrite)
+    results: dict[str, object] = {"schema": 1, "models": {}}
+    written = {
+        path: {"continuations": {Path(path).stem: continuation_scores(read_continuations(path))}}
+        for path in generated or ()
+    }
+    if models:
+        results = evaluate_models(
+            models,
+            EvaluationConfig(
+                perplexity or (),
+                PerplexityConfig(segment, stride, names_in(bos) or (), text_field, samples_per_domain),
+                TasksConfig(names_in(tasks) or (), num_fewshot, limit, include_path),
+                prompts,
+                prompt_share,
+                GenerationConfig(max_new_tokens, temperature, top_p, top_k, per_prompt, seed),
+                int(batch_size) if batch_size.lstrip("-").isdigit() else batch_size,
+            ),
+            Placement(dtype, device, device_map, attention, adapter),
+            None if out is None else Path(out).with_suffix(".samples"),
+            overwrite=overwrite,
+        )
+    elif not written:
+        raise UserError("name a model to evaluate, or continuations to score with --generated")
+    if written:
+        results["generated"] = written
+    if out is not None:
+        write_json(out, results)
+    print(json.dumps(results) if as_json else table(results))
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub name.")],
+    prompts: Annotated[str, typer.Option(help="Text, a prompt a line, or JSON lines with prompt and reference.")],
+    out: Annotated[str, typer.Option(help="JSON lines to write: prompt, output, reference.")],
+    prompt_share: Share = None,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    per_prompt: PerPrompt = 1,
+    seed: Seed = 17,
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
+    adapter: Adapter = None,
+    dtype: DTypeToRun = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    attention: Attention = "sdpa",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Let a model go on from prompts."""
+    from llmprune.evaluation.continuations import (
+        GenerationConfig,
+        read_prompts,
+        save_continuations,
+        write_continuations,
+    )
+    from llmprune.files import check_output
+    from llmprune.models.opened import Placement, open_model
+
+    check_output(out, ".jsonl", overwrite)
+    config = GenerationConfig(max_new_tokens, temperature, top_p, top_k, per_prompt, seed, batch_size)
+    config.check()
+    read = read_prompts(prompts, prompt_share)
+    records = write_continuations(
+        open_model(model, Placement(dtype, device, device_map, attention, adapter)), read, config
+    )
+    save_continuations(records, out)
+    print(f"{out}: {len(records)} continuations")
+
+
+@app.command()
+def stability(
+    before: Annotated[str, typer.Argument(help="The original's answers: lm-eval sample logs, or OpenCompass's.")],
+    after: Annotated[str, typer.Argument(help="The smaller model's answers to the same questions.")],
+    tokenizer: Annotated[str | None, typer.Option(help="The original, for logs of lm-eval's own command.")] = None,
+    as_json: Json = False,
+) -> None:
+    """How far a smaller model still gives the original's answers, in percent."""
+    from dataclasses import asdict
+
+    from llmprune.evaluation.stability import read_answers
+    from llmprune.evaluation.stability import stability as compare
+    from llmprune.models.loading import load_tokenizer
+
+    counting = None if tokenizer is None else load_tokenizer(tokenizer)
+    found = compare(read_answers(before, counting), read_answers(after, counting))
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    for subject, value in found.subjects.items():
+        print(f"{subject:40}{value:8.2f}")
+    print(f"{'overall':40}{found.overall:8.2f}")

@@ -1,0 +1,31 @@
+"""What the commands share."""
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+Out = Annotated[str, typer.Option(help="Folder to write.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+PushToHub = Annotated[str | None, typer.Option(help="Also upload OUT to the Hugging Face hub under this name.")]
+
+
+class DType(str, Enum):
+    """Number formats that weights can be written in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def names_in(text: str | None) -> list[str] | None:
+    """The names in a list separated by commas."""
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+@app.callback()
+def llmprune() -> None:
+    """Prune large language models and train them back."""

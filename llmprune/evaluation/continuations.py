@@ -1,0 +1,213 @@
+"""Continuations of prompts: writing them, and how near they come to a reference."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sacrebleu
+import torch
+from rapidfuzz.distance import Levenshtein
+from rouge_score.rouge_scorer import RougeScorer
+from transformers import set_seed
+
+from llmprune.errors import UserError
+from llmprune.files import write_text
+from llmprune.models.opened import OpenedModel
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How continuations are written.
+
+    Attributes:
+        max_new_tokens: at most so many each.
+        temperature: 0 = always the likeliest token.
+        top_p: sample among the likeliest tokens that have so much of the probability together.
+        top_k: sample among so many of the likeliest; 0 = all.
+        per_prompt: continuations of each prompt.
+        seed: of the sampling.
+        batch_size: prompts at a time.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.6
+    top_p: float = 0.9
+    top_k: int = 0
+    per_prompt: int = 1
+    seed: int = 17
+    batch_size: int = 8
+
+    def check(self) -> None:
+        """Raise ``UserError`` for what can't be."""
+        for name, good, wanted in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "be positive"),
+            ("temperature", self.temperature >= 0, "be zero or positive"),
+            ("top_p", 0 < self.top_p <= 1, "lie in (0, 1]"),
+            ("top_k", self.top_k >= 0, "be zero or positive"),
+            ("per_prompt", self.per_prompt >= 1, "be positive"),
+            ("batch_size", self.batch_size >= 1, "be positive"),
+        ):
+            if not good:
+                raise UserError(f"{name} is {getattr(self, name)}; it must {wanted}")
+        if self.per_prompt > 1 and self.temperature == 0:
+            raise UserError("several continuations of a prompt would all be the same: set a temperature above 0")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What ``model.generate`` takes."""
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "num_return_sequences": self.per_prompt,
+            **(
+                sampling
+                if self.temperature
+                else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            ),
+        }
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to go on from, and what it went on with, if that is known."""
+
+    prompt: str
+    reference: str | None = None
+
+
+def read_prompts(path: Path | str, share: float | None = None) -> list[Prompt]:
+    """The prompts in a file: text, one a line, or JSON lines {"prompt", "reference"}.
+
+    Args:
+        path: the file.
+        share: take this share of each line's words as the prompt and the rest as its reference (of a JSON record: those
+            of its field "text").
+
+    Raises:
+        UserError: the file can't be read or holds no prompts.
+    """
+    if share is not None and not 0 < share < 1:
+        raise UserError(f"the share of a text that is the prompt must lie between 0 and 1; got {share}")
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        record = _record(path, number, line, "prompt" if share is None else "text")
+        if share is None:
+            prompts.append(Prompt(record["prompt"], record.get("reference")))
+        else:
+            words = record["text"].split(" ")
+            cut = max(round(share * len(words)), 1)
+            prompts.append(Prompt(" ".join(words[:cut]), " " + " ".join(words[cut:])))
+    if not prompts:
+        raise UserError(f"{path} holds no prompts")
+    return prompts
+
+
+def _record(path: Path, number: int, line: str, name: str) -> dict[str, Any]:
+    if path.suffix not in (".jsonl", ".ndjson"):
+        return {name: line}
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{number} is no JSON ({error})") from None
+    if not isinstance(record, dict) or not isinstance(record.get(name), str):
+        raise UserError(f"{path}:{number} has no field '{name}' with a text")
+    return record
+
+
+@torch.inference_mode()
+def write_continuations(
+    opened: OpenedModel, prompts: Sequence[Prompt], config: GenerationConfig
+) -> list[dict[str, Any]]:
+    """Let a model go on from every prompt.
+
+    The same model, prompts and settings, the batch size among them, give the same text again.
+
+    Returns:
+        Records {"prompt", "output", "reference"}; ``per_prompt`` for each prompt, one after the other.
+
+    Raises:
+        UserError: a prompt has no tokens or leaves no room for an output.
+    """
+    config.check()
+    model, tokenizer = opened.model, opened.tokenizer
+    pad = next(t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    encoded = [tokenizer(prompt.prompt)["input_ids"] for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids or (limit is not None and len(ids) + config.max_new_tokens > limit):
+            raise UserError(
+                f"the prompt '{prompt.prompt[:40]}' has {len(ids)} tokens: with {config.max_new_tokens} new ones it "
+                f"must have between 1 and {limit} together"
+            )
+    set_seed(config.seed)
+    outputs: list[str] = []
+    for first in range(0, len(prompts), config.batch_size):
+        ids = encoded[first : first + config.batch_size]
+        longest = max(map(len, ids))
+        inputs = torch.tensor([[pad] * (longest - len(i)) + i for i in ids], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids], device=model.device)
+        written = model.generate(input_ids=inputs, attention_mask=mask, pad_token_id=pad, **config.arguments)
+        outputs += tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+    repeated = [prompt for prompt in prompts for _ in range(config.per_prompt)]
+    return [
+        {"prompt": prompt.prompt, "output": output, "reference": prompt.reference}
+        for prompt, output in zip(repeated, outputs, strict=True)
+    ]
+
+
+def save_continuations(records: Sequence[dict[str, Any]], path: Path | str) -> None:
+    """Write records as JSON lines."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def read_continuations(path: Path | str) -> list[dict[str, Any]]:
+    """Records that ``llmprune generate`` has written.
+
+    Raises:
+        UserError: they can't be read.
+    """
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".ndjson"):
+        raise UserError(f"{path} must be JSON lines with prompt, output and reference (.jsonl)")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
+    return [_record(path, number, line, "output") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def continuation_scores(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How near outputs come to their references, each in percent.
+
+    Returns:
+        BLEU and chrF over the whole corpus (sacrebleu), ROUGE-1, -2 and -L (F measure, mean over outputs) and the
+        edit similarity (1 − Levenshtein distance / length of the longer, mean over outputs); and how many there were.
+
+    Raises:
+        UserError: no record has a reference.
+    """
+    pairs = [(r["output"], r["reference"]) for r in records if r.get("reference")]
+    if not pairs:
+        raise UserError("the continuations have no references to be scored against")
+    outputs, references = [output for output, _ in pairs], [reference for _, reference in pairs]
+    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
+    rouge = [scorer.score(reference, output) for output, reference in pairs]
+    return {
+        "bleu": sacrebleu.corpus_bleu(outputs, [references]).score,
+        "chrf": sacrebleu.corpus_chrf(outputs, [references]).score,
+        **{name: 100 * statistics.fmean(found[name].fmeasure for found in rouge) for name in ROUGE},
+        "edit_similarity": 100 * statistics.fmean(Levenshtein.normalized_similarity(o, r) for o, r in pairs),
+        "outputs": len(pairs),
+    }

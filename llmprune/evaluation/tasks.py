@@ -1,0 +1,210 @@
+"""Tasks of the lm-evaluation-harness, run through its Python API."""
+
+import json
+import logging
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import numpy as np
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager, get_task_dict
+from lm_eval.utils import handle_non_serializable
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmprune.errors import UserError, nearest
+from llmprune.evaluation.suites import SUITES, expand
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    """Which tasks, and how much of them.
+
+    Attributes:
+        names: tasks of lm-eval, or suites: commonsense7, reassessing8, streamline7, sheared.
+        num_fewshot: examples in the prompt, in place of the suites' and the tasks' own.
+        limit: so many questions of each task, or a share below 1; None = all.
+        include_path: folder with further task files (YAML), whose data may be local.
+    """
+
+    names: Sequence[str] = ()
+    num_fewshot: int | None = None
+    limit: float | None = None
+    include_path: str | None = None
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """What tasks gave.
+
+    Attributes:
+        tasks: metrics by task; a task that was run at several shots is there as TASK@SHOTS.
+        averages: of each suite that was asked for: the mean of its tasks' main metrics.
+        samples: lm-eval's log of every question, by task.
+    """
+
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    averages: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+@lru_cache
+def task_manager(include_path: str | None) -> TaskManager:
+    """lm-eval's index of all tasks; making it takes seconds."""
+    return TaskManager(include_path=include_path)
+
+
+class Tasks:
+    """The chosen tasks, found and loaded."""
+
+    def __init__(self, config: TasksConfig) -> None:
+        """Find every task and load its data.
+
+        Raises:
+            UserError: a task is unknown, or its data can't be had.
+        """
+        self.config = config
+        self.runs = expand(config.names, config.num_fewshot)
+        if config.limit is not None and config.limit <= 0:
+            raise UserError(f"limit is {config.limit}; it must be positive")
+        if config.include_path is not None and not Path(config.include_path).is_dir():
+            raise UserError(f"{config.include_path} is no folder with task files")
+        with _quiet(), _random_state_kept():
+            for task in dict.fromkeys(run.task for run in self.runs):
+                if task not in self._manager.all_tasks:
+                    hint = nearest(task, [*SUITES, *self._manager.all_tasks])
+                    hint = hint if len(hint) < 200 else "lm-eval lists its tasks with `lm-eval --tasks list`"
+                    raise UserError(f"there is no task or suite '{task}'; {hint}")
+                try:
+                    get_task_dict([task], self._manager)
+                except Exception as error:  # data sets raise many kinds: no network, no such file, no such field
+                    reason = " ".join(str(error).split())[:200] or type(error).__name__
+                    raise UserError(f"the task '{task}' can't be loaded: {reason}") from None
+
+    @property
+    def _manager(self) -> TaskManager:
+        return task_manager(self.config.include_path)
+
+    def run(self, lm: HFLM) -> TaskResults | None:
+        """Run all tasks; global random state is left as it was.
+
+        Returns:
+            The results on the first rank, None on others.
+        """
+        results = TaskResults()
+        times = [run.task for run in self.runs]
+        ordered = sorted(self.runs, key=lambda run: -1 if run.shots is None else run.shots)
+        for shots, runs in groupby(ordered, key=lambda run: run.shots):
+            with _quiet(), _random_state_kept():
+                found = lm_eval.simple_evaluate(
+                    lm,
+                    tasks=[run.task for run in runs],
+                    num_fewshot=shots,
+                    limit=self.config.limit,
+                    task_manager=self._manager,
+                )
+            if found is None:
+                continue
+            for task, values in found["results"].items():
+                several = times.count(task) > 1
+                name = f"{task}@{shots}" if several else task
+                results.tasks[name] = _metrics(values) | {"num_fewshot": found["n-shot"].get(task, shots)}
+            for task, samples in found["samples"].items():
+                results.samples[f"{task}@{shots}" if times.count(task) > 1 else task] = [
+                    _with_option_tokens(sample, lm) for sample in samples
+                ]
+        if lm.rank:
+            return None
+        for suite in [name for name in self.config.names if name in SUITES]:
+            results.averages[suite] = self._average(suite, results.tasks)
+        return results
+
+    def _average(self, suite: str, found: Mapping[str, Mapping[str, Any]]) -> float:
+        values = []
+        for run in expand([suite], self.config.num_fewshot):
+            metrics = found.get(f"{run.task}@{run.shots}") or found[run.task]
+            values.append(next(v for name, v in metrics.items() if name.partition(",")[0] == run.metric))
+        return float(np.mean(values))
+
+
+def language_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int | str, max_length: int | None = None
+) -> HFLM:
+    """A loaded model as lm-eval sees it.
+
+    Args:
+        model: any causal LM.
+        tokenizer: its own.
+        batch_size: requests per forward pass; ``auto`` finds the largest that fits.
+        max_length: tokens that the model takes; None = as its config says.
+    """
+    with _quiet():
+        return HFLM(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, backend="causal")
+
+
+def save_samples(samples: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> None:
+    """Write one ``samples_TASK.jsonl`` for each task, with lm-eval's fields and ``option_tokens``."""
+    for task, lines in samples.items():
+        with (folder / f"samples_{task.replace('/', '_')}.jsonl").open("w", encoding="utf-8") as file:
+            for line in lines:
+                arguments = {
+                    f"gen_args_{i}": {f"arg_{j}": part for j, part in enumerate(argument)}
+                    for i, argument in enumerate(line["arguments"])
+                }
+                dumped = json.dumps(
+                    {**line, "arguments": arguments, "target": str(line["target"])},
+                    default=handle_non_serializable,
+                    ensure_ascii=False,
+                )
+                file.write(dumped + "\n")
+
+
+def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``acc,none`` becomes ``acc``; a metric behind another filter keeps its name (``exact_match,strict-match``)."""
+    return {
+        name.removesuffix(",none"): value
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _with_option_tokens(sample: dict[str, Any], lm: HFLM) -> dict[str, Any]:
+    """Add how many tokens each option of a multiple-choice question has: stability needs it."""
+    arguments = sample["arguments"]
+    if len(arguments) < 2 or not all(len(a) == 2 and isinstance(a[1], str) for a in arguments):
+        return sample
+    counts = [len(lm._encode_pair(context, option)[1]) for context, option in arguments]
+    return {**sample, "option_tokens": counts}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval's own log only where something goes wrong, and what it prints apart from results."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """lm-eval seeds every global generator; training that goes on afterwards must not notice."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

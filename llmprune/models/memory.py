@@ -1,0 +1,29 @@
+"""Whether a model fits, before it is read."""
+
+import math
+from pathlib import Path
+
+import psutil
+import torch
+
+from llmprune.errors import UserError
+from llmprune.models.loading import StoredWeights
+
+
+def check_memory(model: str | Path, *, dtype: torch.dtype | None, on_gpu: bool, remedy: str) -> None:
+    """Refuse a model that can't be held.
+
+    Args:
+        model: folder or hub name.
+        dtype: of the weights in memory; None = as stored.
+        on_gpu: whether it is to be held by the GPU, not by the machine.
+        remedy: what to do if it is too large, as the end of a sentence.
+
+    Raises:
+        UserError: there is less memory free than its weights take.
+    """
+    weights = StoredWeights(model)
+    needed = weights.size() if dtype is None else dtype.itemsize * sum(math.prod(weights.shape(n)) for n in weights)
+    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(f"the model {model} takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: {remedy}")

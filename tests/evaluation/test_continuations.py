@@ -1,0 +1,124 @@
+"""Writing continuations and scoring them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmprune.cli import app
+from llmprune.errors import UserError
+from llmprune.evaluation.continuations import (
+    GenerationConfig,
+    Prompt,
+    continuation_scores,
+    read_prompts,
+    write_continuations,
+)
+from llmprune.models.opened import OpenedModel, Placement, open_model
+
+
+@pytest.fixture(scope="module")
+def opened(trained_folder: Path) -> OpenedModel:
+    return open_model(str(trained_folder), Placement(device="cpu"))
+
+
+def test_known_scores() -> None:
+    same = continuation_scores([{"output": "the cat sat on the mat", "reference": "the cat sat on the mat"}])
+    assert all(same[name] == pytest.approx(100) for name in ("bleu", "chrf", "rouge1", "rouge2", "rougeL"))
+    assert same["edit_similarity"] == 100
+    # four of the six characters of "kitten" stay on the way to "sitting", which has seven: 1 - 3/7
+    assert continuation_scores([{"output": "kitten", "reference": "sitting"}])["edit_similarity"] == pytest.approx(
+        400 / 7
+    )
+    # unigrams in common: a, c of two and four: precision 1, recall 1/2
+    found = continuation_scores([{"output": "a c", "reference": "a b c d"}, {"output": "x", "reference": None}])
+    assert found["rouge1"] == pytest.approx(200 / 3) and found["outputs"] == 1
+    with pytest.raises(UserError, match="no references"):
+        continuation_scores([{"output": "x", "reference": None}])
+
+
+def test_greedy_is_the_likeliest_token_whatever_the_batch(opened: OpenedModel) -> None:
+    prompts = [Prompt("3: one two"), Prompt("7: alpha beta gamma delta alpha"), Prompt("1")]
+    config = GenerationConfig(max_new_tokens=8, temperature=0, batch_size=3)
+    together = write_continuations(opened, prompts, config)
+    for prompt, record in zip(prompts, together, strict=True):
+        ids = opened.tokenizer(prompt.prompt)["input_ids"]
+        start = len(ids)
+        for _ in range(8):
+            with torch.no_grad():
+                ids.append(int(opened.model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == opened.tokenizer.eos_token_id:
+                break
+        assert record["output"] == opened.tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_seeds(opened: OpenedModel) -> None:
+    prompts = [Prompt("3: one two", "three")]
+    config = GenerationConfig(max_new_tokens=12, temperature=1.0, per_prompt=3, seed=1)
+    first, again = (write_continuations(opened, prompts, config) for _ in range(2))
+    other = write_continuations(opened, prompts, GenerationConfig(12, 1.0, per_prompt=3, seed=2))
+    assert first == again != other and len(first) == 3
+    assert len({record["output"] for record in first}) > 1
+
+
+def test_prompts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three four five\n\nsix seven\n")
+    assert read_prompts(tmp_path / "a.txt") == [Prompt("one two three four five"), Prompt("six seven")]
+    assert read_prompts(tmp_path / "a.txt", 0.4)[0] == Prompt("one two", " three four five")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "p", "reference": "r"}\n{"prompt": "q"}\n')
+    assert read_prompts(tmp_path / "b.jsonl") == [Prompt("p", "r"), Prompt("q")]
+    (tmp_path / "c.jsonl").write_text('{"text": "p"}\n')
+    (tmp_path / "d.jsonl").write_text("junk\n")
+    (tmp_path / "e.txt").write_text("\n")
+    for name, message in (
+        ("c.jsonl", "no field 'prompt'"),
+        ("d.jsonl", ":1 is no JSON"),
+        ("e.txt", "no prompts"),
+        ("f", "No such"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_prompts(tmp_path / name)
+
+
+def test_commands(trained_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "3: one two", "reference": " three four"}\n')
+    common = ("--prompts", str(tmp_path / "p.jsonl"), "--max-new-tokens", "6", "--seed", "5")
+    app(["generate", str(trained_folder), *common, "--out", str(tmp_path / "o.jsonl")], standalone_mode=False)
+    record = json.loads((tmp_path / "o.jsonl").read_text())
+    assert set(record) == {"prompt", "output", "reference"}
+    results = tmp_path / "results.json"
+    arguments = [
+        "evaluate",
+        str(trained_folder),
+        *common,
+        "--generated",
+        str(tmp_path / "o.jsonl"),
+        "--out",
+        str(results),
+    ]
+    app(arguments, standalone_mode=False)
+    found = json.loads(results.read_text())
+    scored = found["models"][str(trained_folder)]["continuations"]["p"]
+    assert scored == found["generated"][str(tmp_path / "o.jsonl")]["continuations"]["o"]
+    logs = list((tmp_path / "results.samples").rglob("continuations.jsonl"))
+    assert len(logs) == 1 and json.loads(logs[0].read_text()) == record
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GenerationConfig(temperature=-1), "temperature is -1"),
+        (GenerationConfig(top_p=0), "top_p"),
+        (GenerationConfig(temperature=0, per_prompt=2), "all be the same"),
+        (GenerationConfig(max_new_tokens=0), "max_new_tokens is 0"),
+    ],
+)
+def test_bad_settings(config: GenerationConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config.check()
+
+
+def test_a_prompt_too_long(opened: OpenedModel) -> None:
+    with pytest.raises(UserError, match="must have between 1 and 128"):
+        write_continuations(opened, [Prompt("one " * 100)], GenerationConfig(max_new_tokens=100))

@@ -1,0 +1,105 @@
+"""Tasks of lm-eval: the same figures as its own command, on a task that needs no network."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llmprune.cli import app
+from llmprune.errors import UserError
+from llmprune.evaluation.stability import read_answers, stability
+from llmprune.evaluation.suites import SUITES, TaskRun, expand
+from llmprune.evaluation.tasks import Tasks, TasksConfig, language_model, task_manager
+from llmprune.models.opened import Placement, open_model
+from tests.evaluation.local_task import make_task
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    make_task(folder)
+    make_task(folder, "arc_easy_local", 6)
+    return folder
+
+
+def test_equals_the_harness_itself(tasks: Path, trained_folder: Path, model_folder: Path, tmp_path: Path) -> None:
+    """One call for two models, against lm-eval's command for one of them."""
+    arguments = ("--tasks", "counting", "--include_path", str(tasks), "--num_fewshot", "2", "--log_samples")
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={trained_folder}"]
+    subprocess.run(
+        [*command, *arguments, "--device", "cpu", "--batch_size", "4", "--output_path", str(tmp_path / "theirs")],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    (theirs,) = (tmp_path / "theirs").rglob("results_*.json")
+    wanted = json.loads(theirs.read_text())["results"]["counting"]
+
+    out = tmp_path / "results.json"
+    ours = ("--tasks", "counting", "--include-path", str(tasks), "--num-fewshot", "2", "--out", str(out))
+    app(["evaluate", str(trained_folder), str(model_folder), *ours], standalone_mode=False)
+    models = json.loads(out.read_text())["models"]
+    found = models[str(trained_folder)]["tasks"]["counting"]
+    assert found["acc"] == wanted["acc,none"] and found["acc_norm"] == wanted["acc_norm,none"]
+    assert found["num_fewshot"] == 2 and found["acc"] > 0.5  # it has learned to count
+
+    # The logs give the same stability, whoever wrote them.
+    logs = {folder: next(path for path in (tmp_path / "results.samples").iterdir() if folder.name in path.name)
+            for folder in (trained_folder, model_folder)}  # fmt: skip
+    tokenizer = open_model(str(trained_folder), Placement(device="cpu")).tokenizer
+    after = read_answers(logs[model_folder])
+    own, harness = read_answers(logs[trained_folder]), read_answers(tmp_path / "theirs", tokenizer)
+    assert stability(own, own).overall == pytest.approx(100)
+    assert stability(own, after).overall == pytest.approx(stability(harness, after).overall, rel=1e-6)
+
+
+def test_shots_limits_and_random_state(tasks: Path, trained_folder: Path) -> None:
+    opened = open_model(str(trained_folder), Placement(device="cpu"))
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    chosen = Tasks(TasksConfig(["counting"], limit=4, include_path=str(tasks)))
+    chosen.runs = [TaskRun("counting", 0), TaskRun("counting", 3)]
+    results = chosen.run(language_model(opened.model, opened.tokenizer, batch_size="auto"))
+    assert results is not None and set(results.tasks) == {"counting@0", "counting@3"}
+    assert [len(samples) for samples in results.samples.values()] == [4, 4]
+    shown = [samples[0]["arguments"][0][0] for samples in results.samples.values()]
+    assert len(shown[1].split()) > len(shown[0].split())  # three more questions with answers
+    assert before[:2] == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+    assert torch.equal(before[2], torch.get_rng_state())
+
+
+def test_suites() -> None:
+    assert [run.task for run in SUITES["commonsense7"]] == [
+        "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"
+    ]  # fmt: skip
+    assert [len(SUITES[name]) for name in ("reassessing8", "streamline7")] == [8, 7]
+    sheared = {(run.task, run.shots) for run in SUITES["sheared"]}
+    assert {("arc_challenge", 25), ("hellaswag", 10), ("mmlu", 5), ("boolq", 32), ("gsm8k", 8), ("sciq", 0)} <= sheared
+    assert expand(["commonsense7", "piqa"], 3) == [TaskRun(run.task, 3) for run in SUITES["commonsense7"]]
+    chosen = Tasks(TasksConfig([]))
+    found = {run.task: {"acc": 0.5, "acc_norm": 0.9, "num_fewshot": 0} for run in SUITES["commonsense7"]}
+    assert chosen._average("commonsense7", found) == pytest.approx((3 * 0.9 + 4 * 0.5) / 7)
+
+
+def test_every_task_of_the_suites_exists() -> None:
+    known = task_manager(None).all_tasks
+    assert {run.task for suite in SUITES.values() for run in suite} <= set(known)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (TasksConfig(["arc_eazy"]), "did you mean 'arc_easy'"),
+        (TasksConfig(["hellaswag"]), "the task 'hellaswag' can't be loaded"),
+        (TasksConfig(["counting"], limit=0), "limit is 0"),
+        (TasksConfig(["counting"], include_path="nowhere"), "no folder"),
+    ],
+)
+def test_mistakes(config: TasksConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Tasks(config)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from llmprune.errors import UserError
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
@@ -24,6 +26,18 @@ class DType(str, Enum):
 def names_in(text: str | None) -> list[str] | None:
     """The names in a list separated by commas."""
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def numbers_in(text: str, option: str) -> list[int]:
+    """The whole numbers in a list separated by commas.
+
+    Raises:
+        UserError: one of them is none.
+    """
+    try:
+        return [int(number) for number in names_in(text) or ()]
+    except ValueError:
+        raise UserError(f"{option} must be whole numbers separated by commas; got '{text}'") from None
 
 
 @app.callback()

@@ -1,0 +1,52 @@
+"""How fast and how large models are."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from llmprune.cli.evaluating import Adapter, Attention, Device, DeviceMap, DTypeToRun, Models
+from llmprune.cli.options import Json, app, numbers_in
+
+
+@app.command()
+def measure(
+    models: Models,
+    out: Annotated[str | None, typer.Option(help="File to write (.json); CSV files go beside it.")] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Sequences at a time, separated by commas.")] = "1",
+    prompt_tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "16",
+    output_tokens: Annotated[str, typer.Option(help="Lengths of the output; empty = prefill only.")] = "128",
+    warmups: Annotated[int, typer.Option(help="Runs before those that count.")] = 10,
+    repeats: Annotated[int, typer.Option(help="Runs that count.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 17,
+    adapter: Adapter = None,
+    dtype: DTypeToRun = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    attention: Attention = "sdpa",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure latency, throughput, memory and operations; several models run in turns."""
+    from pathlib import Path
+
+    from llmprune.files import check_output
+    from llmprune.measurement.measure import MeasureConfig
+    from llmprune.measurement.measure import measure as measure_models
+    from llmprune.measurement.results import save, table
+    from llmprune.models.opened import Placement
+
+    if out is not None:
+        check_output(out, ".json", overwrite)
+    config = MeasureConfig(
+        numbers_in(batch_sizes, "--batch-sizes"),
+        numbers_in(prompt_tokens, "--prompt-tokens"),
+        numbers_in(output_tokens, "--output-tokens"),
+        warmups,
+        repeats,
+        seed,
+    )
+    results, watch = measure_models(models, config, Placement(dtype, device, device_map, attention, adapter))
+    if out is not None:
+        save(results, watch, Path(out))
+    print(json.dumps(results) if as_json else table(results))

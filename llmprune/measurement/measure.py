@@ -1,0 +1,262 @@
+"""Speed and memory of one or several models, run in turns so that what disturbs one disturbs all."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llmprune.errors import UserError
+from llmprune.measurement.flops import macs
+from llmprune.measurement.monitor import UtilisationWatch, peak_memory
+from llmprune.models.opened import OpenedModel, Placement, open_model
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """What is measured.
+
+    Attributes:
+        batch_sizes: sequences at a time.
+        prompt_tokens: lengths of the prompt.
+        output_tokens: lengths of the output, which is forced; none = prefill only.
+        warmups: runs before those that count.
+        repeats: runs that count.
+        seed: of the random prompts.
+    """
+
+    batch_sizes: Sequence[int] = (1,)
+    prompt_tokens: Sequence[int] = (16,)
+    output_tokens: Sequence[int] = (128,)
+    warmups: int = 10
+    repeats: int = 20
+    seed: int = 17
+
+    def check(self) -> None:
+        """Raise ``UserError`` for what can't be."""
+        for name in ("batch_sizes", "prompt_tokens", "output_tokens"):
+            if any(value < 1 for value in getattr(self, name)):
+                raise UserError(f"{name.replace('_', ' ')} must be positive; got {getattr(self, name)}")
+        if not self.batch_sizes or not self.prompt_tokens:
+            raise UserError("name at least one batch size and one prompt length")
+        if self.warmups < 0 or self.repeats < 1:
+            raise UserError(f"{self.warmups} warm-ups and {self.repeats} repeats: at least 0 and 1 are needed")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One thing to time: generation, or prefill where ``output`` is None."""
+
+    batch: int
+    prompt: int
+    output: int | None
+
+    @property
+    def kind(self) -> str:
+        """Its section in speed.json."""
+        return "prefill" if self.output is None else "generation"
+
+    def describe(self) -> dict[str, int]:
+        """Its sizes, as in speed.json."""
+        sizes = {"batch": self.batch, "prompt_tokens": self.prompt}
+        return sizes if self.output is None else {**sizes, "output_tokens": self.output}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a run gives (or reads, in prefill)."""
+        return self.batch * (self.prompt if self.output is None else self.output)
+
+
+def measure(
+    models: Sequence[str], config: MeasureConfig, placement: Placement, *, progress: bool = True
+) -> tuple[dict[str, Any], UtilisationWatch]:
+    """Measure models against each other.
+
+    Args:
+        models: folders or hub names; ratios are against the first.
+        config: what is measured.
+        placement: how they are held; all at the same time.
+        progress: show a bar.
+
+    Returns:
+        What speed.json holds, and how busy the device was.
+
+    Raises:
+        UserError: something is impossible.
+    """
+    config.check()
+    for name in models:
+        if list(models).count(name) > 1:
+            raise UserError(f"the model {name} is named twice")
+    opened = [open_model(name, placement) for name in models]
+    settings = [
+        Setting(batch, prompt, output)
+        for output in (None, *config.output_tokens)
+        for prompt in config.prompt_tokens
+        for batch in config.batch_sizes
+    ]
+    for one in opened:
+        limit = getattr(one.model.config, "max_position_embeddings", None)
+        longest = max(s.prompt + (s.output or 0) for s in settings)
+        if limit is not None and longest > limit:
+            raise UserError(f"prompt and output have {longest} tokens together; {one.name} takes {limit}")
+    found: dict[str, Any] = {one.name: size(one, max(config.prompt_tokens)) for one in opened}
+    watch = UtilisationWatch(opened[0].model.device)
+    bar = tqdm(settings, desc="settings", disable=not progress)
+    with watch.running():
+        for setting in bar:
+            for name, entry in _measure_setting(opened, setting, config, watch).items():
+                found[name][setting.kind].append(setting.describe() | entry)
+    for entry in found.values():
+        peaks = [e["peak_memory_bytes"] for kind in ("generation", "prefill") for e in entry[kind] if "latency_s" in e]
+        entry["peak_memory_bytes"] = max(peaks, default=None)
+    device = opened[0].model.device.type
+    return {
+        "schema": SCHEMA,
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "dtype": str(opened[0].model.dtype).removeprefix("torch."),
+        "warmups": config.warmups,
+        "repeats": config.repeats,
+        "models": found,
+    }, watch
+
+
+def size(opened: OpenedModel, context: int) -> dict[str, Any]:
+    """Parameters, and operations for one token behind ``context`` others."""
+    model = opened.model
+    total = sum(p.numel() for p in model.parameters())
+    embeddings = {id(p): p.numel() for p in model.get_input_embeddings().parameters()}
+    if (output := model.get_output_embeddings()) is not None:
+        embeddings |= {id(p): p.numel() for p in output.parameters()}
+    entry: dict[str, Any] = {
+        "parameters": total,
+        "parameters_without_embeddings": total - sum(embeddings.values()),
+        "weights_bytes": weights_bytes(opened),
+        "macs_per_token": None,
+        "context": context,
+        "generation": [],
+        "prefill": [],
+    }
+    try:
+        entry["macs_per_token"] = macs(model.config, 1, context).total
+    except UserError:
+        return entry  # an architecture whose formula nobody has written down
+    return {**entry, "flops_per_token": 2 * entry["macs_per_token"]}
+
+
+def weights_bytes(opened: OpenedModel) -> int:
+    """Bytes of parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*opened.model.parameters(), *opened.model.buffers()))
+
+
+def _measure_setting(
+    opened: Sequence[OpenedModel], setting: Setting, config: MeasureConfig, watch: UtilisationWatch
+) -> dict[str, dict[str, Any]]:
+    """Time one setting of every model, in turns."""
+    runs = {one.name: _runner(one, setting, config.seed) for one in opened}
+    entries: dict[str, dict[str, Any]] = {one.name: {} for one in opened}
+    times: dict[str, list[float]] = {one.name: [] for one in opened}
+    for one in opened:
+        device = one.model.device
+        if not _fits(runs[one.name], device):  # a run before, so that what stays allocated is there
+            entries[one.name] = {"out_of_memory": True}
+            continue
+        with peak_memory(device) as peak:
+            runs[one.name]()
+        entries[one.name] = {
+            "peak_memory_bytes": weights_bytes(one) + peak.added,
+            "process_peak_bytes": peak.process,
+        }
+    for number in range(config.warmups + config.repeats):
+        for one in opened:
+            if "out_of_memory" in entries[one.name]:
+                continue
+            watch.doing = f"{setting.kind} {one.name} batch {setting.batch}"
+            seconds = _timed(runs[one.name], one.model.device)
+            if number >= config.warmups:
+                times[one.name].append(seconds)
+    first = times[opened[0].name]
+    for one in opened:
+        if seconds_of := times[one.name]:
+            entries[one.name] |= {"latency_s": spread(seconds_of), "tokens_per_s": setting.tokens / np.mean(seconds_of)}
+            if one is not opened[0] and first:
+                entries[one.name]["speedup"] = _ratios(first, seconds_of)
+    return entries
+
+
+def _runner(opened: OpenedModel, setting: Setting, seed: int) -> Callable[[], Tensor]:
+    model = opened.model
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(model.config.vocab_size, (setting.batch, setting.prompt), generator=generator)
+    tokens = tokens.to(model.device)
+    mask = torch.ones_like(tokens)
+
+    @torch.inference_mode()
+    def prefill() -> Tensor:
+        return model(input_ids=tokens, attention_mask=mask, use_cache=True, logits_to_keep=1).logits
+
+    @torch.inference_mode()
+    def generate() -> Tensor:
+        written = model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            min_new_tokens=setting.output,
+            max_new_tokens=setting.output,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            use_cache=True,
+            pad_token_id=0,
+        )
+        assert written.shape[1] == setting.prompt + (setting.output or 0)
+        return written
+
+    return prefill if setting.output is None else generate
+
+
+def _fits(run: Callable[[], Tensor], device: torch.device) -> bool:
+    try:
+        run()
+        return True
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return False
+
+
+def _timed(run: Callable[[], Tensor], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, standard deviation (of the sample) and percentiles."""
+    percentiles = {f"p{p}": float(np.percentile(values, p)) for p in (5, 50, 95)}
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "std": deviation, **percentiles}
+
+
+def _ratios(first: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """How many times as fast as the first model, from runs side by side."""
+    ratios = np.divide(first, other)
+    return {
+        "p50": float(np.median(ratios)),
+        "p10": float(np.percentile(ratios, 10)),
+        "p90": float(np.percentile(ratios, 90)),
+    }

@@ -1,0 +1,76 @@
+"""What measuring gave, as files and as text."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmprune.files import write_json, write_text
+from llmprune.measurement.monitor import UtilisationWatch
+
+
+def save(results: dict[str, Any], watch: UtilisationWatch, out: Path) -> list[Path]:
+    """Write speed.json, the same as CSV, and how busy the device was (if it reports it); returns the files."""
+    write_json(out, results)
+    files = [out, out.with_suffix(".csv")]
+    write_text(files[1], as_csv(rows(results)))
+    if watch.samples:
+        files.append(out.with_suffix(".utilisation.csv"))
+        write_text(files[2], as_csv([vars(sample) for sample in watch.samples]))
+    return files
+
+
+def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """One flat row for each model and setting."""
+    return [
+        {
+            "model": name,
+            "kind": kind,
+            **{k: v for k, v in entry.items() if not isinstance(v, dict)},
+            **{
+                f"{k}_{part}": v
+                for k, values in entry.items()
+                if isinstance(values, dict)
+                for part, v in values.items()
+            },
+        }
+        for name, found in results["models"].items()
+        for kind in ("prefill", "generation")
+        for entry in found[kind]
+    ]
+
+
+def as_csv(lines: Sequence[dict[str, Any]]) -> str:
+    """Rows as CSV; a row may lack columns."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for line in lines for key in line)))
+    writer.writeheader()
+    writer.writerows(lines)
+    return file.getvalue()
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as text."""
+    lines = [f"{results['device']}, {results['dtype']}; {results['repeats']} runs after {results['warmups']} warm-ups"]
+    for name, found in results["models"].items():
+        operations = found["macs_per_token"]
+        lines.append(
+            f"\n{name}: {found['parameters']:,} parameters ({found['parameters_without_embeddings']:,} without "
+            "embeddings)" + (f", {operations:,} MACs per token" if operations else "")
+        )
+        for kind in ("prefill", "generation"):
+            for entry in found[kind]:
+                shape = f"  {kind:11} batch {entry['batch']:<4} {entry['prompt_tokens']} tokens"
+                shape += f" → {entry['output_tokens']}" if "output_tokens" in entry else ""
+                if "latency_s" not in entry:
+                    lines.append(f"{shape:45} out of memory")
+                    continue
+                latency = entry["latency_s"]
+                text = f"{latency['mean'] * 1e3:9.2f} ± {latency['std'] * 1e3:.2f} ms"
+                text += f" {entry['tokens_per_s']:10.1f} tokens/s {entry['peak_memory_bytes'] / 1e6:8.1f} MB"
+                if "speedup" in entry:
+                    speedup = entry["speedup"]
+                    text += f"  {speedup['p50']:.2f}× ({speedup['p10']:.2f}–{speedup['p90']:.2f})"
+                lines.append(f"{shape:45} {text}")
+    return "\n".join(lines)

@@ -1,0 +1,124 @@
+"""Measuring: what is written, what is forced, and what does not fit."""
+
+import csv
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llmprune.cli import app
+from llmprune.errors import UserError
+from llmprune.measurement import measure as module
+from llmprune.measurement.measure import MeasureConfig, Setting, _measure_setting, measure, spread
+from llmprune.measurement.monitor import UtilisationWatch, peak_memory
+from llmprune.models.opened import Placement, open_model
+
+QUICK = ("--warmups", "1", "--repeats", "3")
+
+
+def test_the_files(model_folder: Path, trained_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "speed.json"
+    sizes = ("--batch-sizes", "1,3", "--prompt-tokens", "5", "--output-tokens", "4,7", "--out", str(out))
+    app(["measure", str(trained_folder), str(model_folder), *sizes, *QUICK], standalone_mode=False)
+    results = json.loads(out.read_text())
+    six, four = results["models"][str(trained_folder)], results["models"][str(model_folder)]
+    assert six["parameters"] - six["parameters_without_embeddings"] == 300 * 32
+    assert six["flops_per_token"] == 2 * six["macs_per_token"] > 2 * four["macs_per_token"]
+    settings = [(e["batch"], e["prompt_tokens"], e["output_tokens"]) for e in four["generation"]]
+    assert settings == [(1, 5, 4), (3, 5, 4), (1, 5, 7), (3, 5, 7)] and len(four["prefill"]) == 2
+    for entry in (*four["generation"], *four["prefill"]):
+        latency = entry["latency_s"]
+        assert 0 < latency["p5"] <= latency["p50"] <= latency["p95"] and latency["std"] >= 0
+        tokens = entry["batch"] * entry.get("output_tokens", entry["prompt_tokens"])
+        assert entry["tokens_per_s"] == pytest.approx(tokens / latency["mean"])
+        assert entry["speedup"]["p10"] <= entry["speedup"]["p50"] <= entry["speedup"]["p90"]
+        assert entry["peak_memory_bytes"] >= four["weights_bytes"] and entry["process_peak_bytes"] > 1e8
+    assert "speedup" not in six["generation"][0]
+    rows = list(csv.DictReader((tmp_path / "speed.csv").open()))
+    assert len(rows) == 12 and float(rows[0]["latency_s_mean"]) == six["prefill"][0]["latency_s"]["mean"]
+
+
+def test_the_length_of_the_output_is_forced(trained_folder: Path) -> None:
+    """Every token is the EOS of this model, if it may."""
+    opened = open_model(str(trained_folder), Placement(device="cpu"))
+    with torch.no_grad():
+        opened.model.model.norm.weight.zero_()  # all logits equal: the first token, 0, is the likeliest
+    opened.model.generation_config.eos_token_id = 0
+    watch = UtilisationWatch(torch.device("cpu"))
+    found = _measure_setting([opened], Setting(2, 4, 9), MeasureConfig(warmups=0, repeats=2), watch)
+    assert "latency_s" in found[opened.name]
+
+
+def test_spread_and_ratios() -> None:
+    values = [1.0, 2.0, 4.0, 9.0]
+    found = spread(values)
+    assert found["mean"] == 4 and found["std"] == pytest.approx(statistics.stdev(values)) and found["p50"] == 3
+    assert module._ratios([2.0, 6.0, 3.0], [1.0, 2.0, 3.0])["p50"] == 2
+
+
+def test_what_does_not_fit_is_noted_and_the_rest_goes_on(
+    trained_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = module._runner
+
+    def small_device(opened: Any, setting: Setting, seed: int) -> Any:
+        def run() -> None:
+            raise torch.OutOfMemoryError("too much")
+
+        return run if setting.batch == 2 and opened.name == str(trained_folder) else runner(opened, setting, seed)
+
+    monkeypatch.setattr(module, "_runner", small_device)
+    config = MeasureConfig(batch_sizes=(1, 2, 3), output_tokens=(), warmups=0, repeats=1)
+    results, _ = measure([str(trained_folder), str(model_folder)], config, Placement(device="cpu"), progress=False)
+    found = results["models"][str(trained_folder)]["prefill"]
+    assert found[1] == {"batch": 2, "prompt_tokens": 16, "out_of_memory": True}
+    assert "latency_s" in found[0] and "latency_s" in found[2]
+    assert all("latency_s" in entry for entry in results["models"][str(model_folder)]["prefill"])
+
+
+def test_peak_memory_sees_what_comes_and_goes() -> None:
+    with peak_memory(torch.device("cpu")) as peak:
+        block = np.ones(50_000_000 // 8)
+        time.sleep(0.05)
+        del block
+    assert 45e6 < peak.added < 80e6 and peak.process > peak.added
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeasureConfig(batch_sizes=(0,)), "batch sizes must be positive"),
+        (MeasureConfig(batch_sizes=()), "at least one batch size"),
+        (MeasureConfig(repeats=0), "at least 0 and 1"),
+        (MeasureConfig(output_tokens=(128,)), "the"),
+    ],
+)
+def test_mistakes(trained_folder: Path, config: MeasureConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        measure([str(trained_folder)], config, Placement(device="cpu"))
+
+
+def test_more_mistakes(trained_folder: Path) -> None:
+    for arguments, message in (
+        ([str(trained_folder), "--batch-sizes", "one"], "whole numbers"),
+        ([str(trained_folder)] * 2, "named twice"),
+        ([str(trained_folder), "--device", "tpu"], "did you mean"),
+        (["nowhere/at/all"], "no folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            app(["measure", *arguments], standalone_mode=False)
+
+
+def test_a_model_too_large(trained_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from llmprune.models import memory
+
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(UserError, match="0.0 GB are free: spread it"):
+        open_model(str(trained_folder), Placement(device="cpu"))

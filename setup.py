@@ -10,6 +10,7 @@ setup(
     version="0.1.0",
     description="Prune large language models and train them back, on Composer",
     python_requires=">=3.10,<3.13",
+    package_data={"llmprune.report": ["templates/*.html"]},
     packages=find_packages(include=["llmprune*", "data_prep*"]),
     install_requires=[
         "mosaicml[tensorboard]==0.32.1",
@@ -32,14 +33,18 @@ setup(
         "rouge-score==0.1.2",
         "rapidfuzz==3.14.6",
         "chardet<6",  # what requests accepts
+        "jinja2==3.1.6",
+        "nvidia-ml-py==13.590.44",
         "typer==0.29.1",
         "zstandard==0.25.0",
         "numpy==2.1.3",
     ],
     extras_require={
+        "demo": ["gradio==6.17.3"],
+        "quantize": ["llmcompressor==0.9.0"],
         "gpu": ["flash-attn==2.8.3"],
         "wandb": ["wandb==0.18.7"],
-        "dev": ["pytest==9.2.0", "hypothesis==6.168.5", "ruff==0.17.6", "mypy==2.4.1", "import-linter==2.11"],
+        "dev": ["pytest==9.2.0", "hypothesis==6.168.5", "ruff==0.17.6", "mypy==2.4.1", "import-linter==2.11", "playwright==1.65.2"],
     },
     entry_points={"console_scripts": ["llmprune=llmprune.cli:main"]},
 )

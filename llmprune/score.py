@@ -24,8 +24,8 @@ from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.loading import StoredWeights, fingerprint, load_config, load_model, load_tokenizer, resolve_model
 from llmprune.models.memory import check_memory
 from llmprune.models.offloading import OffloadedModel
-from llmprune.report.score_pictures import draw_scores
 from llmprune.scoring.criterion import ScoringJob
+from llmprune.scoring.pictures import draw_scores
 from llmprune.scoring.scorer import Scorer
 from llmprune.scoring.scores import Scores
 from llmprune.scoring.settings import LayerScoringConfig

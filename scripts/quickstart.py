@@ -1,13 +1,14 @@
 """The whole journey on a small default: corpus → base → pruned → recovered, beside training from scratch.
 
 Every stage leaves its folder under OUT; a second run reuses the stages whose inputs have not changed. It ends with a
-table, OUT/summary.json, and samples of text from the base and the recovered model.
+table, OUT/summary.json, and a page that shows everything: OUT/report.html.
 """
 
 import argparse
 import hashlib
 import json
 import logging
+import shlex
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from llmprune.files import read_json, remove, write_json
 ROOT = Path(__file__).resolve().parents[1]
 SEQUENCE_LENGTH, VOCABULARY, MEGABYTES = 128, 4096, 16.0
 EVAL_SAMPLES_PER_DOMAIN = 100
-PROMPT = "The function returns"
+PROMPTS_PER_DOMAIN = 3
 
 
 class Stages:
@@ -78,6 +79,7 @@ def journey(out: Path, seed: int) -> dict[str, Any]:
     from data_prep.pack import PackSettings, prepare
     from data_prep.tokenizer import train_tokenizer
     from llmprune.convert.commands import convert
+    from llmprune.report.page import write_report
 
     stages = Stages(out)
     data, base, pruned = out / "data", out / "base", out / "pruned"
@@ -119,6 +121,11 @@ def journey(out: Path, seed: int) -> dict[str, Any]:
     stages.run("continue", [seed, yamls["continue.yaml"]], [out / "continue", out / "recovered"], recover)
     stages.run("scratch", seed, [out / "from_scratch", out / "scratch"], scratch)
     stages.run("evaluate", EVAL_SAMPLES_PER_DOMAIN, [out / "evaluation.json"], lambda: evaluate(out, data))
+    found = [out / name for name in ("results.json", "results.samples", "speed.json")]
+    stages.run("measure", EVAL_SAMPLES_PER_DOMAIN, found, lambda: measure(out, data))
+    stages.run(
+        "report", PROMPTS_PER_DOMAIN, [out / "report.html"], lambda: _ignore(write_report([out], out / "report.html"))
+    )
     summary = {**read_json(out / "evaluation.json"), "seed": seed, "seconds": stages.seconds}
     write_json(out / "summary.json", summary)
     return summary
@@ -137,7 +144,7 @@ def scratch_overrides(pruned: Path, out: Path) -> list[str]:
 
 
 def evaluate(out: Path, data: Path) -> None:
-    """Measure the four models, let two of them write, and compare the gated checkpoint with its export."""
+    """Measure the four models, and compare the gated checkpoint with its export."""
     from llmprune.evaluation.losses import evaluate_losses
     from llmprune.evaluation.verify import compare, open_for_comparison
     from llmprune.models.loading import load_model
@@ -157,22 +164,54 @@ def evaluate(out: Path, data: Path) -> None:
             **{f"{name}_loss": found.loss for name, found in losses.items()},
             "domains": {name: found.domains for name, found in losses.items()},
             "gated_minus_cut": asdict(difference),
-            "samples": {name: sample(folders[name]) for name in ("base", "recovered")},
         },
     )
 
 
-def sample(folder: Path) -> str:
-    """What a model writes after the prompt (seeded)."""
-    import torch
+def measure(out: Path, data: Path) -> None:
+    """What ``llmprune evaluate`` and ``llmprune measure`` find of the models."""
+    from llmprune.evaluation.continuations import GenerationConfig
+    from llmprune.evaluation.evaluate import EvaluationConfig
+    from llmprune.evaluation.evaluate import evaluate as evaluate_models
+    from llmprune.evaluation.perplexity import PerplexityConfig
+    from llmprune.measurement.measure import MeasureConfig
+    from llmprune.measurement.measure import measure as measure_models
+    from llmprune.measurement.results import save
+    from llmprune.models.opened import Placement
 
-    from llmprune.models.loading import load_model, load_tokenizer
+    models = [str(out / name) for name in ("base", "pruned", "recovered")]
+    prompts, placement = out / "prompts.jsonl", Placement()
+    write_prompts(data, prompts)
+    config = EvaluationConfig(
+        texts=[str(data)],
+        perplexity=PerplexityConfig(SEQUENCE_LENGTH, samples_per_domain=EVAL_SAMPLES_PER_DOMAIN),
+        prompts=str(prompts),
+        generation=GenerationConfig(max_new_tokens=48),
+    )
+    results = evaluate_models(models, config, placement, out / "results.samples")
+    quoted = shlex.join(models)
+    results["command"] = (
+        f"llmprune evaluate {quoted} --perplexity {data} --samples-per-domain {EVAL_SAMPLES_PER_DOMAIN} --prompts "
+        f"{prompts} --max-new-tokens 48 --out ANOTHER.json"
+    )
+    write_json(out / "results.json", results)
+    speed, watch = measure_models(models, MeasureConfig((1, 8), output_tokens=(64,), warmups=2, repeats=7), placement)
+    speed["command"] = (
+        f"llmprune measure {quoted} --batch-sizes 1,8 --output-tokens 64 --warmups 2 --repeats 7 --out ANOTHER.json"
+    )
+    save(speed, watch, out / "speed.json")
 
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    torch.manual_seed(0)
-    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
-    written = model.generate(**inputs, max_new_tokens=40, do_sample=True, temperature=0.6, top_p=0.9)
-    return str(tokenizer.decode(written[0], skip_special_tokens=True))
+
+def write_prompts(data: Path, path: Path) -> None:
+    """The first tokens of some evaluation samples, and what they go on with."""
+    from llmprune.data.dataset import EvalDataset
+    from llmprune.models.loading import load_tokenizer
+
+    tokenizer, samples = load_tokenizer(data / "tokenizer"), EvalDataset(data, PROMPTS_PER_DOMAIN)
+    texts = [samples[place]["input_ids"] for place in range(len(samples))]
+    parts = [(tokenizer.decode(t[:32]), tokenizer.decode(t[32:80])) for t in texts]
+    lines = [json.dumps({"prompt": prompt, "reference": reference}) + "\n" for prompt, reference in parts]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def show(summary: dict[str, Any], out: Path) -> None:
@@ -190,9 +229,12 @@ def show(summary: dict[str, Any], out: Path) -> None:
         print(
             f"{label:36}{parameters:12,}{summary[f'{name}_loss']:9.4f}" + "".join(f"{found[d]:12.4f}" for d in domains)
         )
-    for name, text in summary["samples"].items():
-        print(f"\n{name} writes: {' '.join(text.split())}")
-    print(f"\nThe recovered model is {out}/recovered; figures and seconds per stage: {out}/summary.json")
+    speed = read_json(out / "speed.json")["models"][str(out / "recovered")]
+    times = [entry["speedup"]["p50"] for entry in speed["generation"]]
+    ratios = " and ".join(f"{ratio:.2f}" for ratio in times)
+    print(f"\nThe recovered model generates {ratios} times as fast as the base (batch 1 and 8).")
+    print(f"It is {out}/recovered; figures and seconds per stage: {out}/summary.json")
+    print(f"Everything that was done, in pictures: {out}/report.html")
 
 
 def _ignore(_: object) -> None:

@@ -27,6 +27,6 @@ fi
 echo "setup: making .venv with $("$python" -V 2>&1) (torch and its CUDA libraries are about 7 GB; some minutes)"
 "$python" -m venv --clear .venv
 .venv/bin/python -m pip install --quiet --upgrade "pip>=24"
-.venv/bin/python -m pip install --quiet --editable ".[dev]"
+.venv/bin/python -m pip install --quiet --editable ".[dev,demo,quantize]"
 echo "$stamp" > .venv/stamp
 echo "setup: done; run .venv/bin/llmprune, or 'source .venv/bin/activate' first"

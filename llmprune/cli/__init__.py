@@ -2,7 +2,7 @@
 
 import sys
 
-from llmprune.cli import evaluating, measuring, pruning  # noqa: F401  # their commands
+from llmprune.cli import evaluating, measuring, pruning, showing  # noqa: F401  # their commands
 from llmprune.cli.options import app
 from llmprune.errors import UserError
 

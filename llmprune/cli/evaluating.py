@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmprune.cli.options import Json, app, names_in
+from llmprune.cli.options import Json, app, command_line, names_in
 from llmprune.errors import UserError
 
 Models = Annotated[list[str], typer.Argument(metavar="MODEL…", help="Hugging Face folders or hub names.")]
@@ -98,7 +98,7 @@ def evaluate(
     if written:
         results["generated"] = written
     if out is not None:
-        write_json(out, results)
+        write_json(out, {**results, "command": command_line()})
     print(json.dumps(results) if as_json else table(results))
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from llmprune.cli.evaluating import Adapter, Attention, Device, DeviceMap, DTypeToRun, Models
-from llmprune.cli.options import Json, app, numbers_in
+from llmprune.cli.options import Json, app, command_line, numbers_in
 
 
 @app.command()
@@ -48,5 +48,5 @@ def measure(
     )
     results, watch = measure_models(models, config, Placement(dtype, device, device_map, attention, adapter))
     if out is not None:
-        save(results, watch, Path(out))
+        save({**results, "command": command_line()}, watch, Path(out))
     print(json.dumps(results) if as_json else table(results))

@@ -1,5 +1,7 @@
 """What the commands share."""
 
+import shlex
+import sys
 from enum import Enum
 from typing import Annotated
 
@@ -26,6 +28,11 @@ class DType(str, Enum):
 def names_in(text: str | None) -> list[str] | None:
     """The names in a list separated by commas."""
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def command_line() -> str:
+    """What was typed, for whoever wants to do it again."""
+    return shlex.join(["llmprune", *sys.argv[1:]])
 
 
 def numbers_in(text: str, option: str) -> list[int]:

@@ -1,1 +1,1 @@
-"""Pictures of what was found."""
+"""One page that shows what was done and how well it went."""

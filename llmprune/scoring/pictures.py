@@ -27,9 +27,9 @@ def draw_scores(scores: Scores, folder: Path | str, stem: str) -> list[Path]:
     rows = {**scores.blocks, **{f"{name} alone": values for name, values in scores.subblocks.items()}}
     drawn = []
     for name, figure in (
-        (f"{stem}.png", heat_map(rows, scores.model) if rows else None),
+        (f"{stem}.png", heat_map(rows, f"{scores.model}: importance by rank (0 goes first)") if rows else None),
         (f"{stem}.spans.png", span_landscape(scores.spans, scores.model) if scores.spans else None),
-        (f"{stem}.cka.png", similarity(scores.pairs["cka"], scores.model) if "cka" in scores.pairs else None),
+        (f"{stem}.cka.png", similarity(scores.pairs["cka"], f"{scores.model}: CKA") if "cka" in scores.pairs else None),
     ):
         if figure is not None:
             FigureCanvasAgg(figure)
@@ -53,7 +53,7 @@ def heat_map(rows: Mapping[str, Sequence[float]], title: str) -> Figure:
     axes.set_xticks(range(0, blocks, 1 if blocks <= 40 else 5))
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel("block")
-    axes.set_title(f"{title}: importance by rank (0 goes first)", fontsize=10)
+    axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes)
     return figure
 
@@ -94,6 +94,6 @@ def similarity(pairs: Sequence[Sequence[float]], title: str) -> Figure:
     image = axes.imshow(np.array(pairs), origin="lower", cmap=COLOURS, vmin=0, vmax=1)
     axes.set_xlabel("output of block")
     axes.set_ylabel("output of block")
-    axes.set_title(f"{title}: CKA", fontsize=10)
+    axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes)
     return figure

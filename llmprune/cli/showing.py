@@ -1,0 +1,25 @@
+"""What was done, to be looked at."""
+
+from typing import Annotated
+
+import typer
+
+from llmprune.cli.options import app
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN…", help="Runs, models, scores, results, speeds, or folders that hold several."),
+    ],
+    out: Annotated[str, typer.Option(help="Page to write (.html).")],
+    plots: Annotated[str | None, typer.Option(help="Folder for every figure as PNG and CSV.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT and PLOTS if they exist.")] = False,
+) -> None:
+    """Write one self-contained page about runs: plans, curves, scores, quality, speed."""
+    from llmprune.files import check_output
+    from llmprune.report.page import write_report
+
+    check_output(out, ".html", overwrite)
+    print(write_report(runs, out, plots=plots, overwrite=overwrite))

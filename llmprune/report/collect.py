@@ -1,0 +1,173 @@
+"""What there is to report: runs, models, scores and measurements, found in the folders that a user names."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from llmprune.callbacks.metrics_file import read_metrics
+from llmprune.data.sources import clean_name
+from llmprune.errors import UserError
+from llmprune.evaluation.continuations import read_continuations
+from llmprune.files import read_json
+from llmprune.models.loading import StoredWeights
+from llmprune.plans import Plan
+from llmprune.run_folder import RunFolder
+from llmprune.scoring.scores import Scores
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Attributes:
+        path: its folder.
+        config: the resolved config.
+        metrics: lines of its metrics.jsonl.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def prunes(self) -> bool:
+        """Whether gates were trained."""
+        return self.config.get("l0_pruning") is not None
+
+    @property
+    def batches(self) -> int:
+        """How many batches were trained."""
+        return max((line.get("time/batch", 0) for line in self.metrics), default=0)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, by batches, samples or tokens, whichever its duration counts."""
+        text = str(self.config["train"]["duration"])
+        for unit, counter in (("ba", "batch"), ("sp", "sample"), ("tok", "token")):
+            if text.endswith(unit):
+                done = max((line.get(f"time/{counter}", 0) for line in self.metrics), default=0)
+                return min((done + (counter == "batch" and done > 0)) / int(text.removesuffix(unit)), 1.0)
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on disk, with the plan that it was cut by, if there is one."""
+
+    path: Path
+    plan: Plan | None
+    parameters: int
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def cut(self) -> bool:
+        """Whether the plan takes anything away."""
+        return self.plan is not None and (
+            self.plan.shape != self.plan.source or any(block.merge is not None for block in self.plan.blocks)
+        )
+
+
+@dataclass
+class Material:
+    """Everything that was found.
+
+    Attributes:
+        runs: training runs.
+        models: Hugging Face models.
+        scores: of blocks, by place.
+        results: results.json files, by place.
+        speeds: speed.json files, by place.
+        continuations: records by model, from the logs beside a results.json.
+    """
+
+    runs: list[Run] = field(default_factory=list)
+    models: list[Model] = field(default_factory=list)
+    scores: dict[Path, Scores] = field(default_factory=dict)
+    results: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    speeds: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    continuations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return bool(self.runs or self.models or self.scores or self.results or self.speeds)
+
+
+def collect(paths: Sequence[Path | str]) -> Material:
+    """Look at files and folders, and into folders that are neither a run nor a model.
+
+    Raises:
+        UserError: a path does not exist, or there is nothing to report in any of them.
+    """
+    material = Material()
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
+        if not _add(material, path):
+            for inner in sorted(path.iterdir()) if path.is_dir() else ():
+                _add(material, inner)
+    if not material:
+        raise UserError(
+            f"{', '.join(map(str, paths))}: no run, model, scores, results or speeds there; name the folder of a run, "
+            "or one that holds several"
+        )
+    return material
+
+
+def _add(material: Material, path: Path) -> bool:
+    """Add what ``path`` is; False if it is nothing known."""
+    if path.is_dir():
+        return _add_folder(material, path)
+    if path.suffix != ".json":
+        return False
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("schema") != 1:
+        return False
+    if "blocks" in content and "num_blocks" in content:
+        material.scores[path] = Scores.load(path)
+    elif isinstance(content.get("models"), dict):
+        measured = any("generation" in entry for entry in content["models"].values())
+        (material.speeds if measured else material.results)[path] = content
+        for model in content["models"]:
+            log = path.with_suffix(".samples") / clean_name(model.strip("/")) / "continuations.jsonl"
+            if log.is_file():
+                material.continuations[model] = read_continuations(log)
+    else:
+        return False
+    return True
+
+
+def _add_folder(material: Material, path: Path) -> bool:
+    folder = RunFolder(path)
+    if folder.config.is_file() and folder.metrics.is_file():
+        config = OmegaConf.to_container(OmegaConf.load(folder.config))
+        assert isinstance(config, dict)
+        material.runs.append(
+            Run(path, {str(key): value for key, value in config.items()}, read_metrics(folder.metrics))
+        )
+        return True
+    if (path / "config.json").is_file():
+        plan = path / "llmprune" / "plan.json"
+        weights = StoredWeights(path)
+        size = 0
+        for name in weights:
+            number = 1
+            for length in weights.shape(name):
+                number *= length
+            size += number
+        material.models.append(Model(path, Plan.load(plan) if plan.is_file() else None, size))
+        return True
+    if folder.config.is_file() and (scores := path / "scores.json").is_file():
+        return _add(material, scores)
+    return False

@@ -1,0 +1,249 @@
+"""The report's pictures. Each comes with the numbers that it shows."""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+from llmprune.measurement.results import as_csv
+from llmprune.report.collect import Material, Run
+from llmprune.scoring.pictures import heat_map, similarity, span_landscape
+
+INK = "#010203"  # what becomes the page's own text colour
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "llmprune",
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+}
+SMOOTHING = 0.1  # share of the newest loss in the running mean
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the report.
+
+    Attributes:
+        name: of its files.
+        title: what it shows, as a sentence.
+        figure: the drawing.
+        rows: the numbers in it.
+    """
+
+    name: str
+    title: str
+    figure: Figure
+    rows: Sequence[Mapping[str, Any]] = field(default=())
+
+    def svg(self) -> str:
+        """The drawing as an ``<svg>`` element in the page's text colour."""
+        file = io.StringIO()
+        with mpl.rc_context(STYLE):
+            FigureCanvasSVG(self.figure)
+            self.figure.savefig(file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+        text = file.getvalue()
+        return text[text.index("<svg") :].replace(INK, "currentColor")
+
+    def save(self, folder: Path) -> None:
+        """Write NAME.png, on white, and NAME.csv."""
+        with mpl.rc_context(STYLE):
+            FigureCanvasAgg(self.figure)
+            self.figure.savefig(folder / f"{self.name}.png", dpi=150, bbox_inches="tight", facecolor="white")
+        (folder / f"{self.name}.csv").write_text(as_csv([dict(row) for row in self.rows]), encoding="utf-8")
+
+
+def pictures_of_runs(material: Material) -> Iterator[Picture]:
+    """Losses of every run; of a pruning run, its sparsity."""
+    for run in material.runs:
+        if any("loss/train/total" in line for line in run.metrics):
+            yield training_curve(run)
+        if run.prunes and any(_named(line, "l0/", "/expected_sparsity") for line in run.metrics):
+            yield sparsity(run)
+        if any(_named(line, "metrics/eval/loss/") for line in run.metrics):
+            yield domain_losses(run)
+
+
+@mpl.rc_context(STYLE)
+def training_curve(run: Run) -> Picture:
+    """Training loss, and evaluation loss where it was measured."""
+    trained = [(line["batch"], line["loss/train/total"]) for line in run.metrics if "loss/train/total" in line]
+    evaluated = [(line["batch"], line["metrics/eval/loss"]) for line in run.metrics if "metrics/eval/loss" in line]
+    figure, axes = _axes("batch", "nats per token")
+    batches, losses = zip(*trained, strict=True)
+    axes.plot(batches, losses, color="#8ab4d8", linewidth=0.6, alpha=0.7)
+    axes.plot(batches, _smooth(losses), color="#2f7ed8", linewidth=1.6, label="training (running mean)")
+    if evaluated:
+        axes.plot(*zip(*evaluated, strict=True), "o-", color="#e07b39", markersize=4, label="evaluation")
+    _legend(axes)
+    rows = [{"batch": b, "training_loss": value} for b, value in trained]
+    return Picture(f"{run.name}-loss", f"Loss of {run.name}", figure, rows + [
+        {"batch": b, "evaluation_loss": value} for b, value in evaluated
+    ])  # fmt: skip
+
+
+@mpl.rc_context(STYLE)
+def sparsity(run: Run) -> Picture:
+    """Expected sparsity of every kind of gate, and its target."""
+    figure, axes = _axes("batch", "sparsity")
+    rows: list[dict[str, Any]] = []
+    kinds = dict.fromkeys(kind for line in run.metrics for kind in _named(line, "l0/", "/expected_sparsity"))
+    for number, kind in enumerate(kinds):
+        lines = [line for line in run.metrics if f"l0/{kind}/expected_sparsity" in line]
+        batches = [line["batch"] for line in lines]
+        expected = [line[f"l0/{kind}/expected_sparsity"] for line in lines]
+        target = [line.get(f"l0/{kind}/target_sparsity", np.nan) for line in lines]
+        axes.plot(batches, expected, color=f"C{number}", label=kind.replace("_", " "))
+        axes.plot(batches, target, color=f"C{number}", linestyle=":", linewidth=1)
+        rows += [
+            {"batch": b, "gates": kind, "expected": e, "target": t}
+            for b, e, t in zip(batches, expected, target, strict=True)
+        ]
+    _legend(axes, "expected (dotted: target)")
+    return Picture(f"{run.name}-sparsity", f"Sparsity of {run.name}", figure, rows)
+
+
+@mpl.rc_context(STYLE)
+def domain_losses(run: Run) -> Picture:
+    """Evaluation loss of every domain."""
+    figure, axes = _axes("batch", "nats per token")
+    rows: list[dict[str, Any]] = []
+    domains = dict.fromkeys(name for line in run.metrics for name in _named(line, "metrics/eval/loss/"))
+    for domain in domains:
+        points = [
+            (line["batch"], v) for line in run.metrics if (v := line.get(f"metrics/eval/loss/{domain}")) is not None
+        ]
+        axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=domain)
+        rows += [{"batch": batch, "domain": domain, "loss": loss} for batch, loss in points]
+    _legend(axes)
+    return Picture(f"{run.name}-domains", f"Evaluation loss of {run.name} by domain", figure, rows)
+
+
+def pictures_of_scores(material: Material) -> Iterator[Picture]:
+    """Heat maps of every scores.json."""
+    for path, scores in material.scores.items():
+        name = path.parent.name if path.stem == "scores" else path.stem
+        blocks = {**scores.blocks, **{f"{sub} alone": values for sub, values in scores.subblocks.items()}}
+        if blocks:
+            yield importance(blocks, name)
+        for criterion, lengths in scores.spans.items():
+            yield spans(criterion, lengths, name)
+        if "cka" in scores.pairs:
+            yield likeness(scores.pairs["cka"], name)
+
+
+@mpl.rc_context(STYLE)
+def importance(blocks: Mapping[str, Sequence[float]], name: str) -> Picture:
+    """Blocks × criteria."""
+    rows = [{"criterion": c, **{f"block {i}": v for i, v in enumerate(values)}} for c, values in blocks.items()]
+    return Picture(f"{name}-scores", f"{name}: importance by rank (0 goes first)", heat_map(blocks, ""), rows)
+
+
+@mpl.rc_context(STYLE)
+def spans(criterion: str, lengths: Mapping[str, Sequence[float]], name: str) -> Picture:
+    """Every span's score by its start and its length."""
+    rows = [
+        {"blocks": int(length), "first": first, "score": value}
+        for length, starts in lengths.items()
+        for first, value in enumerate(starts)
+    ]
+    figure = span_landscape({criterion: lengths}, "")
+    return Picture(f"{name}-spans-{criterion}", f"{name}: how alike the ends of every span are", figure, rows)
+
+
+@mpl.rc_context(STYLE)
+def likeness(pairs: Sequence[Sequence[float]], name: str) -> Picture:
+    """CKA of all pairs of block outputs."""
+    rows = [{"block": i, **{str(j): v for j, v in enumerate(values)}} for i, values in enumerate(pairs)]
+    return Picture(f"{name}-cka", f"{name}: CKA of block outputs", similarity(pairs, ""), rows)
+
+
+def pictures_of_quality(material: Material) -> Iterator[Picture]:
+    """Perplexity against size, and against speed where it was measured."""
+    speeds = {model: entry for speed in material.speeds.values() for model, entry in speed["models"].items()}
+    for path, results in material.results.items():
+        quality = {model: value for model, entry in results["models"].items() if (value := _perplexity(entry))}
+        if not quality:
+            continue
+        for name, label, values in (
+            ("size", "million parameters", {m: results["models"][m].get("parameters", 0) / 1e6 for m in quality}),
+            ("speed", "tokens per second", {m: speed for m in quality if (speed := _fastest(speeds.get(m)))}),
+        ):
+            if not values:
+                continue
+            yield trade_off(f"{path.stem}-quality-{name}", label, values, quality)
+
+
+@mpl.rc_context(STYLE)
+def trade_off(name: str, label: str, values: Mapping[str, float], quality: Mapping[str, float]) -> Picture:
+    """Perplexity of models against something that they cost or give."""
+    figure, axes = _axes(label, "perplexity (mean over texts)")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.margins(0.25)
+    for model, value in values.items():
+        axes.plot(value, quality[model], "o", markersize=7)
+        axes.annotate(Path(model).name, (value, quality[model]), xytext=(6, 4), textcoords="offset points")
+    rows = [{"model": m, label: v, "perplexity": quality[m]} for m, v in values.items()]
+    return Picture(name, f"Perplexity against {label}", figure, rows)
+
+
+def _perplexity(entry: Mapping[str, Any]) -> float | None:
+    """The geometric mean over texts of the first BOS mode's perplexity."""
+    found = [
+        next(value for mode, value in text.items() if mode.startswith("bos_"))
+        for text in entry.get("perplexity", {}).values()
+    ]
+    return float(np.exp(np.mean(np.log(found)))) if found else None
+
+
+def _fastest(entry: Mapping[str, Any] | None) -> float | None:
+    """Tokens per second of generation at the smallest batch."""
+    measured = [e for e in (entry or {}).get("generation", ()) if "tokens_per_s" in e]
+    return min(measured, key=lambda e: e["batch"])["tokens_per_s"] if measured else None
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.0, 3.2))
+    axes = figure.add_subplot()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    return figure, axes
+
+
+def _legend(axes: Axes, title: str | None = None) -> None:
+    """A legend below the axes, where it hides nothing."""
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.17), ncol=4, title=title, handlelength=1.2, columnspacing=1.2
+    )
+
+
+def _named(line: Mapping[str, Any], prefix: str, suffix: str = "") -> list[str]:
+    """What stands between ``prefix`` and ``suffix`` in the names of a line's metrics."""
+    return [
+        name.removeprefix(prefix).removesuffix(suffix)
+        for name in line
+        if name.startswith(prefix) and name.endswith(suffix)
+    ]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    smoothed, mean = [], values[0]
+    for value in values:
+        mean += SMOOTHING * (value - mean)
+        smoothed.append(mean)
+    return smoothed

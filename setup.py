@@ -44,7 +44,14 @@ setup(
         "quantize": ["llmcompressor==0.9.0"],
         "gpu": ["flash-attn==2.8.3"],
         "wandb": ["wandb==0.18.7"],
-        "dev": ["pytest==9.2.0", "hypothesis==6.168.5", "ruff==0.17.6", "mypy==2.4.1", "import-linter==2.11", "playwright==1.65.2"],
+        "dev": [
+            "pytest==9.2.0",
+            "hypothesis==6.168.5",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "import-linter==2.11",
+            "playwright==1.65.2",
+        ],
     },
     entry_points={"console_scripts": ["llmprune=llmprune.cli:main"]},
 )

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from llmprune.cli.evaluating import Adapter, Attention, Device, DeviceMap, DTypeToRun, Models
 from llmprune.cli.options import app
 
 
@@ -23,3 +24,23 @@ def report(
 
     check_output(out, ".html", overwrite)
     print(write_report(runs, out, plots=plots, overwrite=overwrite))
+
+
+@app.command()
+def demo(
+    models: Models,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 = every one of this machine's.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 = any that is free.")] = 7860,
+    adapter: Adapter = None,
+    dtype: DTypeToRun = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    attention: Attention = "sdpa",
+) -> None:
+    """Serve a page on which models answer side by side."""
+    from llmprune.demo import serve
+    from llmprune.models.opened import Placement
+
+    serve(models, Placement(dtype, device, device_map, attention, adapter), host=host, port=port)

@@ -1,0 +1,147 @@
+"""A page on which several models answer the same prompt side by side."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmprune.errors import UserError
+from llmprune.evaluation.continuations import GenerationConfig, Prompt, write_continuations
+from llmprune.measurement.measure import weights_bytes
+from llmprune.measurement.monitor import peak_memory
+from llmprune.models.opened import OpenedModel, Placement, open_model
+
+EXAMPLES = ("The function returns", "Once upon a time", "def main(", "The capital of France is")
+WAITING = "…"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote, and what that took.
+
+    Attributes:
+        texts: one for each sequence of the batch.
+        seconds: for all of them.
+        tokens: that were written.
+        memory: of the weights and what the work took, bytes.
+    """
+
+    texts: list[str]
+    seconds: float
+    tokens: int
+    memory: int
+
+    def describe(self, parameters: int) -> str:
+        """As one line."""
+        return (
+            f"{parameters / 1e6:,.1f} M parameters · {self.seconds:.2f} s · {self.tokens / self.seconds:,.1f} tokens/s "
+            f"· {self.memory / 1e6:,.0f} MB"
+        )
+
+
+def answer(opened: OpenedModel, prompt: str, config: GenerationConfig) -> Answer:
+    """Let a model go on from a prompt, ``config.batch_size`` times at once.
+
+    Raises:
+        UserError: the prompt is empty or too long.
+    """
+    prompts = [Prompt(prompt)] * config.batch_size
+    with peak_memory(opened.model.device) as peak:
+        start = time.perf_counter()
+        records = write_continuations(opened, prompts, config)
+        seconds = time.perf_counter() - start
+    texts = [record["output"] for record in records]
+    tokens = sum(len(ids) for ids in opened.tokenizer(texts, add_special_tokens=False)["input_ids"])
+    return Answer(texts, seconds, tokens, weights_bytes(opened) + peak.added)
+
+
+def build(models: Sequence[OpenedModel]) -> Any:
+    """The page, as a Gradio app."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    import gradio as gr
+
+    sizes = [sum(p.numel() for p in opened.model.parameters()) for opened in models]
+
+    def run(
+        prompt: str, tokens: float, batch: float, seed: float, temperature: float, top_k: float, top_p: float
+    ) -> Iterator[list[str]]:
+        shown = [WAITING, ""] * len(models)
+        yield shown
+        config = GenerationConfig(
+            max_new_tokens=int(tokens),
+            temperature=temperature,
+            top_p=top_p,
+            top_k=int(top_k),
+            seed=int(seed),
+            batch_size=int(batch),
+        )
+        for number, opened in enumerate(models):
+            try:
+                found = answer(opened, prompt, config)
+            except UserError as error:
+                raise gr.Error(str(error)) from None
+            shown[2 * number : 2 * number + 2] = ["\n\n———\n\n".join(found.texts), found.describe(sizes[number])]
+            yield shown
+
+    with gr.Blocks(title="llmprune") as page:
+        gr.Markdown("# Models side by side\nEvery model goes on from the same prompt, one after the other.")
+        prompt = gr.Textbox(label="Prompt", lines=3, value=EXAMPLES[0])
+        gr.Examples([[example] for example in EXAMPLES], prompt)
+        with gr.Row():
+            tokens = gr.Slider(1, 512, 64, step=1, label="Output tokens")
+            batch = gr.Slider(1, 64, 1, step=1, label="Batch")
+            seed = gr.Number(17, precision=0, label="Seed")
+        with gr.Row():
+            temperature = gr.Slider(0, 2, 0.6, step=0.05, label="Temperature (0 = greedy)")
+            top_k = gr.Slider(0, 200, 0, step=1, label="Top-k (0 = all)")
+            top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p")
+        button = gr.Button("Generate", variant="primary")
+        outputs = []
+        with gr.Row():
+            for opened in models:
+                with gr.Column(min_width=260):
+                    outputs += [gr.Textbox(label=opened.name, lines=10), gr.Markdown()]
+        inputs = [prompt, tokens, batch, seed, temperature, top_k, top_p]
+        button.click(run, inputs, outputs, api_name="generate", concurrency_limit=1)
+        prompt.submit(run, inputs, outputs, api_name=False, concurrency_limit=1)
+    return page
+
+
+def serve(models: Sequence[str], placement: Placement, *, host: str, port: int, wait: bool = True) -> Any:
+    """Open the models and serve the page.
+
+    Args:
+        models: folders or hub names.
+        placement: how they are held, all at the same time.
+        host: address to listen on.
+        port: 0 = any that is free.
+        wait: serve until interrupted; else return the running app.
+
+    Raises:
+        UserError: Gradio is not installed, a model can't be opened, or the port is in use.
+    """
+    try:
+        import gradio as gr
+    except ImportError:
+        raise UserError("the package gradio is not installed: pip install -e '.[demo]'") from None
+    if not 0 <= port < 65536:
+        raise UserError(f"there is no port {port}")
+    page = build([open_model(name, placement) for name in models])
+    fonts = ["system-ui", "sans-serif"]
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port or None,
+            theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
+            prevent_thread_lock=True,
+            quiet=True,
+            footer_links=[],
+        )
+    except OSError as error:
+        reason = "it is in use, or may not be listened on" if "port" in str(error).lower() else str(error)
+        raise UserError(f"{host}:{port} can't be served ({reason}): choose another with --port") from None
+    if wait:
+        print(f"{', '.join(models)} on {page.local_url} (Ctrl-C ends it)", flush=True)
+        page.block_thread()
+    return page

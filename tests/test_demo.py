@@ -1,0 +1,62 @@
+"""The demo, used in a browser as a person would."""
+
+import re
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from llmprune.demo import answer, serve
+from llmprune.errors import UserError
+from llmprune.evaluation.continuations import GenerationConfig, Prompt, write_continuations
+from llmprune.models.opened import Placement, open_model
+from tests.browser import chromium
+
+HERE = Placement(device="cpu")
+
+
+def test_start_use_and_stop(trained_folder: Path, model_folder: Path) -> None:
+    page = serve([str(trained_folder), str(model_folder)], HERE, host="127.0.0.1", port=0, wait=False)
+    address = page.local_url
+    assert re.match(r"http://127\.0\.0\.1:\d+/", address)
+    try:
+        with chromium() as browser:
+            view = browser.new_page(viewport={"width": 1200, "height": 900})
+            view.goto(address)
+            view.get_by_label("Prompt", exact=True).fill("3: one two")
+            view.get_by_label("Temperature").first.fill("0")
+            view.get_by_label("number input for Output tokens").fill("5")
+            view.get_by_role("button", name="Generate").click()
+            view.get_by_text("tokens/s").nth(1).wait_for(timeout=30_000)
+            config = GenerationConfig(max_new_tokens=5, temperature=0, batch_size=1)
+            for folder in (trained_folder, model_folder):
+                shown = view.get_by_label(str(folder)).input_value()
+                wanted = write_continuations(open_model(str(folder), HERE), [Prompt("3: one two")], config)
+                assert shown == wanted[0]["output"]
+            lines = view.get_by_text("tokens/s").all_text_contents()
+            assert re.match(r"0\.\d M parameters · [\d.]+ s · [\d.]+ tokens/s · \d+ MB", lines[0])
+            view.get_by_label("Prompt", exact=True).fill("")
+            view.get_by_role("button", name="Generate").click()
+            view.get_by_text("must have between 1 and").first.wait_for(timeout=30_000)
+            view.set_viewport_size({"width": 400, "height": 900})
+            assert view.evaluate("document.documentElement.scrollWidth") <= 400
+        with pytest.raises(UserError, match=r"can't be served .*--port"):
+            serve([str(trained_folder)], HERE, host="127.0.0.1", port=int(address.split(":")[2].strip("/")), wait=False)
+    finally:
+        page.close()
+    with pytest.raises(OSError):
+        urllib.request.urlopen(address, timeout=3)
+
+
+def test_a_batch_is_several_answers(trained_folder: Path) -> None:
+    opened = open_model(str(trained_folder), HERE)
+    found = answer(opened, "3: one", GenerationConfig(max_new_tokens=6, temperature=1.0, batch_size=3))
+    assert len(found.texts) == 3 and len(set(found.texts)) > 1
+    assert 0 < found.tokens <= 3 * 6 + 3 and found.seconds > 0
+
+
+def test_mistakes(trained_folder: Path) -> None:
+    with pytest.raises(UserError, match="no port 70000"):
+        serve([str(trained_folder)], HERE, host="127.0.0.1", port=70000, wait=False)
+    with pytest.raises(UserError, match="no folder"):
+        serve(["not/a/model"], HERE, host="127.0.0.1", port=0, wait=False)

@@ -72,7 +72,7 @@ def score(source: Source, config: LayerScoringConfig, *, offload: bool = False) 
             raise UserError(f"{key} '{value}' is unknown; {nearest(value, valid)}")
     if source.device == "gpu" and not torch.cuda.is_available():
         raise UserError("the device is gpu, but there is none")
-    names = config.names()
+    names = config.names(gradients=not offload)
     model_config = load_config(source.model)
     family = family_of(model_config)
     shape = family.shape(model_config)

@@ -59,8 +59,8 @@ def test_everything_is_there(scores: Scores, tmp_path: Path) -> None:
 
 
 def test_offloaded_gives_the_same(scores: Scores, trained_folder: Path, data: Path) -> None:
-    names = [name for name in settings(data).names() if not name.startswith("taylor")]
-    offloaded = score(Source(str(trained_folder)), settings(data, criteria=names, batch_size=3), offload=True)
+    offloaded = score(Source(str(trained_folder)), settings(data, batch_size=3), offload=True)
+    assert set(offloaded.blocks) == {name for name in scores.blocks if not name.startswith("taylor")}
     for section in SECTIONS:
         for name, found in offloaded.as_dict()[section].items():
             assert flat(found) == pytest.approx(flat(scores.as_dict()[section][name]), rel=1e-5), name
@@ -154,6 +154,9 @@ def test_mistakes(scores: Scores, trained_folder: Path, model_folder: Path, data
     greedy = ("--method", "greedy", "--remove", "1")
     refused("the scores are of a model with the hash", *plan, *greedy, "--model", str(model_folder))
     refused("no criterion 'bi'", "score", str(trained_folder), "--data", str(data), "--out", out, "--criteria", "bi")
+    refused("seed is -1", "score", str(trained_folder), "--data", str(data), "--out", out, "--seed", "-1")
+    refused("can't be read: Is a directory", "plan", str(tmp_path), "--out", out)
+    refused("can't write /proc", "score", str(trained_folder), "--data", str(data), "--out", "/proc/a.json")
     refused("need calibration text", "score", str(trained_folder), "--out", out)
     refused("device 'tpu' is unknown", "score", str(trained_folder), "--out", out, "--device", "tpu")
     refused("9 of 6 blocks can't be removed", "plan", str(path), "--compare", "--remove", "9")

@@ -95,7 +95,9 @@ def score(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub name.")],
     out: Annotated[str, typer.Option(help="File to write (.json); pictures are drawn beside it.")],
     data: Annotated[str | None, typer.Option(help="Prepared data, or text, Markdown or JSON lines.")] = None,
-    criteria: Annotated[str | None, typer.Option(help="Names, separated by commas; default: all.")] = None,
+    criteria: Annotated[
+        str | None, typer.Option(help="Names, separated by commas; default: all that are possible.")
+    ] = None,
     names: Annotated[
         bool, typer.Option("--names", help="List the criteria.", is_eager=True, callback=_list_criteria)
     ] = False,
@@ -107,7 +109,7 @@ def score(
     row_reduction: Annotated[str, typer.Option(help="Of weights, over rows: sum, mean, max, prod.")] = "sum",
     matrix_reduction: Annotated[str, typer.Option(help="Of weights, over a block's matrices.")] = "sum",
     seed: Annotated[int, typer.Option(help="Of the samples and of the random order.")] = 17,
-    dtype: Annotated[DType, typer.Option(help="Of the weights in memory.")] = DType.float32,
+    dtype: Annotated[str, typer.Option(help="Of the weights in memory: float32 or bfloat16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu or gpu; default: what is there.")] = None,
     offload: Annotated[bool, typer.Option("--offload", help="Hold one block at a time, read from the files.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
@@ -122,7 +124,7 @@ def score(
 
     check_output(out, ".json", overwrite)
     scores = score_model(
-        Source(model, dtype=dtype.value, device=device),
+        Source(model, dtype=dtype, device=device),
         LayerScoringConfig(
             CalibrationConfig(data, samples, seq_len, bos, text_field, seed),
             names_in(criteria),

@@ -104,11 +104,13 @@ def load_any_model(
     """
     folder = resolve_model(model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, device_map=device_map
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, device_map=device_map, output_loading_info=True
         )
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
         raise UserError(f"the model {model} can't be loaded: {_first_line(error)}") from None
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"the weights of {model} lack {len(missing)} tensors that its config asks for: {missing[0]}, …")
     if adapter is not None:
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise UserError(f"{adapter} holds no adapter: it has no adapter_config.json")
@@ -120,7 +122,9 @@ def load_any_model(
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of a message; of a list of faults, its heading with the first of them."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def new_model(config: PretrainedConfig, *, seed: int, attention: str = "sdpa") -> PreTrainedModel:

@@ -29,6 +29,8 @@ def merge(request: Request) -> tuple[KeptBlock, ...]:
             "merging needs a merge_size of at least 2, a merge_step of at least 1 and a threshold in [-1, 1]"
         )
     removable = request.removable(default=1)
+    if config.merge_size > len(removable):
+        raise UserError(f"merge_size is {config.merge_size}, but only {len(removable)} blocks can be merged")
     most = request.layers - 1 if config.remove is None else request.remove
     opened = request.open()
     reference = _final_states(opened)

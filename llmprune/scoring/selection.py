@@ -218,10 +218,19 @@ def explicit(request: Request) -> tuple[KeptBlock, ...]:
     listed = request.config.drop
     if not listed:
         raise UserError("list what goes with --drop: 3,7 or attention.3,mlp.2")
+    config = request.config
+    for name, given in (
+        ("--remove", config.remove),
+        ("--protect-first", config.protect_first),
+        ("--protect-last", config.protect_last),
+        ("--criterion", config.criterion),
+    ):
+        if given is not None:
+            raise UserError(f"the list says what goes: leave out {name}")
     gone: set[tuple[int, str]] = set()
     for item in listed:
         kind, _, number = str(item).rpartition(".")
-        if not number.isdigit() or kind not in ("", "attention", "mlp"):
+        if not number.isdecimal() or kind not in ("", "attention", "mlp"):
             raise UserError(f"'{item}' is neither a block's number nor attention.N or mlp.N")
         if int(number) >= request.layers:
             raise UserError(f"there is no block {number}: the model has {request.layers}, from 0")

@@ -14,7 +14,7 @@ class LayerScoringConfig:
 
     Attributes:
         data: the calibration samples.
-        criteria: names of criteria; null = all.
+        criteria: names of criteria; null = all (offloaded: all that need no gradients).
         batch_size: samples that go through a block at a time.
         row_reduction: of magnitudes and Taylor scores, over the rows of a matrix: sum, mean, max or prod.
         matrix_reduction: of them, over a block's matrices.
@@ -28,8 +28,11 @@ class LayerScoringConfig:
     matrix_reduction: str = "sum"
     seed: int = 17
 
-    def names(self) -> list[str]:
+    def names(self, *, gradients: bool = True) -> list[str]:
         """The criteria asked for.
+
+        Args:
+            gradients: whether "all" holds those that need gradients.
 
         Raises:
             UserError: one is unknown, or a setting is.
@@ -39,7 +42,10 @@ class LayerScoringConfig:
                 raise UserError(f"{name} '{value}' is unknown; {nearest(value, REDUCTIONS)}")
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}; it must be positive")
-        names = CRITERIA.names() if self.criteria is None else list(dict.fromkeys(self.criteria))
+        if self.seed < 0 or self.data.seed < 0:
+            raise UserError(f"seed is {min(self.seed, self.data.seed)}; it must be zero or positive")
+        possible = [name for name in CRITERIA.names() if gradients or CRITERIA.get(name).reads != "gradients"]
+        names = possible if self.criteria is None else list(dict.fromkeys(self.criteria))
         if not names:
             raise UserError(f"no criteria: choose some of {', '.join(CRITERIA.names())}")
         for name in names:

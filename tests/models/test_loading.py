@@ -1,5 +1,7 @@
 """Opening models and hashing their weights."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,16 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"junk" * 10)
     with pytest.raises(UserError, match="damaged"):
         StoredWeights(tmp_path)
+
+
+def test_weights_that_do_not_fill_the_config_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    for field, value, message in (
+        ("num_hidden_layers", 6, "lack .* tensors that its config asks for: model.layers.4"),
+        ("intermediate_size", 64, "can't be loaded: .*size mismatch"),
+    ):
+        folder = tmp_path / field
+        shutil.copytree(model_folder, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, field: value}))
+        with pytest.raises(UserError, match=message):
+            load_model(folder)

@@ -107,10 +107,17 @@ def _open(scores: Scores, model: str) -> Opened:
             "was scored, or score this one"
         )
     settings = scores.settings
+    try:
+        dtype, tokenizer_at, batch_size = DTYPES[settings["dtype"]], settings["tokenizer"], int(settings["batch_size"])
+        data = CalibrationConfig(**scores.data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the scores do not say how they were made ({type(error).__name__}: {error}): score again"
+        ) from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(model, dtype=DTYPES[settings["dtype"]]).to(device).eval()
+    loaded = load_model(model, dtype=dtype).to(device)
     samples = None
     if scores.data:
-        tokenizer = load_tokenizer(settings["tokenizer"] or model)
-        samples = calibration_samples(CalibrationConfig(**scores.data), tokenizer).to(device)
-    return Opened(loaded, samples, settings["batch_size"])
+        tokenizer = load_tokenizer(tokenizer_at or model)
+        samples = calibration_samples(data, tokenizer).to(device)
+    return Opened(loaded, samples, batch_size)

@@ -152,6 +152,21 @@ def test_mistakes(scores: Scores, trained_folder: Path, model_folder: Path, data
     refused("does not exist", "plan", str(tmp_path / "none.json"), "--out", out)
     refused("exists already", "plan", str(path), "--out", str(path), "--criterion", "taylor", "--remove", "1")
     greedy = ("--method", "greedy", "--remove", "1")
+    refused(
+        "would delete the input",
+        "plan",
+        str(path),
+        "--out",
+        str(path),
+        "--overwrite",
+        "--criterion",
+        "tail",
+        "--remove",
+        "1",
+    )
+    damaged = scores.as_dict() | {"settings": {"dtype": "float32"}}
+    (tmp_path / "damaged.json").write_text(json.dumps(damaged))
+    refused("do not say how they were made", "plan", str(tmp_path / "damaged.json"), "--out", out, *greedy)
     refused("the scores are of a model with the hash", *plan, *greedy, "--model", str(model_folder))
     refused("no criterion 'bi'", "score", str(trained_folder), "--data", str(data), "--out", out, "--criteria", "bi")
     refused("seed is -1", "score", str(trained_folder), "--data", str(data), "--out", out, "--seed", "-1")

@@ -163,7 +163,7 @@ def plan(
 ) -> None:
     """Choose what goes by scores; OUT is a plan for `llmprune apply`."""
     from llmprune import planning
-    from llmprune.files import check_output
+    from llmprune.files import check_output, refuse_replacing
     from llmprune.scoring.scores import Scores
     from llmprune.scoring.selection import PlanConfig
 
@@ -189,6 +189,7 @@ def plan(
     if out is None:
         raise UserError("name the plan to write with --out")
     check_output(out, ".json", overwrite)
+    refuse_replacing(out, [scores])
     made = planning.make_plan(loaded, config, model=model)
     made.save(out)
     removed = planning.removed_blocks(made)

@@ -41,15 +41,16 @@ def open_for_comparison(path: Path | str, plan: Plan | None = None) -> PreTraine
     Raises:
         UserError: it can't be read, or the plan is for another shape.
     """
-    if plan is not None:
-        return _follow(load_model(path).eval(), plan)
     if not is_checkpoint(path):
-        return load_model(path).eval()
+        model = load_model(path)
+        return model if plan is None else _follow(model, plan)
     checkpoint = Checkpoint.open(path)
     model = new_model(checkpoint.config, seed=0).eval()
     weights = checkpoint.weights
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])
+    if plan is not None:
+        return _follow(model, plan)  # as in ``apply``: the plan decides, not the gates
     if (gates := checkpoint.gates()) is not None:
         factors = gates.factors(gates.at_target())
         attach(model, checkpoint.family, set(factors.trainable())).factors = factors

@@ -61,7 +61,7 @@ def build(models: Sequence[OpenedModel]) -> Any:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr
 
-    sizes = [sum(p.numel() for p in opened.model.parameters()) for opened in models]
+    sizes = [opened.parameters for opened in models]
 
     def run(
         prompt: str, tokens: float, batch: float, seed: float, temperature: float, top_k: float, top_p: float

@@ -109,6 +109,11 @@ def write_json(path: Path | str, value: Any) -> None:
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, readable as far as the umask allows (the library alone makes it private)."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata or {}))
+    make_readable(path)
+
+
+def make_readable(path: Path | str) -> None:
+    """Let everyone read a file, as far as the umask allows."""
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(path, 0o666 & ~umask)

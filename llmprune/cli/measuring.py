@@ -1,4 +1,4 @@
-"""How fast and how large models are."""
+"""How fast and how large models are, and how they become smaller still."""
 
 import json
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from llmprune.cli.evaluating import Adapter, Attention, Device, DeviceMap, DTypeToRun, Models
-from llmprune.cli.options import Json, app, command_line, numbers_in
+from llmprune.cli.options import Json, Out, Overwrite, app, command_line, numbers_in
 
 
 @app.command()
@@ -50,3 +50,26 @@ def measure(
     if out is not None:
         save({**results, "command": command_line()}, watch, Path(out))
     print(json.dumps(results) if as_json else table(results))
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub name.")],
+    out: Out,
+    data: Annotated[str, typer.Option(help="Calibration text: prepared data, text, Markdown or JSON lines.")],
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens of each.")] = 2048,
+    bos: Annotated[str, typer.Option(help="A BOS before no sample, the first or each: none, first, each.")] = "none",
+    text_field: Annotated[str, typer.Option(help="Field of a JSON record that holds the text.")] = "text",
+    group_size: Annotated[int, typer.Option(help="Weights of a row that share a scale.")] = 128,
+    activation_order: Annotated[bool, typer.Option(help="Columns with the largest activations first.")] = True,
+    overwrite: Overwrite = False,
+) -> None:
+    """Quantise a model's linear layers to four bits by GPTQ."""
+    from llmprune.convert.quantize import QuantizeConfig
+    from llmprune.convert.quantize import quantize as quantize_model
+    from llmprune.data.calibration import CalibrationConfig
+
+    config = QuantizeConfig(CalibrationConfig(data, samples, seq_len, bos, text_field), group_size, activation_order)
+    size = quantize_model(model, out, config, overwrite=overwrite)
+    print(f"{out}: {size / 1e6:,.1f} MB")

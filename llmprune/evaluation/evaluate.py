@@ -104,7 +104,7 @@ def evaluate_model(
     opened: OpenedModel, config: EvaluationConfig, tasks: Tasks | None, samples: Path | None
 ) -> dict[str, Any]:
     """Measure one model; see ``evaluate``."""
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in opened.model.parameters())}
+    found: dict[str, Any] = {"parameters": opened.parameters}
     for path in config.texts:
         found.setdefault("perplexity", {}).update(_perplexities(opened, path, config))
     if tasks is not None:

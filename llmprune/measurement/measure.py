@@ -130,7 +130,7 @@ def measure(
 def size(opened: OpenedModel, context: int) -> dict[str, Any]:
     """Parameters, and operations for one token behind ``context`` others."""
     model = opened.model
-    total = sum(p.numel() for p in model.parameters())
+    total = opened.parameters
     embeddings = {id(p): p.numel() for p in model.get_input_embeddings().parameters()}
     if (output := model.get_output_embeddings()) is not None:
         embeddings |= {id(p): p.numel() for p in output.parameters()}

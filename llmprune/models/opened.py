@@ -1,10 +1,11 @@
 """A model ready for use: weights on their device, with its tokenizer."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.errors import UserError, nearest
 from llmprune.models.loading import load_any_model, load_tokenizer, resolve_model
@@ -66,6 +67,17 @@ class OpenedModel:
     folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def parameters(self) -> int:
+        """How many there are; packed ones of a quantised model count as what they stand for."""
+        model = self.model
+        if getattr(model.config, "quantization_config", None) is not None:
+            plain = copy.deepcopy(model.config)
+            del plain.quantization_config
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(plain)
+        return sum(p.numel() for p in model.parameters())
 
 
 def open_model(name: str, placement: Placement) -> OpenedModel:

@@ -1,0 +1,122 @@
+"""Weights of four bits by GPTQ (arXiv:2210.17323), through llm-compressor.
+
+llm-compressor installs beside Composer's pins, works on CPUs as on GPUs, one block after the other, and writes the
+compressed-tensors format, which Transformers and vLLM read.
+"""
+
+import math
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmprune.data.calibration import CalibrationConfig, calibration_samples
+from llmprune.errors import UserError
+from llmprune.files import make_readable, output_folder, refuse_existing, refuse_replacing
+from llmprune.models.loading import load_any_model, load_tokenizer, resolve_model
+
+BITS = 4
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """How weights are quantised.
+
+    Attributes:
+        data: the calibration samples; the papers take 128 of 2048 tokens.
+        group_size: weights of a row that share a scale.
+        activation_order: quantise the columns with the largest activations first.
+        dampening: added to the Hessian's diagonal, as a share of its mean.
+    """
+
+    data: CalibrationConfig = field(default_factory=lambda: CalibrationConfig(samples=128, length=2048))
+    group_size: int = 128
+    activation_order: bool = True
+    dampening: float = 0.01
+
+
+def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, overwrite: bool = False) -> int:
+    """Quantise every linear layer but the output layer; the result loads with ``AutoModelForCausalLM``.
+
+    Args:
+        model: Hugging Face folder or hub name.
+        out: folder to write.
+        config: how.
+        overwrite: whether ``out`` may be replaced.
+
+    Returns:
+        The bytes of the weights written.
+
+    Raises:
+        UserError: llm-compressor is not installed, the groups do not fit, the samples can't be read, ``out`` exists.
+    """
+    try:
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+        from datasets import Dataset
+        from llmcompressor import oneshot
+        from llmcompressor.modifiers.quantization import GPTQModifier
+        from loguru import logger
+    except ImportError:
+        raise UserError("the package llmcompressor is not installed: pip install -e '.[quantize]'") from None
+    logger.disable("llmcompressor")
+    refuse_existing(Path(out), overwrite)
+    folder = resolve_model(model)
+    refuse_replacing(out, [folder])
+    tokenizer = load_tokenizer(model)
+    loaded = load_any_model(model)
+    _check(loaded, config)
+    samples = calibration_samples(config.data, tokenizer)
+    limit = getattr(loaded.config, "max_position_embeddings", None)
+    if limit is not None and samples.shape[1] > limit:
+        raise UserError(f"samples of {samples.shape[1]} tokens are too long: the model takes {limit}")
+    weights = QuantizationArgs(
+        num_bits=BITS,
+        type="int",
+        symmetric=True,
+        strategy="group",
+        group_size=config.group_size,
+        actorder="group" if config.activation_order else None,
+        observer="minmax",
+    )
+    recipe = GPTQModifier(
+        config_groups={"weights": QuantizationScheme(targets=["Linear"], weights=weights)},
+        ignore=["lm_head", "embed_out"],
+        dampening_frac=config.dampening,
+    )
+    texts = {"input_ids": samples.tolist(), "attention_mask": torch.ones_like(samples).tolist()}
+    with output_folder(out, overwrite) as written:
+        oneshot(
+            model=loaded,
+            dataset=Dataset.from_dict(texts),
+            recipe=recipe,
+            max_seq_length=samples.shape[1],
+            num_calibration_samples=len(samples),
+            pipeline="sequential",
+        )
+        loaded.save_pretrained(written, save_compressed=True)
+        tokenizer.save_pretrained(written)
+        if (folder / "llmprune").is_dir():
+            shutil.copytree(folder / "llmprune", written / "llmprune")
+        files = list(written.glob("*.safetensors"))
+        for file in files:  # the library makes them private
+            make_readable(file)
+        return sum(file.stat().st_size for file in files)
+
+
+def _check(model: PreTrainedModel, config: QuantizeConfig) -> None:
+    """Refuse groups that do not fit the rows of every matrix, and models that are quantised already."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UserError("the model is quantised already")
+    if config.group_size < 1 or config.dampening <= 0:
+        raise UserError("the group size and the dampening must be positive")
+    output = model.get_output_embeddings()
+    rows = {m.in_features for m in model.modules() if isinstance(m, nn.Linear) and m is not output}
+    if any(length % config.group_size for length in rows):
+        fitting = math.gcd(*rows, config.group_size)
+        raise UserError(
+            f"groups of {config.group_size} do not fit rows of {', '.join(map(str, sorted(rows)))} weights: choose a "
+            f"group size that divides them all, such as {fitting}"
+        )

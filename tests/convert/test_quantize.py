@@ -1,0 +1,102 @@
+"""Four bits by GPTQ: what is written is small, loads, and computes nearly the same."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llmprune.cli import app
+from llmprune.convert.quantize import QuantizeConfig, quantize
+from llmprune.data.calibration import CalibrationConfig, calibration_samples
+from llmprune.errors import UserError
+from llmprune.models.loading import load_model
+from llmprune.models.opened import Placement, open_model
+
+
+@pytest.fixture(scope="module")
+def quantised(trained_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quantised") / "out"
+    sizes = ("--samples", "16", "--seq-len", "32", "--group-size", "16")
+    app(["quantize", str(trained_folder), "--out", str(out), "--data", str(data), *sizes], standalone_mode=False)
+    return out
+
+
+def rounded(weight: Tensor, group: int) -> Tensor:
+    """Every group of a row to the nearest of 16 steps: what GPTQ must beat."""
+    parts = weight.view(len(weight), -1, group)
+    scale = parts.abs().amax(-1, keepdim=True) / 7.5
+    return ((parts / scale).round().clamp(-8, 7) * scale).view_as(weight)
+
+
+def test_it_computes_nearly_the_same(quantised: Path, trained_folder: Path, data: Path) -> None:
+    """Nearer to the whole model than plain rounding, on the text that it was calibrated on."""
+    opened = open_model(str(quantised), Placement(device="cpu"))
+    tokens = calibration_samples(CalibrationConfig(str(data), 16, 32), opened.tokenizer)
+    whole, nearest = load_model(trained_folder), load_model(trained_folder)
+    with torch.no_grad():
+        for name, parameter in nearest.named_parameters():
+            if "proj" in name:
+                parameter.copy_(rounded(parameter, 16))
+        logits, by_gptq, by_rounding = (model(input_ids=tokens).logits for model in (whole, opened.model, nearest))
+    assert (by_gptq - logits).norm() < 0.5 * (by_rounding - logits).norm()
+    assert (by_gptq - logits).norm() < 0.1 * logits.norm()
+    assert opened.parameters == sum(p.numel() for p in whole.parameters())
+    output = opened.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert output.shape == (1, 7)
+
+
+def test_what_is_written(quantised: Path, trained_folder: Path) -> None:
+    config = json.loads((quantised / "config.json").read_text())["quantization_config"]
+    (group,) = config["config_groups"].values()
+    assert (group["weights"]["num_bits"], group["weights"]["group_size"], group["weights"]["actorder"]) == (
+        4,
+        16,
+        "group",
+    )
+    stored, before = load_file(quantised / "model.safetensors"), load_file(trained_folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    assert stored[f"{name}.weight_packed"].numel() * 8 == before[f"{name}.weight"].numel()
+    assert torch.equal(stored["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert (quantised / "model.safetensors").stat().st_mode & 0o044 == 0o044
+
+
+def test_it_is_evaluated_and_measured_like_any_other(
+    quantised: Path, trained_folder: Path, tmp_path: Path, corpus: Path
+) -> None:
+    out, speed = tmp_path / "results.json", tmp_path / "speed.json"
+    models = [str(trained_folder), str(quantised)]
+    text = str(corpus / "numbers/part.jsonl")
+    app(["evaluate", *models, "--perplexity", text, "--segment", "32", "--out", str(out)], standalone_mode=False)
+    found = [next(iter(m["perplexity"].values()))["bos_each"] for m in json.loads(out.read_text())["models"].values()]
+    assert math.log(found[1] / found[0]) < 0.1
+    app(
+        ["measure", *models, "--output-tokens", "3", "--warmups", "0", "--repeats", "1", "--out", str(speed)],
+        standalone_mode=False,
+    )
+    sizes = [m["weights_bytes"] for m in json.loads(speed.read_text())["models"].values()]
+    assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_size": 128}, "groups of 128 do not fit rows of 32, 48, 64 weights: .* such as 16"),
+        ({"data": CalibrationConfig(samples=4, length=2048)}, "calibration text"),
+        ({"group_size": 0}, "must be positive"),
+    ],
+)
+def test_mistakes(trained_folder: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        quantize(trained_folder, tmp_path / "out", QuantizeConfig(**{"group_size": 16, **changes}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_once_is_enough(quantised: Path, tmp_path: Path, data: Path) -> None:
+    with pytest.raises(UserError, match="quantised already"):
+        quantize(quantised, tmp_path / "out", QuantizeConfig(CalibrationConfig(str(data), 4, 32), 16))
+    with pytest.raises(UserError, match="exists already"):
+        quantize(quantised, quantised, QuantizeConfig())

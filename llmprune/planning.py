@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from transformers import PretrainedConfig
 
 from llmprune.data.calibration import CalibrationConfig, calibration_samples
 from llmprune.errors import UserError
@@ -13,6 +14,8 @@ from llmprune.models.loading import StoredWeights, fingerprint, load_config, loa
 from llmprune.plans import Plan
 from llmprune.score import DTYPES
 from llmprune.scoring import merging, repeated
+from llmprune.scoring.criteria import CRITERIA
+from llmprune.scoring.criterion import Section
 from llmprune.scoring.scores import Scores
 from llmprune.scoring.selection import SELECTIONS, Opened, PlanConfig, Request, select
 
@@ -31,6 +34,49 @@ def make_plan(scores: Scores, config: PlanConfig, *, model: str | None = None) -
         UserError: the request is impossible, or (for ways that look at the model again) the model is another one.
     """
     return select(_request(scores, config, model or scores.model))
+
+
+class _Opening(Exception):
+    """A rehearsal came as far as opening the model."""
+
+
+def rehearse(config: PlanConfig, criteria: Sequence[str], model_config: PretrainedConfig) -> None:
+    """See, before scoring, whether a plan can follow from the scores; whatever looks at the model again is left out.
+
+    Args:
+        config: how to select.
+        criteria: those that will have scored.
+        model_config: the model's.
+
+    Raises:
+        UserError: it can't.
+    """
+    family = family_of(model_config)
+    shape = family.shape(model_config)
+    kinds = {name: CRITERIA.get(name) for name in criteria}
+    of = {section: [name for name, kind in kinds.items() if kind.section is section] for section in Section}
+    lengths = {str(n): [0.0] * (shape.layers - n + 1) for n in range(1, shape.layers + 1)}
+    scores = Scores(
+        model="",
+        family=family.name,
+        fingerprint="",
+        source=shape,
+        data={},
+        settings={},
+        perplexity=None,
+        blocks={name: [0.0] * shape.layers for name in of[Section.BLOCKS]},
+        subblocks={name: [0.0] * shape.layers for name in of[Section.SUBBLOCKS]},
+        spans=dict.fromkeys(of[Section.SPANS], lengths),
+    )
+
+    def opening() -> Opened:
+        raise _Opening
+
+    try:
+        select(Request(scores, config, opening, family.is_parallel(model_config)))
+    except _Opening:
+        if config.method != "iterative" and all(kind.reads in (None, "weights") for kind in kinds.values()):
+            raise UserError(f"'{config.method}' needs calibration text, which none of the criteria reads") from None
 
 
 def removed_blocks(plan: Plan) -> list[int]:

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from composer.utils import dist
+from composer.utils import dist, get_device
 
 from llmprune.errors import UserError
 
 T = TypeVar("T")
+
+PATIENCE = 7 * 24 * 3600.0  # seconds that ranks wait for one that works alone
 
 
 def share_cores() -> None:
@@ -20,6 +22,11 @@ def share_cores() -> None:
     ranks = dist.get_local_world_size()
     if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+
+
+def initialize_ranks(device: str | None) -> None:
+    """Let the ranks find each other; they wait for one another as long as the longest plan takes."""
+    dist.initialize_dist(get_device(device), timeout=PATIENCE)
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from composer import Trainer
-from composer.core import Evaluator
+from composer.core import DataSpec, Evaluator
 from composer.utils import dist, get_device
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -24,6 +24,7 @@ from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.loading import StoredWeights, fingerprint, load_config, load_model, load_tokenizer, resolve_model
 from llmprune.models.memory import check_memory
 from llmprune.models.offloading import OffloadedModel
+from llmprune.ranks import initialize_ranks
 from llmprune.scoring.criterion import ScoringJob
 from llmprune.scoring.pictures import draw_scores
 from llmprune.scoring.scorer import Scorer
@@ -76,7 +77,9 @@ def score(source: Source, config: LayerScoringConfig, *, offload: bool = False) 
     model_config = load_config(source.model)
     family = family_of(model_config)
     shape = family.shape(model_config)
-    tokens = _samples(source, config, names, getattr(model_config, "max_position_embeddings", None))
+    tokens = _samples(
+        source, config, names, getattr(model_config, "max_position_embeddings", None), model_config.vocab_size
+    )
     if not offload:
         check_memory(
             source.model,
@@ -87,11 +90,11 @@ def score(source: Source, config: LayerScoringConfig, *, offload: bool = False) 
     scored = _offloaded if offload else _by_trainer
     sections, perplexity = scored(source, config, names, tokens)
     scores = Scores(
-        model=str(resolve_model(source.model)) if Path(source.model).is_dir() else source.model,
+        model=str(resolve_model(source.model).resolve()) if Path(source.model).is_dir() else source.model,
         family=family.name,
         fingerprint=fingerprint(StoredWeights(source.model), model_config),
         source=shape,
-        data={} if tokens is None else asdict(config.data),
+        data={} if tokens is None else asdict(config.data) | {"path": str(Path(config.data.path or "").resolve())},
         settings={
             "row_reduction": config.row_reduction,
             "matrix_reduction": config.matrix_reduction,
@@ -114,7 +117,9 @@ def save_scores(scores: Scores, out: Path | str) -> list[Path]:
     return [out, *draw_scores(scores, out.parent, out.stem)]
 
 
-def _samples(source: Source, config: LayerScoringConfig, names: list[str], limit: int | None) -> Tensor | None:
+def _samples(
+    source: Source, config: LayerScoringConfig, names: list[str], limit: int | None, vocabulary: int
+) -> Tensor | None:
     """The calibration samples; None if no criterion reads any."""
     from llmprune.scoring.criteria import CRITERIA
 
@@ -122,14 +127,19 @@ def _samples(source: Source, config: LayerScoringConfig, names: list[str], limit
         return None
     if limit is not None and config.data.length > limit:
         raise UserError(f"samples of {config.data.length} tokens are too long: the model takes {limit}")
-    return calibration_samples(config.data, load_tokenizer(source.tokenizer or source.model))
+    samples = calibration_samples(config.data, load_tokenizer(source.tokenizer or source.model))
+    if (largest := int(samples.max())) >= vocabulary:
+        raise UserError(
+            f"the tokenizer gives the token {largest}, the model's vocabulary ends at {vocabulary - 1}: use its own"
+        )
+    return samples
 
 
 def _by_trainer(
     source: Source, config: LayerScoringConfig, names: list[str], tokens: Tensor | None
 ) -> tuple[dict[str, dict[str, Any]], float | None]:
     """Score with the whole model in memory, every rank its share of the samples."""
-    dist.initialize_dist(get_device(source.device))
+    initialize_ranks(source.device)
     model = load_model(source.model, dtype=DTYPES[source.dtype], attention=source.attention)
     callback = LayerScoring(config)
     ranks, rank = dist.get_world_size(), dist.get_global_rank()
@@ -137,14 +147,16 @@ def _by_trainer(
         raise UserError(f"{len(tokens)} calibration samples are too few for {ranks} ranks")
     if tokens is None:
         tokens = torch.zeros(ranks, 8, dtype=torch.int64)
-    loader = DataLoader(_Share(tokens[rank::ranks], shown=rank == 0), batch_size=config.batch_size)
+    batches = share(tokens, rank, ranks, config.batch_size)
+    loader = DataLoader(_Share(batches, shown=rank == 0), batch_size=None)
+    data = DataSpec(loader, split_batch=lambda batch, size: [batch])  # batches are ready as they are
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # what a command prints is its result
         warnings.simplefilter("ignore")
         trainer = Trainer(
             model=ComposerCausalLM(model),
             device=source.device,
             precision="fp32",
-            eval_dataloader=Evaluator(label=CALIBRATION, dataloader=loader),
+            eval_dataloader=Evaluator(label=CALIBRATION, dataloader=data),
             callbacks=[callback],
             progress_bar=False,
         )
@@ -157,7 +169,7 @@ def _offloaded(
     source: Source, config: LayerScoringConfig, names: list[str], tokens: Tensor | None
 ) -> tuple[dict[str, dict[str, Any]], float | None]:
     """Score block by block: all samples pass a block before the next one is read."""
-    device = get_device(source.device)._device if source.device else torch.device("cpu")
+    device = get_device(source.device)._device
     offloaded = OffloadedModel(source.model, dtype=DTYPES[source.dtype], device=device, attention=source.attention)
     model = offloaded.model
     job = ScoringJob(
@@ -181,15 +193,29 @@ def _offloaded(
         return scorer.scores(), scorer.perplexity()
 
 
-class _Share(IterableDataset[dict[str, Tensor]]):
-    """One rank's samples."""
+def share(tokens: Tensor, rank: int, ranks: int, batch_size: int) -> list[Tensor]:
+    """A rank's samples in batches; every rank has as many, since Composer stops them all when one has no more.
 
-    def __init__(self, tokens: Tensor, *, shown: bool) -> None:
-        self._tokens, self._shown = tokens, shown
+    Args:
+        tokens: all samples, [samples, length]; at least one for each rank.
+        rank: whose.
+        ranks: how many there are.
+        batch_size: samples of a batch (one more where the ranks' shares differ).
+    """
+    own, least = tokens[rank::ranks], len(tokens) // ranks
+    most = -(-len(tokens) // ranks)
+    return list(own.tensor_split(min(-(-most // batch_size), least)))
+
+
+class _Share(IterableDataset[dict[str, Tensor]]):
+    """One rank's batches."""
+
+    def __init__(self, batches: list[Tensor], *, shown: bool) -> None:
+        self._batches, self._shown = batches, shown
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for sample in tqdm(self._tokens, desc="scoring", unit="sample", disable=None if self._shown else True):
-            yield {"input_ids": sample}
+        for batch in tqdm(self._batches, desc="scoring", unit="batch", disable=None if self._shown else True):
+            yield {"input_ids": batch}

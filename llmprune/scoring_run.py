@@ -3,18 +3,14 @@
 import shutil
 from pathlib import Path
 
-from composer.utils import dist, get_device
-
 from llmprune.config import ScoringConfig, save_config
 from llmprune.errors import UserError
-from llmprune.families import family_of
 from llmprune.files import output_folder
 from llmprune.models.loading import load_config
-from llmprune.planning import SELECTIONS, make_plan
-from llmprune.ranks import on_rank_zero, share_cores
+from llmprune.planning import make_plan, rehearse
+from llmprune.ranks import initialize_ranks, on_rank_zero, share_cores
 from llmprune.score import Source, save_scores, score
 from llmprune.scoring.scores import Scores
-from llmprune.scoring.selection import PlansConfig
 
 
 def run_scoring(config: ScoringConfig) -> Scores:
@@ -23,12 +19,12 @@ def run_scoring(config: ScoringConfig) -> Scores:
     Raises:
         UserError: something does not fit, or the folder holds something already.
     """
-    model_config = load_config(config.model.path)
-    layers = family_of(model_config).shape(model_config).layers
     if config.plan is not None:
-        _check_plans(config.plan, config.layer_scoring.names(), layers)
+        names = config.layer_scoring.names()
+        for plan in config.plan.each().values():
+            rehearse(plan, names, load_config(config.model.path))
     share_cores()
-    dist.initialize_dist(get_device(config.model.device))
+    initialize_ranks(config.model.device)
     folder = Path(config.run.folder)
     on_rank_zero(lambda: _check_folder(folder, config.run.overwrite))
     model = config.model
@@ -38,25 +34,12 @@ def run_scoring(config: ScoringConfig) -> Scores:
     return scores
 
 
-def _check_plans(plans: PlansConfig, criteria: list[str], layers: int) -> None:
-    """Check what can be checked before scoring."""
-    SELECTIONS.get(plans.method)
-    if plans.criterion is not None and plans.criterion not in criteria:
-        raise UserError(
-            f"plan.criterion is {plans.criterion}, but layer_scoring.criteria has only {', '.join(criteria)}"
-        )
-    kept = (plans.protect_first or 0) + (plans.protect_last or 0)
-    for count in plans.remove:
-        if not 1 <= count < layers or count > layers - kept:
-            raise UserError(f"plan.remove has {count}, but {layers - kept} of {layers} blocks can go")
-
-
 def _check_folder(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
             f"{folder} holds something already: pass run.overwrite=true to delete it, or another run.folder"
         )
-    if overwrite and folder.exists() and not (folder / "scores.json").is_file():
+    if overwrite and folder.exists() and any(folder.iterdir()) and not (folder / "scores.json").is_file():
         raise UserError(f"{folder} holds something that is no scoring run: choose another run.folder")
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from llmprune.cli import app
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.errors import UserError
-from llmprune.models.loading import load_tokenizer
-from llmprune.score import Source, save_scores, score
+from llmprune.models.loading import load_config, load_tokenizer
+from llmprune.planning import rehearse
+from llmprune.score import Source, save_scores, score, share
 from llmprune.scoring.scores import Scores
+from llmprune.scoring.selection import PlanConfig
 from llmprune.scoring.settings import LayerScoringConfig
-from tests.conftest import random_model
+from tests.conftest import random_model, tiny_config
 from tests.families.test_conformance import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -277,3 +280,61 @@ def test_iterative_without_text(trained_folder: Path, tmp_path: Path) -> None:
     refused(
         "score again with --data", "plan", scores, "--method", "greedy", "--remove", "2", "--out", out, "--overwrite"
     )
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_every_rank_has_as_many_batches(batch_size: int) -> None:
+    """Composer stops all ranks when one has no more; that must lose nothing."""
+    for ranks in (1, 2, 3, 4, 8):
+        for samples in range(ranks, 40):
+            tokens = torch.arange(samples)[:, None]
+            shares = [share(tokens, rank, ranks, batch_size) for rank in range(ranks)]
+            assert len({len(batches) for batches in shares}) == 1
+            assert all(0 < len(batch) <= batch_size + 1 for batches in shares for batch in batches)
+            assert sorted(torch.cat([batch for batches in shares for batch in batches]).flatten().tolist()) == list(
+                range(samples)
+            )
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (PlanConfig("lowest", None, 1), "name the criterion"),
+        (PlanConfig("lowest", "cosine", 1), "scores spans: pass --span"),
+        (PlanConfig("lowest", "taylor", 1), "no criterion 'taylor'"),
+        (PlanConfig("lowest", "tail", 6), "6 of 6 blocks"),
+        (PlanConfig("lowest", "tail", 1, protect_first=-1), "fewer than none"),
+        (PlanConfig("greedy", None, 5), "only 4 of 6 can go"),
+        (PlanConfig("sublayers", None, 1), "no influence of sub-layers"),
+        (PlanConfig("list", None, 1), "--drop"),
+        (PlanConfig("merge", None, 1), None),
+        (PlanConfig("span", "cosine", 2), None),
+        (PlanConfig("iterative", "block_influence", 2), None),
+    ],
+)
+def test_a_plan_is_rehearsed_before_scoring(trained_folder: Path, plan: PlanConfig, message: str | None) -> None:
+    criteria = ["tail", "cosine", "block_influence"]
+    if message is None:
+        rehearse(plan, criteria, load_config(trained_folder))
+        return
+    with pytest.raises(UserError, match=message):
+        rehearse(plan, criteria, load_config(trained_folder))
+
+
+def test_a_merge_needs_text(trained_folder: Path) -> None:
+    with pytest.raises(UserError, match="needs calibration text"):
+        rehearse(PlanConfig("merge", None, 1), ["tail"], load_config(trained_folder))
+
+
+def test_a_token_outside_the_vocabulary(trained_folder: Path, data: Path, tmp_path: Path) -> None:
+    model = random_model(tiny_config(vocab_size=20))
+    model.save_pretrained(tmp_path)
+    load_tokenizer(data / "tokenizer").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="the model's vocabulary ends at 19"):
+        score(Source(str(tmp_path), device="cpu"), settings(data, criteria=["perplexity"]))
+
+
+def test_pictures_of_other_scores_do_not_stay(scores: Scores, tmp_path: Path) -> None:
+    save_scores(scores, tmp_path / "s.json")
+    save_scores(replace(scores, spans={}, pairs={}), tmp_path / "s.json")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["s.json", "s.png"]

@@ -117,12 +117,15 @@ def score(
 ) -> None:
     """Score every block of a model by every criterion, in one pass."""
     from llmprune.data.calibration import CalibrationConfig
-    from llmprune.files import check_output
+    from llmprune.files import check_output, refuse_existing
     from llmprune.score import Source, save_scores
     from llmprune.score import score as score_model
+    from llmprune.scoring.pictures import pictures_beside
     from llmprune.scoring.settings import LayerScoringConfig
 
     check_output(out, ".json", overwrite)
+    for picture in pictures_beside(out):
+        refuse_existing(picture, overwrite)
     scores = score_model(
         Source(model, dtype=dtype, device=device),
         LayerScoringConfig(
@@ -182,6 +185,8 @@ def plan(
         merge_step=merge_step,
     )
     loaded = Scores.load(scores)
+    if compare and (out or method or criterion):
+        raise UserError("--compare shows every criterion and writes nothing: leave out --out, --method and --criterion")
     if compare:
         gone = planning.compare(loaded, config)
         print(json.dumps(gone) if as_json else planning.comparison_table(gone, loaded.layers))

@@ -14,6 +14,7 @@ from llmprune.data.format import DataManifest, tokenizer_fingerprint
 from llmprune.data.sources import Document, Fields, documents, find_files
 from llmprune.errors import UserError, nearest
 
+BYTES_PER_TOKEN = 32  # more than any text has, but for long runs of blanks
 BOS_MODES = ("none", "first", "each")
 
 
@@ -51,9 +52,8 @@ def calibration_samples(config: CalibrationConfig, tokenizer: PreTrainedTokenize
     """
     if config.path is None:
         raise UserError("the criteria need calibration text: name it with --data (layer_scoring.data.path in a YAML)")
-    for name, least in (("samples", 1), ("length", 8)):
-        if getattr(config, name) < least:
-            raise UserError(f"calibration needs at least {least} {name}; got {getattr(config, name)}")
+    if config.samples < 1 or config.length < 8:
+        raise UserError(f"calibration needs at least 1 sample of 8 tokens; got {config.samples} of {config.length}")
     if config.bos not in BOS_MODES:
         raise UserError(f"there is no BOS mode '{config.bos}'; {nearest(config.bos, BOS_MODES)}")
     bos = tokenizer.bos_token_id
@@ -90,17 +90,29 @@ def _prepared(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> 
 def _from_text(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     assert config.path is not None
     own = config.length - (config.bos == "each")
-    tokens: list[int] = []
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for document in documents(find_files([Path(config.path)]), Fields(config.text_field)):
-        if not isinstance(document, Document):
-            raise UserError(f"{document.place} can't be read: {document.reason}")
-        tokens += tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"] + end
-        if len(tokens) >= own * config.samples:
-            break
+    wanted = own * config.samples
+    tokens = _tokens(config, tokenizer, wanted, BYTES_PER_TOKEN * wanted)
+    if len(tokens) < wanted:  # unusual text: all of it, then
+        tokens = _tokens(config, tokenizer, wanted, None)
     _enough(config, len(tokens) // own)
     for sample in range(config.samples):
         yield tokens[sample * own : (sample + 1) * own]
+
+
+def _tokens(
+    config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, wanted: int, text_bytes: int | None
+) -> list[int]:
+    """At least so many tokens, if there are as many; of a long text only the beginning is read and tokenised."""
+    assert config.path is not None
+    tokens: list[int] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for document in documents(find_files([Path(config.path)]), Fields(config.text_field), text_bytes):
+        if not isinstance(document, Document):
+            raise UserError(f"{document.place} can't be read: {document.reason}")
+        tokens += tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"] + end
+        if len(tokens) >= wanted:
+            break
+    return tokens
 
 
 def _enough(config: CalibrationConfig, available: int) -> None:

@@ -1,7 +1,6 @@
 """Reading documents: plain text and JSON lines, plain, .gz or .zst.
 
-A format is one entry of ``READERS``: from a stream of bytes to (record number, text, record) triples. Formats that are
-no streams of bytes (Parquet, data sets of the hub) would be further kinds of ``documents``.
+Formats that are no streams of bytes (Parquet, data sets of the hub) would be further kinds of ``documents``.
 """
 
 import gzip
@@ -10,7 +9,7 @@ import json
 import re
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -52,9 +51,19 @@ class Fields:
     domain: str | None = None
 
 
-def read_text(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """A text file is one document."""
-    yield 1, stream.read()
+def read_text(stream: BinaryIO, limit: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """A text file is one document; ``limit`` bytes of it, if given, up to the last whole character."""
+    read = stream.read(-1 if limit is None else limit)
+    yield 1, read if limit is None else _whole_characters(read)
+
+
+def _whole_characters(text: bytes) -> bytes:
+    """UTF-8 without a character that was cut at the end (a character has at most four bytes)."""
+    for cut in range(1, min(4, len(text)) + 1):
+        if text[-cut] & 0xC0 != 0x80:  # the first byte of the last character
+            size = next((n for n, bits in ((4, 0xF0), (3, 0xE0), (2, 0xC0)) if text[-cut] >= bits), 1)
+            return text if cut >= size else text[:-cut]
+    return text
 
 
 def read_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -64,13 +73,8 @@ def read_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-READERS: dict[str, Callable[[BinaryIO], Iterator[tuple[int, bytes]]]] = {
-    ".txt": read_text,
-    ".md": read_text,
-    ".jsonl": read_lines,
-    ".ndjson": read_lines,
-}
-_JSON = {".jsonl", ".ndjson"}
+_JSON = (".jsonl", ".ndjson")
+FORMATS = (".txt", ".md", *_JSON)
 _COMPRESSED = {".gz", ".zst"}
 
 
@@ -89,23 +93,30 @@ def find_files(inputs: Sequence[Path]) -> list[tuple[Path, str]]:
             raise UserError(f"{path} does not exist")
         root = path.resolve()
         if path.is_file():
-            if _format(path) not in READERS:
-                raise UserError(f"{path} is of no known format; known: {', '.join(READERS)}, each also .gz or .zst")
+            if _format(path) not in FORMATS:
+                raise UserError(f"{path} is of no known format; known: {', '.join(FORMATS)}, each also .gz or .zst")
             found.setdefault(root, (path, root.parent.name))
             continue
         for file in sorted(path.rglob("*")):
-            if file.is_file() and _format(file) in READERS:
+            if file.is_file() and _format(file) in FORMATS:
                 inner = file.relative_to(path).parts
                 found.setdefault(file.resolve(), (file, inner[0] if len(inner) > 1 else root.name))
     if not found:
         raise UserError(
-            f"{', '.join(map(str, inputs))} holds no readable files; known: {', '.join(READERS)}, each also .gz or .zst"
+            f"{', '.join(map(str, inputs))} holds no readable files; known: {', '.join(FORMATS)}, each also .gz or .zst"
         )
     return list(found.values())
 
 
-def documents(files: Sequence[tuple[Path, str]], fields: Fields) -> Iterator[Document | BadRecord]:
+def documents(
+    files: Sequence[tuple[Path, str]], fields: Fields, text_bytes: int | None = None
+) -> Iterator[Document | BadRecord]:
     """Every document of ``files``, and every record that could not be read.
+
+    Args:
+        files: with their domains; see ``find_files``.
+        fields: of JSON records.
+        text_bytes: read only so much of a text file; None = all.
 
     Raises:
         UserError: two domains would get the same name.
@@ -120,7 +131,8 @@ def documents(files: Sequence[tuple[Path, str]], fields: Fields) -> Iterator[Doc
             is_json = _format(path) in _JSON
             number = 0
             try:
-                for number, record in READERS[_format(path)](_decompressed(raw, path.suffix)):
+                stream = _decompressed(raw, path.suffix)
+                for number, record in read_lines(stream) if is_json else read_text(stream, text_bytes):
                     place = f"{path}:{number}"
                     try:
                         text, domain = _parse_json(record, fields) if is_json else (record.decode("utf-8-sig"), None)

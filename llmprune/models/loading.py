@@ -78,7 +78,11 @@ def load_model(
     Raises:
         UserError: it can't be read, or its architecture is not supported.
     """
-    load_config(model)
+    config = load_config(model)
+    if (resolve_model(model) / "model.safetensors.index.json").is_file() or any(
+        resolve_model(model).glob("*.safetensors")
+    ):
+        parameter_names(StoredWeights(model), config)
     return load_any_model(model, dtype=dtype, attention=attention)
 
 
@@ -226,8 +230,17 @@ class StoredWeights(Mapping[str, Tensor]):
 
 
 def parameter_names(weights: Mapping[str, Tensor], config: PretrainedConfig) -> list[str]:
-    """The sorted names of a model's own parameters: no buffers of older formats, and a tied output layer left out."""
+    """The sorted names of a model's own parameters: no buffers of older formats, and a tied output layer left out.
+
+    Raises:
+        UserError: there are blocks that the config does not have.
+    """
     family = family_of(config)
+    layers, prefix = family.shape(config).layers, f"{family.blocks}."
+    for name in weights:
+        number = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
+        if number.isdecimal() and int(number) >= layers:
+            raise UserError(f"the weights hold '{name}', but the config has only {layers} blocks: one of them is wrong")
     output_layer = family.outer_name(Role.OUTPUT) + ".weight" if family.tied(config) else None
     return sorted(
         name

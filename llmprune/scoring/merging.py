@@ -11,7 +11,7 @@ from llmprune.errors import UserError
 from llmprune.families import family_of
 from llmprune.models.walking import Run, shortened, visited
 from llmprune.plans import KeptBlock
-from llmprune.scoring.selection import SELECTIONS, Opened, Request
+from llmprune.scoring.selection import SELECTIONS, Opened, Request, no_criterion
 
 Mixture = dict[int, float]
 
@@ -24,6 +24,7 @@ def merge(request: Request) -> tuple[KeptBlock, ...]:
     before the final norm with the whole model's is at least ``threshold``. ``remove``, if given, is the most that go.
     """
     config = request.config
+    no_criterion(request)
     if config.merge_size < 2 or config.merge_step < 1 or not -1 <= config.threshold <= 1:
         raise UserError(
             "merging needs a merge_size of at least 2, a merge_step of at least 1 and a threshold in [-1, 1]"
@@ -61,9 +62,9 @@ def merge(request: Request) -> tuple[KeptBlock, ...]:
 
 
 def _kept(block: int, mixture: Mixture) -> KeptBlock:
-    """A block of the merged model; one that is made of a single block of the source is that block."""
-    if len(mixture) == 1:
-        return KeptBlock.whole(next(iter(mixture)))
+    """A block of the merged model: it keeps its place, and with it its kind of attention, whatever it is made of."""
+    if mixture == {block: 1.0}:
+        return KeptBlock.whole(block)
     return KeptBlock(block, block, merge=tuple(sorted(mixture.items())))
 
 

@@ -12,6 +12,11 @@ from llmprune.scoring.scores import Scores
 COLOURS = "viridis"
 
 
+def pictures_beside(out: Path | str) -> list[Path]:
+    """The pictures that may lie beside a scores file."""
+    return [Path(out).with_suffix(suffix) for suffix in (".png", ".spans.png", ".cka.png")]
+
+
 def draw_scores(scores: Scores, folder: Path | str, stem: str) -> list[Path]:
     """Draw what the scores hold, as PNG files in ``folder``.
 
@@ -24,17 +29,20 @@ def draw_scores(scores: Scores, folder: Path | str, stem: str) -> list[Path]:
         The files: ``STEM.png`` (blocks × criteria), ``STEM.spans.png``, ``STEM.cka.png``, as far as there is something
         to draw.
     """
+    model = Path(scores.model).name
     rows = {**scores.blocks, **{f"{name} alone": values for name, values in scores.subblocks.items()}}
     drawn = []
     for name, figure in (
-        (f"{stem}.png", heat_map(rows, f"{scores.model}: importance by rank (0 goes first)") if rows else None),
-        (f"{stem}.spans.png", span_landscape(scores.spans, scores.model) if scores.spans else None),
-        (f"{stem}.cka.png", similarity(scores.pairs["cka"], f"{scores.model}: CKA") if "cka" in scores.pairs else None),
+        (f"{stem}.png", heat_map(rows, f"{model}: importance by rank (0 goes first)") if rows else None),
+        (f"{stem}.spans.png", span_landscape(scores.spans, model) if scores.spans else None),
+        (f"{stem}.cka.png", similarity(scores.pairs["cka"], f"{model}: CKA") if "cka" in scores.pairs else None),
     ):
         if figure is not None:
             FigureCanvasAgg(figure)
             figure.savefig(Path(folder) / name, dpi=150, bbox_inches="tight")
             drawn.append(Path(folder) / name)
+        else:
+            (Path(folder) / name).unlink(missing_ok=True)  # of the scores that stood here before
     return drawn
 
 

@@ -12,7 +12,7 @@ from llmprune.models.walking import Run, shortened, visited
 from llmprune.plans import KeptBlock
 from llmprune.scoring.criterion import CRITERIA, ScoringJob, Section
 from llmprune.scoring.scorer import Scorer
-from llmprune.scoring.selection import SELECTIONS, Opened, Request, lowest_blocks, without
+from llmprune.scoring.selection import SELECTIONS, Opened, Request, lowest_blocks, no_criterion, without
 
 
 @SELECTIONS.register("iterative")
@@ -52,6 +52,7 @@ def greedy(request: Request) -> tuple[KeptBlock, ...]:
     the next present model's: with N blocks, the first and last protected, removing K costs
     N + Σ_k (N−k−2)(N−k−1)/2 block evaluations per batch, k from 0 to K − 1.
     """
+    no_criterion(request)
     removable, opened = request.removable(default=1), request.open()
     _check_memory(request, opened)
     present = _Trace.of_whole(opened, request.layers)

@@ -122,7 +122,9 @@ class Request:
         """
         if self.config.criterion is None:
             known = ", ".join([*self.scores.blocks, *self.scores.spans])
-            raise UserError(f"name the criterion that decides with --criterion; the scores have {known}")
+            raise UserError(
+                f"name the criterion that decides with --criterion (plan.criterion in a YAML); the scores have {known}"
+            )
         return self.config.criterion
 
     @cached_property
@@ -134,7 +136,7 @@ class Request:
         """
         count = self.config.remove
         if count is None:
-            raise UserError("say how many blocks go with --remove")
+            raise UserError("say how many blocks go with --remove (plan.remove in a YAML)")
         if not 1 <= count < self.layers:
             raise UserError(f"{count} of {self.layers} blocks can't be removed: choose 1 to {self.layers - 1}")
         return count
@@ -185,6 +187,16 @@ def without(layers: int, removed: Sequence[int]) -> tuple[KeptBlock, ...]:
 def lowest_blocks(scores: Sequence[float], removable: Sequence[int], count: int) -> list[int]:
     """The removable blocks with the lowest scores; of equals the later ones."""
     return sorted(sorted(removable, key=lambda block: (scores[block], -block))[:count])
+
+
+def no_criterion(request: Request) -> None:
+    """Refuse a criterion where the way to select has its own.
+
+    Raises:
+        UserError: one was named.
+    """
+    if request.config.criterion is not None:
+        raise UserError(f"'{request.config.method}' decides by itself: leave out the criterion")
 
 
 @SELECTIONS.register("lowest")
@@ -267,6 +279,7 @@ def pair_sublayers(request: Request, gone: set[tuple[int, str]]) -> tuple[KeptBl
 @SELECTIONS.register("sublayers")
 def sublayers(request: Request) -> tuple[KeptBlock, ...]:
     """Pairs of neighbouring sub-layers go, across blocks too: those whose influences add up to the least."""
+    no_criterion(request)
     if request.parallel:
         raise UserError(
             f"attention and MLP of this {request.scores.family} model's blocks read the same input: no pair of "

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmprune.data.calibration import CalibrationConfig, calibration_samples
 from llmprune.data.dataset import MixedDataset
@@ -39,8 +40,8 @@ def test_prepared_data_give_training_samples(data: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": 0}, "at least 1 samples"),
-        ({"length": 4}, "at least 8 length"),
+        ({"samples": 0}, "at least 1 sample of 8"),
+        ({"length": 4}, "at least 1 sample of 8"),
         ({"bos": "all"}, "no BOS mode 'all'"),
         ({"path": None}, "need calibration text"),
         ({"path": "nowhere.txt"}, "nowhere.txt does not exist"),
@@ -59,3 +60,16 @@ def test_text_shorter_than_a_sample(data: Path, tmp_path: Path) -> None:
     config = CalibrationConfig(str(tmp_path / "short.txt"), samples=1, length=32)
     with pytest.raises(UserError, match="text for 0 samples of 32 tokens"):
         calibration_samples(config, load_tokenizer(data / "tokenizer"))
+
+
+def test_only_the_beginning_of_a_long_text_is_read(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same samples as from all of it, and a character that is cut in two does no harm."""
+    tokenizer = load_tokenizer(data / "tokenizer")
+    (tmp_path / "long.txt").write_text("añ€😀 one two three alpha beta " * 4000)
+    config = CalibrationConfig(str(tmp_path / "long.txt"), samples=3, length=20)
+    found = calibration_samples(config, tokenizer)
+    whole = tokenizer((tmp_path / "long.txt").read_text(), add_special_tokens=False)["input_ids"]
+    assert found.flatten().tolist() == whole[:60]
+    for size in range(31, 47):
+        monkeypatch.setattr("llmprune.data.calibration.BYTES_PER_TOKEN", size)
+        assert torch.equal(calibration_samples(config, tokenizer), found)

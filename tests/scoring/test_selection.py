@@ -194,9 +194,11 @@ def test_merging(trained: PreTrainedModel, calibration: Tensor, tmp_path: Path) 
         select(request(trained, calibration, strict))
 
 
-def test_a_merge_of_two_is_the_second(trained: PreTrainedModel, calibration: Tensor, tmp_path: Path) -> None:
+def test_a_merge_of_two_is_the_second(trained: PreTrainedModel, calibration: Tensor) -> None:
+    """In the place of the first, whose kind of attention (a window or none) it keeps."""
     config = PlanConfig("merge", threshold=0.2, merge_size=2, remove=1, protect_first=0, protect_last=0)
-    assert kept(trained, calibration, config) == [0, 1, 2, 3, 5]
+    blocks = select(request(trained, calibration, config)).blocks
+    assert blocks == (*(KeptBlock.whole(number) for number in range(4)), KeptBlock(4, 4, merge=((5, 1.0),)))
 
 
 def test_merges_undo_what_they_tried(trained: PreTrainedModel, calibration: Tensor) -> None:
@@ -222,6 +224,7 @@ def test_merges_undo_what_they_tried(trained: PreTrainedModel, calibration: Tens
         (PlanConfig("list"), "--drop"),
         (PlanConfig("list", drop=["²"]), "neither a block's number nor"),
         (PlanConfig("list", drop=["1"], protect_first=2), "leave out --protect-first"),
+        (PlanConfig("greedy", "taylor", 1), "decides by itself"),
         (PlanConfig("merge", merge_size=7), "merge_size is 7, but only 4"),
         (PlanConfig("iterative", "cosine", 1), "needs a criterion of blocks"),
         (PlanConfig("sublayers", remove=1), "score again with the criteria attention and mlp"),

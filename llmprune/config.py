@@ -131,6 +131,29 @@ class TrainConfig:
 
 
 @dataclass
+class LiveEvaluationConfig:
+    """Tasks and texts measured beside the losses, at every evaluation (``train.eval_interval``).
+
+    Attributes:
+        tasks: of lm-eval, or suites; those that generate text are not possible here.
+        num_fewshot: examples in the prompt; null = the tasks' own.
+        limit: questions of each task, or a share below 1; null = all.
+        include_path: folder with task files of your own.
+        texts: files or prepared folders to measure perplexity on, a BOS before each segment.
+        segment: tokens of a segment.
+        batch_size: samples per forward pass on a rank.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    num_fewshot: int | None = None
+    limit: float | None = None
+    include_path: str | None = None
+    texts: list[str] = field(default_factory=list)
+    segment: int = 128
+    batch_size: int = 8
+
+
+@dataclass
 class CheckpointConfig:
     """Checkpoints go to ``run.folder``/checkpoints.
 
@@ -181,6 +204,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: LiveEvaluationConfig | None = None
     sharding: ShardingConfig | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     loggers: LoggersConfig = field(default_factory=LoggersConfig)

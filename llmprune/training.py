@@ -3,7 +3,7 @@
 import contextlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from composer import Callback, Trainer
@@ -15,12 +15,13 @@ from composer.utils import dist, get_device
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmprune.callbacks.evaluation import Evaluation
 from llmprune.callbacks.l0_pruning import EVALUATIONS, L0Pruning
 from llmprune.callbacks.load_shards import LoadShards
 from llmprune.callbacks.loss_guard import LossGuard
 from llmprune.callbacks.metrics_file import MetricsFile
 from llmprune.checks import DTYPES, Ingredients, check, check_same_run, data_contents
-from llmprune.config import Config, LoggersConfig, save_config
+from llmprune.config import Config, LiveEvaluationConfig, LoggersConfig, save_config
 from llmprune.data.dataset import EvalDataset, MixedDataset
 from llmprune.families import family_of
 from llmprune.models.causal_lm import ComposerCausalLM
@@ -29,6 +30,9 @@ from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.ranks import on_rank_zero, share_cores
 from llmprune.run_folder import RANDOM, Manifest, RunFolder, git_commit, versions
 from llmprune.sharding import parallelism
+
+if TYPE_CHECKING:
+    from llmprune.evaluation.live import LiveEvaluation
 
 
 def build_trainer(config: Config) -> Trainer:
@@ -44,11 +48,12 @@ def build_trainer(config: Config) -> Trainer:
     resume = on_rank_zero(lambda: run.find(overwrite=config.run.overwrite, autoresume=config.run.autoresume))
     if resume is not None:
         check_same_run(run, manifest, config, inputs.model_config)
+    live = None if config.evaluation is None else _live_evaluation(config.evaluation, inputs)
     model = make_model(config, inputs)
     train, evaluation = make_loaders(config)
     wrapped = ComposerCausalLM(model, {number: evaluation.domains[number] for number in evaluation.domains_present})
     optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
-    callbacks = make_callbacks(config, run, resumed=resume is not None)
+    callbacks = make_callbacks(config, run, live=live, resumed=resume is not None)
     on_rank_zero(lambda: _write_run(config, run, manifest, model, inputs.tokenizer, resumed=resume is not None))
     per_rank = config.train.global_batch_size // dist.get_world_size()
     eval_batch = per_rank if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
@@ -82,6 +87,12 @@ def build_trainer(config: Config) -> Trainer:
         save_overwrite=True,
         load_path=None if resume is None else str(resume),
     )
+
+
+def _live_evaluation(config: LiveEvaluationConfig, inputs: Ingredients) -> "LiveEvaluation":
+    from llmprune.evaluation.live import LiveEvaluation  # lm-eval takes seconds to import
+
+    return LiveEvaluation(config, inputs.tokenizer)
 
 
 def train(config: Config) -> Trainer:
@@ -175,12 +186,16 @@ def _eval_loader(dataset: EvalDataset, batch_size: int) -> DataLoader[Any]:
     return DataLoader(dataset, batch_size=batch_size, sampler=sampler)
 
 
-def make_callbacks(config: Config, run: RunFolder, *, resumed: bool) -> list[Callback]:
+def make_callbacks(
+    config: Config, run: RunFolder, *, live: "LiveEvaluation | None" = None, resumed: bool
+) -> list[Callback]:
     """The callbacks of a run; a resumed one has its weights in the checkpoint."""
     guard = LossGuard(config.train.loss_spike_factor, skip=config.train.loss_spike == "skip")
     callbacks: list[Callback] = [guard, LRMonitor(), SpeedMonitor(window_size=10)]
     if config.sharding is not None and config.model.path is not None and not resumed:
         callbacks.append(LoadShards(config.model.path))
+    if live is not None:
+        callbacks.append(Evaluation(live.measure))
     if config.l0_pruning is not None:
         callbacks.append(L0Pruning(config.l0_pruning, seed=config.run.seed, folder=run.gates))
     return callbacks

@@ -7,7 +7,7 @@ then has a token more) or nowhere (``none``). Segments of equal length form batc
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,7 +103,14 @@ def read_tokens(path: str, tokenizer: PreTrainedTokenizerBase, config: Perplexit
 
 
 def measure_perplexity(
-    model: PreTrainedModel, tokens: Tensor, config: PerplexityConfig, mode: str, *, bos: int | None, batch_size: int
+    model: PreTrainedModel,
+    tokens: Tensor,
+    config: PerplexityConfig,
+    mode: str,
+    *,
+    bos: int | None,
+    batch_size: int,
+    forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Perplexity:
     """The perplexity of a stream.
 
@@ -114,6 +121,7 @@ def measure_perplexity(
         mode: where a BOS is put.
         bos: the BOS token.
         batch_size: segments per forward pass.
+        forward: from tokens to logits; default: the model's own.
 
     Raises:
         UserError: the text is too short, or the segments too long for the model.
@@ -128,11 +136,16 @@ def measure_perplexity(
     limit, longest = getattr(model.config, "max_position_embeddings", None), config.segment + (mode == "each")
     if limit is not None and longest > limit:
         raise UserError(f"segments of {longest} tokens are too long: the model takes {limit}")
+    if (largest := int(tokens.max())) >= model.config.vocab_size:
+        raise UserError(
+            f"the text has the token {largest}, the model's vocabulary ends at {model.config.vocab_size - 1}"
+        )
+    run = forward or (lambda inputs: model(input_ids=inputs, use_cache=False).logits)
     losses = torch.zeros((), dtype=torch.float64)
     count = 0
     for inputs, labels in batches(tokens, config, bos if mode == "each" else None, batch_size):
-        with torch.inference_mode():
-            logits = model(input_ids=inputs.to(model.device), use_cache=False).logits
+        with torch.no_grad():
+            logits = run(inputs.to(model.device))
             loss, number = token_losses(logits, labels.to(logits.device))
         losses += loss.double().sum().cpu()
         count += int(number.sum())

@@ -77,7 +77,7 @@ class Tasks:
             raise UserError(f"limit is {config.limit}; it must be positive")
         if config.include_path is not None and not Path(config.include_path).is_dir():
             raise UserError(f"{config.include_path} is no folder with task files")
-        with _quiet(), _random_state_kept():
+        with quiet(), _random_state_kept():
             for task in dict.fromkeys(run.task for run in self.runs):
                 if task not in self._manager.all_tasks:
                     hint = nearest(task, [*SUITES, *self._manager.all_tasks])
@@ -103,7 +103,7 @@ class Tasks:
         times = [run.task for run in self.runs]
         ordered = sorted(self.runs, key=lambda run: -1 if run.shots is None else run.shots)
         for shots, runs in groupby(ordered, key=lambda run: run.shots):
-            with _quiet(), _random_state_kept():
+            with quiet(), _random_state_kept():
                 found = lm_eval.simple_evaluate(
                     lm,
                     tasks=[run.task for run in runs],
@@ -146,7 +146,7 @@ def language_model(
         batch_size: requests per forward pass; ``auto`` finds the largest that fits.
         max_length: tokens that the model takes; None = as its config says.
     """
-    with _quiet():
+    with quiet():
         return HFLM(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, backend="causal")
 
 
@@ -186,7 +186,7 @@ def _with_option_tokens(sample: dict[str, Any], lm: HFLM) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """lm-eval's own log only where something goes wrong, and what it prints apart from results."""
     logger = logging.getLogger("lm_eval")
     before = logger.level

@@ -1,0 +1,40 @@
+"""Tasks and texts beside the evaluation losses, as a Composer callback."""
+
+from collections.abc import Callable
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from llmprune.models.causal_lm import ComposerCausalLM
+
+Measure = Callable[[PreTrainedModel, Callable[[dict[str, Tensor]], Tensor]], dict[str, float]]
+
+
+class Evaluation(Callback):
+    """Measures the model at the end of every evaluation, once for each batch that is evaluated at.
+
+    It stands before ``L0Pruning`` among the callbacks, so that gates are still those of the evaluation.
+    """
+
+    def __init__(self, measure: Measure) -> None:
+        """Prepare.
+
+        Args:
+            measure: from the model and its forward pass to metrics by name.
+        """
+        self._measure = measure
+        self._measured_at: int | None = None
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """Measure and log."""
+        batch = state.timestamp.batch.value
+        if batch == self._measured_at:
+            return
+        self._measured_at = batch
+        wrapped = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
+        assert isinstance(wrapped, ComposerCausalLM)
+        found = self._measure(wrapped.model, state.model)
+        logger.log_metrics({f"metrics/eval/{name}": value for name, value in found.items()})

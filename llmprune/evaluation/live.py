@@ -1,0 +1,105 @@
+"""Tasks and texts measured on a model that is being trained, shared among the ranks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from composer.utils import dist
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmprune.config import LiveEvaluationConfig
+from llmprune.errors import UserError
+from llmprune.evaluation.perplexity import PerplexityConfig, bos_of, measure_perplexity, read_tokens
+from llmprune.evaluation.tasks import Tasks, TasksConfig, quiet
+
+Forward = Callable[[dict[str, Tensor]], Tensor]
+
+
+class LiveModel(HFLM):
+    """A model in training as lm-eval sees it: every rank takes its share of the questions.
+
+    All ranks run as many forward passes, since those of a sharded model wait for each other; for that lm-eval evens out
+    the requests, and its cache of logits, which would save different numbers of them, stays off.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, forward: Forward, tokenizer: PreTrainedTokenizerBase, batch_size: int
+    ) -> None:
+        """Wrap a model; ``forward`` gives its logits through whatever shards or wraps it."""
+        super().__init__(model, tokenizer=tokenizer, batch_size=batch_size, backend="causal", logits_cache=False)
+        self._forward = forward
+        self._rank, self._world_size = dist.get_global_rank(), dist.get_world_size()
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        with torch.no_grad():
+            return self._forward({"input_ids": inps})
+
+    def _model_generate(self, *arguments: Any, **keywords: Any) -> Tensor:
+        raise UserError("tasks that generate text can't be run during training: evaluate the exported model on them")
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Every rank's tensor, one after the other."""
+        return torch.cat([part.reshape(-1).cpu() for part in dist.all_gather(tensor.to(self.device))])
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+
+class LiveEvaluation:
+    """Measures tasks and texts."""
+
+    def __init__(self, config: LiveEvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Load tasks and texts.
+
+        Raises:
+            UserError: a task is unknown, its data can't be had, or a text can't be read.
+        """
+        self._config, self._tokenizer = config, tokenizer
+        if not (config.tasks or config.texts):
+            raise UserError("evaluation names neither tasks nor texts")
+        if config.batch_size < 1:
+            raise UserError(f"evaluation.batch_size is {config.batch_size}; it must be positive")
+        self._perplexity = PerplexityConfig(config.segment)
+        self._perplexity.check()
+        tasks = TasksConfig(config.tasks, config.num_fewshot, config.limit, config.include_path)
+        self._tasks = Tasks(tasks) if config.tasks else None
+        self._texts: dict[str, Tensor] = {}
+        for path in config.texts:
+            self._texts |= read_tokens(path, tokenizer, self._perplexity)
+
+    def measure(self, model: PreTrainedModel, forward: Forward) -> dict[str, float]:
+        """Metrics by name: ``tasks/TASK/METRIC`` (rank 0 alone) and ``perplexity/TEXT``.
+
+        Args:
+            model: the model inside.
+            forward: from a batch to logits, through whatever shards or wraps the model; all ranks call it together.
+        """
+        found: dict[str, float] = {}
+        size, bos = self._config.batch_size, bos_of(self._tokenizer)
+        for name, tokens in self._texts.items():
+            measured = measure_perplexity(
+                model,
+                tokens,
+                self._perplexity,
+                "none" if bos is None else "each",
+                bos=bos,
+                batch_size=size,
+                forward=lambda inputs: forward({"input_ids": inputs}),
+            )
+            found[f"perplexity/{name}"] = measured.value
+        if self._tasks is not None:
+            with quiet():
+                live = LiveModel(model, forward, self._tokenizer, size)
+            results = self._tasks.run(live)
+            for task, metrics in ({} if results is None else results.tasks).items():
+                found |= {
+                    f"tasks/{task}/{metric}": float(value)
+                    for metric, value in metrics.items()
+                    if metric != "num_fewshot"
+                }
+            if results is not None:
+                found |= {f"tasks/{suite}/average": value for suite, value in results.averages.items()}
+        return found

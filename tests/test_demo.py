@@ -24,8 +24,10 @@ def test_start_use_and_stop(trained_folder: Path, model_folder: Path) -> None:
             view = browser.new_page(viewport={"width": 1200, "height": 900})
             view.goto(address)
             view.get_by_label("Prompt", exact=True).fill("3: one two")
-            view.get_by_label("Temperature").first.fill("0")
-            view.get_by_label("number input for Output tokens").fill("5")
+            for label, value in (("Temperature (0 = greedy)", "0"), ("Output tokens", "5")):
+                field = view.get_by_label(f"number input for {label}")
+                field.fill(value)
+                field.press("Tab")  # takes effect when the field is left
             view.get_by_role("button", name="Generate").click()
             view.get_by_text("tokens/s").nth(1).wait_for(timeout=30_000)
             config = GenerationConfig(max_new_tokens=5, temperature=0, batch_size=1)

@@ -1,4 +1,4 @@
-"""The quickstart in miniature, and every command of the README on what it leaves."""
+"""The quickstart in miniature, and every command of the README and the docs on what it leaves."""
 
 import importlib.util
 import json
@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
 COMMANDS = [
     line.removeprefix(".venv/bin/")
     for block in BLOCKS
@@ -36,6 +37,7 @@ def workplace(quickstart: ModuleType, tmp_path_factory: pytest.TempPathFactory) 
     """A folder like a checkout, in which the quickstart has run with tiny budgets."""
     folder = tmp_path_factory.mktemp("checkout")
     (folder / "train.py").symlink_to(ROOT / "train.py")
+    (folder / "README.md").symlink_to(ROOT / "README.md")
     (folder / "yamls").mkdir()
     for yaml in (ROOT / "yamls").glob("*.yaml"):
         text = re.sub(r"duration: \d+ba", "duration: 4ba", yaml.read_text())
@@ -55,7 +57,11 @@ def test_the_summary_has_what_it_promises(workplace: Path) -> None:
         assert 3 < summary[f"{name}_loss"] < 8
         assert set(summary["domains"][name]) <= {"code", "docstrings", "packages", "reference"}
     assert summary["gated_minus_cut"]["max_rel"] <= 1e-5
-    assert set(summary["seconds"]) >= {"corpus", "pretrain", "prune", "continue", "scratch", "evaluate"}
+    assert set(summary["seconds"]) >= {"corpus", "pretrain", "prune", "continue", "scratch", "evaluate", "measure"}
+    results = json.loads((workplace / "runs/quickstart/results.json").read_text())["models"]
+    speed = json.loads((workplace / "runs/quickstart/speed.json").read_text())["models"]
+    assert [*results] == [*speed] == [f"runs/quickstart/{name}" for name in ("base", "pruned", "recovered")]
+    assert "runs/quickstart" in (workplace / "runs/quickstart/report.html").read_text()
     scratch = json.loads((workplace / "runs/quickstart/scratch/config.json").read_text())
     pruned = json.loads((workplace / "runs/quickstart/pruned/config.json").read_text())
     assert all(scratch[key] == pruned[key] for key in ("hidden_size", "num_hidden_layers", "intermediate_size"))
@@ -69,11 +75,11 @@ def test_a_second_run_reuses_everything(
         monkeypatch.setattr(quickstart, name, value)
     quickstart.show(quickstart.journey(Path("runs/quickstart"), seed=17), Path("runs/quickstart"))
     printed = capsys.readouterr().out
-    assert printed.count("reused") == 8 and "same shape and tokens from scratch" in printed
+    assert printed.count("reused") == 10 and "same shape and tokens from scratch" in printed
 
 
-def test_every_command_of_the_readme_works(workplace: Path) -> None:
-    assert len(COMMANDS) >= 8
+def test_every_command_of_the_pages_works(workplace: Path) -> None:
+    assert len(COMMANDS) >= 20
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
     for command in COMMANDS:
         shortened = f"{command} train.duration=4ba" if command.startswith("composer") else command

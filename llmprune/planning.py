@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from transformers import PretrainedConfig
 
-from llmprune.data.calibration import CalibrationConfig, calibration_samples
+from llmprune.data.calibration import CalibrationConfig, calibration_samples, samples_fingerprint
 from llmprune.errors import UserError
 from llmprune.families import family_of
 from llmprune.models.loading import StoredWeights, fingerprint, load_config, load_model, load_tokenizer
+from llmprune.models.memory import check_memory
 from llmprune.plans import Plan
 from llmprune.score import DTYPES
 from llmprune.scoring import merging, repeated
@@ -161,9 +162,12 @@ def _open(scores: Scores, model: str) -> Opened:
             f"the scores do not say how they were made ({type(error).__name__}: {error}): score again"
         ) from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(model, dtype=dtype).to(device)
     samples = None
     if scores.data:
-        tokenizer = load_tokenizer(tokenizer_at or model)
-        samples = calibration_samples(data, tokenizer).to(device)
-    return Opened(loaded, samples, batch_size)
+        samples = calibration_samples(data, load_tokenizer(tokenizer_at or model))
+        if samples_fingerprint(samples) != settings.get("samples"):
+            raise UserError(f"the text in {data.path} has changed since the scores were made: score again")
+        samples = samples.to(device)
+    remedy = "select by the scores alone (lowest, span, sublayers), or plan on a larger machine"
+    check_memory(model, dtype=dtype, on_gpu=device.type == "cuda", remedy=remedy)
+    return Opened(load_model(model, dtype=dtype).to(device), samples, batch_size)

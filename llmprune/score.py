@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from llmprune.callbacks.layer_scoring import CALIBRATION, LayerScoring
-from llmprune.data.calibration import calibration_samples
+from llmprune.data.calibration import calibration_samples, samples_fingerprint
 from llmprune.errors import UserError, nearest
 from llmprune.families import family_of
 from llmprune.models.causal_lm import ComposerCausalLM
@@ -66,11 +66,12 @@ def score(source: Source, config: LayerScoringConfig, *, offload: bool = False) 
     """
     for key, value, valid in (
         ("dtype", source.dtype, tuple(DTYPES)),
-        ("device", source.device or "cpu", ("cpu", "gpu")),
         ("attention", source.attention, ("sdpa", "eager", "flash_attention_2")),
     ):
         if value not in valid:
             raise UserError(f"{key} '{value}' is unknown; {nearest(value, valid)}")
+    if source.device not in (None, "cpu", "gpu"):
+        raise UserError(f"device '{source.device}' is unknown; valid: cpu, gpu")
     if source.device == "gpu" and not torch.cuda.is_available():
         raise UserError("the device is gpu, but there is none")
     names = config.names(gradients=not offload)
@@ -102,6 +103,7 @@ def score(source: Source, config: LayerScoringConfig, *, offload: bool = False) 
             "batch_size": config.batch_size,
             "dtype": source.dtype,
             "tokenizer": source.tokenizer,
+            "samples": None if tokens is None else samples_fingerprint(tokens),
         },
         perplexity=perplexity,
         **sections,

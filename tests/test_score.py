@@ -1,6 +1,7 @@
 """Scoring as users start it: the command, the YAML on two ranks, offloaded; and what it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ from llmprune.cli import app
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.errors import UserError
 from llmprune.models.loading import load_config, load_tokenizer
-from llmprune.planning import rehearse
+from llmprune.planning import make_plan, rehearse
 from llmprune.score import Source, save_scores, score, share
 from llmprune.scoring.scores import Scores
 from llmprune.scoring.selection import PlanConfig
@@ -338,3 +339,25 @@ def test_pictures_of_other_scores_do_not_stay(scores: Scores, tmp_path: Path) ->
     save_scores(scores, tmp_path / "s.json")
     save_scores(replace(scores, spans={}, pairs={}), tmp_path / "s.json")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["s.json", "s.png"]
+
+
+def test_changed_text_is_noticed(trained_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    shutil.copy(corpus / "numbers/part.jsonl", text)
+    found = score(Source(str(trained_folder), device="cpu"), settings(text, criteria=["perplexity"]))
+    assert make_plan(found, PlanConfig("greedy", remove=1)).shape.layers == 5
+    text.write_text("\n".join(reversed(text.read_text().splitlines())))
+    with pytest.raises(UserError, match="has changed since the scores were made"):
+        make_plan(found, PlanConfig("greedy", remove=1))
+
+
+def test_scores_are_not_written_into_a_model(trained_folder: Path, data: Path) -> None:
+    refused(
+        "is a model's folder",
+        "score",
+        str(trained_folder),
+        "--data",
+        str(data),
+        "--out",
+        f"{trained_folder}/config2.json",
+    )

@@ -116,6 +116,8 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score every block of a model by every criterion, in one pass."""
+    from pathlib import Path
+
     from llmprune.data.calibration import CalibrationConfig
     from llmprune.files import check_output, refuse_existing
     from llmprune.score import Source, save_scores
@@ -124,6 +126,8 @@ def score(
     from llmprune.scoring.settings import LayerScoringConfig
 
     check_output(out, ".json", overwrite)
+    if (Path(out).parent / "config.json").exists():
+        raise UserError(f"{Path(out).parent} is a model's folder: write the scores elsewhere")
     for picture in pictures_beside(out):
         refuse_existing(picture, overwrite)
     scores = score_model(

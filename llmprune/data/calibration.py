@@ -1,5 +1,6 @@
 """Calibration samples: a few sequences of text that show which parts of a model matter."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -67,6 +68,11 @@ def calibration_samples(config: CalibrationConfig, tokenizer: PreTrainedTokenize
     elif config.bos == "first":
         samples[0] = torch.cat([torch.tensor([bos]), samples[0, :-1]])
     return samples
+
+
+def samples_fingerprint(samples: Tensor) -> str:
+    """SHA-256 of the samples' tokens."""
+    return hashlib.sha256(samples.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _prepared(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:

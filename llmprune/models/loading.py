@@ -196,8 +196,10 @@ class StoredWeights(Mapping[str, Tensor]):
             for path in sorted(set(self._files.values())):
                 with safe_open(path, framework="pt"):
                     pass
-        except FileNotFoundError as error:
-            raise UserError(f"{folder} has no safetensors weights ({error.filename or error})") from None
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder} has no safetensors weights; if it has .bin files, load and save it once with Transformers"
+            ) from None
         except SafetensorError as error:
             raise UserError(f"the weights in {folder} are damaged ({error})") from None
 

@@ -36,12 +36,13 @@ class Placement:
         """Raise ``UserError`` for what is unknown or not there."""
         for word, value, valid in (
             ("dtype", self.dtype, ("auto", *DTYPES)),
-            ("device", self.device or "cpu", ("cpu", "gpu")),
             ("device map", self.device_map or "auto", ("auto", "balanced", "sequential")),
             ("attention", self.attention, ("sdpa", "eager", "flash_attention_2")),
         ):
             if value not in valid:
                 raise UserError(f"{word} '{value}' is unknown; {nearest(value, valid)}")
+        if self.device not in (None, "cpu", "gpu"):
+            raise UserError(f"device '{self.device}' is unknown; valid: cpu, gpu")
         if self.device == "gpu" and not torch.cuda.is_available():
             raise UserError("device is gpu, but there is none")
 

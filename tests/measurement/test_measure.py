@@ -107,7 +107,7 @@ def test_more_mistakes(trained_folder: Path) -> None:
     for arguments, message in (
         ([str(trained_folder), "--batch-sizes", "one"], "whole numbers"),
         ([str(trained_folder)] * 2, "named twice"),
-        ([str(trained_folder), "--device", "tpu"], "did you mean"),
+        ([str(trained_folder), "--device", "tpu"], "valid: cpu, gpu"),
         (["nowhere/at/all"], "no folder"),
     ):
         with pytest.raises(UserError, match=message):

@@ -104,13 +104,20 @@ class Tasks:
         ordered = sorted(self.runs, key=lambda run: -1 if run.shots is None else run.shots)
         for shots, runs in groupby(ordered, key=lambda run: run.shots):
             with quiet(), _random_state_kept():
-                found = lm_eval.simple_evaluate(
-                    lm,
-                    tasks=[run.task for run in runs],
-                    num_fewshot=shots,
-                    limit=self.config.limit,
-                    task_manager=self._manager,
-                )
+                try:
+                    found = lm_eval.simple_evaluate(
+                        lm,
+                        tasks=[run.task for run in runs],
+                        num_fewshot=shots,
+                        limit=self.config.limit,
+                        task_manager=self._manager,
+                    )
+                except ValueError as error:
+                    if "unsafe" not in str(error).lower():
+                        raise
+                    raise UserError(
+                        f"{error}: such tasks run code that the model wrote; use lm-eval's own command"
+                    ) from None
             if found is None:
                 continue
             for task, values in found["results"].items():

@@ -116,8 +116,6 @@ def load_any_model(
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"the weights of {model} lack {len(missing)} tensors that its config asks for: {missing[0]}, …")
     if adapter is not None:
-        if not (Path(adapter) / "adapter_config.json").is_file():
-            raise UserError(f"{adapter} holds no adapter: it has no adapter_config.json")
         try:
             loaded.load_adapter(str(adapter))
         except (OSError, ValueError, RuntimeError) as error:

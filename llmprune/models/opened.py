@@ -41,6 +41,8 @@ class Placement:
         ):
             if value not in valid:
                 raise UserError(f"{word} '{value}' is unknown; {nearest(value, valid)}")
+        if self.adapter is not None and not (Path(self.adapter) / "adapter_config.json").is_file():
+            raise UserError(f"{self.adapter} holds no adapter: it has no adapter_config.json")
         if self.device not in (None, "cpu", "gpu"):
             raise UserError(f"device '{self.device}' is unknown; valid: cpu, gpu")
         if self.device == "gpu" and not torch.cuda.is_available():

@@ -1,0 +1,80 @@
+"""Models opened for use: where they lie, with an adapter, spread over devices."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from llmprune.cli import app
+from llmprune.errors import UserError
+from llmprune.models.loading import load_model
+from llmprune.models.opened import Placement, open_model
+
+
+@pytest.fixture(scope="module")
+def adapter(trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter that changes something."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model = get_peft_model(load_model(trained_folder), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def test_an_adapter(trained_folder: Path, adapter: Path, tokens: torch.Tensor) -> None:
+    merged = PeftModel.from_pretrained(load_model(trained_folder), str(adapter)).merge_and_unload()
+    opened = open_model(str(trained_folder), Placement(device="cpu", adapter=str(adapter)))
+    with torch.no_grad():
+        wanted, found = merged(tokens).logits, opened.model(tokens).logits
+        plain = load_model(trained_folder)(tokens).logits
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    assert (found - plain).abs().max() > 0.1
+
+
+def test_a_device_map(trained_folder: Path, tokens: torch.Tensor) -> None:
+    opened = open_model(str(trained_folder), Placement(device_map="auto"))
+    with torch.no_grad():
+        spread = opened.model(tokens.to(opened.model.device)).logits.cpu()
+        assert torch.allclose(spread, load_model(trained_folder)(tokens).logits, atol=1e-4)
+
+
+def test_evaluate_with_an_adapter(trained_folder: Path, adapter: Path, corpus: Path, tmp_path: Path) -> None:
+    values = []
+    for number, extra in enumerate(([], ["--adapter", str(adapter)])):
+        out = tmp_path / f"{number}.json"
+        text = [
+            "--perplexity",
+            str(corpus / "letters/part.jsonl"),
+            "--segment",
+            "32",
+            "--bos",
+            "each",
+            "--batch-size",
+            "auto",
+        ]
+        app(["evaluate", str(trained_folder), *text, *extra, "--out", str(out)], standalone_mode=False)
+        values.append(json.loads(out.read_text())["models"][str(trained_folder)]["perplexity"]["part"]["bos_each"])
+    assert values[1] > 1.05 * values[0]
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        (Placement(adapter="nowhere"), "holds no adapter"),
+        (Placement(dtype="float8"), "dtype 'float8' is unknown"),
+        (Placement(device_map="autos"), "did you mean 'auto'"),
+        (Placement(device="cuda"), "valid: cpu, gpu"),
+        (Placement(device="gpu"), "device is gpu, but there is none"),
+    ],
+)
+def test_mistakes(trained_folder: Path, placement: Placement, message: str) -> None:
+    if torch.cuda.is_available() and placement.device == "gpu":
+        pytest.skip("there is one")
+    with pytest.raises(UserError, match=message):
+        open_model(str(trained_folder), placement)

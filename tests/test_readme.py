@@ -79,10 +79,11 @@ def test_a_second_run_reuses_everything(
 
 
 def test_every_command_of_the_pages_works(workplace: Path) -> None:
-    assert len(COMMANDS) >= 20
+    assert len(COMMANDS) >= 25
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
     for command in COMMANDS:
-        shortened = f"{command} train.duration=4ba" if command.startswith("composer") else command
+        trains = command.startswith("composer") and "score.yaml" not in command
+        shortened = f"{command} train.duration=4ba" if trains else command
         done = subprocess.run(
             ["bash", "-c", shortened], cwd=workplace, env=environment, capture_output=True, text=True, timeout=300
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from composer.core import Callback, State
+from composer.core import Callback, State, get_precision_context
 from composer.loggers import Logger
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -36,5 +36,6 @@ class Evaluation(Callback):
         self._measured_at = batch
         wrapped = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
         assert isinstance(wrapped, ComposerCausalLM)
-        found = self._measure(wrapped.model, state.model)
+        with get_precision_context(state.precision, state.precision_config):
+            found = self._measure(wrapped.model, state.model)
         logger.log_metrics({f"metrics/eval/{name}": value for name, value in found.items()})

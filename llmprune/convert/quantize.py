@@ -72,6 +72,8 @@ def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, over
     limit = getattr(loaded.config, "max_position_embeddings", None)
     if limit is not None and samples.shape[1] > limit:
         raise UserError(f"samples of {samples.shape[1]} tokens are too long: the model takes {limit}")
+    last = loaded.get_output_embeddings()
+    output = [name for name, module in loaded.named_modules() if module is last]
     weights = QuantizationArgs(
         num_bits=BITS,
         type="int",
@@ -83,7 +85,7 @@ def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, over
     )
     recipe = GPTQModifier(
         config_groups={"weights": QuantizationScheme(targets=["Linear"], weights=weights)},
-        ignore=["lm_head", "embed_out"],
+        ignore=[*output, "re:.*[.]gate$"],  # the output layer, and the routers of mixtures of experts
         dampening_frac=config.dampening,
     )
     texts = {"input_ids": samples.tolist(), "attention_mask": torch.ones_like(samples).tolist()}

@@ -95,7 +95,7 @@ def read_prompts(path: Path | str, share: float | None = None) -> list[Prompt]:
         raise UserError(f"the share of a text that is the prompt must lie between 0 and 1; got {share}")
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
     prompts = []
@@ -182,7 +182,7 @@ def read_continuations(path: Path | str) -> list[dict[str, Any]]:
     if path.suffix not in (".jsonl", ".ndjson"):
         raise UserError(f"{path} must be JSON lines with prompt, output and reference (.jsonl)")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
     return [_record(path, number, line, "output") for number, line in enumerate(lines, 1) if line.strip()]

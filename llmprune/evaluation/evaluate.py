@@ -86,7 +86,9 @@ def evaluate(
         if not Path(path).exists():
             raise UserError(f"{path} does not exist")
     if config.prompts is not None:
-        read_prompts(config.prompts, config.prompt_share)
+        prompts = read_prompts(config.prompts, config.prompt_share)
+        if not any(prompt.reference for prompt in prompts):
+            raise UserError(f"{config.prompts} has no references to score against: `llmprune generate` needs none")
     placement.check()
     tasks = Tasks(config.tasks) if config.tasks.names else None
     results: dict[str, Any] = {"schema": SCHEMA, "models": {}}
@@ -151,6 +153,8 @@ def _check_names(models: Sequence[str]) -> None:
     for name in models:
         if models.count(name) > 1:
             raise UserError(f"the model {name} is named twice")
+    if len({clean_name(name.strip("/")) for name in models}) < len(models):
+        raise UserError("two models' logs would get the same name: evaluate them apart")
 
 
 def table(results: dict[str, Any]) -> str:

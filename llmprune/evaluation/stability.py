@@ -125,8 +125,10 @@ def _read_lm_eval(log: Path, tokenizer: PreTrainedTokenizerBase | None) -> Itera
                 continue
             likelihoods = [float(response[0]) for response in responses]
             counts = sample.get("option_tokens") or _count(sample, tokenizer, log)
-            # unconditional likelihoods (acc_mutual_info) follow behind the options' own
-            options = range(min(len(likelihoods), len(counts)))
+            contexts = [argument["arg_0"] for argument in sample["arguments"].values()]
+            half = len(contexts) // 2
+            # likelihoods without the question (acc_mutual_info) follow behind the options' own
+            options = range(half if contexts[0] and not any(contexts[half:]) else len(likelihoods))
             perplexities = [_perplexity(likelihoods[i] / max(counts[i], 1)) for i in options]
             yield sample.get("doc_hash") or str(sample["doc_id"]), Answer(sample["acc"] == 1, perplexities)
 

@@ -142,19 +142,16 @@ class Tasks:
         return float(np.mean(values))
 
 
-def language_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int | str, max_length: int | None = None
-) -> HFLM:
+def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int | str) -> HFLM:
     """A loaded model as lm-eval sees it.
 
     Args:
         model: any causal LM.
         tokenizer: its own.
         batch_size: requests per forward pass; ``auto`` finds the largest that fits.
-        max_length: tokens that the model takes; None = as its config says.
     """
     with quiet():
-        return HFLM(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, backend="causal")
+        return HFLM(model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
 
 
 def save_samples(samples: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> None:

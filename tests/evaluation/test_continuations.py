@@ -12,7 +12,9 @@ from llmprune.evaluation.continuations import (
     GenerationConfig,
     Prompt,
     continuation_scores,
+    read_continuations,
     read_prompts,
+    save_continuations,
     write_continuations,
 )
 from llmprune.models.opened import OpenedModel, Placement, open_model
@@ -51,6 +53,12 @@ def test_greedy_is_the_likeliest_token_whatever_the_batch(opened: OpenedModel) -
             if ids[-1] == opened.tokenizer.eos_token_id:
                 break
         assert record["output"] == opened.tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_odd_line_ends_are_text(tmp_path: Path) -> None:
+    records = [{"prompt": "a", "output": "one\u2028two\x85three", "reference": None}]
+    save_continuations(records, tmp_path / "o.jsonl")
+    assert read_continuations(tmp_path / "o.jsonl") == records
 
 
 def test_seeds(opened: OpenedModel) -> None:

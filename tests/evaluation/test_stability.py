@@ -76,6 +76,16 @@ def test_tokens_of_options_are_counted(tmp_path: Path, model_folder: Path) -> No
     assert found == pytest.approx([math.exp(2 / number), math.exp(4 / number)])
 
 
+def test_likelihoods_without_the_question_do_not_count(tmp_path: Path) -> None:
+    line = {
+        "doc_hash": "q", "acc": 1.0, "option_tokens": [1, 1, 1, 1],
+        "filtered_resps": [[-1.0, False], [-2.0, False], [-9.0, False], [-5.0, False]],
+        "arguments": {f"gen_args_{i}": {"arg_0": "a" if i < 2 else "", "arg_1": "c"} for i in range(4)},
+    }  # fmt: skip
+    (tmp_path / "samples_arc.jsonl").write_text(json.dumps(line) + "\n")
+    assert len(read_answers(tmp_path)["arc"]["q"].perplexities) == 2
+
+
 def test_opencompass(tmp_path: Path) -> None:
     """Its ``PPL`` is the mean loss per token."""
     for folder, second in (("before", "A"), ("after", "B")):

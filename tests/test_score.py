@@ -17,6 +17,7 @@ from llmprune.data.calibration import CalibrationConfig
 from llmprune.errors import UserError
 from llmprune.models.loading import load_config, load_tokenizer
 from llmprune.planning import make_plan, rehearse
+from llmprune.plans import Plan
 from llmprune.score import Source, save_scores, score, share
 from llmprune.scoring.scores import Scores
 from llmprune.scoring.selection import PlanConfig
@@ -272,12 +273,14 @@ def test_a_model_larger_than_memory(trained_folder: Path, tmp_path: Path, monkey
     )
     refused("hold one block at a time with --offload", *arguments)
     run(*arguments, "--offload")
+    assert Scores.load(tmp_path / "s.json").blocks["tail"] == [6, 5, 4, 3, 2, 1]
 
 
 def test_iterative_without_text(trained_folder: Path, tmp_path: Path) -> None:
     scores, out = str(tmp_path / "s.json"), str(tmp_path / "plan.json")
     run("score", str(trained_folder), "--criteria", "magnitude_l1", "--out", scores)
     run("plan", scores, "--method", "iterative", "--criterion", "magnitude_l1", "--remove", "2", "--out", out)
+    assert Plan.load(out).shape.layers == 4
     refused(
         "score again with --data", "plan", scores, "--method", "greedy", "--remove", "2", "--out", out, "--overwrite"
     )

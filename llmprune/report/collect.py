@@ -1,5 +1,6 @@
 """What there is to report: runs, models, scores and measurements, found in the folders that a user names."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,9 +151,10 @@ def _add(material: Material, path: Path) -> bool:
 
 def _add_folder(material: Material, path: Path) -> bool:
     folder = RunFolder(path)
-    if folder.config.is_file() and folder.metrics.is_file():
+    if folder.config.is_file() and (folder.metrics.is_file() or folder.checkpoints.is_dir()):
         config = OmegaConf.to_container(OmegaConf.load(folder.config))
-        assert isinstance(config, dict)
+        if not isinstance(config, dict) or "train" not in config:
+            return False
         material.runs.append(
             Run(path, {str(key): value for key, value in config.items()}, read_metrics(folder.metrics))
         )
@@ -160,12 +162,7 @@ def _add_folder(material: Material, path: Path) -> bool:
     if (path / "config.json").is_file():
         plan = path / "llmprune" / "plan.json"
         weights = StoredWeights(path)
-        size = 0
-        for name in weights:
-            number = 1
-            for length in weights.shape(name):
-                number *= length
-            size += number
+        size = sum(math.prod(weights.shape(name)) for name in weights)
         material.models.append(Model(path, Plan.load(plan) if plan.is_file() else None, size))
         return True
     if folder.config.is_file() and (scores := path / "scores.json").is_file():

@@ -229,14 +229,14 @@ def _commands(material: Material) -> Section:
     for run in material.runs:
         section.commands.append(f"composer train.py {shlex.quote(str(run.path / 'config.yaml'))} run.folder=ANOTHER")
     for model in material.models:
-        run_of = {"source": str(model.path / "llmprune" / "plan.json")}
-        if model.plan is not None and model.cut:
-            section.commands.append(f"llmprune apply SOURCE {shlex.quote(run_of['source'])} --out ANOTHER")
+        if model.cut:
+            plan = shlex.quote(str(model.path / "llmprune" / "plan.json"))
+            section.commands.append(f"llmprune apply SOURCE {plan} --out ANOTHER")
     for content in (*material.results.values(), *material.speeds.values()):
         if "command" in content:
             section.commands.append(content["command"])
     if section.commands:
-        section.notes.append("Each makes what is shown here again; ANOTHER is a new folder.")
+        section.notes.append("Each makes what is shown here again; ANOTHER is new, SOURCE what the plan was made for.")
     return section
 
 

@@ -120,6 +120,13 @@ def test_a_plan_picture_counts(place: Path) -> None:
     assert [row["heads"] for row in rows] == [8, 8, 8, 0, 8, 0] and [row["channels"] for row in rows][3:] == [0, 48, 0]
 
 
+def test_a_run_that_was_killed_before_its_first_batch(tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/config.yaml").write_text("train: {duration: 40ba}\nmodel: {path: x}\n")
+    app(["report", str(tmp_path / "run"), "--out", str(tmp_path / "r.html")], standalone_mode=False)
+    assert "run is not finished: 0% of 40ba" in (tmp_path / "r.html").read_text()
+
+
 def test_mistakes(place: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, message in (

@@ -18,12 +18,12 @@ from llmprune.families import FAMILIES, family_of
 from llmprune.gates.settings import make_goal
 from llmprune.models.loading import load_config as load_model_config
 from llmprune.models.loading import load_tokenizer
+from llmprune.models.placement import ATTENTIONS, TRAINABLE
 from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.run_folder import Manifest, RunFolder
 from llmprune.sharding import check_sharding
 
 _STREAM_UNITS = {TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -136,11 +136,11 @@ def _check_choices(config: Config) -> None:
     for key, value, valid in (
         ("optimizer.name", config.optimizer.name, OPTIMIZERS),
         ("scheduler.name", config.scheduler.name, SCHEDULERS),
-        ("model.dtype", config.model.dtype, DTYPES),
+        ("model.dtype", config.model.dtype, TRAINABLE),
         ("train.precision", config.train.precision, ("fp32", "amp_bf16", "amp_fp16")),
         ("train.loss_spike", config.train.loss_spike, ("log", "skip")),
         ("train.device", config.train.device or "cpu", ("cpu", "gpu")),
-        ("model.attention", config.model.attention, ("sdpa", "eager", "flash_attention_2")),
+        ("model.attention", config.model.attention, ATTENTIONS),
     ):
         if value not in valid:
             raise UserError(f"{key} '{value}' is unknown; {nearest(value, valid)}")

@@ -10,7 +10,8 @@ from llmprune.errors import UserError
 from llmprune.evaluation.continuations import GenerationConfig, Prompt, write_continuations
 from llmprune.measurement.measure import weights_bytes
 from llmprune.measurement.monitor import peak_memory
-from llmprune.models.opened import OpenedModel, Placement, open_model
+from llmprune.models.opened import OpenedModel, open_model
+from llmprune.models.placement import Placement
 
 EXAMPLES = ("The function returns", "Once upon a time", "def main(", "The capital of France is")
 WAITING = "…"

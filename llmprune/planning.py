@@ -12,8 +12,8 @@ from llmprune.errors import UserError
 from llmprune.families import family_of
 from llmprune.models.loading import StoredWeights, fingerprint, load_config, load_model, load_tokenizer
 from llmprune.models.memory import check_memory
+from llmprune.models.placement import DTYPES
 from llmprune.plans import Plan
-from llmprune.score import DTYPES
 from llmprune.scoring import merging, repeated
 from llmprune.scoring.criteria import CRITERIA
 from llmprune.scoring.criterion import Section

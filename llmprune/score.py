@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,17 @@ from composer.utils import dist, get_device
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 from llmprune.callbacks.layer_scoring import CALIBRATION, LayerScoring
 from llmprune.data.calibration import calibration_samples, samples_fingerprint
-from llmprune.errors import UserError, nearest
+from llmprune.errors import UserError
 from llmprune.families import family_of
 from llmprune.models.causal_lm import ComposerCausalLM
-from llmprune.models.loading import StoredWeights, fingerprint, load_config, load_model, load_tokenizer, resolve_model
+from llmprune.models.loading import StoredWeights, fingerprint, load_config, load_model, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.offloading import OffloadedModel
+from llmprune.models.placement import DTYPES, TRAINABLE, Placement
 from llmprune.ranks import initialize_ranks
 from llmprune.scoring.criterion import ScoringJob
 from llmprune.scoring.pictures import draw_scores
@@ -31,69 +33,50 @@ from llmprune.scoring.scorer import Scorer
 from llmprune.scoring.scores import Scores
 from llmprune.scoring.settings import LayerScoringConfig
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+IN_FULL = Placement(dtype="float32")
 
 
-@dataclass(frozen=True)
-class Source:
-    """The model to score and how to hold it.
-
-    Attributes:
-        model: folder or hub name.
-        tokenizer: folder or hub name; None = the model's.
-        dtype: of the weights in memory: float32 or bfloat16.
-        attention: ``sdpa``, ``eager`` or ``flash_attention_2``.
-        device: cpu or gpu; None = what is there.
-    """
-
-    model: str
-    tokenizer: str | None = None
-    dtype: str = "float32"
-    attention: str = "sdpa"
-    device: str | None = None
-
-
-def score(source: Source, config: LayerScoringConfig, *, offload: bool = False) -> Scores:
+def score(
+    model: str,
+    config: LayerScoringConfig,
+    placement: Placement = IN_FULL,
+    *,
+    tokenizer: str | None = None,
+    offload: bool = False,
+) -> Scores:
     """Score a model's blocks.
 
     Args:
-        source: the model.
+        model: folder or hub name.
         config: criteria and calibration samples.
+        placement: how to hold the model: on one device, float32 or bfloat16, without an adapter.
+        tokenizer: folder or hub name; None = the model's.
         offload: keep only one block (and the next) in memory; without criteria that need gradients.
 
     Raises:
         UserError: the model or the samples can't be read, or a criterion is impossible here.
     """
-    for key, value, valid in (
-        ("dtype", source.dtype, tuple(DTYPES)),
-        ("attention", source.attention, ("sdpa", "eager", "flash_attention_2")),
-    ):
-        if value not in valid:
-            raise UserError(f"{key} '{value}' is unknown; {nearest(value, valid)}")
-    if source.device not in (None, "cpu", "gpu"):
-        raise UserError(f"device '{source.device}' is unknown; valid: cpu, gpu")
-    if source.device == "gpu" and not torch.cuda.is_available():
-        raise UserError("the device is gpu, but there is none")
+    placement.check(TRAINABLE)
+    if placement.device_map is not None or placement.adapter is not None:
+        raise UserError("scoring takes neither a device map nor an adapter")
     names = config.names(gradients=not offload)
-    model_config = load_config(source.model)
+    model_config = load_config(model)
     family = family_of(model_config)
     shape = family.shape(model_config)
-    tokens = _samples(
-        source, config, names, getattr(model_config, "max_position_embeddings", None), model_config.vocab_size
-    )
+    tokens = _samples(tokenizer or model, model_config, config, names)
     if not offload:
         check_memory(
-            source.model,
-            dtype=DTYPES[source.dtype],
-            on_gpu=source.device == "gpu" or (source.device is None and torch.cuda.is_available()),
+            model,
+            dtype=placement.torch_dtype,
+            on_gpu=placement.on_gpu,
             remedy="hold one block at a time with --offload, or take bfloat16",
         )
     scored = _offloaded if offload else _by_trainer
-    sections, perplexity = scored(source, config, names, tokens)
+    sections, perplexity = scored(model, placement, config, names, tokens)
     scores = Scores(
-        model=str(resolve_model(source.model).resolve()) if Path(source.model).is_dir() else source.model,
+        model=_settled(model),
         family=family.name,
-        fingerprint=fingerprint(StoredWeights(source.model), model_config),
+        fingerprint=fingerprint(StoredWeights(model), model_config),
         source=shape,
         data={} if tokens is None else asdict(config.data) | {"path": str(Path(config.data.path or "").resolve())},
         settings={
@@ -101,8 +84,8 @@ def score(source: Source, config: LayerScoringConfig, *, offload: bool = False) 
             "matrix_reduction": config.matrix_reduction,
             "seed": config.seed,
             "batch_size": config.batch_size,
-            "dtype": source.dtype,
-            "tokenizer": source.tokenizer,
+            "dtype": placement.dtype,
+            "tokenizer": None if tokenizer is None else _settled(tokenizer),
             "samples": None if tokens is None else samples_fingerprint(tokens),
         },
         perplexity=perplexity,
@@ -119,17 +102,24 @@ def save_scores(scores: Scores, out: Path | str) -> list[Path]:
     return [out, *draw_scores(scores, out.parent, out.stem)]
 
 
+def _settled(model: str) -> str:
+    """A folder's absolute path, or a hub name as it is."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
 def _samples(
-    source: Source, config: LayerScoringConfig, names: list[str], limit: int | None, vocabulary: int
+    tokenizer: str, model_config: PretrainedConfig, config: LayerScoringConfig, names: list[str]
 ) -> Tensor | None:
     """The calibration samples; None if no criterion reads any."""
     from llmprune.scoring.criteria import CRITERIA
 
     if all(CRITERIA.get(name).reads in (None, "weights") for name in names):
         return None
+    limit = getattr(model_config, "max_position_embeddings", None)
     if limit is not None and config.data.length > limit:
         raise UserError(f"samples of {config.data.length} tokens are too long: the model takes {limit}")
-    samples = calibration_samples(config.data, load_tokenizer(source.tokenizer or source.model))
+    samples = calibration_samples(config.data, load_tokenizer(tokenizer))
+    vocabulary = model_config.vocab_size
     if (largest := int(samples.max())) >= vocabulary:
         raise UserError(
             f"the tokenizer gives the token {largest}, the model's vocabulary ends at {vocabulary - 1}: use its own"
@@ -138,11 +128,11 @@ def _samples(
 
 
 def _by_trainer(
-    source: Source, config: LayerScoringConfig, names: list[str], tokens: Tensor | None
+    model: str, placement: Placement, config: LayerScoringConfig, names: list[str], tokens: Tensor | None
 ) -> tuple[dict[str, dict[str, Any]], float | None]:
     """Score with the whole model in memory, every rank its share of the samples."""
-    initialize_ranks(source.device)
-    model = load_model(source.model, dtype=DTYPES[source.dtype], attention=source.attention)
+    initialize_ranks(placement.device)
+    loaded = load_model(model, dtype=DTYPES[placement.dtype], attention=placement.attention)
     callback = LayerScoring(config)
     ranks, rank = dist.get_world_size(), dist.get_global_rank()
     if tokens is not None and len(tokens) < ranks:
@@ -155,8 +145,8 @@ def _by_trainer(
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # what a command prints is its result
         warnings.simplefilter("ignore")
         trainer = Trainer(
-            model=ComposerCausalLM(model),
-            device=source.device,
+            model=ComposerCausalLM(loaded),
+            device=placement.device,
             precision="fp32",
             eval_dataloader=Evaluator(label=CALIBRATION, dataloader=data),
             callbacks=[callback],
@@ -168,14 +158,14 @@ def _by_trainer(
 
 
 def _offloaded(
-    source: Source, config: LayerScoringConfig, names: list[str], tokens: Tensor | None
+    model: str, placement: Placement, config: LayerScoringConfig, names: list[str], tokens: Tensor | None
 ) -> tuple[dict[str, dict[str, Any]], float | None]:
     """Score block by block: all samples pass a block before the next one is read."""
-    device = get_device(source.device)._device
-    offloaded = OffloadedModel(source.model, dtype=DTYPES[source.dtype], device=device, attention=source.attention)
-    model = offloaded.model
+    device = get_device(placement.device)._device
+    offloaded = OffloadedModel(model, dtype=DTYPES[placement.dtype], device=device, attention=placement.attention)
+    config_of_model = offloaded.model.config
     job = ScoringJob(
-        layers=family_of(model.config).shape(model.config).layers,
+        layers=family_of(config_of_model).shape(config_of_model).layers,
         device=device,
         row_reduction=config.row_reduction,
         matrix_reduction=config.matrix_reduction,
@@ -189,7 +179,7 @@ def _offloaded(
                 yield
             progress.update()
 
-        scorer = Scorer(model, names, job, batch_size=config.batch_size, loaded=loaded)
+        scorer = Scorer(offloaded.model, names, job, batch_size=config.batch_size, loaded=loaded)
         if tokens is not None:
             scorer.update(tokens.to(device))
         return scorer.scores(), scorer.perplexity()

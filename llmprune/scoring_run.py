@@ -7,9 +7,10 @@ from llmprune.config import ScoringConfig, save_config
 from llmprune.errors import UserError
 from llmprune.files import output_folder
 from llmprune.models.loading import load_config
+from llmprune.models.placement import Placement
 from llmprune.planning import make_plan, rehearse
 from llmprune.ranks import initialize_ranks, on_rank_zero, share_cores
-from llmprune.score import Source, save_scores, score
+from llmprune.score import save_scores, score
 from llmprune.scoring.scores import Scores
 
 
@@ -28,8 +29,8 @@ def run_scoring(config: ScoringConfig) -> Scores:
     folder = Path(config.run.folder)
     on_rank_zero(lambda: _check_folder(folder, config.run.overwrite))
     model = config.model
-    source = Source(model.path, model.tokenizer, model.dtype, model.attention, model.device)
-    scores = score(source, config.layer_scoring)
+    placement = Placement(model.dtype, model.device, attention=model.attention)
+    scores = score(model.path, config.layer_scoring, placement, tokenizer=model.tokenizer)
     on_rank_zero(lambda: _write(config, scores, folder))
     return scores
 

@@ -20,12 +20,13 @@ from llmprune.callbacks.l0_pruning import EVALUATIONS, L0Pruning
 from llmprune.callbacks.load_shards import LoadShards
 from llmprune.callbacks.loss_guard import LossGuard
 from llmprune.callbacks.metrics_file import MetricsFile
-from llmprune.checks import DTYPES, Ingredients, check, check_same_run, data_contents
+from llmprune.checks import Ingredients, check, check_same_run, data_contents
 from llmprune.config import Config, LiveEvaluationConfig, LoggersConfig, save_config
 from llmprune.data.dataset import EvalDataset, MixedDataset
 from llmprune.families import family_of
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.loading import empty_model, load_model, new_model
+from llmprune.models.placement import DTYPES
 from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.ranks import on_rank_zero, share_cores
 from llmprune.run_folder import RANDOM, Manifest, RunFolder, git_commit, versions
@@ -92,7 +93,7 @@ def build_trainer(config: Config) -> Trainer:
 def _live_evaluation(config: LiveEvaluationConfig, inputs: Ingredients) -> "LiveEvaluation":
     from llmprune.evaluation.live import LiveEvaluation  # lm-eval takes seconds to import
 
-    return LiveEvaluation(config, inputs.tokenizer)
+    return LiveEvaluation(config, inputs.model_config, inputs.tokenizer)
 
 
 def train(config: Config) -> Trainer:

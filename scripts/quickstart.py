@@ -177,7 +177,7 @@ def measure(out: Path, data: Path) -> None:
     from llmprune.measurement.measure import MeasureConfig
     from llmprune.measurement.measure import measure as measure_models
     from llmprune.measurement.results import save
-    from llmprune.models.opened import Placement
+    from llmprune.models.placement import Placement
 
     models = [str(out / name) for name in ("base", "pruned", "recovered")]
     prompts, placement = out / "prompts.jsonl", Placement()

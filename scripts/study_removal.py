@@ -46,9 +46,9 @@ def loss_of(model: Path, plan: Plan, data: Path) -> float:
 def study(model: Path, data: Path, counts: list[int], samples: int) -> dict[str, dict[int, float]]:
     """Score once, then cut by every way; a plan that was seen before is not evaluated again."""
     from llmprune.planning import make_plan
-    from llmprune.score import Source, score
+    from llmprune.score import score
 
-    scores = score(Source(str(model)), LayerScoringConfig(CalibrationConfig(str(data), samples, 128)))
+    scores = score(str(model), LayerScoringConfig(CalibrationConfig(str(data), samples, 128)))
     known: dict[object, float] = {}
     table: dict[str, dict[int, float]] = {}
     for name, settings in ways(scores):

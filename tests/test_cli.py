@@ -29,6 +29,10 @@ def test_families_are_listed() -> None:
         ["convert", "nowhere", "--out", "x"],
         ["apply", "nowhere", "plan.json", "--out", "x"],
         ["verify", "nobody/nothing", "nobody/nothing"],
+        ["nosuch"],
+        ["measure"],
+        ["measure", "model", "--nosuch"],
+        ["measure", "model", "--repeats", "many"],
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(

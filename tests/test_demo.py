@@ -9,7 +9,8 @@ import pytest
 from llmprune.demo import answer, serve
 from llmprune.errors import UserError
 from llmprune.evaluation.continuations import GenerationConfig, Prompt, write_continuations
-from llmprune.models.opened import Placement, open_model
+from llmprune.models.opened import open_model
+from llmprune.models.placement import Placement
 from tests.browser import chromium
 
 HERE = Placement(device="cpu")

@@ -16,9 +16,10 @@ from llmprune.cli import app
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.errors import UserError
 from llmprune.models.loading import load_config, load_tokenizer
+from llmprune.models.placement import Placement
 from llmprune.planning import make_plan, rehearse
 from llmprune.plans import Plan
-from llmprune.score import Source, save_scores, score, share
+from llmprune.score import save_scores, score, share
 from llmprune.scoring.scores import Scores
 from llmprune.scoring.selection import PlanConfig
 from llmprune.scoring.settings import LayerScoringConfig
@@ -45,7 +46,7 @@ def numbers(scores: Scores) -> list[float]:
 
 @pytest.fixture(scope="module")
 def scores(trained_folder: Path, data: Path) -> Scores:
-    return score(Source(str(trained_folder), device="cpu"), settings(data))
+    return score(str(trained_folder), settings(data), Placement("float32", "cpu"))
 
 
 def test_everything_is_there(scores: Scores, tmp_path: Path) -> None:
@@ -64,14 +65,14 @@ def test_everything_is_there(scores: Scores, tmp_path: Path) -> None:
 
 
 def test_offloaded_gives_the_same(scores: Scores, trained_folder: Path, data: Path) -> None:
-    offloaded = score(Source(str(trained_folder)), settings(data, batch_size=3), offload=True)
+    offloaded = score(str(trained_folder), settings(data, batch_size=3), offload=True)
     assert set(offloaded.blocks) == {name for name in scores.blocks if not name.startswith("taylor")}
     for section in SECTIONS:
         for name, found in offloaded.as_dict()[section].items():
             assert flat(found) == pytest.approx(flat(scores.as_dict()[section][name]), rel=1e-5), name
     assert offloaded.perplexity == pytest.approx(scores.perplexity, rel=1e-6)
     with pytest.raises(UserError, match="taylor: there are no gradients when blocks are offloaded"):
-        score(Source(str(trained_folder)), settings(data, criteria=["taylor"]), offload=True)
+        score(str(trained_folder), settings(data, criteria=["taylor"]), offload=True)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -79,9 +80,7 @@ def test_every_family_can_be_offloaded(name: str, data: Path, tmp_path: Path) ->
     random_model(CONFIGS[name]).save_pretrained(tmp_path)
     load_tokenizer(data / "tokenizer").save_pretrained(tmp_path)
     criteria = ["perplexity", "block_influence", "attention", "mlp", "magnitude_l1"]
-    plain, offloaded = (
-        score(Source(str(tmp_path)), settings(data, criteria=criteria), offload=o) for o in (False, True)
-    )
+    plain, offloaded = (score(str(tmp_path), settings(data, criteria=criteria), offload=o) for o in (False, True))
     assert numbers(offloaded) == pytest.approx(numbers(plain), rel=1e-5)
 
 
@@ -335,7 +334,7 @@ def test_a_token_outside_the_vocabulary(trained_folder: Path, data: Path, tmp_pa
     model.save_pretrained(tmp_path)
     load_tokenizer(data / "tokenizer").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="the model's vocabulary ends at 19"):
-        score(Source(str(tmp_path), device="cpu"), settings(data, criteria=["perplexity"]))
+        score(str(tmp_path), settings(data, criteria=["perplexity"]), Placement("float32", "cpu"))
 
 
 def test_pictures_of_other_scores_do_not_stay(scores: Scores, tmp_path: Path) -> None:
@@ -347,7 +346,7 @@ def test_pictures_of_other_scores_do_not_stay(scores: Scores, tmp_path: Path) ->
 def test_changed_text_is_noticed(trained_folder: Path, corpus: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     shutil.copy(corpus / "numbers/part.jsonl", text)
-    found = score(Source(str(trained_folder), device="cpu"), settings(text, criteria=["perplexity"]))
+    found = score(str(trained_folder), settings(text, criteria=["perplexity"]), Placement("float32", "cpu"))
     assert make_plan(found, PlanConfig("greedy", remove=1)).shape.layers == 5
     text.write_text("\n".join(reversed(text.read_text().splitlines())))
     with pytest.raises(UserError, match="has changed since the scores were made"):

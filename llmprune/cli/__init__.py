@@ -2,7 +2,7 @@
 
 import sys
 
-import click
+import typer
 
 from llmprune.cli import evaluating, measuring, pruning, showing  # noqa: F401  # their commands
 from llmprune.cli.options import app
@@ -12,12 +12,9 @@ from llmprune.errors import UserError
 def main() -> None:
     """Run the command; a mistake of the user's is one line on standard error and exit code 2."""
     try:
-        sys.exit(app(standalone_mode=False))
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except (UserError, typer.TyperException) as error:
+        print(f"error: {getattr(error, 'format_message', error.__str__)()}", file=sys.stderr)
         sys.exit(2)
-    except (UserError, click.ClickException) as error:
-        print(f"error: {error.format_message() if isinstance(error, click.ClickException) else error}", file=sys.stderr)
-        sys.exit(2)
-    except click.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)

@@ -1,7 +1,7 @@
 """How good models are."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +12,9 @@ Models = Annotated[list[str], typer.Argument(metavar="MODEL…", help="Hugging F
 DTypeToRun = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16; auto = as stored.")]
 Device = Annotated[str | None, typer.Option(help="cpu or gpu; default: what is there.")]
 DeviceMap = Annotated[str | None, typer.Option(help="auto: spread over all devices and the machine's memory.")]
-Attention = Annotated[str, typer.Option(help="sdpa, eager or flash_attention_2.")]
+Attention = Annotated[
+    str | None, typer.Option(help="sdpa, eager or flash_attention_2; default: sdpa where the architecture has it.")
+]
 Adapter = Annotated[str | None, typer.Option(help="Folder of a PEFT adapter to put on the model.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Continuations: tokens at most.")]
 Temperature = Annotated[float, typer.Option(help="Continuations: 0 = always the likeliest token.")]
@@ -55,7 +57,7 @@ def evaluate(
     dtype: DTypeToRun = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
-    attention: Attention = "sdpa",
+    attention: Attention = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -67,16 +69,23 @@ def evaluate(
     from llmprune.evaluation.evaluate import evaluate as evaluate_models
     from llmprune.evaluation.perplexity import PerplexityConfig
     from llmprune.evaluation.tasks import TasksConfig
-    from llmprune.files import check_output, write_json
-    from llmprune.models.opened import Placement
+    from llmprune.files import check_output, to_json, write_json
+    from llmprune.models.placement import Placement
 
     if out is not None:
         check_output(out, ".json", overwrite)
-    results: dict[str, object] = {"schema": 1, "models": {}}
+    results: dict[str, Any] = {"schema": 1, "models": {}}
     written = {
         path: {"continuations": {Path(path).stem: continuation_scores(read_continuations(path))}}
         for path in generated or ()
     }
+
+    def save(results: dict[str, Any]) -> None:
+        if written:
+            results["generated"] = written
+        if out is not None:
+            write_json(out, {**results, "command": command_line()})
+
     if models:
         results = evaluate_models(
             models,
@@ -87,19 +96,25 @@ def evaluate(
                 prompts,
                 prompt_share,
                 GenerationConfig(max_new_tokens, temperature, top_p, top_k, per_prompt, seed),
-                int(batch_size) if batch_size.lstrip("-").isdigit() else batch_size,
+                _batch_size(batch_size),
             ),
             Placement(dtype, device, device_map, attention, adapter),
             None if out is None else Path(out).with_suffix(".samples"),
             overwrite=overwrite,
+            keep=save,
         )
     elif not written:
         raise UserError("name a model to evaluate, or continuations to score with --generated")
-    if written:
-        results["generated"] = written
-    if out is not None:
-        write_json(out, {**results, "command": command_line()})
-    print(json.dumps(results) if as_json else table(results))
+    else:
+        save(results)
+    print(to_json(results) if as_json else table(results))
+
+
+def _batch_size(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 @app.command()
@@ -119,7 +134,7 @@ def generate(
     dtype: DTypeToRun = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
-    attention: Attention = "sdpa",
+    attention: Attention = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Let a model go on from prompts."""
@@ -130,7 +145,8 @@ def generate(
         write_continuations,
     )
     from llmprune.files import check_output
-    from llmprune.models.opened import Placement, open_model
+    from llmprune.models.opened import open_model
+    from llmprune.models.placement import Placement
 
     check_output(out, ".jsonl", overwrite)
     config = GenerationConfig(max_new_tokens, temperature, top_p, top_k, per_prompt, seed, batch_size)

@@ -23,21 +23,23 @@ def measure(
     dtype: DTypeToRun = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
-    attention: Attention = "sdpa",
+    attention: Attention = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure latency, throughput, memory and operations; several models run in turns."""
     from pathlib import Path
 
-    from llmprune.files import check_output
+    from llmprune.files import check_output, refuse_existing
     from llmprune.measurement.measure import MeasureConfig
     from llmprune.measurement.measure import measure as measure_models
-    from llmprune.measurement.results import save, table
-    from llmprune.models.opened import Placement
+    from llmprune.measurement.results import files_beside, save, table
+    from llmprune.models.placement import Placement
 
     if out is not None:
         check_output(out, ".json", overwrite)
+        for beside in files_beside(Path(out)):
+            refuse_existing(beside, overwrite)
     config = MeasureConfig(
         numbers_in(batch_sizes, "--batch-sizes"),
         numbers_in(prompt_tokens, "--prompt-tokens"),

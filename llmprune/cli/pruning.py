@@ -120,7 +120,8 @@ def score(
 
     from llmprune.data.calibration import CalibrationConfig
     from llmprune.files import check_output, refuse_existing
-    from llmprune.score import Source, save_scores
+    from llmprune.models.placement import Placement
+    from llmprune.score import save_scores
     from llmprune.score import score as score_model
     from llmprune.scoring.pictures import pictures_beside
     from llmprune.scoring.settings import LayerScoringConfig
@@ -131,7 +132,7 @@ def score(
     for picture in pictures_beside(out):
         refuse_existing(picture, overwrite)
     scores = score_model(
-        Source(model, dtype=dtype, device=device),
+        model,
         LayerScoringConfig(
             CalibrationConfig(data, samples, seq_len, bos, text_field, seed),
             names_in(criteria),
@@ -140,6 +141,7 @@ def score(
             matrix_reduction,
             seed,
         ),
+        Placement(dtype, device),
         offload=offload,
     )
     files = save_scores(scores, out)

@@ -37,10 +37,10 @@ def demo(
     dtype: DTypeToRun = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
-    attention: Attention = "sdpa",
+    attention: Attention = None,
 ) -> None:
     """Serve a page on which models answer side by side."""
     from llmprune.demo import serve
-    from llmprune.models.opened import Placement
+    from llmprune.models.placement import Placement
 
     serve(models, Placement(dtype, device, device_map, attention, adapter), host=host, port=port)

@@ -64,7 +64,7 @@ def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, over
     logger.disable("llmcompressor")
     refuse_existing(Path(out), overwrite)
     folder = resolve_model(model)
-    refuse_replacing(out, [folder])
+    refuse_replacing(out, [folder, *filter(None, [config.data.path])])
     tokenizer = load_tokenizer(model)
     loaded = load_any_model(model)
     _check(loaded, config)
@@ -116,6 +116,8 @@ def _check(model: PreTrainedModel, config: QuantizeConfig) -> None:
         raise UserError("the group size and the dampening must be positive")
     output = model.get_output_embeddings()
     rows = {m.in_features for m in model.modules() if isinstance(m, nn.Linear) and m is not output}
+    if not rows:
+        raise UserError(f"the model ({model.config.model_type}) has no linear layers that could be quantised")
     if any(length % config.group_size for length in rows):
         fitting = math.gcd(*rows, config.group_size)
         raise UserError(

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import sacrebleu
 import torch
 from rapidfuzz.distance import Levenshtein
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from llmprune.errors import UserError
 from llmprune.files import write_text
@@ -46,10 +46,11 @@ class GenerationConfig:
         """Raise ``UserError`` for what can't be."""
         for name, good, wanted in (
             ("max_new_tokens", self.max_new_tokens >= 1, "be positive"),
-            ("temperature", self.temperature >= 0, "be zero or positive"),
+            ("temperature", self.temperature == 0 or self.temperature >= 0.01, "be 0 or at least 0.01"),
             ("top_p", 0 < self.top_p <= 1, "lie in (0, 1]"),
             ("top_k", self.top_k >= 0, "be zero or positive"),
             ("per_prompt", self.per_prompt >= 1, "be positive"),
+            ("seed", 0 <= self.seed < 2**32, "lie between 0 and 2**32 - 1"),
             ("batch_size", self.batch_size >= 1, "be positive"),
         ):
             if not good:
@@ -58,17 +59,13 @@ class GenerationConfig:
             raise UserError("several continuations of a prompt would all be the same: set a temperature above 0")
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """What ``model.generate`` takes."""
+    def settings(self) -> dict[str, Any]:
+        """What Transformers is told; see ``OpenedModel.generation``."""
         sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         return {
             "max_new_tokens": self.max_new_tokens,
             "num_return_sequences": self.per_prompt,
-            **(
-                sampling
-                if self.temperature
-                else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-            ),
+            **(sampling if self.temperature else {"do_sample": False}),
         }
 
 
@@ -85,8 +82,8 @@ def read_prompts(path: Path | str, share: float | None = None) -> list[Prompt]:
 
     Args:
         path: the file.
-        share: take this share of each line's words as the prompt and the rest as its reference (of a JSON record: those
-            of its field "text").
+        share: take this share of each line's words as the prompt and the rest, a word at least, as its reference (of a
+            JSON record: those of its field "text"); lines of one word are passed over.
 
     Raises:
         UserError: the file can't be read or holds no prompts.
@@ -94,24 +91,29 @@ def read_prompts(path: Path | str, share: float | None = None) -> list[Prompt]:
     if share is not None and not 0 < share < 1:
         raise UserError(f"the share of a text that is the prompt must lie between 0 and 1; got {share}")
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
     prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in _lines(path):
         record = _record(path, number, line, "prompt" if share is None else "text")
         if share is None:
             prompts.append(Prompt(record["prompt"], record.get("reference")))
         else:
             words = record["text"].split(" ")
-            cut = max(round(share * len(words)), 1)
+            if len(words) < 2:
+                continue
+            cut = min(max(round(share * len(words)), 1), len(words) - 1)
             prompts.append(Prompt(" ".join(words[:cut]), " " + " ".join(words[cut:])))
     if not prompts:
         raise UserError(f"{path} holds no prompts")
     return prompts
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
+    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def _record(path: Path, number: int, line: str, name: str) -> dict[str, Any]:
@@ -123,7 +125,33 @@ def _record(path: Path, number: int, line: str, name: str) -> dict[str, Any]:
         raise UserError(f"{path}:{number} is no JSON ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get(name), str):
         raise UserError(f"{path}:{number} has no field '{name}' with a text")
+    if not isinstance(record.get("reference"), str | None):
+        raise UserError(f"{path}:{number}: its reference is no text")
     return record
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, limit: int | None
+) -> list[list[int]]:
+    """The tokens of every prompt.
+
+    Args:
+        prompts: texts.
+        tokenizer: the model's.
+        max_new_tokens: how long an output may be.
+        limit: how many tokens the model takes at most.
+
+    Raises:
+        UserError: a prompt has no tokens or leaves no room for an output.
+    """
+    encoded = [tokenizer(prompt.prompt)["input_ids"] for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids or (limit is not None and len(ids) + max_new_tokens > limit):
+            raise UserError(
+                f"the prompt '{prompt.prompt[:40]}' has {len(ids)} tokens: with {max_new_tokens} new ones it must have "
+                f"between 1 and {limit} together"
+            )
+    return encoded
 
 
 @torch.inference_mode()
@@ -138,19 +166,14 @@ def write_continuations(
         Records {"prompt", "output", "reference"}; ``per_prompt`` for each prompt, one after the other.
 
     Raises:
-        UserError: a prompt has no tokens or leaves no room for an output.
+        UserError: a prompt has no tokens or leaves no room for an output, or the model is broken.
     """
     config.check()
     model, tokenizer = opened.model, opened.tokenizer
-    pad = next(t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None)
     limit = getattr(model.config, "max_position_embeddings", None)
-    encoded = [tokenizer(prompt.prompt)["input_ids"] for prompt in prompts]
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        if not ids or (limit is not None and len(ids) + config.max_new_tokens > limit):
-            raise UserError(
-                f"the prompt '{prompt.prompt[:40]}' has {len(ids)} tokens: with {config.max_new_tokens} new ones it "
-                f"must have between 1 and {limit} together"
-            )
+    encoded = encode_prompts(prompts, tokenizer, config.max_new_tokens, limit)
+    generation = opened.generation(**config.settings)
+    pad = generation["generation_config"].pad_token_id
     set_seed(config.seed)
     outputs: list[str] = []
     for first in range(0, len(prompts), config.batch_size):
@@ -158,7 +181,12 @@ def write_continuations(
         longest = max(map(len, ids))
         inputs = torch.tensor([[pad] * (longest - len(i)) + i for i in ids], device=model.device)
         mask = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids], device=model.device)
-        written = model.generate(input_ids=inputs, attention_mask=mask, pad_token_id=pad, **config.arguments)
+        try:
+            written = model.generate(input_ids=inputs, attention_mask=mask, **generation)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise UserError(f"the logits of {opened.name} are no numbers: its weights are broken") from None
         outputs += tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
     repeated = [prompt for prompt in prompts for _ in range(config.per_prompt)]
     return [
@@ -181,11 +209,7 @@ def read_continuations(path: Path | str) -> list[dict[str, Any]]:
     path = Path(path)
     if path.suffix not in (".jsonl", ".ndjson"):
         raise UserError(f"{path} must be JSON lines with prompt, output and reference (.jsonl)")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
-    return [_record(path, number, line, "output") for number, line in enumerate(lines, 1) if line.strip()]
+    return [_record(path, number, line, "output") for number, line in _lines(path)]
 
 
 def continuation_scores(records: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -1,30 +1,42 @@
 """The quality of one or several models: perplexity, tasks, continuations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate.utils import find_executable_batch_size
+from torch import Tensor
 from tqdm import tqdm
 
 from llmprune.data.sources import clean_name
 from llmprune.errors import UserError
 from llmprune.evaluation.continuations import (
     GenerationConfig,
+    Prompt,
     continuation_scores,
+    encode_prompts,
     read_prompts,
     save_continuations,
     write_continuations,
 )
-from llmprune.evaluation.perplexity import PerplexityConfig, bos_of, measure_perplexity, read_tokens
+from llmprune.evaluation.perplexity import (
+    Perplexity,
+    PerplexityConfig,
+    bos_of,
+    check_streams,
+    measure_perplexity,
+    read_streams,
+)
 from llmprune.evaluation.tasks import Tasks, TasksConfig, language_model, save_samples
-from llmprune.files import output_folder
-from llmprune.models.opened import OpenedModel, Placement, open_model
+from llmprune.files import output_folder, refuse_existing, remove
+from llmprune.models.opened import FoundModel, OpenedModel, find_model
+from llmprune.models.placement import Placement
 
 SCHEMA = 1
 LARGEST_BATCH = 64  # where ``auto`` begins
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,7 @@ def evaluate(
     samples: Path | None = None,
     *,
     overwrite: bool = False,
+    keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Measure models one after the other.
 
@@ -66,6 +79,7 @@ def evaluate(
         placement: how the models are held.
         samples: folder to write, for logs of every question and every continuation.
         overwrite: whether ``samples`` may be replaced.
+        keep: called with the results so far after every model, so that a failure at the next one loses nothing.
 
     Returns:
         What results.json holds.
@@ -75,10 +89,107 @@ def evaluate(
     """
     if not (config.texts or config.tasks.names or config.prompts):
         raise UserError("say what to evaluate: --perplexity FILE, --tasks NAMES, --prompts FILE or --generated FILE")
-    _check_names(models)
-    if isinstance(config.batch_size, str) and config.batch_size != "auto":
-        raise UserError(f"batch_size is '{config.batch_size}'; it must be a positive number or auto")
-    if isinstance(config.batch_size, int) and config.batch_size < 1:
+    _check(models, config)
+    work = [_prepare(find_model(name, placement), config) for name in models]
+    tasks = Tasks(config.tasks) if config.tasks.names else None
+    if samples is not None:
+        refuse_existing(samples, overwrite)
+        remove(samples)
+    results: dict[str, Any] = {"schema": SCHEMA, "models": {}}
+    logged = samples is not None and bool(config.tasks.names or config.prompts)
+    for each in tqdm(work, desc="models", disable=len(work) < 2):
+        name = each.found.name
+        with output_folder(samples / clean_name(name.strip("/"))) if samples and logged else nullcontext() as logs:
+            results["models"][name] = _evaluate_model(each, config, tasks, logs)
+        if keep is not None:
+            keep(results)
+    return results
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A model, and what it is to be measured on."""
+
+    found: FoundModel
+    streams: dict[str, Tensor]
+    prompts: list[Prompt]
+
+
+def _prepare(found: FoundModel, config: EvaluationConfig) -> _Work:
+    """Read texts and prompts, and see that the model can read them too."""
+    try:
+        streams = read_streams(config.texts, found.tokenizer, config.perplexity)
+        if streams:
+            check_streams(streams, config.perplexity, found.config, bos_of(found.tokenizer))
+        prompts = [] if config.prompts is None else read_prompts(config.prompts, config.prompt_share)
+        encode_prompts(prompts, found.tokenizer, config.generation.max_new_tokens, found.limit)
+    except UserError as error:
+        raise UserError(f"{found.name}: {error}") from None
+    if prompts and not any(prompt.reference for prompt in prompts):
+        raise UserError(f"{config.prompts} has no references to score against: `llmprune generate` needs none")
+    return _Work(found, streams, prompts)
+
+
+def _evaluate_model(work: _Work, config: EvaluationConfig, tasks: Tasks | None, logs: Path | None) -> dict[str, Any]:
+    opened = work.found.open()
+    found: dict[str, Any] = {"parameters": opened.parameters}
+    if work.streams:
+        found["perplexity"] = {name: _perplexity(opened, tokens, config) for name, tokens in work.streams.items()}
+    if tasks is not None:
+        ran = tasks.run(language_model(opened.model, opened.tokenizer, batch_size=config.batch_size))
+        assert ran is not None  # there is one rank
+        found |= {"tasks": ran.tasks, "averages": ran.averages}
+        if logs is not None:
+            save_samples(ran.samples, logs)
+    if config.prompts is not None:
+        records = _with_batch_size(
+            config, lambda size: write_continuations(opened, work.prompts, replace(config.generation, batch_size=size))
+        )
+        found["continuations"] = {Path(config.prompts).stem: continuation_scores(records)}
+        if logs is not None:
+            save_continuations(records, logs / "continuations.jsonl")
+    return found
+
+
+def _perplexity(opened: OpenedModel, tokens: Tensor, config: EvaluationConfig) -> dict[str, Any]:
+    """A stream's perplexity in every mode."""
+    settings = config.perplexity
+    entry: dict[str, Any] = {
+        "segment": settings.segment,
+        "stride": settings.stride or settings.segment,
+        "tokens": {},
+    }
+    for mode in settings.bos:
+
+        def measure(batch_size: int, mode: str = mode) -> Perplexity:
+            bos = bos_of(opened.tokenizer)
+            return measure_perplexity(opened.model, tokens, settings, mode, bos=bos, batch_size=batch_size)
+
+        measured = _with_batch_size(config, measure)
+        entry[f"bos_{mode}"] = measured.value
+        entry["tokens"][f"bos_{mode}"] = measured.tokens
+    return entry
+
+
+def _with_batch_size(config: EvaluationConfig, run: Callable[[int], T]) -> T:
+    """Run with the batch size asked for; ``auto`` halves it until it fits."""
+    if config.batch_size != "auto":
+        return run(int(config.batch_size))
+
+    def attempt(batch_size: int) -> T:  # the library looks at the first argument's name
+        return run(batch_size)
+
+    return find_executable_batch_size(attempt, starting_batch_size=LARGEST_BATCH)()
+
+
+def _check(models: Sequence[str], config: EvaluationConfig) -> None:
+    """Refuse what is wrong whatever the models are."""
+    for name in models:
+        if models.count(name) > 1:
+            raise UserError(f"the model {name} is named twice")
+    if len({clean_name(name.strip("/")) for name in models}) < len(models):
+        raise UserError("two models' logs would get the same name: evaluate them apart")
+    if config.batch_size != "auto" and (isinstance(config.batch_size, str) or config.batch_size < 1):
         raise UserError(f"batch_size is {config.batch_size}; it must be a positive number or auto")
     config.perplexity.check()
     config.generation.check()
@@ -86,75 +197,7 @@ def evaluate(
         if not Path(path).exists():
             raise UserError(f"{path} does not exist")
     if config.prompts is not None:
-        prompts = read_prompts(config.prompts, config.prompt_share)
-        if not any(prompt.reference for prompt in prompts):
-            raise UserError(f"{config.prompts} has no references to score against: `llmprune generate` needs none")
-    placement.check()
-    tasks = Tasks(config.tasks) if config.tasks.names else None
-    results: dict[str, Any] = {"schema": SCHEMA, "models": {}}
-    keeps = samples is not None and bool(config.tasks.names or config.prompts)
-    with output_folder(samples, overwrite) if samples is not None and keeps else nullcontext() as logs:
-        for name in tqdm(models, desc="models", disable=len(models) < 2):
-            folder = None if logs is None else logs / clean_name(name.strip("/"))
-            if folder is not None:
-                folder.mkdir()
-            results["models"][name] = evaluate_model(open_model(name, placement), config, tasks, folder)
-    return results
-
-
-def evaluate_model(
-    opened: OpenedModel, config: EvaluationConfig, tasks: Tasks | None, samples: Path | None
-) -> dict[str, Any]:
-    """Measure one model; see ``evaluate``."""
-    found: dict[str, Any] = {"parameters": opened.parameters}
-    for path in config.texts:
-        found.setdefault("perplexity", {}).update(_perplexities(opened, path, config))
-    if tasks is not None:
-        ran = tasks.run(language_model(opened.model, opened.tokenizer, batch_size=config.batch_size))
-        assert ran is not None  # there is one rank
-        found |= {"tasks": ran.tasks, "averages": ran.averages}
-        if samples is not None:
-            save_samples(ran.samples, samples)
-    if config.prompts is not None:
-        prompts = read_prompts(config.prompts, config.prompt_share)
-        records = write_continuations(opened, prompts, config.generation)
-        found["continuations"] = {Path(config.prompts).stem: continuation_scores(records)}
-        if samples is not None:
-            save_continuations(records, samples / "continuations.jsonl")
-    return found
-
-
-def _perplexities(opened: OpenedModel, path: str, config: EvaluationConfig) -> dict[str, dict[str, Any]]:
-    settings = config.perplexity
-    found = {}
-    for name, tokens in read_tokens(path, opened.tokenizer, settings).items():
-        entry: dict[str, Any] = {
-            "segment": settings.segment,
-            "stride": settings.stride or settings.segment,
-            "tokens": {},
-        }
-        for mode in settings.bos:
-
-            def measure(batch_size: int, mode: str = mode, tokens: Any = tokens) -> Any:
-                bos = bos_of(opened.tokenizer)
-                return measure_perplexity(opened.model, tokens, settings, mode, bos=bos, batch_size=batch_size)
-
-            if config.batch_size == "auto":
-                measured = find_executable_batch_size(measure, starting_batch_size=LARGEST_BATCH)()
-            else:
-                measured = measure(int(config.batch_size))
-            entry[f"bos_{mode}"] = measured.value
-            entry["tokens"][f"bos_{mode}"] = measured.tokens
-        found[name] = entry
-    return found
-
-
-def _check_names(models: Sequence[str]) -> None:
-    for name in models:
-        if models.count(name) > 1:
-            raise UserError(f"the model {name} is named twice")
-    if len({clean_name(name.strip("/")) for name in models}) < len(models):
-        raise UserError("two models' logs would get the same name: evaluate them apart")
+        read_prompts(config.prompts, config.prompt_share)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -1,17 +1,16 @@
 """Tasks and texts measured on a model that is being trained, shared among the ranks."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from composer.utils import dist
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.config import LiveEvaluationConfig
 from llmprune.errors import UserError
-from llmprune.evaluation.perplexity import PerplexityConfig, bos_of, measure_perplexity, read_tokens
+from llmprune.evaluation.perplexity import PerplexityConfig, bos_of, check_streams, measure_perplexity, read_streams
 from llmprune.evaluation.tasks import Tasks, TasksConfig, quiet
 
 Forward = Callable[[dict[str, Tensor]], Tensor]
@@ -36,9 +35,6 @@ class LiveModel(HFLM):
         with torch.no_grad():
             return self._forward({"input_ids": inps})
 
-    def _model_generate(self, *arguments: Any, **keywords: Any) -> Tensor:
-        raise UserError("tasks that generate text can't be run during training: evaluate the exported model on them")
-
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Every rank's tensor, one after the other."""
         return torch.cat([part.reshape(-1).cpu() for part in dist.all_gather(tensor.to(self.device))])
@@ -51,8 +47,10 @@ class LiveModel(HFLM):
 class LiveEvaluation:
     """Measures tasks and texts."""
 
-    def __init__(self, config: LiveEvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load tasks and texts.
+    def __init__(
+        self, config: LiveEvaluationConfig, model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Load tasks and texts for models of this config.
 
         Raises:
             UserError: a task is unknown, its data can't be had, or a text can't be read.
@@ -62,13 +60,12 @@ class LiveEvaluation:
             raise UserError("evaluation names neither tasks nor texts")
         if config.batch_size < 1:
             raise UserError(f"evaluation.batch_size is {config.batch_size}; it must be positive")
-        self._perplexity = PerplexityConfig(config.segment)
+        self._perplexity = PerplexityConfig(config.segment, bos=["none" if bos_of(tokenizer) is None else "each"])
         self._perplexity.check()
         tasks = TasksConfig(config.tasks, config.num_fewshot, config.limit, config.include_path)
-        self._tasks = Tasks(tasks) if config.tasks else None
-        self._texts: dict[str, Tensor] = {}
-        for path in config.texts:
-            self._texts |= read_tokens(path, tokenizer, self._perplexity)
+        self._tasks = Tasks(tasks, generate=False) if config.tasks else None
+        self._texts = read_streams(config.texts, tokenizer, self._perplexity)
+        check_streams(self._texts, self._perplexity, model, bos_of(tokenizer))
 
     def measure(self, model: PreTrainedModel, forward: Forward) -> dict[str, float]:
         """Metrics by name: ``tasks/TASK/METRIC`` (rank 0 alone) and ``perplexity/TEXT``.
@@ -78,14 +75,14 @@ class LiveEvaluation:
             forward: from a batch to logits, through whatever shards or wraps the model; all ranks call it together.
         """
         found: dict[str, float] = {}
-        size, bos = self._config.batch_size, bos_of(self._tokenizer)
+        size = self._config.batch_size
         for name, tokens in self._texts.items():
             measured = measure_perplexity(
                 model,
                 tokens,
                 self._perplexity,
-                "none" if bos is None else "each",
-                bos=bos,
+                self._perplexity.bos[0],
+                bos=bos_of(self._tokenizer),
                 batch_size=size,
                 forward=lambda inputs: forward({"input_ids": inputs}),
             )

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.format import DataManifest, tokenizer_fingerprint
@@ -49,6 +49,10 @@ class PerplexityConfig:
             raise UserError(f"a segment needs at least 2 tokens; got {self.segment}")
         if self.stride is not None and not 1 <= self.stride <= self.segment:
             raise UserError(f"the stride must lie between 1 and the segment's {self.segment} tokens; got {self.stride}")
+        if not self.bos:
+            raise UserError(f"name at least one BOS mode: {', '.join(BOS_MODES)}")
+        if self.samples_per_domain is not None and self.samples_per_domain < 1:
+            raise UserError(f"samples_per_domain is {self.samples_per_domain}; it must be positive")
         for mode in self.bos:
             if mode not in BOS_MODES:
                 raise UserError(f"there is no BOS mode '{mode}'; {nearest(mode, BOS_MODES)}")
@@ -69,37 +73,68 @@ class Perplexity:
     @property
     def value(self) -> float:
         """The exponential of the mean loss."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss > 700 else math.exp(self.loss)
 
 
-def read_tokens(path: str, tokenizer: PreTrainedTokenizerBase, config: PerplexityConfig) -> dict[str, Tensor]:
-    """The token streams in ``path``, int64 [tokens] each, by name.
+def read_streams(
+    paths: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: PerplexityConfig
+) -> dict[str, Tensor]:
+    """The token streams in files and folders, int64 [tokens] each, by name.
 
-    Text gives one stream, its documents one after the other with an EOS between them. Prepared data give one stream
-    for each domain's evaluation split, named ``NAME/DOMAIN``.
+    Text gives one stream, its documents one after the other with an EOS between them, named as its file is without the
+    ending. Prepared data give one stream for each domain's evaluation split, named FOLDER/DOMAIN. Where that would name
+    two streams alike, they are named by their whole paths.
 
     Raises:
-        UserError: the data can't be read or are of another tokenizer.
+        UserError: data can't be read, hold nothing, or are of another tokenizer.
     """
-    name = Path(path).name.partition(".")[0] or path
-    if (Path(path) / "manifest.json").is_file():
+    read = {path: _read(Path(path), tokenizer, config) for path in paths}
+    short = {path: (Path(path).resolve().name if Path(path).is_dir() else Path(path).stem) for path in read}
+    streams = {}
+    for path, found in read.items():
+        name = path if list(short.values()).count(short[path]) > 1 else short[path]
+        for domain, tokens in found.items():
+            if len(tokens) < 2:
+                raise UserError(f"there is no text in {path} to measure perplexity on")
+            streams["/".join(filter(None, (name, domain)))] = tokens
+    return streams
+
+
+def _read(path: Path, tokenizer: PreTrainedTokenizerBase, config: PerplexityConfig) -> dict[str, Tensor]:
+    """The streams in one place by domain; a text's has no name."""
+    if (path / "manifest.json").is_file():
         if tokenizer_fingerprint(tokenizer) != DataManifest.load(path).tokenizer:
             raise UserError(f"the model's tokenizer did not make the data in {path}: prepare the data with it")
         dataset = EvalDataset(path, config.samples_per_domain)
         streams: dict[str, list[Tensor]] = {}
         for place in range(len(dataset)):
             sample = dataset[place]
-            streams.setdefault(f"{name}/{dataset.domains[int(sample['domain'])]}", []).append(sample["input_ids"])
-        return {stream: torch.cat(samples) for stream, samples in streams.items()}
+            streams.setdefault(dataset.domains[int(sample["domain"])], []).append(sample["input_ids"])
+        return {domain: torch.cat(samples) for domain, samples in streams.items()}
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []
-    for document in documents(find_files([Path(path)]), Fields(config.text_field)):
+    for document in documents(find_files([path]), Fields(config.text_field)):
         if not isinstance(document, Document):
             raise UserError(f"{document.place} can't be read: {document.reason}")
         tokens += (end if tokens else []) + tokenizer(document.text, add_special_tokens=False, verbose=False)[
             "input_ids"
         ]
-    return {name: torch.tensor(tokens)}
+    return {"": torch.tensor(tokens, dtype=torch.int64)}
+
+
+def check_streams(
+    streams: dict[str, Tensor], config: PerplexityConfig, model: PretrainedConfig, bos: int | None
+) -> None:
+    """Raise ``UserError`` if a model can't read these streams: no BOS, segments too long, tokens that it lacks."""
+    if bos is None and any(mode != "none" for mode in config.bos):
+        raise UserError("this tokenizer has no BOS (and no EOS in its place): measure with --bos none")
+    limit, each = getattr(model, "max_position_embeddings", None), "each" in config.bos
+    if streams and limit is not None and config.segment + each > limit:
+        more = " and the BOS before each" if each else ""
+        raise UserError(f"segments of {config.segment} tokens{more} are too long: the model takes {limit}")
+    for name, tokens in streams.items():
+        if (largest := int(tokens.max())) >= model.vocab_size:
+            raise UserError(f"{name} has the token {largest}, the model's vocabulary ends at {model.vocab_size - 1}")
 
 
 def measure_perplexity(
@@ -116,30 +151,15 @@ def measure_perplexity(
 
     Args:
         model: any causal LM.
-        tokens: int64 [tokens].
+        tokens: int64 [tokens], at least 2; see ``check_streams``.
         config: segments and stride.
         mode: where a BOS is put.
         bos: the BOS token.
         batch_size: segments per forward pass.
         forward: from tokens to logits; default: the model's own.
-
-    Raises:
-        UserError: the text is too short, or the segments too long for the model.
     """
-    if mode != "none":
-        if bos is None:
-            raise UserError("this tokenizer has no BOS (and no EOS in its place): measure with --bos none")
-        if mode == "once":
-            tokens = torch.cat([torch.tensor([bos]), tokens])
-    if len(tokens) < 2:
-        raise UserError("there is no text to measure perplexity on")
-    limit, longest = getattr(model.config, "max_position_embeddings", None), config.segment + (mode == "each")
-    if limit is not None and longest > limit:
-        raise UserError(f"segments of {longest} tokens are too long: the model takes {limit}")
-    if (largest := int(tokens.max())) >= model.config.vocab_size:
-        raise UserError(
-            f"the text has the token {largest}, the model's vocabulary ends at {model.config.vocab_size - 1}"
-        )
+    if mode == "once":
+        tokens = torch.cat([torch.tensor([bos]), tokens])
     run = forward or (lambda inputs: model(input_ids=inputs, use_cache=False).logits)
     losses = torch.zeros((), dtype=torch.float64)
     count = 0

@@ -95,7 +95,7 @@ def read_answers(path: Path | str, tokenizer: PreTrainedTokenizerBase | None = N
         try:
             read = _read_lm_eval(log, tokenizer) if log.suffix == ".jsonl" else _read_opencompass(log)
             answers = dict(read)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"{log} is no log of answers ({type(error).__name__}: {error})") from None
         name = _subject(log)
         if answers and name in subjects:

@@ -65,16 +65,22 @@ def task_manager(include_path: str | None) -> TaskManager:
 class Tasks:
     """The chosen tasks, found and loaded."""
 
-    def __init__(self, config: TasksConfig) -> None:
+    def __init__(self, config: TasksConfig, *, generate: bool = True) -> None:
         """Find every task and load its data.
 
+        Args:
+            config: which tasks.
+            generate: whether tasks may let the model write text.
+
         Raises:
-            UserError: a task is unknown, or its data can't be had.
+            UserError: a task is unknown, its data can't be had, or it can't be run here.
         """
         self.config = config
         self.runs = expand(config.names, config.num_fewshot)
-        if config.limit is not None and config.limit <= 0:
-            raise UserError(f"limit is {config.limit}; it must be positive")
+        if config.limit is not None and (config.limit <= 0 or (config.limit > 1 and config.limit % 1)):
+            raise UserError(f"limit is {config.limit}; it must be a positive whole number or a share below 1")
+        if config.num_fewshot is not None and config.num_fewshot < 0:
+            raise UserError(f"num_fewshot is {config.num_fewshot}; it must be zero or positive")
         if config.include_path is not None and not Path(config.include_path).is_dir():
             raise UserError(f"{config.include_path} is no folder with task files")
         with quiet(), _random_state_kept():
@@ -84,10 +90,18 @@ class Tasks:
                     hint = hint if len(hint) < 200 else "lm-eval lists its tasks with `lm-eval --tasks list`"
                     raise UserError(f"there is no task or suite '{task}'; {hint}")
                 try:
-                    get_task_dict([task], self._manager)
+                    loaded = get_task_dict([task], self._manager)
                 except Exception as error:  # data sets raise many kinds: no network, no such file, no such field
                     reason = " ".join(str(error).split())[:200] or type(error).__name__
                     raise UserError(f"the task '{task}' can't be loaded: {reason}") from None
+                for part in _parts(loaded):
+                    if getattr(part, "UNSAFE_CODE", False):
+                        raise UserError(f"the task '{task}' runs code that the model wrote: use lm-eval's own command")
+                    if part.OUTPUT_TYPE == "generate_until" and not generate:
+                        raise UserError(
+                            f"the task '{task}' generates text, which can't be done during training: evaluate the "
+                            "exported model on it"
+                        )
 
     @property
     def _manager(self) -> TaskManager:
@@ -113,11 +127,9 @@ class Tasks:
                         task_manager=self._manager,
                     )
                 except ValueError as error:
-                    if "unsafe" not in str(error).lower():
+                    if "larger than population" not in str(error):
                         raise
-                    raise UserError(
-                        f"{error}: such tasks run code that the model wrote; use lm-eval's own command"
-                    ) from None
+                    raise UserError(f"a task has fewer examples than the {shots} shots asked for") from None
             if found is None:
                 continue
             for task, values in found["results"].items():
@@ -171,12 +183,21 @@ def save_samples(samples: Mapping[str, Sequence[Mapping[str, Any]]], folder: Pat
                 file.write(dumped + "\n")
 
 
+def _parts(loaded: Mapping[Any, Any]) -> Iterator[Any]:
+    """The tasks in what lm-eval loads: groups hold tasks and further groups."""
+    for inner in loaded.values():
+        if isinstance(inner, Mapping):
+            yield from _parts(inner)
+        else:
+            yield inner
+
+
 def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
     """``acc,none`` becomes ``acc``; a metric behind another filter keeps its name (``exact_match,strict-match``)."""
     return {
         name.removesuffix(",none"): value
         for name, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, int | float) and not isinstance(value, bool) and name != "sample_len"
     }
 
 

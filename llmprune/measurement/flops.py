@@ -1,7 +1,8 @@
 """Multiply-accumulate operations of a forward pass, from the config alone.
 
 Products that a causal or a sliding-window mask throws away are counted, since dense kernels compute them and counters
-count them. Norms, activations and rotations are left out, as everywhere.
+count them; a token behind a cache that holds only a sliding window takes fewer. Norms, activations and rotations are
+left out, as everywhere.
 """
 
 from dataclasses import dataclass

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ from tqdm import tqdm
 from llmprune.errors import UserError
 from llmprune.measurement.flops import macs
 from llmprune.measurement.monitor import UtilisationWatch, peak_memory
-from llmprune.models.opened import OpenedModel, Placement, open_model
+from llmprune.models.opened import OpenedModel, find_model
+from llmprune.models.placement import Placement
 
 SCHEMA = 1
 
@@ -94,18 +97,18 @@ def measure(
     for name in models:
         if list(models).count(name) > 1:
             raise UserError(f"the model {name} is named twice")
-    opened = [open_model(name, placement) for name in models]
+    found_models = [find_model(name, placement) for name in models]
     settings = [
         Setting(batch, prompt, output)
         for output in (None, *config.output_tokens)
         for prompt in config.prompt_tokens
         for batch in config.batch_sizes
     ]
-    for one in opened:
-        limit = getattr(one.model.config, "max_position_embeddings", None)
-        longest = max(s.prompt + (s.output or 0) for s in settings)
-        if limit is not None and longest > limit:
-            raise UserError(f"prompt and output have {longest} tokens together; {one.name} takes {limit}")
+    longest = max(s.prompt + (s.output or 0) for s in settings)
+    for one in found_models:
+        if one.limit is not None and longest > one.limit:
+            raise UserError(f"prompt and output have {longest} tokens together; {one.name} takes {one.limit}")
+    opened = [one.open() for one in found_models]
     found: dict[str, Any] = {one.name: size(one, max(config.prompt_tokens)) for one in opened}
     watch = UtilisationWatch(opened[0].model.device)
     bar = tqdm(settings, desc="settings", disable=not progress)
@@ -164,22 +167,23 @@ def _measure_setting(
     times: dict[str, list[float]] = {one.name: [] for one in opened}
     for one in opened:
         device = one.model.device
-        if not _fits(runs[one.name], device):  # a run before, so that what stays allocated is there
-            entries[one.name] = {"out_of_memory": True}
-            continue
+        fits = _timed(runs[one.name], device) is not None  # a run before, so that what stays allocated is there
         with peak_memory(device) as peak:
-            runs[one.name]()
-        entries[one.name] = {
-            "peak_memory_bytes": weights_bytes(one) + peak.added,
-            "process_peak_bytes": peak.process,
-        }
+            fits = fits and _timed(runs[one.name], device) is not None
+        entries[one.name] = (
+            {"peak_memory_bytes": weights_bytes(one) + peak.added, "process_peak_bytes": peak.process}
+            if fits
+            else {"out_of_memory": True}
+        )
     for number in range(config.warmups + config.repeats):
         for one in opened:
             if "out_of_memory" in entries[one.name]:
                 continue
             watch.doing = f"{setting.kind} {one.name} batch {setting.batch}"
             seconds = _timed(runs[one.name], one.model.device)
-            if number >= config.warmups:
+            if seconds is None:  # something else took the memory meanwhile
+                entries[one.name], times[one.name] = {"out_of_memory": True}, []
+            elif number >= config.warmups:
                 times[one.name].append(seconds)
     first = times[opened[0].name]
     for one in opened:
@@ -192,39 +196,41 @@ def _measure_setting(
 
 def _runner(opened: OpenedModel, setting: Setting, seed: int) -> Callable[[], Tensor]:
     model = opened.model
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(model.config.vocab_size, (setting.batch, setting.prompt), generator=generator)
-    tokens = tokens.to(model.device)
-    mask = torch.ones_like(tokens)
+
+    @cache  # made by the first run, which is not timed: it may already be too large
+    def prompts() -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(model.config.vocab_size, (setting.batch, setting.prompt), generator=generator)
+        tokens = tokens.to(model.device)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    length = {"min_new_tokens": setting.output, "max_new_tokens": setting.output}
+    generation = {} if setting.output is None else opened.generation(do_sample=False, **length)
+    last_alone = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
 
     @torch.inference_mode()
     def prefill() -> Tensor:
-        return model(input_ids=tokens, attention_mask=mask, use_cache=True, logits_to_keep=1).logits
+        return model(**prompts(), use_cache=True, **last_alone).logits
 
     @torch.inference_mode()
     def generate() -> Tensor:
-        written = model.generate(
-            input_ids=tokens,
-            attention_mask=mask,
-            min_new_tokens=setting.output,
-            max_new_tokens=setting.output,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            use_cache=True,
-            pad_token_id=0,
-        )
+        written = model.generate(**prompts(), **generation)
         assert written.shape[1] == setting.prompt + (setting.output or 0)
         return written
 
     return prefill if setting.output is None else generate
 
 
-def _fits(run: Callable[[], Tensor], device: torch.device) -> bool:
+def _timed(run: Callable[[], Tensor], device: torch.device) -> float | None:
+    """Seconds that a run takes; None if there is no memory for it."""
     try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
         run()
-        return True
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
     except (torch.OutOfMemoryError, MemoryError):
         pass
     except RuntimeError as error:
@@ -232,17 +238,7 @@ def _fits(run: Callable[[], Tensor], device: torch.device) -> bool:
             raise
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return False
-
-
-def _timed(run: Callable[[], Tensor], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return None
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

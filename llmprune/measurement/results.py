@@ -10,15 +10,18 @@ from llmprune.files import write_json, write_text
 from llmprune.measurement.monitor import UtilisationWatch
 
 
-def save(results: dict[str, Any], watch: UtilisationWatch, out: Path) -> list[Path]:
-    """Write speed.json, the same as CSV, and how busy the device was (if it reports it); returns the files."""
+def save(results: dict[str, Any], watch: UtilisationWatch, out: Path) -> None:
+    """Write speed.json, the same as CSV, and how busy the device was (if it reports it)."""
     write_json(out, results)
-    files = [out, out.with_suffix(".csv")]
-    write_text(files[1], as_csv(rows(results)))
+    as_table, utilisation = files_beside(out)
+    write_text(as_table, as_csv(rows(results)))
     if watch.samples:
-        files.append(out.with_suffix(".utilisation.csv"))
-        write_text(files[2], as_csv([vars(sample) for sample in watch.samples]))
-    return files
+        write_text(utilisation, as_csv([vars(sample) for sample in watch.samples]))
+
+
+def files_beside(out: Path) -> tuple[Path, Path]:
+    """Where the CSV files go: what was measured, and how busy the device was."""
+    return out.with_suffix(".csv"), out.with_suffix(".utilisation.csv")
 
 
 def rows(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Opening Hugging Face models and their weights, wherever they lie."""
 
 import contextlib
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ def resolve_model(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model"]))
     except Exception as error:  # the hub client raises many kinds: bad names, no network, no access
-        reason = _first_line(error)
+        reason = first_line(error)
         raise UserError(f"the model '{model}' is neither a folder nor reachable on the hub ({reason})") from None
 
 
@@ -59,21 +60,21 @@ def load_config(model: str | Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         model_type = read_json(folder / "config.json").get("model_type", "unknown")
-        reason = _first_line(error)
+        reason = first_line(error)
         raise UserError(f"{folder}/config.json (model type '{model_type}') can't be used: {reason}") from None
     family_of(config)
     return config
 
 
 def load_model(
-    model: str | Path, *, dtype: torch.dtype | str = torch.float32, attention: str = "sdpa"
+    model: str | Path, *, dtype: torch.dtype | str = torch.float32, attention: str | None = None
 ) -> PreTrainedModel:
     """A causal LM with its weights, in evaluation mode.
 
     Args:
         model: folder or hub name.
         dtype: of the weights; "auto" = as stored.
-        attention: ``sdpa``, ``eager`` or ``flash_attention_2``.
+        attention: see ``load_any_model``.
 
     Raises:
         UserError: it can't be read, or its architecture is not supported.
@@ -90,7 +91,7 @@ def load_any_model(
     model: str | Path,
     *,
     dtype: torch.dtype | str = "auto",
-    attention: str = "sdpa",
+    attention: str | None = None,
     device_map: str | None = None,
     adapter: str | Path | None = None,
 ) -> PreTrainedModel:
@@ -99,7 +100,7 @@ def load_any_model(
     Args:
         model: folder or hub name.
         dtype: of the weights; "auto" = as stored.
-        attention: ``sdpa``, ``eager`` or ``flash_attention_2``.
+        attention: ``sdpa``, ``eager`` or ``flash_attention_2``; None = sdpa where the architecture has it.
         device_map: how to spread the model over devices (``auto``); None = in this process's main memory.
         adapter: folder of a PEFT adapter to put on the model.
 
@@ -112,21 +113,22 @@ def load_any_model(
             folder, dtype=dtype, attn_implementation=attention, device_map=device_map, output_loading_info=True
         )
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"the model {model} can't be loaded: {_first_line(error)}") from None
+        raise UserError(f"the model {model} can't be loaded: {first_line(error)}") from None
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"the weights of {model} lack {len(missing)} tensors that its config asks for: {missing[0]}, …")
     if adapter is not None:
         try:
             loaded.load_adapter(str(adapter))
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"the adapter {adapter} does not fit {model}: {_first_line(error)}") from None
+            raise UserError(f"the adapter {adapter} does not fit {model}: {first_line(error)}") from None
     return loaded.eval()
 
 
-def _first_line(error: Exception) -> str:
-    """The first line of a message; of a list of faults, its heading with the first of them."""
+def first_line(error: Exception) -> str:
+    """The first line of a message, shortened; of a list of faults, its heading with the first of them."""
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return line if len(line) <= 300 else line[:300] + "…"
 
 
 def new_model(config: PretrainedConfig, *, seed: int, attention: str = "sdpa") -> PreTrainedModel:
@@ -145,7 +147,7 @@ def empty_model(model: str | Path, *, dtype: torch.dtype, attention: str = "sdpa
     Args:
         model: folder or hub name.
         dtype: of the parameters.
-        attention: see ``load_model``.
+        attention: see ``load_any_model``.
     """
     config = load_config(model)
     with init_empty_weights(include_buffers=False):
@@ -169,8 +171,19 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder if folder.is_dir() else resolve_model(model))
     except (OSError, ValueError, TypeError) as error:
-        reason = _first_line(error)
-        raise UserError(f"{model} has no usable tokenizer: {reason}") from None
+        if folder.is_dir() and not any(folder.glob("tokeniz*")) and not any(folder.glob("*.model")):
+            raise UserError(f"{model} has no tokenizer: there are no tokenizer files") from None
+        raise UserError(f"{model} has no usable tokenizer: {first_line(error)}") from None
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """How many parameters a causal LM of this config has, whatever its weights are packed in."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(plain)
+    return sum(p.numel() for p in model.parameters())
 
 
 class StoredWeights(Mapping[str, Tensor]):

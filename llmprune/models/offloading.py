@@ -25,7 +25,9 @@ class OffloadedModel:
         model: the model; its blocks have weights only within ``loaded``.
     """
 
-    def __init__(self, path: str | Path, *, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> None:
+    def __init__(
+        self, path: str | Path, *, dtype: torch.dtype, device: torch.device, attention: str | None = None
+    ) -> None:
         """Read what lies outside the blocks.
 
         Raises:

@@ -1,58 +1,16 @@
 """A model ready for use: weights on their device, with its tokenizer."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.errors import UserError, nearest
-from llmprune.models.loading import load_any_model, load_tokenizer, resolve_model
+from llmprune.errors import UserError
+from llmprune.models.loading import count_parameters, first_line, load_any_model, load_tokenizer, resolve_model
 from llmprune.models.memory import check_memory
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How to hold a model.
-
-    Attributes:
-        dtype: of the weights: float32, bfloat16, float16; ``auto`` = as stored.
-        device: cpu or gpu; None = what is there.
-        device_map: ``auto`` spreads the model over all devices and the machine's memory; None = one device.
-        attention: ``sdpa``, ``eager`` or ``flash_attention_2``.
-        adapter: folder of a PEFT adapter to put on the model.
-    """
-
-    dtype: str = "auto"
-    device: str | None = None
-    device_map: str | None = None
-    attention: str = "sdpa"
-    adapter: str | None = None
-
-    def check(self) -> None:
-        """Raise ``UserError`` for what is unknown or not there."""
-        for word, value, valid in (
-            ("dtype", self.dtype, ("auto", *DTYPES)),
-            ("device map", self.device_map or "auto", ("auto", "balanced", "sequential")),
-            ("attention", self.attention, ("sdpa", "eager", "flash_attention_2")),
-        ):
-            if value not in valid:
-                raise UserError(f"{word} '{value}' is unknown; {nearest(value, valid)}")
-        if self.adapter is not None and not (Path(self.adapter) / "adapter_config.json").is_file():
-            raise UserError(f"{self.adapter} holds no adapter: it has no adapter_config.json")
-        if self.device not in (None, "cpu", "gpu"):
-            raise UserError(f"device '{self.device}' is unknown; valid: cpu, gpu")
-        if self.device == "gpu" and not torch.cuda.is_available():
-            raise UserError("device is gpu, but there is none")
-
-    @property
-    def torch_device(self) -> torch.device:
-        """The one device, unless there is a device map."""
-        on_gpu = self.device == "gpu" or (self.device is None and torch.cuda.is_available())
-        return torch.device("cuda" if on_gpu else "cpu")
+from llmprune.models.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -74,38 +32,93 @@ class OpenedModel:
     @property
     def parameters(self) -> int:
         """How many there are; packed ones of a quantised model count as what they stand for."""
-        model = self.model
-        if getattr(model.config, "quantization_config", None) is not None:
-            plain = copy.deepcopy(model.config)
-            del plain.quantization_config
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(plain)
-        return sum(p.numel() for p in model.parameters())
+        if getattr(self.model.config, "quantization_config", None) is not None:
+            return count_parameters(self.model.config)
+        return sum(p.numel() for p in self.model.parameters())
+
+    def generation(self, **settings: Any) -> dict[str, Any]:
+        """What ``model.generate`` takes so that ``settings`` hold alone.
+
+        Without this, what stands in the model's own generation_config.json (beams, penalties) would be added to them.
+        """
+        own = self.model.generation_config
+        tokens = {"eos_token_id": own.eos_token_id, "bos_token_id": own.bos_token_id} if own is not None else {}
+        pad = next(t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if t is not None)
+        config = transformers.GenerationConfig(**tokens, pad_token_id=pad, **settings)
+        return {"generation_config": config, "use_model_defaults": False}
 
 
-def open_model(name: str, placement: Placement) -> OpenedModel:
-    """Open a causal LM of any architecture.
+@dataclass(frozen=True)
+class FoundModel:
+    """A model that can be opened, as far as can be known without reading its weights.
+
+    Attributes:
+        name: as the user gave it.
+        folder: where it lies.
+        config: its own.
+        tokenizer: its own.
+        placement: how it is to be held.
+    """
+
+    name: str
+    folder: Path
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    placement: Placement
+
+    def __post_init__(self) -> None:
+        """Raise ``UserError`` if it is too large."""
+        self._check_memory()
+
+    @property
+    def limit(self) -> int | None:
+        """How many tokens it takes at most, if it says so."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def open(self) -> OpenedModel:
+        """Read its weights.
+
+        Raises:
+            UserError: they can't be read, or there is no room for them any more.
+        """
+        self._check_memory()
+        placement = self.placement
+        model = load_any_model(
+            self.name,
+            dtype=placement.torch_dtype or "auto",
+            attention=placement.attention,
+            device_map=placement.device_map,
+            adapter=placement.adapter,
+        )
+        if placement.device_map is None:
+            model.to(placement.torch_device)  # type: ignore[arg-type]
+        return OpenedModel(self.name, self.folder, model, self.tokenizer)
+
+    def _check_memory(self) -> None:
+        if self.placement.device_map is None:
+            remedy = "spread it over all devices with --device-map auto, or take bfloat16"
+            check_memory(self.name, dtype=self.placement.torch_dtype, on_gpu=self.placement.on_gpu, remedy=remedy)
+
+
+def find_model(name: str, placement: Placement) -> FoundModel:
+    """Find a causal LM of any architecture, and see that it could be opened.
 
     Args:
         name: folder or hub name.
         placement: how to hold it.
 
     Raises:
-        UserError: it can't be read or is too large, or the placement is impossible.
+        UserError: it is not there or is too large, or the placement is impossible.
     """
     placement.check()
-    tokenizer = load_tokenizer(name)
-    device = placement.torch_device
-    if placement.device_map is None:
-        remedy = "spread it over all devices with --device-map auto, or take bfloat16"
-        check_memory(name, dtype=DTYPES.get(placement.dtype), on_gpu=device.type == "cuda", remedy=remedy)
-    model = load_any_model(
-        name,
-        dtype=placement.dtype if placement.dtype == "auto" else DTYPES[placement.dtype],
-        attention=placement.attention,
-        device_map=placement.device_map,
-        adapter=placement.adapter,
-    )
-    if placement.device_map is None:
-        model.to(device)  # type: ignore[arg-type]
-    return OpenedModel(name, resolve_model(name), model, tokenizer)
+    folder = resolve_model(name)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}/config.json can't be used: {first_line(error)}") from None
+    return FoundModel(name, folder, config, load_tokenizer(name), placement)
+
+
+def open_model(name: str, placement: Placement) -> OpenedModel:
+    """Open a causal LM of any architecture; see ``find_model`` and ``FoundModel.open``."""
+    return find_model(name, placement).open()

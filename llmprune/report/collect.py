@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from transformers import AutoConfig
+from yaml import YAMLError
 
 from llmprune.callbacks.metrics_file import read_metrics
 from llmprune.data.sources import clean_name
 from llmprune.errors import UserError
 from llmprune.evaluation.continuations import read_continuations
 from llmprune.files import read_json
-from llmprune.models.loading import StoredWeights
+from llmprune.models.loading import StoredWeights, count_parameters, first_line
 from llmprune.plans import Plan
 from llmprune.run_folder import RunFolder
 from llmprune.scoring.scores import Scores
@@ -24,19 +27,16 @@ class Run:
     """A training run.
 
     Attributes:
+        name: its folder's, or the whole path where another has the same.
         path: its folder.
         config: the resolved config.
         metrics: lines of its metrics.jsonl.
     """
 
+    name: str
     path: Path
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
-
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self.path.name
 
     @property
     def prunes(self) -> bool:
@@ -55,7 +55,11 @@ class Run:
         for unit, counter in (("ba", "batch"), ("sp", "sample"), ("tok", "token")):
             if text.endswith(unit):
                 done = max((line.get(f"time/{counter}", 0) for line in self.metrics), default=0)
-                return min((done + (counter == "batch" and done > 0)) / int(text.removesuffix(unit)), 1.0)
+                if unit == "ba" and self.metrics:
+                    done += 1
+                elif self.batches:
+                    done *= 1 + 1 / self.batches  # a line is written before its batch is counted
+                return min(done / int(text.removesuffix(unit)), 1.0)
         return 1.0
 
 
@@ -63,14 +67,10 @@ class Run:
 class Model:
     """A model on disk, with the plan that it was cut by, if there is one."""
 
+    name: str
     path: Path
     plan: Plan | None
     parameters: int
-
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self.path.name
 
     @property
     def cut(self) -> bool:
@@ -91,6 +91,7 @@ class Material:
         results: results.json files, by place.
         speeds: speed.json files, by place.
         continuations: records by model, from the logs beside a results.json.
+        left_out: what lies in a folder and can't be reported on, with the reason.
     """
 
     runs: list[Run] = field(default_factory=list)
@@ -99,6 +100,7 @@ class Material:
     results: dict[Path, dict[str, Any]] = field(default_factory=dict)
     speeds: dict[Path, dict[str, Any]] = field(default_factory=dict)
     continuations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    left_out: dict[Path, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         """Whether there is anything."""
@@ -115,15 +117,41 @@ def collect(paths: Sequence[Path | str]) -> Material:
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path} does not exist")
-        if not _add(material, path):
-            for inner in sorted(path.iterdir()) if path.is_dir() else ():
-                _add(material, inner)
+        added, reason = _try(material, path)
+        if reason is not None:
+            raise UserError(f"{path} can't be reported on: {reason}")
+        for inner in sorted(path.iterdir()) if path.is_dir() and not added else ():
+            added, reason = _try(material, inner)
+            if reason is not None:
+                material.left_out[inner] = reason
+    material.runs = [replace(run, name=name) for run, name in zip(material.runs, _names(material.runs), strict=True)]
+    material.models = [replace(m, name=name) for m, name in zip(material.models, _names(material.models), strict=True)]
     if not material:
         raise UserError(
             f"{', '.join(map(str, paths))}: no run, model, scores, results or speeds there; name the folder of a run, "
             "or one that holds several"
         )
     return material
+
+
+def _names(found: Sequence[Run] | Sequence[Model]) -> list[str]:
+    return list(short_names([one.path for one in found]).values())
+
+
+def short_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """The last part of every path, or the whole of those whose last parts are the same."""
+    last = [path.name for path in paths]
+    return {path: path.name if last.count(path.name) == 1 else str(path) for path in paths}
+
+
+def _try(material: Material, path: Path) -> tuple[bool, str | None]:
+    """Add what ``path`` is: whether it is anything known, or why it can't be read."""
+    try:
+        return _add(material, path), None
+    except UserError as error:
+        return False, str(error)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, YAMLError, OmegaConfBaseException) as error:
+        return False, f"{type(error).__name__}: {first_line(error)}"
 
 
 def _add(material: Material, path: Path) -> bool:
@@ -137,7 +165,9 @@ def _add(material: Material, path: Path) -> bool:
         return False
     if "blocks" in content and "num_blocks" in content:
         material.scores[path] = Scores.load(path)
-    elif isinstance(content.get("models"), dict):
+    elif isinstance(content.get("models"), dict) and (content["models"] or content.get("generated")):
+        if not all(isinstance(entry, dict) for entry in content["models"].values()):
+            raise UserError("its models are no results")
         measured = any("generation" in entry for entry in content["models"].values())
         (material.speeds if measured else material.results)[path] = content
         for model in content["models"]:
@@ -155,16 +185,23 @@ def _add_folder(material: Material, path: Path) -> bool:
         config = OmegaConf.to_container(OmegaConf.load(folder.config))
         if not isinstance(config, dict) or "train" not in config:
             return False
-        material.runs.append(
-            Run(path, {str(key): value for key, value in config.items()}, read_metrics(folder.metrics))
-        )
+        if "duration" not in config["train"] or not isinstance(config.get("model"), dict):
+            raise UserError("its config.yaml is of no run of llmprune")
+        settings = {str(key): value for key, value in config.items()}
+        material.runs.append(Run(path.name, path, settings, read_metrics(folder.metrics)))
         return True
     if (path / "config.json").is_file():
         plan = path / "llmprune" / "plan.json"
-        weights = StoredWeights(path)
-        size = sum(math.prod(weights.shape(name)) for name in weights)
-        material.models.append(Model(path, Plan.load(plan) if plan.is_file() else None, size))
+        material.models.append(Model(path.name, path, Plan.load(plan) if plan.is_file() else None, _parameters(path)))
         return True
     if folder.config.is_file() and (scores := path / "scores.json").is_file():
         return _add(material, scores)
     return False
+
+
+def _parameters(model: Path) -> int:
+    """How many a model has; those of a quantised one are packed, so that its config must tell."""
+    if "quantization_config" in read_json(model / "config.json"):
+        return count_parameters(AutoConfig.from_pretrained(model))
+    weights = StoredWeights(model)
+    return sum(math.prod(weights.shape(name)) for name in weights)

@@ -14,8 +14,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+from llmprune.data.sources import clean_name
 from llmprune.measurement.results import as_csv
-from llmprune.report.collect import Material, Run
+from llmprune.report.collect import Material, Run, short_names
 from llmprune.scoring.pictures import heat_map, similarity, span_landscape
 
 INK = "#010203"  # what becomes the page's own text colour
@@ -38,7 +39,7 @@ class Picture:
     """A figure of the report.
 
     Attributes:
-        name: of its files.
+        name: of its files, before characters are replaced that a file's name can't have.
         title: what it shows, as a sentence.
         figure: the drawing.
         rows: the numbers in it.
@@ -60,10 +61,11 @@ class Picture:
 
     def save(self, folder: Path) -> None:
         """Write NAME.png, on white, and NAME.csv."""
+        name = clean_name(self.name)
         with mpl.rc_context(STYLE):
             FigureCanvasAgg(self.figure)
-            self.figure.savefig(folder / f"{self.name}.png", dpi=150, bbox_inches="tight", facecolor="white")
-        (folder / f"{self.name}.csv").write_text(as_csv([dict(row) for row in self.rows]), encoding="utf-8")
+            self.figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight", facecolor="white")
+        (folder / f"{name}.csv").write_text(as_csv([dict(row) for row in self.rows]), encoding="utf-8")
 
 
 def pictures_of_runs(material: Material) -> Iterator[Picture]:
@@ -134,8 +136,8 @@ def domain_losses(run: Run) -> Picture:
 
 def pictures_of_scores(material: Material) -> Iterator[Picture]:
     """Heat maps of every scores.json."""
-    for path, scores in material.scores.items():
-        name = path.parent.name if path.stem == "scores" else path.stem
+    names = short_names([path.parent if path.stem == "scores" else path.with_suffix("") for path in material.scores])
+    for name, scores in zip(names.values(), material.scores.values(), strict=True):
         blocks = {**scores.blocks, **{f"{sub} alone": values for sub, values in scores.subblocks.items()}}
         if blocks:
             yield importance(blocks, name)
@@ -174,7 +176,8 @@ def likeness(pairs: Sequence[Sequence[float]], name: str) -> Picture:
 def pictures_of_quality(material: Material) -> Iterator[Picture]:
     """Perplexity against size, and against speed where it was measured."""
     speeds = {model: entry for speed in material.speeds.values() for model, entry in speed["models"].items()}
-    for path, results in material.results.items():
+    names = short_names([path.with_suffix("") for path in material.results])
+    for place, results in zip(names.values(), material.results.values(), strict=True):
         quality = {model: value for model, entry in results["models"].items() if (value := _perplexity(entry))}
         if not quality:
             continue
@@ -184,22 +187,23 @@ def pictures_of_quality(material: Material) -> Iterator[Picture]:
         ):
             if not values:
                 continue
-            yield trade_off(f"{path.stem}-quality-{name}", label, values, quality)
+            yield trade_off(f"{place}-quality-{name}", f"Perplexity against {label} ({place})", label, values, quality)
 
 
 @mpl.rc_context(STYLE)
-def trade_off(name: str, label: str, values: Mapping[str, float], quality: Mapping[str, float]) -> Picture:
+def trade_off(name: str, title: str, label: str, values: Mapping[str, float], quality: Mapping[str, float]) -> Picture:
     """Perplexity of models against something that they cost or give."""
     figure, axes = _axes(label, "perplexity (mean over texts)")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    if max(quality.values()) < 3 * min(quality.values()):  # else labels between the decades would overlap
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.margins(0.25)
     for model, value in values.items():
         axes.plot(value, quality[model], "o", markersize=7)
         axes.annotate(Path(model).name, (value, quality[model]), xytext=(6, 4), textcoords="offset points")
     rows = [{"model": m, label: v, "perplexity": quality[m]} for m, v in values.items()]
-    return Picture(name, f"Perplexity against {label}", figure, rows)
+    return Picture(name, title, figure, rows)
 
 
 def _perplexity(entry: Mapping[str, Any]) -> float | None:
@@ -208,6 +212,8 @@ def _perplexity(entry: Mapping[str, Any]) -> float | None:
         next(value for mode, value in text.items() if mode.startswith("bos_"))
         for text in entry.get("perplexity", {}).values()
     ]
+    if None in found:  # no number: the model is broken
+        return None
     return float(np.exp(np.mean(np.log(found)))) if found else None
 
 

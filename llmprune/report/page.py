@@ -12,7 +12,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llmprune.convert.commands import last_evaluation
-from llmprune.files import output_folder, write_text
+from llmprune.data.sources import clean_name
+from llmprune.files import output_folder, refuse_existing, refuse_replacing, write_text
 from llmprune.measurement.results import rows as speed_rows
 from llmprune.report.collect import Material, Model, Run, collect
 from llmprune.report.figures import Picture, pictures_of_quality, pictures_of_runs, pictures_of_scores
@@ -28,7 +29,8 @@ class Section:
 
     Attributes:
         title: its heading.
-        notes: sentences below it.
+        warnings: sentences below it that stand out.
+        notes: further sentences.
         tables: (heading, column names, rows of cells).
         pictures: figures.
         texts: (who, prompt, what was written).
@@ -36,6 +38,7 @@ class Section:
     """
 
     title: str
+    warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tables: list[tuple[str, Sequence[str], list[list[str]]]] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
@@ -44,7 +47,7 @@ class Section:
 
     def __bool__(self) -> bool:
         """Whether there is anything in it."""
-        return bool(self.notes or self.tables or self.pictures or self.texts or self.commands)
+        return bool(self.warnings or self.notes or self.tables or self.pictures or self.texts or self.commands)
 
 
 def write_report(
@@ -59,10 +62,15 @@ def write_report(
         overwrite: whether ``plots`` may be replaced.
 
     Raises:
-        UserError: there is nothing to report.
+        UserError: there is nothing to report, or ``plots`` would replace what is reported on.
     """
+    if plots is not None:
+        refuse_existing(Path(plots), overwrite)
+        refuse_replacing(plots, [*paths, out])
     material = collect(paths)
     sections = [section for section in _sections(material) if section]
+    names = [clean_name(picture.name) for section in sections for picture in section.pictures]
+    assert len(set(names)) == len(names)
     if plots is not None:
         with output_folder(plots, overwrite) as folder:
             for section in sections:
@@ -81,7 +89,9 @@ def write_report(
 
 
 def _sections(material: Material) -> list[Section]:
+    left_out = [f"{path} is left out: {reason}" for path, reason in material.left_out.items()]
     return [
+        Section("Left out", warnings=left_out),
         _quality(material),
         _speed(material),
         _models(material),
@@ -95,7 +105,7 @@ def _sections(material: Material) -> list[Section]:
 def _quality(material: Material) -> Section:
     section = Section("Quality", pictures=list(pictures_of_quality(material)))
     for path, results in material.results.items():
-        section.tables += _result_tables(str(path), results["models"])
+        section.tables += _result_tables(str(path), {**results["models"], **results.get("generated", {})})
     return section
 
 
@@ -194,7 +204,7 @@ def _training(material: Material) -> Section:
     rows = []
     for run in material.runs:
         if run.progress < 1:
-            section.notes.append(
+            section.warnings.append(
                 f"{run.name} is not finished: {run.progress:.0%} of {run.config['train']['duration']} are done; what "
                 "follows is what there is."
             )
@@ -228,15 +238,22 @@ def _commands(material: Material) -> Section:
     section = Section("Commands")
     for run in material.runs:
         section.commands.append(f"composer train.py {shlex.quote(str(run.path / 'config.yaml'))} run.folder=ANOTHER")
+    pruning = [run.path for run in material.runs if run.prunes]
     for model in material.models:
-        if model.cut:
+        if model.plan is not None and model.plan.factors:  # gates have left them: they were trained with the weights
+            run = shlex.quote(str(pruning[0])) if len(pruning) == 1 else "RUN"
+            section.commands.append(f"llmprune convert {run} --out ANOTHER")
+        elif model.cut:
             plan = shlex.quote(str(model.path / "llmprune" / "plan.json"))
             section.commands.append(f"llmprune apply SOURCE {plan} --out ANOTHER")
     for content in (*material.results.values(), *material.speeds.values()):
         if "command" in content:
             section.commands.append(content["command"])
     if section.commands:
-        section.notes.append("Each makes what is shown here again; ANOTHER is new, SOURCE what the plan was made for.")
+        section.notes.append(
+            "Each makes what is shown here again: ANOTHER is a new folder, SOURCE the model that a plan was made for, "
+            "RUN the run that trained the gates, and what --out names must be new as well."
+        )
     return section
 
 

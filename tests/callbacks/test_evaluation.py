@@ -16,8 +16,9 @@ from llmprune.evaluation.live import LiveEvaluation
 from llmprune.evaluation.perplexity import PerplexityConfig
 from llmprune.evaluation.tasks import TasksConfig
 from llmprune.models.loading import load_tokenizer
-from llmprune.models.opened import Placement
+from llmprune.models.placement import Placement
 from llmprune.training import train
+from tests.conftest import tiny_config
 from tests.evaluation.local_task import make_task
 
 ROOT = Path(__file__).parents[2]
@@ -85,4 +86,4 @@ def test_mistakes(data: Path, tmp_path: Path) -> None:
         (LiveEvaluationConfig(texts=["x"], batch_size=0), "batch_size is 0"),
     ):
         with pytest.raises(UserError, match=message):
-            LiveEvaluation(config, tokenizer)
+            LiveEvaluation(config, tiny_config(), tokenizer)

@@ -2,19 +2,22 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from llmprune.cli import app
 from llmprune.convert.quantize import QuantizeConfig, quantize
 from llmprune.data.calibration import CalibrationConfig, calibration_samples
 from llmprune.errors import UserError
-from llmprune.models.loading import load_model
-from llmprune.models.opened import Placement, open_model
+from llmprune.models.loading import load_model, load_tokenizer
+from llmprune.models.opened import open_model
+from llmprune.models.placement import Placement
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,23 @@ def test_mistakes(trained_folder: Path, tmp_path: Path, changes: dict, message: 
     with pytest.raises(UserError, match=message):
         quantize(trained_folder, tmp_path / "out", QuantizeConfig(**{"group_size": 16, **changes}))
     assert not (tmp_path / "out").exists()
+
+
+def test_calibration_data_are_not_replaced(trained_folder: Path, data: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "data"
+    shutil.copytree(data, mine)
+    with pytest.raises(UserError, match="would delete the input"):
+        quantize(trained_folder, mine, QuantizeConfig(CalibrationConfig(str(mine), 4, 32), 16), overwrite=True)
+    assert (mine / "manifest.json").is_file()
+
+
+def test_a_model_without_linear_layers(trained_folder: Path, tmp_path: Path, data: Path) -> None:
+    AutoModelForCausalLM.from_config(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    load_tokenizer(trained_folder).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UserError, match="gpt2.* has no linear layers"):
+        quantize(tmp_path / "gpt2", tmp_path / "out", QuantizeConfig(CalibrationConfig(str(data), 4, 32), 16))
 
 
 def test_once_is_enough(quantised: Path, tmp_path: Path, data: Path) -> None:

@@ -1,5 +1,7 @@
 """Writing continuations and scoring them."""
 
+import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from llmprune.evaluation.continuations import (
     save_continuations,
     write_continuations,
 )
-from llmprune.models.opened import OpenedModel, Placement, open_model
+from llmprune.models.opened import OpenedModel, open_model
+from llmprune.models.placement import Placement
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,8 @@ def test_commands(trained_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (GenerationConfig(seed=-1), "seed is -1"),
+        (GenerationConfig(temperature=1e-30), "at least 0.01"),
         (GenerationConfig(temperature=-1), "temperature is -1"),
         (GenerationConfig(top_p=0), "top_p"),
         (GenerationConfig(temperature=0, per_prompt=2), "all be the same"),
@@ -130,3 +135,26 @@ def test_bad_settings(config: GenerationConfig, message: str) -> None:
 def test_a_prompt_too_long(opened: OpenedModel) -> None:
     with pytest.raises(UserError, match="must have between 1 and 128"):
         write_continuations(opened, [Prompt("one " * 100)], GenerationConfig(max_new_tokens=100))
+
+
+def test_every_text_has_a_prompt_and_a_reference(tmp_path: Path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_bytes("\ufeffhello\none two\nthe quick brown\n".encode())
+    prompts = read_prompts(file, 0.9)
+    assert [(p.prompt, p.reference) for p in prompts] == [("one", " two"), ("the quick", " brown")]
+    assert read_prompts(file)[0].prompt == "hello"  # without the mark that some editors put in front
+
+
+def test_references_that_are_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a", "reference": ["b"]}\n')
+    with pytest.raises(UserError, match=r"prompts\.jsonl:1: its reference is no text"):
+        read_prompts(file)
+
+
+def test_a_broken_model(opened: OpenedModel) -> None:
+    broken = dataclasses.replace(opened, model=copy.deepcopy(opened.model))
+    with torch.no_grad():
+        next(broken.model.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="are no numbers"):
+        write_continuations(broken, [Prompt("a")], GenerationConfig(4))

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from llmprune.errors import UserError
 from llmprune.evaluation.losses import evaluate_losses
-from llmprune.evaluation.perplexity import PerplexityConfig, measure_perplexity, read_tokens, segments
+from llmprune.evaluation.perplexity import PerplexityConfig, check_streams, measure_perplexity, read_streams, segments
 from llmprune.models.loading import load_tokenizer
 
 
@@ -69,7 +69,7 @@ def test_prepared_data_cut_at_their_samples_give_the_losses_of_the_domains(
 ) -> None:
     losses = evaluate_losses(trained, data)
     config = PerplexityConfig(segment=32)
-    streams = read_tokens(str(data), load_tokenizer(data / "tokenizer"), config)
+    streams = read_streams([str(data)], load_tokenizer(data / "tokenizer"), config)
     assert set(streams) == {"mds/letters", "mds/numbers"}
     for name, tokens in streams.items():
         found = measure_perplexity(trained, tokens, config, "none", bos=None, batch_size=3)
@@ -84,17 +84,38 @@ def test_segments_reach_every_token_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "mode", "bos", "message"),
+    ("config", "bos", "message"),
     [
-        (PerplexityConfig(128), "each", 0, "segments of 129 tokens are too long: the model takes 128"),
-        (PerplexityConfig(64), "once", None, "no BOS"),
+        (PerplexityConfig(128), 0, "segments of 128 tokens and the BOS before each are too long: the model takes 128"),
+        (PerplexityConfig(129, bos=["once"]), 0, "segments of 129 tokens are too long"),
+        (PerplexityConfig(64), None, "no BOS"),
     ],
 )
 def test_impossible(
-    trained: PreTrainedModel, text: Tensor, config: PerplexityConfig, mode: str, bos: int | None, message: str
+    trained: PreTrainedModel, text: Tensor, config: PerplexityConfig, bos: int | None, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        measure_perplexity(trained, text, config, mode, bos=bos, batch_size=2)
+        check_streams({"text": text}, config, trained.config, bos)
+
+
+def test_tokens_that_the_model_lacks(trained: PreTrainedModel) -> None:
+    with pytest.raises(UserError, match="text has the token 5000, the model's vocabulary ends at"):
+        check_streams({"text": torch.tensor([1, 5000])}, PerplexityConfig(8), trained.config, 0)
+
+
+def test_names_of_streams(data: Path, tmp_path: Path) -> None:
+    """Texts of one name in two places are two texts."""
+    tokenizer = load_tokenizer(data / "tokenizer")
+    for folder, name, text in (("a", "wiki.txt", "one two"), ("b", "wiki.txt", "three four"), ("b", "x.y.txt", "five")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_text(text)
+    paths = [str(tmp_path / place) for place in ("a/wiki.txt", "b/wiki.txt", "b/x.y.txt")]
+    streams = read_streams(paths, tokenizer, PerplexityConfig())
+    assert list(streams) == [*paths[:2], "x.y"]
+    assert [tokenizer.decode(s) for s in streams.values()] == ["one two", "three four", "five"]
+    (tmp_path / "empty.txt").write_text(" ")
+    with pytest.raises(UserError, match=r"no text in .*empty\.txt"):
+        read_streams([str(tmp_path / "empty.txt")], tokenizer, PerplexityConfig())
 
 
 @pytest.mark.parametrize(
@@ -104,6 +125,8 @@ def test_impossible(
         (PerplexityConfig(64, 65), "stride"),
         (PerplexityConfig(64, 0), "stride"),
         (PerplexityConfig(64, bos=["ones"]), "did you mean 'once'"),
+        (PerplexityConfig(64, bos=[]), "at least one BOS mode"),
+        (PerplexityConfig(samples_per_domain=0), "must be positive"),
     ],
 )
 def test_bad_settings(config: PerplexityConfig, message: str) -> None:
@@ -116,4 +139,4 @@ def test_data_of_another_tokenizer(data: Path, tmp_path: Path, corpus: Path) -> 
 
     train_tokenizer([corpus], tmp_path / "other", vocab_size=280)
     with pytest.raises(UserError, match="tokenizer did not make the data"):
-        read_tokens(str(data), load_tokenizer(tmp_path / "other"), PerplexityConfig())
+        read_streams([str(data)], load_tokenizer(tmp_path / "other"), PerplexityConfig())

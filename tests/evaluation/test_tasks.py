@@ -16,7 +16,8 @@ from llmprune.errors import UserError
 from llmprune.evaluation.stability import read_answers, stability
 from llmprune.evaluation.suites import SUITES, TaskRun, expand
 from llmprune.evaluation.tasks import Tasks, TasksConfig, language_model, task_manager
-from llmprune.models.opened import Placement, open_model
+from llmprune.models.opened import open_model
+from llmprune.models.placement import Placement
 from tests.evaluation.local_task import make_task
 
 
@@ -100,9 +101,34 @@ def test_every_task_of_the_suites_exists() -> None:
         (TasksConfig(["arc_eazy"]), "did you mean 'arc_easy'"),
         (TasksConfig(["hellaswag"]), "the task 'hellaswag' can't be loaded"),
         (TasksConfig(["counting"], limit=0), "limit is 0"),
+        (TasksConfig(["counting"], limit=1.5), "a positive whole number or a share"),
+        (TasksConfig(["counting"], num_fewshot=-1), "num_fewshot is -1"),
         (TasksConfig(["counting"], include_path="nowhere"), "no folder"),
     ],
 )
 def test_mistakes(config: TasksConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Tasks(config)
+
+
+def test_what_can_not_be_run_is_refused_before_any_work(tasks: Path) -> None:
+    writing = (tasks / "counting.yaml").read_text().replace("multiple_choice", "generate_until")
+    writing = writing[: writing.index("metric_list")].replace("task: counting", "task: writing")
+    writing += 'metric_list: [{metric: exact_match}]\ngeneration_kwargs: {until: ["."]}\n'
+    (tasks / "writing.yaml").write_text(writing.replace('doc_to_choice: "{{choices}}"\n', ""))
+    (tasks / "running.yaml").write_text(
+        (tasks / "writing.yaml").read_text().replace("writing", "running") + "unsafe_code: true\n"
+    )
+    (tasks / "both.yaml").write_text("group: both\ntask: [counting, writing]\n")
+    Tasks(TasksConfig(["both"], include_path=str(tasks)))
+    with pytest.raises(UserError, match="'both' generates text"):
+        Tasks(TasksConfig(["both"], include_path=str(tasks)), generate=False)
+    with pytest.raises(UserError, match="'running' runs code that the model wrote"):
+        Tasks(TasksConfig(["running"], include_path=str(tasks)))
+
+
+def test_more_shots_than_there_are(tasks: Path, trained_folder: Path) -> None:
+    opened = open_model(str(trained_folder), Placement(device="cpu"))
+    chosen = Tasks(TasksConfig(["counting"], num_fewshot=100, include_path=str(tasks)))
+    with pytest.raises(UserError, match="fewer examples than the 100 shots"):
+        chosen.run(language_model(opened.model, opened.tokenizer, batch_size=4))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import statistics
 import time
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BloomConfig
 
 from llmprune.cli import app
 from llmprune.errors import UserError
+from llmprune.evaluation.continuations import GenerationConfig, Prompt, write_continuations
 from llmprune.measurement import measure as module
-from llmprune.measurement.measure import MeasureConfig, Setting, _measure_setting, measure, spread
+from llmprune.measurement.measure import MeasureConfig, Setting, _measure_setting, _runner, measure, spread
 from llmprune.measurement.monitor import UtilisationWatch, peak_memory
-from llmprune.models.opened import Placement, open_model
+from llmprune.models.loading import load_tokenizer
+from llmprune.models.opened import open_model
+from llmprune.models.placement import Placement
 
 QUICK = ("--warmups", "1", "--repeats", "3")
 
@@ -112,6 +117,49 @@ def test_more_mistakes(trained_folder: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             app(["measure", *arguments], standalone_mode=False)
+
+
+def test_the_models_own_generation_settings_do_not_count(trained_folder: Path, tmp_path: Path) -> None:
+    """Beams and penalties that lie beside the weights would be measured instead of the model."""
+    beams = tmp_path / "beams"
+    shutil.copytree(trained_folder, beams)
+    settings = json.loads((beams / "generation_config.json").read_text())
+    (beams / "generation_config.json").write_text(
+        json.dumps(settings | {"num_beams": 3, "repetition_penalty": 9.0, "no_repeat_ngram_size": 1})
+    )
+    prompts = [Prompt("one two"), Prompt("the")]
+    outputs = [
+        write_continuations(open_model(str(folder), Placement(device="cpu")), prompts, GenerationConfig(12, 0.0))
+        for folder in (trained_folder, beams)
+    ]
+    assert outputs[0] == outputs[1]
+    opened = open_model(str(beams), Placement(device="cpu"))
+    assert opened.generation(do_sample=False)["generation_config"].num_beams in (None, 1)
+    _runner(opened, Setting(1, 4, 3), 17)()
+
+
+def test_what_else_lies_at_the_output(trained_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "speed.csv").write_text("mine")
+    with pytest.raises(UserError, match=r"speed\.csv exists already"):
+        app(["measure", str(trained_folder), "--out", str(tmp_path / "speed.json")], standalone_mode=False)
+    assert (tmp_path / "speed.csv").read_text() == "mine"
+
+
+def test_a_model_without_sdpa(tmp_path: Path, trained_folder: Path) -> None:
+    """Architectures that Transformers gives no such attention, nor a choice of logits, are measured like any other."""
+    model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=300, hidden_size=16, n_layer=2, n_head=2))
+    model.save_pretrained(tmp_path / "bloom")
+    load_tokenizer(trained_folder).save_pretrained(tmp_path / "bloom")
+    results, _ = measure([str(tmp_path / "bloom")], MeasureConfig(output_tokens=[2], warmups=0, repeats=1), Placement())
+    (found,) = results["models"].values()
+    assert found["macs_per_token"] is None and len(found["prefill"]) == len(found["generation"]) == 1
+
+
+def test_prompts_too_large(trained_folder: Path) -> None:
+    config = MeasureConfig([10**12, 1], output_tokens=[], warmups=0, repeats=1)
+    results, _ = measure([str(trained_folder)], config, Placement(device="cpu"))
+    (found,) = results["models"].values()
+    assert ["out_of_memory" in entry for entry in found["prefill"]] == [True, False]
 
 
 def test_a_model_too_large(trained_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

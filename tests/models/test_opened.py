@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from llmprune.cli import app
 from llmprune.errors import UserError
 from llmprune.models.loading import load_model
-from llmprune.models.opened import Placement, open_model
+from llmprune.models.opened import FoundModel, OpenedModel, open_model
+from llmprune.models.placement import Placement
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +79,46 @@ def test_mistakes(trained_folder: Path, placement: Placement, message: str) -> N
         pytest.skip("there is one")
     with pytest.raises(UserError, match=message):
         open_model(str(trained_folder), placement)
+
+
+def test_the_second_models_mistakes_show_before_the_first_is_measured(
+    trained_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*arguments: object) -> None:
+        raise AssertionError("a model was opened")
+
+    monkeypatch.setattr(FoundModel, "open", opened)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mute").mkdir()
+    (tmp_path / "mute/config.json").write_text((trained_folder / "config.json").read_text())
+    (tmp_path / "mute/model.safetensors").write_bytes((trained_folder / "model.safetensors").read_bytes())
+    text = str(corpus / "letters/part.jsonl")
+    for name, message in (("nowhere", "no folder"), ("empty", "has no config.json"), ("mute", "has no tokenizer")):
+        for command in (["evaluate", "--perplexity", text, "--segment", "32"], ["measure"]):
+            with pytest.raises(UserError, match=message):
+                app([*command, str(trained_folder), str(tmp_path / name)], standalone_mode=False)
+
+
+def test_results_stay_when_a_later_model_fails(
+    trained_folder: Path, model_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_it = FoundModel.open
+
+    def fail(found: FoundModel) -> OpenedModel:
+        if found.name == str(model_folder):
+            raise UserError("no memory")
+        return open_it(found)
+
+    monkeypatch.setattr(FoundModel, "open", fail)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "one", "reference": " two"}')
+    out = tmp_path / "r.json"
+    command = ["evaluate", str(trained_folder), str(model_folder), "--out", str(out), "--max-new-tokens", "2"]
+    with pytest.raises(UserError, match="no memory"):
+        app([*command, "--prompts", str(prompts)], standalone_mode=False)
+    assert list(json.loads(out.read_text())["models"]) == [str(trained_folder)]
+    assert len(list((tmp_path / "r.samples").iterdir())) == 1
+    monkeypatch.undo()
+    text = str(corpus / "letters/part.jsonl")
+    app([*command, "--perplexity", text, "--segment", "32", "--overwrite"], standalone_mode=False)
+    assert not (tmp_path / "r.samples").exists()  # nothing of the older results stays

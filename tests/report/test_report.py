@@ -3,19 +3,24 @@
 import csv
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llmprune.cli import app
 from llmprune.convert.commands import apply
 from llmprune.errors import UserError
 from llmprune.models.loading import StoredWeights, fingerprint, load_config
+from llmprune.models.placement import Placement
 from llmprune.plans import KeptBlock, Plan
 from llmprune.report.collect import collect
+from llmprune.report.page import write_report
 from llmprune.report.plan_picture import picture_of_plan
-from llmprune.score import Source, save_scores, score
+from llmprune.score import save_scores, score
 from llmprune.scoring.settings import LayerScoringConfig
 from tests.browser import chromium
 
@@ -47,7 +52,9 @@ def place(trained_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFac
     (folder / "prune/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = load_config(trained_folder)
     weights = StoredWeights(trained_folder)
-    found = score(Source(str(trained_folder), device="cpu"), LayerScoringConfig(criteria=["tail", "magnitude_l1"]))
+    found = score(
+        str(trained_folder), LayerScoringConfig(criteria=["tail", "magnitude_l1"]), Placement("float32", "cpu")
+    )
     plan = Plan("llama", fingerprint(weights, config), found.source, tuple(KeptBlock.whole(i) for i in (0, 1, 2, 4)))
     apply(trained_folder, plan, folder / "cut")
     (folder / "scores").mkdir()
@@ -139,3 +146,60 @@ def test_mistakes(place: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "r.html").exists()
     with pytest.raises(UserError, match=r"ends in \.html"):
         app(["report", str(place), "--out", str(tmp_path / "r.json")], standalone_mode=False)
+
+
+def test_what_is_damaged_is_left_out(place: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    shutil.copytree(place, folder)
+    for name, content in (
+        ("notes.json", "{broken"),
+        ("odd.json", '{"schema": 1, "models": {"a": 1}}'),
+        ("foreign/config.yaml", "train: {lr: 1}"),
+        ("torn/config.yaml", "train: [x"),
+        ("model/config.json", "{}"),
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+    for run in ("foreign", "torn"):
+        (folder / run / "metrics.jsonl").write_text("")
+    (folder / "dangling.json").symlink_to("nowhere")
+    material = collect([folder])
+    assert sorted(path.name for path in material.left_out) == [
+        "dangling.json", "foreign", "model", "notes.json", "odd.json", "torn"
+    ]  # fmt: skip
+    assert len(material.runs) == 1 and len(material.results) == 1
+    text = write_report([folder], tmp_path / "report.html").read_text()
+    assert "notes.json is left out" in text
+    with pytest.raises(UserError, match="can.t be reported on: .*not valid JSON"):
+        collect([folder / "notes.json"])
+
+
+def test_same_names_in_two_places(place: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(place, tmp_path / name)
+    write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "report.html", plots=tmp_path / "plots")
+    write_report([tmp_path / "a"], tmp_path / "one.html", plots=tmp_path / "plots of one")
+    assert len(list((tmp_path / "plots").iterdir())) == 2 * len(list((tmp_path / "plots of one").iterdir()))
+
+
+def test_what_is_reported_on_is_not_replaced(place: Path, tmp_path: Path) -> None:
+    for plots in (place, place / "prune", place.parent):
+        with pytest.raises(UserError, match="would delete the input"):
+            write_report([place / "prune"], tmp_path / "r.html", plots=plots, overwrite=True)
+    assert (place / "prune/metrics.jsonl").is_file()
+
+
+def test_the_command_for_a_model_whose_gates_were_trained(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "cut", tmp_path / "runs/gated")
+    shutil.copytree(place / "prune", tmp_path / "runs/prune")
+    plan = Plan.load(place / "cut/llmprune/plan.json")
+    soft = replace(plan, factors={"attention": torch.full((4,), 0.5)})
+    soft.save(tmp_path / "runs/gated/llmprune/plan.json")
+    text = write_report([tmp_path / "runs"], tmp_path / "r.html").read_text()
+    assert f"llmprune convert {tmp_path}/runs/prune --out ANOTHER" in text and "llmprune apply" not in text
+
+
+def test_generated_alone(tmp_path: Path) -> None:
+    found = {"schema": 1, "models": {}, "generated": {"g.jsonl": {"continuations": {"g": {"bleu": 12.5}}}}}
+    (tmp_path / "r.json").write_text(json.dumps(found))
+    assert "12.5" in write_report([tmp_path / "r.json"], tmp_path / "r.html").read_text()

@@ -1,0 +1,63 @@
+"""How a model is held: its number format, device and attention."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmprune.errors import UserError, nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TRAINABLE = ("float32", "bfloat16")  # formats in which gradients neither vanish nor overflow
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How to hold a model.
+
+    Attributes:
+        dtype: of the weights: float32, bfloat16, float16; ``auto`` = as stored.
+        device: cpu or gpu; None = what is there.
+        device_map: ``auto`` spreads the model over all devices and the machine's memory; None = one device.
+        attention: ``sdpa``, ``eager`` or ``flash_attention_2``; None = sdpa where the architecture has it.
+        adapter: folder of a PEFT adapter to put on the model.
+    """
+
+    dtype: str = "auto"
+    device: str | None = None
+    device_map: str | None = None
+    attention: str | None = None
+    adapter: str | None = None
+
+    def check(self, dtypes: Sequence[str] = ("auto", *DTYPES)) -> None:
+        """Raise ``UserError`` for what is unknown or not there; ``dtypes`` are those that will do."""
+        for word, value, valid in (
+            ("dtype", self.dtype, dtypes),
+            ("device map", self.device_map or "auto", ("auto", "balanced", "sequential")),
+            ("attention", self.attention or "sdpa", ATTENTIONS),
+        ):
+            if value not in valid:
+                raise UserError(f"{word} '{value}' is unknown; {nearest(value, valid)}")
+        if self.adapter is not None and not (Path(self.adapter) / "adapter_config.json").is_file():
+            raise UserError(f"{self.adapter} holds no adapter: it has no adapter_config.json")
+        if self.device not in (None, "cpu", "gpu"):
+            raise UserError(f"device '{self.device}' is unknown; valid: cpu, gpu")
+        if self.device == "gpu" and not torch.cuda.is_available():
+            raise UserError("the device is gpu, but there is none")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether one GPU holds it, unless there is a device map."""
+        return self.device == "gpu" or (self.device is None and torch.cuda.is_available())
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The one device, unless there is a device map."""
+        return torch.device("cuda" if self.on_gpu else "cpu")
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """Of the weights; None = as stored."""
+        return DTYPES.get(self.dtype)

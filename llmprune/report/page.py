@@ -241,8 +241,8 @@ def _commands(material: Material) -> Section:
     pruning = [run.path for run in material.runs if run.prunes]
     for model in material.models:
         if model.plan is not None and model.plan.factors:  # gates have left them: they were trained with the weights
-            run = shlex.quote(str(pruning[0])) if len(pruning) == 1 else "RUN"
-            section.commands.append(f"llmprune convert {run} --out ANOTHER")
+            trained = shlex.quote(str(pruning[0])) if len(pruning) == 1 else "RUN"
+            section.commands.append(f"llmprune convert {trained} --out ANOTHER")
         elif model.cut:
             plan = shlex.quote(str(model.path / "llmprune" / "plan.json"))
             section.commands.append(f"llmprune apply SOURCE {plan} --out ANOTHER")

@@ -1,6 +1,7 @@
 """A page on which several models answer the same prompt side by side."""
 
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ def build(models: Sequence[OpenedModel]) -> Any:
     ) -> Iterator[list[str]]:
         shown = [WAITING, ""] * len(models)
         yield shown
+        if None in (tokens, batch, seed, temperature, top_k, top_p):
+            raise gr.Error("every setting needs a number")
         config = GenerationConfig(
             max_new_tokens=int(tokens),
             temperature=temperature,
@@ -109,6 +112,18 @@ def build(models: Sequence[OpenedModel]) -> Any:
     return page
 
 
+def _check_address(host: str, port: int) -> None:
+    """See, before models are opened, that one can listen there."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{host}:{port} can't be served ({error.strerror}): choose another with --host or --port"
+        ) from None
+
+
 def serve(models: Sequence[str], placement: Placement, *, host: str, port: int, wait: bool = True) -> Any:
     """Open the models and serve the page.
 
@@ -128,6 +143,7 @@ def serve(models: Sequence[str], placement: Placement, *, host: str, port: int, 
         raise UserError("the package gradio is not installed: pip install -e '.[demo]'") from None
     if not 0 <= port < 65536:
         raise UserError(f"there is no port {port}")
+    _check_address(host, port)
     page = build([open_model(name, placement) for name in models])
     fonts = ["system-ui", "sans-serif"]
     try:
@@ -140,8 +156,7 @@ def serve(models: Sequence[str], placement: Placement, *, host: str, port: int, 
             footer_links=[],
         )
     except OSError as error:
-        reason = "it is in use, or may not be listened on" if "port" in str(error).lower() else str(error)
-        raise UserError(f"{host}:{port} can't be served ({reason}): choose another with --port") from None
+        raise UserError(f"{host}:{port} can't be served: {error}") from None
     if wait:
         print(f"{', '.join(models)} on {page.local_url} (Ctrl-C ends it)", flush=True)
         page.block_thread()

@@ -61,5 +61,7 @@ def test_a_batch_is_several_answers(trained_folder: Path) -> None:
 def test_mistakes(trained_folder: Path) -> None:
     with pytest.raises(UserError, match="no port 70000"):
         serve([str(trained_folder)], HERE, host="127.0.0.1", port=70000, wait=False)
+    with pytest.raises(UserError, match="192.0.2.1:0 can't be served .*assign"):  # an address of no machine
+        serve([str(trained_folder)], HERE, host="192.0.2.1", port=0, wait=False)
     with pytest.raises(UserError, match="no folder"):
         serve(["not/a/model"], HERE, host="127.0.0.1", port=0, wait=False)

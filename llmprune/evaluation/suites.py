@@ -60,13 +60,15 @@ SUITES: dict[str, tuple[TaskRun, ...]] = {
 
 
 def expand(names: Sequence[str], shots: int | None = None) -> list[TaskRun]:
-    """The task runs that names of suites and tasks stand for, each once.
+    """The task runs that names of suites and tasks stand for, each once; a suite's shots hold for its task named apart.
 
     Args:
         names: suites of ``SUITES`` or tasks of lm-eval.
         shots: for all of them, in place of their own.
     """
     runs = [run for name in names for run in SUITES.get(name, (TaskRun(name),))]
+    of_suites = {run.task for run in runs if run.shots is not None}
+    runs = [run for run in runs if run.shots is not None or run.task not in of_suites]
     if shots is not None:
         runs = [TaskRun(run.task, shots) for run in runs]
     return list(dict.fromkeys(runs))

@@ -4,6 +4,7 @@ import json
 import logging
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -113,38 +114,39 @@ class Tasks:
         Returns:
             The results on the first rank, None on others.
         """
-        results = TaskResults()
-        times = [run.task for run in self.runs]
         ordered = sorted(self.runs, key=lambda run: -1 if run.shots is None else run.shots)
-        for shots, runs in groupby(ordered, key=lambda run: run.shots):
-            with quiet(), _random_state_kept():
-                try:
-                    found = lm_eval.simple_evaluate(
-                        lm,
-                        tasks=[run.task for run in runs],
-                        num_fewshot=shots,
-                        limit=self.config.limit,
-                        task_manager=self._manager,
-                    )
-                except ValueError as error:
-                    if "larger than population" not in str(error):
-                        raise
-                    raise UserError(f"a task has fewer examples than the {shots} shots asked for") from None
-            if found is None:
-                continue
-            for task, values in found["results"].items():
-                several = times.count(task) > 1
-                name = f"{task}@{shots}" if several else task
-                results.tasks[name] = _metrics(values) | {"num_fewshot": found["n-shot"].get(task, shots)}
-            for task, samples in found["samples"].items():
-                results.samples[f"{task}@{shots}" if times.count(task) > 1 else task] = [
-                    _with_option_tokens(sample, lm) for sample in samples
-                ]
+        found = {
+            shots: self._run_at(shots, [run.task for run in runs], lm)
+            for shots, runs in groupby(ordered, key=lambda run: run.shots)
+        }
         if lm.rank:
             return None
+        results = TaskResults()
+        times = Counter(task for one in found.values() for task in one["results"])  # parts of groups are among them
+        for shots, one in found.items():
+            for task, values in one["results"].items():
+                name = f"{task}@{shots}" if times[task] > 1 else task
+                results.tasks[name] = _metrics(values) | {"num_fewshot": one["n-shot"].get(task, shots)}
+                if task in one["samples"]:
+                    results.samples[name] = [_with_option_tokens(sample, lm) for sample in one["samples"][task]]
         for suite in [name for name in self.config.names if name in SUITES]:
             results.averages[suite] = self._average(suite, results.tasks)
         return results
+
+    def _run_at(self, shots: int | None, tasks: list[str], lm: HFLM) -> dict[str, Any]:
+        """What lm-eval gives for some tasks; nothing on ranks but the first."""
+        with quiet(), _random_state_kept():
+            try:
+                return (
+                    lm_eval.simple_evaluate(
+                        lm, tasks=tasks, num_fewshot=shots, limit=self.config.limit, task_manager=self._manager
+                    )
+                    or {}
+                )
+            except ValueError as error:
+                if "larger than population" not in str(error):
+                    raise
+                raise UserError(f"a task has fewer examples than the {shots} shots asked for") from None
 
     def _average(self, suite: str, found: Mapping[str, Mapping[str, Any]]) -> float:
         values = []

@@ -77,6 +77,18 @@ def test_shots_limits_and_random_state(tasks: Path, trained_folder: Path) -> Non
     assert torch.equal(before[2], torch.get_rng_state())
 
 
+def test_parts_of_a_group_at_several_shots(tmp_path: Path, trained_folder: Path) -> None:
+    make_task(tasks := tmp_path / "tasks")
+    (tasks / "pair.yaml").write_text("group: pair\ntask: [counting]\n")
+    opened = open_model(str(trained_folder), Placement(device="cpu"))
+    chosen = Tasks(TasksConfig(["pair"], limit=2, include_path=str(tasks)))
+    chosen.runs = [TaskRun("pair", 0), TaskRun("pair", 3)]
+    results = chosen.run(language_model(opened.model, opened.tokenizer, batch_size=2))
+    assert results is not None and {"counting@0", "counting@3"} <= set(results.tasks)
+    assert set(results.samples) == {"counting@0", "counting@3"}
+    assert "sample_len" not in results.tasks["counting@0"]
+
+
 def test_suites() -> None:
     assert [run.task for run in SUITES["commonsense7"]] == [
         "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"
@@ -85,6 +97,7 @@ def test_suites() -> None:
     sheared = {(run.task, run.shots) for run in SUITES["sheared"]}
     assert {("arc_challenge", 25), ("hellaswag", 10), ("mmlu", 5), ("boolq", 32), ("gsm8k", 8), ("sciq", 0)} <= sheared
     assert expand(["commonsense7", "piqa"], 3) == [TaskRun(run.task, 3) for run in SUITES["commonsense7"]]
+    assert expand(["boolq", "commonsense7", "sciq"]) == [*SUITES["commonsense7"], TaskRun("sciq")]
     chosen = Tasks(TasksConfig([]))
     found = {run.task: {"acc": 0.5, "acc_norm": 0.9, "num_fewshot": 0} for run in SUITES["commonsense7"]}
     assert chosen._average("commonsense7", found) == pytest.approx((3 * 0.9 + 4 * 0.5) / 7)
@@ -111,7 +124,8 @@ def test_mistakes(config: TasksConfig, message: str) -> None:
         Tasks(config)
 
 
-def test_what_can_not_be_run_is_refused_before_any_work(tasks: Path) -> None:
+def test_what_can_not_be_run_is_refused_before_any_work(tmp_path: Path) -> None:
+    make_task(tasks := tmp_path / "tasks")
     writing = (tasks / "counting.yaml").read_text().replace("multiple_choice", "generate_until")
     writing = writing[: writing.index("metric_list")].replace("task: counting", "task: writing")
     writing += 'metric_list: [{metric: exact_match}]\ngeneration_kwargs: {until: ["."]}\n'

@@ -12,7 +12,8 @@ from composer.utils import dist, get_device
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
 
 from llmprune.config import Config, load_config
-from llmprune.data.format import DataManifest, tokenizer_fingerprint
+from llmprune.data.format import EVAL, TRAIN, DataManifest, tokenizer_fingerprint
+from llmprune.data.updates import check_updates
 from llmprune.errors import UserError, nearest
 from llmprune.families import FAMILIES, family_of
 from llmprune.gates.settings import make_goal
@@ -68,6 +69,7 @@ def check(config: Config) -> Ingredients:
     limit = getattr(model_config, "max_position_embeddings", None)
     if limit is not None and data.sequence_length > limit:
         raise UserError(f"the data's samples have {data.sequence_length} tokens, the model takes {limit}")
+    _check_mixing(config, data)
     if config.l0_pruning is not None:
         make_goal(model_config, config.l0_pruning)
     return Ingredients(model_config, tokenizer, data)
@@ -188,6 +190,7 @@ def _check_numbers(config: Config) -> None:
             "be a positive whole number or auto",
         ),
         ("data.workers", data.workers, data.workers >= 0, "be zero or positive"),
+        ("data.prefetch", data.prefetch, data.prefetch >= 1, "be positive"),
         ("data.shuffle_window", data.shuffle_window, data.shuffle_window >= 1, "be positive"),
         (
             "data.eval_samples_per_domain",
@@ -248,6 +251,24 @@ def _check_devices(config: Config) -> None:
         check_sharding(config.sharding, on_cpu=on_cpu)
     if config.train.precision != "fp32" and on_cpu:
         raise UserError(f"train.precision {config.train.precision} needs a GPU; on CPUs use fp32")
+
+
+def _check_mixing(config: Config, data: DataManifest) -> None:
+    dynamic = config.dynamic_loading
+    if dynamic is None:
+        return
+    domains = sorted(data.domains)
+    weights = config.data.weights
+    drawn = [d for d in domains if (data.domains[d][TRAIN].samples if weights is None else weights.get(d, 0.0))]
+    evaluated = [d for d in domains if EVAL in data.domains[d] and data.domains[d][EVAL].samples]
+    check_updates(dynamic, domains, drawn, evaluated)
+    if dynamic.update_delay < (ahead := config.data.workers * config.data.prefetch):
+        raise UserError(
+            f"dynamic_loading.update_delay is {dynamic.update_delay}, but {ahead} batches may be loaded already "
+            "(data.workers × data.prefetch): raise it"
+        )
+    if not Time.from_timestring(config.train.eval_interval).value:
+        raise UserError("dynamic_loading changes weights after evaluations: set train.eval_interval")
 
 
 def data_contents(path: str | Path, data: DataManifest) -> dict[str, str]:

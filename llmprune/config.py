@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from llmprune.data.updates import DynamicLoadingConfig
 from llmprune.errors import UserError, nearest
 from llmprune.gates.settings import L0PruningConfig
 from llmprune.optimizers import OptimizerConfig, SchedulerConfig
@@ -87,6 +88,7 @@ class DataConfig:
         path: a folder prepared by ``python -m data_prep tokenize``.
         weights: share of each domain in training; null = in proportion to its samples.
         workers: loader processes per rank.
+        prefetch: batches that each of them loads ahead.
         shuffle_window: shards whose samples are shuffled together.
         eval_samples_per_domain: null = all.
     """
@@ -94,6 +96,7 @@ class DataConfig:
     path: str = MISSING
     weights: dict[str, float] | None = None
     workers: int = 0
+    prefetch: int = 2
     shuffle_window: int = 8
     eval_samples_per_domain: int | None = None
 
@@ -200,6 +203,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    dynamic_loading: DynamicLoadingConfig | None = None
     l0_pruning: L0PruningConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

@@ -15,6 +15,7 @@ from composer.utils import dist, get_device
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmprune.callbacks.dynamic_loading import DynamicLoading
 from llmprune.callbacks.evaluation import Evaluation
 from llmprune.callbacks.l0_pruning import EVALUATIONS, L0Pruning
 from llmprune.callbacks.load_shards import LoadShards
@@ -51,10 +52,10 @@ def build_trainer(config: Config) -> Trainer:
         check_same_run(run, manifest, config, inputs.model_config)
     live = None if config.evaluation is None else _live_evaluation(config.evaluation, inputs)
     model = make_model(config, inputs)
-    train, evaluation = make_loaders(config)
+    stream, train, evaluation = make_loaders(config)
     wrapped = ComposerCausalLM(model, {number: evaluation.domains[number] for number in evaluation.domains_present})
     optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
-    callbacks = make_callbacks(config, run, live=live, resumed=resume is not None)
+    callbacks = make_callbacks(config, run, stream, live=live, resumed=resume is not None)
     on_rank_zero(lambda: _write_run(config, run, manifest, model, inputs.tokenizer, resumed=resume is not None))
     per_rank = config.train.global_batch_size // dist.get_world_size()
     eval_batch = per_rank if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
@@ -160,10 +161,10 @@ def make_model(config: Config, inputs: Ingredients) -> PreTrainedModel:
     return model
 
 
-def make_loaders(config: Config) -> tuple[DataLoader[Any], EvalDataset]:
-    """The training stream of this rank, and the evaluation samples."""
+def make_loaders(config: Config) -> tuple[MixedDataset, DataLoader[Any], EvalDataset]:
+    """The training stream of this rank with its loader, and the evaluation samples."""
     world_size = dist.get_world_size()
-    train = MixedDataset(
+    stream = MixedDataset(
         config.data.path,
         global_batch_size=config.train.global_batch_size,
         weights=config.data.weights,
@@ -173,13 +174,14 @@ def make_loaders(config: Config) -> tuple[DataLoader[Any], EvalDataset]:
         shuffle_window=config.data.shuffle_window,
     )
     loader: DataLoader[Any] = DataLoader(
-        train,
+        stream,
         batch_size=config.train.global_batch_size // world_size,
         num_workers=config.data.workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.data.workers > 0,
+        prefetch_factor=config.data.prefetch if config.data.workers else None,
     )
-    return loader, EvalDataset(config.data.path, config.data.eval_samples_per_domain)
+    return stream, loader, EvalDataset(config.data.path, config.data.eval_samples_per_domain)
 
 
 def _eval_loader(dataset: EvalDataset, batch_size: int) -> DataLoader[Any]:
@@ -188,7 +190,7 @@ def _eval_loader(dataset: EvalDataset, batch_size: int) -> DataLoader[Any]:
 
 
 def make_callbacks(
-    config: Config, run: RunFolder, *, live: "LiveEvaluation | None" = None, resumed: bool
+    config: Config, run: RunFolder, stream: MixedDataset, *, live: "LiveEvaluation | None" = None, resumed: bool
 ) -> list[Callback]:
     """The callbacks of a run; a resumed one has its weights in the checkpoint."""
     guard = LossGuard(config.train.loss_spike_factor, skip=config.train.loss_spike == "skip")
@@ -197,6 +199,7 @@ def make_callbacks(
         callbacks.append(LoadShards(config.model.path))
     if live is not None:
         callbacks.append(Evaluation(live.measure))
+    callbacks.append(DynamicLoading(config.dynamic_loading, stream))
     if config.l0_pruning is not None:
         callbacks.append(L0Pruning(config.l0_pruning, seed=config.run.seed, folder=run.gates))
     return callbacks

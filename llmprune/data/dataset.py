@@ -1,5 +1,6 @@
 """Prepared data as PyTorch data sets: an endless mixed stream for training, a fixed set for evaluation."""
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from streaming.base.stream import Stream
 from streaming.base.world import World
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from llmprune.data.changes import WeightChanges
 from llmprune.data.format import COLUMN, EVAL, TRAIN, DataManifest
-from llmprune.data.mixing import Mixer, domain_weights
+from llmprune.data.mixing import PARTS, Mixer, domain_weights
 from llmprune.data.order import DomainOrder
 from llmprune.errors import UserError, nearest
 
@@ -50,11 +52,11 @@ class DomainReader:
 
 
 class MixedDataset(IterableDataset[Sample]):
-    """The endless training stream over all domains, in fixed proportions.
+    """The endless training stream over all domains, in proportions that may change between batches.
 
     Slot n of the stream is sample n of the global sequence, whatever the number of ranks and workers: each rank and
     worker computes its own slots without talking to anyone. It yields {"input_ids": int64 [sequence length], "domain":
-    int64 []}.
+    int64 []}. The process that trains keeps a mixer of its own, with which it tells what has been read by any batch.
     """
 
     def __init__(
@@ -89,26 +91,34 @@ class MixedDataset(IterableDataset[Sample]):
         self._readers = [DomainReader(Path(folder), domain, TRAIN) for domain in self.domains]
         sizes = [sum(reader.shard_sizes) for reader in self._readers]
         try:
-            self._weights = domain_weights(self.domains, weights, sizes)
+            parts = domain_weights(self.domains, weights, sizes)
         except ValueError as error:
             raise UserError(f"domain weights: {error}") from None
-        for domain, size, weight in zip(self.domains, sizes, self._weights, strict=True):
+        for domain, size, weight in zip(self.domains, sizes, parts, strict=True):
             if weight and not size:
                 raise UserError(f"the domain '{domain}' has no training samples: give it weight 0 or prepare more text")
         self._orders = [
             DomainOrder(reader.shard_sizes, seed, number, shuffle_window) for number, reader in enumerate(self._readers)
         ]
-        self._start = 0
+        self._mixer = Mixer(parts)
+        self._start = self._mixer.state()
+        self._changes = WeightChanges(len(self.domains))
+        self._ahead: list[tuple[int, list[int]]] = []  # changes that the process's own mixer has not reached
 
     def __iter__(self) -> Iterator[Sample]:
         """Yield this rank's and this worker's samples, for ever."""
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         per_rank = self._batch // self._world_size
-        mixer = Mixer(self._weights)
-        mixer.skip(self._start)
+        mixer, seen, ahead = Mixer.at(self._start), 0, deque[tuple[int, list[int]]]()
         batch = 0
         while True:
+            self._changes.reach(number, mixer.slot + self._batch)
+            found = self._changes.since(seen)
+            seen += len(found)
+            ahead.extend(found)
+            while ahead and ahead[0][0] <= mixer.slot:
+                mixer.change(ahead.popleft()[1])
             slots = [mixer.next() for _ in range(self._batch)]
             if batch % workers == number:
                 for domain, sample in slots[self._rank * per_rank : (self._rank + 1) * per_rank]:
@@ -119,16 +129,60 @@ class MixedDataset(IterableDataset[Sample]):
                     }
             batch += 1
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The shares announced last, by domain."""
+        parts = self._ahead[-1][1] if self._ahead else self._mixer.weights
+        return {domain: part / PARTS for domain, part in zip(self.domains, parts, strict=True)}
+
+    def change_weights(self, weights: Sequence[int], batch: int) -> None:
+        """Take other weights from a batch on; every rank must ask for the same.
+
+        Args:
+            weights: parts of a million by domain, as from ``integer_weights``.
+            batch: the first with these weights, counted from 0 over the whole run; workers must not have begun it.
+
+        Raises:
+            ValueError: they have.
+        """
+        self._changes.add(batch * self._batch, weights)
+        self._ahead.append((batch * self._batch, [*weights]))
+
+    def samples_seen(self, batches: int) -> dict[str, int]:
+        """How many samples of each domain the first ``batches`` batches of the run hold, over all ranks."""
+        self._advance(batches * self._batch)
+        return dict(zip(self.domains, self._mixer.counts, strict=True))
+
+    def epochs_seen(self, batches: int) -> dict[str, float]:
+        """How many times each domain has been gone through in them."""
+        seen = self.samples_seen(batches)
+        return {
+            domain: seen[domain] / max(order.samples, 1)
+            for domain, order in zip(self.domains, self._orders, strict=True)
+        }
+
+    def _advance(self, slot: int) -> None:
+        while self._mixer.slot < slot:
+            while self._ahead and self._ahead[0][0] <= self._mixer.slot:
+                self._mixer.change(self._ahead.pop(0)[1])
+            self._mixer.next()
+
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Where the stream stands after ``num_samples`` samples over all ranks.
+        """Where the stream stands after ``num_samples`` samples over all ranks, and the changes announced for later.
 
         Composer calls this with the samples since the start of the run's only, endless epoch (``from_beginning``).
         """
-        return {"samples": num_samples}
+        self._advance(num_samples)
+        return {"mixer": self._mixer.state(), "ahead": [[slot, weights] for slot, weights in self._ahead]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved place, on any number of ranks and workers."""
-        self._start = int(state["samples"])
+        self._start = dict(state["mixer"])
+        self._mixer = Mixer.at(self._start)
+        self._ahead = []
+        for slot, weights in state["ahead"]:
+            self._changes.add(slot, weights)
+            self._ahead.append((slot, [*weights]))
 
 
 class EvalDataset(Dataset[Sample]):

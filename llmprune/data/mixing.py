@@ -1,10 +1,11 @@
 """Which domain each sample of the stream comes from: arithmetic, not chance.
 
-Tijdeman's rule for the chairman assignment problem (Discrete Mathematics 32, 1980): every prefix of the stream holds,
-of each domain, less than one sample more or fewer than its due share.
+Tijdeman's rule for the chairman assignment problem (Discrete Mathematics 32, 1980): under constant weights every prefix
+of the stream holds, of each domain, less than one sample more or fewer than its due share.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 PARTS = 1_000_000
 
@@ -36,10 +37,18 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
 
 
 class Mixer:
-    """The endless sequence of domains under constant weights, from any starting slot.
+    """The endless sequence of domains, whose weights may change at any slot.
 
-    At slot n (from 0), among the domains whose next sample may start by now, the one whose sample is due first is
-    taken (ties: the lower number). All arithmetic is in whole numbers, so every process computes the same sequence.
+    At every slot, among the domains whose next sample may start by now, the one whose sample is due first is taken
+    (ties: the lower number). A change of weights keeps what each domain is owed, so that no share is lost by it; what a
+    domain is owed whose weight becomes zero goes to the heaviest. All arithmetic is in whole numbers, so every process
+    computes the same sequence.
+
+    Attributes:
+        weights: whole parts, which sum to the same total always.
+        slot: how many slots have been taken.
+        counts: how many of them by each domain.
+        owed: due shares minus counts, in parts of a sample (``total`` parts = 1 sample).
     """
 
     def __init__(self, weights: Sequence[int]) -> None:
@@ -48,43 +57,58 @@ class Mixer:
         Args:
             weights: whole parts, as from ``integer_weights``; domains of weight zero are never taken.
         """
-        self.weights = list(weights)
         self.total = sum(weights)
-        self.counts = [0] * len(weights)
         self.slot = 0
-        self._active = [i for i, w in enumerate(weights) if w]
-        # Tijdeman's slack 1/(2k − 2), as a whole number of the doubled scale below.
-        self._slack = max(2 * len(self._active) - 2, 1)
+        self.counts = [0] * len(weights)
+        self.owed = [0] * len(weights)
+        self.change(weights)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yield (domain, number of the sample within the domain) for every slot."""
-        while True:
-            yield self.next()
+    def change(self, weights: Sequence[int]) -> None:
+        """Take other weights from the next slot on.
+
+        Raises:
+            ValueError: they have another sum than those before.
+        """
+        if sum(weights) != self.total or len(weights) != len(self.counts):
+            raise ValueError(f"weights must be {len(self.counts)} parts that sum to {self.total}; got {list(weights)}")
+        self.weights = list(weights)
+        self._active = [i for i, w in enumerate(weights) if w]
+        # Tijdeman's slack 1/(2k − 2), as a whole number.
+        self._slack = max(2 * len(self._active) - 2, 1)
+        heaviest = self.weights.index(max(self.weights))
+        for i, weight in enumerate(self.weights):
+            if not weight:
+                self.owed[heaviest] += self.owed[i]
+                self.owed[i] = 0
 
     def next(self) -> tuple[int, int]:
         """Take the next slot: (domain, number of the sample within the domain)."""
-        slack, total = self._slack, self.total
-        best, best_due = -1, (0, 1)
+        slack, total, weights, owed = self._slack, self.total, self.weights, self.owed
+        best, best_due, best_weight = -1, 0, 1
         for i in self._active:
-            weight, count = self.weights[i], self.counts[i]
-            # Eligible when weight/total·(slot + 1) − count ≥ 1/slack; due at (count + 1 − 1/slack)·total/weight.
-            if weight * (self.slot + 1) * slack >= total * (count * slack + 1) or len(self._active) == 1:
-                due = ((count + 1) * slack - 1, weight)
-                if best < 0 or due[0] * best_due[1] < best_due[0] * due[1]:
-                    best, best_due = i, due
+            weight, before = weights[i], owed[i]
+            owed[i] = now = before + weight
+            # Eligible when at least 1/slack of a sample is owed; due when 1 − 1/slack will be.
+            if now * slack >= total:
+                due = total * (slack - 1) - before * slack
+                if best < 0 or due * best_weight < best_due * weight:
+                    best, best_due, best_weight = i, due, weight
         number = self.counts[best]
         self.counts[best] += 1
+        owed[best] -= total
         self.slot += 1
         return best, number
 
-    def skip(self, slots: int) -> None:
-        """Move ``slots`` on, as if ``next`` had been called as often."""
-        # The sequence repeats after ``total`` slots, in which each domain is taken exactly ``weight`` times.
-        periods = slots // self.total
-        self.slot += periods * self.total
-        self.counts = [c + periods * w for c, w in zip(self.counts, self.weights, strict=True)]
-        for _ in range(slots % self.total):
-            self.next()
+    def state(self) -> dict[str, Any]:
+        """Where the sequence stands: as long as there are domains, whatever has been taken."""
+        return {"slot": self.slot, "weights": [*self.weights], "counts": [*self.counts], "owed": [*self.owed]}
+
+    @classmethod
+    def at(cls, state: Mapping[str, Any]) -> "Mixer":
+        """A mixer that goes on from a saved state."""
+        mixer = cls(state["weights"])
+        mixer.slot, mixer.counts, mixer.owed = state["slot"], [*state["counts"]], [*state["owed"]]
+        return mixer
 
 
 def domain_weights(domains: Sequence[str], weights: Mapping[str, float] | None, samples: Sequence[int]) -> list[int]:

@@ -63,7 +63,7 @@ def test_the_chained_gradient_is_that_of_gated_activations(config: Path, tmp_pat
 
     found = fixed_noise.run(config)[0]
     settings = load_config(config)
-    batch = next(iter(make_loaders(settings)[0]))
+    batch = next(iter(make_loaders(settings)[1]))
     model = load_model(str(settings.model.path)).eval()
     source = family_of(model.config).shape(model.config)
     gates = GateSet(

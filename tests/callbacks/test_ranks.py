@@ -1,5 +1,6 @@
 """Pruning on two ranks, data-parallel and sharded, equals pruning on one; killed and resumed, it equals itself."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import torch
 
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import convert
+from llmprune.convert.stored_state import _MetadataUnpickler
 from llmprune.errors import UserError
 from llmprune.evaluation.verify import compare, open_for_comparison
 from tests.callbacks import fixed_noise
@@ -135,4 +137,10 @@ def test_damaged_or_dangerous_shards_are_refused(runs: Path, tmp_path: Path) -> 
     (folder / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR.")
     with pytest.raises(UserError, match=r"no readable checkpoint \(it refers to os.system\)"):
         convert(folder, tmp_path / "out")
+    attribute = "cbuiltins\ngetattr\n(ctorch.distributed.checkpoint.metadata\n{}\nS'{}'\ntR."
+    (folder / ".metadata").write_bytes(attribute.format("Metadata", "__init__").encode())
+    with pytest.raises(UserError, match="it refers to an attribute of"):
+        convert(folder, tmp_path / "out")
+    member = attribute.format("_MEM_FORMAT_ENCODING", "TORCH_PRESERVE_FORMAT").encode()  # as older Pythons write it
+    assert _MetadataUnpickler(io.BytesIO(member)).load().name == "TORCH_PRESERVE_FORMAT"
     assert not (tmp_path / "owned").exists() and not (tmp_path / "out").exists()

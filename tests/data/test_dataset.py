@@ -1,30 +1,45 @@
 """The training stream and the evaluation samples, read from real shards."""
 
+import json
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from llmprune.data.changes import WeightChanges
 from llmprune.data.dataset import EvalDataset, MixedDataset
 from llmprune.data.format import DataManifest
 from llmprune.errors import UserError
 
 BATCH = 8
+DELAY = 6  # two workers load four batches ahead, three six
+WEIGHTS = {"numbers": 0.6, "letters": 0.4}
 
 
 def stream(
-    data: Path, batches: int, *, rank: int = 0, ranks: int = 1, workers: int = 0, start: int = 0
+    data: Path,
+    batches: int,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    workers: int = 0,
+    start: int = 0,
+    state: dict[str, Any] | None = None,
+    changes: dict[int, list[int]] | None = None,
 ) -> list[list[int]]:
     """The samples of one rank's batches, each flattened to a list with its domain at the end."""
-    dataset = MixedDataset(
-        data, global_batch_size=BATCH, weights={"numbers": 0.6, "letters": 0.4}, seed=3, rank=rank, world_size=ranks
-    )
-    dataset.load_state_dict(dataset.state_dict(start * BATCH, True))
+    dataset = MixedDataset(data, global_batch_size=BATCH, weights=WEIGHTS, seed=3, rank=rank, world_size=ranks)
+    if state is not None:
+        dataset.load_state_dict(state)
     loader = iter(DataLoader(dataset, batch_size=BATCH // ranks, num_workers=workers))
     rows = []
-    for _ in range(batches):
+    for number in range(start, start + batches):
+        if number in (changes or {}):
+            dataset.change_weights(changes[number], number + DELAY)
         batch = next(loader)
         rows += torch.cat([batch["input_ids"], batch["domain"][:, None]], 1).tolist()
     return rows
@@ -43,7 +58,69 @@ def test_workers_change_nothing(data: Path, workers: int) -> None:
 
 
 def test_a_resumed_stream_goes_on_where_it_stopped(data: Path) -> None:
-    assert stream(data, 4, start=5, workers=2) == stream(data, 9)[5 * BATCH :]
+    state = MixedDataset(data, global_batch_size=BATCH, weights=WEIGHTS, seed=3).state_dict(5 * BATCH, True)
+    assert stream(data, 4, start=5, workers=2, state=state) == stream(data, 9)[5 * BATCH :]
+
+
+CHANGES = {2: [800_000, 200_000], 3: [100_000, 900_000], 9: [500_000, 500_000]}
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (1, 3), (2, 0), (2, 2)])
+def test_changed_weights_reach_every_rank_and_worker_at_the_same_sample(data: Path, ranks: int, workers: int) -> None:
+    alone = stream(data, 20, changes=CHANGES)
+    parts = [stream(data, 20, rank=r, ranks=ranks, workers=workers, changes=CHANGES) for r in range(ranks)]
+    size = BATCH // ranks
+    assert [row for i in range(0, 20 * size, size) for part in parts for row in part[i : i + size]] == alone
+    counts = [sum(row[-1] == 0 for row in alone[i * BATCH : (i + 1) * BATCH]) for i in range(20)]
+    due = [0.4] * 8 + [0.8] + [0.1] * 6 + [0.5] * 5
+    assert all(abs(sum(counts[:n]) - BATCH * sum(due[:n])) < 1 for n in range(21))
+
+
+@pytest.mark.parametrize("killed", [1, 2, 4, 8, 9, 12, 16])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_anywhere_between_changes(data: Path, killed: int, workers: int) -> None:
+    """Those that were announced but not reached are in the state; it stays as long as it was."""
+    whole = stream(data, 20, changes=CHANGES)
+    dataset = MixedDataset(data, global_batch_size=BATCH, weights=WEIGHTS, seed=3)
+    for number, weights in CHANGES.items():
+        if number <= killed:
+            dataset.change_weights(weights, number + DELAY)
+    state = json.loads(json.dumps(dataset.state_dict(killed * BATCH, True)))
+    assert len(json.dumps(state)) < 400
+    later = {number: weights for number, weights in CHANGES.items() if number > killed}
+    rest = stream(data, 20 - killed, start=killed, state=state, changes=later, workers=workers)
+    assert rest == whole[killed * BATCH :]
+
+
+def test_what_has_been_seen(data: Path) -> None:
+    dataset = MixedDataset(data, global_batch_size=BATCH, weights=WEIGHTS, seed=3)
+    dataset.change_weights(CHANGES[2], 4)
+    assert dataset.weights == {"letters": 0.8, "numbers": 0.2}
+    assert sum(dataset.samples_seen(4).values()) == 32 and abs(dataset.samples_seen(4)["letters"] - 12.8) < 1
+    assert abs(dataset.samples_seen(14)["letters"] - 12.8 - 64) < 1
+    samples = dataset.manifest.domains["letters"]["train"].samples
+    assert dataset.epochs_seen(14)["letters"] == dataset.samples_seen(14)["letters"] / samples
+
+
+def test_changes_that_come_too_late_are_refused(data: Path) -> None:
+    dataset = MixedDataset(data, global_batch_size=BATCH, weights=WEIGHTS, seed=3)
+    loader = iter(DataLoader(dataset, batch_size=BATCH, num_workers=2))
+    next(loader)
+    for _ in range(100):  # workers load two batches each ahead
+        if int(dataset._changes._reached.max()) >= 4 * BATCH:
+            break
+        time.sleep(0.1)
+    with pytest.raises(ValueError, match="come too late"):
+        dataset.change_weights(CHANGES[2], 2)
+    dataset.change_weights(CHANGES[2], 1 + 4)
+
+
+def test_nothing_shared_has_a_name() -> None:
+    before = set(Path("/dev/shm").iterdir())
+    changes = WeightChanges(3)
+    changes.add(8, [1, 2, 3])
+    assert changes.since(0) == [(8, [1, 2, 3])] and changes.since(1) == []
+    assert set(Path("/dev/shm").iterdir()) <= before
 
 
 def test_proportions_are_those_asked_for(data: Path) -> None:

@@ -1,0 +1,240 @@
+"""How weights of domains follow their losses (dynamic batch loading: Sheared-LLaMA, arXiv:2310.06694, section 2.2)."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from llmprune.data.mixing import PARTS
+from llmprune.errors import UserError
+from llmprune.registry import Registry
+
+UPDATES: "Registry[Update]" = Registry("updates", "update of domain weights")
+"""Updates by name."""
+
+
+@dataclass
+class DynamicLoadingConfig:
+    """Weights of domains that change after every evaluation.
+
+    Attributes:
+        update: ``doremi``, ``bandit``, ``schedule`` or ``constant``.
+        references: the loss (nats per token) that each domain is expected to come down to; ``doremi`` and ``bandit``
+            give weight to domains that are far above theirs.
+        eta: step of ``doremi`` (no unit).
+        smoothing: share that is spread evenly over all domains at each update.
+        clamp: a domain below its reference counts as at it (as in the paper; not in its code).
+        schedule: for ``schedule``: weights at shares of the run, straight lines between them:
+            [{at: 0, weights: {a: 0.5, b: 0.5}}, {at: 1, weights: {b: 1}}].
+        floor: least weight of each domain; a number for all, or by name.
+        ceiling: greatest weight of each domain, alike.
+        update_delay: batches from an evaluation to the first with new weights; at least workers × prefetch, so that
+            none of them is loaded already.
+    """
+
+    update: str = "doremi"
+    references: dict[str, float] | None = None
+    eta: float = 1.0
+    smoothing: float = 1e-4
+    clamp: bool = True
+    schedule: list[dict[str, Any]] = field(default_factory=list)
+    floor: Any = 0.0
+    ceiling: Any = 1.0
+    update_delay: int = 8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an update may look at; all sequences are by domain, of those that are drawn.
+
+    Attributes:
+        weights: now in force; they sum to one.
+        excess: loss above the reference, nats per token; NaN where that is unknown.
+        progress: share of the run that is done.
+    """
+
+    weights: Sequence[float]
+    excess: Sequence[float]
+    progress: float
+
+
+Update = Callable[[Measured, DynamicLoadingConfig, Sequence[str]], list[float]]
+
+
+@UPDATES.register("doremi")
+def doremi(measured: Measured, config: DynamicLoadingConfig, domains: Sequence[str]) -> list[float]:
+    """Weights grow by the factor exp(eta · excess loss)."""
+    logs = [math.log(w) + config.eta * e for w, e in zip(measured.weights, measured.excess, strict=True)]
+    return _smoothed(_softmax(logs), config.smoothing)
+
+
+@UPDATES.register("bandit")
+def bandit(measured: Measured, config: DynamicLoadingConfig, domains: Sequence[str]) -> list[float]:
+    """Softmax of weight plus excess loss."""
+    logs = [w + e for w, e in zip(measured.weights, measured.excess, strict=True)]
+    return _smoothed(_softmax(logs), config.smoothing)
+
+
+@UPDATES.register("constant")
+def constant(measured: Measured, config: DynamicLoadingConfig, domains: Sequence[str]) -> list[float]:
+    """Weights stay as they are."""
+    return list(measured.weights)
+
+
+@UPDATES.register("schedule")
+def schedule(measured: Measured, config: DynamicLoadingConfig, domains: Sequence[str]) -> list[float]:
+    """Weights go along given points."""
+    points = [(float(point["at"]), _shares(point["weights"], domains)) for point in config.schedule]
+    progress = min(max(measured.progress, points[0][0]), points[-1][0])
+    for (start, first), (end, last) in pairwise(points):
+        if progress <= end:
+            share = (progress - start) / (end - start)
+            return [(1 - share) * a + share * b for a, b in zip(first, last, strict=True)]
+    return points[-1][1]
+
+
+NEEDS_LOSSES = ("doremi", "bandit")
+
+
+def new_weights(measured: Measured, config: DynamicLoadingConfig, domains: Sequence[str]) -> list[float] | None:
+    """The weights after an evaluation, within their bounds; None if they have to stay, since a loss is no number.
+
+    A domain whose weight is zero stays out, except with ``schedule``.
+    """
+    drawn = [i for i, w in enumerate(measured.weights) if w or config.update == "schedule"]
+    excess = [measured.excess[i] for i in drawn]
+    if config.update in NEEDS_LOSSES and not all(map(math.isfinite, excess)):
+        return None
+    names = [domains[i] for i in drawn]
+    seen = Measured(
+        [measured.weights[i] for i in drawn],
+        [max(e, 0.0) for e in excess] if config.clamp else excess,
+        measured.progress,
+    )
+    found = bounded(UPDATES.get(config.update)(seen, config, names), *_bounds(config, names))
+    weights = [0.0] * len(domains)
+    for i, weight in zip(drawn, found, strict=True):
+        weights[i] = weight
+    return weights
+
+
+def bounded(weights: Sequence[float], floor: Sequence[float], ceiling: Sequence[float]) -> list[float]:
+    """Shares in proportion to ``weights`` where their bounds allow it; they sum to one.
+
+    Args:
+        weights: not negative.
+        floor: least shares; they sum to one at most.
+        ceiling: greatest shares; they sum to one at least.
+    """
+
+    def shares(scale: float) -> list[float]:
+        return [min(max(scale * w, lo), hi) for w, lo, hi in zip(weights, floor, ceiling, strict=True)]
+
+    low, high = 0.0, 1.0
+    while sum(shares(high)) < 1 and high < 1e12:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(shares(middle)) < 1 else (low, middle)
+    found = shares(high)
+    return [share / sum(found) for share in found]
+
+
+def check_updates(
+    config: DynamicLoadingConfig, domains: Sequence[str], drawn: Sequence[str], evaluated: Sequence[str]
+) -> None:
+    """Refuse settings that can't work, before anything is trained.
+
+    Args:
+        config: the settings.
+        domains: all.
+        drawn: those whose weight is not zero at the start.
+        evaluated: those that have evaluation samples.
+
+    Raises:
+        UserError: what is wrong.
+    """
+    UPDATES.get(config.update)
+    for name, good, wanted in (
+        ("eta", 0 <= config.eta < math.inf, "be zero or positive"),
+        ("smoothing", 0 <= config.smoothing <= 1, "lie in [0, 1]"),
+        ("update_delay", config.update_delay >= 0, "be zero or positive"),
+    ):
+        if not good:
+            raise UserError(f"dynamic_loading.{name} is {getattr(config, name)}; it must {wanted}")
+    for name, named in (("references", config.references), ("floor", config.floor), ("ceiling", config.ceiling)):
+        if isinstance(named, Mapping):
+            if unknown := sorted(set(named) - set(domains)):
+                raise UserError(f"dynamic_loading.{name} names '{unknown[0]}', which the data do not have")
+            if not all(isinstance(value, int | float) and math.isfinite(value) for value in named.values()):
+                raise UserError(f"dynamic_loading.{name} must hold numbers")
+        elif name != "references" and not isinstance(named, int | float):
+            raise UserError(f"dynamic_loading.{name} must be a number, or numbers by domain; got '{named}'")
+    floor, ceiling = _bounds(config, domains if config.update == "schedule" else drawn)
+    if any(not 0 <= lo <= hi <= 1 for lo, hi in zip(floor, ceiling, strict=True)):
+        raise UserError("every domain needs 0 ≤ dynamic_loading.floor ≤ dynamic_loading.ceiling ≤ 1")
+    if sum(floor) > 1 + 1e-9 or sum(ceiling) < 1 - 1e-9:
+        raise UserError("dynamic_loading: the floors must sum to at most 1, the ceilings to at least 1")
+    if config.update == "schedule":
+        _check_schedule(config, domains)
+    if config.update in NEEDS_LOSSES:
+        if not config.references:
+            raise UserError(
+                f"dynamic_loading.update={config.update} needs dynamic_loading.references: the loss that each domain "
+                "is expected to come down to"
+            )
+        for domain in drawn:
+            if domain not in config.references:
+                raise UserError(f"dynamic_loading.references has no loss for the domain '{domain}'")
+            if domain not in evaluated:
+                raise UserError(
+                    f"the domain '{domain}' has no evaluation samples, so its weight can't follow its loss: prepare "
+                    "the data with a larger --eval-fraction, or take dynamic_loading.update=constant"
+                )
+
+
+def _check_schedule(config: DynamicLoadingConfig, domains: Sequence[str]) -> None:
+    try:
+        places = [float(point["at"]) for point in config.schedule]
+        totals = [sum(_shares(point["weights"], domains)) for point in config.schedule]
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        raise UserError(
+            f"dynamic_loading.schedule must be points such as {{at: 0.5, weights: {{{domains[0]}: 1}}}}: {error}"
+        ) from None
+    if not places or places != sorted(set(places)) or not 0 <= places[0] <= places[-1] <= 1:
+        raise UserError("dynamic_loading.schedule needs points whose 'at' rises from 0 to 1")
+    if not all(math.isfinite(total) and total > 0 for total in totals):
+        raise UserError("dynamic_loading.schedule: the weights of a point must be numbers, not all zero")
+
+
+def _shares(weights: Mapping[str, float], domains: Sequence[str]) -> list[float]:
+    if unknown := sorted(set(weights) - set(domains)):
+        raise ValueError(f"there is no domain '{unknown[0]}'")
+    values = [float(weights.get(domain, 0.0)) for domain in domains]
+    if any(value < 0 for value in values):
+        raise ValueError("a weight is negative")
+    return [value / sum(values) for value in values]
+
+
+def _bounds(config: DynamicLoadingConfig, domains: Sequence[str]) -> tuple[list[float], list[float]]:
+    floor, ceiling = config.floor, config.ceiling
+    return (
+        [float(floor.get(d, 0.0) if isinstance(floor, Mapping) else floor) for d in domains],
+        [float(ceiling.get(d, 1.0) if isinstance(ceiling, Mapping) else ceiling) for d in domains],
+    )
+
+
+def _softmax(logs: Sequence[float]) -> list[float]:
+    largest = max(logs)
+    powers = [math.exp(value - largest) for value in logs]
+    return [power / sum(powers) for power in powers]
+
+
+def _smoothed(weights: Sequence[float], share: float) -> list[float]:
+    return [(1 - share) * weight + share / len(weights) for weight in weights]
+
+
+def drawable(weights: Sequence[float]) -> list[float]:
+    """Weights of which none is too small ever to be drawn, unless it is zero."""
+    return [max(weight, 1 / PARTS) if weight else 0.0 for weight in weights]

@@ -30,6 +30,7 @@ def config(data: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFact
 run: {{name: test, folder: {folder}/one, seed: 3}}
 model: {{path: {model_folder}}}
 data: {{path: {data}, eval_samples_per_domain: 2}}
+dynamic_loading: {{references: {{letters: 1.0, numbers: 3.0}}, update_delay: 2}}
 l0_pruning: {{target: {{layers: 3, hidden: 20, heads: 4, intermediate: 32}}, lagrangian_warmup: 10ba, gate_lr: 0.05}}
 optimizer: {{lr: 1.0e-3}}
 scheduler: {{warmup: 3ba}}

@@ -31,6 +31,7 @@ setup(
         "peft==0.18.0",
         "sacrebleu==2.6.0",
         "rouge-score==0.1.2",
+        "scipy==1.15.3",
         "rapidfuzz==3.14.6",
         "chardet<6",  # what requests accepts
         "jinja2==3.1.6",

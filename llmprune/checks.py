@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBa
 
 from llmprune.config import Config, load_config
 from llmprune.data.format import EVAL, TRAIN, DataManifest, tokenizer_fingerprint
-from llmprune.data.updates import check_updates
+from llmprune.data.updates import check_updates, read_references
 from llmprune.errors import UserError, nearest
 from llmprune.families import FAMILIES, family_of
 from llmprune.gates.settings import make_goal
@@ -257,6 +257,7 @@ def _check_mixing(config: Config, data: DataManifest) -> None:
     dynamic = config.dynamic_loading
     if dynamic is None:
         return
+    dynamic.references = read_references(dynamic.references)  # a run keeps them, whatever becomes of the file
     domains = sorted(data.domains)
     weights = config.data.weights
     drawn = [d for d in domains if (data.domains[d][TRAIN].samples if weights is None else weights.get(d, 0.0))]

@@ -1,7 +1,7 @@
 """From a config to a Composer trainer."""
 
 import contextlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from composer.callbacks import LRMonitor, SpeedMonitor
 from composer.core import Time, TimeUnit
 from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 from composer.utils import dist, get_device
+from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,7 +21,7 @@ from llmprune.callbacks.evaluation import Evaluation
 from llmprune.callbacks.l0_pruning import EVALUATIONS, L0Pruning
 from llmprune.callbacks.load_shards import LoadShards
 from llmprune.callbacks.loss_guard import LossGuard
-from llmprune.callbacks.metrics_file import MetricsFile
+from llmprune.callbacks.metrics_file import MetricsFile, read_metrics
 from llmprune.checks import Ingredients, check, check_same_run, data_contents
 from llmprune.config import Config, LiveEvaluationConfig, LoggersConfig, save_config
 from llmprune.data.dataset import EvalDataset, MixedDataset
@@ -110,7 +111,20 @@ def train(config: Config) -> Trainer:
     else:
         print(f"{config.run.folder} is complete: nothing is left to do until train.duration is raised")
     trainer.close()
+    if config.dynamic_loading is not None:
+        on_rank_zero(lambda: draw_weights(RunFolder(Path(config.run.folder))))
     return trainer
+
+
+def draw_weights(run: RunFolder) -> None:
+    """Draw the weights of domains over the run, as weights.png and weights.csv in its folder."""
+    from llmprune.report.collect import Run
+    from llmprune.report.figures import domain_weights
+
+    metrics = read_metrics(run.metrics)
+    if any(name.startswith("mixing/weight/") for line in metrics for name in line):
+        found = Run(run.path.name, run.path, OmegaConf.to_container(OmegaConf.load(run.config)), metrics)  # type: ignore[arg-type]
+        replace(domain_weights(found), name="weights").save(run.path)
 
 
 def report_rounding(trainer: Trainer) -> None:

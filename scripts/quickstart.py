@@ -79,11 +79,14 @@ def journey(out: Path, seed: int) -> dict[str, Any]:
     from data_prep.pack import PackSettings, prepare
     from data_prep.tokenizer import train_tokenizer
     from llmprune.convert.commands import convert
+    from llmprune.evaluation.references import references
+    from llmprune.models.placement import Placement
     from llmprune.report.page import write_report
 
     stages = Stages(out)
     data, base, pruned = out / "data", out / "base", out / "pruned"
     common = [f"data.path={data}", f"run.seed={seed}"]
+    mixed = [*common, f"dynamic_loading.references={out}/references.json"]
     yamls = {path.name: path.read_text() for path in sorted((ROOT / "yamls").glob("*.yaml"))}
 
     stages.run(
@@ -105,11 +108,11 @@ def journey(out: Path, seed: int) -> dict[str, Any]:
         convert(out / "pretrain", base)
 
     def prune() -> None:
-        prune_by_launcher([*common, f"model.path={base}", f"run.folder={out}/prune"])
+        prune_by_launcher([*mixed, f"model.path={base}", f"run.folder={out}/prune"])
         convert(out / "prune", pruned)
 
     def recover() -> None:
-        train_here("continue.yaml", [*common, f"model.path={pruned}", f"run.folder={out}/continue"])
+        train_here("continue.yaml", [*mixed, f"model.path={pruned}", f"run.folder={out}/continue"])
         convert(out / "continue", out / "recovered")
 
     def scratch() -> None:
@@ -117,6 +120,15 @@ def journey(out: Path, seed: int) -> dict[str, Any]:
         convert(out / "from_scratch", out / "scratch")
 
     stages.run("pretrain", [seed, yamls["pretrain.yaml"]], [out / "pretrain", base], pretrain)
+    stages.run(
+        "references",
+        EVAL_SAMPLES_PER_DOMAIN,
+        [out / "references.json"],
+        lambda: write_json(
+            out / "references.json",
+            references([str(base)], data, Placement("float32"), samples_per_domain=EVAL_SAMPLES_PER_DOMAIN),
+        ),
+    )
     stages.run("prune", [seed, yamls["prune.yaml"]], [out / "prune", pruned], prune)
     stages.run("continue", [seed, yamls["continue.yaml"]], [out / "continue", out / "recovered"], recover)
     stages.run("scratch", seed, [out / "from_scratch", out / "scratch"], scratch)

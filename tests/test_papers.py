@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from llmprune.config import ScoringConfig, load_config, load_job
+from llmprune.data.updates import check_updates
 from llmprune.families import family_of
 from llmprune.gates.gate_set import GateSet
 from llmprune.gates.settings import make_goal
@@ -77,6 +78,12 @@ SHEARED = {"370m": 373_867_520, "1.3b": 1_345_423_360, "2.7b": 2_701_560_320}
 @pytest.mark.parametrize("size", SHEARED)
 def test_sheared_llama(size: str) -> None:
     prune = load_config(PAPERS / f"sheared_llama_{size}_prune.yaml", ["data.path=somewhere"])
+    for job in (prune, load_config(PAPERS / f"sheared_llama_{size}_continue.yaml", ["data.path=somewhere"])):
+        assert job.dynamic_loading is not None and job.data.weights is not None
+        domains = list(job.data.weights)
+        check_updates(job.dynamic_loading, domains, domains, domains)
+        assert job.data.workers * job.data.prefetch <= job.dynamic_loading.update_delay
+        assert sum(job.data.weights.values()) == pytest.approx(1, abs=2e-3)
     assert prune.l0_pruning is not None and prune.sharding is not None and prune.train.activation_checkpointing
     tokens = 4096 * prune.train.global_batch_size * int(prune.train.duration.removesuffix("ba"))
     assert tokens == pytest.approx(0.4e9, rel=0.05) and prune.l0_pruning.lagrangian_warmup == "640ba"

@@ -160,6 +160,45 @@ def generate(
 
 
 @app.command()
+def references(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="The source, or several of its family.")],
+    data: Annotated[str, typer.Option(help="A folder that `python -m data_prep tokenize` made.")],
+    out: Annotated[str, typer.Option(help="File to write (.json).")],
+    size: Annotated[
+        float | None, typer.Option(help="Parameters that several models' scaling law is asked for.")
+    ] = None,
+    samples_per_domain: Annotated[int | None, typer.Option(help="Of each domain at most.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.")] = 8,
+    dtype: DTypeToRun = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    attention: Attention = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Measure the loss that each domain is expected to come down to, for dynamic_loading.references."""
+    from llmprune.evaluation.references import references as measure_references
+    from llmprune.files import check_output, write_json
+    from llmprune.models.placement import Placement
+
+    check_output(out, ".json", overwrite)
+    found = measure_references(
+        models,
+        data,
+        Placement(dtype, device, device_map, attention),
+        size=size,
+        samples_per_domain=samples_per_domain,
+        batch_size=batch_size,
+    )
+    write_json(out, found)
+    for domain, loss in found["references"].items():
+        law = found.get("laws", {}).get(domain)
+        quality = "" if law is None else f"   {law['a']:.4g}·N^-{law['b']:.4f} + {law['c']:.4f}, "
+        if law is not None:
+            quality += "exact, so of unknown quality" if law["rmse"] is None else f"rmse {law['rmse']:.4f}"
+        print(f"{domain:30}{loss:8.4f}{quality}")
+
+
+@app.command()
 def stability(
     before: Annotated[str, typer.Argument(help="The original's answers: lm-eval sample logs, or OpenCompass's.")],
     after: Annotated[str, typer.Argument(help="The smaller model's answers to the same questions.")],

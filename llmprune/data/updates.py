@@ -8,6 +8,7 @@ from typing import Any
 
 from llmprune.data.mixing import PARTS
 from llmprune.errors import UserError
+from llmprune.files import read_json
 from llmprune.registry import Registry
 
 UPDATES: "Registry[Update]" = Registry("updates", "update of domain weights")
@@ -20,8 +21,8 @@ class DynamicLoadingConfig:
 
     Attributes:
         update: ``doremi``, ``bandit``, ``schedule`` or ``constant``.
-        references: the loss (nats per token) that each domain is expected to come down to; ``doremi`` and ``bandit``
-            give weight to domains that are far above theirs.
+        references: the loss (nats per token) that each domain is expected to come down to, by name, or the file that
+            ``llmprune references`` wrote; ``doremi`` and ``bandit`` give weight to domains that are far above theirs.
         eta: step of ``doremi`` (no unit).
         smoothing: share that is spread evenly over all domains at each update.
         clamp: a domain below its reference counts as at it (as in the paper; not in its code).
@@ -34,7 +35,7 @@ class DynamicLoadingConfig:
     """
 
     update: str = "doremi"
-    references: dict[str, float] | None = None
+    references: Any = None
     eta: float = 1.0
     smoothing: float = 1e-4
     clamp: bool = True
@@ -139,6 +140,20 @@ def bounded(weights: Sequence[float], floor: Sequence[float], ceiling: Sequence[
         low, high = (middle, high) if sum(shares(middle)) < 1 else (low, middle)
     found = shares(high)
     return [share / sum(found) for share in found]
+
+
+def read_references(references: Any) -> dict[str, float] | None:
+    """Reference losses by domain, from wherever the config names them.
+
+    Raises:
+        UserError: the file holds none.
+    """
+    if not isinstance(references, str):
+        return None if references is None else dict(references)
+    found = read_json(references)
+    if not isinstance(found, dict) or not isinstance(found.get("references"), dict):
+        raise UserError(f"{references} holds no reference losses: make it with `llmprune references`")
+    return dict(found["references"])
 
 
 def check_updates(

@@ -77,6 +77,8 @@ def pictures_of_runs(material: Material) -> Iterator[Picture]:
             yield sparsity(run)
         if any(_named(line, "metrics/eval/loss/") for line in run.metrics):
             yield domain_losses(run)
+        if any(_named(line, "mixing/weight/") for line in run.metrics):
+            yield domain_weights(run)
 
 
 @mpl.rc_context(STYLE)
@@ -132,6 +134,24 @@ def domain_losses(run: Run) -> Picture:
         rows += [{"batch": batch, "domain": domain, "loss": loss} for batch, loss in points]
     _legend(axes)
     return Picture(f"{run.name}-domains", f"Evaluation loss of {run.name} by domain", figure, rows)
+
+
+@mpl.rc_context(STYLE)
+def domain_weights(run: Run) -> Picture:
+    """Weight of every domain in the training stream."""
+    figure, axes = _axes("batch", "weight")
+    delay = ((run.config.get("dynamic_loading") or {}).get("update_delay") or 0) if run.config else 0
+    rows: list[dict[str, Any]] = []
+    domains = dict.fromkeys(name for line in run.metrics for name in _named(line, "mixing/weight/"))
+    for domain in domains:
+        points = [(line["batch"], v) for line in run.metrics if (v := line.get(f"mixing/weight/{domain}")) is not None]
+        points = [points[0], *((batch + delay, weight) for batch, weight in points[1:])]  # when they take effect
+        ended = [*points, (max(points[-1][0], run.batches), points[-1][1])]
+        axes.plot(*zip(*ended, strict=True), drawstyle="steps-post", label=domain)
+        rows += [{"batch": batch, "domain": domain, "weight": weight} for batch, weight in points]
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+    return Picture(f"{run.name}-weights", f"Weights of domains in {run.name}", figure, rows)
 
 
 def pictures_of_scores(material: Material) -> Iterator[Picture]:

@@ -1,0 +1,132 @@
+"""The loss that each domain should come down to: measured on the source, or by the scaling law of its family."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from tqdm import tqdm
+
+from llmprune.data.format import DataManifest, tokenizer_fingerprint
+from llmprune.errors import UserError
+from llmprune.evaluation.losses import evaluate_losses
+from llmprune.models.opened import find_model
+from llmprune.models.placement import Placement
+
+SCHEMA = 1
+EXPONENTS = np.geomspace(1e-3, 3.0, 200)  # between which the fit looks
+
+
+@dataclass(frozen=True)
+class ScalingLaw:
+    """loss = a · N^(−b) + c, N the number of parameters.
+
+    Attributes:
+        a, b, c: of the curve.
+        rmse: of the losses that it was fitted to, nats per token; None where it goes through all of them anyway (three
+            models), so that nothing is known of its quality.
+    """
+
+    a: float
+    b: float
+    c: float
+    rmse: float | None
+
+    def at(self, parameters: float) -> float:
+        """The loss of a model of this size."""
+        return float(self.a * parameters**-self.b + self.c)
+
+
+def fit_scaling_law(parameters: Sequence[float], losses: Sequence[float]) -> ScalingLaw:
+    """The curve nearest to the losses of a family's models, by least squares.
+
+    For a given exponent the other two coefficients are a linear problem; the exponent is searched.
+
+    Args:
+        parameters: of at least three models of different sizes.
+        losses: of each, nats per token.
+
+    Raises:
+        UserError: there are too few sizes, or losses do not fall with the size.
+    """
+    if len(set(parameters)) < 3:
+        raise UserError(f"a scaling law needs models of three sizes at least; there are {len(set(parameters))}")
+    sizes, wanted = np.asarray(parameters, float), np.asarray(losses, float)
+    unit = sizes.min()
+
+    def solve(exponent: float) -> tuple[float, float, float]:
+        matrix = np.stack([(sizes / unit) ** -exponent, np.ones_like(sizes)], 1)
+        (a, c), *_ = np.linalg.lstsq(matrix, wanted, rcond=None)
+        return float(a), float(c), float(np.sum((matrix @ [a, c] - wanted) ** 2))
+
+    start = int(np.argmin([solve(b)[2] for b in EXPONENTS]))
+    around = EXPONENTS[max(start - 1, 0)], EXPONENTS[min(start + 1, len(EXPONENTS) - 1)]
+    found = minimize_scalar(lambda b: solve(b)[2], bounds=around, method="bounded", options={"xatol": 1e-12})
+    a, c, squares = solve(float(found.x))
+    if a <= 0:
+        raise UserError("the losses do not fall with the number of parameters: no scaling law fits them")
+    rmse = None if len(losses) == 3 else float(np.sqrt(squares / len(losses)))
+    return ScalingLaw(a * unit ** float(found.x), float(found.x), c, rmse)
+
+
+def references(
+    models: Sequence[str],
+    data: Path | str,
+    placement: Placement,
+    *,
+    size: float | None = None,
+    samples_per_domain: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Reference losses of every domain of prepared data.
+
+    Args:
+        models: the source model alone; or at least three of a family, for their scaling law.
+        data: a prepared folder.
+        placement: how the models are held.
+        size: parameters of the model that the references are for, with several models.
+        samples_per_domain: at most so many of each; None = all.
+        batch_size: samples per forward pass.
+
+    Returns:
+        What references.json holds: ``references`` by domain, what each model gave, and the fits.
+
+    Raises:
+        UserError: a model did not make the data's tokens, or there are too few for a fit.
+    """
+    if (len(models) > 1) != (size is not None):
+        raise UserError("give one model, whose losses are the references, or several with --size, for their law")
+    manifest = DataManifest.load(data)
+    found = [find_model(name, placement) for name in models]
+    for one in found:
+        if tokenizer_fingerprint(one.tokenizer) != manifest.tokenizer:
+            raise UserError(f"the tokenizer of {one.name} did not make the data in {data}")
+        if one.limit is not None and manifest.sequence_length > one.limit:
+            raise UserError(f"the data's samples have {manifest.sequence_length} tokens, {one.name} takes {one.limit}")
+    measured: dict[str, dict[str, Any]] = {}
+    for one in tqdm(found, desc="models", disable=len(found) < 2):
+        opened = one.open()
+        losses = evaluate_losses(opened.model, data, samples_per_domain=samples_per_domain, batch_size=batch_size)
+        measured[one.name] = {"parameters": opened.parameters, "losses": losses.domains}
+    result: dict[str, Any] = {"schema": SCHEMA, "models": measured}
+    if size is None:
+        return {**result, "references": measured[models[0]]["losses"]}
+    return {**result, **predict(measured, size)}
+
+
+def predict(measured: Mapping[str, Mapping[str, Any]], size: float) -> dict[str, Any]:
+    """References for a model of ``size`` parameters, from what others gave: see ``references``."""
+    laws = {}
+    sizes = [one["parameters"] for one in measured.values()]
+    for domain in next(iter(measured.values()))["losses"]:
+        try:
+            laws[domain] = fit_scaling_law(sizes, [one["losses"][domain] for one in measured.values()])
+        except UserError as error:
+            raise UserError(f"{domain}: {error}") from None
+    return {
+        "size": size,
+        "references": {domain: law.at(size) for domain, law in laws.items()},
+        "laws": {domain: vars(law) for domain, law in laws.items()},
+    }

@@ -1,0 +1,137 @@
+"""Dynamic mixing in whole runs: the mix follows the losses, and a killed run goes on with the same samples."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from composer import Callback
+from composer.core import State
+from composer.loggers import Logger
+
+from llmprune.callbacks.dynamic_loading import DynamicLoading
+from llmprune.checks import check
+from llmprune.config import Config, load_config
+from llmprune.errors import UserError
+from llmprune.training import build_trainer, train
+from tests.callbacks.fixed_noise import KillAt, Killed
+
+Samples = list[list[int]]
+
+
+@pytest.fixture
+def yaml(data: Path, trained_folder: Path, tmp_path: Path) -> Path:
+    (tmp_path / "references.json").write_text('{"references": {"letters": 0.5, "numbers": 9.0}}')
+    path = tmp_path / "continue.yaml"
+    path.write_text(f"""
+run: {{name: test, folder: {tmp_path}/run, seed: 3}}
+model: {{path: {trained_folder}}}
+data: {{path: {data}, eval_samples_per_domain: 2, workers: 2, prefetch: 1}}
+dynamic_loading: {{references: {tmp_path}/references.json, update_delay: 2, ceiling: 0.9}}
+optimizer: {{lr: 1.0e-4}}
+train: {{duration: 16ba, global_batch_size: 8, microbatch_size: 8, eval_interval: 3ba}}
+checkpoint: {{interval: 2ba}}
+loggers: {{console: false}}
+""")
+    return path
+
+
+class Recorder(Callback):
+    """Keeps every batch's domains and first tokens."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, Samples] = {}
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        batch = state.batch
+        rows = [[int(d), *tokens[:4].tolist()] for d, tokens in zip(batch["domain"], batch["input_ids"], strict=True)]
+        self.seen[state.timestamp.batch.value] = rows
+
+
+def run(config: Config, kill: int | None = None) -> dict[int, Samples]:
+    trainer, recorder = build_trainer(config), Recorder()
+    trainer.state.callbacks.append(recorder)
+    if kill is None:
+        trainer.fit()
+    else:
+        trainer.state.callbacks.append(KillAt(kill))
+        with pytest.raises(Killed):
+            trainer.fit()
+    trainer.close()
+    return recorder.seen
+
+
+def metrics(folder: Path, prefix: str) -> list[tuple[int, dict[str, Any]]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["batch"], {k: v for k, v in line.items() if k.startswith(prefix)}) for line in lines]
+    return [(batch, values) for batch, values in found if values]
+
+
+def test_the_mix_follows_the_losses_and_survives_a_kill(yaml: Path, tmp_path: Path) -> None:
+    whole = run(load_config(yaml))
+    share = [sum(row[0] == 0 for row in rows) / 8 for rows in whole.values()]
+    before, after = sum(share[:5]) / 5, sum(share[5:]) / 11
+    assert after > before + 0.05  # of the domain that is far above its reference, from batch 3 + 2 on
+    weights = dict(metrics(tmp_path / "run", "mixing/weight/"))
+    assert list(weights) == [0, 3, 6, 9, 12, 15, 16]  # at the end too
+    assert all(values["mixing/weight/letters"] <= 0.9 for values in weights.values())
+    samples = dict(metrics(tmp_path / "run", "mixing/samples/"))[15]
+    assert samples["mixing/samples/letters"] == sum(row[0] == 0 for b in range(15) for row in whole[b])
+    for number, killed in enumerate((4, 7, 13)):  # with a change announced, with none, and near the end
+        folder = f"run.folder={tmp_path}/killed{number}"
+        first = run(load_config(yaml, [folder]), kill=killed)
+        workers = ["data.workers=0", "data.workers=1", "data.workers=2"][number]
+        second = run(load_config(yaml, [folder, "run.autoresume=true", workers]))
+        assert {**first, **second} == whole and min(second) <= killed
+        assert dict(metrics(tmp_path / f"killed{number}", "mixing/weight/")) == weights
+
+
+def test_the_picture_and_the_config_keep_what_was_done(yaml: Path, tmp_path: Path) -> None:
+    train(load_config(yaml, ["train.duration=4ba"]))
+    assert (tmp_path / "run/weights.png").stat().st_size > 5000
+    assert (tmp_path / "run/weights.csv").read_text().startswith("batch,domain,weight")
+    assert "numbers: 9.0" in (tmp_path / "run/config.yaml").read_text()  # not the file, which may change
+
+
+def test_a_loss_that_is_no_number_changes_nothing(yaml: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = build_trainer(load_config(yaml, ["train.duration=8ba"]))
+    (dynamic,) = (c for c in trainer.state.callbacks if isinstance(c, DynamicLoading))
+    before = dynamic._dataset.weights
+
+    class Spoil(Callback):
+        def eval_end(self, state: State, logger: Logger) -> None:
+            state.eval_metric_values["loss/letters"] = float("nan")
+
+    trainer.state.callbacks.insert(0, Spoil())
+    trainer.fit()
+    trainer.close()
+    assert dynamic._dataset.weights == before
+    assert "letters is no finite number" in caplog.text
+    assert [batch for batch, _ in metrics(tmp_path / "run", "mixing/skipped")] == [3, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.prefetch=2"], "update_delay is 2, but 4 batches may be loaded already"),
+        (["train.eval_interval=0ba"], "set train.eval_interval"),
+        (["dynamic_loading.references={letters: 1.0}"], "no loss for the domain 'numbers'"),
+        (["dynamic_loading.references=nowhere.json"], "nowhere.json does not exist"),
+        (["dynamic_loading.references=null"], "needs dynamic_loading.references"),
+        (["dynamic_loading.update=doremy"], "did you mean 'doremi'"),
+        (["dynamic_loading.etta=1"], "did you mean 'eta'"),
+    ],
+)
+def test_mistakes(yaml: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(load_config(yaml, overrides))
+
+
+def test_no_evaluation_samples(yaml: Path, data: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(data, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["domains"]["letters"]["eval"]["samples"] = 0
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="'letters' has no evaluation samples"):
+        check(load_config(yaml, [f"data.path={copy}"]))

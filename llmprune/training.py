@@ -1,6 +1,7 @@
 """From a config to a Composer trainer."""
 
 import contextlib
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ def build_trainer(config: Config) -> Trainer:
     stream, train, evaluation = make_loaders(config)
     wrapped = ComposerCausalLM(model, {number: evaluation.domains[number] for number in evaluation.domains_present})
     optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
-    callbacks = make_callbacks(config, run, stream, live=live, resumed=resume is not None)
+    callbacks = make_callbacks(config, run, stream, wrapped.domains.values(), live=live, resumed=resume is not None)
     on_rank_zero(lambda: _write_run(config, run, manifest, model, inputs.tokenizer, resumed=resume is not None))
     per_rank = config.train.global_batch_size // dist.get_world_size()
     eval_batch = per_rank if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
@@ -204,7 +205,13 @@ def _eval_loader(dataset: EvalDataset, batch_size: int) -> DataLoader[Any]:
 
 
 def make_callbacks(
-    config: Config, run: RunFolder, stream: MixedDataset, *, live: "LiveEvaluation | None" = None, resumed: bool
+    config: Config,
+    run: RunFolder,
+    stream: MixedDataset,
+    evaluated: Collection[str],
+    *,
+    live: "LiveEvaluation | None" = None,
+    resumed: bool,
 ) -> list[Callback]:
     """The callbacks of a run; a resumed one has its weights in the checkpoint."""
     guard = LossGuard(config.train.loss_spike_factor, skip=config.train.loss_spike == "skip")
@@ -213,7 +220,7 @@ def make_callbacks(
         callbacks.append(LoadShards(config.model.path))
     if live is not None:
         callbacks.append(Evaluation(live.measure))
-    callbacks.append(DynamicLoading(config.dynamic_loading, stream))
+    callbacks.append(DynamicLoading(config.dynamic_loading, stream, evaluated))
     if config.l0_pruning is not None:
         callbacks.append(L0Pruning(config.l0_pruning, seed=config.run.seed, folder=run.gates))
     return callbacks

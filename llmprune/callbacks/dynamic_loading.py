@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Collection
 from typing import Any
 
 from composer.core import Callback, State
@@ -10,7 +11,7 @@ from composer.utils import dist
 
 from llmprune.data.dataset import MixedDataset
 from llmprune.data.mixing import integer_weights
-from llmprune.data.updates import DynamicLoadingConfig, Measured, drawable, new_weights
+from llmprune.data.updates import NEEDS_LOSSES, DynamicLoadingConfig, Measured, drawable, new_weights
 
 log = logging.getLogger(__name__)
 
@@ -22,14 +23,22 @@ class DynamicLoading(Callback):
     later, on all ranks and in all loader workers at the same sample.
     """
 
-    def __init__(self, config: DynamicLoadingConfig | None, dataset: MixedDataset) -> None:
+    def __init__(self, config: DynamicLoadingConfig | None, dataset: MixedDataset, evaluated: Collection[str]) -> None:
         """Prepare.
 
         Args:
             config: the settings; None = only log what has been read.
             dataset: the training stream.
+            evaluated: the domains whose losses are measured; where losses decide, the others keep their weights.
         """
         self._config, self._dataset = config, dataset
+        self._held = set()
+        if config is not None and config.update in NEEDS_LOSSES:
+            self._held = {name for name, weight in dataset.weights.items() if weight} - set(evaluated)
+        if self._held:
+            log.warning(
+                "without evaluation samples, these domains keep their weights: %s", ", ".join(sorted(self._held))
+            )
         self._updated_at: int | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -60,7 +69,7 @@ class DynamicLoading(Callback):
         excess = {name: losses[name] - references.get(name, math.nan) for name in domains}
         elapsed = state.get_elapsed_duration()
         measured = Measured(list(now.values()), list(excess.values()), 0.0 if elapsed is None else elapsed.value)
-        found = new_weights(measured, config, domains)
+        found = new_weights(measured, config, domains, self._held)
         parts = [None if found is None else integer_weights(drawable(found))]
         dist.broadcast_object_list(parts)
         metrics = {f"mixing/excess/{name}": value for name, value in excess.items() if math.isfinite(value)}

@@ -1,7 +1,7 @@
 """How weights of domains follow their losses (dynamic batch loading: Sheared-LLaMA, arXiv:2310.06694, section 2.2)."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -98,25 +98,33 @@ def schedule(measured: Measured, config: DynamicLoadingConfig, domains: Sequence
 NEEDS_LOSSES = ("doremi", "bandit")
 
 
-def new_weights(measured: Measured, config: DynamicLoadingConfig, domains: Sequence[str]) -> list[float] | None:
+def new_weights(
+    measured: Measured, config: DynamicLoadingConfig, domains: Sequence[str], held: Collection[str] = ()
+) -> list[float] | None:
     """The weights after an evaluation, within their bounds; None if they have to stay, since a loss is no number.
 
-    A domain whose weight is zero stays out, except with ``schedule``.
+    Domains that are ``held``, and those whose weight is zero, keep it and the others share the rest; with ``schedule``
+    all domains go along the schedule.
     """
-    drawn = [i for i, w in enumerate(measured.weights) if w or config.update == "schedule"]
-    excess = [measured.excess[i] for i in drawn]
+    free = range(len(domains))
+    if config.update != "schedule":
+        free = [i for i in free if measured.weights[i] and domains[i] not in held]
+    excess = [measured.excess[i] for i in free]
     if config.update in NEEDS_LOSSES and not all(map(math.isfinite, excess)):
         return None
-    names = [domains[i] for i in drawn]
+    names = [domains[i] for i in free]
+    whole = sum(measured.weights[i] for i in free)
     seen = Measured(
-        [measured.weights[i] for i in drawn],
+        [measured.weights[i] / whole for i in free] if whole else [],
         [max(e, 0.0) for e in excess] if config.clamp else excess,
         measured.progress,
     )
-    found = bounded(UPDATES.get(config.update)(seen, config, names), *_bounds(config, names))
-    weights = [0.0] * len(domains)
-    for i, weight in zip(drawn, found, strict=True):
-        weights[i] = weight
+    share = 1.0 if config.update == "schedule" else whole
+    floor, ceiling = ([bound / share for bound in bounds] for bounds in _bounds(config, names))
+    found = bounded(UPDATES.get(config.update)(seen, config, names), floor, ceiling)
+    weights = list(measured.weights)
+    for i, weight in zip(free, found, strict=True):
+        weights[i] = weight * share
     return weights
 
 
@@ -165,7 +173,7 @@ def check_updates(
         config: the settings.
         domains: all.
         drawn: those whose weight is not zero at the start.
-        evaluated: those that have evaluation samples.
+        evaluated: those that have evaluation samples; the others' weights are held where losses decide.
 
     Raises:
         UserError: what is wrong.
@@ -181,7 +189,12 @@ def check_updates(
     for name, named in (("references", config.references), ("floor", config.floor), ("ceiling", config.ceiling)):
         if isinstance(named, Mapping):
             if unknown := sorted(set(named) - set(domains)):
-                raise UserError(f"dynamic_loading.{name} names '{unknown[0]}', which the data do not have")
+                raise UserError(
+                    f"dynamic_loading.{name} names '{unknown[0]}', which the data do not have: `llmprune references` "
+                    "measures those of other data"
+                    if name == "references"
+                    else f"dynamic_loading.{name} names '{unknown[0]}', which the data do not have"
+                )
             if not all(isinstance(value, int | float) and math.isfinite(value) for value in named.values()):
                 raise UserError(f"dynamic_loading.{name} must hold numbers")
         elif name != "references" and not isinstance(named, int | float):
@@ -199,14 +212,15 @@ def check_updates(
                 f"dynamic_loading.update={config.update} needs dynamic_loading.references: the loss that each domain "
                 "is expected to come down to"
             )
-        for domain in drawn:
+        free = [domain for domain in drawn if domain in evaluated]
+        if len(free) < 2:
+            raise UserError(
+                f"dynamic_loading.update={config.update} needs two domains with evaluation samples: prepare the data with "
+                "a larger --eval-fraction, or take dynamic_loading=null"
+            )
+        for domain in free:
             if domain not in config.references:
                 raise UserError(f"dynamic_loading.references has no loss for the domain '{domain}'")
-            if domain not in evaluated:
-                raise UserError(
-                    f"the domain '{domain}' has no evaluation samples, so its weight can't follow its loss: prepare "
-                    "the data with a larger --eval-fraction, or take dynamic_loading.update=constant"
-                )
 
 
 def _check_schedule(config: DynamicLoadingConfig, domains: Sequence[str]) -> None:

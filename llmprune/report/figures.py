@@ -145,8 +145,9 @@ def domain_weights(run: Run) -> Picture:
     domains = dict.fromkeys(name for line in run.metrics for name in _named(line, "mixing/weight/"))
     for domain in domains:
         points = [(line["batch"], v) for line in run.metrics if (v := line.get(f"mixing/weight/{domain}")) is not None]
-        points = [points[0], *((batch + delay, weight) for batch, weight in points[1:])]  # when they take effect
-        ended = [*points, (max(points[-1][0], run.batches), points[-1][1])]
+        later = [(batch + delay, weight) for batch, weight in points[1:]]  # when they take effect
+        points = [points[0], *(point for point in later if point[0] < run.batches)]
+        ended = [*points, (run.batches, points[-1][1])]
         axes.plot(*zip(*ended, strict=True), drawstyle="steps-post", label=domain)
         rows += [{"batch": batch, "domain": domain, "weight": weight} for batch, weight in points]
     axes.set_ylim(bottom=0)

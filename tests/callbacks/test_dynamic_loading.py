@@ -133,5 +133,5 @@ def test_no_evaluation_samples(yaml: Path, data: Path, tmp_path: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["domains"]["letters"]["eval"]["samples"] = 0
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="'letters' has no evaluation samples"):
+    with pytest.raises(UserError, match="needs two domains with evaluation samples"):
         check(load_config(yaml, [f"data.path={copy}"]))

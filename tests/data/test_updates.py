@@ -110,8 +110,12 @@ def test_mistakes(changes: dict[str, Any], message: str) -> None:
         check_updates(config, DOMAINS, DOMAINS, DOMAINS)
 
 
-def test_a_domain_without_evaluation_samples() -> None:
-    config = DynamicLoadingConfig(references=dict.fromkeys(DOMAINS, 1.0))
-    with pytest.raises(UserError, match="'b' has no evaluation samples"):
-        check_updates(config, DOMAINS, DOMAINS, ["a", "c"])
-    check_updates(config, DOMAINS, ["a", "c"], ["a", "c"])
+def test_a_domain_without_evaluation_samples_keeps_its_weight() -> None:
+    config = DynamicLoadingConfig(references={"a": 1.0, "c": 1.0}, smoothing=0.0, floor={"c": 0.2})
+    check_updates(config, DOMAINS, DOMAINS, ["a", "c"])
+    found = new_weights(Measured([0.3, 0.4, 0.3], [math.log(2), math.nan, 0.0], 0), config, DOMAINS, {"b"})
+    assert found == pytest.approx([0.4, 0.4, 0.2])
+    found = new_weights(Measured([0.3, 0.4, 0.3], [math.log(9), math.nan, 0.0], 0), config, DOMAINS, {"b"})
+    assert found == pytest.approx([0.4, 0.4, 0.2])  # the floor is a share of everything
+    with pytest.raises(UserError, match="needs two domains with evaluation samples"):
+        check_updates(config, DOMAINS, DOMAINS, ["a"])

@@ -106,7 +106,7 @@ def new_weights(
     Domains that are ``held``, and those whose weight is zero, keep it and the others share the rest; with ``schedule``
     all domains go along the schedule.
     """
-    free = range(len(domains))
+    free = list(range(len(domains)))
     if config.update != "schedule":
         free = [i for i in free if measured.weights[i] and domains[i] not in held]
     excess = [measured.excess[i] for i in free]
@@ -215,8 +215,8 @@ def check_updates(
         free = [domain for domain in drawn if domain in evaluated]
         if len(free) < 2:
             raise UserError(
-                f"dynamic_loading.update={config.update} needs two domains with evaluation samples: prepare the data with "
-                "a larger --eval-fraction, or take dynamic_loading=null"
+                f"dynamic_loading.update={config.update} needs two domains with evaluation samples: prepare the data "
+                "with a larger --eval-fraction, or take dynamic_loading=null"
             )
         for domain in free:
             if domain not in config.references:

@@ -28,7 +28,7 @@ def test_doremi_by_hand() -> None:
     assert update(config, [0.5, 0.25, 0.25], [-9.0, math.log(2), -1.0]) == pytest.approx([0.4, 0.4, 0.2])
     config = DynamicLoadingConfig(smoothing=0.3, clamp=False)
     wanted = [0.7 * w / 1.5 + 0.1 for w in (0.25, 1.0, 0.25)]
-    assert update(config, [0.5, 0.5, 0.5], [HALF, math.log(2), HALF]) == pytest.approx(wanted)
+    assert update(config, [1 / 3, 1 / 3, 1 / 3], [HALF, math.log(2), HALF]) == pytest.approx(wanted)
 
 
 def test_bandit_by_hand() -> None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -33,12 +33,12 @@ class Ratio:
     """One line of the table.
 
     Attributes:
-        median: of the ratios of all pairs of runs (of memory: the one measured); the bar is met if it is at most
-            ``bar``.
+        median: of the ratios of all pairs of runs (of memory: the one measured).
         p10: 10th percentile.
         p90: 90th percentile.
         bar: the most it may be.
         work: what was measured, in words.
+        least: whether ``bar`` is the least that it may be instead.
     """
 
     median: float
@@ -46,6 +46,12 @@ class Ratio:
     p90: float
     bar: float
     work: str
+    least: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether the median keeps to the bar."""
+        return self.median >= self.bar if self.least else self.median <= self.bar
 
 
 def interleaved(measured: Callable[[], None], reference: Callable[[], None], runs: int, bar: float, work: str) -> Ratio:
@@ -178,6 +184,52 @@ def data_prep(runs: int) -> Ratio:
 
         size = sum(map(len, texts)) / 1e6
         return interleaved(whole, bare, runs, 1.35, f"{size:.0f} MB of text into MDS / bare batch tokenisation")
+
+
+def mixed_loading(runs: int) -> Ratio:
+    """Samples per second from four domains whose weights keep changing, over those of a plain StreamingDataset."""
+    from streaming import Stream, StreamingDataset
+    from torch.utils.data import DataLoader
+
+    from data_prep.builtin import build_corpus
+    from data_prep.pack import PackSettings, prepare
+    from data_prep.tokenizer import train_tokenizer
+    from llmprune.data.dataset import MixedDataset
+    from llmprune.data.mixing import integer_weights
+
+    batch, batches, workers, delay = 32, 300, 2, 8
+    with tempfile.TemporaryDirectory() as folder:
+        corpus, data = Path(folder) / "corpus", Path(folder) / "data"
+        build_corpus(corpus, megabytes=24)
+        train_tokenizer([corpus], Path(folder) / "tokenizer", vocab_size=8192, megabytes=8)
+        prepare([corpus], Path(folder) / "tokenizer", data, PackSettings(512))
+        mixed = MixedDataset(data, global_batch_size=batch, weights=None, seed=1)
+        parts = [Stream(local=str(data / domain), split="train") for domain in mixed.domains]
+        plain = StreamingDataset(streams=parts, batch_size=batch, shuffle=True)
+        mixed_loader = DataLoader(mixed, batch_size=batch, num_workers=workers)
+        plain_loader = DataLoader(plain, batch_size=batch, num_workers=workers, persistent_workers=True)
+
+        def forever() -> Iterator[Any]:
+            while True:
+                yield from plain_loader
+
+        ours, theirs, taken = iter(mixed_loader), forever(), 0
+
+        def changing() -> None:
+            nonlocal taken
+            for _ in range(batches):
+                if taken % 20 == 0:
+                    shares = [1 + (taken // 20 + place) % 4 for place in range(len(mixed.domains))]
+                    mixed.change_weights(integer_weights(shares), taken + delay)
+                next(ours)
+                taken += 1
+
+        def steady() -> None:
+            for _ in range(batches):
+                next(theirs)
+
+        work = f"samples/s of a changing mix of {len(parts)} domains / of a plain StreamingDataset, {workers} workers"
+        return replace(interleaved(steady, changing, runs, 0.95, work), least=True)
 
 
 def convert_memory(runs: int) -> Ratio:
@@ -393,6 +445,7 @@ def _peak_of_offloading(folder: Path, samples: int, length: int) -> tuple[int, i
 BENCHMARKS: dict[str, Callable[[int], Ratio]] = {
     "gated_step": gated_step,
     "data_prep": data_prep,
+    "mixed_loading": mixed_loading,
     "convert_memory": convert_memory,
     "removal_perplexity": removal_perplexity,
     "all_criteria": all_criteria,
@@ -413,7 +466,7 @@ def main() -> int:
     for name in names:
         ratio = BENCHMARKS[name](arguments.runs)
         results[name] = asdict(ratio)
-        verdict = "" if ratio.median <= ratio.bar else "  MISSED"
+        verdict = "" if ratio.met else "  MISSED"
         print(
             f"{name:16}{ratio.median:8.3f}{ratio.p10:8.3f}{ratio.p90:8.3f}{ratio.bar:8.2f}   {ratio.work}{verdict}",
             flush=True,

@@ -11,6 +11,12 @@ class UserError(Exception):
     and keep their traceback.
     """
 
+    def __init__(self, message: str) -> None:
+        """Keep the message; of one from a loader worker, which PyTorch wraps in a traceback, what the worker said."""
+        if message.startswith("Caught UserError in DataLoader worker"):
+            message = message.rpartition("UserError: ")[2].strip()
+        super().__init__(message)
+
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint for a misspelt ``name``: the nearest valid one, or the list of them all."""

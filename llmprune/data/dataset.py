@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from streaming.base.format import Reader
+from streaming.base.hashing import get_hash
 from streaming.base.stream import Stream
 from streaming.base.world import World
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -44,11 +45,36 @@ class DomainReader:
                 if not path.is_file() or path.stat().st_size != raw.bytes:
                     raise UserError(f"{path} is missing or cut short: prepare the data again")
         self.shard_sizes = [shard.samples for shard in self._shards]
+        self._folder = folder / domain / split
+        self._checked: set[int] = set()
 
     def read(self, shard: int, index: int) -> torch.Tensor:
-        """The token ids of one sample, int64 [sequence length]."""
-        tokens = self._shards[shard].get_item(index)[COLUMN]
+        """The token ids of one sample, int64 [sequence length]. A shard's checksum is looked at when it is first read.
+
+        Raises:
+            UserError: the shard is damaged or has vanished.
+        """
+        try:
+            if shard not in self._checked:
+                self._check(shard)
+            tokens = self._shards[shard].get_item(index)[COLUMN]
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or self._folder} can't be read any more ({error.strerror}): put the data back where "
+                "the run began with it"
+            ) from None
         return torch.from_numpy(np.asarray(tokens).astype(np.int64))
+
+    def _check(self, shard: int) -> None:
+        for raw, _ in self._shards[shard].file_pairs:
+            path = self._folder / raw.basename
+            content = path.read_bytes()
+            for algorithm, wanted in raw.hashes.items():
+                if get_hash(algorithm, content) != wanted:
+                    raise UserError(
+                        f"{path} is damaged (its {algorithm} is not that of the index): prepare the data again"
+                    )
+        self._checked.add(shard)
 
 
 class MixedDataset(IterableDataset[Sample]):

@@ -1,6 +1,7 @@
 """The training stream and the evaluation samples, read from real shards."""
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -142,6 +143,29 @@ def test_evaluation_takes_evenly_from_every_domain(data: Path) -> None:
     manifest = DataManifest.load(data)
     assert len(everything) == sum(manifest.domains[domain]["eval"].samples for domain in manifest.domains)
     assert everything.domains == ["letters", "numbers"] and everything.domains_present == [0, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damage_is_found_when_a_shard_is_read(data: Path, tmp_path: Path, workers: int) -> None:
+    """One bit, without a change of size; the worker's message comes through as it is."""
+    copy = shutil.copytree(data, tmp_path / "copy")
+    shard = next((copy / "numbers" / "train").glob("*.mds"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(shard))} is damaged \(its xxh64 .*again$"):
+        stream(copy, 3, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_that_vanish_during_a_run(data: Path, tmp_path: Path, workers: int) -> None:
+    copy = shutil.copytree(data, tmp_path / "copy")
+    dataset = MixedDataset(copy, global_batch_size=BATCH, weights=WEIGHTS, seed=3)
+    loader = iter(DataLoader(dataset, batch_size=BATCH, num_workers=workers))
+    next(loader)
+    shutil.rmtree(copy / "letters")
+    with pytest.raises(UserError, match=r"^.*letters.* can't be read any more \(No such file or directory\): put"):
+        [next(loader) for _ in range(20)]
 
 
 def test_mistakes_are_named(data: Path, tmp_path: Path) -> None:

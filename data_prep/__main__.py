@@ -77,6 +77,7 @@ def tokenize(
     overwrite: Overwrite = False,
 ) -> None:
     """Tokenise documents, pack them into samples and write MDS shards, a folder per domain."""
+    from data_prep.describe import table
     from data_prep.pack import PackSettings, prepare
 
     if domain is not None and domain_field is not None:
@@ -91,13 +92,31 @@ def tokenize(
         overwrite=overwrite,
         progress=True,
     )
-    print(f"{'domain':20} {'split':6} {'documents':>12} {'tokens':>15} {'samples':>12}")
+    print("\n".join(table(summary.manifest)))
     for name, splits in summary.manifest.domains.items():
-        for split, counts in splits.items():
-            print(f"{name:20} {split:6} {counts.documents:12,} {counts.tokens:15,} {counts.samples:12,}")
         if eval_fraction and "eval" not in splits:
             print(f"{name:20} has no evaluation sample: that takes four samples of text, in several documents")
     _print_skipped(summary.bad)
+
+
+@app.command()
+def describe(
+    data: Annotated[Path, typer.Argument(help="A folder that `tokenize` made.")],
+    samples: Annotated[int, typer.Option(help="Samples of each domain and split to show as text.")] = 1,
+    domain: Annotated[str | None, typer.Option(help="Show samples of this domain alone.")] = None,
+    seed: Annotated[int, typer.Option(help="Of their choice.")] = 17,
+) -> None:
+    """Print what prepared data hold, and some of their samples as text."""
+    from data_prep.describe import show_samples, table
+    from llmprune.data.format import DataManifest
+
+    manifest = DataManifest.load(data)
+    special = " and ".join(name for name, used in (("BOS", manifest.bos), ("EOS", manifest.eos)) if used)
+    print(f"{data}: samples of {manifest.sequence_length} tokens, vocabulary {manifest.vocab_size:,}")
+    print(f"every document has {special or 'neither BOS nor EOS'}")
+    print("\n".join(table(manifest)))
+    for shown in show_samples(data, samples, domain=domain, seed=seed):
+        print(f"\n--- {shown.domain}, {shown.split}, sample {shown.number}\n{shown.text}")
 
 
 def main() -> None:

@@ -17,6 +17,19 @@ def test_a_mistake_is_one_line_and_exit_code_2(corpus: Path, data: Path, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_describe_gives_the_text_back(corpus: Path, data: Path) -> None:
+    made = run("describe", data, "--samples", "2", "--domain", "letters")
+    assert made.returncode == 0, made.stderr
+    table, *samples = made.stdout.split("\n--- ")
+    assert "samples of 32 tokens" in table and "numbers" in table
+    assert [s.split(", sample")[0] for s in samples] == ["letters, train"] * 2 + ["letters, eval"] * 2
+    written = (corpus / "letters/part.jsonl").read_text()
+    for sample in samples:
+        parts = sample.partition("\n")[2].split("</s>")
+        assert all(part.strip() in written for part in parts)
+    assert "there is no domain 'x'" in run("describe", data, "--domain", "x").stderr
+
+
 def test_tokenize_prints_counts_and_skipped_records(data: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "x.jsonl").write_text('{"text": "one two three four five six"}\n' * 50 + "{oops\n")

@@ -75,7 +75,7 @@ def test_a_second_run_reuses_everything(
         monkeypatch.setattr(quickstart, name, value)
     quickstart.show(quickstart.journey(Path("runs/quickstart"), seed=17), Path("runs/quickstart"))
     printed = capsys.readouterr().out
-    assert printed.count("reused") == 10 and "same shape and tokens from scratch" in printed
+    assert printed.count("reused") == 11 and "same shape and tokens from scratch" in printed
 
 
 def test_every_command_of_the_pages_works(workplace: Path) -> None:

@@ -5,16 +5,22 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmprune.data.sources import BadRecord, Fields
 from llmprune.errors import UserError
 
+if TYPE_CHECKING:
+    from data_prep.pack import PackSettings, Summary
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-Inputs = Annotated[list[Path], typer.Argument(help="Files or folders: .txt, .md, .jsonl; also .gz and .zst.")]
+Inputs = Annotated[
+    list[str],
+    typer.Argument(help="Files or folders (.txt, .md, .jsonl, also .gz and .zst; .parquet), or hf:NAME:CONFIG:SPLIT."),
+]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 TextField = Annotated[str, typer.Option(help="Field with the text; nested: a.b")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
@@ -59,63 +65,133 @@ def tokenizer(
     _print_skipped(bad)
 
 
+Tokenizer = Annotated[str, typer.Option(help="Folder or hub name of the model whose tokenizer to use.")]
+SequenceLength = Annotated[int, typer.Option(help="Tokens per sample.")]
+Domain = Annotated[str | None, typer.Option(help="One domain for everything.")]
+DomainField = Annotated[str | None, typer.Option(help="Field with the domain; default: the folder's name.")]
+EvalFraction = Annotated[float, typer.Option(help="Share of the documents kept for evaluation.")]
+EvalInputs = Annotated[
+    list[str] | None,
+    typer.Option(help="Keep these for evaluation, and not a share; their texts are left out of training."),
+]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="NAME=SHARE, repeated: sets of documents, none of which is in two.")
+]
+Shard = Annotated[str | None, typer.Option(help="i/n: do only part i of n; `merge` joins them.")]
+Compression = Annotated[str | None, typer.Option(help="Of the shards: zstd, or zstd:LEVEL.")]
+Processes = Annotated[int | None, typer.Option(help="Default: one per core.")]
+MaxBad = Annotated[float, typer.Option(help="Share of unusable records to put up with.")]
+Seed = Annotated[int, typer.Option(help="Of the split and of the sets.")]
+
+
 @app.command()
 def tokenize(
     inputs: Inputs,
     out: Out,
-    tokenizer: Annotated[str, typer.Option(help="Folder or hub name of the model whose tokenizer to use.")],
-    sequence_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 2048,
+    tokenizer: Tokenizer,
+    sequence_length: SequenceLength = 2048,
     text_field: TextField = "text",
-    domain: Annotated[str | None, typer.Option(help="One domain for everything.")] = None,
-    domain_field: Annotated[str | None, typer.Option(help="Field with the domain; default: the folder's name.")] = None,
-    eval_fraction: Annotated[float, typer.Option(help="Share of the documents kept for evaluation.")] = 0.01,
+    domain: Domain = None,
+    domain_field: DomainField = None,
+    eval_fraction: EvalFraction = 0.01,
+    eval_inputs: EvalInputs = None,
+    sets: Sets = None,
     bos: Annotated[bool, typer.Option(help="BOS before every document.")] = False,
     eos: Annotated[bool, typer.Option(help="EOS after every document.")] = True,
-    processes: Annotated[int | None, typer.Option(help="Default: one per core.")] = None,
-    max_bad: Annotated[float, typer.Option(help="Share of unreadable records to put up with.")] = 0.01,
-    seed: Annotated[int, typer.Option(help="Of the split.")] = 17,
+    shard: Shard = None,
+    compression: Compression = None,
+    processes: Processes = None,
+    max_bad: MaxBad = 0.01,
+    seed: Seed = 17,
     overwrite: Overwrite = False,
 ) -> None:
-    """Tokenise documents, pack them into samples and write MDS shards, a folder per domain."""
-    from data_prep.describe import table
-    from data_prep.pack import PackSettings, prepare
+    """Tokenise documents, pack them into samples and write MDS shards, a folder per domain.
 
-    if domain is not None and domain_field is not None:
-        raise UserError("give --domain or --domain-field, not both")
-    summary = prepare(
-        inputs,
-        tokenizer,
-        out,
-        PackSettings(sequence_length, eval_fraction, bos, eos, max_bad, seed),
-        fields=Fields(text_field, domain_field, domain),
-        processes=processes,
-        overwrite=overwrite,
-        progress=True,
+    A job that was stopped goes on when it is called again.
+    """
+    from data_prep.pack import PackSettings
+
+    settings = PackSettings(
+        sequence_length, eval_fraction, bos, eos, max_bad, seed, compression=compression, sets=_shares(sets or [])
     )
-    print("\n".join(table(summary.manifest)))
-    for name, splits in summary.manifest.domains.items():
-        if eval_fraction and "eval" not in splits:
-            print(f"{name:20} has no evaluation sample: that takes four samples of text, in several documents")
-    _print_skipped(summary.bad)
+    fields = Fields(text_field, domain_field, domain)
+    _prepare(inputs, tokenizer, out, settings, fields, eval_inputs, shard, processes, overwrite)
+
+
+@app.command()
+def conversations(
+    inputs: Inputs,
+    out: Out,
+    tokenizer: Tokenizer,
+    template: Annotated[
+        str, typer.Option(help="chat (the tokenizer's), alpaca, none, or a file with {prompt} and {input}.")
+    ] = "chat",
+    sequence_length: SequenceLength = 2048,
+    prompt_field: Annotated[str, typer.Option(help="Field with the prompt.")] = "prompt",
+    input_field: Annotated[str, typer.Option(help="Field with what the prompt is about.")] = "input",
+    response_field: Annotated[str, typer.Option(help="Field with the response.")] = "response",
+    messages_field: Annotated[
+        str, typer.Option(help="Field with chat messages, where a record has them.")
+    ] = "messages",
+    domain: Domain = None,
+    domain_field: DomainField = None,
+    eval_fraction: EvalFraction = 0.01,
+    eval_inputs: EvalInputs = None,
+    sets: Sets = None,
+    bos: Annotated[bool, typer.Option(help="BOS before every conversation; a chat template has its own.")] = False,
+    eos: Annotated[bool, typer.Option(help="EOS after every response; a chat template has its own.")] = True,
+    shard: Shard = None,
+    compression: Compression = None,
+    processes: Processes = None,
+    max_bad: MaxBad = 0.01,
+    seed: Seed = 17,
+    overwrite: Overwrite = False,
+) -> None:
+    """The same for prompts and responses, or chat messages: whole conversations, of which the responses are learned."""
+    from data_prep.conversations import ConversationSettings
+    from data_prep.pack import PackSettings
+
+    made = ConversationSettings(template, prompt_field, input_field, response_field, messages_field)
+    settings = PackSettings(
+        sequence_length, eval_fraction, bos, eos, max_bad, seed, compression, _shares(sets or []), conversations=made
+    )
+    fields = Fields(domain_field=domain_field, domain=domain)
+    _prepare(inputs, tokenizer, out, settings, fields, eval_inputs, shard, processes, overwrite)
+
+
+@app.command()
+def merge(
+    parts: Annotated[list[Path], typer.Argument(help="What --shard 0/n … n-1/n wrote.")],
+    out: Out,
+    overwrite: Overwrite = False,
+) -> None:
+    """Join the parts of a job."""
+    from data_prep.pack import merge as merge_parts
+
+    _print_summary(merge_parts(parts, out, overwrite=overwrite))
 
 
 @app.command()
 def describe(
-    data: Annotated[Path, typer.Argument(help="A folder that `tokenize` made.")],
+    data: Annotated[str, typer.Argument(help="A folder that `tokenize` made, or a URL where it lies.")],
     samples: Annotated[int, typer.Option(help="Samples of each domain and split to show as text.")] = 1,
     domain: Annotated[str | None, typer.Option(help="Show samples of this domain alone.")] = None,
     seed: Annotated[int, typer.Option(help="Of their choice.")] = 17,
 ) -> None:
     """Print what prepared data hold, and some of their samples as text."""
     from data_prep.describe import show_samples, table
-    from llmprune.data.format import DataManifest
+    from llmprune.data.prepared import PreparedData
 
-    manifest = DataManifest.load(data)
+    prepared = PreparedData(data)
+    manifest = prepared.manifest
     special = " and ".join(name for name, used in (("BOS", manifest.bos), ("EOS", manifest.eos)) if used)
     print(f"{data}: samples of {manifest.sequence_length} tokens, vocabulary {manifest.vocab_size:,}")
-    print(f"every document has {special or 'neither BOS nor EOS'}")
+    if manifest.conversations:
+        print("conversations; what stands in ⟦ ⟧ is not learned")
+    else:
+        print(f"every document has {special or 'neither BOS nor EOS'}")
     print("\n".join(table(manifest)))
-    for shown in show_samples(data, samples, domain=domain, seed=seed):
+    for shown in show_samples(prepared, samples, domain=domain, seed=seed):
         print(f"\n--- {shown.domain}, {shown.split}, sample {shown.number}\n{shown.text}")
 
 
@@ -128,6 +204,70 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.exit(2)
+
+
+def _prepare(
+    inputs: list[str],
+    tokenizer: str,
+    out: Path,
+    settings: "PackSettings",
+    fields: Fields,
+    eval_inputs: list[str] | None,
+    shard: str | None,
+    processes: int | None,
+    overwrite: bool,
+) -> None:
+    from data_prep.pack import prepare
+
+    if fields.domain is not None and fields.domain_field is not None:
+        raise UserError("give --domain or --domain-field, not both")
+    summary = prepare(
+        inputs,
+        tokenizer,
+        out,
+        settings,
+        fields=fields,
+        eval_inputs=eval_inputs or [],
+        shard=None if shard is None else _numbers(shard),
+        processes=processes,
+        overwrite=overwrite,
+        progress=True,
+    )
+    _print_summary(summary)
+    if shard is not None:
+        print(f"{out}: part {shard}, for `python -m data_prep merge`")
+
+
+def _shares(sets: list[str]) -> dict[str, float]:
+    found = {}
+    for one in sets:
+        name, _, share = one.partition("=")
+        try:
+            found[name] = float(share)
+        except ValueError:
+            raise UserError(f"--set '{one}' is not of the form NAME=SHARE") from None
+    return found
+
+
+def _numbers(shard: str) -> tuple[int, int]:
+    try:
+        number, count = map(int, shard.split("/"))
+    except ValueError:
+        raise UserError(f"--shard '{shard}' is not of the form i/n") from None
+    return number, count
+
+
+def _print_summary(summary: "Summary") -> None:
+    from data_prep.describe import table
+
+    for name, manifest in summary.manifests.items():
+        if name:
+            print(f"{name}:")
+        print("\n".join(table(manifest)))
+        for domain, splits in manifest.domains.items():
+            if "eval" not in splits:
+                print(f"{domain:20} has no evaluation sample")
+    _print_skipped(summary.bad)
 
 
 def _print_skipped(bad: list[BadRecord]) -> None:

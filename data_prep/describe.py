@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import groupby
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from llmprune.data.dataset import DomainReader
-from llmprune.data.format import DataManifest
+from llmprune.data.format import EVAL, TRAIN, DataManifest
 from llmprune.data.order import keyed_generator
+from llmprune.data.prepared import PreparedData
+from llmprune.data.reader import NO_LOSS, SplitReader
 from llmprune.errors import UserError
 
 
@@ -31,22 +32,26 @@ class Shown:
 
 def table(manifest: DataManifest) -> list[str]:
     """Documents, tokens and samples of every domain and split, as lines of text."""
-    lines = [f"{'domain':20} {'split':6} {'documents':>12} {'tokens':>15} {'samples':>12} {'share':>7}"]
+    lines = [
+        f"{'domain':20} {'split':6} {'documents':>12} {'tokens':>15} {'samples':>12} {'share':>7} {'tokens/doc':>11} "
+        f"{'left out':>9}"
+    ]
     for name, splits in manifest.domains.items():
         for split, counts in splits.items():
             whole = sum(inner[split].samples for inner in manifest.domains.values() if split in inner)
             lines.append(
                 f"{name:20} {split:6} {counts.documents:12,} {counts.tokens:15,} {counts.samples:12,} "
-                f"{counts.samples / max(whole, 1):7.1%}"
+                f"{counts.samples / max(whole, 1):7.1%} {counts.tokens / max(counts.documents, 1):11,.0f} "
+                f"{counts.duplicates:9,}"
             )
     return lines
 
 
-def show_samples(folder: Path | str, samples: int, *, domain: str | None = None, seed: int = 17) -> Iterator[Shown]:
+def show_samples(data: PreparedData, samples: int, *, domain: str | None = None, seed: int = 17) -> Iterator[Shown]:
     """Samples of every domain and split, drawn at random.
 
     Args:
-        folder: prepared data.
+        data: prepared.
         samples: how many of each.
         domain: of this domain alone.
         seed: of the choice.
@@ -54,20 +59,30 @@ def show_samples(folder: Path | str, samples: int, *, domain: str | None = None,
     Raises:
         UserError: there is no such domain, or the data are damaged.
     """
-    folder = Path(folder)
-    manifest = DataManifest.load(folder)
+    manifest = data.manifest
     if domain is not None and domain not in manifest.domains:
         raise UserError(f"there is no domain '{domain}'; there are {', '.join(sorted(manifest.domains))}")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
     for place, name in enumerate(sorted(manifest.domains)):
-        for split, counts in manifest.domains[name].items():
-            if not counts.samples or domain not in (None, name):
+        for split in (TRAIN, EVAL):
+            if name not in data.domains_with(split) or domain not in (None, name):
                 continue
-            reader = DomainReader(folder, name, split)
-            chosen = keyed_generator(seed, place).permutation(counts.samples)[:samples]
-            for number in sorted(chosen.tolist()):
-                shard, index = 0, number
-                while index >= reader.shard_sizes[shard]:
-                    index -= reader.shard_sizes[shard]
-                    shard += 1
-                yield Shown(name, split, number, tokenizer.decode(reader.read(shard, index)))
+            reader = data.reader(name, split)
+            total = sum(reader.shard_sizes)
+            for number in sorted(keyed_generator(seed, place).permutation(total)[:samples].tolist()):
+                yield Shown(name, split, number, _text(reader, number, tokenizer))
+
+
+def _text(reader: SplitReader, number: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A sample as text; what is not learned of a conversation stands in ⟦ ⟧."""
+    shard = 0
+    while number >= reader.shard_sizes[shard]:
+        number -= reader.shard_sizes[shard]
+        shard += 1
+    sample = reader.read(shard, number)
+    tokens = sample["input_ids"].tolist()
+    if "labels" not in sample:
+        return str(tokenizer.decode(tokens))
+    runs = groupby(zip(tokens, sample["labels"].tolist(), strict=True), key=lambda pair: pair[1] != NO_LOSS)
+    texts = ((learned, tokenizer.decode([token for token, _ in run])) for learned, run in runs)
+    return "".join(text if learned else f"⟦{text}⟧" for learned, text in texts)

@@ -7,11 +7,14 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+
+from data_prep.join import Encoded
+from llmprune.data.sources import BadRecord, Document, Place
 
 
 @dataclass
@@ -19,47 +22,94 @@ class Batch:
     """Documents that are tokenised in one go.
 
     Attributes:
-        texts: of the documents.
-        domains: of the documents.
-        ranks: of the documents (see ``data_prep.split``).
-        position: bytes of all inputs that had been read after the last of them.
+        documents: to be tokenised.
+        bad: records between them that could not be read.
+        place: of the last document.
+        position: bytes of all inputs that had been read by then.
     """
 
-    texts: list[str]
-    domains: list[str]
-    ranks: list[int]
-    position: int
+    documents: list[Document] = field(default_factory=list)
+    bad: list[BadRecord] = field(default_factory=list)
+    place: Place = (0, 0)
+    position: int = 0
 
 
-Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]  # all ids, one document after the other; the length of each
+Pieces = tuple[tuple[str, bool], ...]  # of a document: texts, each with whether it is learned
+Flat = tuple[NDArray[np.uint32], NDArray[np.bool_] | None, NDArray[np.int64]]  # ids, learned (None = all), lengths
 
-_backend: Tokenizer  # of this process; workers inherit it by fork
+
+@dataclass(frozen=True)
+class Tokens:
+    """How documents become tokens.
+
+    Attributes:
+        backend: the tokenizer.
+        prefix: ids put before every document; learned, unless the document is in pieces.
+        suffix: ids put after every document, learned.
+    """
+
+    backend: Tokenizer
+    prefix: list[int]
+    suffix: list[int]
+
+    def encode(self, documents: list[Pieces]) -> Flat:
+        """The tokens of documents, one after the other."""
+        texts = [text for pieces in documents for text, _ in pieces]
+        encodings = iter(self.backend.encode_batch_fast(texts, add_special_tokens=False))
+        ids: list[int] = []
+        lengths: list[int] = []
+        runs: list[tuple[int, bool]] = []  # tokens, and whether they are learned
+        for pieces in documents:
+            before = len(ids)
+            ids += self.prefix
+            runs.append((len(self.prefix), len(pieces) == 1))
+            for _, is_learned in pieces:
+                tokens = next(encodings).ids
+                ids += tokens
+                runs.append((len(tokens), is_learned))
+            ids += self.suffix
+            runs.append((len(self.suffix), True))
+            lengths.append(len(ids) - before)
+        sizes, flags = np.array(runs).reshape(-1, 2).T
+        learned = None if flags.all() else np.repeat(flags.astype(bool), sizes)
+        return np.array(ids, np.uint32), learned, np.array(lengths, np.int64)
+
+
+def _split(flat: Flat) -> list[Encoded]:
+    ids, learned, lengths = flat
+    if learned is None:
+        learned = np.broadcast_to(True, len(ids))
+    ends = np.cumsum(lengths).tolist()
+    return [Encoded(ids[begin:end], learned[begin:end]) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+_tokens: Tokens  # of this process; workers inherit it by fork
 
 
 def encoded(
-    backend: Tokenizer, batches: Iterator[Batch], processes: int
-) -> Generator[tuple[Batch, Encoded], None, None]:
-    """Every batch with its ids, in order; at most a few batches per process are in memory.
+    tokens: Tokens, batches: Iterator[Batch], processes: int
+) -> Generator[tuple[Batch, list[Encoded]], None, None]:
+    """Every batch with its documents' tokens, in order; at most a few batches per process are in memory.
 
     Closing the generator, or an error, ends the processes after the batches that they are at.
     """
-    global _backend
-    _backend = backend
+    global _tokens
+    _tokens = tokens
     if processes == 1:
         for batch in batches:
-            yield batch, _encode(batch.texts)
+            yield batch, _split(_encode(_pieces(batch)))
         return
-    waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
+    waiting: deque[tuple[Batch, Future[Flat]]] = deque()
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker)
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(_encode, batch.texts)))
+            waiting.append((batch, pool.submit(_encode, _pieces(batch))))
             if len(waiting) > 4 * processes:
                 done, future = waiting.popleft()
-                yield done, future.result()
+                yield done, _split(future.result())
         for done, future in waiting:
-            yield done, future.result()
+            yield done, _split(future.result())
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -79,8 +129,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(texts: list[str]) -> Encoded:
-    encodings = _backend.encode_batch_fast(texts, add_special_tokens=False)
-    lengths = np.fromiter((len(e) for e in encodings), np.int64, len(encodings))
-    parts = [np.asarray(e.ids, dtype=np.uint32) for e in encodings]
-    return np.concatenate(parts), lengths
+def _pieces(batch: Batch) -> list[Pieces]:
+    return [document.pieces or ((document.text, True),) for document in batch.documents]
+
+
+def _encode(documents: list[Pieces]) -> Flat:
+    return _tokens.encode(documents)

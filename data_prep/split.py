@@ -1,12 +1,12 @@
-"""Which documents are kept for evaluation.
+"""Which documents are kept for evaluation, and which set each of the others belongs to.
 
-A keyed hash of the text ranks every document; those below a threshold are for evaluation. Equal texts have equal ranks,
-so they are never on both sides, wherever they stand in the inputs.
+A keyed hash of the text ranks every document; those below a threshold are for evaluation, and sets divide the others.
+Equal texts have equal ranks, so they are never on both sides nor in two sets, wherever they stand in the inputs.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from llmprune.data.format import EVAL, TRAIN
 
@@ -24,8 +24,28 @@ def split_of(rank: int, eval_fraction: float, exceptions: Mapping[int, str]) -> 
     return exceptions.get(rank) or (EVAL if rank < eval_fraction * _RANKS else TRAIN)
 
 
+def set_of(rank: int, eval_fraction: float, shares: Mapping[str, float]) -> str | None:
+    """The set of a document that is not for evaluation; None = it is in none.
+
+    Args:
+        rank: of the document, beyond the threshold.
+        eval_fraction: share of the documents that lies below it.
+        shares: of the others by set, at most 1 in all.
+    """
+    place = (rank / _RANKS - eval_fraction) / (1 - eval_fraction)
+    for name, share in shares.items():
+        if place < share:
+            return name
+        place -= share
+    return None
+
+
 def exceptions_for(
-    ranks: Sequence[int], sizes: Sequence[int], eval_fraction: float, sequence_length: int
+    ranks: Sequence[int],
+    sizes: Sequence[int],
+    eval_fraction: float,
+    sequence_length: int,
+    fixed: Collection[int] = (),
 ) -> dict[int, str]:
     """The ranks that must change sides for a small domain to have samples in both splits.
 
@@ -39,6 +59,7 @@ def exceptions_for(
         sizes: their tokens.
         eval_fraction: share of the documents that is wanted for evaluation.
         sequence_length: tokens per sample.
+        fixed: ranks that must stay where the hash puts them.
     """
     tokens: Counter[int] = Counter()
     for rank, size in zip(ranks, sizes, strict=True):
@@ -48,13 +69,14 @@ def exceptions_for(
     chosen = [rank for rank in tokens if split_of(rank, eval_fraction, {}) == EVAL]
     held_out = sum(tokens[rank] for rank in chosen)
     if total - held_out < sequence_length:
-        exceptions = dict.fromkeys(chosen, TRAIN)
-        held_out = 0
+        movable = [rank for rank in chosen if rank not in fixed]
+        exceptions = dict.fromkeys(movable, TRAIN)
+        held_out -= sum(tokens[rank] for rank in movable)
     if held_out < sequence_length and total >= 4 * sequence_length:
         moved = {}
         for rank in sorted(tokens):
             in_training = split_of(rank, eval_fraction, exceptions) == TRAIN
-            if in_training and 2 * (held_out + tokens[rank]) <= total:
+            if in_training and rank not in fixed and 2 * (held_out + tokens[rank]) <= total:
                 moved[rank] = EVAL
                 held_out += tokens[rank]
             if held_out >= sequence_length:

@@ -7,7 +7,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llmprune.data.sources import BadRecord, Document, Fields, documents, find_files
+from llmprune.data.records import Input, find_inputs
+from llmprune.data.sources import BadRecord, Document, Fields, documents
 from llmprune.errors import UserError
 from llmprune.files import output_folder, refuse_existing, refuse_replacing
 
@@ -15,7 +16,7 @@ BOS, EOS = "<s>", "</s>"
 
 
 def train_tokenizer(
-    inputs: Sequence[Path],
+    inputs: Sequence[Path | str],
     out: Path | str,
     *,
     vocab_size: int,
@@ -27,7 +28,7 @@ def train_tokenizer(
     """Train a tokenizer that encodes any text without loss and adds no special tokens of its own.
 
     Args:
-        inputs: files and folders of text or JSON lines.
+        inputs: files, folders and datasets; see ``find_inputs``.
         out: folder to write.
         vocab_size: tokens in all, ``<s>``, ``</s>`` and the 256 bytes included.
         megabytes: how much text to read, at most, evenly from all files.
@@ -39,8 +40,9 @@ def train_tokenizer(
         UserError: the vocabulary is too small, there is no text, or ``out`` would replace inputs.
     """
     bad = [] if bad is None else bad
-    files = find_files(inputs)
-    refuse_replacing(out, [*inputs, *(path for path, _ in files)])
+    files = find_inputs(inputs)
+    local = [path for path in map(Path, inputs) if path.exists()]
+    refuse_replacing(out, [*local, *(source.path for source in files if source.path is not None)])
     refuse_existing(Path(out), overwrite)
     if vocab_size < 258:
         raise UserError(
@@ -72,9 +74,7 @@ def train_tokenizer(
     return fast
 
 
-def _texts(
-    files: Sequence[tuple[Path, str]], characters_per_file: int, fields: Fields, bad: list[BadRecord]
-) -> Iterator[str]:
+def _texts(files: Sequence[Input], characters_per_file: int, fields: Fields, bad: list[BadRecord]) -> Iterator[str]:
     """The beginning of every file's documents; unreadable records go to ``bad``."""
     for file in files:
         left = characters_per_file

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBa
 
 from llmprune.config import Config, load_config
 from llmprune.data.format import EVAL, TRAIN, DataManifest, tokenizer_fingerprint
+from llmprune.data.prepared import PreparedData
 from llmprune.data.updates import check_updates, read_references
 from llmprune.errors import UserError, nearest
 from llmprune.families import FAMILIES, family_of
@@ -33,7 +34,7 @@ class Ingredients:
 
     model_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    data: DataManifest
+    data: PreparedData
 
 
 def check(config: Config) -> Ingredients:
@@ -46,30 +47,31 @@ def check(config: Config) -> Ingredients:
     _check_numbers(config)
     _check_times(config)
     _check_devices(config)
-    data = DataManifest.load(config.data.path)
+    data = PreparedData(config.data.path, config.data.cache)
     if (config.model.path is None) == (config.model.config is None):
         raise UserError("give either model.path (a checkpoint) or model.config (random weights), not both")
-    tokenizer_at = config.model.tokenizer or config.model.path or f"{config.data.path}/tokenizer"
+    tokenizer_at = config.model.tokenizer or config.model.path or str(data.tokenizer)
     if config.model.path is not None:
         model_config = load_model_config(config.model.path)
         tokenizer = load_tokenizer(tokenizer_at)
     else:
         tokenizer = load_tokenizer(tokenizer_at)
         model_config = config_from_fields(config.model.config or {}, tokenizer)
-    if tokenizer_fingerprint(tokenizer) != data.tokenizer:
+    if tokenizer_fingerprint(tokenizer) != data.manifest.tokenizer:
         raise UserError(
             f"the tokenizer of {tokenizer_at} did not make the data in {config.data.path}: prepare the data with it "
             f"(python -m data_prep tokenize … --tokenizer {tokenizer_at})"
         )
-    if model_config.vocab_size < data.vocab_size:
+    if model_config.vocab_size < data.manifest.vocab_size:
         raise UserError(
-            f"the model's vocabulary ({model_config.vocab_size}) is smaller than the data's ({data.vocab_size}): "
-            "use the model's own tokenizer"
+            f"the model's vocabulary ({model_config.vocab_size}) is smaller than the data's "
+            f"({data.manifest.vocab_size}): use the model's own tokenizer"
         )
     limit = getattr(model_config, "max_position_embeddings", None)
-    if limit is not None and data.sequence_length > limit:
-        raise UserError(f"the data's samples have {data.sequence_length} tokens, the model takes {limit}")
-    _check_mixing(config, data)
+    length = data.manifest.sequence_length
+    if limit is not None and length > limit:
+        raise UserError(f"the data's samples have {length} tokens, the model takes {limit}")
+    _check_mixing(config, data.manifest)
     if config.l0_pruning is not None:
         make_goal(model_config, config.l0_pruning)
     return Ingredients(model_config, tokenizer, data)
@@ -191,6 +193,12 @@ def _check_numbers(config: Config) -> None:
         ),
         ("data.workers", data.workers, data.workers >= 0, "be zero or positive"),
         ("data.prefetch", data.prefetch, data.prefetch >= 1, "be positive"),
+        (
+            "data.lanes",
+            data.lanes,
+            data.lanes >= 1 and batch % data.lanes == 0,
+            f"be positive and divide the global batch of {batch}",
+        ),
         ("data.shuffle_window", data.shuffle_window, data.shuffle_window >= 1, "be positive"),
         (
             "data.eval_samples_per_domain",
@@ -260,8 +268,8 @@ def _check_mixing(config: Config, data: DataManifest) -> None:
     dynamic.references = read_references(dynamic.references)  # a run keeps them, whatever becomes of the file
     domains = sorted(data.domains)
     weights = config.data.weights
-    drawn = [d for d in domains if (data.domains[d][TRAIN].samples if weights is None else weights.get(d, 0.0))]
-    evaluated = [d for d in domains if EVAL in data.domains[d] and data.domains[d][EVAL].samples]
+    drawn = [d for d in domains if (data.samples(d, TRAIN) if weights is None else weights.get(d, 0.0))]
+    evaluated = [d for d in domains if data.samples(d, EVAL)]
     check_updates(dynamic, domains, drawn, evaluated)
     if dynamic.update_delay < (ahead := config.data.workers * config.data.prefetch):
         raise UserError(

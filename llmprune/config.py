@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from llmprune.data.cache import CacheConfig
 from llmprune.data.updates import DynamicLoadingConfig
 from llmprune.errors import UserError, nearest
 from llmprune.gates.settings import L0PruningConfig
@@ -85,18 +86,26 @@ class DataConfig:
     """The data to train and evaluate on.
 
     Attributes:
-        path: a folder prepared by ``python -m data_prep tokenize``.
+        path: a folder prepared by ``python -m data_prep tokenize``, or a URL where it lies (``s3://…``).
+        cache: of remote or compressed data.
+        document_boundaries: attention and positions restart at each document, and its first token is not learned; null
+            = for conversations.
         weights: share of each domain in training; null = in proportion to its samples.
         workers: loader processes per rank.
         prefetch: batches that each of them loads ahead.
-        shuffle_window: shards whose samples are shuffled together.
+        lanes: disjoint parts of every domain. With a multiple of the number of machines each reads its own shards; a
+            run keeps its lanes.
+        shuffle_window: shards of a lane whose samples are shuffled together.
         eval_samples_per_domain: null = all.
     """
 
     path: str = MISSING
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    document_boundaries: bool | None = None
     weights: dict[str, float] | None = None
     workers: int = 0
     prefetch: int = 2
+    lanes: int = 1
     shuffle_window: int = 8
     eval_samples_per_domain: int | None = None
 

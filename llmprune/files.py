@@ -72,15 +72,20 @@ def output_folder(path: Path | str, overwrite: bool = False) -> Iterator[Path]:
         raise UserError(f"can't write beside {path}: {error.strerror}") from error
     try:
         yield temporary
-        if path.exists():
-            discarded = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
-            path.rename(discarded)
-            temporary.rename(path)
-            remove(discarded)
-        else:
-            temporary.rename(path)
+        put_in_place(temporary, path)
     finally:
         remove(temporary)
+
+
+def put_in_place(folder: Path, path: Path) -> None:
+    """Give a finished folder its name; what stands there is deleted."""
+    if path.exists():
+        discarded = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
+        path.rename(discarded)
+        folder.rename(path)
+        remove(discarded)
+    else:
+        folder.rename(path)
 
 
 def remove(path: Path) -> None:

@@ -26,6 +26,7 @@ from llmprune.callbacks.metrics_file import MetricsFile, read_metrics
 from llmprune.checks import Ingredients, check, check_same_run, data_contents
 from llmprune.config import Config, LiveEvaluationConfig, LoggersConfig, save_config
 from llmprune.data.dataset import EvalDataset, MixedDataset
+from llmprune.data.prepared import PreparedData
 from llmprune.families import family_of
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.loading import empty_model, load_model, new_model
@@ -54,7 +55,7 @@ def build_trainer(config: Config) -> Trainer:
         check_same_run(run, manifest, config, inputs.model_config)
     live = None if config.evaluation is None else _live_evaluation(config.evaluation, inputs)
     model = make_model(config, inputs)
-    stream, train, evaluation = make_loaders(config)
+    stream, train, evaluation = make_loaders(config, inputs.data)
     wrapped = ComposerCausalLM(model, {number: evaluation.domains[number] for number in evaluation.domains_present})
     optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
     callbacks = make_callbacks(config, run, stream, wrapped.domains.values(), live=live, resumed=resume is not None)
@@ -176,17 +177,20 @@ def make_model(config: Config, inputs: Ingredients) -> PreTrainedModel:
     return model
 
 
-def make_loaders(config: Config) -> tuple[MixedDataset, DataLoader[Any], EvalDataset]:
+def make_loaders(config: Config, data: PreparedData) -> tuple[MixedDataset, DataLoader[Any], EvalDataset]:
     """The training stream of this rank with its loader, and the evaluation samples."""
     world_size = dist.get_world_size()
     stream = MixedDataset(
-        config.data.path,
+        data,
         global_batch_size=config.train.global_batch_size,
         weights=config.data.weights,
         seed=config.run.seed,
         rank=dist.get_global_rank(),
         world_size=world_size,
+        machines=max(1, world_size // dist.get_local_world_size()),
+        lanes=config.data.lanes,
         shuffle_window=config.data.shuffle_window,
+        boundaries=config.data.document_boundaries,
     )
     loader: DataLoader[Any] = DataLoader(
         stream,
@@ -196,7 +200,11 @@ def make_loaders(config: Config) -> tuple[MixedDataset, DataLoader[Any], EvalDat
         persistent_workers=config.data.workers > 0,
         prefetch_factor=config.data.prefetch if config.data.workers else None,
     )
-    return stream, loader, EvalDataset(config.data.path, config.data.eval_samples_per_domain)
+    return (
+        stream,
+        loader,
+        EvalDataset(data, config.data.eval_samples_per_domain, boundaries=config.data.document_boundaries),
+    )
 
 
 def _eval_loader(dataset: EvalDataset, batch_size: int) -> DataLoader[Any]:
@@ -251,7 +259,7 @@ def _manifest(config: Config, inputs: Ingredients) -> Manifest:
         family=family_of(inputs.model_config).name,
         l0_pruning=None if config.l0_pruning is None else asdict(config.l0_pruning),
         source=config.model.path or RANDOM,
-        data=data_contents(config.data.path, inputs.data),
+        data=data_contents(config.data.path, inputs.data.manifest),
         seed=config.run.seed,
         versions=versions(),
         git_commit=git_commit(),

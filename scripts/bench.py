@@ -165,13 +165,14 @@ def data_prep(runs: int) -> Ratio:
     from data_prep.builtin import build_corpus
     from data_prep.pack import PackSettings, prepare
     from data_prep.tokenizer import train_tokenizer
-    from llmprune.data.sources import Document, Fields, documents, find_files
+    from llmprune.data.records import find_inputs
+    from llmprune.data.sources import Document, Fields, documents
 
     with tempfile.TemporaryDirectory() as folder:
         corpus, out = Path(folder) / "corpus", Path(folder) / "out"
         build_corpus(corpus, megabytes=24)
         tokenizer = train_tokenizer([corpus], Path(folder) / "tokenizer", vocab_size=8192, megabytes=8)
-        texts = [d.text for d in documents(find_files([corpus]), Fields()) if isinstance(d, Document)]
+        texts = [d.text for d in documents(find_inputs([corpus]), Fields()) if isinstance(d, Document)]
         backend: Tokenizer = tokenizer.backend_tokenizer
 
         def bare() -> None:
@@ -196,6 +197,7 @@ def mixed_loading(runs: int) -> Ratio:
     from data_prep.tokenizer import train_tokenizer
     from llmprune.data.dataset import MixedDataset
     from llmprune.data.mixing import integer_weights
+    from llmprune.data.prepared import PreparedData
 
     batch, batches, workers, delay = 32, 300, 2, 8
     with tempfile.TemporaryDirectory() as folder:
@@ -203,7 +205,7 @@ def mixed_loading(runs: int) -> Ratio:
         build_corpus(corpus, megabytes=24)
         train_tokenizer([corpus], Path(folder) / "tokenizer", vocab_size=8192, megabytes=8)
         prepare([corpus], Path(folder) / "tokenizer", data, PackSettings(512))
-        mixed = MixedDataset(data, global_batch_size=batch, weights=None, seed=1)
+        mixed = MixedDataset(PreparedData(data), global_batch_size=batch, weights=None, seed=1)
         parts = [Stream(local=str(data / domain), split="train") for domain in mixed.domains]
         plain = StreamingDataset(streams=parts, batch_size=batch, shuffle=True)
         mixed_loader = DataLoader(mixed, batch_size=batch, num_workers=workers)

@@ -79,6 +79,7 @@ def journey(out: Path, seed: int) -> dict[str, Any]:
     from data_prep.pack import PackSettings, prepare
     from data_prep.tokenizer import train_tokenizer
     from llmprune.convert.commands import convert
+    from llmprune.data.prepared import PreparedData
     from llmprune.evaluation.references import references
     from llmprune.models.placement import Placement
     from llmprune.report.page import write_report
@@ -126,7 +127,9 @@ def journey(out: Path, seed: int) -> dict[str, Any]:
         [out / "references.json"],
         lambda: write_json(
             out / "references.json",
-            references([str(base)], data, Placement("float32"), samples_per_domain=EVAL_SAMPLES_PER_DOMAIN),
+            references(
+                [str(base)], PreparedData(data), Placement("float32"), samples_per_domain=EVAL_SAMPLES_PER_DOMAIN
+            ),
         ),
     )
     stages.run("prune", [seed, yamls["prune.yaml"]], [out / "prune", pruned], prune)
@@ -157,6 +160,7 @@ def scratch_overrides(pruned: Path, out: Path) -> list[str]:
 
 def evaluate(out: Path, data: Path) -> None:
     """Measure the four models, and compare the gated checkpoint with its export."""
+    from llmprune.data.prepared import PreparedData
     from llmprune.evaluation.losses import evaluate_losses
     from llmprune.evaluation.verify import compare, open_for_comparison
     from llmprune.models.loading import load_model
@@ -165,7 +169,7 @@ def evaluate(out: Path, data: Path) -> None:
     losses, parameters = {}, {}
     for name, folder in folders.items():
         model = load_model(folder)
-        losses[name] = evaluate_losses(model, data, samples_per_domain=EVAL_SAMPLES_PER_DOMAIN)
+        losses[name] = evaluate_losses(model, PreparedData(data), samples_per_domain=EVAL_SAMPLES_PER_DOMAIN)
         parameters[name] = sum(p.numel() for p in model.parameters())
     difference = compare(open_for_comparison(out / "prune"), open_for_comparison(folders["pruned"]))
     write_json(
@@ -217,9 +221,10 @@ def measure(out: Path, data: Path) -> None:
 def write_prompts(data: Path, path: Path) -> None:
     """The first tokens of some evaluation samples, and what they go on with."""
     from llmprune.data.dataset import EvalDataset
+    from llmprune.data.prepared import PreparedData
     from llmprune.models.loading import load_tokenizer
 
-    tokenizer, samples = load_tokenizer(data / "tokenizer"), EvalDataset(data, PROMPTS_PER_DOMAIN)
+    tokenizer, samples = load_tokenizer(data / "tokenizer"), EvalDataset(PreparedData(data), PROMPTS_PER_DOMAIN)
     texts = [samples[place]["input_ids"] for place in range(len(samples))]
     parts = [(tokenizer.decode(t[:32]), tokenizer.decode(t[32:80])) for t in texts]
     lines = [json.dumps({"prompt": prompt, "reference": reference}) + "\n" for prompt, reference in parts]

@@ -50,6 +50,7 @@ def study(gates: tuple[str, ...], base: Path, data: Path, out: Path, batches: in
     """Prune by one set of gates and recover."""
     from llmprune.config import load_config
     from llmprune.convert.commands import convert
+    from llmprune.data.prepared import PreparedData
     from llmprune.evaluation.losses import evaluate_losses
     from llmprune.models.loading import load_model
     from llmprune.training import train
@@ -71,8 +72,9 @@ def study(gates: tuple[str, ...], base: Path, data: Path, out: Path, batches: in
     recovery = [f"run.folder={out}/continue", f"model.path={out}/pruned"]
     train(load_config(ROOT / "yamls" / "continue.yaml", [*common, *recovery]))
     convert(out / "continue", out / "recovered", overwrite=True)
+    prepared = PreparedData(data)
     models = {name: load_model(out / name) for name in ("pruned", "recovered")}
-    losses = {name: evaluate_losses(model, data, samples_per_domain=100).loss for name, model in models.items()}
+    losses = {name: evaluate_losses(model, prepared, samples_per_domain=100).loss for name, model in models.items()}
     live = {name: int(plan.factors[name].count_nonzero()) for name in ("attention", "mlp") if name in plan.factors}
     return {
         "gates": list(gates),

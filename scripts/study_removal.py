@@ -34,13 +34,14 @@ def ways(scores: Scores) -> Iterator[tuple[str, PlanConfig]]:
 def loss_of(model: Path, plan: Plan, data: Path) -> float:
     """The held-out loss of a model cut by a plan."""
     from llmprune.convert.commands import apply
+    from llmprune.data.prepared import PreparedData
     from llmprune.evaluation.losses import evaluate_losses
     from llmprune.models.loading import load_model
 
     with tempfile.TemporaryDirectory() as folder:
         apply(model, plan, Path(folder) / "cut")
         cut = load_model(Path(folder) / "cut")
-        return evaluate_losses(cut, data, samples_per_domain=EVAL_SAMPLES_PER_DOMAIN).loss
+        return evaluate_losses(cut, PreparedData(data), samples_per_domain=EVAL_SAMPLES_PER_DOMAIN).loss
 
 
 def study(model: Path, data: Path, counts: list[int], samples: int) -> dict[str, dict[int, float]]:

@@ -92,12 +92,13 @@ def model_folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained_folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama of six blocks that has learned the corpus, saved with its tokenizer."""
     from llmprune.data.dataset import MixedDataset
+    from llmprune.data.prepared import PreparedData
     from llmprune.models.loading import load_tokenizer
 
     torch.manual_seed(0)
     model = new_model(tiny_config(num_hidden_layers=6), seed=3).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    stream = iter(MixedDataset(data, global_batch_size=8, weights=None, seed=1))
+    stream = iter(MixedDataset(PreparedData(data), global_batch_size=8, weights=None, seed=1))
     for _ in range(60):
         tokens = torch.stack([next(stream)["input_ids"] for _ in range(8)])
         loss = model(input_ids=tokens, labels=tokens).loss
@@ -123,6 +124,7 @@ def trained(trained_folder: Path) -> PreTrainedModel:
 def calibration(data: Path) -> torch.Tensor:
     """Ten calibration samples of real text, [10, 32]."""
     from llmprune.data.dataset import EvalDataset
+    from llmprune.data.prepared import PreparedData
 
-    samples = EvalDataset(data)
+    samples = EvalDataset(PreparedData(data))
     return torch.stack([samples[place]["input_ids"] for place in range(10)])

@@ -19,6 +19,7 @@ from llmprune.config import Config, load_config
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import convert
 from llmprune.data.format import DataManifest
+from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.evaluation.losses import evaluate_losses
 from llmprune.models.loading import load_model
@@ -257,7 +258,9 @@ def test_pruning_to_a_size_prints_what_uniform_blocks_cost(
     assert found is not None
     plan = convert(tmp_path / "run", tmp_path / "out")
     assert str(plan.shape) == found[1]
-    loss = evaluate_losses(load_model(tmp_path / "out"), load_config(yaml).data.path, samples_per_domain=2).loss
+    loss = evaluate_losses(
+        load_model(tmp_path / "out"), PreparedData(load_config(yaml).data.path), samples_per_domain=2
+    ).loss
     assert loss == pytest.approx(float(found[2]), abs=1e-3)
 
 

@@ -162,13 +162,16 @@ def generate(
 @app.command()
 def references(
     models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="The source, or several of its family.")],
-    data: Annotated[str, typer.Option(help="A folder that `python -m data_prep tokenize` made.")],
+    data: Annotated[str, typer.Option(help="Prepared data: a folder that `python -m data_prep` made, or a URL.")],
     out: Annotated[str, typer.Option(help="File to write (.json).")],
     size: Annotated[
         float | None, typer.Option(help="Parameters that several models' scaling law is asked for.")
     ] = None,
     samples_per_domain: Annotated[int | None, typer.Option(help="Of each domain at most.")] = None,
     batch_size: Annotated[int, typer.Option(help="Samples per forward pass.")] = 8,
+    document_boundaries: Annotated[
+        bool | None, typer.Option(help="Attention restarts at each document; default: for conversations.")
+    ] = None,
     dtype: DTypeToRun = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
@@ -176,6 +179,7 @@ def references(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Measure the loss that each domain is expected to come down to, for dynamic_loading.references."""
+    from llmprune.data.prepared import PreparedData
     from llmprune.evaluation.references import references as measure_references
     from llmprune.files import check_output, write_json
     from llmprune.models.placement import Placement
@@ -183,11 +187,12 @@ def references(
     check_output(out, ".json", overwrite)
     found = measure_references(
         models,
-        data,
+        PreparedData(data),
         Placement(dtype, device, device_map, attention),
         size=size,
         samples_per_domain=samples_per_domain,
         batch_size=batch_size,
+        boundaries=document_boundaries,
     )
     write_json(out, found)
     for domain, loss in found["references"].items():

@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmprune.data.dataset import MixedDataset
-from llmprune.data.format import DataManifest, tokenizer_fingerprint
-from llmprune.data.sources import Document, Fields, documents, find_files
+from llmprune.data.format import TRAIN, tokenizer_fingerprint
+from llmprune.data.prepared import PreparedData
+from llmprune.data.records import find_inputs
+from llmprune.data.sources import Document, Fields, documents
 from llmprune.errors import UserError, nearest
 
 BYTES_PER_TOKEN = 32  # more than any text has, but for long runs of blanks
@@ -77,7 +79,8 @@ def samples_fingerprint(samples: Tensor) -> str:
 
 def _prepared(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     assert config.path is not None
-    manifest = DataManifest.load(config.path)
+    data = PreparedData(config.path)
+    manifest = data.manifest
     if tokenizer_fingerprint(tokenizer) != manifest.tokenizer:
         raise UserError(f"the model's tokenizer did not make the data in {config.path}: prepare the data with it")
     if config.length > manifest.sequence_length:
@@ -85,9 +88,9 @@ def _prepared(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> 
             f"the samples in {config.path} have {manifest.sequence_length} tokens; ask for no more than that, not "
             f"{config.length}"
         )
-    available = sum(splits["train"].samples for splits in manifest.domains.values() if "train" in splits)
+    available = sum(manifest.samples(domain, TRAIN) for domain in manifest.domains)
     _enough(config, available)
-    stream = MixedDataset(config.path, global_batch_size=config.samples, weights=None, seed=config.seed)
+    stream = MixedDataset(data, global_batch_size=config.samples, weights=None, seed=config.seed)
     own = config.length - (config.bos == "each")
     for sample in islice(stream, config.samples):
         yield sample["input_ids"][:own].tolist()
@@ -112,7 +115,7 @@ def _tokens(
     assert config.path is not None
     tokens: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for document in documents(find_files([Path(config.path)]), Fields(config.text_field), text_bytes):
+    for document in documents(find_inputs([Path(config.path)]), Fields(config.text_field), text_bytes=text_bytes):
         if not isinstance(document, Document):
             raise UserError(f"{document.place} can't be read: {document.reason}")
         tokens += tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"] + end

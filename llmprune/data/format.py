@@ -3,7 +3,8 @@
 DATA/
   manifest.json                what is here and which tokenizer made it
   tokenizer/                   that tokenizer
-  DOMAIN/train/index.json …    MDS shards; one sample = ``sequence_length`` token ids
+  DOMAIN/train/index.json …    MDS shards; one sample = ``sequence_length`` token ids, the places where documents
+                               begin or go on (0 always) and, for conversations, which tokens are learned
   DOMAIN/eval/index.json …
 """
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from llmprune.errors import UserError
 from llmprune.files import read_json, sha256_text, write_json
 
-COLUMN = "tokens"
+TOKENS, STARTS, LEARNED = "tokens", "starts", "learned"  # columns
 TRAIN, EVAL = "train", "eval"
 
 
@@ -30,21 +31,46 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return sha256_text(json.dumps(sorted(tokenizer.get_vocab().items())))
 
 
+def columns(length: int, dtype: str, *, conversations: bool) -> dict[str, str]:
+    """The MDS encodings of a sample's columns."""
+    found = {TOKENS: f"ndarray:{dtype}:{length}", STARTS: "ndarray:uint32"}
+    return {**found, LEARNED: f"ndarray:uint8:{length}"} if conversations else found
+
+
 @dataclass
 class SplitCounts:
-    """What one split of one domain holds."""
+    """What one split of one domain holds.
 
-    documents: int
-    tokens: int
-    samples: int
+    Attributes:
+        documents: that went into it; the end of the last ones may be missing.
+        tokens: in its samples, padding included.
+        samples: of the data's sequence length.
+        duplicates: documents left out because their text is kept for evaluation already.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    samples: int = 0
+    duplicates: int = 0
 
 
 @dataclass
 class DataManifest:
     """``manifest.json`` of a prepared data folder.
 
-    ``domains`` maps each domain to its splits (``train``, ``eval``) and their counts; ``dtype`` is the MDS encoding of
-    the ids (``uint16`` or ``uint32``).
+    Attributes:
+        sequence_length: tokens per sample.
+        dtype: MDS encoding of the ids, ``uint16`` or ``uint32``.
+        tokenizer: fingerprint of the tokenizer.
+        vocab_size: ids lie below it.
+        bos: whether every document begins with a BOS.
+        eos: whether every document ends with an EOS.
+        seed: of the split.
+        domains: the splits of each domain and their counts.
+        conversations: whether samples are of prompts and responses, of which the responses alone are learned.
+        compression: of the shards, as in MDS (``zstd:3``); None = none.
+        tokenizer_files: in the folder ``tokenizer``.
+        contents: SHA-256 over the checksums of all shards.
     """
 
     sequence_length: int
@@ -55,7 +81,15 @@ class DataManifest:
     eos: bool
     seed: int
     domains: dict[str, dict[str, SplitCounts]]
-    schema: int = 1
+    conversations: bool
+    compression: str | None
+    tokenizer_files: list[str]
+    contents: str
+    schema: int = 2
+
+    def samples(self, domain: str, split: str) -> int:
+        """How many samples a split of a domain has; 0 if there is no such split."""
+        return self.domains[domain][split].samples if split in self.domains[domain] else 0
 
     def fingerprint(self) -> str:
         """SHA-256 over everything that the manifest says."""
@@ -73,6 +107,8 @@ class DataManifest:
             UserError: the folder is no prepared data, or another version's.
         """
         folder = Path(folder)
+        if (folder / "job.json").is_file():
+            raise UserError(f"{folder} is a part of prepared data: join all parts with `python -m data_prep merge`")
         if not (folder / "manifest.json").is_file():
             raise UserError(
                 f"{folder} holds no prepared data (no manifest.json): make it with `python -m data_prep tokenize`"

@@ -1,13 +1,17 @@
 """In which order the samples of one domain come: computed, not stored.
 
-Each epoch permutes the shards and shuffles samples within a window of consecutive permuted shards. Memory and time
-grow with the number of shards and the size of one window, never with the number of samples.
+A domain is cut into lanes of equal size, which share no sample and, but where one ends and the next begins, no shard.
+Each epoch permutes the shards of a lane and shuffles samples within a window of consecutive permuted shards. Memory and
+time grow with the number of shards and the size of one window, never with the number of samples.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+_EPOCH, _WINDOW, _LANES = 0, 1, 2  # what a random order is for
 
 
 def keyed_generator(*key: int) -> np.random.Generator:
@@ -15,48 +19,89 @@ def keyed_generator(*key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([part & 0xFFFFFFFF for part in key]))
 
 
-class DomainOrder:
-    """The endless order of a domain's samples: sample number n → (shard, index within the shard)."""
+@dataclass(frozen=True)
+class _Pieces:
+    """Parts of shards: which shard, the first sample, and how many samples."""
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int, domain: int, window: int = 8) -> None:
-        """Prepare the order of one domain.
+    shards: NDArray[np.int64]
+    begins: NDArray[np.int64]
+    sizes: NDArray[np.int64]
 
-        Args:
-            shard_sizes: samples per shard; at least one sample in all.
-            seed: of the run.
-            domain: the domain's number, so that domains differ in their order.
-            window: shards whose samples are shuffled together.
-        """
-        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
-        self.samples = int(self._sizes.sum())
-        self._key = (seed, domain)
-        self._window = window
-        self._epoch = -1
-        self._shards: NDArray[np.int64] = np.empty(0, np.int64)
+
+class LaneOrder:
+    """The endless order of a lane's samples: sample number n → (shard, index within the shard)."""
+
+    def __init__(self, pieces: _Pieces, key: tuple[int, ...], window: int) -> None:
+        """Order ``pieces``, ``window`` of them shuffled together, as ``key`` says."""
+        self.samples = int(pieces.sizes.sum())
+        self._pieces, self._key, self._window = pieces, key, window
+        self._epoch = self._window_at = -1
+        self._permuted: NDArray[np.int64] = np.empty(0, np.int64)
         self._ends: NDArray[np.int64] = np.empty(0, np.int64)
-        self._window_at = -1
         self._shuffled: NDArray[np.int64] = np.empty(0, np.int64)
 
     def locate(self, number: int) -> tuple[int, int]:
-        """Where the domain's sample ``number`` (from 0, over all epochs) lies: (shard, index)."""
+        """Where sample ``number`` (from 0, over all epochs) lies: (shard, index)."""
         epoch, position = divmod(number, self.samples)
         if epoch != self._epoch:
-            self._start_epoch(epoch)
+            self._epoch, self._window_at = epoch, -1
+            self._permuted, self._ends = self._start(epoch)
         window = int(np.searchsorted(self._ends, position, side="right"))
         start = int(self._ends[window - 1]) if window else 0
         if window != self._window_at:
             self._window_at = window
             size = int(self._ends[window]) - start
-            self._shuffled = keyed_generator(*self._key, epoch, 1, window).permutation(size)
+            self._shuffled = keyed_generator(*self._key, epoch, _WINDOW, window).permutation(size)
         offset = int(self._shuffled[position - start])
-        shards = self._shards[window * self._window : (window + 1) * self._window]
-        ends = np.cumsum(self._sizes[shards])
+        pieces = self._permuted[window * self._window : (window + 1) * self._window]
+        ends = np.cumsum(self._pieces.sizes[pieces])
         within = int(np.searchsorted(ends, offset, side="right"))
-        return int(shards[within]), offset - (int(ends[within - 1]) if within else 0)
+        piece, offset = pieces[within], offset - (int(ends[within - 1]) if within else 0)
+        return int(self._pieces.shards[piece]), int(self._pieces.begins[piece]) + offset
 
-    def _start_epoch(self, epoch: int) -> None:
-        self._epoch, self._window_at = epoch, -1
-        self._shards = keyed_generator(*self._key, epoch, 0).permutation(len(self._sizes))
-        ends = np.cumsum(self._sizes[self._shards])
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch and window of the sample that was located last."""
+        return self._epoch, self._window_at
+
+    def upcoming(self) -> list[int]:
+        """The shards of that window and of the one after it."""
+        first = self._window_at * self._window
+        pieces = self._permuted[first : first + 2 * self._window]
+        if first + self._window >= len(self._permuted):
+            pieces = np.concatenate([pieces, self._start(self._epoch + 1)[0][: self._window]])
+        return list(dict.fromkeys(self._pieces.shards[pieces].tolist()))
+
+    def _start(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """An epoch's order of pieces, and where each of its windows ends."""
+        permuted = keyed_generator(*self._key, epoch, _EPOCH).permutation(len(self._pieces.sizes))
+        ends = np.cumsum(self._pieces.sizes[permuted])
         last = np.arange(self._window - 1, len(ends) + self._window - 1, self._window).clip(max=len(ends) - 1)
-        self._ends = ends[np.unique(last)]
+        return permuted, ends[np.unique(last)]
+
+
+def domain_order(
+    shard_sizes: Sequence[int], seed: int, domain: int, *, window: int = 8, lanes: int = 1
+) -> list[LaneOrder]:
+    """The order of each lane of a domain; no lane ever changes its samples.
+
+    Args:
+        shard_sizes: samples per shard; as many samples as lanes at least.
+        seed: of the run.
+        domain: the domain's number, so that domains differ in their order.
+        window: shards whose samples are shuffled together.
+        lanes: how many.
+    """
+    sizes = np.asarray(shard_sizes, dtype=np.int64)
+    dealt = keyed_generator(seed, domain, _LANES).permutation(len(sizes))
+    ends = np.cumsum(sizes[dealt])
+    begins, total = ends - sizes[dealt], int(sizes.sum())
+    found = []
+    for lane in range(lanes):
+        low, high = total * lane // lanes, total * (lane + 1) // lanes
+        first, last = np.searchsorted(ends, low, side="right"), np.searchsorted(begins, high, side="left")
+        inside = slice(int(first), int(last))
+        cut_low, cut_high = np.maximum(begins[inside], low), np.minimum(ends[inside], high)
+        pieces = _Pieces(dealt[inside], cut_low - begins[inside], cut_high - cut_low)
+        found.append(LaneOrder(pieces, (seed, domain, lane), window))
+    return found

@@ -1,31 +1,35 @@
-"""Reading documents: plain text and JSON lines, plain, .gz or .zst.
+"""Documents: the texts of records, and the domain that each belongs to."""
 
-Formats that are no streams of bytes (Parquet, data sets of the hub) would be further kinds of ``documents``.
-"""
-
-import gzip
-import io
 import json
 import re
 import unicodedata
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-import zstandard
-
+from llmprune.data.records import DamagedInput, Input, records
 from llmprune.errors import UserError
+
+Place = tuple[int, int]  # number of the input, and of the record in it
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, its domain, and how many bytes of all inputs had been read when it was found."""
+    """A text and its domain.
+
+    Attributes:
+        text: all of it.
+        domain: a name that is good for a folder.
+        place: where it was found.
+        position: bytes of all inputs that had been read when it was found.
+        pieces: the text in pieces, each with whether a model is to learn it; empty = one piece that is learned.
+    """
 
     text: str
     domain: str
+    place: Place
     position: int
+    pieces: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class BadRecord:
 
 @dataclass(frozen=True)
 class Fields:
-    """Which fields of a JSON record matter (nested ones with dots) and what overrides the domain.
+    """Which fields of a record matter (nested ones with dots) and what overrides the domain.
 
     Attributes:
         text: holds the text.
@@ -51,100 +55,103 @@ class Fields:
     domain: str | None = None
 
 
-def read_text(stream: BinaryIO, limit: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """A text file is one document; ``limit`` bytes of it, if given, up to the last whole character."""
-    read = stream.read(-1 if limit is None else limit)
-    yield 1, read if limit is None else _whole_characters(read)
-
-
-def _whole_characters(text: bytes) -> bytes:
-    """UTF-8 without a character that was cut at the end (a character has at most four bytes)."""
-    for cut in range(1, min(4, len(text)) + 1):
-        if text[-cut] & 0xC0 != 0x80:  # the first byte of the last character
-            size = next((n for n, bits in ((4, 0xF0), (3, 0xE0), (2, 0xC0)) if text[-cut] >= bits), 1)
-            return text if cut >= size else text[:-cut]
-    return text
-
-
-def read_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """A file of JSON lines is one document a line; empty lines are passed over."""
-    for number, line in enumerate(stream, 1):
-        if line.strip():
-            yield number, line
-
-
-_JSON = (".jsonl", ".ndjson")
-FORMATS = (".txt", ".md", *_JSON)
-_COMPRESSED = {".gz", ".zst"}
-
-
-def find_files(inputs: Sequence[Path]) -> list[tuple[Path, str]]:
-    """All readable files among ``inputs`` (folders are searched), each once, with its domain by folder.
-
-    The domain is the folder directly below the input folder, or the folder that a file itself lies in. A file that is
-    reached in several ways, by links too, counts where it is found first.
-
-    Raises:
-        UserError: an input does not exist, or no file is of a known format.
-    """
-    found: dict[Path, tuple[Path, str]] = {}
-    for path in inputs:
-        if not path.exists():
-            raise UserError(f"{path} does not exist")
-        root = path.resolve()
-        if path.is_file():
-            if _format(path) not in FORMATS:
-                raise UserError(f"{path} is of no known format; known: {', '.join(FORMATS)}, each also .gz or .zst")
-            found.setdefault(root, (path, root.parent.name))
-            continue
-        for file in sorted(path.rglob("*")):
-            if file.is_file() and _format(file) in FORMATS:
-                inner = file.relative_to(path).parts
-                found.setdefault(file.resolve(), (file, inner[0] if len(inner) > 1 else root.name))
-    if not found:
-        raise UserError(
-            f"{', '.join(map(str, inputs))} holds no readable files; known: {', '.join(FORMATS)}, each also .gz or .zst"
-        )
-    return list(found.values())
+Render = Callable[[Mapping[str, Any]], tuple[tuple[str, bool], ...]]
 
 
 def documents(
-    files: Sequence[tuple[Path, str]], fields: Fields, text_bytes: int | None = None
+    inputs: Sequence[Input],
+    fields: Fields,
+    *,
+    after: Place = (0, 0),
+    text_bytes: int | None = None,
+    render: Render | None = None,
+    rendered: Sequence[str] = (),
 ) -> Iterator[Document | BadRecord]:
-    """Every document of ``files``, and every record that could not be read.
+    """Every document of ``inputs``, and every record that could not be read.
 
     Args:
-        files: with their domains; see ``find_files``.
-        fields: of JSON records.
+        inputs: see ``find_inputs``.
+        fields: of records.
+        after: go on behind this place.
         text_bytes: read only so much of a text file; None = all.
+        render: makes a document's pieces out of a record, in place of the text field; raises ``ValueError``,
+            ``KeyError`` or ``TypeError`` for one that it can't use.
+        rendered: the top-level fields that it uses.
 
     Raises:
         UserError: two domains would get the same name.
     """
     names = _Names()
     if fields.domain is None and fields.domain_field is None:
-        for _, folder in files:
-            names.clean(folder)  # a clash shows before anything is read
-    before = 0
-    for path, folder in files:
-        with path.open("rb") as raw:
-            is_json = _format(path) in _JSON
-            number = 0
-            try:
-                stream = _decompressed(raw, path.suffix)
-                for number, record in read_lines(stream) if is_json else read_text(stream, text_bytes):
-                    place = f"{path}:{number}"
-                    try:
-                        text, domain = _parse_json(record, fields) if is_json else (record.decode("utf-8-sig"), None)
-                    except (ValueError, KeyError, TypeError, RecursionError) as error:
-                        yield BadRecord(place, _reason(error))
-                        continue
-                    if text.strip():
-                        yield Document(text, names.clean(fields.domain or domain or folder), before + raw.tell())
-            except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-                # A damaged archive: what was read before the damage is kept, the rest is lost.
-                yield BadRecord(f"{path}:{number + 1}", f"the file is damaged from here on ({error})")
-        before += path.stat().st_size
+        for source in inputs:
+            names.clean(source.folder)  # a clash shows before anything is read
+    wanted = [*rendered] if render else [fields.text.partition(".")[0]]
+    wanted += [] if fields.domain_field is None else [fields.domain_field.partition(".")[0]]
+    before = sum(source.size for source in inputs[: after[0]])
+    for number, source in enumerate(inputs[after[0] :], after[0]):
+        record = start = after[1] if number == after[0] else 0
+        try:
+            for record, content, read in records(source, after=start, fields=wanted, text_bytes=text_bytes):
+                try:
+                    pieces, domain = _content(content, source, fields, render)
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    yield BadRecord(f"{source.name}:{record}", _reason(error))
+                    continue
+                text = "".join(piece for piece, _ in pieces)
+                if text.strip():
+                    name = names.clean(fields.domain or domain or source.folder)
+                    yield Document(text, name, (number, record), before + read, pieces if render else ())
+        except DamagedInput as error:
+            # What was read before the damage is kept, the rest is lost.
+            yield BadRecord(f"{source.name}:{record + 1}", f"the file is damaged from here on ({error})")
+        before += source.size
+
+
+def _content(
+    content: bytes | Mapping[str, Any], source: Input, fields: Fields, render: Render | None
+) -> tuple[tuple[tuple[str, bool], ...], str | None]:
+    """A record's pieces and the domain that it names."""
+    if source.is_text:
+        assert isinstance(content, bytes)
+        if render:
+            raise TypeError("text has no fields")
+        return ((content.decode("utf-8-sig"), True),), None
+    value = json.loads(content.decode("utf-8-sig")) if isinstance(content, bytes) else content
+    pieces = render(value) if render else ((field_text(value, fields.text), True),)
+    for piece, _ in pieces:
+        piece.encode("utf-8")  # an escaped lone surrogate is JSON but no text; this raises a ValueError
+    return pieces, None if fields.domain_field is None else field_text(value, fields.domain_field)
+
+
+def field_value(record: Any, dotted: str) -> Any:
+    """A field of a record, nested ones with dots.
+
+    Raises:
+        KeyError: there is none.
+    """
+    value = record
+    for name in dotted.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            raise KeyError(f"no field '{dotted}'")
+        value = value[name]
+    return value
+
+
+def field_text(record: Any, dotted: str) -> str:
+    """A field that holds text.
+
+    Raises:
+        KeyError: there is none.
+        TypeError: it holds something else.
+    """
+    value = field_value(record, dotted)
+    if not isinstance(value, str):
+        raise TypeError(f"field '{dotted}' is no string")
+    return value
+
+
+def _reason(error: Exception) -> str:
+    return str(error.args[0]) if isinstance(error, KeyError) else str(error)
 
 
 def clean_name(name: str) -> str:
@@ -173,70 +180,3 @@ class _Names:
                 )
             self._cleaned[name] = cleaned
         return self._cleaned[name]
-
-
-def _parse_json(record: bytes, fields: Fields) -> tuple[str, str | None]:
-    value = json.loads(record.decode("utf-8-sig"))
-    text = _field(value, fields.text)
-    text.encode("utf-8")  # an escaped lone surrogate is JSON but no text; this raises a ValueError
-    domain = None if fields.domain_field is None else _field(value, fields.domain_field)
-    return text, domain
-
-
-def _field(record: Any, dotted: str) -> str:
-    value = record
-    for name in dotted.split("."):
-        if not isinstance(value, dict) or name not in value:
-            raise KeyError(f"no field '{dotted}'")
-        value = value[name]
-    if not isinstance(value, str):
-        raise TypeError(f"field '{dotted}' is no string")
-    return value
-
-
-def _reason(error: Exception) -> str:
-    return str(error.args[0]) if isinstance(error, KeyError) else str(error)
-
-
-def _format(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
-
-
-def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
-    if suffix.lower() == ".gz":
-        return cast(BinaryIO, gzip.open(raw))
-    if suffix.lower() == ".zst":
-        return cast(BinaryIO, io.BufferedReader(_ZstdReader(raw), 1 << 17))
-    return raw
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompresses one zstd frame after the other; unlike the library's reader, it notices a truncated last one."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._in_frame = False
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            data = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame, self._in_frame = zstandard.ZstdDecompressor().decompressobj(), False
-            data = data or self._raw.read(1 << 17)
-            if not data:
-                if self._in_frame:
-                    raise EOFError("Compressed file ended before the end-of-stream marker was reached")
-                return 0
-            self._in_frame = True
-            self._ready = memoryview(self._frame.decompress(data))
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size

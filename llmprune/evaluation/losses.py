@@ -1,14 +1,14 @@
 """Held-out losses of a model on prepared data."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from llmprune.data.dataset import EvalDataset
-from llmprune.models.causal_lm import token_losses
+from llmprune.data.prepared import PreparedData
+from llmprune.models.causal_lm import labels_of, logits_of, token_losses
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,29 @@ class Losses:
 
 @torch.no_grad()
 def evaluate_losses(
-    model: PreTrainedModel, data: Path | str, *, samples_per_domain: int | None = None, batch_size: int = 8
+    model: PreTrainedModel,
+    data: PreparedData,
+    *,
+    samples_per_domain: int | None = None,
+    batch_size: int = 8,
+    boundaries: bool | None = None,
 ) -> Losses:
     """The losses of ``model`` on the evaluation splits of ``data``.
 
     Args:
         model: any causal LM whose tokenizer made the data.
-        data: a prepared folder.
+        data: prepared.
         samples_per_domain: at most so many of each; None = all.
         batch_size: samples per forward pass.
+        boundaries: whether attention restarts at each document; None = for conversations.
     """
-    dataset = EvalDataset(data, samples_per_domain)
+    dataset = EvalDataset(data, samples_per_domain, boundaries=boundaries)
     sums = torch.zeros(len(dataset.domains), dtype=torch.float64)
     counts = torch.zeros(len(dataset.domains), dtype=torch.int64)
     model.eval()
     for batch in DataLoader(dataset, batch_size=batch_size):
-        tokens = batch["input_ids"].to(model.device)
-        loss, number = token_losses(model(input_ids=tokens, use_cache=False).logits, tokens)
+        placed = {name: values.to(model.device) for name, values in batch.items()}
+        loss, number = token_losses(logits_of(model, placed), labels_of(placed))
         sums.index_add_(0, batch["domain"], loss.double().cpu())
         counts.index_add_(0, batch["domain"], number.cpu())
     return Losses(

@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.data.dataset import EvalDataset
-from llmprune.data.format import DataManifest, tokenizer_fingerprint
-from llmprune.data.sources import Document, Fields, documents, find_files
+from llmprune.data.format import tokenizer_fingerprint
+from llmprune.data.prepared import PreparedData
+from llmprune.data.records import find_inputs
+from llmprune.data.sources import Document, Fields, documents
 from llmprune.errors import UserError, nearest
 from llmprune.models.causal_lm import IGNORED, token_losses
 
@@ -103,9 +105,12 @@ def read_streams(
 def _read(path: Path, tokenizer: PreTrainedTokenizerBase, config: PerplexityConfig) -> dict[str, Tensor]:
     """The streams in one place by domain; a text's has no name."""
     if (path / "manifest.json").is_file():
-        if tokenizer_fingerprint(tokenizer) != DataManifest.load(path).tokenizer:
+        data = PreparedData(path)
+        if tokenizer_fingerprint(tokenizer) != data.manifest.tokenizer:
             raise UserError(f"the model's tokenizer did not make the data in {path}: prepare the data with it")
-        dataset = EvalDataset(path, config.samples_per_domain)
+        if data.manifest.conversations:
+            raise UserError(f"{path} holds conversations, which make no running text: give text or other data")
+        dataset = EvalDataset(data, config.samples_per_domain)
         streams: dict[str, list[Tensor]] = {}
         for place in range(len(dataset)):
             sample = dataset[place]
@@ -113,7 +118,7 @@ def _read(path: Path, tokenizer: PreTrainedTokenizerBase, config: PerplexityConf
         return {domain: torch.cat(samples) for domain, samples in streams.items()}
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []
-    for document in documents(find_files([path]), Fields(config.text_field)):
+    for document in documents(find_inputs([path]), Fields(config.text_field)):
         if not isinstance(document, Document):
             raise UserError(f"{document.place} can't be read: {document.reason}")
         tokens += (end if tokens else []) + tokenizer(document.text, add_special_tokens=False, verbose=False)[

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from tqdm import tqdm
 
-from llmprune.data.format import DataManifest, tokenizer_fingerprint
+from llmprune.data.format import tokenizer_fingerprint
+from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.evaluation.losses import evaluate_losses
 from llmprune.models.opened import find_model
@@ -73,22 +73,24 @@ def fit_scaling_law(parameters: Sequence[float], losses: Sequence[float]) -> Sca
 
 def references(
     models: Sequence[str],
-    data: Path | str,
+    data: PreparedData,
     placement: Placement,
     *,
     size: float | None = None,
     samples_per_domain: int | None = None,
     batch_size: int = 8,
+    boundaries: bool | None = None,
 ) -> dict[str, Any]:
     """Reference losses of every domain of prepared data.
 
     Args:
         models: the source model alone; or at least three of a family, for their scaling law.
-        data: a prepared folder.
+        data: prepared.
         placement: how the models are held.
         size: parameters of the model that the references are for, with several models.
         samples_per_domain: at most so many of each; None = all.
         batch_size: samples per forward pass.
+        boundaries: whether attention restarts at each document; None = for conversations.
 
     Returns:
         What references.json holds: ``references`` by domain, what each model gave, and the fits.
@@ -98,17 +100,19 @@ def references(
     """
     if (len(models) > 1) != (size is not None):
         raise UserError("give one model, whose losses are the references, or several with --size, for their law")
-    manifest = DataManifest.load(data)
+    manifest = data.manifest
     found = [find_model(name, placement) for name in models]
     for one in found:
         if tokenizer_fingerprint(one.tokenizer) != manifest.tokenizer:
-            raise UserError(f"the tokenizer of {one.name} did not make the data in {data}")
+            raise UserError(f"the tokenizer of {one.name} did not make the data in {data.location}")
         if one.limit is not None and manifest.sequence_length > one.limit:
             raise UserError(f"the data's samples have {manifest.sequence_length} tokens, {one.name} takes {one.limit}")
     measured: dict[str, dict[str, Any]] = {}
     for one in tqdm(found, desc="models", disable=len(found) < 2):
         opened = one.open()
-        losses = evaluate_losses(opened.model, data, samples_per_domain=samples_per_domain, batch_size=batch_size)
+        losses = evaluate_losses(
+            opened.model, data, samples_per_domain=samples_per_domain, batch_size=batch_size, boundaries=boundaries
+        )
         measured[one.name] = {"parameters": opened.parameters, "losses": losses.domains}
     result: dict[str, Any] = {"schema": SCHEMA, "models": measured}
     if size is None:

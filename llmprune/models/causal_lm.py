@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from llmprune.families import family_of
 
-IGNORED = -100
+IGNORED = -100  # what PyTorch's losses pass over
 
 Batch = Mapping[str, Tensor]
 
@@ -32,6 +32,25 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(targets)
     return losses.sum(1), (targets != IGNORED).sum(1)
+
+
+def labels_of(batch: Batch) -> Tensor:
+    """The labels of a batch, int64 [batch, length]: its own, else its tokens."""
+    labels = batch.get("labels")
+    return batch["input_ids"] if labels is None else labels
+
+
+def logits_of(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The logits of a batch, [batch, length, vocabulary].
+
+    Where ``position_ids`` begin anew, attention does: Transformers makes the masks (and the windows of sliding-window
+    models) from them. Flash attention finds documents in a single row only, so it gets the whole batch as one.
+    """
+    tokens, positions = batch["input_ids"], batch.get("position_ids")
+    if positions is not None and model.config._attn_implementation.startswith("flash"):
+        logits = model(input_ids=tokens.view(1, -1), position_ids=positions.view(1, -1), use_cache=False).logits
+        return logits.view(*tokens.shape, -1)  # type: ignore[no-any-return]
+    return model(input_ids=tokens, position_ids=positions, use_cache=False).logits  # type: ignore[no-any-return]
 
 
 class DomainLoss(Metric):
@@ -71,8 +90,8 @@ class ComposerCausalLM(ComposerModel):
     """Trains and evaluates any Hugging Face causal LM that a family knows.
 
     Parameter names are Hugging Face's under the prefix ``model.``. A batch holds ``input_ids`` [batch, length],
-    optionally ``labels`` (default: the input ids) and ``domain`` [batch] (default: 0). Loss, perplexity and the losses
-    per domain all come from one pass over the logits.
+    optionally ``position_ids`` (see ``logits_of``), ``labels`` (default: the input ids) and ``domain`` [batch]
+    (default: 0). Loss, perplexity and the losses per domain all come from one pass over the logits.
     """
 
     def __init__(self, model: PreTrainedModel, domains: Mapping[int, str] | None = None) -> None:
@@ -95,17 +114,17 @@ class ComposerCausalLM(ComposerModel):
 
     def forward(self, batch: Batch) -> Tensor:
         """The logits, [batch, length, vocabulary]."""
-        return self.model(input_ids=batch["input_ids"], use_cache=False).logits
+        return logits_of(self.model, batch)
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Mean next-token loss of the batch (nats per token)."""
-        loss, tokens = token_losses(outputs, _labels(batch))
-        return loss.sum() / tokens.sum()
+        loss, tokens = token_losses(outputs, labels_of(batch))
+        return loss.sum() / tokens.sum().clamp(min=1)
 
     def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> dict[str, Tensor]:
         """Loss sums, token counts and domain of every sample, [batch] each."""
         logits = self.forward(batch) if outputs is None else outputs
-        loss, tokens = token_losses(logits, _labels(batch))
+        loss, tokens = token_losses(logits, labels_of(batch))
         domain = batch.get("domain")
         return {"loss": loss, "tokens": tokens, "domain": torch.zeros_like(tokens) if domain is None else domain}
 
@@ -133,8 +152,3 @@ class ComposerCausalLM(ComposerModel):
         samples, length = batch["input_ids"].shape
         attention = 12 * shape.layers * shape.heads * shape.head_dim * length
         return samples * length * (6 * multiplied + attention)
-
-
-def _labels(batch: Batch) -> Tensor:
-    labels = batch.get("labels")
-    return batch["input_ids"] if labels is None else labels

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.integrations.accelerate import init_empty_weights
 from transformers.utils import logging as transformers_logging
 
-from llmprune.errors import UserError
+from llmprune.errors import UserError, first_line
 from llmprune.families import Role, family_of
 from llmprune.files import read_json
 
@@ -122,13 +122,6 @@ def load_any_model(
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"the adapter {adapter} does not fit {model}: {first_line(error)}") from None
     return loaded.eval()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a message, shortened; of a list of faults, its heading with the first of them."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return line if len(line) <= 300 else line[:300] + "…"
 
 
 def new_model(config: PretrainedConfig, *, seed: int, attention: str = "sdpa") -> PreTrainedModel:

@@ -7,8 +7,8 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.errors import UserError
-from llmprune.models.loading import count_parameters, first_line, load_any_model, load_tokenizer, resolve_model
+from llmprune.errors import UserError, first_line
+from llmprune.models.loading import count_parameters, load_any_model, load_tokenizer, resolve_model
 from llmprune.models.memory import check_memory
 from llmprune.models.placement import Placement
 

@@ -13,10 +13,10 @@ from yaml import YAMLError
 
 from llmprune.callbacks.metrics_file import read_metrics
 from llmprune.data.sources import clean_name
-from llmprune.errors import UserError
+from llmprune.errors import UserError, first_line
 from llmprune.evaluation.continuations import read_continuations
 from llmprune.files import read_json
-from llmprune.models.loading import StoredWeights, count_parameters, first_line
+from llmprune.models.loading import StoredWeights, count_parameters
 from llmprune.plans import Plan
 from llmprune.run_folder import RunFolder
 from llmprune.scoring.scores import Scores

@@ -8,6 +8,7 @@ import torch
 
 from llmprune.data.calibration import CalibrationConfig, calibration_samples
 from llmprune.data.dataset import MixedDataset
+from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.models.loading import load_tokenizer
 
@@ -33,7 +34,7 @@ def test_text_is_cut_into_samples_in_order(data: Path, tmp_path: Path) -> None:
 def test_prepared_data_give_training_samples(data: Path) -> None:
     tokenizer = load_tokenizer(data / "tokenizer")
     samples = calibration_samples(CalibrationConfig(str(data), samples=6, length=16, seed=3), tokenizer)
-    stream = iter(MixedDataset(data, global_batch_size=6, weights=None, seed=3))
+    stream = iter(MixedDataset(PreparedData(data), global_batch_size=6, weights=None, seed=3))
     assert samples.tolist() == [next(stream)["input_ids"][:16].tolist() for _ in range(6)]
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from llmprune.data.changes import WeightChanges
 from llmprune.data.dataset import EvalDataset, MixedDataset
 from llmprune.data.format import DataManifest
+from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 
 BATCH = 8
@@ -33,7 +34,9 @@ def stream(
     changes: dict[int, list[int]] | None = None,
 ) -> list[list[int]]:
     """The samples of one rank's batches, each flattened to a list with its domain at the end."""
-    dataset = MixedDataset(data, global_batch_size=BATCH, weights=WEIGHTS, seed=3, rank=rank, world_size=ranks)
+    dataset = MixedDataset(
+        PreparedData(data), global_batch_size=BATCH, weights=WEIGHTS, seed=3, rank=rank, world_size=ranks
+    )
     if state is not None:
         dataset.load_state_dict(state)
     loader = iter(DataLoader(dataset, batch_size=BATCH // ranks, num_workers=workers))
@@ -59,7 +62,9 @@ def test_workers_change_nothing(data: Path, workers: int) -> None:
 
 
 def test_a_resumed_stream_goes_on_where_it_stopped(data: Path) -> None:
-    state = MixedDataset(data, global_batch_size=BATCH, weights=WEIGHTS, seed=3).state_dict(5 * BATCH, True)
+    state = MixedDataset(PreparedData(data), global_batch_size=BATCH, weights=WEIGHTS, seed=3).state_dict(
+        5 * BATCH, True
+    )
     assert stream(data, 4, start=5, workers=2, state=state) == stream(data, 9)[5 * BATCH :]
 
 
@@ -82,7 +87,7 @@ def test_changed_weights_reach_every_rank_and_worker_at_the_same_sample(data: Pa
 def test_resumed_anywhere_between_changes(data: Path, killed: int, workers: int) -> None:
     """Those that were announced but not reached are in the state; it stays as long as it was."""
     whole = stream(data, 20, changes=CHANGES)
-    dataset = MixedDataset(data, global_batch_size=BATCH, weights=WEIGHTS, seed=3)
+    dataset = MixedDataset(PreparedData(data), global_batch_size=BATCH, weights=WEIGHTS, seed=3)
     for number, weights in CHANGES.items():
         if number <= killed:
             dataset.change_weights(weights, number + DELAY)
@@ -94,7 +99,7 @@ def test_resumed_anywhere_between_changes(data: Path, killed: int, workers: int)
 
 
 def test_what_has_been_seen(data: Path) -> None:
-    dataset = MixedDataset(data, global_batch_size=BATCH, weights=WEIGHTS, seed=3)
+    dataset = MixedDataset(PreparedData(data), global_batch_size=BATCH, weights=WEIGHTS, seed=3)
     dataset.change_weights(CHANGES[2], 4)
     assert dataset.weights == {"letters": 0.8, "numbers": 0.2}
     assert sum(dataset.samples_seen(4).values()) == 32 and abs(dataset.samples_seen(4)["letters"] - 12.8) < 1
@@ -104,7 +109,7 @@ def test_what_has_been_seen(data: Path) -> None:
 
 
 def test_changes_that_come_too_late_are_refused(data: Path) -> None:
-    dataset = MixedDataset(data, global_batch_size=BATCH, weights=WEIGHTS, seed=3)
+    dataset = MixedDataset(PreparedData(data), global_batch_size=BATCH, weights=WEIGHTS, seed=3)
     loader = iter(DataLoader(dataset, batch_size=BATCH, num_workers=2))
     next(loader)
     for _ in range(100):  # workers load two batches each ahead
@@ -131,14 +136,14 @@ def test_proportions_are_those_asked_for(data: Path) -> None:
 
 def test_one_epoch_has_no_sample_twice(data: Path) -> None:
     samples = DataManifest.load(data).domains["letters"]["train"].samples
-    dataset = MixedDataset(data, global_batch_size=1, weights={"letters": 1}, seed=0)
+    dataset = MixedDataset(PreparedData(data), global_batch_size=1, weights={"letters": 1}, seed=0)
     iterator = iter(dataset)
     seen = [tuple(next(iterator)["input_ids"].tolist()) for _ in range(2 * samples)]
     assert sorted(seen[:samples]) == sorted(seen[samples:]) and seen[:samples] != seen[samples:]
 
 
 def test_evaluation_takes_evenly_from_every_domain(data: Path) -> None:
-    everything, some = EvalDataset(data), EvalDataset(data, samples_per_domain=2)
+    everything, some = EvalDataset(PreparedData(data)), EvalDataset(PreparedData(data), samples_per_domain=2)
     assert [some[i]["domain"].item() for i in range(len(some))] == [0, 0, 1, 1]
     manifest = DataManifest.load(data)
     assert len(everything) == sum(manifest.domains[domain]["eval"].samples for domain in manifest.domains)
@@ -160,7 +165,7 @@ def test_damage_is_found_when_a_shard_is_read(data: Path, tmp_path: Path, worker
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_that_vanish_during_a_run(data: Path, tmp_path: Path, workers: int) -> None:
     copy = shutil.copytree(data, tmp_path / "copy")
-    dataset = MixedDataset(copy, global_batch_size=BATCH, weights=WEIGHTS, seed=3)
+    dataset = MixedDataset(PreparedData(copy), global_batch_size=BATCH, weights=WEIGHTS, seed=3)
     loader = iter(DataLoader(dataset, batch_size=BATCH, num_workers=workers))
     next(loader)
     shutil.rmtree(copy / "letters")
@@ -170,17 +175,17 @@ def test_data_that_vanish_during_a_run(data: Path, tmp_path: Path, workers: int)
 
 def test_mistakes_are_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no prepared data"):
-        EvalDataset(tmp_path)
+        EvalDataset(PreparedData(tmp_path))
     with pytest.raises(UserError, match="'leters'.*did you mean 'letters'"):
-        MixedDataset(data, global_batch_size=1, weights={"leters": 1.0}, seed=0)
+        MixedDataset(PreparedData(data), global_batch_size=1, weights={"leters": 1.0}, seed=0)
     copy = shutil.copytree(data, tmp_path / "copy")
     shard = next((copy / "letters" / "train").glob("*.mds"))
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(UserError, match="cut short"):
-        MixedDataset(copy, global_batch_size=1, weights=None, seed=0)
+        MixedDataset(PreparedData(copy), global_batch_size=1, weights=None, seed=0)
     shutil.rmtree(copy / "letters")
     with pytest.raises(UserError, match="moved or never prepared"):
-        MixedDataset(copy, global_batch_size=1, weights=None, seed=0)
-    (copy / "manifest.json").write_text('{"schema": 1, "domains": {"a": 3}}')
+        MixedDataset(PreparedData(copy), global_batch_size=1, weights=None, seed=0)
+    (copy / "manifest.json").write_text('{"schema": 2, "domains": {"a": 3}}')
     with pytest.raises(UserError, match="not a data manifest"):
         DataManifest.load(copy)

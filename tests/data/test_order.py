@@ -2,12 +2,12 @@
 
 import pytest
 
-from llmprune.data.order import DomainOrder
+from llmprune.data.order import domain_order
 
 
 @pytest.mark.parametrize("sizes", [[1], [7], [5, 3, 9, 1, 4, 8, 2, 6, 7, 5, 3], [10] * 8, [10] * 9])
 def test_every_epoch_has_every_sample_once_in_an_order_of_its_own(sizes: list[int]) -> None:
-    order, total = DomainOrder(sizes, seed=1, domain=0, window=4), sum(sizes)
+    order, total = domain_order(sizes, 1, 0, window=4)[0], sum(sizes)
     everything = {(shard, i) for shard, size in enumerate(sizes) for i in range(size)}
     epochs = [[order.locate(epoch * total + n) for n in range(total)] for epoch in range(3)]
     for epoch in epochs:
@@ -18,19 +18,19 @@ def test_every_epoch_has_every_sample_once_in_an_order_of_its_own(sizes: list[in
 
 def test_any_place_can_be_asked_for_in_any_sequence() -> None:
     sizes = [6, 4, 9, 3, 5]
-    forward = [DomainOrder(sizes, 3, 1, 2).locate(n) for n in range(60)]
-    order = DomainOrder(sizes, 3, 1, 2)
+    forward = [domain_order(sizes, 3, 1, window=2)[0].locate(n) for n in range(60)]
+    order = domain_order(sizes, 3, 1, window=2)[0]
     assert [order.locate(n) for n in reversed(range(60))] == forward[::-1]
 
 
 def test_seeds_and_domains_differ() -> None:
     orders = [
-        [DomainOrder([40], seed, domain).locate(n) for n in range(40)] for seed, domain in ((1, 0), (2, 0), (1, 1))
+        [domain_order([40], seed, domain)[0].locate(n) for n in range(40)] for seed, domain in ((1, 0), (2, 0), (1, 1))
     ]
     assert orders[0] != orders[1] and orders[0] != orders[2]
 
 
 def test_neighbours_come_from_one_window_of_shards() -> None:
-    order = DomainOrder([10] * 12, seed=0, domain=0, window=3)
+    order = domain_order([10] * 12, 0, 0, window=3)[0]
     for window in range(4):
         assert len({order.locate(window * 30 + n)[0] for n in range(30)}) == 3

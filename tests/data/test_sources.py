@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from llmprune.data.sources import BadRecord, Document, Fields, clean_name, documents, find_files
+from llmprune.data.records import find_inputs
+from llmprune.data.sources import BadRecord, Document, Fields, clean_name, documents
 from llmprune.errors import UserError
 from llmprune.files import refuse_replacing
 
 
 def read(*inputs: Path, **fields: str) -> list[Document | BadRecord]:
-    return list(documents(find_files(inputs), Fields(**fields)))
+    return list(documents(find_inputs(inputs), Fields(**fields)))
 
 
 def pairs(*inputs: Path, **fields: str) -> list[tuple[str, str]]:
@@ -74,7 +75,7 @@ def test_domains_that_would_share_a_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "clash" / "a+b").mkdir()
     (tmp_path / "clash" / "a+b" / "x.txt").write_text("two")
     with pytest.raises(UserError, match=r"'a b' and 'a\+b' would both be named 'a_b'"):
-        next(iter(documents(find_files([tmp_path / "clash"]), Fields())))
+        next(iter(documents(find_inputs([tmp_path / "clash"]), Fields())))
     assert [name for name, _ in pairs(tmp_path / "clash", domain="mine")] == ["mine"] * 2
     records = [{"text": "one", "set": "?"}, {"text": "two", "set": "!"}]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -93,7 +94,8 @@ def test_a_file_reached_in_several_ways_is_read_once(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "x.txt").write_text("one")
     (folder / "y.txt").symlink_to("x.txt")
-    assert find_files([folder, folder / "x.txt", folder / ".." / "a"]) == [(folder / "x.txt", "a")]
+    assert find_inputs([folder, folder / "x.txt", folder / ".." / "a"]) == find_inputs([folder / "x.txt"])
+    assert find_inputs([folder])[0].path == folder / "x.txt" and find_inputs([folder])[0].folder == "a"
 
 
 def test_an_output_that_holds_an_input_is_refused(tmp_path: Path) -> None:
@@ -164,9 +166,9 @@ def test_an_archive_that_is_no_deflate_stream_is_damaged(tmp_path: Path) -> None
 
 def test_inputs_that_hold_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        find_files([tmp_path / "missing"])
+        find_inputs([tmp_path / "missing"])
     with pytest.raises(UserError, match="no readable files"):
-        find_files([tmp_path])
-    (tmp_path / "x.parquet").write_bytes(b"")
+        find_inputs([tmp_path])
+    (tmp_path / "x.docx").write_bytes(b"")
     with pytest.raises(UserError, match="no known format"):
-        find_files([tmp_path / "x.parquet"])
+        find_inputs([tmp_path / "x.docx"])

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from data_prep.pack import PackSettings, prepare
 from data_prep.split import rank_of, split_of
 from data_prep.tokenizer import train_tokenizer
-from llmprune.data.dataset import DomainReader
 from llmprune.data.format import DataManifest
+from llmprune.data.prepared import PreparedData
 from llmprune.data.sources import Fields
 from llmprune.errors import UserError
 
@@ -43,8 +43,12 @@ def tokenizer(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def samples(data: Path, domain: str, split: str) -> list[list[int]]:
-    reader = DomainReader(data, domain, split)
-    return [reader.read(shard, i).tolist() for shard, size in enumerate(reader.shard_sizes) for i in range(size)]
+    reader = PreparedData(data).reader(domain, split)
+    return [
+        reader.read(shard, i)["input_ids"].tolist()
+        for shard, size in enumerate(reader.shard_sizes)
+        for i in range(size)
+    ]
 
 
 @pytest.mark.parametrize("batch_characters", [250_000, 300])  # all in one batch; samples that span batches
@@ -129,7 +133,7 @@ def test_ids_beyond_the_number_of_tokens_survive(tmp_path: Path) -> None:
 def test_a_small_domain_has_samples_on_both_sides(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_tokens: int
 ) -> None:
-    monkeypatch.setattr("data_prep.samples._HELD_TOKENS", held_tokens)
+    monkeypatch.setattr("data_prep.packer._HELD_TOKENS", held_tokens)
     monkeypatch.setattr("data_prep.pack._BATCH_CHARACTERS", 400)
     (tmp_path / "in").mkdir()
     texts = [f"{n}: " + "house tree " * 4 for n in range(20)] * 2  # every text comes twice, far apart
@@ -164,7 +168,7 @@ def test_too_many_bad_records_stop_the_job_and_leave_nothing(tokenizer: Path, tm
     good = [json.dumps({"text": "fine words " * 20})] * 60
     (tmp_path / "in" / "x.jsonl").write_text("\n".join([*good, "{bad"]))
     settings = PackSettings(8, eval_fraction=0)
-    with pytest.raises(UserError, match=r"1 of 61 records can't be read.*x.jsonl:61"):
+    with pytest.raises(UserError, match=r"1 of 61 records can't be used.*x.jsonl:61"):
         prepare([tmp_path / "in"], tokenizer, tmp_path / "out", settings, processes=1)
     assert {p.name for p in tmp_path.iterdir()} == {"in"}
     summary = prepare([tmp_path / "in"], tokenizer, tmp_path / "out", PackSettings(8, 0, max_bad=0.1), processes=1)
@@ -205,7 +209,7 @@ def test_other_mistakes(source: Path, tokenizer: Path, data: Path, tmp_path: Pat
         prepare([source], tokenizer, data, PackSettings(16))
     with pytest.raises(UserError, match="no usable tokenizer"):
         prepare([source], tmp_path, tmp_path / "out", PackSettings(16))
-    with pytest.raises(UserError, match="no field|can't be read"):
+    with pytest.raises(UserError, match="no field|can't be used"):
         prepare([source], tokenizer, tmp_path / "out", PackSettings(16), fields=Fields(text="body"), processes=1)
     with pytest.raises(UserError, match="choose 1 or more"):
         prepare([source], tokenizer, tmp_path / "out", PackSettings(16), processes=0)

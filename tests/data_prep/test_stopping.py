@@ -13,14 +13,17 @@ from types import FrameType
 import pytest
 
 from data_prep import __main__ as command
+from llmprune.data.records import Input
 from llmprune.data.sources import Document, Fields
 
 ORPHANS = """
 import os, signal
 from tokenizers import Tokenizer, models
-from data_prep.encode import Batch, encoded
+from data_prep.encode import Batch, Tokens, encoded
+from llmprune.data.sources import Document
 
-results = encoded(Tokenizer(models.BPE()), (Batch(["text"], ["a"], [n], n) for n in range(100)), 2)
+batches = (Batch([Document("text", "a", (0, n), n)]) for n in range(100))
+results = encoded(Tokens(Tokenizer(models.BPE()), [], []), batches, 2)
 next(results)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -42,12 +45,12 @@ def _own_handler() -> Iterator[None]:
 def test_sigterm_ends_workers_and_removes_unfinished_output(
     corpus: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def terminated(files: Sequence[tuple[Path, str]], fields: Fields) -> Iterator[Document]:
-        for number in range(1000):
-            yield Document(f"{number}: " + "one two " * 40, "a", number)
+    def terminated(inputs: Sequence[Input], fields: Fields, **options: object) -> Iterator[Document]:
+        for number in range(1000 if inputs else 0):
+            yield Document(f"{number}: " + "one two " * 40, "a", (0, number), number)
             if number == 100:
                 assert len(multiprocessing.active_children()) == 2
-                assert list(tmp_path.glob(".out.*.tmp"))
+                assert list(tmp_path.glob(".out.partial"))
                 os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr("data_prep.pack.documents", terminated)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.evaluation.losses import evaluate_losses
 from llmprune.evaluation.perplexity import PerplexityConfig, check_streams, measure_perplexity, read_streams, segments
@@ -67,7 +68,7 @@ def test_exp_of_the_mean_not_the_mean_of_exps(trained: PreTrainedModel, text: Te
 def test_prepared_data_cut_at_their_samples_give_the_losses_of_the_domains(
     trained: PreTrainedModel, data: Path
 ) -> None:
-    losses = evaluate_losses(trained, data)
+    losses = evaluate_losses(trained, PreparedData(data))
     config = PerplexityConfig(segment=32)
     streams = read_streams([str(data)], load_tokenizer(data / "tokenizer"), config)
     assert set(streams) == {"mds/letters", "mds/numbers"}

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmprune.cli import app
+from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.evaluation.losses import evaluate_losses
 from llmprune.evaluation.references import fit_scaling_law
@@ -45,7 +46,7 @@ def test_the_command(trained_folder: Path, model_folder: Path, data: Path, tmp_p
     out = tmp_path / "references.json"
     app(["references", str(trained_folder), "--data", str(data), "--out", str(out)], standalone_mode=False)
     found = json.loads(out.read_text())["references"]
-    assert found == pytest.approx(evaluate_losses(load_model(trained_folder), data).domains, rel=1e-6)
+    assert found == pytest.approx(evaluate_losses(load_model(trained_folder), PreparedData(data)).domains, rel=1e-6)
     for arguments, message in (
         ([str(trained_folder), "--size", "1000"], "with --size"),
         ([str(trained_folder), str(model_folder)], "with --size"),

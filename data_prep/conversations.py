@@ -1,0 +1,150 @@
+"""Prompts and responses, or chat messages, as text of which only the responses are learned."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from llmprune.data.sources import field_text, field_value
+from llmprune.errors import UserError, first_line
+
+Pieces = tuple[tuple[str, bool], ...]
+
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Response:\n"
+)
+NAMED = {"alpaca": (ALPACA, ALPACA_WITH_INPUT), "none": ("{prompt}", "{prompt}\n{input}")}
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class ConversationSettings:
+    """How records become conversations.
+
+    Attributes:
+        template: ``chat`` (the tokenizer's own), ``alpaca``, ``none``, or a file: the prompt's text with the fields
+            ``{prompt}`` and ``{input}``.
+        prompt: field with the prompt.
+        input: field with what the prompt is about; records without it, or with an empty one, have none.
+        response: field with the response.
+        messages: field with a list of messages, used where a record has it: each with ``role`` and ``content``, or
+            with ``from`` and ``value``.
+    """
+
+    template: str = "chat"
+    prompt: str = "prompt"
+    input: str = "input"
+    response: str = "response"
+    messages: str = "messages"
+
+    @property
+    def fields(self) -> list[str]:
+        """The top-level fields that are read."""
+        return [name.partition(".")[0] for name in (self.prompt, self.input, self.response, self.messages)]
+
+
+def renderer(
+    settings: ConversationSettings, tokenizer: PreTrainedTokenizerFast
+) -> Callable[[Mapping[str, Any]], Pieces]:
+    """What turns a record into pieces of text, each with whether it is learned.
+
+    Raises:
+        UserError: there is no such template, or the tokenizer has none.
+    """
+    if settings.template == "chat":
+        if not tokenizer.chat_template:
+            raise UserError("the tokenizer has no chat template: choose --template alpaca, none, or a file of your own")
+        special = [token for token in tokenizer.all_special_tokens if token]
+        return lambda record: _chat(_messages(record, settings), tokenizer, special)
+    if settings.template in NAMED:
+        templates = NAMED[settings.template]
+    elif Path(settings.template).is_file():
+        templates = (Path(settings.template).read_text(encoding="utf-8"),) * 2
+        if "{prompt}" not in templates[0]:
+            raise UserError(f"{settings.template} has no {{prompt}}: write it where the prompt belongs")
+    else:
+        known = ", ".join(("chat", *NAMED))
+        raise UserError(f"there is no template '{settings.template}': choose {known}, or a file")
+    return lambda record: _filled(record, settings, *templates)
+
+
+def _filled(record: Mapping[str, Any], settings: ConversationSettings, plain: str, with_input: str) -> Pieces:
+    """A prompt in its template, and the response."""
+    prompt, context, response = "", "", ""
+    if settings.messages in record and settings.prompt not in record:
+        messages = _messages(record, settings)
+        if [message["role"] for message in messages] != ["user", "assistant"]:
+            raise ValueError("this template takes one prompt and one response: use --template chat for longer ones")
+        prompt, response = (message["content"] for message in messages)
+    else:
+        prompt, response = field_text(record, settings.prompt), field_text(record, settings.response)
+        context = str(record.get(settings.input) or "")
+    if not response.strip():
+        raise ValueError("the response is empty")
+    template = with_input if context.strip() else plain
+    # Not str.format: prompts hold braces of their own.
+    parts = template.split("{prompt}")
+    filled = prompt.join(part.replace("{input}", context) for part in parts)
+    return (filled, False), (response, True)
+
+
+def _messages(record: Mapping[str, Any], settings: ConversationSettings) -> list[dict[str, str]]:
+    """The messages of a record, with the roles that chat templates know."""
+    try:
+        raw = field_value(record, settings.messages)
+    except KeyError:
+        prompt, response = field_text(record, settings.prompt), field_text(record, settings.response)
+        context = str(record.get(settings.input) or "")
+        prompt = f"{prompt}\n\n{context}" if context.strip() else prompt
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
+        raise TypeError(f"field '{settings.messages}' is no list of messages")
+    found = []
+    for message in raw:
+        if not isinstance(message, Mapping):
+            raise TypeError("a message is no mapping")
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if role not in _ROLES or not isinstance(content, str):
+            raise ValueError(f"a message of the role {role!r} can't be used")
+        found.append({"role": _ROLES[role], "content": content})
+    return found
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast, special: Sequence[str]) -> Pieces:
+    """A conversation in the tokenizer's chat template; what answers a prompt is learned, with the mark of its end."""
+    for message in messages:
+        found = next((token for token in special if token in message["content"]), None)
+        if found is not None:
+            raise ValueError(f"a message holds the special token {found}")
+    pieces: list[tuple[str, bool]] = []
+    done = ""
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if not message["content"].strip():
+            raise ValueError("a response is empty")
+        try:
+            asked = _render(tokenizer, messages[:number], ask=True)
+            answered = _render(tokenizer, messages[: number + 1], ask=False)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses it: {first_line(error)}") from None
+        if not asked.startswith(done) or not answered.startswith(asked):
+            raise ValueError("the chat template changes what it said before")
+        pieces += [(asked[len(done) :], False), (answered[len(asked) :], True)]
+        done = answered
+    if not pieces:
+        raise ValueError("there is no response")
+    return tuple(pieces)
+
+
+def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], *, ask: bool) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))

@@ -1,0 +1,193 @@
+"""Shards of remote or compressed data in a folder of this machine."""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+from filelock import FileLock
+from streaming.base.compression import decompress
+from streaming.base.format.base.reader import FileInfo
+from streaming.base.hashing import get_hash
+from streaming.base.storage.download import CloudDownloader
+from streaming.base.util import bytes_to_int
+
+from llmprune.errors import UserError, first_line
+
+_ATTEMPTS = 3
+_READ_TIMEOUT = 60.0  # seconds without a byte
+
+
+@dataclass
+class CacheConfig:
+    """Where each machine keeps shards of remote or compressed data.
+
+    Attributes:
+        folder: null = one in the system's temporary folder. Give a folder to read any data through a faster disk.
+        limit: such as 200gb: the shards used longest ago make room, and those under way may exceed it. Null = none.
+    """
+
+    folder: str | None = None
+    limit: str | None = None
+
+    def limit_bytes(self) -> int | None:
+        """``limit`` as a number.
+
+        Raises:
+            UserError: it is no size.
+        """
+        try:
+            return None if self.limit is None else bytes_to_int(self.limit)
+        except ValueError:
+            raise UserError(f"data.cache.limit '{self.limit}' is no size: write 500mb or 200gb") from None
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A file of an index.
+
+    Attributes:
+        name: its path below the data.
+        raw: its size and checksums.
+        packed: those of the compressed file that it is made from; None = it is stored as it is.
+        algorithm: of the compression.
+    """
+
+    name: str
+    raw: FileInfo
+    packed: FileInfo | None = None
+    algorithm: str | None = None
+
+
+class ShardCache:
+    """Files fetched from a remote into a folder that all processes of a machine share.
+
+    A file is there whole and verified, or not at all. The only locks are the operating system's, so a killed process
+    holds up no other.
+    """
+
+    def __init__(self, remote: str, folder: Path, limit: int | None = None) -> None:
+        """Fetch from ``remote`` (a URL or a folder) into ``folder``, which may hold ``limit`` bytes of shards."""
+        self.remote, self.folder, self.limit = remote.rstrip("/"), folder, limit
+        self._ahead: SimpleQueue[ShardFile] | None = None
+        self._process = os.getpid()
+
+    def fetch(self, name: str) -> Path:
+        """A small file, which nothing describes.
+
+        Raises:
+            UserError: it can't be had.
+        """
+        with self._missing(name) as part:
+            if part is not None:
+                download(f"{self.remote}/{name}", part)
+        return self.folder / name
+
+    def fetch_shard(self, file: ShardFile) -> Path:
+        """A file of a shard.
+
+        Raises:
+            UserError: it can't be had, or is damaged at its source.
+        """
+        with self._missing(file.name) as part:
+            if part is not None:
+                self._make_room(file.raw.bytes)
+                stored = file.packed or file.raw
+                url = f"{self.remote}/{Path(file.name).with_name(Path(stored.basename).name)}"
+                download(url, part)
+                check_file(part, stored, url)
+                if file.packed is not None:
+                    part.write_bytes(decompress(file.algorithm, part.read_bytes()))
+                    check_file(part, file.raw, url)
+        return self.folder / file.name
+
+    def fetch_ahead(self, files: Iterable[ShardFile]) -> None:
+        """Fetch files in the background; what fails is tried again, and reported, when it is needed."""
+        if self._ahead is None or self._process != os.getpid():  # a thread does not survive a fork
+            self._ahead, self._process = SimpleQueue(), os.getpid()
+            threading.Thread(target=self._work, args=(self._ahead,), daemon=True).start()
+        for file in files:
+            self._ahead.put(file)
+
+    def _work(self, queue: "SimpleQueue[ShardFile]") -> None:
+        while True:
+            with contextlib.suppress(UserError):
+                self.fetch_shard(queue.get())
+
+    def touch(self, name: str) -> None:
+        """Note that a file is in use: others make room before it does."""
+        with contextlib.suppress(OSError):
+            os.utime(self.folder / name)
+
+    @contextlib.contextmanager
+    def _missing(self, name: str) -> Iterator[Path | None]:
+        """If a file is missing, a place to write it, from where it is moved; one process at a time."""
+        target = self.folder / name
+        if target.exists():
+            yield None
+            return
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{target}.lock"):
+                if target.exists():  # another process was faster
+                    yield None
+                    return
+                part = target.with_name(f"{target.name}.part")
+                try:
+                    yield part
+                    os.replace(part, target)
+                finally:
+                    part.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"can't write the cache {target}: {error.strerror or error}") from None
+
+    def _make_room(self, size: int) -> None:
+        if self.limit is None:
+            return
+        with FileLock(self.folder / "room.lock"):
+            held = []
+            for path in self.folder.rglob("*.mds"):
+                with contextlib.suppress(FileNotFoundError):
+                    held.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+            total = size + sum(size for _, size, _ in held)
+            for _, freed, path in sorted(held):
+                if total <= self.limit:
+                    break
+                path.unlink(missing_ok=True)
+                total -= freed
+
+
+def download(url: str, path: Path) -> None:
+    """Copy a file from a remote or from another folder to ``path``.
+
+    Raises:
+        UserError: it can't be had, after a few attempts where these may help.
+    """
+    for attempt in range(1, _ATTEMPTS + 1):
+        path.unlink(missing_ok=True)
+        try:
+            CloudDownloader.direct_download(url, str(path), _READ_TIMEOUT)
+            return
+        except Exception as error:  # each kind of remote has errors of its own
+            final = isinstance(error, FileNotFoundError | ValueError | ImportError) or "not found" in str(error)
+            if final or attempt == _ATTEMPTS:
+                raise UserError(f"{url} can't be fetched: {first_line(error)}") from None
+            time.sleep(2**attempt)
+
+
+def check_file(path: Path, wanted: FileInfo, name: object) -> None:
+    """Compare a file with the size and the checksums that its index gives.
+
+    Raises:
+        UserError: they differ; the message calls the file ``name``.
+    """
+    content = path.read_bytes()
+    if len(content) != wanted.bytes:
+        raise UserError(f"{name} is cut short: prepare the data again")
+    for algorithm, checksum in wanted.hashes.items():
+        if get_hash(algorithm, content) != checksum:
+            raise UserError(f"{name} is damaged (its {algorithm} is not that of the index): prepare the data again")

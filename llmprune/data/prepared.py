@@ -1,0 +1,85 @@
+"""Prepared data, wherever they lie: on this machine, compressed, or behind a URL."""
+
+import getpass
+import tempfile
+from functools import cached_property
+from pathlib import Path
+
+from llmprune.data.cache import CacheConfig, ShardCache, download
+from llmprune.data.format import DataManifest
+from llmprune.data.reader import SplitReader
+from llmprune.errors import UserError
+
+
+class PreparedData:
+    """A folder or URL that ``python -m data_prep`` made the contents of.
+
+    Attributes:
+        location: as given.
+        manifest: what is there.
+    """
+
+    def __init__(self, location: Path | str, cache: CacheConfig | None = None) -> None:
+        """Read the manifest.
+
+        Args:
+            location: a folder, or a URL of any kind that MosaicML Streaming reads (``s3://…``, ``gs://…``, ``hf://…``).
+            cache: of remote or compressed data.
+
+        Raises:
+            UserError: there are no prepared data, or they can't be reached.
+        """
+        self.location = str(location)
+        cache = cache or CacheConfig()
+        is_remote = "://" in self.location
+        if is_remote:
+            with tempfile.TemporaryDirectory() as folder:
+                download(f"{self.location.rstrip('/')}/manifest.json", Path(folder) / "manifest.json")
+                self.manifest = DataManifest.load(folder)
+        else:
+            self.manifest = DataManifest.load(location)
+        self._cache: ShardCache | None = None
+        self._root = Path(self.location)
+        if is_remote or cache.folder is not None or self.manifest.compression is not None:
+            top = Path(cache.folder or Path(tempfile.gettempdir()) / f"llmprune-data-{getpass.getuser()}")
+            self._root = top / self.manifest.fingerprint()[:16]
+            self._cache = ShardCache(self.location, self._root, cache.limit_bytes())
+
+    @cached_property
+    def tokenizer(self) -> Path:
+        """A folder of this machine with the tokenizer.
+
+        Raises:
+            UserError: it can't be had.
+        """
+        for name in self.manifest.tokenizer_files:
+            if self._cache is not None:
+                self._cache.fetch(f"tokenizer/{name}")
+        return self._root / "tokenizer"
+
+    def domains_with(self, split: str) -> list[str]:
+        """The domains that have samples of a split, in order of their names."""
+        return [name for name in sorted(self.manifest.domains) if self.manifest.samples(name, split)]
+
+    def reader(self, domain: str, split: str, *, boundaries: bool | None = None) -> SplitReader:
+        """A reader of one split of one domain; see ``SplitReader``.
+
+        Args:
+            domain: which.
+            split: ``train`` or ``eval``.
+            boundaries: whether samples say where documents begin; None = those of conversations do.
+
+        Raises:
+            UserError: the split is missing, damaged, or can't be reached.
+        """
+        wanted = self.manifest.conversations if boundaries is None else boundaries
+        return SplitReader(self._root, domain, split, cache=self._cache, boundaries=wanted)
+
+    def check_room(self, wanted: int) -> None:
+        """Raise ``UserError`` if a limited cache can't hold so many bytes, which are read in turns."""
+        limit = None if self._cache is None else self._cache.limit
+        if limit is not None and limit < wanted:
+            raise UserError(
+                f"data.cache.limit leaves {limit:,} bytes, but {wanted:,} are read in turns: raise it, or choose a "
+                "smaller data.shuffle_window"
+            )

@@ -1,0 +1,126 @@
+"""Samples of prepared data, read from their shards."""
+
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from streaming.base.format import Reader
+from streaming.base.stream import Stream
+from streaming.base.world import World
+
+from llmprune.data.cache import ShardCache, ShardFile, check_file
+from llmprune.data.format import LEARNED, STARTS, TOKENS
+from llmprune.errors import UserError
+
+NO_LOSS = -100  # what PyTorch's losses pass over
+_ATTEMPTS = 3  # to read what other processes may take out of the cache
+
+Sample = dict[str, torch.Tensor]
+
+
+class SplitReader:
+    """Reads the samples of one split of one domain, from any process, without anything that processes share."""
+
+    def __init__(
+        self, root: Path, domain: str, split: str, *, cache: ShardCache | None = None, boundaries: bool = False
+    ) -> None:
+        """Open the split's index.
+
+        Args:
+            root: the data's folder on this machine; that of ``cache``, if there is one.
+            domain: which.
+            split: ``train`` or ``eval``.
+            cache: where shards come from; None = they lie below ``root``.
+            boundaries: whether samples say where documents begin (see ``read``).
+
+        Raises:
+            UserError: the split is missing or damaged, or can't be reached.
+        """
+        self._root, self._below, self._cache, self._boundaries = root, f"{domain}/{split}", cache, boundaries
+        index = root / domain / split / "index.json"
+        if cache is not None:
+            cache.fetch(f"{self._below}/index.json")
+        if not index.is_file():
+            raise UserError(f"{index} does not exist: the domain '{domain}' was moved or never prepared")
+        stream = Stream(local=str(root / domain), split=split)
+        try:
+            self._shards: list[Reader] = stream.get_shards(World.detect(), allow_unsafe_types=False)
+            self._files = [self._file(shard) for shard in self._shards]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index} is damaged ({error}): prepare the data again") from None
+        for file in self._files if cache is None else []:
+            path = root / file.name
+            if not path.is_file() or path.stat().st_size != file.raw.bytes:
+                raise UserError(f"{path} is missing or cut short: prepare the data again")
+        self.shard_sizes = [shard.samples for shard in self._shards]
+        self.shard_bytes = [file.raw.bytes for file in self._files]
+        self._checked: set[int] = set()
+
+    def _file(self, shard: Reader) -> ShardFile:
+        ((raw, packed),) = shard.file_pairs  # MDS has one file per shard
+        for info in filter(None, (raw, packed)):
+            name = PurePosixPath(info.basename)
+            if name.is_absolute() or ".." in name.parts:
+                raise ValueError(f"a shard lies outside, at {name}")
+        return ShardFile(f"{self._below}/{raw.basename}", raw, packed, shard.compression)
+
+    def read(self, shard: int, index: int) -> Sample:
+        """One sample. A shard's checksum is looked at when it is first read.
+
+        Returns:
+            ``input_ids``, int64 [length]. With boundaries also ``position_ids``, int64 [length], which begin anew with
+            every document. With boundaries, and for data whose prompts are not learned, ``labels``, int64 [length]:
+            the tokens, but for those without loss (prompts, padding, the first of each document), which are
+            ``NO_LOSS``.
+
+        Raises:
+            UserError: the shard is damaged, has vanished, or can't be fetched any more.
+        """
+        columns = self._columns(shard, index)
+        tokens = columns[TOKENS].astype(np.int64)
+        sample = {"input_ids": torch.from_numpy(tokens)}
+        if self._boundaries or LEARNED in columns:
+            labels = tokens.copy()
+            if LEARNED in columns:
+                labels[columns[LEARNED] == 0] = NO_LOSS
+            if self._boundaries:
+                starts = columns[STARTS].astype(np.int64)
+                begin = np.zeros_like(tokens)
+                begin[starts] = starts
+                sample["position_ids"] = torch.from_numpy(np.arange(len(tokens)) - np.maximum.accumulate(begin))
+                labels[starts] = NO_LOSS
+            sample["labels"] = torch.from_numpy(labels)
+        return sample
+
+    def fetch_ahead(self, shards: Iterable[int]) -> None:
+        """Begin to fetch shards that are read next."""
+        if self._cache is not None:
+            files = [self._files[shard] for shard in shards]
+            for file in files:
+                self._cache.touch(file.name)
+            self._cache.fetch_ahead(files)
+
+    def _columns(self, shard: int, index: int) -> dict[str, NDArray[np.generic]]:
+        file = self._files[shard]
+        path = self._root / file.name
+        try:
+            for _ in range(_ATTEMPTS):
+                if self._cache is not None:
+                    self._cache.fetch_shard(file)
+                try:
+                    if shard not in self._checked:
+                        check_file(path, file.raw, path)
+                        self._checked.add(shard)
+                    return self._shards[shard].get_item(index)  # type: ignore[no-any-return]
+                except (FileNotFoundError, UserError):  # made room for another, or damaged on this machine
+                    if self._cache is None:
+                        raise
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or path} can't be read any more ({error.strerror}): put the data back where the run "
+                "began with it"
+            ) from None
+        raise UserError(f"{path} does not stay in the cache until it is read: raise data.cache.limit")

@@ -1,0 +1,248 @@
+"""Records of text, JSON lines (plain, .gz or .zst), Parquet and Hugging Face datasets."""
+
+import gzip
+import io
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+import zstandard
+
+from llmprune.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+_TEXT, _JSON, _PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".parquet",)
+FORMATS = (*_TEXT, *_JSON, *_PARQUET)
+KNOWN = f"{', '.join(FORMATS)}; text and JSON lines also .gz or .zst; hf:NAME:CONFIG:SPLIT for a Hugging Face dataset"
+_COMPRESSED = {".gz", ".zst"}
+_HUB = "hf:"
+
+
+class DamagedInput(Exception):
+    """What can't be read from some record on."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file, or a Hugging Face dataset.
+
+    Attributes:
+        name: the path, or ``hf:NAME:CONFIG:SPLIT``.
+        folder: the domain, unless something else is said to be.
+        size: bytes; 0 = unknown.
+        changed: when it was changed, in nanoseconds; 0 = unknown.
+        part: take the i-th of n parts of the records; only of a dataset.
+    """
+
+    name: str
+    folder: str
+    size: int
+    changed: int = 0
+    part: tuple[int, int] = (0, 1)
+
+    @property
+    def path(self) -> Path | None:
+        """Where it lies on this machine; None = nowhere in particular."""
+        name = self.name.removeprefix(_HUB).partition(":")[0] if self.is_dataset else self.name
+        return Path(name) if not self.is_dataset or Path(name).exists() else None
+
+    @property
+    def is_dataset(self) -> bool:
+        """Whether it is a Hugging Face dataset."""
+        return self.name.startswith(_HUB)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a file of text, which is one record."""
+        return not self.is_dataset and _format(Path(self.name)) in _TEXT
+
+
+def find_inputs(inputs: Sequence[str | Path]) -> list[Input]:
+    """All readable files among ``inputs`` (folders are searched), each once, and the datasets.
+
+    The domain of a file is the folder directly below the input folder, or the folder that it lies in; that of a dataset
+    is the last part of its name. A file that is reached in several ways, by links too, counts where it is found first.
+
+    Raises:
+        UserError: an input does not exist, or no file is of a known format.
+    """
+    found: dict[str | Path, Input] = {}
+    for name in map(str, inputs):
+        if name.startswith(_HUB):
+            found.setdefault(name, Input(name, Path(name.removeprefix(_HUB).partition(":")[0]).name, 0))
+            continue
+        path = Path(name)
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
+        root = path.resolve()
+        if path.is_file():
+            if _format(path) not in FORMATS:
+                raise UserError(f"{path} is of no known format; known: {KNOWN}")
+            found.setdefault(root, _file(path, root.parent.name))
+            continue
+        for file in sorted(path.rglob("*")):
+            if file.is_file() and _format(file) in FORMATS:
+                inner = file.relative_to(path).parts
+                found.setdefault(file.resolve(), _file(file, inner[0] if len(inner) > 1 else root.name))
+    if not found:
+        raise UserError(f"{', '.join(map(str, inputs))} holds no readable files; known: {KNOWN}")
+    return list(found.values())
+
+
+def _file(path: Path, folder: str) -> Input:
+    status = path.stat()
+    return Input(str(path), folder, status.st_size, status.st_mtime_ns)
+
+
+def records(
+    source: Input, *, after: int = 0, fields: Collection[str] | None = None, text_bytes: int | None = None
+) -> Iterator[tuple[int, bytes | Mapping[str, Any], int]]:
+    """The records of an input: (number, content, bytes of the input read by then).
+
+    The content is text, a line of JSON, or a mapping. Numbers begin at 1; a text file is one record.
+
+    Args:
+        source: which input.
+        after: leave out the records up to this number.
+        fields: only these top-level fields are needed.
+        text_bytes: read only so much of a text file, up to a whole character.
+
+    Raises:
+        UserError: a dataset that can't be opened.
+        DamagedInput: the rest of a file can't be read.
+    """
+    if source.is_dataset:
+        yield from _dataset_records(source, after, fields)
+        return
+    path = Path(source.name)
+    try:
+        if _format(path) in _PARQUET:
+            yield from _parquet_records(path, after, fields)
+            return
+        with path.open("rb") as raw:
+            stream = _decompressed(raw, path.suffix)
+            if not source.is_text:
+                for number, line in enumerate(stream, 1):
+                    if number > after and line.strip():
+                        yield number, line, raw.tell()
+            elif not after:
+                text = stream.read(-1 if text_bytes is None else text_bytes)
+                yield 1, text if text_bytes is None else _whole_characters(text), raw.tell()
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise DamagedInput(str(error)) from None
+
+
+def _parquet_records(
+    path: Path, after: int, fields: Collection[str] | None
+) -> Iterator[tuple[int, Mapping[str, Any], int]]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = None if fields is None else [name for name in file.schema_arrow.names if name in fields]
+            number = read = 0
+            for group in range(file.metadata.num_row_groups):
+                described = file.metadata.row_group(group)
+                read += sum(described.column(place).total_compressed_size for place in range(described.num_columns))
+                if number + described.num_rows <= after:
+                    number += described.num_rows
+                    continue
+                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
+                    rows = batch.to_pylist() if batch.num_columns else [{}] * batch.num_rows
+                    for row in rows:
+                        number += 1
+                        if number > after:
+                            yield number, row, read
+    except pa.ArrowException as error:
+        raise DamagedInput(first_line(error)) from None
+
+
+def _dataset_records(
+    source: Input, after: int, fields: Collection[str] | None
+) -> Iterator[tuple[int, Mapping[str, Any], int]]:
+    from datasets.distributed import split_dataset_by_node
+
+    dataset = _open_dataset(source)
+    if source.part[1] > 1:
+        dataset = split_dataset_by_node(dataset, *source.part)
+    if fields is not None and dataset.column_names is not None:
+        dataset = dataset.select_columns([name for name in dataset.column_names if name in fields])
+    try:
+        for number, row in enumerate(dataset.skip(after), after + 1):
+            yield number, row, 0
+    except (OSError, ValueError) as error:
+        raise DamagedInput(first_line(error)) from None
+
+
+def _open_dataset(source: Input) -> "Dataset | IterableDataset":
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    name, config, split, *rest = [*source.name.removeprefix(_HUB).split(":"), "", ""]
+    if not name or len(rest) > 2 or any(rest):
+        raise UserError(f"{source.name} is no dataset: write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
+    try:
+        if any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+            saved = load_from_disk(name)
+            return saved[split or "train"] if isinstance(saved, DatasetDict) else saved
+        return load_dataset(name, config or None, split=split or "train", streaming=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the dataset {source.name} can't be opened: {first_line(error)}") from None
+
+
+def _whole_characters(text: bytes) -> bytes:
+    """UTF-8 without a character that was cut at the end (a character has at most four bytes)."""
+    for cut in range(1, min(4, len(text)) + 1):
+        if text[-cut] & 0xC0 != 0x80:  # the first byte of the last character
+            size = next((n for n, bits in ((4, 0xF0), (3, 0xE0), (2, 0xC0)) if text[-cut] >= bits), 1)
+            return text if cut >= size else text[:-cut]
+    return text
+
+
+def _format(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+        return suffixes[-1] if suffixes and suffixes[-1] not in _PARQUET else ""
+    return suffixes[-1] if suffixes else ""
+
+
+def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
+    if suffix.lower() == ".gz":
+        return cast(BinaryIO, gzip.open(raw))
+    if suffix.lower() == ".zst":
+        return cast(BinaryIO, io.BufferedReader(_ZstdReader(raw), 1 << 17))
+    return raw
+
+
+class _ZstdReader(io.RawIOBase):
+    """Decompresses one zstd frame after the other; unlike the library's reader, it notices a truncated last one."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._in_frame = False
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._in_frame = zstandard.ZstdDecompressor().decompressobj(), False
+            data = data or self._raw.read(1 << 17)
+            if not data:
+                if self._in_frame:
+                    raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+                return 0
+            self._in_frame = True
+            self._ready = memoryview(self._frame.decompress(data))
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size

@@ -1,0 +1,265 @@
+"""Jobs that are killed, that are spread over machines, and data that divide without sharing a document."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from data_prep.job import Job
+from data_prep.pack import PackSettings, merge, prepare
+from llmprune.data.format import DataManifest
+from llmprune.data.prepared import PreparedData
+from llmprune.data.records import Input
+from llmprune.data.sources import Document, Fields, documents
+from llmprune.errors import UserError
+
+LENGTH = 32
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """Six files in two domains, 40 documents each, all different but for one that both domains have."""
+    draw = random.Random(1)
+    for number in range(6):
+        folder = tmp_path / "in" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = [f"{number}.{n} " + " ".join(draw.choices(["tree", "house", "bird"], k=8 + n % 9)) for n in range(40)]
+        lines = [json.dumps({"text": text}) for text in [*texts, "the same everywhere " * 5]]
+        (folder / f"{number}.jsonl").write_text("\n".join(lines))
+    return tmp_path / "in"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def tokens(data: Path, domain: str, split: str) -> list[int]:
+    reader = PreparedData(data).reader(domain, split)
+    places = [(shard, i) for shard, size in enumerate(reader.shard_sizes) for i in range(size)]
+    return [token for place in places for token in reader.read(*place)["input_ids"].tolist()]
+
+
+def texts(data: Path, *, split: str, domains: Sequence[str] = ("a", "b")) -> list[str]:
+    """The documents of a split, but for the last ones of each domain."""
+    prepared = PreparedData(data)
+    tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer)
+    there = [domain for domain in domains if domain in prepared.domains_with(split)]
+    return [text for domain in there for text in tokenizer.decode(tokens(data, domain, split)).split("</s>")[:-1]]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches, shards and intervals so small that all of them are crossed."""
+    monkeypatch.setattr("data_prep.pack._BATCH_CHARACTERS", 600)
+    monkeypatch.setattr("data_prep.pack._SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("data_prep.shards._SHARD_BYTES", 5 * LENGTH * 2)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_a_stopped_job_goes_on_to_the_same_files(
+    many: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, compression: str | None
+) -> None:
+    """Stopped at three random documents, between and after times that it wrote itself down."""
+    settings = PackSettings(LENGTH, eval_fraction=0.1, compression=compression)
+    prepare([many], data / "tokenizer", tmp_path / "whole", settings, processes=1)
+    draw = random.Random(seed)
+
+    def stopping(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for number, item in enumerate(documents(*arguments, **options)):
+            if number == stop_at:
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr("data_prep.pack.documents", stopping)
+    for _ in range(3):
+        stop_at = draw.randrange(10, 90)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([many], data / "tokenizer", tmp_path / "out", settings, processes=1)
+        assert (tmp_path / ".out.partial").is_dir() and not (tmp_path / "out").exists()
+    stop_at = -1
+    prepare([many], data / "tokenizer", tmp_path / "out", settings, processes=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "whole"}
+
+
+KILLED = """
+import os, signal, sys
+from data_prep import pack
+from data_prep.job import Job
+
+pack._BATCH_CHARACTERS, pack._SAVE_SECONDS = 600, 0.0
+after, save, saved = int(sys.argv[4]), Job.save, 0
+
+def killed(self, packers, progress):
+    global saved
+    saved += 1
+    if saved > after:  # in the midst of writing itself down
+        next(iter(packers.values())).save(self.folder / "state-half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, packers, progress)
+
+Job.save = killed
+pack.prepare([sys.argv[1]], sys.argv[2], sys.argv[3], pack.PackSettings(32, eval_fraction=0.1), processes=2)
+"""
+
+
+def test_a_job_killed_outright_goes_on(many: Path, data: Path, tmp_path: Path) -> None:
+    prepare([many], data / "tokenizer", tmp_path / "whole", PackSettings(LENGTH, eval_fraction=0.1), processes=1)
+    arguments = [str(many), str(data / "tokenizer"), str(tmp_path / "out")]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments, "7"], timeout=120)
+    assert killed.returncode == -signal.SIGKILL and Job(tmp_path / ".out.partial").has_progress
+    prepare([many], data / "tokenizer", tmp_path / "out", PackSettings(LENGTH, eval_fraction=0.1), processes=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("small")
+def test_a_stopped_job_goes_on_with_its_own_settings_only(
+    many: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopping(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for number, item in enumerate(documents(*arguments, **options)):
+            if number == 60:
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr("data_prep.pack.documents", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([many], data / "tokenizer", tmp_path / "out", PackSettings(LENGTH), processes=1)
+    with pytest.raises(UserError, match=r"\.out\.partial is what is left of a job with other settings"):
+        prepare([many], data / "tokenizer", tmp_path / "out", PackSettings(LENGTH, seed=3), processes=1)
+    os.utime(many / "a" / "0.jsonl", (1, 1))
+    with pytest.raises(UserError, match="other settings or inputs"):
+        prepare([many], data / "tokenizer", tmp_path / "out", PackSettings(LENGTH), processes=1)
+
+
+@pytest.mark.usefixtures("small")
+def test_parts_merge_into_all_documents(many: Path, data: Path, tmp_path: Path) -> None:
+    """Every token but those of the last, incomplete samples; the evaluation split is that of the whole."""
+    settings = PackSettings(LENGTH, eval_fraction=0.2)
+    whole = prepare([many], data / "tokenizer", tmp_path / "whole", settings, processes=1).manifest
+    parts = [tmp_path / f"part{number}" for number in range(3)]
+    for number, part in enumerate(parts):
+        prepare([many], data / "tokenizer", part, settings, shard=(number, 3), processes=1)
+        with pytest.raises(UserError, match="part of prepared data: join"):
+            DataManifest.load(part)
+    merged = merge([parts[2], parts[0], parts[1]], tmp_path / "out").manifest
+    for domain in "ab":
+        for split in ("train", "eval"):
+            assert merged.domains[domain][split].documents == whole.domains[domain][split].documents
+            assert merged.domains[domain][split].samples == whole.domains[domain][split].samples
+            there, here = (Counter(tokens(tmp_path / name, domain, split)) for name in ("whole", "out"))
+            assert (there - here).total() <= LENGTH  # the ends of streams
+    assert all(part.exists() for part in parts)
+    with pytest.raises(UserError, match="of 3 parts these are missing: 1"):
+        merge([parts[0], parts[2]], tmp_path / "again")
+    with pytest.raises(UserError, match="are the same part, 0 of 3"):
+        merge([parts[0], parts[0]], tmp_path / "again")
+    prepare([many], data / "tokenizer", tmp_path / "other", PackSettings(16), shard=(1, 3), processes=1)
+    with pytest.raises(UserError, match="different settings"):
+        merge([parts[0], tmp_path / "other", parts[2]], tmp_path / "again")
+    with pytest.raises(UserError, match="fewer files than parts"):
+        prepare([many], data / "tokenizer", tmp_path / "more", settings, shard=(6, 7), processes=1)
+
+
+def test_documents_for_evaluation_are_left_out_of_training(many: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "held").mkdir()
+    taken = (many / "a" / "2.jsonl").read_text().splitlines()[:5]
+    (tmp_path / "held" / "x.jsonl").write_text("\n".join([*taken, json.dumps({"text": "only here " * 30})]))
+    made = prepare(
+        [many], data / "tokenizer", tmp_path / "out", PackSettings(16), eval_inputs=[tmp_path / "held"], processes=1
+    )
+    counts = made.manifest.domains["a"]["train"]
+    assert (counts.documents, counts.duplicates) == (3 * 41 - 5, 5)
+    assert set(made.manifest.domains["held"]) == {"eval"} and "eval" not in made.manifest.domains["a"]
+    held = {json.loads(line)["text"] for line in taken}
+    assert held & set(texts(tmp_path / "out", split="eval", domains=["held"]))
+    assert not held & set(texts(tmp_path / "out", split="train"))
+
+
+def test_a_text_in_two_domains_is_never_on_both_sides(data: Path, tmp_path: Path) -> None:
+    """The small domain must hold something out; what the large one trains on already it may not."""
+    small = [f"{n} " + "a small domain " * 3 for n in range(12)]
+    for domain, found in (("big", [*small[:11], *(f"{n} large " * 9 for n in range(80))]), ("small", small)):
+        (tmp_path / "in" / domain).mkdir(parents=True)
+        lines = "\n".join(json.dumps({"text": text}) for text in found)
+        (tmp_path / "in" / domain / "x.jsonl").write_text(lines)
+    settings = PackSettings(16, eval_fraction=1e-9)
+    prepare([tmp_path / "in"], data / "tokenizer", tmp_path / "out", settings, processes=1)
+    domains = ("big", "small")
+    train = set(texts(tmp_path / "out", split="train", domains=domains))
+    evaluated = set(texts(tmp_path / "out", split="eval", domains=domains))
+    assert train and not train & evaluated
+
+
+def test_sets_share_no_document(many: Path, data: Path, tmp_path: Path) -> None:
+    sets = {"calibration": 0.2, "pruning": 0.3, "continuation": 0.5}
+    made = prepare([many], data / "tokenizer", tmp_path / "out", PackSettings(LENGTH, 0.1, sets=sets), processes=1)
+    found = {name: set(texts(tmp_path / "out" / name, split="train")) for name in sets}
+    evaluated = [set(texts(tmp_path / "out" / name, split="eval")) for name in sets]
+    assert evaluated[0] == evaluated[1] == evaluated[2] != set()
+    names = list(sets)
+    for i, name in enumerate(names):
+        assert all(not found[name] & found[other] for other in names[i + 1 :]) and not found[name] & evaluated[0]
+    counts = {n: sum(d["train"].documents for d in made.manifests[n].domains.values()) for n in sets}
+    held = sum(d["eval"].documents for d in made.manifests["pruning"].domains.values())
+    assert sum(counts.values()) + held == 6 * 41
+    for name, share in sets.items():
+        assert counts[name] / sum(counts.values()) == pytest.approx(share, abs=0.1)
+    with pytest.raises(UserError, match="take 1.1 of the documents"):
+        prepare([many], data / "tokenizer", tmp_path / "x", PackSettings(16, sets={"a": 0.6, "b": 0.5}))
+
+
+def test_compressed_data_give_the_same_samples(many: Path, data: Path, tmp_path: Path) -> None:
+    for name, compression in (("plain", None), ("packed", "zstd:7")):
+        prepare([many], data / "tokenizer", tmp_path / name, PackSettings(LENGTH, compression=compression), processes=1)
+    assert not list((tmp_path / "packed").rglob("*.mds")) and list((tmp_path / "packed").rglob("*.mds.zstd"))
+    assert texts(tmp_path / "packed", split="train") == texts(tmp_path / "plain", split="train")
+    with pytest.raises(UserError, match="no compression 'rar'"):
+        prepare([many], data / "tokenizer", tmp_path / "x", PackSettings(LENGTH, compression="rar"))
+
+
+def test_samples_know_where_documents_begin(many: Path, data: Path, tmp_path: Path) -> None:
+    prepare([many], data / "tokenizer", tmp_path / "out", PackSettings(LENGTH, eval_fraction=0), processes=1)
+    eos = AutoTokenizer.from_pretrained(data / "tokenizer").eos_token_id
+    reader = PreparedData(tmp_path / "out").reader("a", "train", boundaries=True)
+    for index in range(reader.shard_sizes[0]):
+        sample = reader.read(0, index)
+        tokens, positions = sample["input_ids"].tolist(), sample["position_ids"].tolist()
+        expected, place = [], 0
+        for token in tokens:
+            expected.append(place)
+            place = 0 if token == eos else place + 1
+        assert positions == expected
+        labels = np.where(np.array(positions) == 0, -100, tokens)
+        assert sample["labels"].tolist() == labels.tolist()
+
+
+def test_only_one_process_writes_an_output(
+    many: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(*arguments: Any, **options: Any) -> Iterator[Document]:
+        with pytest.raises(UserError, match="another process is writing"):
+            prepare([many], data / "tokenizer", tmp_path / "out", PackSettings(LENGTH), processes=1)
+        yield from ()
+
+    monkeypatch.setattr("data_prep.pack.documents", again)
+    with pytest.raises(UserError, match="hold no text"):
+        prepare([many], data / "tokenizer", tmp_path / "out", PackSettings(LENGTH), processes=1)
+
+
+def test_inputs_know_their_fields(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\nbad\n{"text": "three"}\n')
+    found = list(documents([Input(str(tmp_path / "x.jsonl"), "a", 60)], Fields(), after=(0, 1)))
+    assert [item.text for item in found if isinstance(item, Document)] == ["two", "three"]

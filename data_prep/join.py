@@ -16,7 +16,7 @@ Ids = NDArray[np.uint32]
 Row = dict[str, NDArray[np.generic]]  # a sample's columns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoded:
     """A document's token ids and, for each, whether a model is to learn it, [tokens] both."""
 
@@ -91,7 +91,7 @@ class JoinedText:
         return self._cut(np.concatenate([self._ids, ids]), joined)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Open:
     """A sample that still has room."""
 

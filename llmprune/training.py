@@ -10,7 +10,7 @@ import torch
 from composer import Callback, Trainer
 from composer.algorithms import GradientClipping
 from composer.callbacks import LRMonitor, SpeedMonitor
-from composer.core import Time, TimeUnit
+from composer.core import DataSpec, Time, TimeUnit
 from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 from composer.utils import dist, get_device
 from omegaconf import OmegaConf
@@ -28,7 +28,7 @@ from llmprune.config import Config, LiveEvaluationConfig, LoggersConfig, save_co
 from llmprune.data.dataset import EvalDataset, MixedDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.families import family_of
-from llmprune.models.causal_lm import ComposerCausalLM
+from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
 from llmprune.models.loading import empty_model, load_model, new_model
 from llmprune.models.placement import DTYPES
 from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
@@ -68,7 +68,8 @@ def build_trainer(config: Config) -> Trainer:
         run_name=config.run.name,
         seed=config.run.seed,
         device=config.train.device,
-        train_dataloader=train,
+        train_dataloader=DataSpec(train, get_num_tokens_in_batch=count_tokens),
+        accumulate_train_batch_on_tokens=True,
         eval_dataloader=_eval_loader(evaluation, eval_batch),
         max_duration=config.train.duration,
         eval_interval=interval(config.train.eval_interval, config.train.duration),

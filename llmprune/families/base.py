@@ -81,6 +81,8 @@ class Family:
         derived_head_size: whether this config takes hidden / heads for the head size though it has a field for it.
         refused_gates: kinds of gates that the family can't have, each with the reason.
         tuple_blocks: whether a block returns its output in a tuple.
+        document_masks: whether attention is kept to documents by a mask; otherwise Transformers makes it from positions
+            that begin anew.
         buffers: names within a block that old checkpoints store and no model reads.
     """
 
@@ -98,6 +100,7 @@ class Family:
     experts: str | None = None
     parallel: str | None = None
     scaled_embedding: bool = False
+    document_masks: bool = False
     derived_head_size: Callable[[PretrainedConfig], bool] = lambda _: False
     refused_gates: Mapping[str, str] = field(default_factory=dict)
     tuple_blocks: bool = False

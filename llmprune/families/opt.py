@@ -32,6 +32,7 @@ OPT = Family(
         "intermediate": "ffn_dim",
     },
     tuple_blocks=True,
+    document_masks=True,
     aliases={"word_embed_proj_dim": "hidden"},
     requires={"do_layer_norm_before": True, "_remove_final_layer_norm": False, "layer_norm_elementwise_affine": True},
 )

@@ -40,17 +40,45 @@ def labels_of(batch: Batch) -> Tensor:
     return batch["input_ids"] if labels is None else labels
 
 
+def count_tokens(batch: Batch) -> dict[str, int]:
+    """How many tokens a batch has, as Composer's data specs want it: in all, and those that are predicted."""
+    samples, length = batch["input_ids"].shape
+    labels = batch.get("labels")
+    predicted = samples * (length - 1) if labels is None else int((labels[:, 1:] != IGNORED).sum())
+    return {"total": samples * length, "loss_generating": predicted}
+
+
 def logits_of(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The logits of a batch, [batch, length, vocabulary].
 
-    Where ``position_ids`` begin anew, attention does: Transformers makes the masks (and the windows of sliding-window
-    models) from them. Flash attention finds documents in a single row only, so it gets the whole batch as one.
+    Where ``position_ids`` begin anew, attention does. Transformers makes the masks from them, with the windows of
+    sliding-window models; a few families need a mask. Flash attention finds documents in a single row only, so it gets
+    the whole batch as one.
     """
     tokens, positions = batch["input_ids"], batch.get("position_ids")
-    if positions is not None and model.config._attn_implementation.startswith("flash"):
-        logits = model(input_ids=tokens.view(1, -1), position_ids=positions.view(1, -1), use_cache=False).logits
-        return logits.view(*tokens.shape, -1)  # type: ignore[no-any-return]
-    return model(input_ids=tokens, position_ids=positions, use_cache=False).logits  # type: ignore[no-any-return]
+    mask = None
+    if positions is not None:
+        if model.config._attn_implementation.startswith("flash"):
+            tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
+        elif family_of(model.config).document_masks:
+            mask = document_mask(positions, model.dtype)
+    found = model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits
+    return found.view(*batch["input_ids"].shape, -1)  # type: ignore[no-any-return]
+
+
+def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores so that each token sees those before it in its document.
+
+    Args:
+        positions: int64 [batch, length], which begin anew with every document.
+        dtype: of the result.
+
+    Returns:
+        [batch, 1, length, length]: 0, or the least number where nothing is seen.
+    """
+    document = (positions == 0).cumsum(1)
+    seen = (document[:, :, None] == document[:, None, :]).tril()
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
 class DomainLoss(Metric):

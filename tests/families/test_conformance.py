@@ -13,6 +13,7 @@ from llmprune.families import Role, family_of
 from llmprune.gates.attach import attach
 from llmprune.gates.gate_set import GateSet
 from llmprune.gates.settings import L0PruningConfig, TargetShape, make_goal
+from llmprune.models.causal_lm import logits_of
 from llmprune.models.loading import fingerprint, new_model
 from llmprune.models.walking import Run, visited
 from llmprune.plans import KeptBlock, Plan
@@ -226,3 +227,18 @@ def test_a_tied_output_layer_is_stored_once(tmp_path: Path) -> None:
     plan = soft_gates(model.config, {"hidden": 24}).plan("llama", fingerprint(model.state_dict(), model.config))
     apply(tmp_path / "source", plan, tmp_path / "cut")
     assert "lm_head.weight" not in load_file(tmp_path / "cut" / "model.safetensors")
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_documents_of_a_sample_do_not_see_each_other(config: PretrainedConfig, attention: str) -> None:
+    """Longer than the windows of models that have one, so that both masks are at work."""
+    model = random_model(config, attention=attention)
+    tokens = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(2))
+    sizes = ((11, 13), (1, 15, 8))
+    positions = torch.stack([torch.cat([torch.arange(size) for size in row]) for row in sizes])
+    with torch.no_grad():
+        packed = logits_of(model, {"input_ids": tokens, "position_ids": positions})
+    for row, documents in enumerate(sizes):
+        for document, found in zip(tokens[row].split(list(documents)), packed[row].split(list(documents)), strict=True):
+            torch.testing.assert_close(found, logits(model, document[None])[0], rtol=1e-4, atol=1e-4)

@@ -1,11 +1,15 @@
 """The Composer model computes what Hugging Face computes."""
 
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
-from llmprune.models.causal_lm import IGNORED, ComposerCausalLM, token_losses
+from llmprune.models.causal_lm import IGNORED, ComposerCausalLM, logits_of, token_losses
 from tests.conftest import random_model, tiny_config
 
 
@@ -61,3 +65,31 @@ def test_flops_are_those_counted_by_hand(tied: bool) -> None:
     multiplied = 4 * block + 32 + 300 * 32
     expected = 2 * 16 * (6 * multiplied + 12 * 4 * 64 * 16)
     assert model.flops_per_batch({"input_ids": torch.zeros(2, 16)}) == expected
+
+
+def test_flash_attention_gets_a_batch_as_one_row(tokens: torch.Tensor) -> None:
+    """Its kernels are not at hand: another attention, under its name, must compute the same from the one row."""
+    model = random_model(tiny_config("mistral", sliding_window=8))
+    rows: list[tuple[int, ...]] = []
+
+    def flash(**inputs: torch.Tensor) -> object:
+        rows.append(tuple(inputs["input_ids"].shape))
+        return model(**inputs)
+
+    named = SimpleNamespace(_attn_implementation="flash_attention_2", model_type="mistral")
+    stand_in = cast(PreTrainedModel, _Called(flash, named))
+    positions = torch.arange(17) - torch.tensor([0] * 5 + [5] * 12)
+    batch = {"input_ids": tokens, "position_ids": positions.expand(3, -1)}
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(stand_in, batch), logits_of(model, batch), rtol=1e-4, atol=1e-5)
+    assert rows == [(1, 51)]
+
+
+class _Called:
+    """A model that is a function and a config."""
+
+    def __init__(self, function: Callable[..., object], config: object) -> None:
+        self.config, self._function = config, function
+
+    def __call__(self, **inputs: torch.Tensor) -> object:
+        return self._function(**inputs)

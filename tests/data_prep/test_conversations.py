@@ -1,0 +1,160 @@
+"""Prompts and responses: what is learned, how they fill samples, and training on them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from data_prep.conversations import ConversationSettings, renderer
+from data_prep.describe import show_samples
+from data_prep.pack import PackSettings, prepare
+from llmprune.config import load_config
+from llmprune.data.dataset import EvalDataset
+from llmprune.data.prepared import PreparedData
+from llmprune.data.reader import NO_LOSS
+from llmprune.errors import UserError
+from llmprune.evaluation.losses import evaluate_losses
+from llmprune.models.loading import load_model
+from llmprune.training import train
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+TURNS = [
+    {"role": "system", "content": "be brief"},
+    {"from": "human", "value": "one two"},
+    {"from": "gpt", "value": "three"},
+    {"role": "user", "content": "four"},
+    {"role": "assistant", "content": "five six"},
+]
+
+
+@pytest.fixture
+def chat(data: Path) -> PreTrainedTokenizerFast:
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+def shown(data: Path, domain: str | None = None) -> str:
+    return "\n".join(one.text for one in show_samples(PreparedData(data), 100, domain=domain) if one.split == "train")
+
+
+def test_every_response_of_a_chat_is_learned(chat: PreTrainedTokenizerFast) -> None:
+    pieces = renderer(ConversationSettings(), chat)({"messages": TURNS})
+    assert pieces == (
+        ("<s>[system] be brief\n[user] one two\n[assistant] ", False),
+        ("three</s>\n", True),
+        ("[user] four\n[assistant] ", False),
+        ("five six</s>\n", True),
+    )
+    alone = renderer(ConversationSettings(), chat)({"prompt": "one", "input": "two", "response": "three"})
+    assert alone == (("<s>[user] one\n\ntwo\n[assistant] ", False), ("three</s>\n", True))
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
+        ({"messages": "x"}, "no list of messages"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "there is no response"),
+        ({"messages": [{"role": "assistant", "content": " "}]}, "a response is empty"),
+        ({"messages": [{"role": "user", "content": "a</s>b"}, {"role": "assistant", "content": "c"}]}, "special token"),
+        ({"prompt": "x"}, "no field 'response'"),
+    ],
+)
+def test_records_that_are_no_conversations(chat: PreTrainedTokenizerFast, record: dict[str, Any], reason: str) -> None:
+    with pytest.raises((ValueError, KeyError, TypeError), match=reason):
+        renderer(ConversationSettings(), chat)(record)
+
+
+def test_templates(chat: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def prompt(template: str, **record: str) -> str:
+        return renderer(ConversationSettings(template), chat)({"prompt": "{input} it", "response": "r", **record})[0][0]
+
+    assert prompt("alpaca").endswith("### Instruction:\n{input} it\n\n### Response:\n")
+    assert "further context" in prompt("alpaca", input="i") and "### Input:\ni\n\n### Resp" in prompt(
+        "alpaca", input="i"
+    )
+    assert (prompt("none"), prompt("none", input="i")) == ("{input} it", "{input} it\ni")
+    (tmp_path / "own").write_text("Q: {prompt} ({input})\nA:")
+    assert prompt(str(tmp_path / "own"), input="i") == "Q: {input} it (i)\nA:"
+    (tmp_path / "own").write_text("Q:")
+    for template, message in ((str(tmp_path / "own"), "has no {prompt}"), ("alpacca", "choose chat, alpaca, none")):
+        with pytest.raises(UserError, match=message):
+            prompt(template)
+    chat.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        renderer(ConversationSettings(), chat)
+
+
+def test_samples_hold_whole_conversations(data: Path, tmp_path: Path) -> None:
+    records = [{"prompt": f"{n}: " + "one " * (n % 7), "response": "two " * (1 + n % 5)} for n in range(60)]
+    source = write(tmp_path / "in" / "x.jsonl", records)
+    settings = PackSettings(32, eval_fraction=0, bos=True, conversations=ConversationSettings("none"))
+    made = prepare([source], data / "tokenizer", tmp_path / "out", settings, processes=1)
+    assert made.manifest.conversations and made.manifest.domains["in"]["train"].documents == 60
+    reader = PreparedData(tmp_path / "out").reader("in", "train")
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
+    found, padding = [], 0
+    for index in range(reader.shard_sizes[0]):
+        sample = {name: values.tolist() for name, values in reader.read(0, index).items()}
+        begins = [place for place, position in enumerate(sample["position_ids"]) if position == 0]
+        for begin, end in zip(begins, [*begins[1:], 32], strict=True):
+            ids, labels = sample["input_ids"][begin:end], sample["labels"][begin:end]
+            learned = [token for token, label in zip(ids, labels, strict=True) if label != NO_LOSS]
+            if not learned:
+                padding += len(ids)
+                continue
+            assert ids[0] == tokenizer.bos_token_id and learned[-1] == tokenizer.eos_token_id
+            assert ids[-len(learned) :] == learned  # the response comes last
+            found.append((tokenizer.decode(ids[1 : -len(learned)]), tokenizer.decode(learned[:-1])))
+    assert sorted(found) == sorted((record["prompt"], record["response"]) for record in records)
+    assert padding < 0.15 * 32 * reader.shard_sizes[0]
+    assert "⟦<s>3: one one one ⟧two two two two </s>" in shown(tmp_path / "out").replace("⟧⟦", "")
+
+
+def test_what_is_too_long_is_cut_or_left_out(data: Path, tmp_path: Path) -> None:
+    records = [{"prompt": "one", "response": "two " * 50}, {"prompt": "one " * 50, "response": "two"}]
+    source = write(tmp_path / "in" / "x.jsonl", records)
+    settings = PackSettings(16, eval_fraction=0, max_bad=0.5, conversations=ConversationSettings("none"))
+    made = prepare([source], data / "tokenizer", tmp_path / "out", settings, processes=1)
+    assert made.manifest.domains["in"]["train"].samples == 1
+    assert [(r.place.rpartition("/")[2], r.reason) for r in made.bad] == [
+        ("x.jsonl:2", "its prompt alone fills a sample")
+    ]
+
+
+def test_training_weighs_every_learned_token_alike(data: Path, model_folder: Path, tmp_path: Path) -> None:
+    """However a batch is cut into microbatches, with few learned tokens in one and many in another."""
+    records = [{"prompt": f"{n} one", "response": "two three " * (1 + 5 * (n % 3))} for n in range(80)]
+    source = write(tmp_path / "in" / "x.jsonl", records)
+    settings = PackSettings(64, eval_fraction=0.2, conversations=ConversationSettings("none"))
+    prepare([source], data / "tokenizer", tmp_path / "data", settings, processes=1)
+    (tmp_path / "run.yaml").write_text(f"""
+run: {{name: test, folder: {tmp_path}/run}}
+model: {{path: {model_folder}, config: null}}
+data: {{path: {tmp_path}/data}}
+optimizer: {{lr: 1.0e-3}}
+train: {{duration: 3ba, global_batch_size: 4, eval_interval: 3ba}}
+loggers: {{console: false}}
+""")
+    losses = []
+    for size in (1, 4):
+        overrides = [f"train.microbatch_size={size}", f"run.folder={tmp_path}/run{size}"]
+        trainer = train(load_config(tmp_path / "run.yaml", overrides))
+        losses.append(float(trainer.state.eval_metric_values["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    evaluated = evaluate_losses(load_model(model_folder), PreparedData(tmp_path / "data"))
+    sample = EvalDataset(PreparedData(tmp_path / "data"))[0]
+    assert set(sample) == {"input_ids", "position_ids", "labels", "domain"} and losses[0] < evaluated.loss

@@ -18,6 +18,7 @@ from llmprune.checks import check
 from llmprune.config import Config, load_config
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import convert
+from llmprune.data.dataset import EvalDataset
 from llmprune.data.format import DataManifest
 from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
@@ -299,3 +300,23 @@ def test_other_choices(yaml: Path, tmp_path: Path) -> None:
     assert trainer.state.timestamp.batch.value == 2
     assert list((tmp_path / "run" / "tensorboard").rglob("events*"))
     assert not any(name.startswith("metrics/") for _, name, _ in numbers(tmp_path / "run" / "metrics.jsonl"))
+
+
+def test_training_within_documents(yaml: Path, data: Path, tmp_path: Path) -> None:
+    """The evaluation loss is that of each document alone, its first token left out."""
+    overrides = ["l0_pruning=null", "data.document_boundaries=true", "train.duration=2ba"]
+    trainer = train(load_config(yaml, overrides))
+    found = float(trainer.state.eval_metric_values["loss"])
+    convert(tmp_path / "run", tmp_path / "out")
+    model, total, count = load_model(tmp_path / "out").eval(), 0.0, 0
+    samples = EvalDataset(PreparedData(data), 2, boundaries=True)
+    for place in range(len(samples)):
+        sample = samples[place]
+        begins = [i for i, position in enumerate(sample["position_ids"].tolist()) if position == 0]
+        for begin, end in zip(begins, [*begins[1:], 32], strict=True):
+            if end - begin > 1:
+                document = sample["input_ids"][None, begin:end]
+                with torch.no_grad():
+                    total += float(model(input_ids=document, labels=document).loss) * (end - begin - 1)
+                count += end - begin - 1
+    assert found == pytest.approx(total / count, rel=1e-5)

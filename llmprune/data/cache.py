@@ -19,6 +19,7 @@ from streaming.base.util import bytes_to_int
 from llmprune.errors import UserError, first_line
 
 _ATTEMPTS = 3
+_WAIT = 1.0  # seconds, before another attempt; twice as many before the next
 _READ_TIMEOUT = 60.0  # seconds without a byte
 
 
@@ -73,8 +74,19 @@ class ShardCache:
     def __init__(self, remote: str, folder: Path, limit: int | None = None) -> None:
         """Fetch from ``remote`` (a URL or a folder) into ``folder``, which may hold ``limit`` bytes of shards."""
         self.remote, self.folder, self.limit = remote.rstrip("/"), folder, limit
-        self._ahead: SimpleQueue[ShardFile] | None = None
+        self._own_by_process()
+
+    def _own_by_process(self) -> None:
+        """Begin with a connection and a thread of this process: neither survives a fork."""
         self._process = os.getpid()
+        self._downloader: CloudDownloader | None = None
+        self._ahead: SimpleQueue[ShardFile] | None = None
+
+    def _download(self, url: str, path: Path) -> None:
+        if self._process != os.getpid():
+            self._own_by_process()
+        self._downloader = self._downloader or connect(url)
+        download(url, path, self._downloader)
 
     def fetch(self, name: str) -> Path:
         """A small file, which nothing describes.
@@ -84,7 +96,7 @@ class ShardCache:
         """
         with self._missing(name) as part:
             if part is not None:
-                download(f"{self.remote}/{name}", part)
+                self._download(f"{self.remote}/{name}", part)
         return self.folder / name
 
     def fetch_shard(self, file: ShardFile) -> Path:
@@ -98,7 +110,7 @@ class ShardCache:
                 self._make_room(file.raw.bytes)
                 stored = file.packed or file.raw
                 url = f"{self.remote}/{Path(file.name).with_name(Path(stored.basename).name)}"
-                download(url, part)
+                self._download(url, part)
                 check_file(part, stored, url)
                 if file.packed is not None:
                     part.write_bytes(decompress(file.algorithm, part.read_bytes()))
@@ -107,8 +119,10 @@ class ShardCache:
 
     def fetch_ahead(self, files: Iterable[ShardFile]) -> None:
         """Fetch files in the background; what fails is tried again, and reported, when it is needed."""
-        if self._ahead is None or self._process != os.getpid():  # a thread does not survive a fork
-            self._ahead, self._process = SimpleQueue(), os.getpid()
+        if self._process != os.getpid():
+            self._own_by_process()
+        if self._ahead is None:
+            self._ahead = SimpleQueue()
             threading.Thread(target=self._work, args=(self._ahead,), daemon=True).start()
         for file in files:
             self._ahead.put(file)
@@ -161,8 +175,20 @@ class ShardCache:
                 total -= freed
 
 
-def download(url: str, path: Path) -> None:
-    """Copy a file from a remote or from another folder to ``path``.
+def connect(url: str) -> CloudDownloader:
+    """What fetches files from a remote or from another folder.
+
+    Raises:
+        UserError: nothing can.
+    """
+    try:
+        return CloudDownloader.get(url)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{url} can't be fetched: {first_line(error)}") from None
+
+
+def download(url: str, path: Path, downloader: CloudDownloader) -> None:
+    """Copy a file to ``path``.
 
     Raises:
         UserError: it can't be had, after a few attempts where these may help.
@@ -170,13 +196,13 @@ def download(url: str, path: Path) -> None:
     for attempt in range(1, _ATTEMPTS + 1):
         path.unlink(missing_ok=True)
         try:
-            CloudDownloader.direct_download(url, str(path), _READ_TIMEOUT)
+            downloader.download(url, str(path), _READ_TIMEOUT)
             return
         except Exception as error:  # each kind of remote has errors of its own
             final = isinstance(error, FileNotFoundError | ValueError | ImportError) or "not found" in str(error)
             if final or attempt == _ATTEMPTS:
                 raise UserError(f"{url} can't be fetched: {first_line(error)}") from None
-            time.sleep(2**attempt)
+            time.sleep(_WAIT * 2 ** (attempt - 1))
 
 
 def check_file(path: Path, wanted: FileInfo, name: object) -> None:

@@ -77,17 +77,17 @@ class MixedDataset(IterableDataset[Sample]):
             number: domain_order(reader.shard_sizes, seed, number, window=shuffle_window, lanes=lanes)
             for number, reader in self._readers.items()
         }
-        data.check_room(sum(self._in_turns(shuffle_window, machines, parts)))
+        data.check_room(sum(self._in_use(shuffle_window, machines, parts)))
         self._course = Course(parts, global_batch_size, lanes)
         self._start = self._course.state()
         self._changes = WeightChanges(len(self.domains))
 
-    def _in_turns(self, window: int, machines: int, parts: Sequence[int]) -> Iterator[int]:
-        """How many bytes of each domain's shards a machine reads in turns."""
+    def _in_use(self, window: int, machines: int, parts: Sequence[int]) -> Iterator[int]:
+        """How many bytes of each domain's shards a machine uses at a time: those of a window and of the next."""
         lanes = -(-self._lanes // machines) + (self._lanes % machines > 0)
         for number, reader in self._readers.items():
             if parts[number]:
-                yield sum(sorted(reader.shard_bytes)[-window * lanes :])
+                yield sum(sorted(reader.shard_bytes)[-2 * window * lanes :])
 
     def __iter__(self) -> Iterator[Sample]:
         """Yield this rank's and this worker's samples, for ever."""

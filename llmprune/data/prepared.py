@@ -5,7 +5,7 @@ import tempfile
 from functools import cached_property
 from pathlib import Path
 
-from llmprune.data.cache import CacheConfig, ShardCache, download
+from llmprune.data.cache import CacheConfig, ShardCache, connect, download
 from llmprune.data.format import DataManifest
 from llmprune.data.reader import SplitReader
 from llmprune.errors import UserError
@@ -34,7 +34,8 @@ class PreparedData:
         is_remote = "://" in self.location
         if is_remote:
             with tempfile.TemporaryDirectory() as folder:
-                download(f"{self.location.rstrip('/')}/manifest.json", Path(folder) / "manifest.json")
+                url = f"{self.location.rstrip('/')}/manifest.json"
+                download(url, Path(folder) / "manifest.json", connect(url))
                 self.manifest = DataManifest.load(folder)
         else:
             self.manifest = DataManifest.load(location)
@@ -76,10 +77,10 @@ class PreparedData:
         return SplitReader(self._root, domain, split, cache=self._cache, boundaries=wanted)
 
     def check_room(self, wanted: int) -> None:
-        """Raise ``UserError`` if a limited cache can't hold so many bytes, which are read in turns."""
+        """Raise ``UserError`` if a limited cache can't hold so many bytes, which are in use at a time."""
         limit = None if self._cache is None else self._cache.limit
         if limit is not None and limit < wanted:
             raise UserError(
-                f"data.cache.limit leaves {limit:,} bytes, but {wanted:,} are read in turns: raise it, or choose a "
-                "smaller data.shuffle_window"
+                f"data.cache.limit leaves {limit:,} bytes, but up to {wanted:,} are in use at a time: raise it, or "
+                "choose a smaller data.shuffle_window"
             )

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmprune.data.lanes import Lanes
 from llmprune.data.mixing import PARTS, Mixer, domain_weights, integer_weights
 
 weights = st.lists(st.just(0.0) | st.floats(1e-4, 1), min_size=1, max_size=9).filter(any)
@@ -93,3 +94,28 @@ def test_a_weight_too_small_ever_to_be_drawn_is_refused(raw: list[float]) -> Non
     with pytest.raises(ValueError, match="never be drawn, the smallest possible share is 1e-06"):
         integer_weights(raw)
     assert integer_weights([1e-6, 1 - 1e-6]) == [1, PARTS - 1]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_lanes_get_even_shares_of_every_domain(seed: int) -> None:
+    """Of whatever batches, changes of weights included: each lane stays within a few samples of its share."""
+    draw = Random(seed)
+    domains, lanes, room = draw.randint(1, 9), draw.choice([2, 3, 4, 8, 16]), draw.choice([1, 2, 3, 8])
+
+    def parts() -> list[int]:
+        return integer_weights([draw.random() ** 3 + 1e-4 for _ in range(domains)])
+
+    mixer, dealer, seen = Mixer(parts()), Lanes(domains, lanes), [[0] * lanes for _ in range(domains)]
+    for _ in range(200):
+        if draw.random() < 0.05:
+            mixer.change(parts())
+        batch = [0] * domains
+        for _ in range(lanes * room):
+            batch[mixer.next()[0]] += 1
+        dealt = dealer.deal(batch)
+        assert [lane for _, lane, _ in dealt] == [lane for lane in range(lanes) for _ in range(room)]
+        for domain, lane, number in sorted(dealt):
+            assert number == seen[domain][lane]  # without gaps
+            seen[domain][lane] += 1
+        assert [sum(counts) for counts in seen] == mixer.counts
+        assert all(abs(count - sum(counts) / lanes) < 5 for counts in seen for count in counts)

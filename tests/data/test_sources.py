@@ -4,10 +4,15 @@ import gzip
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import zstandard
+from datasets import Dataset as HuggingFaceDataset
+from datasets import DatasetDict
+from pyarrow import parquet
 
 from llmprune.data.records import find_inputs
 from llmprune.data.sources import BadRecord, Document, Fields, clean_name, documents
@@ -15,11 +20,11 @@ from llmprune.errors import UserError
 from llmprune.files import refuse_replacing
 
 
-def read(*inputs: Path, **fields: str) -> list[Document | BadRecord]:
+def read(*inputs: Path | str, **fields: str) -> list[Document | BadRecord]:
     return list(documents(find_inputs(inputs), Fields(**fields)))
 
 
-def pairs(*inputs: Path, **fields: str) -> list[tuple[str, str]]:
+def pairs(*inputs: Path | str, **fields: str) -> list[tuple[str, str]]:
     return [(d.domain, d.text) for d in read(*inputs, **fields) if isinstance(d, Document)]
 
 
@@ -172,3 +177,54 @@ def test_inputs_that_hold_nothing_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.docx").write_bytes(b"")
     with pytest.raises(UserError, match="no known format"):
         find_inputs([tmp_path / "x.docx"])
+
+
+ROWS = [{"text": f"row {n} " * (n % 5 + 1), "meta": {"set": "ab"[n % 2]}, "other": n} for n in range(50)]
+
+
+def write_parquet(path: Path) -> Path:
+    parquet.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=7)
+    return path
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet")
+    expected = [("ab"[n % 2], row["text"]) for n, row in enumerate(ROWS)]
+    assert pairs(path, domain_field="meta.set") == expected
+    for after in (1, 6, 7, 8, 49, 50):
+        found = documents(find_inputs([path]), Fields(domain_field="meta.set"), after=(0, after))
+        assert [(d.domain, d.text) for d in found if isinstance(d, Document)] == expected[after:]
+    (bad,) = {item.reason for item in read(path, text="body") if isinstance(item, BadRecord)}
+    assert bad == "no field 'body'"
+    path.write_bytes(path.read_bytes()[:-40])
+    (item,) = read(path)
+    assert isinstance(item, BadRecord) and "the file is damaged" in item.reason
+
+
+@pytest.mark.parametrize("kind", ["saved", "files"])
+def test_datasets_in_a_folder(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "my-set"
+    if kind == "saved":
+        DatasetDict({"train": HuggingFaceDataset.from_list(ROWS)}).save_to_disk(folder)
+    else:
+        folder.mkdir()
+        write_parquet(folder / "train-0.parquet")
+    name = f"hf:{folder}::train"
+    expected = [("my-set", row["text"]) for row in ROWS]
+    assert pairs(name) == expected
+    after = documents(find_inputs([name]), Fields(), after=(0, 20))
+    assert [d.text for d in after if isinstance(d, Document)] == [row["text"] for row in ROWS[20:]]
+    parts = [replace(find_inputs([name])[0], part=(number, 3)) for number in range(3)]
+    texts = [[d.text for d in documents([part], Fields()) if isinstance(d, Document)] for part in parts]
+    assert sorted(text for part in texts for text in part) == sorted(row["text"] for row in ROWS) and all(texts)
+
+
+def test_datasets_that_cannot_be_opened(tmp_path: Path) -> None:
+    for name, message in (
+        ("hf:nobody/nothing", "hf:nobody/nothing can't be opened"),
+        (f"hf:{tmp_path}", "can't be opened"),
+        ("hf:", "is no dataset: write hf:NAME"),
+        ("hf:a:b:c:d", "is no dataset"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(name)

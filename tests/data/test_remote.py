@@ -1,0 +1,230 @@
+"""Data behind a URL, in another folder, or compressed: read through a cache."""
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+from streaming.base.storage.download import CloudDownloader
+from torch.utils.data import DataLoader
+
+from data_prep.describe import show_samples
+from data_prep.pack import PackSettings, prepare
+from llmprune.data import cache as caching
+from llmprune.data.cache import CacheConfig
+from llmprune.data.dataset import EvalDataset, MixedDataset
+from llmprune.data.prepared import PreparedData
+from llmprune.errors import UserError
+
+WEIGHTS = {"numbers": 0.6, "letters": 0.4}
+
+
+@pytest.fixture(scope="module")
+def shards(corpus: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus in a few dozen shards of four samples."""
+    folder = tmp_path_factory.mktemp("shards") / "mds"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_prep.shards._SHARD_BYTES", 4 * 32 * 2)
+        prepare([corpus], data / "tokenizer", folder, PackSettings(32, eval_fraction=0.2), processes=1)
+    assert len(list(folder.rglob("train/*.mds"))) > 20
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_MAX_ATTEMPTS", "1"),
+    ):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(caching, "_WAIT", 0.01)
+
+
+@pytest.fixture
+def bucket(server: str, shards: Path, credentials: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A copy of the data in an S3-compatible store."""
+    monkeypatch.setenv("S3_ENDPOINT_URL", server)
+    client = boto3.client("s3", endpoint_url=server)
+    client.create_bucket(Bucket="corpora")
+    for path in shards.rglob("*"):
+        if path.is_file():
+            client.upload_file(str(path), "corpora", f"prepared/{path.relative_to(shards)}")
+    return "s3://corpora/prepared"
+
+
+def stream(data: PreparedData, batches: int, *, workers: int = 0, **options: Any) -> list[list[int]]:
+    dataset = MixedDataset(data, global_batch_size=8, weights=WEIGHTS, seed=3, shuffle_window=2, **options)
+    loader = iter(DataLoader(dataset, batch_size=8 // options.get("world_size", 1), num_workers=workers))
+    return [row for _ in range(batches) for row in next(loader)["input_ids"].tolist()]
+
+
+def cached(folder: Path) -> set[str]:
+    """The shards of training in a cache, without the folder that is named after the data."""
+    return {str(path.relative_to(folder).parts[1:]) for path in folder.rglob("train/*.mds")}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_remote_gives_the_samples_of_the_folder(bucket: str, shards: Path, tmp_path: Path, workers: int) -> None:
+    expected = stream(PreparedData(shards), 30)
+    data = PreparedData(bucket, CacheConfig(str(tmp_path)))
+    assert stream(data, 30, workers=workers) == expected
+    assert len(EvalDataset(data)) == len(EvalDataset(PreparedData(shards)))
+    assert [s.text for s in show_samples(data, 2)] == [s.text for s in show_samples(PreparedData(shards), 2)]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_another_folder_may_be_the_remote(shards: Path, tmp_path: Path) -> None:
+    data = PreparedData(shards, CacheConfig(str(tmp_path)))
+    assert stream(data, 10) == stream(PreparedData(shards), 10)
+    assert cached(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_compressed_data_are_read_through_a_cache(
+    corpus: Path, data: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr("data_prep.shards._SHARD_BYTES", 4 * 32 * 2)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    settings = PackSettings(32, eval_fraction=0.2, compression="zstd")
+    prepare([corpus], data / "tokenizer", tmp_path / "packed", settings, processes=1)
+    assert stream(PreparedData(tmp_path / "packed"), 20, workers=workers) == stream(PreparedData(shards), 20)
+    assert not list((tmp_path / "packed").rglob("*.mds"))
+
+
+def test_a_limited_cache_makes_room(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds what is read in turns; what is read again is fetched again."""
+    expected = stream(PreparedData(shards), 60)
+    size = max(path.stat().st_size for path in shards.rglob("*.mds"))
+    most, make_room = 0, caching.ShardCache._make_room
+
+    def watched(self: caching.ShardCache, wanted: int) -> None:
+        nonlocal most
+        make_room(self, wanted)
+        most = max(most, wanted + sum(path.stat().st_size for path in tmp_path.rglob("*.mds")))
+
+    monkeypatch.setattr(caching.ShardCache, "_make_room", watched)
+    limit = 9 * size
+    assert stream(PreparedData(shards, CacheConfig(str(tmp_path), str(limit))), 60) == expected
+    assert 5 * size < most <= limit + size  # one may be under way in the background
+    with pytest.raises(UserError, match=r"data.cache.limit leaves .* bytes, but up to .* are in use"):
+        stream(PreparedData(shards, CacheConfig(str(tmp_path), str(2 * size))), 1)
+    with pytest.raises(UserError, match="'lots' is no size: write 500mb"):
+        PreparedData(shards, CacheConfig(str(tmp_path), "lots"))
+
+
+def test_shards_are_fetched_before_they_are_needed(shards: Path, tmp_path: Path) -> None:
+    data = PreparedData(shards, CacheConfig(str(tmp_path)))
+    iterator = iter(MixedDataset(data, global_batch_size=8, weights=WEIGHTS, seed=3, shuffle_window=2))
+    for _ in range(8):
+        next(iterator)
+    for _ in range(100):
+        if len(cached(tmp_path)) >= 8:  # two windows of two shards of each domain
+            break
+        time.sleep(0.05)
+    assert len(cached(tmp_path)) == 8
+
+
+def test_machines_read_shards_of_their_own(shards: Path, tmp_path: Path) -> None:
+    """All they have in common is the shard that is cut in two, one in each domain."""
+    expected = stream(PreparedData(shards), 40, lanes=2)
+    parts = []
+    for machine in range(2):
+        data = PreparedData(shards, CacheConfig(str(tmp_path / str(machine))))
+        parts.append(stream(data, 40, rank=machine, world_size=2, machines=2, lanes=2))
+    assert [row for i in range(0, 160, 4) for part in parts for row in part[i : i + 4]] == expected
+    common = cached(tmp_path / "0") & cached(tmp_path / "1")
+    assert len(common) <= 2 and len(cached(tmp_path / "0")) > 10
+
+
+def test_a_file_is_fetched_once_however_many_want_it(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    download = caching.download
+
+    def slow(url: str, path: Path, downloader: CloudDownloader) -> None:
+        fetched.append(url)
+        time.sleep(0.02)
+        download(url, path, downloader)
+
+    monkeypatch.setattr(caching, "download", slow)
+    readers = [PreparedData(shards, CacheConfig(str(tmp_path))).reader("letters", "train") for _ in range(4)]
+    threads = [threading.Thread(target=reader.read, args=(shard, 0)) for reader in readers for shard in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fetched) == len(set(fetched)) == 4  # the index and three shards
+
+
+def test_damage_at_the_source_is_named_and_damage_on_this_machine_is_mended(shards: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    data = PreparedData(copy, CacheConfig(str(tmp_path / "cache")))
+    expected = data.reader("letters", "train").read(0, 0)["input_ids"].tolist()
+    (held,) = (tmp_path / "cache").rglob("*.mds")
+    held.write_bytes(held.read_bytes()[:-5])
+    assert data.reader("letters", "train").read(0, 0)["input_ids"].tolist() == expected
+    damaged = copy / "letters" / "train" / "shard.00001.mds"
+    damaged.write_bytes(b"\0" + damaged.read_bytes()[1:])
+    with pytest.raises(UserError, match=r"shard.00001.mds is damaged \(its xxh64"):
+        data.reader("letters", "train").read(1, 0)
+    damaged.unlink()
+    with pytest.raises(UserError, match="shard.00001.mds can't be fetched"):
+        data.reader("letters", "train").read(1, 0)
+    assert len(list((tmp_path / "cache").rglob("*.mds"))) == 1
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(shards: Path, tmp_path: Path) -> None:
+    data = PreparedData(shards, CacheConfig(str(tmp_path)))
+    reader = data.reader("letters", "train")
+    target = next(tmp_path.rglob("letters/train")) / "shard.00000.mds"
+    target.with_name("shard.00000.mds.part").write_bytes(b"half")
+    target.with_name("shard.00000.mds.lock").write_bytes(b"")
+    assert (
+        reader.read(0, 0)["input_ids"].tolist()
+        == PreparedData(shards).reader("letters", "train").read(0, 0)["input_ids"].tolist()
+    )
+
+
+@pytest.mark.usefixtures("credentials")
+def test_a_remote_that_cannot_be_reached(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = CacheConfig(str(tmp_path))
+    with pytest.raises(UserError, match="s3://corpora/other/manifest.json can't be fetched: .*not found"):
+        PreparedData("s3://corpora/other", cache)
+    with pytest.raises(UserError, match="ftps://x/manifest.json can't be fetched: Unsupported remote path"):
+        PreparedData("ftps://x", cache)
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="can't be fetched: Could not connect"):
+        PreparedData(bucket, cache)
+
+
+def test_an_index_may_not_name_files_elsewhere(shards: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    index = copy / "letters" / "train" / "index.json"
+    index.write_text(index.read_text().replace("shard.00000.mds", "../../../../secret"))
+    with pytest.raises(UserError, match=r"is damaged \(a shard lies outside"):
+        PreparedData(copy).reader("letters", "train")
+
+
+def test_a_cache_that_cannot_be_written(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't write the cache"):
+        PreparedData(shards, CacheConfig(str(tmp_path / "file"))).reader("letters", "train")
+    assert os.listdir(tmp_path) == ["file"]

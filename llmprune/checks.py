@@ -268,7 +268,11 @@ def _check_mixing(config: Config, data: DataManifest) -> None:
     dynamic.references = read_references(dynamic.references)  # a run keeps them, whatever becomes of the file
     domains = sorted(data.domains)
     weights = config.data.weights
-    drawn = [d for d in domains if (data.samples(d, TRAIN) if weights is None else weights.get(d, 0.0))]
+    if dynamic.update == "schedule" and weights is not None:
+        raise UserError("dynamic_loading.schedule has the weights of the whole run: leave data.weights out")
+    given = {d: float(data.samples(d, TRAIN) if weights is None else weights.get(d, 0.0)) for d in domains}
+    total = sum(given.values()) or 1.0
+    drawn = {domain: weight / total for domain, weight in given.items() if weight}
     evaluated = [d for d in domains if data.samples(d, EVAL)]
     check_updates(dynamic, domains, drawn, evaluated)
     if dynamic.update_delay < (ahead := config.data.workers * config.data.prefetch):

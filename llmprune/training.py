@@ -27,6 +27,7 @@ from llmprune.checks import Ingredients, check, check_same_run, data_contents
 from llmprune.config import Config, LiveEvaluationConfig, LoggersConfig, save_config
 from llmprune.data.dataset import EvalDataset, MixedDataset
 from llmprune.data.prepared import PreparedData
+from llmprune.data.updates import first_weights
 from llmprune.families import family_of
 from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
 from llmprune.models.loading import empty_model, load_model, new_model
@@ -181,10 +182,13 @@ def make_model(config: Config, inputs: Ingredients) -> PreTrainedModel:
 def make_loaders(config: Config, data: PreparedData) -> tuple[MixedDataset, DataLoader[Any], EvalDataset]:
     """The training stream of this rank with its loader, and the evaluation samples."""
     world_size = dist.get_world_size()
+    starting = None
+    if config.dynamic_loading is not None:
+        starting = first_weights(config.dynamic_loading, sorted(data.manifest.domains))
     stream = MixedDataset(
         data,
         global_batch_size=config.train.global_batch_size,
-        weights=config.data.weights,
+        weights=config.data.weights if starting is None else starting,
         seed=config.run.seed,
         rank=dist.get_global_rank(),
         world_size=world_size,

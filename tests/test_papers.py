@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from llmprune.config import ScoringConfig, load_config, load_job
+from llmprune.data.sources import clean_name
 from llmprune.data.updates import check_updates
 from llmprune.families import family_of
 from llmprune.gates.gate_set import GateSet
@@ -81,7 +82,8 @@ def test_sheared_llama(size: str) -> None:
     for job in (prune, load_config(PAPERS / f"sheared_llama_{size}_continue.yaml", ["data.path=somewhere"])):
         assert job.dynamic_loading is not None and job.data.weights is not None
         domains = list(job.data.weights)
-        check_updates(job.dynamic_loading, domains, domains, domains)
+        check_updates(job.dynamic_loading, domains, job.data.weights, domains)
+        assert job.data.document_boundaries is False
         assert job.data.workers * job.data.prefetch <= job.dynamic_loading.update_delay
         assert sum(job.data.weights.values()) == pytest.approx(1, abs=2e-3)
     assert prune.l0_pruning is not None and prune.sharding is not None and prune.train.activation_checkpointing
@@ -138,3 +140,12 @@ def test_scoring_recipes(path: Path) -> None:
             assert kept >= {0, 1, 2, 3, layers - 2, layers - 1} and not kept & set(range(4, 4 + count))
         else:
             assert not kept & set(range(count))
+
+
+def test_llm_streamlines_mix() -> None:
+    job = load_config(
+        PAPERS / "llm_streamline.yaml", ["data.path=x", "run.name=x", "train.duration=1ba", "train.global_batch_size=1"]
+    )
+    assert job.data.weights is not None and sum(job.data.weights.values()) == pytest.approx(1)
+    assert max(job.data.weights, key=job.data.weights.__getitem__) == "RedPajamaC4"
+    assert all(clean_name(name) == name for name in job.data.weights) and job.data.document_boundaries is False

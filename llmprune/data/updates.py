@@ -123,9 +123,20 @@ def new_weights(
     floor, ceiling = ([bound / share for bound in bounds] for bounds in _bounds(config, names))
     found = bounded(UPDATES.get(config.update)(seen, config, names), floor, ceiling)
     weights = list(measured.weights)
+    least = 0.0 if config.update == "schedule" else 1 / PARTS  # else a domain could drop out for good
     for i, weight in zip(free, found, strict=True):
-        weights[i] = weight * share
+        weights[i] = max(weight * share, least)
     return weights
+
+
+def first_weights(config: DynamicLoadingConfig, domains: Sequence[str]) -> dict[str, float] | None:
+    """The weights that a run begins with, if the update says so."""
+    if config.update != "schedule":
+        return None
+    unknown = [math.nan] * len(domains)
+    found = new_weights(Measured([1 / len(domains)] * len(domains), unknown, 0.0), config, domains)
+    assert found is not None
+    return dict(zip(domains, drawable(found), strict=True))
 
 
 def bounded(weights: Sequence[float], floor: Sequence[float], ceiling: Sequence[float]) -> list[float]:
@@ -165,14 +176,14 @@ def read_references(references: Any) -> dict[str, float] | None:
 
 
 def check_updates(
-    config: DynamicLoadingConfig, domains: Sequence[str], drawn: Sequence[str], evaluated: Sequence[str]
+    config: DynamicLoadingConfig, domains: Sequence[str], drawn: Mapping[str, float], evaluated: Sequence[str]
 ) -> None:
     """Refuse settings that can't work, before anything is trained.
 
     Args:
         config: the settings.
         domains: all.
-        drawn: those whose weight is not zero at the start.
+        drawn: those whose weight is not zero at the start, with these weights; they sum to one.
         evaluated: those that have evaluation samples; the others' weights are held where losses decide.
 
     Raises:
@@ -199,11 +210,18 @@ def check_updates(
                 raise UserError(f"dynamic_loading.{name} must hold numbers")
         elif name != "references" and not isinstance(named, int | float):
             raise UserError(f"dynamic_loading.{name} must be a number, or numbers by domain; got '{named}'")
-    floor, ceiling = _bounds(config, domains if config.update == "schedule" else drawn)
+    free, share = list(domains if config.update == "schedule" else drawn), 1.0
+    if config.update in NEEDS_LOSSES:
+        free = [domain for domain in drawn if domain in evaluated]
+        share = sum(drawn[domain] for domain in free)
+    floor, ceiling = _bounds(config, free)
     if any(not 0 <= lo <= hi <= 1 for lo, hi in zip(floor, ceiling, strict=True)):
         raise UserError("every domain needs 0 ≤ dynamic_loading.floor ≤ dynamic_loading.ceiling ≤ 1")
-    if sum(floor) > 1 + 1e-9 or sum(ceiling) < 1 - 1e-9:
-        raise UserError("dynamic_loading: the floors must sum to at most 1, the ceilings to at least 1")
+    if sum(floor) > share + 1e-9 or sum(ceiling) < share - 1e-9:
+        raise UserError(
+            f"dynamic_loading: the floors of the domains that change must sum to at most {share:g}, their ceilings to "
+            f"at least {share:g}"
+        )
     if config.update == "schedule":
         _check_schedule(config, domains)
     if config.update in NEEDS_LOSSES:
@@ -212,7 +230,6 @@ def check_updates(
                 f"dynamic_loading.update={config.update} needs dynamic_loading.references: the loss that each domain "
                 "is expected to come down to"
             )
-        free = [domain for domain in drawn if domain in evaluated]
         if len(free) < 2:
             raise UserError(
                 f"dynamic_loading.update={config.update} needs two domains with evaluation samples: prepare the data "

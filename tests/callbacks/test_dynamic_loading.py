@@ -135,3 +135,13 @@ def test_no_evaluation_samples(yaml: Path, data: Path, tmp_path: Path) -> None:
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="needs two domains with evaluation samples"):
         check(load_config(yaml, [f"data.path={copy}"]))
+
+
+def test_a_schedule_has_the_weights_of_the_whole_run(yaml: Path) -> None:
+    points = "[{at: 0, weights: {letters: 1}}, {at: 1, weights: {numbers: 1}}]"
+    overrides = ["dynamic_loading.update=schedule", f"dynamic_loading.schedule={points}"]
+    seen = run(load_config(yaml, overrides))
+    shares = [sum(row[0] for row in seen[batch]) / 8 for batch in range(16)]
+    assert shares[:3] == [0.0] * 3 and shares[-1] > 0.5
+    with pytest.raises(UserError, match="leave data.weights out"):
+        check(load_config(yaml, [*overrides, "data.weights={letters: 1, numbers: 1}"]))

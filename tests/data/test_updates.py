@@ -1,6 +1,7 @@
 """Weights that follow losses, against the formula worked out by hand and against its properties."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprune.data.updates import DynamicLoadingConfig, Measured, bounded, check_updates, new_weights
+from llmprune.data.mixing import PARTS, integer_weights
+from llmprune.data.updates import (
+    DynamicLoadingConfig,
+    Measured,
+    bounded,
+    check_updates,
+    drawable,
+    first_weights,
+    new_weights,
+)
 from llmprune.errors import UserError
 
 DOMAINS = ["a", "b", "c"]
+EVEN = dict.fromkeys(DOMAINS, 1 / len(DOMAINS))
 HALF = math.log(0.5)
 
 
@@ -107,15 +118,37 @@ def test_bounded_keeps_proportions_where_it_can() -> None:
 def test_mistakes(changes: dict[str, Any], message: str) -> None:
     config = DynamicLoadingConfig(**{"references": dict.fromkeys(DOMAINS, 1.0), **changes})
     with pytest.raises(UserError, match=message):
-        check_updates(config, DOMAINS, DOMAINS, DOMAINS)
+        check_updates(config, DOMAINS, EVEN, DOMAINS)
 
 
 def test_a_domain_without_evaluation_samples_keeps_its_weight() -> None:
     config = DynamicLoadingConfig(references={"a": 1.0, "c": 1.0}, smoothing=0.0, floor={"c": 0.2})
-    check_updates(config, DOMAINS, DOMAINS, ["a", "c"])
+    start = {"a": 0.3, "b": 0.4, "c": 0.3}
+    check_updates(config, DOMAINS, start, ["a", "c"])
+    with pytest.raises(UserError, match=r"floors of the domains that change must sum to at most 0.6"):
+        check_updates(replace(config, floor={"c": 0.61}), DOMAINS, start, ["a", "c"])
     found = new_weights(Measured([0.3, 0.4, 0.3], [math.log(2), math.nan, 0.0], 0), config, DOMAINS, {"b"})
     assert found == pytest.approx([0.4, 0.4, 0.2])
     found = new_weights(Measured([0.3, 0.4, 0.3], [math.log(9), math.nan, 0.0], 0), config, DOMAINS, {"b"})
     assert found == pytest.approx([0.4, 0.4, 0.2])  # the floor is a share of everything
     with pytest.raises(UserError, match="needs two domains with evaluation samples"):
-        check_updates(config, DOMAINS, DOMAINS, ["a"])
+        check_updates(config, DOMAINS, start, ["a"])
+    with pytest.raises(UserError, match=r"their ceilings to at least 0.6"):
+        check_updates(replace(config, floor=0.0, ceiling={"a": 0.2, "c": 0.3}), DOMAINS, start, ["a", "c"])
+
+
+def test_no_domain_drops_out_by_rounding() -> None:
+    config = DynamicLoadingConfig(references=dict.fromkeys(DOMAINS, 1.0), smoothing=0.0, clamp=False)
+    weights = [0.5, 0.3, 0.2]
+    for _ in range(3):
+        weights = integer_weights(drawable(new_weights(Measured(weights, [900.0, 0.0, 0.0], 0), config, DOMAINS) or []))
+        assert min(weights) >= 1
+        weights = [part / PARTS for part in weights]
+    back = new_weights(Measured(weights, [0.0, 900.0, 0.0], 0), config, DOMAINS)
+    assert back is not None and back[1] > 0.99
+
+
+def test_a_schedule_begins_with_the_run() -> None:
+    points = [{"at": 0.0, "weights": {"a": 1, "b": 3}}, {"at": 1.0, "weights": {"c": 1}}]
+    assert first_weights(DynamicLoadingConfig("schedule", schedule=points), DOMAINS) == {"a": 0.25, "b": 0.75, "c": 0}
+    assert first_weights(DynamicLoadingConfig("constant"), DOMAINS) is None

@@ -13,7 +13,8 @@ from llmprune.data.sources import BadRecord, Fields
 from llmprune.errors import UserError
 
 if TYPE_CHECKING:
-    from data_prep.pack import PackSettings, Summary
+    from data_prep.pack import Summary
+    from data_prep.recipe import PackSettings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -109,7 +110,7 @@ def tokenize(
 
     A job that was stopped goes on when it is called again.
     """
-    from data_prep.pack import PackSettings
+    from data_prep.recipe import PackSettings
 
     settings = PackSettings(
         sequence_length, eval_fraction, bos, eos, max_bad, seed, compression=compression, sets=_shares(sets or [])
@@ -149,7 +150,7 @@ def conversations(
 ) -> None:
     """The same for prompts and responses, or chat messages: whole conversations, of which the responses are learned."""
     from data_prep.conversations import ConversationSettings
-    from data_prep.pack import PackSettings
+    from data_prep.recipe import PackSettings
 
     made = ConversationSettings(template, prompt_field, input_field, response_field, messages_field)
     settings = PackSettings(

@@ -163,7 +163,8 @@ def data_prep(runs: int) -> Ratio:
     from tokenizers import Tokenizer
 
     from data_prep.builtin import build_corpus
-    from data_prep.pack import PackSettings, prepare
+    from data_prep.pack import prepare
+    from data_prep.recipe import PackSettings
     from data_prep.tokenizer import train_tokenizer
     from llmprune.data.records import find_inputs
     from llmprune.data.sources import Document, Fields, documents
@@ -193,7 +194,8 @@ def mixed_loading(runs: int) -> Ratio:
     from torch.utils.data import DataLoader
 
     from data_prep.builtin import build_corpus
-    from data_prep.pack import PackSettings, prepare
+    from data_prep.pack import prepare
+    from data_prep.recipe import PackSettings
     from data_prep.tokenizer import train_tokenizer
     from llmprune.data.dataset import MixedDataset
     from llmprune.data.mixing import integer_weights
@@ -251,7 +253,8 @@ def convert_memory(runs: int) -> Ratio:
 def _pruning_run(folder: Path, kind: str) -> int:
     """One batch of pruning a model of a gigabyte, with its checkpoint; returns the model's bytes."""
     from data_prep.builtin import build_corpus
-    from data_prep.pack import PackSettings, prepare
+    from data_prep.pack import prepare
+    from data_prep.recipe import PackSettings
     from data_prep.tokenizer import train_tokenizer
     from llmprune.config import load_config
     from llmprune.training import train

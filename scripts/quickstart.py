@@ -76,7 +76,8 @@ def prune_by_launcher(overrides: list[str]) -> None:
 def journey(out: Path, seed: int) -> dict[str, Any]:
     """Run all stages; returns the summary."""
     from data_prep.builtin import build_corpus
-    from data_prep.pack import PackSettings, prepare
+    from data_prep.pack import prepare
+    from data_prep.recipe import PackSettings
     from data_prep.tokenizer import train_tokenizer
     from llmprune.convert.commands import convert
     from llmprune.data.prepared import PreparedData

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
-from data_prep.pack import PackSettings, prepare
+from data_prep.pack import prepare
+from data_prep.recipe import PackSettings
 from data_prep.tokenizer import train_tokenizer
 from llmprune.models.loading import new_model
 

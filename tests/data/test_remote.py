@@ -15,7 +15,8 @@ from streaming.base.storage.download import CloudDownloader
 from torch.utils.data import DataLoader
 
 from data_prep.describe import show_samples
-from data_prep.pack import PackSettings, prepare
+from data_prep.pack import prepare
+from data_prep.recipe import PackSettings
 from llmprune.data import cache as caching
 from llmprune.data.cache import CacheConfig
 from llmprune.data.dataset import EvalDataset, MixedDataset

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_prep.conversations import ConversationSettings, renderer
 from data_prep.describe import show_samples
-from data_prep.pack import PackSettings, prepare
+from data_prep.pack import prepare
+from data_prep.recipe import PackSettings
 from llmprune.config import load_config
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData

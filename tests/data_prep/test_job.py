@@ -16,7 +16,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_prep.job import Job
-from data_prep.pack import PackSettings, merge, prepare
+from data_prep.pack import merge, prepare
+from data_prep.recipe import PackSettings
 from llmprune.data.format import DataManifest
 from llmprune.data.prepared import PreparedData
 from llmprune.data.records import Input
@@ -60,7 +61,7 @@ def texts(data: Path, *, split: str, domains: Sequence[str] = ("a", "b")) -> lis
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches, shards and intervals so small that all of them are crossed."""
-    monkeypatch.setattr("data_prep.pack._BATCH_CHARACTERS", 600)
+    monkeypatch.setattr("data_prep.reading._BATCH_CHARACTERS", 600)
     monkeypatch.setattr("data_prep.pack._SAVE_SECONDS", 0.0)
     monkeypatch.setattr("data_prep.shards._SHARD_BYTES", 5 * LENGTH * 2)
 
@@ -82,7 +83,7 @@ def test_a_stopped_job_goes_on_to_the_same_files(
                 raise KeyboardInterrupt
             yield item
 
-    monkeypatch.setattr("data_prep.pack.documents", stopping)
+    monkeypatch.setattr("data_prep.reading.documents", stopping)
     for _ in range(3):
         stop_at = draw.randrange(10, 90)
         with pytest.raises(KeyboardInterrupt):
@@ -96,10 +97,10 @@ def test_a_stopped_job_goes_on_to_the_same_files(
 
 KILLED = """
 import os, signal, sys
-from data_prep import pack
+from data_prep import pack, reading, recipe
 from data_prep.job import Job
 
-pack._BATCH_CHARACTERS, pack._SAVE_SECONDS = 600, 0.0
+reading._BATCH_CHARACTERS, pack._SAVE_SECONDS = 600, 0.0
 after, save, saved = int(sys.argv[4]), Job.save, 0
 
 def killed(self, packers, progress):
@@ -111,7 +112,7 @@ def killed(self, packers, progress):
     save(self, packers, progress)
 
 Job.save = killed
-pack.prepare([sys.argv[1]], sys.argv[2], sys.argv[3], pack.PackSettings(32, eval_fraction=0.1), processes=2)
+pack.prepare([sys.argv[1]], sys.argv[2], sys.argv[3], recipe.PackSettings(32, eval_fraction=0.1), processes=2)
 """
 
 
@@ -134,7 +135,7 @@ def test_a_stopped_job_goes_on_with_its_own_settings_only(
                 raise KeyboardInterrupt
             yield item
 
-    monkeypatch.setattr("data_prep.pack.documents", stopping)
+    monkeypatch.setattr("data_prep.reading.documents", stopping)
     with pytest.raises(KeyboardInterrupt):
         prepare([many], data / "tokenizer", tmp_path / "out", PackSettings(LENGTH), processes=1)
     with pytest.raises(UserError, match=r"\.out\.partial is what is left of a job with other settings"):
@@ -254,7 +255,7 @@ def test_only_one_process_writes_an_output(
             prepare([many], data / "tokenizer", tmp_path / "out", PackSettings(LENGTH), processes=1)
         yield from ()
 
-    monkeypatch.setattr("data_prep.pack.documents", again)
+    monkeypatch.setattr("data_prep.reading.documents", again)
     with pytest.raises(UserError, match="hold no text"):
         prepare([many], data / "tokenizer", tmp_path / "out", PackSettings(LENGTH), processes=1)
 

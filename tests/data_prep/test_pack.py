@@ -10,7 +10,8 @@ from streaming.base.util import clean_stale_shared_memory
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data_prep.pack import PackSettings, prepare
+from data_prep.pack import prepare
+from data_prep.recipe import PackSettings
 from data_prep.split import rank_of, split_of
 from data_prep.tokenizer import train_tokenizer
 from llmprune.data.format import DataManifest
@@ -55,7 +56,7 @@ def samples(data: Path, domain: str, split: str) -> list[list[int]]:
 def test_samples_are_the_documents_joined(
     source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_characters: int
 ) -> None:
-    monkeypatch.setattr("data_prep.pack._BATCH_CHARACTERS", batch_characters)
+    monkeypatch.setattr("data_prep.reading._BATCH_CHARACTERS", batch_characters)
     settings = PackSettings(16, eval_fraction=0.3, bos=True)
     manifest = prepare([source], tokenizer, tmp_path / "out", settings, processes=1).manifest
     plain = AutoTokenizer.from_pretrained(tokenizer)
@@ -86,7 +87,7 @@ def test_text_that_looks_like_a_special_token_is_text(source: Path, tokenizer: P
 def test_the_number_of_processes_changes_nothing(
     source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_prep.pack._BATCH_CHARACTERS", 500)
+    monkeypatch.setattr("data_prep.reading._BATCH_CHARACTERS", 500)
     for processes in (1, 2):
         prepare(
             [source], tokenizer, tmp_path / str(processes), PackSettings(16, eval_fraction=0.2), processes=processes
@@ -134,7 +135,7 @@ def test_a_small_domain_has_samples_on_both_sides(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_tokens: int
 ) -> None:
     monkeypatch.setattr("data_prep.packer._HELD_TOKENS", held_tokens)
-    monkeypatch.setattr("data_prep.pack._BATCH_CHARACTERS", 400)
+    monkeypatch.setattr("data_prep.reading._BATCH_CHARACTERS", 400)
     (tmp_path / "in").mkdir()
     texts = [f"{n}: " + "house tree " * 4 for n in range(20)] * 2  # every text comes twice, far apart
     (tmp_path / "in" / "x.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))

@@ -53,8 +53,8 @@ def test_sigterm_ends_workers_and_removes_unfinished_output(
                 assert list(tmp_path.glob(".out.partial"))
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("data_prep.pack.documents", terminated)
-    monkeypatch.setattr("data_prep.pack._BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr("data_prep.reading.documents", terminated)
+    monkeypatch.setattr("data_prep.reading._BATCH_CHARACTERS", 1000)
     arguments = [corpus, "--tokenizer", data / "tokenizer", "--out", tmp_path / "out", "--processes", "2"]
     monkeypatch.setattr(sys, "argv", ["data_prep", "tokenize", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:

@@ -1,0 +1,84 @@
+"""The documents of a job, in batches, and where each of them belongs."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from data_prep.encode import Batch
+from data_prep.join import Encoded
+from data_prep.packer import Arrival
+from data_prep.recipe import PackSettings
+from data_prep.split import rank_of, set_of, split_of
+from llmprune.data.format import EVAL
+from llmprune.data.records import Input
+from llmprune.data.sources import BadRecord, Document, Fields, Place, Render, documents
+
+_BATCH_CHARACTERS = 250_000  # small, so that no process idles for long while the last batches finish
+EARLY_STOP = 100  # bad records, before the share of bad ones is looked at while reading
+
+
+class Reading:
+    """Reads the documents of a job and says where each of them belongs.
+
+    Attributes:
+        inputs: all, those for evaluation first.
+        training: those that are not for evaluation.
+        fields: of records.
+        settings: of the job.
+    """
+
+    def __init__(
+        self,
+        held_out: list[Input],
+        training: list[Input],
+        settings: PackSettings,
+        fields: Fields,
+        render: Render | None,
+    ) -> None:
+        self.inputs, self.training, self.fields = [*held_out, *training], training, fields
+        self.settings, self._render = settings, render
+        self._left_out: set[int] = set()
+
+    def leave_out(self, held_out: list[Input]) -> None:
+        """Leave the texts of these inputs out of training."""
+        for item in self._documents(held_out, (0, 0)):
+            if isinstance(item, Document):
+                self._left_out.add(rank_of(item.text, self.settings.seed))
+
+    def _documents(self, inputs: list[Input], after: Place) -> Iterator[Document | BadRecord]:
+        rendered = self.settings.conversations.fields if self.settings.conversations else ()
+        return documents(inputs, self.fields, after=after, render=self._render, rendered=rendered)
+
+    def batches(self, after: Place) -> Iterator[Batch]:
+        """Documents and bad records behind a place."""
+        batch, characters = Batch(place=after), 0
+        for item in self._documents(self.inputs, after):
+            if isinstance(item, BadRecord):
+                batch.bad.append(item)
+            else:
+                batch.documents.append(item)
+                batch.place, batch.position = item.place, item.position
+                characters += len(item.text)
+            if characters >= _BATCH_CHARACTERS or len(batch.bad) > EARLY_STOP:
+                yield batch
+                batch, characters = Batch(place=batch.place, position=batch.position), 0
+        yield batch
+
+    def sort(self, document: Document, content: Encoded) -> Iterator[tuple[str, Arrival | None]]:
+        """The sets that a document goes into; with None, those that it is left out of."""
+        settings = self.settings
+        rank = rank_of(document.text, settings.seed)
+        evaluation = document.place[0] < len(self.inputs) - len(self.training)
+        sets: Iterable[str] = settings.sets or ("",)
+        if settings.sets and not evaluation and split_of(rank, settings.eval_fraction, {}) != EVAL:
+            sets = filter(None, [set_of(rank, settings.eval_fraction, settings.sets)])
+        for name in sets:
+            left_out = not evaluation and rank in self._left_out
+            yield name, None if left_out else Arrival(document.domain, rank, content, evaluation)
+
+
+def part_of(inputs: list[Input], shard: tuple[int, int] | None) -> list[Input]:
+    """The inputs of a part: every n-th file, and of each dataset the n-th part."""
+    if shard is None:
+        return inputs
+    files = [source for source in inputs if not source.is_dataset]
+    return [*files[shard[0] :: shard[1]], *(replace(source, part=shard) for source in inputs if source.is_dataset)]

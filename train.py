@@ -5,6 +5,7 @@ import sys
 import time
 
 from llmprune.errors import UserError
+from llmprune.processes import end_with_launcher
 
 USAGE = "composer [-n RANKS] train.py yamls/NAME.yaml [section.key=value …]"
 
@@ -39,4 +40,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    end_with_launcher()
     sys.exit(main(sys.argv[1:]))

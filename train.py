@@ -36,6 +36,10 @@ def main(arguments: list[str]) -> int:
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        # Gloo's threads drop what the ranks exchanged last, for which they need the interpreter: were it being torn
+        # down by then, they would abort the process.
+        time.sleep(0.2)
     return 0
 
 

@@ -21,6 +21,7 @@ from yaml import YAMLError
 from llmprune.data.cache import CacheConfig
 from llmprune.data.updates import DynamicLoadingConfig
 from llmprune.errors import UserError, nearest
+from llmprune.files import write_text
 from llmprune.gates.settings import L0PruningConfig
 from llmprune.optimizers import OptimizerConfig, SchedulerConfig
 from llmprune.scoring.selection import PlansConfig
@@ -325,7 +326,7 @@ def _read(path: Path) -> DictConfig:
 
 def save_config(config: Config | ScoringConfig, path: Path) -> None:
     """Write the resolved config as YAML."""
-    OmegaConf.save(OmegaConf.structured(config), path, resolve=True)
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
 
 
 def describe() -> str:

@@ -11,7 +11,9 @@ RUN/
 
 import importlib.metadata
 import platform
+import re
 import subprocess
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,12 @@ from llmprune.files import output_folder, read_json, remove, write_json
 
 RANDOM = "random"  # the source of a model that was not trained before
 PACKAGES = ("llmprune", "torch", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
+_NAME = re.compile(r"ba(\d+)(-rank0\.pt)?$")
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the part that is written last is there: a folder's metadata, a file's table of contents."""
+    return (checkpoint / ".metadata").is_file() or zipfile.is_zipfile(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,16 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint, if there is one."""
+        """The newest complete checkpoint, if there is one.
+
+        Composer removes its link to it before it makes the next: after a kill in between, the newest is looked for.
+        """
         latest = self.checkpoints / "latest-rank0.pt"
-        return latest.resolve() if latest.exists() else None
+        if latest.exists():
+            return latest.resolve()
+        found = {int(name[1]): path for path in self.checkpoints.glob("ba*") if (name := _NAME.match(path.name))}
+        complete = (path for _, path in sorted(found.items(), reverse=True) if _is_complete(path))
+        return next(complete, None)
 
     def find(self, *, overwrite: bool, autoresume: bool) -> Path | None:
         """See whether the folder may be used; nothing is changed.

@@ -136,8 +136,8 @@ def draw(seed: int, number: int, start_seconds: float) -> Case:
 
 def prepare(out: Path) -> Path:
     """Make a corpus of three domains, data and the YAML of the runs in ``out``, unless they are there; the YAML."""
-    from data_prep.pack import PackSettings
     from data_prep.pack import prepare as prepare_data
+    from data_prep.recipe import PackSettings
     from data_prep.tokenizer import train_tokenizer
 
     yaml = out / "kills.yaml"

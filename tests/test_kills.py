@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from llmprune import training
 from llmprune.config import load_config
 from llmprune.data.dataset import MixedDataset
+from llmprune.data.prepared import PreparedData
 from llmprune.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,8 @@ class Stream:
     """Batches from loader workers, with weights that change, from the beginning or from a state on."""
 
     def __init__(self, data: Path, workers: int, start: int = 0, state: dict[str, Any] | None = None) -> None:
-        self.dataset = MixedDataset(data, global_batch_size=BATCH, weights={"numbers": 0.6, "letters": 0.4}, seed=3)
+        weights = {"numbers": 0.6, "letters": 0.4}
+        self.dataset = MixedDataset(PreparedData(data), global_batch_size=BATCH, weights=weights, seed=3)
         if state is not None:
             self.dataset.load_state_dict(state)
         self.next, self._loader = start, iter(DataLoader(self.dataset, batch_size=BATCH, num_workers=workers))

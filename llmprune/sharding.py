@@ -3,6 +3,8 @@
 import warnings
 from dataclasses import dataclass
 
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 
@@ -63,6 +65,23 @@ def check_sharding(config: ShardingConfig, *, on_cpu: bool) -> None:
         raise UserError(f"sharding.replicas {config.replicas} must divide the number of ranks, {ranks}")
     if config.replicas > 1 and on_cpu:
         raise UserError("hybrid sharding (sharding.replicas > 1) needs GPUs: gloo can't average between replicas")
+
+
+class AverageGradients(Algorithm):
+    """Divides gradients by the number of ranks, before they are clipped.
+
+    FSDP2 asks for the mean over ranks; gloo sums and says nothing. Optimisers of Adam's kind don't mind, clipping does.
+    """
+
+    def match(self, event: Event, state: State) -> bool:
+        """After the backward passes of a batch."""
+        return event == Event.AFTER_TRAIN_BATCH
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Divide."""
+        for parameter in state.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(dist.get_world_size())
 
 
 def parallelism(config: ShardingConfig | None, activation_checkpointing: bool) -> ParallelismConfig | None:

@@ -10,7 +10,7 @@ import torch
 from composer import Callback, Trainer
 from composer.algorithms import GradientClipping
 from composer.callbacks import LRMonitor, SpeedMonitor
-from composer.core import DataSpec, Time, TimeUnit
+from composer.core import Algorithm, DataSpec, Time, TimeUnit
 from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 from composer.utils import dist, get_device
 from omegaconf import OmegaConf
@@ -35,7 +35,7 @@ from llmprune.models.placement import DTYPES
 from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.ranks import on_rank_zero, share_cores
 from llmprune.run_folder import RANDOM, Manifest, RunFolder, git_commit, versions
-from llmprune.sharding import parallelism
+from llmprune.sharding import AverageGradients, parallelism
 
 if TYPE_CHECKING:
     from llmprune.evaluation.live import LiveEvaluation
@@ -63,7 +63,13 @@ def build_trainer(config: Config) -> Trainer:
     on_rank_zero(lambda: _write_run(config, run, manifest, model, inputs.tokenizer, resumed=resume is not None))
     per_rank = config.train.global_batch_size // dist.get_world_size()
     eval_batch = per_rank if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
+    sums = config.sharding is not None and get_device(config.train.device).name == "cpu"  # gloo does, where ranks meet
     clipping = config.train.clip_norm
+    algorithms: list[Algorithm] = []
+    if clipping is not None:
+        algorithms.append(GradientClipping("norm", clipping_threshold=clipping))
+    if sums:
+        algorithms.append(AverageGradients())  # after a batch, Composer runs the last algorithm first
     return Trainer(
         model=wrapped,
         run_name=config.run.name,
@@ -77,7 +83,7 @@ def build_trainer(config: Config) -> Trainer:
         optimizers=optimizer,
         schedulers=SCHEDULERS[config.scheduler.name](config.scheduler),
         step_schedulers_every_batch=True,
-        algorithms=[] if clipping is None else [GradientClipping("norm", clipping_threshold=clipping)],
+        algorithms=algorithms,
         callbacks=callbacks,
         loggers=make_loggers(config.loggers, run, config.run.name),
         progress_bar=not config.loggers.console,

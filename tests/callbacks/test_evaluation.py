@@ -74,7 +74,8 @@ def test_live_is_exported_on_one_rank_and_on_two(config: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     train(load_config(config, [f"run.folder={folder}/alone", "l0_pruning=null"]))
-    assert measured(folder / "two") == pytest.approx(measured(folder / "alone"), rel=1e-4)
+    # The gradients' norms begin between a half and one: were they summed over the ranks, they would be clipped.
+    assert measured(folder / "two") == pytest.approx(measured(folder / "alone"), rel=1e-6)
 
 
 def test_mistakes(data: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from llmprune.callbacks.l0_pruning import L0Pruning
 from llmprune.config import load_config
 from llmprune.data.order import keyed_generator
+from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.families import family_of, target_shape
 from llmprune.gates import hard_concrete
@@ -63,7 +64,7 @@ def test_the_chained_gradient_is_that_of_gated_activations(config: Path, tmp_pat
 
     found = fixed_noise.run(config)[0]
     settings = load_config(config)
-    batch = next(iter(make_loaders(settings)[1]))
+    batch = next(iter(make_loaders(settings, PreparedData(settings.data.path))[1]))
     model = load_model(str(settings.model.path)).eval()
     source = family_of(model.config).shape(model.config)
     gates = GateSet(

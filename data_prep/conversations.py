@@ -79,15 +79,15 @@ def renderer(
 
 def _filled(record: Mapping[str, Any], settings: ConversationSettings, plain: str, with_input: str) -> Pieces:
     """A prompt in its template, and the response."""
-    prompt, context, response = "", "", ""
-    if settings.messages in record and settings.prompt not in record:
+    try:
+        prompt, context, response = _asked(record, settings)
+    except KeyError:
         messages = _messages(record, settings)
         if [message["role"] for message in messages] != ["user", "assistant"]:
-            raise ValueError("this template takes one prompt and one response: use --template chat for longer ones")
-        prompt, response = (message["content"] for message in messages)
-    else:
-        prompt, response = field_text(record, settings.prompt), field_text(record, settings.response)
-        context = str(record.get(settings.input) or "")
+            raise ValueError(
+                "this template takes one prompt and one response: use --template chat for longer ones"
+            ) from None
+        prompt, context, response = messages[0]["content"], "", messages[1]["content"]
     if not response.strip():
         raise ValueError("the response is empty")
     template = with_input if context.strip() else plain
@@ -97,13 +97,21 @@ def _filled(record: Mapping[str, Any], settings: ConversationSettings, plain: st
     return (filled, False), (response, True)
 
 
+def _asked(record: Mapping[str, Any], settings: ConversationSettings) -> tuple[str, str, str]:
+    """Prompt, what it is about, and response."""
+    try:
+        context = str(field_value(record, settings.input) or "")
+    except KeyError:
+        context = ""
+    return field_text(record, settings.prompt), context, field_text(record, settings.response)
+
+
 def _messages(record: Mapping[str, Any], settings: ConversationSettings) -> list[dict[str, str]]:
     """The messages of a record, with the roles that chat templates know."""
     try:
         raw = field_value(record, settings.messages)
     except KeyError:
-        prompt, response = field_text(record, settings.prompt), field_text(record, settings.response)
-        context = str(record.get(settings.input) or "")
+        prompt, context, response = _asked(record, settings)
         prompt = f"{prompt}\n\n{context}" if context.strip() else prompt
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:

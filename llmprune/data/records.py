@@ -112,7 +112,7 @@ def records(
         text_bytes: read only so much of a text file, up to a whole character.
 
     Raises:
-        UserError: a dataset that can't be opened.
+        UserError: a dataset can't be opened, or breaks off: the rest may be had another time.
         DamagedInput: the rest of a file can't be read.
     """
     if source.is_dataset:
@@ -172,11 +172,16 @@ def _dataset_records(
         dataset = split_dataset_by_node(dataset, *source.part)
     if fields is not None and dataset.column_names is not None:
         dataset = dataset.select_columns([name for name in dataset.column_names if name in fields])
-    try:
-        for number, row in enumerate(dataset.skip(after), after + 1):
-            yield number, row, 0
-    except (OSError, ValueError) as error:
-        raise DamagedInput(first_line(error)) from None
+    rows, number = iter(dataset.skip(after)), after
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # of the network, of the hub, or of any reader of files
+            raise UserError(f"{source.name} ends behind record {number}: {first_line(error)}") from None
+        if row is None:
+            return
+        number += 1
+        yield number, row, 0
 
 
 def _open_dataset(source: Input) -> "Dataset | IterableDataset":
@@ -190,7 +195,7 @@ def _open_dataset(source: Input) -> "Dataset | IterableDataset":
             saved = load_from_disk(name)
             return saved[split or "train"] if isinstance(saved, DatasetDict) else saved
         return load_dataset(name, config or None, split=split or "train", streaming=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"the dataset {source.name} can't be opened: {first_line(error)}") from None
 
 

@@ -3,7 +3,7 @@
 import gzip
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -217,6 +217,23 @@ def test_datasets_in_a_folder(tmp_path: Path, kind: str) -> None:
     parts = [replace(find_inputs([name])[0], part=(number, 3)) for number in range(3)]
     texts = [[d.text for d in documents([part], Fields()) if isinstance(d, Document)] for part in parts]
     assert sorted(text for part in texts for text in part) == sorted(row["text"] for row in ROWS) and all(texts)
+
+
+def test_a_dataset_that_breaks_off_is_no_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be fetched now may be had later: the job stops, and goes on then."""
+
+    class Broken:
+        column_names = None
+
+        def skip(self, count: int) -> Iterator[dict[str, str]]:
+            yield {"text": "one"}
+            raise ConnectionError("the line is cut")
+
+    monkeypatch.setattr("llmprune.data.records._open_dataset", lambda source: Broken())
+    found = documents(find_inputs(["hf:a/b"]), Fields())
+    assert isinstance(next(found), Document)
+    with pytest.raises(UserError, match="hf:a/b ends behind record 1: the line is cut"):
+        next(found)
 
 
 def test_datasets_that_cannot_be_opened(tmp_path: Path) -> None:

@@ -88,6 +88,14 @@ def test_templates(chat: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         "alpaca", input="i"
     )
     assert (prompt("none"), prompt("none", input="i")) == ("{input} it", "{input} it\ni")
+    nested = ConversationSettings("none", "a.p", "a.i", "a.r")
+    assert renderer(nested, chat)({"a": {"p": "x", "i": "y", "r": "z"}}) == (("x\ny", False), ("z", True))
+    turns = renderer(ConversationSettings("none"), chat)({"messages": TURNS[1:3]})
+    assert turns == (("one two", False), ("three", True))
+    with pytest.raises(ValueError, match="one prompt and one response"):
+        renderer(ConversationSettings("none"), chat)({"messages": TURNS})
+    with pytest.raises(KeyError, match="no field"):
+        renderer(ConversationSettings("none"), chat)([1])  # type: ignore[arg-type]
     (tmp_path / "own").write_text("Q: {prompt} ({input})\nA:")
     assert prompt(str(tmp_path / "own"), input="i") == "Q: {input} it (i)\nA:"
     (tmp_path / "own").write_text("Q:")

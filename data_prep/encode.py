@@ -58,21 +58,24 @@ class Tokens:
         encodings = iter(self.backend.encode_batch_fast(texts, add_special_tokens=False))
         ids: list[int] = []
         lengths: list[int] = []
-        runs: list[tuple[int, bool]] = []  # tokens, and whether they are learned
+        silent: list[tuple[int, int]] = []  # from where to where tokens are not learned
         for pieces in documents:
-            before = len(ids)
+            begin = len(ids)
             ids += self.prefix
-            runs.append((len(self.prefix), len(pieces) == 1))
-            for _, is_learned in pieces:
-                tokens = next(encodings).ids
-                ids += tokens
-                runs.append((len(tokens), is_learned))
+            if len(pieces) > 1:
+                silent.append((begin, len(ids)))
+            for _, learned in pieces:
+                before = len(ids)
+                ids += next(encodings).ids
+                if not learned:
+                    silent.append((before, len(ids)))
             ids += self.suffix
-            runs.append((len(self.suffix), True))
-            lengths.append(len(ids) - before)
-        sizes, flags = np.array(runs).reshape(-1, 2).T
-        learned = None if flags.all() else np.repeat(flags.astype(bool), sizes)
-        return np.array(ids, np.uint32), learned, np.array(lengths, np.int64)
+            lengths.append(len(ids) - begin)
+        flags = np.ones(len(ids), bool) if silent else None
+        for low, high in silent:
+            assert flags is not None
+            flags[low:high] = False
+        return np.array(ids, np.uint32), flags, np.array(lengths, np.int64)
 
 
 def _split(flat: Flat) -> list[Encoded]:

@@ -70,7 +70,7 @@ class JoinedText:
         self._ids = ids[whole * length :].copy()  # a view would keep all of ids in memory
         self._starts = parts[-1] - np.uint32(whole * length)
         return [
-            {TOKENS: row, STARTS: np.union1d(part - np.uint32(place * length), _BEGIN)}
+            {TOKENS: row, STARTS: _from_begin(part - np.uint32(place * length))}
             for place, (row, part) in enumerate(zip(rows, parts[:-1], strict=True))
         ]
 
@@ -89,6 +89,11 @@ class JoinedText:
             starts = np.union1d(starts, [0])  # the rest of a document whose beginning is elsewhere is one of its own
         joined = np.concatenate([self._starts, starts + len(self._ids)]).astype(np.uint32)
         return self._cut(np.concatenate([self._ids, ids]), joined)
+
+
+def _from_begin(starts: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Where documents begin, or go on at the sample's own begin."""
+    return starts if len(starts) and not starts[0] else np.concatenate([_BEGIN, starts])
 
 
 @dataclass(eq=False)

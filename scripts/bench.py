@@ -191,13 +191,14 @@ def data_prep(runs: int) -> Ratio:
 def mixed_loading(runs: int) -> Ratio:
     """Samples per second from four domains whose weights keep changing, over those of a plain StreamingDataset."""
     from streaming import Stream, StreamingDataset
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, default_collate
 
     from data_prep.builtin import build_corpus
     from data_prep.pack import prepare
     from data_prep.recipe import PackSettings
     from data_prep.tokenizer import train_tokenizer
     from llmprune.data.dataset import MixedDataset
+    from llmprune.data.format import TOKENS
     from llmprune.data.mixing import integer_weights
     from llmprune.data.prepared import PreparedData
 
@@ -211,7 +212,13 @@ def mixed_loading(runs: int) -> Ratio:
         parts = [Stream(local=str(data / domain), split="train") for domain in mixed.domains]
         plain = StreamingDataset(streams=parts, batch_size=batch, shuffle=True)
         mixed_loader = DataLoader(mixed, batch_size=batch, num_workers=workers)
-        plain_loader = DataLoader(plain, batch_size=batch, num_workers=workers, persistent_workers=True)
+
+        def tokens_only(rows: list[dict[str, Any]]) -> Any:  # where documents begin differs in length
+            return default_collate([row[TOKENS] for row in rows])
+
+        plain_loader = DataLoader(
+            plain, batch_size=batch, num_workers=workers, persistent_workers=True, collate_fn=tokens_only
+        )
 
         def forever() -> Iterator[Any]:
             while True:

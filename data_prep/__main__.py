@@ -73,7 +73,7 @@ DomainField = Annotated[str | None, typer.Option(help="Field with the domain; de
 EvalFraction = Annotated[float, typer.Option(help="Share of the documents kept for evaluation.")]
 EvalInputs = Annotated[
     list[str] | None,
-    typer.Option(help="Keep these for evaluation, and not a share; their texts are left out of training."),
+    typer.Option(help="Repeated: keep this for evaluation, and not a share; its texts are left out of training."),
 ]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="NAME=SHARE, repeated: sets of documents, none of which is in two.")

@@ -218,6 +218,8 @@ def test_sets_share_no_document(many: Path, data: Path, tmp_path: Path) -> None:
     assert sum(counts.values()) + held == 6 * 41
     for name, share in sets.items():
         assert counts[name] / sum(counts.values()) == pytest.approx(share, abs=0.1)
+    with pytest.raises(UserError, match="several prepared sets: name one of them, such as .*/calibration"):
+        PreparedData(tmp_path / "out")
     with pytest.raises(UserError, match="take 1.1 of the documents"):
         prepare([many], data / "tokenizer", tmp_path / "x", PackSettings(16, sets={"a": 0.6, "b": 0.5}))
 

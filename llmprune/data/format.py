@@ -109,9 +109,9 @@ class DataManifest:
         folder = Path(folder)
         if (folder / "job.json").is_file():
             raise UserError(f"{folder} is a part of prepared data: join all parts with `python -m data_prep merge`")
-        if sets := sorted(path.parent.name for path in folder.glob("*/manifest.json")):
-            raise UserError(f"{folder} holds several prepared sets: name one of them, such as {folder}/{sets[0]}")
         if not (folder / "manifest.json").is_file():
+            if sets := sorted(path.parent.name for path in folder.glob("*/manifest.json")):
+                raise UserError(f"{folder} holds several prepared sets: name one of them, such as {folder}/{sets[0]}")
             raise UserError(
                 f"{folder} holds no prepared data (no manifest.json): make it with `python -m data_prep tokenize`"
             )

@@ -205,6 +205,10 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.filename or 'the output'}: {error.strerror or error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.exit(2)
 
 
 def _prepare(

@@ -1,7 +1,7 @@
 """Prompts and responses, or chat messages, as text of which only the responses are learned."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,11 @@ class ConversationSettings:
     input: str = "input"
     response: str = "response"
     messages: str = "messages"
+
+    def described(self) -> dict[str, str]:
+        """The settings; a file of a template is described by its text."""
+        own = Path(self.template).read_text(encoding="utf-8") if Path(self.template).is_file() else self.template
+        return {**asdict(self), "template": own}
 
     @property
     def fields(self) -> list[str]:

@@ -28,11 +28,13 @@ class Progress:
         place: of the last document that was packed.
         documents: packed so far.
         bad: records that could not be used.
+        complete: whether nothing is left.
     """
 
     place: Place = (0, 0)
     documents: int = 0
     bad: list[BadRecord] = field(default_factory=list)
+    complete: bool = False
 
 
 class Job:
@@ -58,12 +60,17 @@ class Job:
         """Whether there is something to go on from."""
         return (self.folder / "progress.json").exists()
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.has_progress and self.load()[0].complete
+
     def load(self) -> tuple[Progress, Path]:
         """How far the job has come, and the folder of its packers' state."""
         state = read_json(self.folder / "progress.json")
-        bad = [BadRecord(**record) for record in state["bad"]]
+        bad = [BadRecord(record["place"], record["reason"]) for record in state["bad"]]
         place = (state["place"][0], state["place"][1])
-        return Progress(place, state["documents"], bad), self.folder / state["state"]
+        return Progress(place, state["documents"], bad, state["complete"]), self.folder / state["state"]
 
     def save(self, packers: Mapping[str, Packer], progress: Progress) -> None:
         """Write down how far the job has come; until that is done, what was written down before is valid."""

@@ -94,7 +94,9 @@ def prepare(
     recipe = Recipe.of(settings, loaded, settle=shard is None)
     description = {
         "recipe": asdict(recipe),
-        "inputs": [asdict(source) for source in reading.inputs],
+        "inputs": [asdict(source) for source in reading.training],
+        "eval_inputs": [asdict(source) for source in held_out],
+        "whole": [[[Path(one.name).name, one.folder, one.size] for one in given] for given in (found, held_out)],
         "fields": asdict(reading.fields),
         "shard": None if shard is None else list(shard),
     }
@@ -107,7 +109,7 @@ def prepare(
             _pack(reading, tokens, packers, job, done, processes or _cores(), bar)
         _check_bad(done.bad, done.documents, settings.max_bad)
         if shard is not None:
-            job.save(packers, done)
+            job.save(packers, replace(done, complete=True))
             loaded.save_pretrained(job.folder / "tokenizer")
             put_in_place(job.folder, Path(out).resolve())
             return Summary({}, done.bad)
@@ -136,12 +138,14 @@ def merge(parts: Sequence[Path | str], out: Path | str, *, overwrite: bool = Fal
         if number in jobs:
             raise UserError(f"{path} and {jobs[number].folder} are the same part, {number} of {count}")
         jobs[number] = Job(path)
-        recipes.append(description["recipe"])
+        if not jobs[number].is_complete:
+            raise UserError(f"{path} was stopped before its end: call its command again")
+        recipes.append({key: description[key] for key in ("recipe", "fields", "whole")})
     if any(recipe != recipes[0] for recipe in recipes):
-        raise UserError("the parts were made with different settings or tokenizers")
+        raise UserError("the parts were made with different settings, tokenizers or inputs")
     if missing := sorted(set(range(count)) - jobs.keys()):
         raise UserError(f"of {count} parts these are missing: {', '.join(map(str, missing))}")
-    recipe = Recipe(**{**recipes[0], "layout": Layout(**recipes[0]["layout"])})
+    recipe = Recipe(**{**recipes[0]["recipe"], "layout": Layout(**recipes[0]["recipe"]["layout"])})
     described = {"recipe": asdict(recipe), "parts": [str(jobs[number].folder.resolve()) for number in sorted(jobs)]}
     bad: list[BadRecord] = []
     with opened_job(out, described, overwrite=overwrite) as job:

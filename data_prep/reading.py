@@ -54,6 +54,7 @@ class Reading:
         for item in self._documents(self.inputs, after):
             if isinstance(item, BadRecord):
                 batch.bad.append(item)
+                batch.place = item.after
             else:
                 batch.documents.append(item)
                 batch.place, batch.position = item.place, item.position

@@ -1,7 +1,7 @@
 """What a job makes of its documents: settings, the tokenizer, and what all parts of a job have in common."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from streaming.base.compression import is_compression
@@ -72,6 +72,7 @@ class Recipe:
 
     layout: Layout
     tokenizer: str
+    tokenising: str
     vocab_size: int
     bos: bool
     eos: bool
@@ -103,12 +104,13 @@ class Recipe:
                 padding=padding,
             ),
             tokenizer=tokenizer_fingerprint(tokenizer),
+            tokenising=sha256_text(tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)),
             vocab_size=vocabulary,
             bos=settings.bos,
             eos=settings.eos,
             seed=settings.seed,
             sets=dict(settings.sets),
-            conversations=None if settings.conversations is None else asdict(settings.conversations),
+            conversations=None if settings.conversations is None else settings.conversations.described(),
         )
 
     def packers(self, job: Job) -> dict[str, Packer]:

@@ -4,6 +4,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -14,6 +15,7 @@ from llmprune.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+    from pyarrow import RecordBatch
 
 _TEXT, _JSON, _PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".parquet",)
 FORMATS = (*_TEXT, *_JSON, *_PARQUET)
@@ -153,13 +155,21 @@ def _parquet_records(
                     number += described.num_rows
                     continue
                 for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
-                    rows = batch.to_pylist() if batch.num_columns else [{}] * batch.num_rows
-                    for row in rows:
+                    for place in range(batch.num_rows):
                         number += 1
                         if number > after:
-                            yield number, row, read
+                            yield number, _row(batch, place), read
     except pa.ArrowException as error:
         raise DamagedInput(first_line(error)) from None
+
+
+def _row(batch: "RecordBatch", place: int) -> Mapping[str, Any]:
+    """A row; without the values that Python can't hold, such as text that is not UTF-8."""
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        with suppress(ValueError, OverflowError):
+            row[name] = column[place].as_py()
+    return row
 
 
 def _dataset_records(

@@ -34,10 +34,17 @@ class Document:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that could not be read: where it is and what is wrong."""
+    """A record that could not be read.
+
+    Attributes:
+        place: where it is, in words.
+        reason: what is wrong.
+        after: its number in its input, and the input's, to go on behind it.
+    """
 
     place: str
     reason: str
+    after: Place = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def documents(
                 try:
                     pieces, domain = _content(content, source, fields, render)
                 except (ValueError, KeyError, TypeError, RecursionError) as error:
-                    yield BadRecord(f"{source.name}:{record}", _reason(error))
+                    yield BadRecord(f"{source.name}:{record}", _reason(error), (number, record))
                     continue
                 text = "".join(piece for piece, _ in pieces)
                 if text.strip():
@@ -103,7 +110,8 @@ def documents(
                     yield Document(text, name, (number, record), before + read, pieces if render else ())
         except DamagedInput as error:
             # What was read before the damage is kept, the rest is lost.
-            yield BadRecord(f"{source.name}:{record + 1}", f"the file is damaged from here on ({error})")
+            reason = f"the file is damaged from here on ({error})"
+            yield BadRecord(f"{source.name}:{record + 1}", reason, (number + 1, 0))
         before += source.size
 
 

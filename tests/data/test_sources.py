@@ -201,6 +201,15 @@ def test_parquet(tmp_path: Path) -> None:
     assert isinstance(item, BadRecord) and "the file is damaged" in item.reason
 
 
+def test_parquet_with_text_that_is_none(tmp_path: Path) -> None:
+    """Its column says it is text, but not all of it is UTF-8: that row alone is bad."""
+    raw = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    parquet.write_table(pa.table({"text": text}), tmp_path / "x.parquet")
+    found = read(tmp_path / "x.parquet")
+    assert [item.text if isinstance(item, Document) else item.place[-2:] for item in found] == ["good", ":2", "fine"]
+
+
 @pytest.mark.parametrize("kind", ["saved", "files"])
 def test_datasets_in_a_folder(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "my-set"

@@ -266,3 +266,49 @@ def test_inputs_know_their_fields(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\nbad\n{"text": "three"}\n')
     found = list(documents([Input(str(tmp_path / "x.jsonl"), "a", 60)], Fields(), after=(0, 1)))
     assert [item.text for item in found if isinstance(item, Document)] == ["two", "three"]
+
+
+@pytest.mark.usefixtures("small")
+def test_bad_records_are_counted_once_however_often_a_job_stops(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_prep.reading.EARLY_STOP", 3)  # batches end behind a few bad records
+    monkeypatch.setattr("data_prep.pack.EARLY_STOP", 1000)
+    lines = [json.dumps({"text": f"{n} fine words " * 4}) if n % 3 else "{bad" for n in range(60)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.jsonl").write_text("\n".join(lines))
+
+    def stopping(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for number, item in enumerate(documents(*arguments, **options)):
+            if number == 25:
+                raise KeyboardInterrupt
+            yield item
+
+    settings = PackSettings(LENGTH, eval_fraction=0, max_bad=1.0)
+    monkeypatch.setattr("data_prep.reading.documents", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([tmp_path / "in"], data / "tokenizer", tmp_path / "out", settings, processes=1)
+    monkeypatch.setattr("data_prep.reading.documents", documents)
+    made = prepare([tmp_path / "in"], data / "tokenizer", tmp_path / "out", settings, processes=1)
+    places = [record.place.rpartition(":")[2] for record in made.bad]
+    assert places == [str(n + 1) for n in range(60) if not n % 3]
+
+
+@pytest.mark.usefixtures("small")
+def test_parts_of_other_jobs_are_refused(many: Path, data: Path, tmp_path: Path) -> None:
+    """Whichever texts one of them holds out, or which files one of them does not know."""
+    settings = PackSettings(LENGTH)
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "x.jsonl").write_text((many / "a" / "0.jsonl").read_text())
+    prepare([many], data / "tokenizer", tmp_path / "p0", settings, shard=(0, 2), processes=1)
+    prepare([many], data / "tokenizer", tmp_path / "e1", settings, shard=(1, 2), eval_inputs=[held], processes=1)
+    (many / "a" / "more.txt").write_text("house " * 200)
+    prepare([many], data / "tokenizer", tmp_path / "p1", settings, shard=(1, 2), processes=1)
+    for other in ("e1", "p1"):
+        with pytest.raises(UserError, match="different settings, tokenizers or inputs"):
+            merge([tmp_path / "p0", tmp_path / other], tmp_path / "out")
+    progress = tmp_path / "p1" / "progress.json"
+    progress.write_text(progress.read_text().replace('"complete": true', '"complete": false'))
+    with pytest.raises(UserError, match="p1 was stopped before its end"):
+        merge([tmp_path / "p0", tmp_path / "p1"], tmp_path / "out")

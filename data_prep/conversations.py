@@ -68,7 +68,8 @@ def renderer(
     if settings.template == "chat":
         if not tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template: choose --template alpaca, none, or a file of your own")
-        special = [token for token in tokenizer.all_special_tokens if token]
+        added = tokenizer.added_tokens_decoder.values()
+        special = [*tokenizer.all_special_tokens, *(token.content for token in added if token.special)]
         return lambda record: _chat(_messages(record, settings), tokenizer, special)
     if settings.template in NAMED:
         templates = NAMED[settings.template]
@@ -116,6 +117,8 @@ def _messages(record: Mapping[str, Any], settings: ConversationSettings) -> list
     try:
         raw = field_value(record, settings.messages)
     except KeyError:
+        raw = None
+    if raw is None:
         prompt, context, response = _asked(record, settings)
         prompt = f"{prompt}\n\n{context}" if context.strip() else prompt
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]

@@ -111,9 +111,9 @@ def prepare(
         if shard is not None:
             job.save(packers, replace(done, complete=True))
             loaded.save_pretrained(job.folder / "tokenizer")
-            put_in_place(job.folder, Path(out).resolve())
+            put_in_place(job.folder, Path(out).resolve(), overwrite)
             return Summary({}, done.bad)
-        return Summary(_finish(job, packers, recipe, loaded, out), done.bad)
+        return Summary(_finish(job, packers, recipe, loaded, out, overwrite), done.bad)
 
 
 def merge(parts: Sequence[Path | str], out: Path | str, *, overwrite: bool = False) -> Summary:
@@ -158,7 +158,7 @@ def merge(parts: Sequence[Path | str], out: Path | str, *, overwrite: bool = Fal
             for name, packer in packers.items():
                 packer.absorb(state / (name or "all"), part.data / name)
         tokenizer = AutoTokenizer.from_pretrained(jobs[0].folder / "tokenizer")
-        return Summary(_finish(job, packers, recipe, tokenizer, out), bad)
+        return Summary(_finish(job, packers, recipe, tokenizer, out, overwrite), bad)
 
 
 def _pack(
@@ -200,7 +200,12 @@ def _pack(
 
 
 def _finish(
-    job: Job, packers: Mapping[str, Packer], recipe: Recipe, tokenizer: PreTrainedTokenizerFast, out: Path | str
+    job: Job,
+    packers: Mapping[str, Packer],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    out: Path | str,
+    overwrite: bool,
 ) -> dict[str, DataManifest]:
     """Complete the data and put them in their place."""
     manifests = {}
@@ -213,7 +218,7 @@ def _finish(
         except UserError as error:
             raise UserError(f"{name}: {error}" if name else str(error)) from None
         manifests[name].save(folder)
-    put_in_place(job.data, Path(out).resolve())
+    put_in_place(job.data, Path(out).resolve(), overwrite)
     return manifests
 
 

@@ -72,13 +72,18 @@ def output_folder(path: Path | str, overwrite: bool = False) -> Iterator[Path]:
         raise UserError(f"can't write beside {path}: {error.strerror}") from error
     try:
         yield temporary
-        put_in_place(temporary, path)
+        put_in_place(temporary, path, overwrite)
     finally:
         remove(temporary)
 
 
-def put_in_place(folder: Path, path: Path) -> None:
-    """Give a finished folder its name; what stands there is deleted."""
+def put_in_place(folder: Path, path: Path, overwrite: bool = False) -> None:
+    """Give a finished folder its name; what stands there is deleted.
+
+    Raises:
+        UserError: something has come to stand there, and may not be overwritten.
+    """
+    refuse_existing(path, overwrite)
     if path.exists():
         discarded = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
         path.rename(discarded)

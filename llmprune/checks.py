@@ -111,7 +111,7 @@ def check_same_run(run: RunFolder, manifest: Manifest, config: Config, model_con
     """Check that a run's checkpoints can go on under ``config``.
 
     Raises:
-        UserError: the model, the target, the data, the seed or the batch size is another one.
+        UserError: the model, the target, the data, their order, the seed or the batch size is another one.
     """
     saved, before = Manifest.load(run.checkpoints), load_config(run.config)
     family = family_of(model_config)
@@ -127,6 +127,10 @@ def check_same_run(run: RunFolder, manifest: Manifest, config: Config, model_con
         *((f"l0_pruning.{key}", *(p.get(key) for p in pruning)) for key in ("target", "target_sparsity", "gates")),
         ("run.seed", before.run.seed, config.run.seed),
         ("train.global_batch_size", before.train.global_batch_size, config.train.global_batch_size),
+        *(
+            (f"data.{key}", getattr(before.data, key), getattr(config.data, key))
+            for key in ("weights", "lanes", "shuffle_window", "document_boundaries")
+        ),
         ("data (its contents)", saved.data["contents"][:12], manifest.data["contents"][:12]),
     ):
         if was != now:

@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from llmprune.data.cache import CacheConfig
 from llmprune.data.updates import DynamicLoadingConfig
-from llmprune.errors import UserError, nearest
+from llmprune.errors import UserError, first_line, nearest
 from llmprune.files import write_text
 from llmprune.gates.settings import L0PruningConfig
 from llmprune.optimizers import OptimizerConfig, SchedulerConfig
@@ -301,7 +301,7 @@ def _load(path: str | Path, overrides: Sequence[str], schema: type[J]) -> J:
     except MissingMandatoryValue as error:
         raise UserError(f"{path}: {error.full_key or 'a key'} must be set") from None
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_first_line(error)}") from None
+        raise UserError(f"{path}: {first_line(error)}") from None
     assert isinstance(config, schema)
     return config
 
@@ -374,7 +374,7 @@ def _merge(schema: Any, update: Any, source: str) -> Any:
         raise UserError(f"{source}: unknown key '{key}'; {nearest(name, _fields_of(schema, section))}") from None
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
-        raise UserError(f"{source}: {where}{_first_line(error)}") from None
+        raise UserError(f"{source}: {where}{first_line(error)}") from None
 
 
 def _fields_of(schema: Any, section: str) -> Iterator[str]:
@@ -389,7 +389,3 @@ def _dataclass_in(hint: Any) -> Any:
     """The dataclass of ``X`` or ``X | None``."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next(option for option in options if dataclasses.is_dataclass(option))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

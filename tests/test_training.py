@@ -107,6 +107,14 @@ def test_a_resumed_run_must_be_the_same_model_and_target(yaml: Path) -> None:
     for change in ("run.seed=4", "train.global_batch_size=4"):
         with pytest.raises(UserError, match=f"with {change.split('=')[0]} [38]; the config asks for 4"):
             train(load_config(yaml, ["run.autoresume=true", change]))
+    for change in (
+        "data.weights={letters: 1}",
+        "data.shuffle_window=2",
+        "data.document_boundaries=true",
+        "data.lanes=2",
+    ):
+        with pytest.raises(UserError, match=f"of a run with {change.split('=')[0]} .*keep what the run began with"):
+            train(load_config(yaml, ["run.autoresume=true", change]))
     other = [
         "model.path=null",
         "model.config={model_type: llama, hidden_size: 32, num_hidden_layers: 3}",

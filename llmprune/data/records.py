@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -86,13 +87,26 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Input]:
                 raise UserError(f"{path} is of no known format; known: {KNOWN}")
             found.setdefault(root, _file(path, root.parent.name))
             continue
-        for file in sorted(path.rglob("*")):
-            if file.is_file() and _format(file) in FORMATS:
+        for file in sorted(_files(path)):
+            if _format(file) in FORMATS:
                 inner = file.relative_to(path).parts
                 found.setdefault(file.resolve(), _file(file, inner[0] if len(inner) > 1 else root.name))
     if not found:
         raise UserError(f"{', '.join(map(str, inputs))} holds no readable files; known: {KNOWN}")
     return list(found.values())
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder, through links too, each folder once."""
+    seen = set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(folders)
+        here = Path(name)
+        if here.resolve() in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(here.resolve())
+        yield from (here / file for file in files if (here / file).is_file())
 
 
 def _file(path: Path, folder: str) -> Input:

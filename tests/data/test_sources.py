@@ -254,3 +254,13 @@ def test_datasets_that_cannot_be_opened(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             read(name)
+
+
+def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "code").mkdir(parents=True)
+    (tmp_path / "disk" / "code" / "a.txt").write_text("elsewhere")
+    (tmp_path / "in" / "web").mkdir(parents=True)
+    (tmp_path / "in" / "web" / "b.txt").write_text("here")
+    (tmp_path / "in" / "code").symlink_to(tmp_path / "disk" / "code")
+    (tmp_path / "in" / "web" / "back").symlink_to(tmp_path / "in")
+    assert sorted(pairs(tmp_path / "in")) == [("code", "elsewhere"), ("web", "here")]

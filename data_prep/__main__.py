@@ -175,7 +175,7 @@ def merge(
 @app.command()
 def describe(
     data: Annotated[str, typer.Argument(help="A folder that `tokenize` made, or a URL where it lies.")],
-    samples: Annotated[int, typer.Option(help="Samples of each domain and split to show as text.")] = 1,
+    samples: Annotated[int, typer.Option(min=0, help="Samples of each domain and split to show as text.")] = 1,
     domain: Annotated[str | None, typer.Option(help="Show samples of this domain alone.")] = None,
     seed: Annotated[int, typer.Option(help="Of their choice.")] = 17,
 ) -> None:
@@ -185,6 +185,7 @@ def describe(
 
     prepared = PreparedData(data)
     manifest = prepared.manifest
+    shown = show_samples(prepared, samples, domain=domain, seed=seed)
     special = " and ".join(name for name, used in (("BOS", manifest.bos), ("EOS", manifest.eos)) if used)
     print(f"{data}: samples of {manifest.sequence_length} tokens, vocabulary {manifest.vocab_size:,}")
     if manifest.conversations:
@@ -192,8 +193,8 @@ def describe(
     else:
         print(f"every document has {special or 'neither BOS nor EOS'}")
     print("\n".join(table(manifest)))
-    for shown in show_samples(prepared, samples, domain=domain, seed=seed):
-        print(f"\n--- {shown.domain}, {shown.split}, sample {shown.number}\n{shown.text}")
+    for sample in shown:
+        print(f"\n--- {sample.domain}, {sample.split}, sample {sample.number}\n{sample.text}")
 
 
 def main() -> None:
@@ -247,6 +248,8 @@ def _shares(sets: list[str]) -> dict[str, float]:
     found = {}
     for one in sets:
         name, _, share = one.partition("=")
+        if name in found:
+            raise UserError(f"--set gives '{name}' twice")
         try:
             found[name] = float(share)
         except ValueError:
@@ -263,15 +266,14 @@ def _numbers(shard: str) -> tuple[int, int]:
 
 
 def _print_summary(summary: "Summary") -> None:
-    from data_prep.describe import table
+    from data_prep.describe import lacking, table
 
     for name, manifest in summary.manifests.items():
         if name:
             print(f"{name}:")
         print("\n".join(table(manifest)))
-        for domain, splits in manifest.domains.items():
-            if "eval" not in splits:
-                print(f"{domain:20} has no evaluation sample")
+        for line in lacking(manifest):
+            print(line)
     _print_skipped(summary.bad)
 
 

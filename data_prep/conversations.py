@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 
 from llmprune.data.sources import field_text, field_value
@@ -48,8 +48,20 @@ class ConversationSettings:
 
     def described(self) -> dict[str, str]:
         """The settings; a file of a template is described by its text."""
-        own = Path(self.template).read_text(encoding="utf-8") if Path(self.template).is_file() else self.template
-        return {**asdict(self), "template": own}
+        return {**asdict(self), "template": self.own_template() or self.template}
+
+    def own_template(self) -> str | None:
+        """The text of the file that is the template, if it is one.
+
+        Raises:
+            UserError: it can't be read.
+        """
+        if self.template in ("chat", *NAMED) or not Path(self.template).is_file():
+            return None
+        try:
+            return Path(self.template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.template} can't be read as a template: {first_line(error)}") from None
 
     @property
     def fields(self) -> list[str]:
@@ -70,12 +82,13 @@ def renderer(
             raise UserError("the tokenizer has no chat template: choose --template alpaca, none, or a file of your own")
         added = tokenizer.added_tokens_decoder.values()
         special = [*tokenizer.all_special_tokens, *(token.content for token in added if token.special)]
+        _check_syntax(tokenizer)
         return lambda record: _chat(_messages(record, settings), tokenizer, special)
     if settings.template in NAMED:
         templates = NAMED[settings.template]
-    elif Path(settings.template).is_file():
-        templates = (Path(settings.template).read_text(encoding="utf-8"),) * 2
-        if "{prompt}" not in templates[0]:
+    elif (own := settings.own_template()) is not None:
+        templates = own, own
+        if "{prompt}" not in own:
             raise UserError(f"{settings.template} has no {{prompt}}: write it where the prompt belongs")
     else:
         known = ", ".join(("chat", *NAMED))
@@ -119,7 +132,10 @@ def _messages(record: Mapping[str, Any], settings: ConversationSettings) -> list
     except KeyError:
         raw = None
     if raw is None:
-        prompt, context, response = _asked(record, settings)
+        try:
+            prompt, context, response = _asked(record, settings)
+        except KeyError as error:
+            raise KeyError(f"no field '{settings.messages}', and {error.args[0]}") from None
         prompt = f"{prompt}\n\n{context}" if context.strip() else prompt
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
@@ -151,7 +167,7 @@ def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast, sp
         try:
             asked = _render(tokenizer, messages[:number], ask=True)
             answered = _render(tokenizer, messages[: number + 1], ask=False)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program
             raise ValueError(f"the chat template refuses it: {first_line(error)}") from None
         if not asked.startswith(done) or not answered.startswith(asked):
             raise ValueError("the chat template changes what it said before")
@@ -160,6 +176,15 @@ def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast, sp
     if not pieces:
         raise ValueError("there is no response")
     return tuple(pieces)
+
+
+def _check_syntax(tokenizer: PreTrainedTokenizerFast) -> None:
+    try:
+        _render(tokenizer, [{"role": "user", "content": ""}], ask=True)
+    except TemplateSyntaxError as error:
+        raise UserError(f"the tokenizer's chat template is no valid one: {first_line(error)}") from None
+    except Exception:  # this conversation may be one that it refuses
+        return
 
 
 def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], *, ask: bool) -> str:

@@ -47,6 +47,19 @@ def table(manifest: DataManifest) -> list[str]:
     return lines
 
 
+def lacking(manifest: DataManifest) -> list[str]:
+    """What a user should know about domains without samples, as lines of text."""
+    lines = []
+    for name, splits in manifest.domains.items():
+        if TRAIN in splits and not splits[TRAIN].samples:
+            some = splits[TRAIN].documents
+            reason = f"its {some} documents do not fill one" if some else "all its texts are kept for evaluation"
+            lines.append(f"{name:20} has no training sample: {reason}")
+        elif not manifest.samples(name, EVAL):
+            lines.append(f"{name:20} has no evaluation sample")
+    return lines
+
+
 def show_samples(data: PreparedData, samples: int, *, domain: str | None = None, seed: int = 17) -> Iterator[Shown]:
     """Samples of every domain and split, drawn at random.
 
@@ -62,10 +75,14 @@ def show_samples(data: PreparedData, samples: int, *, domain: str | None = None,
     manifest = data.manifest
     if domain is not None and domain not in manifest.domains:
         raise UserError(f"there is no domain '{domain}'; there are {', '.join(sorted(manifest.domains))}")
+    return _drawn(data, samples, domain, seed)
+
+
+def _drawn(data: PreparedData, samples: int, domain: str | None, seed: int) -> Iterator[Shown]:
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
-    for place, name in enumerate(sorted(manifest.domains)):
+    for place, name in enumerate(sorted(data.manifest.domains)):
         for split in (TRAIN, EVAL):
-            if name not in data.domains_with(split) or domain not in (None, name):
+            if domain not in (None, name) or not data.manifest.samples(name, split):
                 continue
             reader = data.reader(name, split)
             total = sum(reader.shard_sizes)

@@ -17,7 +17,7 @@ from llmprune.data.sources import BadRecord, Place
 from llmprune.errors import UserError
 from llmprune.files import read_json, refuse_existing, remove, to_json, write_json
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass
@@ -28,12 +28,14 @@ class Progress:
         place: of the last document that was packed.
         documents: packed so far.
         bad: records that could not be used.
+        names: of domains, as their inputs spell them, by clean name.
         complete: whether nothing is left.
     """
 
     place: Place = (0, 0)
     documents: int = 0
     bad: list[BadRecord] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
     complete: bool = False
 
 
@@ -70,7 +72,11 @@ class Job:
         state = read_json(self.folder / "progress.json")
         bad = [BadRecord(record["place"], record["reason"]) for record in state["bad"]]
         place = (state["place"][0], state["place"][1])
-        return Progress(place, state["documents"], bad, state["complete"]), self.folder / state["state"]
+        return Progress(place, state["documents"], bad, state["names"], state["complete"]), self.folder / state["state"]
+
+    def give_up(self) -> None:
+        """Leave nothing to go on from."""
+        (self.folder / "progress.json").unlink(missing_ok=True)
 
     def save(self, packers: Mapping[str, Packer], progress: Progress) -> None:
         """Write down how far the job has come; until that is done, what was written down before is valid."""

@@ -18,7 +18,7 @@ from data_prep.reading import EARLY_STOP, Reading, part_of
 from data_prep.recipe import PackSettings, Recipe, load_fast_tokenizer, tokens_of
 from llmprune.data.format import DataManifest
 from llmprune.data.records import find_inputs
-from llmprune.data.sources import BadRecord, Fields
+from llmprune.data.sources import BadRecord, DomainNames, Fields
 from llmprune.errors import UserError
 from llmprune.files import put_in_place, read_json, refuse_existing, refuse_replacing
 
@@ -73,7 +73,7 @@ def prepare(
 
     Raises:
         UserError: inputs, tokenizer or settings that can't work; an output that would replace inputs; too many bad
-            records; a domain too short for one sample.
+            records; no text for one sample.
     """
     settings = replace(settings, eval_fraction=0.0) if eval_inputs else settings
     held_out, found = (find_inputs(names) if names else [] for names in (eval_inputs, inputs))
@@ -103,6 +103,7 @@ def prepare(
     with opened_job(out, description, overwrite=overwrite) as job:
         packers = recipe.packers(job)
         done = job.resume(packers)
+        reading.names = DomainNames(done.names)
         reading.leave_out(held_out)
         total = sum(source.size for source in reading.inputs)
         with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
@@ -148,6 +149,7 @@ def merge(parts: Sequence[Path | str], out: Path | str, *, overwrite: bool = Fal
     recipe = Recipe(**{**recipes[0]["recipe"], "layout": Layout(**recipes[0]["recipe"]["layout"])})
     described = {"recipe": asdict(recipe), "parts": [str(jobs[number].folder.resolve()) for number in sorted(jobs)]}
     bad: list[BadRecord] = []
+    names = DomainNames()
     with opened_job(out, described, overwrite=overwrite) as job:
         packers = recipe.packers(job)
         job.resume(packers)
@@ -155,6 +157,8 @@ def merge(parts: Sequence[Path | str], out: Path | str, *, overwrite: bool = Fal
             part = jobs[number]
             progress, state = part.load()
             bad += progress.bad
+            for original in progress.names.values():
+                names.clean(original)
             for name, packer in packers.items():
                 packer.absorb(state / (name or "all"), part.data / name)
         tokenizer = AutoTokenizer.from_pretrained(jobs[0].folder / "tokenizer")
@@ -179,7 +183,10 @@ def _pack(
             for document, content in zip(batch.documents, contents, strict=True):
                 if not content.cut(settings.sequence_length).learned.any():
                     place = f"{reading.inputs[document.place[0]].name}:{document.place[1]}"
-                    done.bad.append(BadRecord(place, "its prompt alone fills a sample"))
+                    reason = (
+                        "its prompt alone fills a sample" if len(content.ids) else "the tokenizer leaves nothing of it"
+                    )
+                    done.bad.append(BadRecord(place, reason))
                     continue
                 for name, arrival in reading.sort(document, content):
                     if arrival is None:
@@ -190,6 +197,7 @@ def _pack(
                 packer.add(arrivals[name])
             done.place = batch.place
             done.documents += len(batch.documents)
+            done.names = reading.names.originals
             bar.update(batch.position - bar.n)
             if len(done.bad) > EARLY_STOP:
                 _check_bad(done.bad, done.documents, settings.max_bad)
@@ -216,6 +224,7 @@ def _finish(
         try:
             manifests[name] = recipe.manifest(packer, files)
         except UserError as error:
+            job.give_up()  # the same command would only come to the same end
             raise UserError(f"{name}: {error}" if name else str(error)) from None
         manifests[name].save(folder)
     put_in_place(job.data, Path(out).resolve(), overwrite)

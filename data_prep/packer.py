@@ -194,7 +194,7 @@ class Packer:
         """Write what is left; what each domain and split holds.
 
         Raises:
-            UserError: there is no text, or a domain has not one sample to train on.
+            UserError: there is no text, or not one sample to train on.
         """
         for name, domain in self._domains.items():
             if not domain.settled:
@@ -208,13 +208,13 @@ class Packer:
         found: dict[str, dict[str, SplitCounts]] = {}
         for name in sorted(self._domains):
             train, evaluation = (self._counted(name, split) for split in (TRAIN, EVAL))
-            if not train.samples and (train.documents or not evaluation.samples):
-                raise UserError(
-                    f"the domain '{name}' is too short for one training sample of {self._layout.length} tokens: "
-                    "give it more text, or choose a smaller --sequence-length"
-                )
             splits = {TRAIN: train, EVAL: evaluation}
-            found[name] = {split: counts for split, counts in splits.items() if counts.samples}
+            found[name] = {split: counts for split, counts in splits.items() if counts != SplitCounts()}
+        if not any(TRAIN in splits and splits[TRAIN].samples for splits in found.values()):
+            raise UserError(
+                f"there is too little text for one training sample of {self._layout.length} tokens: give more, or "
+                "choose a smaller --sequence-length"
+            )
         return found
 
     def checksums(self) -> list[str]:
@@ -270,6 +270,9 @@ class Packer:
         for folder in self._folder.glob("*/*/"):
             if (folder.parent.name, folder.name) not in self._streams:
                 shutil.rmtree(folder)
+        for log in self._notes.glob("*.ranks"):
+            if log.stem not in self._domains:
+                log.unlink()
 
     def absorb(self, path: Path, folder: Path) -> None:
         """Add what another packer, which settles nothing, wrote into ``folder`` and saved in ``path``."""

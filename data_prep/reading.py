@@ -10,7 +10,7 @@ from data_prep.recipe import PackSettings
 from data_prep.split import rank_of, set_of, split_of
 from llmprune.data.format import EVAL
 from llmprune.data.records import Input
-from llmprune.data.sources import BadRecord, Document, Fields, Place, Render, documents
+from llmprune.data.sources import BadRecord, Document, DomainNames, Fields, Place, Render, documents
 
 _BATCH_CHARACTERS = 250_000  # small, so that no process idles for long while the last batches finish
 EARLY_STOP = 100  # bad records, before the share of bad ones is looked at while reading
@@ -24,6 +24,7 @@ class Reading:
         training: those that are not for evaluation.
         fields: of records.
         settings: of the job.
+        names: of the domains that have been found.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Reading:
         self.inputs, self.training, self.fields = [*held_out, *training], training, fields
         self.settings, self._render = settings, render
         self._left_out: set[int] = set()
+        self.names = DomainNames()
 
     def leave_out(self, held_out: list[Input]) -> None:
         """Leave the texts of these inputs out of training."""
@@ -46,7 +48,7 @@ class Reading:
 
     def _documents(self, inputs: list[Input], after: Place) -> Iterator[Document | BadRecord]:
         rendered = self.settings.conversations.fields if self.settings.conversations else ()
-        return documents(inputs, self.fields, after=after, render=self._render, rendered=rendered)
+        return documents(inputs, self.fields, after=after, render=self._render, rendered=rendered, names=self.names)
 
     def batches(self, after: Place) -> Iterator[Batch]:
         """Documents and bad records behind a place."""

@@ -53,6 +53,8 @@ class PackSettings:
         """
         if self.sequence_length < 2:
             raise UserError(f"a sequence length of {self.sequence_length} leaves nothing to predict: choose 2 or more")
+        if not 0 <= self.seed < 1 << 63:
+            raise UserError(f"the seed {self.seed} must be zero or positive, and below 2^63")
         if not 0 <= self.max_bad <= 1:
             raise UserError(f"the share of bad records {self.max_bad} must lie in [0, 1]")
         if not 0 <= self.eval_fraction < 1:

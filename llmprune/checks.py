@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBa
 
 from llmprune.config import Config, load_config
 from llmprune.data.format import EVAL, TRAIN, DataManifest, tokenizer_fingerprint
+from llmprune.data.mixing import PARTS, domain_weights
 from llmprune.data.prepared import PreparedData
 from llmprune.data.updates import check_updates, read_references
 from llmprune.errors import UserError, nearest
@@ -271,12 +272,10 @@ def _check_mixing(config: Config, data: DataManifest) -> None:
         return
     dynamic.references = read_references(dynamic.references)  # a run keeps them, whatever becomes of the file
     domains = sorted(data.domains)
-    weights = config.data.weights
-    if dynamic.update == "schedule" and weights is not None:
+    if dynamic.update == "schedule" and config.data.weights is not None:
         raise UserError("dynamic_loading.schedule has the weights of the whole run: leave data.weights out")
-    given = {d: float(data.samples(d, TRAIN) if weights is None else weights.get(d, 0.0)) for d in domains}
-    total = sum(given.values()) or 1.0
-    drawn = {domain: weight / total for domain, weight in given.items() if weight}
+    parts = domain_weights({domain: data.samples(domain, TRAIN) for domain in domains}, config.data.weights)
+    drawn = {domain: part / PARTS for domain, part in zip(domains, parts, strict=True) if part}
     evaluated = [d for d in domains if data.samples(d, EVAL)]
     check_updates(dynamic, domains, drawn, evaluated)
     if dynamic.update_delay < (ahead := config.data.workers * config.data.prefetch):

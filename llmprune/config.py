@@ -375,6 +375,8 @@ def _merge(schema: Any, update: Any, source: str) -> Any:
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise UserError(f"{source}: {where}{first_line(error)}") from None
+    except TypeError:  # omegaconf's own for a list where fields by name belong
+        raise UserError(f"{source}: a list stands where names with values belong, such as {{name: value}}") from None
 
 
 def _fields_of(schema: Any, section: str) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all."""
 
+import glob
 import hashlib
 import json
 import math
@@ -86,11 +87,17 @@ def put_in_place(folder: Path, path: Path, overwrite: bool = False) -> None:
     refuse_existing(path, overwrite)
     if path.exists():
         discarded = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
-        path.rename(discarded)
-        folder.rename(path)
-        remove(discarded)
+        try:
+            path.rename(discarded)
+            folder.rename(path)
+        except BaseException:  # also a signal's
+            if not path.exists():
+                discarded.rename(path)
+            raise
     else:
         folder.rename(path)
+    for discarded in path.parent.glob(f".{glob.escape(path.name)}.????????.old"):
+        remove(discarded)  # also what a killed process left
 
 
 def remove(path: Path) -> None:

@@ -74,8 +74,8 @@ class DynamicLoading(Callback):
         dist.broadcast_object_list(parts)
         metrics = {f"mixing/excess/{name}": value for name, value in excess.items() if math.isfinite(value)}
         if parts[0] is None:
-            bad = ", ".join(name for name, value in losses.items() if not math.isfinite(value))
-            log.warning("the evaluation loss of %s is no finite number: the weights of domains stay as they are", bad)
+            shown = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+            log.warning("no finite weights follow from the losses %s: the weights of domains stay as they are", shown)
             return metrics | {"mixing/skipped_updates": 1.0}
         self._dataset.change_weights(parts[0], batch + config.update_delay)
         return metrics | {f"mixing/weight/{name}": value for name, value in self._dataset.weights.items()}

@@ -167,8 +167,8 @@ def references(
     size: Annotated[
         float | None, typer.Option(help="Parameters that several models' scaling law is asked for.")
     ] = None,
-    samples_per_domain: Annotated[int | None, typer.Option(help="Of each domain at most.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.")] = 8,
+    samples_per_domain: Annotated[int | None, typer.Option(min=1, help="Of each domain at most.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 8,
     document_boundaries: Annotated[
         bool | None, typer.Option(help="Attention restarts at each document; default: for conversations.")
     ] = None,

@@ -42,9 +42,12 @@ class CacheConfig:
             UserError: it is no size.
         """
         try:
-            return None if self.limit is None else bytes_to_int(self.limit)
+            limit = None if self.limit is None else bytes_to_int(self.limit)
         except ValueError:
-            raise UserError(f"data.cache.limit '{self.limit}' is no size: write 500mb or 200gb") from None
+            limit = -1
+        if limit is not None and limit < 0:
+            raise UserError(f"data.cache.limit '{self.limit}' is no size: write 500mb or 200gb")
+        return limit
 
 
 @dataclass(frozen=True)

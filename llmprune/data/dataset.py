@@ -13,7 +13,7 @@ from llmprune.data.mixing import PARTS, domain_weights
 from llmprune.data.order import domain_order
 from llmprune.data.prepared import PreparedData
 from llmprune.data.reader import Sample, SplitReader
-from llmprune.errors import UserError, nearest
+from llmprune.errors import UserError
 
 
 class MixedDataset(IterableDataset[Sample]):
@@ -57,20 +57,14 @@ class MixedDataset(IterableDataset[Sample]):
         """
         self.manifest = data.manifest
         self.domains = sorted(self.manifest.domains)
-        check_domains(weights or {}, self.domains)
         self._batch, self._rank, self._world_size, self._lanes = global_batch_size, rank, world_size, lanes
         self._readers = {
             self.domains.index(domain): data.reader(domain, TRAIN, boundaries=boundaries)
             for domain in data.domains_with(TRAIN)
         }
-        sizes = [self.manifest.samples(domain, TRAIN) for domain in self.domains]
-        try:
-            parts = domain_weights(self.domains, weights, sizes)
-        except ValueError as error:
-            raise UserError(f"domain weights: {error}") from None
-        for domain, size, weight in zip(self.domains, sizes, parts, strict=True):
-            if weight and not size:
-                raise UserError(f"the domain '{domain}' has no training samples: give it weight 0 or prepare more text")
+        sizes = {domain: self.manifest.samples(domain, TRAIN) for domain in self.domains}
+        parts = domain_weights(sizes, weights)
+        for (domain, size), weight in zip(sizes.items(), parts, strict=True):
             if weight and size < lanes:
                 raise UserError(f"the domain '{domain}' has {size} training samples, not one for each of {lanes} lanes")
         self._orders = {
@@ -209,12 +203,3 @@ class EvalDataset(Dataset[Sample]):
         """One sample, as ``MixedDataset`` yields it."""
         domain, shard, index = self._samples[item]
         return {**self._readers[domain].read(shard, index), "domain": torch.tensor(domain)}
-
-
-def check_domains(weights: Mapping[str, float], domains: Sequence[str]) -> None:
-    """Raise ``UserError`` if ``weights`` names a domain that the data does not have."""
-    for name in weights:
-        if name not in domains:
-            raise UserError(
-                f"data.weights names the domain '{name}', which the data does not have; {nearest(name, domains)}"
-            )

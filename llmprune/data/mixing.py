@@ -7,6 +7,8 @@ of the stream holds, of each domain, less than one sample more or fewer than its
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmprune.errors import UserError, nearest
+
 PARTS = 1_000_000
 
 
@@ -111,9 +113,29 @@ class Mixer:
         return mixer
 
 
-def domain_weights(domains: Sequence[str], weights: Mapping[str, float] | None, samples: Sequence[int]) -> list[int]:
-    """Whole weights for ``domains``: as given by name, or in proportion to their samples."""
-    if weights is not None:
-        return integer_weights([weights.get(domain, 0.0) for domain in domains])
-    least = sum(samples) / PARTS  # a tiny domain is still drawn
-    return integer_weights([max(count, least) if count else 0 for count in samples])
+def domain_weights(samples: Mapping[str, int], weights: Mapping[str, float] | None) -> list[int]:
+    """Whole weights of domains.
+
+    Args:
+        samples: training samples of every domain.
+        weights: by domain (absent = 0); None = in proportion to samples.
+
+    Raises:
+        UserError: they name what is not there, are no weights, or give one to a domain without samples.
+    """
+    least = sum(samples.values()) / PARTS  # a tiny domain is still drawn
+    if weights is None:
+        weights = {domain: max(count, least) if count else 0 for domain, count in samples.items()}
+    for name in weights:
+        if name not in samples:
+            raise UserError(
+                f"data.weights names the domain '{name}', which the data does not have; {nearest(name, samples)}"
+            )
+    try:
+        parts = integer_weights([weights.get(domain, 0.0) for domain in samples])
+    except ValueError as error:
+        raise UserError(f"data.weights: {error}") from None
+    for (domain, count), part in zip(samples.items(), parts, strict=True):
+        if part and not count:
+            raise UserError(f"the domain '{domain}' has no training samples: give it weight 0 or prepare more text")
+    return parts

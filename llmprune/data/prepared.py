@@ -33,6 +33,8 @@ class PreparedData:
         cache = cache or CacheConfig()
         is_remote = "://" in self.location
         if is_remote:
+            if not self.location.partition("://")[2].strip("/"):
+                raise UserError(f"{self.location} names no place: write s3://BUCKET/FOLDER")
             with tempfile.TemporaryDirectory() as folder:
                 url = f"{self.location.rstrip('/')}/manifest.json"
                 download(url, Path(folder) / "manifest.json", connect(url))

@@ -62,6 +62,44 @@ class Fields:
     domain: str | None = None
 
 
+def clean_name(name: str) -> str:
+    """A domain's name as a folder name: letters and digits of any script, ``.``, ``_`` and ``-``; no dot in front."""
+    kept = (c if c in "._-" or c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in name)
+    cleaned = re.sub(" +", "_", "".join(kept)).lstrip(".")
+    return cleaned.encode()[:100].decode(errors="ignore") or "unnamed"
+
+
+class DomainNames:
+    """The clean names of domains, of which no two are the same.
+
+    Attributes:
+        originals: by clean name.
+    """
+
+    def __init__(self, originals: Mapping[str, str] | None = None) -> None:
+        """Know these names already."""
+        self.originals = dict(originals or {})
+        self._cleaned: dict[str, str] = {}
+
+    def clean(self, name: str) -> str:
+        """The clean name of a domain.
+
+        Raises:
+            UserError: another has it already.
+        """
+        name = unicodedata.normalize("NFC", name)  # file systems spell the same name in different ways
+        if name not in self._cleaned:
+            cleaned = clean_name(name)
+            original = self.originals.setdefault(cleaned, name)
+            if original != name:
+                raise UserError(
+                    f"the domains '{original}' and '{name}' would both be named '{cleaned}': "
+                    "rename one of them, or pass --domain"
+                )
+            self._cleaned[name] = cleaned
+        return self._cleaned[name]
+
+
 Render = Callable[[Mapping[str, Any]], tuple[tuple[str, bool], ...]]
 
 
@@ -73,6 +111,7 @@ def documents(
     text_bytes: int | None = None,
     render: Render | None = None,
     rendered: Sequence[str] = (),
+    names: DomainNames | None = None,
 ) -> Iterator[Document | BadRecord]:
     """Every document of ``inputs``, and every record that could not be read.
 
@@ -84,11 +123,12 @@ def documents(
         render: makes a document's pieces out of a record, in place of the text field; raises ``ValueError``,
             ``KeyError`` or ``TypeError`` for one that it can't use.
         rendered: the top-level fields that it uses.
+        names: those of domains found elsewhere; what is found here joins them.
 
     Raises:
         UserError: two domains would get the same name.
     """
-    names = _Names()
+    names = DomainNames() if names is None else names
     if fields.domain is None and fields.domain_field is None:
         for source in inputs:
             names.clean(source.folder)  # a clash shows before anything is read
@@ -160,31 +200,3 @@ def field_text(record: Any, dotted: str) -> str:
 
 def _reason(error: Exception) -> str:
     return str(error.args[0]) if isinstance(error, KeyError) else str(error)
-
-
-def clean_name(name: str) -> str:
-    """A domain's name as a folder name: letters and digits of any script, ``.``, ``_`` and ``-``; no dot in front."""
-    kept = (c if c in "._-" or c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in name)
-    cleaned = re.sub(" +", "_", "".join(kept)).lstrip(".")
-    return cleaned.encode()[:100].decode(errors="ignore") or "unnamed"
-
-
-class _Names:
-    """The clean names of domains, of which no two are the same."""
-
-    def __init__(self) -> None:
-        self._cleaned: dict[str, str] = {}
-        self._originals: dict[str, str] = {}
-
-    def clean(self, name: str) -> str:
-        name = unicodedata.normalize("NFC", name)  # file systems spell the same name in different ways
-        if name not in self._cleaned:
-            cleaned = clean_name(name)
-            original = self._originals.setdefault(cleaned, name)
-            if original != name:
-                raise UserError(
-                    f"the domains '{original}' and '{name}' would both be named '{cleaned}': "
-                    "rename one of them, or pass --domain"
-                )
-            self._cleaned[name] = cleaned
-        return self._cleaned[name]

@@ -11,6 +11,8 @@ from llmprune.errors import UserError
 from llmprune.files import read_json
 from llmprune.registry import Registry
 
+TINY = 1e-100  # a weight below it is none
+
 UPDATES: "Registry[Update]" = Registry("updates", "update of domain weights")
 """Updates by name."""
 
@@ -101,10 +103,10 @@ NEEDS_LOSSES = ("doremi", "bandit")
 def new_weights(
     measured: Measured, config: DynamicLoadingConfig, domains: Sequence[str], held: Collection[str] = ()
 ) -> list[float] | None:
-    """The weights after an evaluation, within their bounds; None if they have to stay, since a loss is no number.
+    """The weights after an evaluation, within their bounds; None if they have to stay: a loss or a weight is no number.
 
     Domains that are ``held``, and those whose weight is zero, keep it and the others share the rest; with ``schedule``
-    all domains go along the schedule.
+    all domains go along the schedule. The weights sum to one.
     """
     free = list(range(len(domains)))
     if config.update != "schedule":
@@ -120,12 +122,16 @@ def new_weights(
         measured.progress,
     )
     share = 1.0 if config.update == "schedule" else whole
-    floor, ceiling = ([bound / share for bound in bounds] for bounds in _bounds(config, names))
-    found = bounded(UPDATES.get(config.update)(seen, config, names), floor, ceiling)
+    floor, ceiling = _bounds(config, names)
+    if config.update != "schedule":  # a domain of weight zero would be out for good
+        floor = [min(max(low, 1 / PARTS), high) for low, high in zip(floor, ceiling, strict=True)]
+    wanted = UPDATES.get(config.update)(seen, config, names)
+    if not all(map(math.isfinite, wanted)):
+        return None
+    found = bounded(wanted, [low / share for low in floor], [high / share for high in ceiling])
     weights = list(measured.weights)
-    least = 0.0 if config.update == "schedule" else 1 / PARTS  # else a domain could drop out for good
     for i, weight in zip(free, found, strict=True):
-        weights[i] = max(weight * share, least)
+        weights[i] = weight * share
     return weights
 
 
@@ -142,20 +148,23 @@ def first_weights(config: DynamicLoadingConfig, domains: Sequence[str]) -> dict[
 def bounded(weights: Sequence[float], floor: Sequence[float], ceiling: Sequence[float]) -> list[float]:
     """Shares in proportion to ``weights`` where their bounds allow it; they sum to one.
 
+    What is left when all that have a weight are at their ceilings goes evenly to those that have none.
+
     Args:
         weights: not negative.
         floor: least shares; they sum to one at most.
         ceiling: greatest shares; they sum to one at least.
     """
+    bounds = list(zip(floor, ceiling, strict=True))
+    weights = [weight if weight > TINY else 0.0 for weight in weights]
+    if sum(high if weight else low for weight, (low, high) in zip(weights, bounds, strict=True)) < 1:
+        weights = [math.inf if weight else 1.0 for weight in weights]
 
     def shares(scale: float) -> list[float]:
-        return [min(max(scale * w, lo), hi) for w, lo, hi in zip(weights, floor, ceiling, strict=True)]
+        return [min(max(scale * w, lo), hi) for w, (lo, hi) in zip(weights, bounds, strict=True)]
 
-    low, high = 0.0, 1.0
-    while sum(shares(high)) < 1 and high < 1e12:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
+    low, high = 0.0, 1 / TINY
+    while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if sum(shares(middle)) < 1 else (low, middle)
     found = shares(high)
     return [share / sum(found) for share in found]
@@ -167,8 +176,13 @@ def read_references(references: Any) -> dict[str, float] | None:
     Raises:
         UserError: the file holds none.
     """
-    if not isinstance(references, str):
+    if references is None or isinstance(references, Mapping):
         return None if references is None else dict(references)
+    if not isinstance(references, str):
+        raise UserError(
+            "dynamic_loading.references must be losses by domain, or the file that `llmprune references` wrote; got "
+            f"'{references}'"
+        )
     found = read_json(references)
     if not isinstance(found, dict) or not isinstance(found.get("references"), dict):
         raise UserError(f"{references} holds no reference losses: make it with `llmprune references`")
@@ -214,6 +228,14 @@ def check_updates(
     if config.update in NEEDS_LOSSES:
         free = [domain for domain in drawn if domain in evaluated]
         share = sum(drawn[domain] for domain in free)
+        lacking, remedy = "that are drawn from", "give them weights"
+        if len(drawn) > 1:
+            lacking, remedy = "with evaluation samples", "prepare the data with a larger --eval-fraction"
+        if len(free) < 2:
+            raise UserError(
+                f"dynamic_loading.update={config.update} needs two domains {lacking}: {remedy}, or take "
+                "dynamic_loading=null"
+            )
     floor, ceiling = _bounds(config, free)
     if any(not 0 <= lo <= hi <= 1 for lo, hi in zip(floor, ceiling, strict=True)):
         raise UserError("every domain needs 0 ≤ dynamic_loading.floor ≤ dynamic_loading.ceiling ≤ 1")
@@ -223,35 +245,39 @@ def check_updates(
             f"at least {share:g}"
         )
     if config.update == "schedule":
-        _check_schedule(config, domains)
+        _check_schedule(config, domains, floor, ceiling)
     if config.update in NEEDS_LOSSES:
         if not config.references:
             raise UserError(
                 f"dynamic_loading.update={config.update} needs dynamic_loading.references: the loss that each domain "
                 "is expected to come down to"
             )
-        if len(free) < 2:
-            raise UserError(
-                f"dynamic_loading.update={config.update} needs two domains with evaluation samples: prepare the data "
-                "with a larger --eval-fraction, or take dynamic_loading=null"
-            )
         for domain in free:
             if domain not in config.references:
                 raise UserError(f"dynamic_loading.references has no loss for the domain '{domain}'")
 
 
-def _check_schedule(config: DynamicLoadingConfig, domains: Sequence[str]) -> None:
+def _check_schedule(
+    config: DynamicLoadingConfig, domains: Sequence[str], floor: Sequence[float], ceiling: Sequence[float]
+) -> None:
     try:
         places = [float(point["at"]) for point in config.schedule]
-        totals = [sum(_shares(point["weights"], domains)) for point in config.schedule]
+        points = [_shares(point["weights"], domains) for point in config.schedule]
     except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
         raise UserError(
             f"dynamic_loading.schedule must be points such as {{at: 0.5, weights: {{{domains[0]}: 1}}}}: {error}"
         ) from None
     if not places or places != sorted(set(places)) or not 0 <= places[0] <= places[-1] <= 1:
         raise UserError("dynamic_loading.schedule needs points whose 'at' rises from 0 to 1")
-    if not all(math.isfinite(total) and total > 0 for total in totals):
+    if not all(math.isfinite(sum(point)) for point in points):
         raise UserError("dynamic_loading.schedule: the weights of a point must be numbers, not all zero")
+    for place, point in zip(places, points, strict=True):
+        for domain, weight, low, high in zip(domains, point, floor, ceiling, strict=True):
+            if not low - 1e-9 <= weight <= high + 1e-9:
+                raise UserError(
+                    f"dynamic_loading.schedule gives '{domain}' {weight:g} at {place:g}, but its floor is {low:g} and "
+                    f"its ceiling {high:g}"
+                )
 
 
 def _shares(weights: Mapping[str, float], domains: Sequence[str]) -> list[float]:

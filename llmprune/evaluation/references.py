@@ -1,5 +1,6 @@
 """The loss that each domain should come down to: measured on the source, or by the scaling law of its family."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from llmprune.data.format import tokenizer_fingerprint
 from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.evaluation.losses import evaluate_losses
+from llmprune.models.loading import count_parameters
 from llmprune.models.opened import find_model
 from llmprune.models.placement import Placement
 
@@ -51,8 +53,7 @@ def fit_scaling_law(parameters: Sequence[float], losses: Sequence[float]) -> Sca
     Raises:
         UserError: there are too few sizes, or losses do not fall with the size.
     """
-    if len(set(parameters)) < 3:
-        raise UserError(f"a scaling law needs models of three sizes at least; there are {len(set(parameters))}")
+    _check_sizes(parameters)
     sizes, wanted = np.asarray(parameters, float), np.asarray(losses, float)
     unit = sizes.min()
 
@@ -69,6 +70,11 @@ def fit_scaling_law(parameters: Sequence[float], losses: Sequence[float]) -> Sca
         raise UserError("the losses do not fall with the number of parameters: no scaling law fits them")
     rmse = None if len(losses) == 3 else float(np.sqrt(squares / len(losses)))
     return ScalingLaw(a * unit ** float(found.x), float(found.x), c, rmse)
+
+
+def _check_sizes(parameters: Sequence[float]) -> None:
+    if len(set(parameters)) < 3:
+        raise UserError(f"a scaling law needs models of three sizes at least; there are {len(set(parameters))}")
 
 
 def references(
@@ -100,6 +106,8 @@ def references(
     """
     if (len(models) > 1) != (size is not None):
         raise UserError("give one model, whose losses are the references, or several with --size, for their law")
+    if size is not None and not 0 < size < math.inf:
+        raise UserError(f"--size {size:g} is no number of parameters")
     manifest = data.manifest
     found = [find_model(name, placement) for name in models]
     for one in found:
@@ -107,6 +115,8 @@ def references(
             raise UserError(f"the tokenizer of {one.name} did not make the data in {data.location}")
         if one.limit is not None and manifest.sequence_length > one.limit:
             raise UserError(f"the data's samples have {manifest.sequence_length} tokens, {one.name} takes {one.limit}")
+    if size is not None:  # known before anything is measured
+        _check_sizes([count_parameters(one.config) for one in found])
     measured: dict[str, dict[str, Any]] = {}
     for one in tqdm(found, desc="models", disable=len(found) < 2):
         opened = one.open()

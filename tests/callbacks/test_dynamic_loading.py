@@ -107,7 +107,7 @@ def test_a_loss_that_is_no_number_changes_nothing(yaml: Path, tmp_path: Path, ca
     trainer.fit()
     trainer.close()
     assert dynamic._dataset.weights == before
-    assert "letters is no finite number" in caplog.text
+    assert "letters nan" in caplog.text
     assert [batch for batch, _ in metrics(tmp_path / "run", "mixing/skipped")] == [3, 6, 8]
 
 
@@ -139,9 +139,24 @@ def test_no_evaluation_samples(yaml: Path, data: Path, tmp_path: Path) -> None:
 
 def test_a_schedule_has_the_weights_of_the_whole_run(yaml: Path) -> None:
     points = "[{at: 0, weights: {letters: 1}}, {at: 1, weights: {numbers: 1}}]"
-    overrides = ["dynamic_loading.update=schedule", f"dynamic_loading.schedule={points}"]
+    overrides = ["dynamic_loading.update=schedule", f"dynamic_loading.schedule={points}", "dynamic_loading.ceiling=1.0"]
     seen = run(load_config(yaml, overrides))
     shares = [sum(row[0] for row in seen[batch]) / 8 for batch in range(16)]
     assert shares[:3] == [0.0] * 3 and shares[-1] > 0.5
     with pytest.raises(UserError, match="leave data.weights out"):
         check(load_config(yaml, [*overrides, "data.weights={letters: 1, numbers: 1}"]))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("{nope: 1}", "data.weights names the domain 'nope'"),
+        ("{letters: -1}", "non-negative"),
+        ("{letters: 0}", "not all zero"),
+        ("{letters: 1}", "two domains that are drawn from"),
+        ("[1]", "a list stands where names"),
+    ],
+)
+def test_wrong_weights_are_blamed_on_themselves(yaml: Path, weights: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(load_config(yaml, [f"data.weights={weights}"]))

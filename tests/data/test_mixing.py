@@ -75,12 +75,12 @@ def test_a_domain_whose_weight_becomes_zero_stops_at_once() -> None:
 
 
 def test_a_domain_of_weight_zero_never_comes() -> None:
-    mixer = Mixer(domain_weights(["a", "b", "c"], {"a": 1.0, "c": 3.0}, [5, 5, 5]))
+    mixer = Mixer(domain_weights({"a": 5, "b": 5, "c": 5}, {"a": 1.0, "c": 3.0}))
     assert {mixer.next()[0] for _ in range(200)} == {0, 2}
 
 
 def test_without_weights_samples_decide() -> None:
-    assert domain_weights(["a", "b"], None, [1, 3]) == [250_000, 750_000]
+    assert domain_weights({"a": 1, "b": 3}, None) == [250_000, 750_000]
 
 
 @pytest.mark.parametrize("raw", [[], [0.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0], [float("inf"), 1.0]])

@@ -18,6 +18,7 @@ from llmprune.data.updates import (
     drawable,
     first_weights,
     new_weights,
+    read_references,
 )
 from llmprune.errors import UserError
 
@@ -91,6 +92,8 @@ def test_bounds_hold_whatever_the_losses(
 def test_bounded_keeps_proportions_where_it_can() -> None:
     assert bounded([6, 3, 1], [0, 0, 0.2], [1, 1, 1]) == pytest.approx([8 / 15, 4 / 15, 0.2])
     assert bounded([6, 3, 1], [0, 0, 0], [0.5, 1, 1]) == pytest.approx([0.5, 0.375, 0.125])
+    assert bounded([1, 0, 0], [0, 0, 0], [0.5, 1, 0.2]) == pytest.approx([0.5, 0.3, 0.2])  # what is left goes evenly
+    assert bounded([1, 1, 0], [0, 0, 0.1], [1, 1, 1]) == pytest.approx([0.45, 0.45, 0.1])
 
 
 @pytest.mark.parametrize(
@@ -113,6 +116,8 @@ def test_bounded_keeps_proportions_where_it_can() -> None:
         ({"update": "schedule", "schedule": [{"at": 0, "weights": {"a": 0}}]}, "must be points"),
         ({"update": "schedule", "schedule": [{"at": 1, "weights": {"a": 1}}, {"at": 0, "weights": {"a": 1}}]}, "rises"),
         ({"update": "schedule", "schedule": [{"weights": {"a": 1}}]}, "must be points"),
+        ({"update": "schedule", "schedule": [{"at": 0, "weights": {"a": 1}}], "ceiling": 0.6}, "gives 'a' 1 at 0"),
+        ({"update": "schedule", "schedule": [{"at": 0, "weights": {"a": 1}}], "floor": {"b": 0.1}}, "gives 'b' 0 at 0"),
     ],
 )
 def test_mistakes(changes: dict[str, Any], message: str) -> None:
@@ -135,6 +140,17 @@ def test_a_domain_without_evaluation_samples_keeps_its_weight() -> None:
         check_updates(config, DOMAINS, start, ["a"])
     with pytest.raises(UserError, match=r"their ceilings to at least 0.6"):
         check_updates(replace(config, floor=0.0, ceiling={"a": 0.2, "c": 0.3}), DOMAINS, start, ["a", "c"])
+
+
+def test_weights_that_overflow_stay() -> None:
+    config = DynamicLoadingConfig(eta=1e308, references=dict.fromkeys(DOMAINS, 1.0))
+    assert new_weights(Measured([0.5, 0.3, 0.2], [900.0, 0.0, 0.0], 0), config, DOMAINS) is None
+
+
+def test_references_are_losses_by_name() -> None:
+    for wrong in (5, [1.0, 2.0]):
+        with pytest.raises(UserError, match="must be losses by domain"):
+            read_references(wrong)
 
 
 def test_no_domain_drops_out_by_rounding() -> None:

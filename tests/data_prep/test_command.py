@@ -27,7 +27,9 @@ def test_describe_gives_the_text_back(corpus: Path, data: Path) -> None:
     for sample in samples:
         parts = sample.partition("\n")[2].split("</s>")
         assert all(part.strip() in written for part in parts)
-    assert "there is no domain 'x'" in run("describe", data, "--domain", "x").stderr
+    refused = run("describe", data, "--domain", "x")
+    assert (refused.stdout, refused.stderr.split(";")[0]) == ("", "error: there is no domain 'x'")
+    assert "--samples" in run("describe", data, "--samples", "-1").stderr
 
 
 def test_tokenize_prints_counts_and_skipped_records(data: Path, tmp_path: Path) -> None:

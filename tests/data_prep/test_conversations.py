@@ -71,7 +71,7 @@ def test_every_response_of_a_chat_is_learned(chat: PreTrainedTokenizerFast) -> N
         ({"messages": [{"role": "user", "content": "x"}]}, "there is no response"),
         ({"messages": [{"role": "assistant", "content": " "}]}, "a response is empty"),
         ({"messages": [{"role": "user", "content": "a</s>b"}, {"role": "assistant", "content": "c"}]}, "special token"),
-        ({"prompt": "x"}, "no field 'response'"),
+        ({"prompt": "x"}, "no field 'messages', and no field 'response'"),
     ],
 )
 def test_records_that_are_no_conversations(chat: PreTrainedTokenizerFast, record: dict[str, Any], reason: str) -> None:
@@ -102,6 +102,15 @@ def test_templates(chat: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     for template, message in ((str(tmp_path / "own"), "has no {prompt}"), ("alpacca", "choose chat, alpaca, none")):
         with pytest.raises(UserError, match=message):
             prompt(template)
+    (tmp_path / "own").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="own can't be read as a template"):
+        prompt(str(tmp_path / "own"))
+    chat.chat_template = "{% if %}"
+    with pytest.raises(UserError, match="chat template is no valid one"):
+        renderer(ConversationSettings(), chat)
+    chat.chat_template = "{{ 1 / 0 }}"
+    with pytest.raises(ValueError, match="the chat template refuses it: division by zero"):
+        renderer(ConversationSettings(), chat)({"prompt": "one", "response": "two"})
     chat.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         renderer(ConversationSettings(), chat)

@@ -13,11 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
+from data_prep.describe import lacking
 from data_prep.job import Job
+from data_prep.join import Encoded
 from data_prep.pack import merge, prepare
+from data_prep.packer import Arrival, Layout, Packer
 from data_prep.recipe import PackSettings
+from llmprune.data.dataset import MixedDataset
 from llmprune.data.format import DataManifest
 from llmprune.data.prepared import PreparedData
 from llmprune.data.records import Input
@@ -123,6 +128,27 @@ def test_a_job_killed_outright_goes_on(many: Path, data: Path, tmp_path: Path) -
     assert killed.returncode == -signal.SIGKILL and Job(tmp_path / ".out.partial").has_progress
     prepare([many], data / "tokenizer", tmp_path / "out", PackSettings(LENGTH, eval_fraction=0.1), processes=1)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_came_after_the_last_save_is_forgotten(tmp_path: Path) -> None:
+    """Else a text that a later domain shares could not move to the evaluation split."""
+
+    def documents_of(domain: str, ranks: Sequence[int]) -> list[Arrival]:
+        content = [Encoded(np.arange(10, dtype=np.uint32) + rank, np.ones(10, bool)) for rank in ranks]
+        return [Arrival(domain, rank << 61, one) for rank, one in zip(ranks, content, strict=True)]
+
+    layout = Layout(8, "uint16", eval_fraction=1e-3, settle=True)
+    stopped = Packer(tmp_path / "out", layout, tmp_path / "notes")
+    stopped.add(documents_of("a", range(1, 6)))
+    stopped.save(tmp_path / "state")
+    stopped.add(documents_of("b", range(1, 3)))
+    resumed = Packer(tmp_path / "out", layout, tmp_path / "notes")
+    resumed.resume(tmp_path / "state")
+    resumed.finish()
+    alone = Packer(tmp_path / "alone", layout, tmp_path / "notes of alone")
+    alone.add(documents_of("a", range(1, 6)))
+    alone.finish()
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
 @pytest.mark.usefixtures("small")
@@ -312,3 +338,81 @@ def test_parts_of_other_jobs_are_refused(many: Path, data: Path, tmp_path: Path)
     progress.write_text(progress.read_text().replace('"complete": true', '"complete": false'))
     with pytest.raises(UserError, match="p1 was stopped before its end"):
         merge([tmp_path / "p0", tmp_path / "p1"], tmp_path / "out")
+
+
+@pytest.mark.usefixtures("small")
+def test_names_that_clash_do_so_across_parts_and_stops(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``p q`` and ``p/q`` would both be the folder p_q."""
+    source, settings = tmp_path / "in", PackSettings(LENGTH)
+    source.mkdir()
+    for number, domain in enumerate(("p q", "p/q")):
+        lines = [json.dumps({"text": f"{number} {n} a house " * 5, "of": domain}) for n in range(30)]
+        (source / f"{number}.jsonl").write_text("\n".join(lines))
+    fields = Fields(domain_field="of")
+    for number in range(2):
+        part = tmp_path / f"p{number}"
+        prepare(
+            [source],
+            data / "tokenizer",
+            part,
+            PackSettings(LENGTH),
+            fields=fields,
+            shard=(number, 2),
+            processes=1,
+        )
+    with pytest.raises(UserError, match=r"'p q' and 'p/q' would both be named 'p_q'"):
+        merge([tmp_path / "p0", tmp_path / "p1"], tmp_path / "out")
+
+    def stopping(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for number, item in enumerate(documents(*arguments, **options)):
+            if number == 29:
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr("data_prep.reading.documents", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([source], data / "tokenizer", tmp_path / "out", settings, fields=fields, processes=1)
+    monkeypatch.setattr("data_prep.reading.documents", documents)
+    with pytest.raises(UserError, match=r"would both be named 'p_q'"):
+        prepare([source], data / "tokenizer", tmp_path / "out", settings, fields=fields, processes=1)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_domain_without_a_sample_stays_in_the_counts(many: Path, data: Path, tmp_path: Path) -> None:
+    """Be it too short, or kept for evaluation altogether."""
+    (tmp_path / "held").mkdir()
+    for number in (0, 2, 4):  # all of domain a
+        (tmp_path / "held" / f"{number}.jsonl").write_text((many / "a" / f"{number}.jsonl").read_text())
+    (many / "c").mkdir()
+    (many / "c" / "x.txt").write_text("a tree")
+    made = prepare(
+        [many], data / "tokenizer", tmp_path / "out", PackSettings(LENGTH), eval_inputs=[tmp_path / "held"], processes=1
+    ).manifest
+    assert (made.domains["a"]["train"].duplicates, made.samples("a", "train")) == (123, 0)
+    assert (made.domains["c"]["train"].documents, made.samples("c", "train")) == (1, 0)
+    said = lacking(made)
+    assert [line.split(maxsplit=1)[1] for line in said[:1] + said[2:]] == [
+        "has no training sample: all its texts are kept for evaluation",
+        "has no training sample: its 1 documents do not fill one",
+    ]
+    stream = MixedDataset(PreparedData(tmp_path / "out"), global_batch_size=4, weights=None, seed=1)
+    assert stream.weights == {"a": 0.0, "b": 1.0, "c": 0.0, "held": 0.0}
+
+
+@pytest.mark.usefixtures("small")
+def test_a_job_that_can_come_to_nothing_leaves_nothing(many: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="too little text"):
+        prepare([many], data / "tokenizer", tmp_path / "out", PackSettings(1 << 20), processes=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"in"}
+
+
+def test_a_text_without_tokens_is_named(data: Path, tmp_path: Path) -> None:
+    changed = AutoTokenizer.from_pretrained(data / "tokenizer")
+    changed.backend_tokenizer.normalizer = normalizers.Replace("gone", "")
+    changed.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "x.jsonl").write_text('{"text": "gone"}\n' + '{"text": "one two three four"}\n' * 30)
+    settings = PackSettings(16, eos=False, max_bad=0.5)
+    made = prepare([tmp_path / "x.jsonl"], tmp_path / "tokenizer", tmp_path / "out", settings, processes=1)
+    assert [record.reason for record in made.bad] == ["the tokenizer leaves nothing of it"]

@@ -180,9 +180,11 @@ def test_too_many_bad_records_stop_the_job_and_leave_nothing(tokenizer: Path, tm
     ("changes", "message"),
     [
         ({"sequence_length": 1}, "choose 2 or more"),
-        ({"sequence_length": 100_000}, "too short for one training sample"),
+        ({"sequence_length": 100_000}, "too little text for one training sample"),
         ({"eval_fraction": 1.5}, "must lie in"),
         ({"max_bad": -1}, "must lie in"),
+        ({"seed": -1}, "must be zero or positive"),
+        ({"seed": 10**70}, r"below 2\^63"),
     ],
 )
 def test_settings_that_cannot_work(

@@ -21,7 +21,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.errors import UserError
-from llmprune.files import output_folder, read_json, remove, write_json
+from llmprune.files import output_folder, read_json, remove, write_json, write_text
 
 RANDOM = "random"  # the source of a model that was not trained before
 PACKAGES = ("llmprune", "torch", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
@@ -67,9 +67,23 @@ class RunFolder:
         latest = self.checkpoints / "latest-rank0.pt"
         if latest.exists():
             return latest.resolve()
+        return next(filter(_is_complete, self._by_age()), None)
+
+    def _by_age(self) -> list[Path]:
+        """All checkpoints, the newest first."""
         found = {int(name[1]): path for path in self.checkpoints.glob("ba*") if (name := _NAME.match(path.name))}
-        complete = (path for _, path in sorted(found.items(), reverse=True) if _is_complete(path))
-        return next(complete, None)
+        return [path for _, path in sorted(found.items(), reverse=True)]
+
+    def keep_checkpoints(self, newest: int) -> None:
+        """Delete all but the newest complete checkpoints (-1 = none of them), and what a kill left of others.
+
+        Composer counts those of its own process only, so that they would pile up where a run is resumed often.
+        """
+        complete = [path for path in self._by_age() if _is_complete(path)]
+        kept = [self.latest_checkpoint(), *(complete if newest < 0 else complete[:newest])]
+        for path in self._by_age():
+            if path not in kept and path.resolve() not in kept:
+                remove(path)
 
     def find(self, *, overwrite: bool, autoresume: bool) -> Path | None:
         """See whether the folder may be used; nothing is changed.
@@ -102,10 +116,12 @@ class RunFolder:
         Raises:
             UserError: it can't be written.
         """
-        remove(self.path)
         try:
-            self.path.mkdir(parents=True)
-            self.config.touch()
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.config, "")  # stays throughout: a kill leaves what is still known as a run
+            for path in [*self.path.iterdir()]:
+                if path != self.config:
+                    remove(path)
             self.checkpoints.mkdir()
         except OSError as error:
             raise UserError(f"can't write to {self.path}: {error.strerror}") from None

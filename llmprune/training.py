@@ -289,4 +289,6 @@ def _write_run(
     if not resumed:
         run.create()
         manifest.save(run.checkpoints, model, tokenizer)
+    else:
+        run.keep_checkpoints(config.checkpoint.keep)
     save_config(config, run.config)

@@ -22,6 +22,7 @@ from llmprune import training
 from llmprune.config import load_config
 from llmprune.data.dataset import MixedDataset
 from llmprune.data.prepared import PreparedData
+from llmprune.files import remove
 from llmprune.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -163,3 +164,35 @@ def test_a_kill_between_two_links_loses_no_checkpoint(tmp_path: Path) -> None:
     assert run.latest_checkpoint() == whole
     (run.checkpoints / "ba20" / ".metadata").touch()
     assert run.latest_checkpoint() == run.checkpoints / "ba20"
+
+
+def test_resumes_do_not_pile_up_checkpoints(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.create()
+    for batch in (9, 10, 100):
+        (run.checkpoints / f"ba{batch}").mkdir()
+        (run.checkpoints / f"ba{batch}" / ".metadata").touch()
+    torch.save([1.0] * 100, run.checkpoints / "ba7-rank0.pt")
+    (run.checkpoints / "ba200-rank0.pt").write_bytes(b"cut short")
+    for keep, left in ((-1, {"ba7-rank0.pt", "ba9", "ba10", "ba100"}), (2, {"ba10", "ba100"}), (1, {"ba100"})):
+        run.keep_checkpoints(keep)
+        assert {path.name for path in run.checkpoints.iterdir()} == left
+
+
+def test_a_run_half_deleted_is_still_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    (run.path / "metrics.jsonl").touch()
+    (run.path / "more").mkdir()
+
+    def killed(path: Path) -> None:
+        remove(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmprune.run_folder.remove", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.create()
+    monkeypatch.undo()
+    assert run.find(overwrite=True, autoresume=False) is None
+    run.create()
+    assert {path.name for path in run.path.iterdir()} == {"config.yaml", "checkpoints"}

@@ -23,9 +23,14 @@ from llmprune.models.loading import load_config as load_model_config
 from llmprune.models.loading import load_tokenizer
 from llmprune.models.placement import ATTENTIONS, TRAINABLE
 from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
+from llmprune.replacements.settings import BlockReplacementConfig
+from llmprune.replacements.span import Span
 from llmprune.run_folder import Manifest, RunFolder
 from llmprune.sharding import check_sharding
+from llmprune.spans import check_replacement, given_span
 
+# What a run of block replacement goes on with.
+REPLACEMENT_KEPT = ("start", "length", "kind", "blocks", "take", "intermediate", "objectives", "top_k", "also")
 _STREAM_UNITS = {TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN}
 
 
@@ -75,7 +80,22 @@ def check(config: Config) -> Ingredients:
     _check_mixing(config, data.manifest)
     if config.l0_pruning is not None:
         make_goal(model_config, config.l0_pruning)
+    if config.block_replacement is not None:
+        _check_replacement(config, config.block_replacement, model_config)
     return Ingredients(model_config, tokenizer, data)
+
+
+def _check_replacement(config: Config, settings: BlockReplacementConfig, model_config: PretrainedConfig) -> None:
+    settings.check()
+    if config.l0_pruning is not None:
+        raise UserError("a run has l0_pruning or block_replacement, not both")
+    span = given_span(config)
+    if span is None and config.sharding is not None:
+        raise UserError(
+            "the span can't be found on a sharded model: find it first (`llmprune score`, `llmprune plan --span`) and "
+            "name the plan"
+        )
+    check_replacement(settings, model_config, span or Span(1, settings.length or 1))
 
 
 def config_from_fields(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
@@ -124,8 +144,10 @@ def check_same_run(run: RunFolder, manifest: Manifest, config: Config, model_con
             "that the run began with, or use another folder"
         )
     pruning = [m.l0_pruning or {} for m in (saved, manifest)]
+    replacing = [m.block_replacement or {} for m in (saved, manifest)]
     for key, was, now in (
         *((f"l0_pruning.{key}", *(p.get(key) for p in pruning)) for key in ("target", "target_sparsity", "gates")),
+        *((f"block_replacement.{key}", *(p.get(key) for p in replacing)) for key in REPLACEMENT_KEPT),
         ("run.seed", before.run.seed, config.run.seed),
         ("train.global_batch_size", before.train.global_batch_size, config.train.global_batch_size),
         *(
@@ -225,7 +247,7 @@ def _check_numbers(config: Config) -> None:
 def _check_times(config: Config) -> None:
     times = {}
     for key, text, least in (
-        ("train.duration", config.train.duration, 1),
+        ("train.duration", config.train.duration, 0 if config.block_replacement is not None else 1),
         ("train.eval_interval", config.train.eval_interval, 0),
         ("checkpoint.interval", config.checkpoint.interval, 1),
         ("scheduler.warmup", config.scheduler.warmup, 0),

@@ -24,6 +24,7 @@ from llmprune.errors import UserError, first_line, nearest
 from llmprune.files import write_text
 from llmprune.gates.settings import L0PruningConfig
 from llmprune.optimizers import OptimizerConfig, SchedulerConfig
+from llmprune.replacements.settings import BlockReplacementConfig
 from llmprune.scoring.selection import PlansConfig
 from llmprune.scoring.settings import LayerScoringConfig
 from llmprune.sharding import ShardingConfig
@@ -208,13 +209,14 @@ class LoggersConfig:
 
 @dataclass
 class Config:
-    """One run of ``train.py``. With ``l0_pruning`` it prunes; without, it trains."""
+    """One run of ``train.py``: ``l0_pruning`` prunes, ``block_replacement`` replaces blocks, else it trains."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     dynamic_loading: DynamicLoadingConfig | None = None
     l0_pruning: L0PruningConfig | None = None
+    block_replacement: BlockReplacementConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -139,6 +139,7 @@ class Manifest:
         seed: the run's.
         versions: of Python and the packages that matter.
         git_commit: of llmprune's checkout, if it is one.
+        block_replacement: the settings of ``BlockReplacement`` with the span's start and length, if any.
     """
 
     family: str
@@ -148,6 +149,7 @@ class Manifest:
     seed: int
     versions: dict[str, str]
     git_commit: str | None
+    block_replacement: dict[str, Any] | None = None
     schema: int = 1
 
     def save(self, checkpoints: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

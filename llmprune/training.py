@@ -1,8 +1,9 @@
 """From a config to a Composer trainer."""
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmprune.callbacks.block_replacement import BlockReplacement
 from llmprune.callbacks.dynamic_loading import DynamicLoading
 from llmprune.callbacks.evaluation import Evaluation
 from llmprune.callbacks.l0_pruning import EVALUATIONS, L0Pruning
@@ -29,13 +31,15 @@ from llmprune.data.dataset import EvalDataset, MixedDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.data.updates import first_weights
 from llmprune.families import family_of
-from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
+from llmprune.models.causal_lm import Batch, ComposerCausalLM, count_tokens
 from llmprune.models.loading import empty_model, load_model, new_model
 from llmprune.models.placement import DTYPES
 from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.ranks import on_rank_zero, share_cores
+from llmprune.replacements.span import Span
 from llmprune.run_folder import RANDOM, Manifest, RunFolder, git_commit, versions
 from llmprune.sharding import AverageGradients, parallelism
+from llmprune.spans import known_span, most_alike
 
 if TYPE_CHECKING:
     from llmprune.evaluation.live import LiveEvaluation
@@ -50,16 +54,30 @@ def build_trainer(config: Config) -> Trainer:
     inputs = check(config)
     share_cores()
     dist.initialize_dist(get_device(config.train.device))
-    run, manifest = RunFolder(Path(config.run.folder)), _manifest(config, inputs)
+    run = RunFolder(Path(config.run.folder))
     resume = on_rank_zero(lambda: run.find(overwrite=config.run.overwrite, autoresume=config.run.autoresume))
+    span = None if config.block_replacement is None else known_span(config, inputs.model_config, run, resume)
+    manifest = _manifest(config, inputs, span)
     if resume is not None:
         check_same_run(run, manifest, config, inputs.model_config)
     live = None if config.evaluation is None else _live_evaluation(config.evaluation, inputs)
     model = make_model(config, inputs)
+    if config.block_replacement is not None and span is None:
+        samples = first_batches(config, inputs.data, config.block_replacement.score_samples)
+        span = most_alike(model, samples, config.block_replacement.length or 1)
+        manifest = _manifest(config, inputs, span)
+        print(f"{span} of the model are the most alike at both ends: they are replaced")
     stream, train, evaluation = make_loaders(config, inputs.data)
     wrapped = ComposerCausalLM(model, {number: evaluation.domains[number] for number in evaluation.domains_present})
     optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
     callbacks = make_callbacks(config, run, stream, wrapped.domains.values(), live=live, resumed=resume is not None)
+    if config.block_replacement is not None and span is not None:
+        samples = first_batches(config, inputs.data, config.block_replacement.fit_samples)
+        callbacks.append(
+            BlockReplacement(
+                config.block_replacement, span, seed=config.run.seed, folder=run.checkpoints, fit_on=samples
+            )
+        )
     on_rank_zero(lambda: _write_run(config, run, manifest, model, inputs.tokenizer, resumed=resume is not None))
     per_rank = config.train.global_batch_size // dist.get_world_size()
     eval_batch = per_rank if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
@@ -78,7 +96,7 @@ def build_trainer(config: Config) -> Trainer:
         train_dataloader=DataSpec(train, get_num_tokens_in_batch=count_tokens),
         accumulate_train_batch_on_tokens=True,
         eval_dataloader=_eval_loader(evaluation, eval_batch),
-        max_duration=config.train.duration,
+        max_duration=config.train.duration if trains(config) else "1ba",
         eval_interval=interval(config.train.eval_interval, config.train.duration),
         optimizers=optimizer,
         schedulers=SCHEDULERS[config.scheduler.name](config.scheduler),
@@ -114,7 +132,10 @@ def train(config: Config) -> Trainer:
     if config.train.eval_first and trainer.state.timestamp.batch.value == 0:
         trainer.eval()
     assert trainer.state.max_duration is not None
-    if trainer.state.timestamp < trainer.state.max_duration:
+    if not trains(config):
+        trainer.eval()
+        trainer.save_checkpoint(f"{config.run.folder}/checkpoints/ba0-rank{{rank}}.pt")
+    elif trainer.state.timestamp < trainer.state.max_duration:
         trainer.fit()
         if config.l0_pruning is not None and config.l0_pruning.target_sparsity is not None:
             report_rounding(trainer)
@@ -124,6 +145,12 @@ def train(config: Config) -> Trainer:
     if config.dynamic_loading is not None:
         on_rank_zero(lambda: draw_weights(RunFolder(Path(config.run.folder))))
     return trainer
+
+
+def trains(config: Config) -> bool:
+    """Whether anything is trained: a stand-in may only be computed, or be none."""
+    replaced = config.block_replacement
+    return replaced is None or (Time.from_timestring(config.train.duration).value > 0 and replaced.trains)
 
 
 def draw_weights(run: RunFolder) -> None:
@@ -185,13 +212,13 @@ def make_model(config: Config, inputs: Ingredients) -> PreTrainedModel:
     return model
 
 
-def make_loaders(config: Config, data: PreparedData) -> tuple[MixedDataset, DataLoader[Any], EvalDataset]:
-    """The training stream of this rank with its loader, and the evaluation samples."""
+def make_stream(config: Config, data: PreparedData) -> MixedDataset:
+    """The training stream of this rank."""
     world_size = dist.get_world_size()
     starting = None
     if config.dynamic_loading is not None:
         starting = first_weights(config.dynamic_loading, sorted(data.manifest.domains))
-    stream = MixedDataset(
+    return MixedDataset(
         data,
         global_batch_size=config.train.global_batch_size,
         weights=config.data.weights if starting is None else starting,
@@ -203,9 +230,14 @@ def make_loaders(config: Config, data: PreparedData) -> tuple[MixedDataset, Data
         shuffle_window=config.data.shuffle_window,
         boundaries=config.data.document_boundaries,
     )
+
+
+def make_loaders(config: Config, data: PreparedData) -> tuple[MixedDataset, DataLoader[Any], EvalDataset]:
+    """The training stream of this rank with its loader, and the evaluation samples."""
+    stream = make_stream(config, data)
     loader: DataLoader[Any] = DataLoader(
         stream,
-        batch_size=config.train.global_batch_size // world_size,
+        batch_size=config.train.global_batch_size // dist.get_world_size(),
         num_workers=config.data.workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.data.workers > 0,
@@ -216,6 +248,14 @@ def make_loaders(config: Config, data: PreparedData) -> tuple[MixedDataset, Data
         loader,
         EvalDataset(data, config.data.eval_samples_per_domain, boundaries=config.data.document_boundaries),
     )
+
+
+def first_batches(config: Config, data: PreparedData, samples: int) -> Iterator[Batch]:
+    """This rank's share of the first so many samples of the training stream, in microbatches."""
+    own = -(-samples // dist.get_world_size())
+    size = 1 if config.train.microbatch_size == "auto" else min(int(config.train.microbatch_size), own)
+    stream = make_stream(config, data)
+    return islice(iter(DataLoader(stream, batch_size=size)), -(-own // size))
 
 
 def _eval_loader(dataset: EvalDataset, batch_size: int) -> DataLoader[Any]:
@@ -265,7 +305,10 @@ def make_loggers(config: LoggersConfig, run: RunFolder, name: str) -> list[Logge
     return loggers
 
 
-def _manifest(config: Config, inputs: Ingredients) -> Manifest:
+def _manifest(config: Config, inputs: Ingredients, span: Span | None = None) -> Manifest:
+    replacement = None
+    if config.block_replacement is not None and span is not None:
+        replacement = {**asdict(config.block_replacement), **asdict(span)}
     return Manifest(
         family=family_of(inputs.model_config).name,
         l0_pruning=None if config.l0_pruning is None else asdict(config.l0_pruning),
@@ -274,6 +317,7 @@ def _manifest(config: Config, inputs: Ingredients) -> Manifest:
         seed=config.run.seed,
         versions=versions(),
         git_commit=git_commit(),
+        block_replacement=replacement,
     )
 
 

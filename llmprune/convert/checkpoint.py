@@ -35,11 +35,11 @@ class CheckpointWeights(Mapping[str, Tensor]):
 
     def __iter__(self) -> Iterator[str]:
         """The Hugging Face names."""
-        return (name.removeprefix(_PREFIX) for name in self._state)
+        return (name.removeprefix(_PREFIX) for name in self._state if name.startswith(_PREFIX))
 
     def __len__(self) -> int:
         """How many tensors there are."""
-        return len(self._state)
+        return sum(1 for _ in self)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,12 @@ class Checkpoint:
         Raises:
             UserError: the checkpoint is damaged.
         """
-        return CheckpointWeights(self._state.tensors("model"))
+        return CheckpointWeights(self.state)
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """All tensors of Composer's model, under its own names."""
+        return self._state.tensors("model")
 
     def gates(self) -> GateSet | None:
         """The gates that were trained, if any."""

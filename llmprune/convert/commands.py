@@ -1,5 +1,6 @@
 """The ways to a Hugging Face folder: from a checkpoint, and from a model and a plan."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from llmprune.callbacks.metrics_file import read_metrics
 from llmprune.convert.checkpoint import Checkpoint, is_checkpoint
 from llmprune.convert.export import export, keep_everything
+from llmprune.convert.replaced import Replaced, read_replaced
 from llmprune.errors import UserError
 from llmprune.files import refuse_existing, refuse_replacing
 from llmprune.gates.gate_set import GateSet
@@ -44,24 +46,38 @@ def convert(
     refuse_existing(Path(out), overwrite)
     opened = Checkpoint.open(checkpoint)
     refuse_replacing(out, [opened.path])
-    gates, model = opened.gates(), opened.fingerprint()
+    manifest, gates = opened.manifest, opened.gates()
+    weights: Mapping[str, Tensor] = opened.weights
+    replaced = None
+    if manifest.block_replacement is not None:
+        replaced = read_replaced(opened, best=opened.path != Path(checkpoint).resolve())
+        weights = replaced.weights
+        _say_which(replaced)
+    plan = keep_everything(opened.config, fingerprint(weights, opened.config))
     if gates is not None:
         _warn_of_unfinished(gates)
-    plan = keep_everything(opened.config, model) if gates is None else gates.plan(opened.family.name, model)
-    manifest = opened.manifest
+        plan = gates.plan(opened.family.name, plan.model)
+    if replaced is not None:
+        plan = dataclasses.replace(plan, blocks=replaced.kept(plan.source.layers))
     card = {
         "Data": f"Trained on `{manifest.data['path']}`.",
-        "Training": {"seed": manifest.seed, "versions": manifest.versions, "l0_pruning": manifest.l0_pruning},
+        "Training": {
+            "seed": manifest.seed,
+            "versions": manifest.versions,
+            "l0_pruning": manifest.l0_pruning,
+            "block_replacement": manifest.block_replacement,
+        },
     }
     if results := last_evaluation(RunFolder(opened.path.parent.parent).metrics, opened.batch):
         card["Results of the last evaluation in training"] = results
     export(
-        opened.weights,
+        weights,
         opened.config,
         plan,
         out,
         companions=opened.model_folder,
         source=manifest.source,
+        network=None if replaced is None else replaced.network,
         card=card,
         dtype=dtype,
         overwrite=overwrite,
@@ -124,6 +140,20 @@ def last_evaluation(metrics: Path, batch: int) -> dict[str, float]:
         if values and line["batch"] <= batch:
             found = {**values, "batch": line["batch"]}
     return found
+
+
+def _say_which(replaced: Replaced) -> None:
+    """Name the stand-in that is exported, and what the model needs."""
+    if replaced.best is not None:
+        log.warning(
+            "the stand-in of batch %d is exported, whose held-out loss is the lowest: %.4f", *replaced.best[::-1]
+        )
+    if replaced.network is not None:
+        log.warning(
+            "no config of this family can describe the stand-in '%s': the model loads with trust_remote_code=True, or "
+            "with llmprune's own commands",
+            replaced.settings.kind,
+        )
 
 
 def _warn_of_unfinished(gates: GateSet) -> None:

@@ -15,6 +15,7 @@ from llmprune.families import family_of
 from llmprune.files import output_folder, save_tensors, write_json
 from llmprune.models.loading import parameter_names
 from llmprune.plans import KeptBlock, Plan
+from llmprune.replacements.network import Network
 from llmprune.surgery import Surgery
 
 # What belongs to a model besides config and weights.
@@ -38,6 +39,7 @@ def export(
     *,
     companions: Path,
     source: str,
+    network: Network | None = None,
     card: Mapping[str, object] | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
@@ -55,6 +57,7 @@ def export(
         out: folder to write.
         companions: folder with the tokenizer and generation config.
         source: name of the source model, for the card.
+        network: stands in for blocks that the plan removes; the model then needs a modelling file.
         card: further facts for the card, each a heading and its value.
         dtype: of the weights written; None = as they are.
         overwrite: whether ``out`` may be replaced.
@@ -65,15 +68,18 @@ def export(
     """
     surgery = Surgery(config, plan)
     sources = {new: name for name in parameter_names(weights, config) if (new := surgery.new_name(name)) is not None}
-    expected = _meta_tensors(surgery.config, dtype or _stored_dtype(weights, sources))
-    if missing := sorted(set(expected) ^ set(sources)):
+    config = surgery.config if network is None else network.config(surgery.config)
+    added = {} if network is None else network.named(surgery.config)
+    expected = _meta_tensors(config, dtype or _stored_dtype(weights, sources), surgery.config, set(added))
+    if missing := sorted(set(expected) ^ {*sources, *added}):
         raise UserError(f"the weights do not fit the config: '{missing[0]}' is missing or left over")
     split = split_torch_state_dict_into_shards(expected, max_shard_size=max_shard_size)
     with output_folder(out, overwrite) as folder:
         for filename, names in split.filename_to_tensors.items():
             shard = {}
             for name in names:
-                tensor = surgery.cut(sources[name], weights).to(expected[name].dtype)
+                tensor = added[name] if name in added else surgery.cut(sources[name], weights)
+                tensor = tensor.to(expected[name].dtype)
                 if tensor.shape != expected[name].shape:
                     raise UserError(
                         f"'{name}' comes out as {list(tensor.shape)}, the config wants {list(expected[name].shape)}: "
@@ -85,20 +91,29 @@ def export(
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             write_json(folder / "model.safetensors.index.json", index)
-        _write_companions(folder, companions, surgery.config, next(iter(expected.values())).dtype)
+        _write_companions(folder, companions, config, next(iter(expected.values())).dtype)
+        if network is not None:
+            network.write_code(folder)
         (folder / "llmprune").mkdir()
         plan.save(folder / "llmprune" / "plan.json")
         parameters = sum(tensor.numel() for tensor in expected.values())
-        text = model_card(source, plan, parameters, surgery.config.model_type, card or {})
+        text = model_card(
+            source, plan, parameters, surgery.config.model_type, card or {}, needs_code=network is not None
+        )
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _meta_tensors(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The parameters of a model with this config, without memory; a tied output layer is left out."""
+def _meta_tensors(
+    config: PretrainedConfig, dtype: torch.dtype, plain: PretrainedConfig, added: set[str]
+) -> dict[str, Tensor]:
+    """The parameters of a model with this config, without memory; a tied output layer is left out.
+
+    ``added`` are those that the family does not know, and ``plain`` is the config of a model without them.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     state = dict(model.named_parameters(remove_duplicate=True))
-    return {name: state[name].detach() for name in parameter_names(state, config)}
+    return {name: state[name].detach() for name in sorted({*parameter_names(state, plain), *added})}
 
 
 def _stored_dtype(weights: Mapping[str, Tensor], sources: Mapping[str, str]) -> torch.dtype:

@@ -10,7 +10,15 @@ from llmprune.plans import Plan
 from llmprune.run_folder import RANDOM
 
 
-def model_card(source: str, plan: Plan, parameters: int, model_type: str, facts: Mapping[str, object]) -> str:
+def model_card(
+    source: str,
+    plan: Plan,
+    parameters: int,
+    model_type: str,
+    facts: Mapping[str, object],
+    *,
+    needs_code: bool = False,
+) -> str:
     """The text of the card.
 
     Args:
@@ -19,6 +27,7 @@ def model_card(source: str, plan: Plan, parameters: int, model_type: str, facts:
         parameters: of the cut model.
         model_type: its architecture.
         facts: further sections, heading → JSON-like value.
+        needs_code: whether it loads with the modelling file beside it only.
     """
     header: dict[str, object] = {
         "library_name": "transformers",
@@ -29,14 +38,16 @@ def model_card(source: str, plan: Plan, parameters: int, model_type: str, facts:
         header["base_model"] = source
     before, after = asdict(plan.source), asdict(plan.shape)
     rows = [f"| {name.replace('_', ' ')} | {before[name]:,} | {after[name]:,} |" for name in before]
+    trust = ", trust_remote_code=True" if needs_code else ""
     origin = "random weights" if source == RANDOM else f"`{source}`"
     sections = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# A {model_type} model of {parameters:,} parameters",
-        f"Made from {origin} with llmprune. It loads with plain transformers:",
+        f"Made from {origin} with llmprune. "
+        + ("It needs the code in modeling_llmprune.py:" if needs_code else "It loads with plain transformers:"),
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        "model = AutoModelForCausalLM.from_pretrained(FOLDER)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n```",
+        f"model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust})\n```",
         "## Shape\n\n| | source | this model |\n|---|---|---|\n" + "\n".join(rows),
         f"The plan is in `llmprune/plan.json`; it was made for weights with the SHA-256 `{plan.model}`.",
     ]

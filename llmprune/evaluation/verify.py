@@ -5,13 +5,16 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from llmprune.convert.checkpoint import Checkpoint, is_checkpoint
+from llmprune.convert.replaced import Replaced, read_replaced
 from llmprune.errors import UserError
 from llmprune.gates.attach import attach
 from llmprune.gates.from_plan import factors_of
 from llmprune.models.loading import load_model, new_model
 from llmprune.plans import Plan
+from llmprune.replacements.streaming import Streaming
 from llmprune.surgery import Surgery
 
 
@@ -32,7 +35,9 @@ class Difference:
 
 @torch.no_grad()
 def open_for_comparison(path: Path | str, plan: Plan | None = None) -> PreTrainedModel:
-    """A model in float32 and evaluation mode, from a Hugging Face folder or a checkpoint (gates at the target shape).
+    """A model in float32 and evaluation mode, from a Hugging Face folder or a checkpoint.
+
+    Gates are at the target shape, and a stand-in is the best one, as in what ``convert`` makes of a run.
 
     Args:
         path: folder, hub name or checkpoint.
@@ -54,7 +59,27 @@ def open_for_comparison(path: Path | str, plan: Plan | None = None) -> PreTraine
     if (gates := checkpoint.gates()) is not None:
         factors = gates.factors(gates.at_target())
         attach(model, checkpoint.family, set(factors.trainable())).factors = factors
+    if checkpoint.manifest.block_replacement is not None:
+        replaced = read_replaced(checkpoint, best=checkpoint.path != Path(path).resolve(), model=model)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(replaced.trained.get(name, parameter))
+        stand_in(model, replaced)
     return model
+
+
+def stand_in(model: PreTrainedModel, replaced: Replaced) -> None:
+    """Let a whole model compute with a stand-in in place of the span."""
+    streaming = Streaming(model, replaced.stand_in.eval(), replaced.span, {})
+    plain = model.forward
+
+    def forward(input_ids: torch.Tensor) -> CausalLMOutput:
+        model.forward = plain  # the streaming runs the model itself
+        try:
+            return CausalLMOutput(logits=streaming.logits({"input_ids": input_ids}))
+        finally:
+            model.forward = forward
+
+    model.forward = forward
 
 
 def _merges(plan: Plan) -> bool:

@@ -194,6 +194,11 @@ class Family:
             notes.append("hidden and heads shrink together: the head size is hidden / heads")
         return notes
 
+    @property
+    def ends_linearly(self) -> bool:
+        """Whether what an MLP adds to the residual stream is linear in its output matrix: no norm comes behind."""
+        return Role.MLP_OUT in self.block.values()
+
     def tied(self, config: PretrainedConfig) -> bool:
         """Whether the output layer is the embedding."""
         return bool(config.tie_word_embeddings)

@@ -1,7 +1,7 @@
 """A Hugging Face causal LM as a Composer model."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,12 @@ def count_tokens(batch: Batch) -> dict[str, int]:
 
 
 def logits_of(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The logits of a batch, [batch, length, vocabulary].
+    """The logits of a batch, [batch, length, vocabulary]; see ``run_model``."""
+    return run_model(model, batch).view(*batch["input_ids"].shape, -1)
+
+
+def run_model(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """What a model's forward pass makes of a batch: its logits, however it shapes them.
 
     Where ``position_ids`` begin anew, attention does. Transformers makes the masks from them, with the windows of
     sliding-window models; a few families need a mask. Flash attention finds documents in a single row only, so it gets
@@ -62,8 +67,7 @@ def logits_of(model: PreTrainedModel, batch: Batch) -> Tensor:
             tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
         elif family_of(model.config).document_masks:
             mask = document_mask(positions, model.dtype)
-    found = model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits
-    return found.view(*batch["input_ids"].shape, -1)  # type: ignore[no-any-return]
+    return model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits  # type: ignore[no-any-return]
 
 
 def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,6 +118,19 @@ class Perplexity(DomainLoss):
         return super().compute().exp()
 
 
+class Objective(Protocol):
+    """Another way to train and to evaluate a model than by its own next-token loss."""
+
+    def forward(self, batch: Batch) -> Any:
+        """What the loss needs."""
+
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+        """The loss of a batch: a mean over the tokens that ``count_tokens`` counts as generating it."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The logits of the model that is being made, [batch, length, vocabulary]."""
+
+
 class ComposerCausalLM(ComposerModel):
     """Trains and evaluates any Hugging Face causal LM that a family knows.
 
@@ -133,6 +150,7 @@ class ComposerCausalLM(ComposerModel):
         self.model = model
         self.family = family_of(model.config)
         self.domains = dict(domains or {})
+        self.objective: Objective | None = None  # of a callback
         model.config.use_cache = False
         # What Composer shards and whose activations it checkpoints: the blocks (wrapped, once they are checkpointed).
         model.fsdp_wrap_fn = model.activation_checkpointing_fn = self._is_block  # type: ignore[assignment]
@@ -140,18 +158,22 @@ class ComposerCausalLM(ComposerModel):
     def _is_block(self, module: nn.Module) -> bool:
         return any(module is block for block in self.model.get_submodule(self.family.blocks).children())
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The logits, [batch, length, vocabulary]."""
-        return logits_of(self.model, batch)
+    def forward(self, batch: Batch) -> Any:
+        """The logits, [batch, length, vocabulary], or what the objective needs."""
+        return logits_of(self.model, batch) if self.objective is None else self.objective.forward(batch)
 
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Mean next-token loss of the batch (nats per token)."""
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+        """Mean next-token loss of the batch (nats per token), or the objective's."""
+        if self.objective is not None:
+            return self.objective.loss(outputs, batch)
         loss, tokens = token_losses(outputs, labels_of(batch))
         return loss.sum() / tokens.sum().clamp(min=1)
 
     def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> dict[str, Tensor]:
         """Loss sums, token counts and domain of every sample, [batch] each."""
-        logits = self.forward(batch) if outputs is None else outputs
+        logits = outputs
+        if logits is None:
+            logits = logits_of(self.model, batch) if self.objective is None else self.objective.logits(batch)
         loss, tokens = token_losses(logits, labels_of(batch))
         domain = batch.get("domain")
         return {"loss": loss, "tokens": tokens, "domain": torch.zeros_like(tokens) if domain is None else domain}

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from llmprune.errors import UserError, first_line
 from llmprune.families import Role, family_of
 from llmprune.files import read_json
+from llmprune.models.modeling_llmprune import PREFIX, register
 
 transformers_logging.disable_progress_bar()
 
@@ -39,14 +40,25 @@ def resolve_model(model: str | Path) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is no Hugging Face model: it has no config.json")
-        return folder
+        return _known(folder)
     if folder.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise UserError(f"{model} is no folder with a Hugging Face model")
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model"]))
+        folder = Path(
+            snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model"])
+        )
     except Exception as error:  # the hub client raises many kinds: bad names, no network, no access
         reason = first_line(error)
         raise UserError(f"the model '{model}' is neither a folder nor reachable on the hub ({reason})") from None
+    return _known(folder)
+
+
+def _known(folder: Path) -> Path:
+    """Let Transformers know the type of a model in ``folder``, if it is one of llmprune's own."""
+    model_type = str(read_json(folder / "config.json").get("model_type"))
+    if model_type.startswith(PREFIX):
+        register(model_type)
+    return folder
 
 
 def load_config(model: str | Path) -> PretrainedConfig:

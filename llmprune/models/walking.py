@@ -2,15 +2,29 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.families import family_of
 
-Run = Callable[[Tensor], Tensor]
+
+class Run(Protocol):
+    """Runs a block on states [batch, length, hidden], or another module of its kind in its place."""
+
+    def __call__(self, x: Tensor, block: nn.Module | None = None) -> Tensor:
+        """What the block makes of ``x``."""
+
+
 Visit = Callable[[int, Run, Tensor], Tensor]
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of a model of a supported family."""
+    blocks = model.get_submodule(family_of(model.config).blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
 
 
 @contextmanager
@@ -18,19 +32,18 @@ def visited(model: PreTrainedModel, visit: Visit) -> Iterator[None]:
     """While open, ``model``'s forward pass calls ``visit(number, run, states)`` in place of every block.
 
     ``states`` [batch, length, hidden] is the block's input and what is returned goes on to the next block; ``run(x)``
-    is the block itself, for any number of samples of the same length, as long as none is padded.
+    is the block itself, for any number of samples of the same length, as long as none is padded; ``run(x, other)`` is
+    another block with this one's masks and positions.
 
     Args:
         model: a model of a supported family.
         visit: what to do at every block.
     """
-    family = family_of(model.config)
-    blocks = model.get_submodule(family.blocks)
-    assert isinstance(blocks, nn.ModuleList)
+    blocks, in_tuple = blocks_of(model), family_of(model.config).tuple_blocks
     originals = list(blocks)
     try:
         for number, block in enumerate(originals):
-            blocks[number] = _StandIn(number, block, visit, family.tuple_blocks)
+            blocks[number] = _Visited(number, block, visit, in_tuple)
         yield
     finally:
         for number, block in enumerate(originals):
@@ -42,7 +55,7 @@ def given(output: Tensor | tuple[Any, ...]) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-class _StandIn(nn.Module):
+class _Visited(nn.Module):
     """In the place of a block; everything but the forward pass is asked of the block itself."""
 
     def __init__(self, number: int, block: nn.Module, visit: Visit, in_tuple: bool) -> None:
@@ -54,10 +67,10 @@ class _StandIn(nn.Module):
         return getattr(self.__dict__["_block"], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        def run(x: Tensor) -> Tensor:
+        def run(x: Tensor, block: nn.Module | None = None) -> Tensor:
             fitted = hidden_states.shape[0], x.shape[0]
             own = {name: _fit(value, *fitted) for name, value in kwargs.items()}
-            return given(self.__dict__["_block"](x, *(_fit(value, *fitted) for value in args), **own))
+            return given((block or self.__dict__["_block"])(x, *(_fit(value, *fitted) for value in args), **own))
 
         states = self._visit(self._number, run, hidden_states)
         return (states,) if self._in_tuple else states
@@ -77,8 +90,7 @@ def shortened(model: PreTrainedModel, kept: Sequence[int]) -> Iterator[None]:
     """While open, ``model`` has only the blocks ``kept`` (for forward passes without a cache)."""
     family = family_of(model.config)
     parent, _, name = family.blocks.rpartition(".")
-    blocks, field = model.get_submodule(family.blocks), family.fields["layers"]
-    assert isinstance(blocks, nn.ModuleList)
+    blocks, field = blocks_of(model), family.fields["layers"]
     layers = getattr(model.config, field)
     try:
         setattr(model.get_submodule(parent), name, nn.ModuleList(blocks[number] for number in kept))

@@ -1,0 +1,182 @@
+"""A light network in the place of a span of blocks, as a Composer callback (LLM-Streamline, arXiv:2403.19135)."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from composer.core import Callback, Precision, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from llmprune.files import save_tensors
+from llmprune.models.causal_lm import Batch, ComposerCausalLM, labels_of
+from llmprune.models.objectives import predicting
+from llmprune.models.parts import parameters_behind
+from llmprune.models.walking import blocks_of
+from llmprune.replacements.settings import BlockReplacementConfig
+from llmprune.replacements.span import Span
+from llmprune.replacements.stand_ins import STAND_INS, Site, StandIn, Sums
+from llmprune.replacements.streaming import Streaming
+
+BEST = "best.safetensors"
+
+log = logging.getLogger(__name__)
+
+
+class BlockReplacement(Callback):
+    """Trains a stand-in for a span of blocks; the source's weights stay as they are.
+
+    At INIT the stand-in becomes the Composer model's submodule ``stand_in``, everything else is frozen, and the
+    optimiser gets the parameters that train. The model then learns by ``Streaming`` and is evaluated with the stand-in
+    in place of the span. Whenever its held-out loss is the lowest so far, what trains is kept beside the checkpoints.
+    """
+
+    def __init__(
+        self,
+        config: BlockReplacementConfig,
+        span: Span,
+        *,
+        seed: int,
+        folder: Path | None = None,
+        fit_on: Iterable[Batch] = (),
+    ) -> None:
+        """Prepare.
+
+        Args:
+            config: the settings.
+            span: of blocks, that is replaced.
+            seed: of random weights.
+            folder: where the best stand-in is kept; None = nowhere.
+            fit_on: this rank's batches that stand-ins are computed from, if they are.
+
+        Raises:
+            UserError: a setting is out of range.
+        """
+        config.check()
+        self.config, self.span, self._seed, self._folder, self._fit_on = config, span, seed, folder, fit_on
+        self.best: tuple[float, int] | None = None  # loss, batch
+        self._logged: dict[str, list[Tensor]] = {}
+        self._is_new = True
+        self.stand_in: StandIn
+        self.streaming: Streaming
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Make the stand-in, before the model is sharded."""
+        model = cast(ComposerCausalLM, state.model)
+        self.span.check(len(blocks_of(model.model)))
+        self.stand_in = make_stand_in(model, self.config, self.span, self._seed)
+        if state.precision != Precision.FP32:
+            self.stand_in.float()  # frozen weights may be bfloat16: what trains may not
+        self.stand_in = state.device.module_to_device(self.stand_in)
+        model.requires_grad_(False)
+        model.stand_in = self.stand_in
+        chosen = [*self.stand_in.parameters(), *parameters_behind(model.model, self.span.end, self.config.also)]
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = []
+            optimizer.param_groups[0]["params"] = chosen
+        self.streaming = Streaming(model.model, self.stand_in, self.span, self.config.weights, top_k=self.config.top_k)
+        model.objective = self.streaming
+        self._say_sizes(model, logger)
+
+    def _say_sizes(self, model: ComposerCausalLM, logger: Logger) -> None:
+        removed = sum(p.numel() for p in self._blocks(model).parameters())
+        added = 0 if self.stand_in.reads_update else sum(p.numel() for p in self.stand_in.parameters())
+        logger.log_hyperparameters(
+            {"replacement/span": str(self.span), "replacement/removed": removed, "replacement/added": added}
+        )
+        if added >= removed:
+            log.warning(
+                "the stand-in has %s parameters, %s has %s: nothing is saved", f"{added:,}", self.span, f"{removed:,}"
+            )
+
+    def _blocks(self, model: ComposerCausalLM) -> nn.ModuleList:
+        return blocks_of(model.model)[self.span.start : self.span.end]
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        """Let stand-ins made of blocks take the values that these have by now."""
+        model = cast(ComposerCausalLM, state.model)
+        self.stand_in.begin(self._blocks(model))
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Compute a stand-in that is computed, unless the run goes on from a checkpoint."""
+        if self._is_new and self.stand_in.is_fitted:
+            self.stand_in.solve(self.sums(state), self.config.ridge)
+
+    @torch.no_grad()
+    def sums(self, state: State) -> Sums:
+        """What stand-ins are computed from, over all ranks."""
+        found: Sums | None = None
+        for batch in self._fit_on:
+            batch = state.device.batch_to_device(batch)
+            source = self.streaming.source(batch, after=True, logits=False)
+            assert source.after is not None
+            read = source.update if self.stand_in.reads_update else source.before
+            assert read is not None
+            chosen = predicting(labels_of(batch))
+            found = found or Sums.empty(read.shape[-1], read.device)
+            found.add(read[chosen], (source.after - source.before)[chosen])
+        assert found is not None
+        for tensor in found.each() if dist.get_world_size() > 1 else ():
+            dist.all_reduce(tensor, reduce_operation="SUM")
+        return found
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        """Note the objectives of a microbatch."""
+        for name, value in self.streaming.parts.items():
+            self._logged.setdefault(name, []).append(value)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Log them."""
+        logger.log_metrics({f"replacement/{name}": torch.stack(v).mean().item() for name, v in self._logged.items()})
+        self._logged = {}
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        """Keep what trains if the loss is the lowest so far."""
+        self._judge(state, logger)
+
+    def eval_standalone_end(self, state: State, logger: Logger) -> None:
+        """Keep it after an evaluation outside training, too."""
+        self._judge(state, logger)
+
+    def _judge(self, state: State, logger: Logger) -> None:
+        found = state.eval_metric_values.get("loss")
+        if found is None:
+            return
+        loss, batch = float(found), state.timestamp.batch.value
+        if self.best is None or loss < self.best[0]:
+            self.best = loss, batch
+            self._keep(cast(ComposerCausalLM, getattr(state.model, "module", state.model)), loss, batch)
+        logger.log_metrics({"replacement/best_loss": self.best[0], "replacement/best_batch": self.best[1]})
+
+    def _keep(self, model: ComposerCausalLM, loss: float, batch: int) -> None:
+        tensors = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                tensors[name.replace("_checkpoint_wrapped_module.", "")] = whole.detach().cpu()
+        if self._folder is not None and dist.get_global_rank() == 0 and tensors:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(self._folder / f".{BEST}", tensors, {"loss": repr(loss), "batch": str(batch)})
+            (self._folder / f".{BEST}").replace(self._folder / BEST)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The lowest loss so far and its batch; the stand-in itself is in the model's state."""
+        return {"best": None if self.best is None else list(self.best)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.best = None if state["best"] is None else (state["best"][0], int(state["best"][1]))
+        self._is_new = False
+
+
+def make_stand_in(model: ComposerCausalLM, config: BlockReplacementConfig, span: Span, seed: int) -> StandIn:
+    """The stand-in that the settings describe, in the model's dtype."""
+    made = STAND_INS.get(config.kind)(Site(model.model, span, seed), config)
+    return made.to(model.model.dtype)

@@ -1,0 +1,116 @@
+"""The result of a run of block replacement: weights, plan, and what no config can describe."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llmprune.callbacks.block_replacement import BEST
+from llmprune.convert.checkpoint import Checkpoint
+from llmprune.errors import UserError
+from llmprune.plans import KeptBlock
+from llmprune.replacements.network import Network
+from llmprune.replacements.settings import BlockReplacementConfig
+from llmprune.replacements.span import Span
+from llmprune.replacements.stand_ins import STAND_INS, Site, StandIn
+
+_STAND_IN, _MODEL = "stand_in.", "model."
+
+
+class Changed(Mapping[str, Tensor]):
+    """Weights of which some are others; each is read or made when it is asked for."""
+
+    def __init__(self, weights: Mapping[str, Tensor], others: Mapping[str, Callable[[], Tensor]]) -> None:
+        """``weights``, with ``others`` in the place of those of the same names."""
+        self._weights, self._others = weights, others
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One tensor."""
+        return self._others[name]() if name in self._others else self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of ``weights``."""
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        """How many tensors there are."""
+        return len(self._weights)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What a run of block replacement came to.
+
+    Attributes:
+        settings: the run's.
+        span: that is replaced.
+        stand_in: with its values.
+        weights: the model's, by Hugging Face name, with what trained beside the stand-in, and with the stand-in's where
+            its blocks take the place of the span's or where it is folded into weights.
+        trained: of the weights, what trained beside the stand-in, if it is the best one.
+        best: the held-out loss and the batch of the stand-in, if it is the best one.
+    """
+
+    settings: BlockReplacementConfig
+    span: Span
+    stand_in: StandIn
+    weights: Mapping[str, Tensor]
+    trained: Mapping[str, Tensor]
+    best: tuple[float, int] | None
+
+    def kept(self, layers: int) -> tuple[KeptBlock, ...]:
+        """The blocks that stay of so many."""
+        return self.span.kept(layers, self.stand_in.offsets)
+
+    @property
+    def network(self) -> Network | None:
+        """The stand-in, if the model needs a modelling file for it."""
+        network = self.stand_in.network
+        if network is None:
+            return None
+        return Network(self.settings.kind, network.settings, self.span.start, network.state_dict())  # type: ignore[arg-type]
+
+
+def read_replaced(checkpoint: Checkpoint, *, best: bool, model: PreTrainedModel | None = None) -> Replaced:
+    """The result of a run of block replacement.
+
+    Args:
+        checkpoint: of that run.
+        best: take the stand-in with the lowest held-out loss, not the checkpoint's.
+        model: of the checkpoint's config, if the stand-in is to be run; None = one without memory.
+
+    Raises:
+        UserError: the checkpoint is of another kind, or damaged.
+    """
+    values = dict(checkpoint.manifest.block_replacement or {})
+    if not values:
+        raise UserError(f"{checkpoint.path} is of no run of block replacement")
+    span, config = Span(values.pop("start"), values.pop("length")), BlockReplacementConfig(**values)
+    if model is None:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(checkpoint.config)
+            stand_in = STAND_INS.get(config.kind)(Site(model, span, 0), config)
+    else:
+        stand_in = STAND_INS.get(config.kind)(Site(model, span, 0), config)
+    trained, score = _best(checkpoint) if best else ({}, None)
+    state = checkpoint.state
+    values = {name: _STAND_IN + name for name in stand_in.state_dict()}
+    own = {name: trained[full] if full in trained else state[full] for name, full in values.items()}
+    stand_in.load_state_dict(own, assign=True)
+    beside = {name.removeprefix(_MODEL): value for name, value in trained.items() if name.startswith(_MODEL)}
+    weights = Changed(checkpoint.weights, {name: value.detach for name, value in beside.items()})
+    changed = Changed(weights, stand_in.changes(checkpoint.family, span, weights))
+    return Replaced(config, span, stand_in, changed, beside, score)
+
+
+def _best(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], tuple[float, int] | None]:
+    """What trained, as it was when the held-out loss was lowest, and that loss with its batch."""
+    path = checkpoint.path.parent / BEST
+    if not path.is_file():
+        return {}, None
+    with safe_open(path, framework="pt") as file:
+        score = float(file.metadata()["loss"]), int(file.metadata()["batch"])
+        return {name: file.get_tensor(name) for name in file.keys()}, score  # noqa: SIM118 - it is no mapping

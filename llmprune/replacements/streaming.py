@@ -1,0 +1,200 @@
+"""Training of a stand-in: the source's prefix runs once and feeds both the span and the stand-in."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmprune.families import family_of
+from llmprune.models.causal_lm import Batch, labels_of, run_model, token_losses
+from llmprune.models.objectives import cosine_distance, forward_kl, mean_over, predicting, squared_error
+from llmprune.models.walking import Run, blocks_of, given, visited
+from llmprune.replacements.settings import HIDDEN_OBJECTIVES
+from llmprune.replacements.span import Span
+from llmprune.replacements.stand_ins import StandIn
+
+
+@dataclass
+class Source:
+    """What the source model makes of a batch.
+
+    Attributes:
+        before: the residual stream before the span, [batch, length, hidden].
+        after: behind the span, alike; None if it was not asked for.
+        update: what the MLP before the span added to ``before``, alike; None if the stand-in does not read it.
+        logits: [batch, length, vocabulary]; None if they were not asked for.
+    """
+
+    before: Tensor = field(default_factory=lambda: torch.empty(0))
+    after: Tensor | None = None
+    update: Tensor | None = None
+    logits: Tensor | None = None
+
+    def shape_update(self) -> None:
+        """Give ``update`` the shape of ``before``: some architectures flatten tokens for their MLPs."""
+        if self.update is not None:
+            self.update = self.update.view_as(self.before)
+
+
+@dataclass
+class Shortened:
+    """What the model with the stand-in makes of a batch.
+
+    Attributes:
+        after: the residual stream behind the stand-in, [batch, length, hidden].
+        logits: [batch, length, vocabulary]; None if they were not asked for.
+    """
+
+    after: Tensor = field(default_factory=lambda: torch.empty(0))
+    logits: Tensor | None = None
+
+
+class Streaming:
+    """The objective of a stand-in (see ``llmprune.models.causal_lm.Objective``).
+
+    The source's weights serve as the teacher and, outside the span, as the shortened model. No gradient reaches the
+    blocks before the span, so these run once for both. What lies behind the span runs only for objectives that need it.
+
+    Attributes:
+        parts: the objectives of the last batch, each a number without its weight.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stand_in: StandIn,
+        span: Span,
+        weights: Mapping[str, float],
+        *,
+        top_k: int | None = None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            model: the source.
+            stand_in: what learns.
+            span: of blocks of the source.
+            weights: of the objectives.
+            top_k: see ``forward_kl``.
+        """
+        self.model, self.stand_in, self.span, self._top_k = model, stand_in, span, top_k
+        self._weights = dict(weights)
+        self._needs_after = any(name in weights for name in HIDDEN_OBJECTIVES)
+        self._needs_logits = any(name not in HIDDEN_OBJECTIVES for name in weights)
+        self.parts: dict[str, Tensor] = {}
+
+    def forward(self, batch: Batch) -> tuple[Source, Shortened]:
+        """Run both."""
+        source = self.source(batch, after=self._needs_after, logits="kl" in self._weights)
+        return source, self.shortened(batch, source, logits=self._needs_logits)
+
+    def loss(self, outputs: tuple[Source, Shortened], batch: Batch) -> Tensor:
+        """The weighted sum of the objectives, each a mean over the positions that predict a token."""
+        source, shortened = outputs
+        labels = labels_of(batch)
+        chosen = predicting(labels)
+        parts: dict[str, Tensor] = {}
+        for name, measure in (("mse", squared_error), ("cosine", cosine_distance)):
+            if name in self._weights:
+                assert source.after is not None
+                parts[name] = mean_over(measure(shortened.after, source.after), chosen)
+        if "lm" in self._weights:
+            assert shortened.logits is not None
+            losses, tokens = token_losses(shortened.logits, labels)
+            parts["lm"] = losses.sum() / tokens.sum().clamp(min=1)
+        if "kl" in self._weights:
+            assert shortened.logits is not None and source.logits is not None
+            parts["kl"] = mean_over(forward_kl(shortened.logits, source.logits, self._top_k), chosen)
+        self.parts = {name: value.detach() for name, value in parts.items()}
+        return torch.stack([weight * parts[name] for name, weight in self._weights.items()]).sum()
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The shortened model's, in one pass."""
+        found = self.shortened(batch, None, logits=True).logits
+        assert found is not None
+        return found
+
+    @torch.no_grad()
+    def source(self, batch: Batch, *, after: bool, logits: bool) -> Source:
+        """Run the source as far as needed.
+
+        Args:
+            batch: see ``ComposerCausalLM``.
+            after: whether the states behind the span are needed.
+            logits: whether its logits are.
+        """
+        found, span, layers = Source(), self.span, len(blocks_of(self.model))
+        last = layers if logits else span.end if after else span.start
+
+        def visit(number: int, run: Run, states: Tensor) -> Tensor:
+            if number == span.start:
+                found.before = states
+                found.shape_update()
+            out = run(states) if number < last else states
+            if number == span.end - 1:
+                found.after = out if after else None
+            return out if logits or number < layers - 1 else _least(out)
+
+        with visited(self.model, visit), self._reading_update(found):
+            out = run_model(self.model, batch)
+        found.logits = out.view(*batch["input_ids"].shape, -1) if logits else None
+        return found
+
+    def shortened(self, batch: Batch, source: Source | None, *, logits: bool) -> Shortened:
+        """Run the model with the stand-in.
+
+        Args:
+            batch: see ``ComposerCausalLM``.
+            source: what the source made of the same batch; None = run its prefix, too.
+            logits: whether to go on behind the stand-in.
+        """
+        found, span, own, layers = Shortened(), self.span, source or Source(), len(blocks_of(self.model))
+
+        def visit(number: int, run: Run, states: Tensor) -> Tensor:
+            if number < span.start:
+                return states if source is not None else run(states)
+            if number == span.start and source is not None:
+                states = source.before
+            if number == span.start:
+                own.before = states
+                own.shape_update()
+            if number in span:
+                states = self.stand_in.step(number - span.start, run, states, own.update)
+            elif logits:
+                states = run(states)
+            if number == span.end - 1:
+                found.after = states
+            return states if logits or number < layers - 1 else _least(states)
+
+        reading = nullcontext() if source is not None else self._reading_update(own)
+        with visited(self.model, visit), reading:
+            out = run_model(self.model, batch)
+        found.logits = out.view(*batch["input_ids"].shape, -1) if logits else None
+        return found
+
+    @contextmanager
+    def _reading_update(self, found: Source) -> Iterator[None]:
+        """Note what the MLP before the span adds, if the stand-in reads it."""
+        if not self.stand_in.reads_update:
+            yield
+            return
+        family = family_of(self.model.config)
+        mlp = blocks_of(self.model)[self.span.start - 1].get_submodule(family.update("mlp"))
+
+        def note(module: Any, inputs: Any, output: Any) -> None:
+            found.update = given(output)
+
+        handle = mlp.register_forward_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _least(states: Tensor) -> Tensor:
+    """As little as the output layer can be given, where its result is not used."""
+    return states[:1, :1]

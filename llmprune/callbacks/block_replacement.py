@@ -10,6 +10,7 @@ from composer.core import Callback, Precision, State
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from llmprune.files import save_tensors
@@ -122,6 +123,9 @@ class BlockReplacement(Callback):
             chosen = predicting(labels_of(batch))
             found = found or Sums.empty(read.shape[-1], read.device)
             found.add(read[chosen], (source.after - source.before)[chosen])
+        for module in state.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # without a backward pass some would stay as they are
         assert found is not None
         for tensor in found.each() if dist.get_world_size() > 1 else ():
             dist.all_reduce(tensor, reduce_operation="SUM")

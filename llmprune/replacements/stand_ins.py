@@ -128,7 +128,7 @@ class Sums:
 
     def add(self, read: Tensor, wanted: Tensor) -> None:
         """Add states and what should be added to the stream, [tokens, hidden] both."""
-        x, y = read.float(), wanted.float()
+        x, y = read.double(), wanted.double()  # float32 would lose half of its digits in the products
         self.tokens.add_(len(x))
         self.x.add_(x.sum(0))
         self.y.add_(y.sum(0))

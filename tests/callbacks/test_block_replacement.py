@@ -1,0 +1,279 @@
+"""Block replacement as a callback: its ranks, its state, what it keeps, what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from llmprune.config import load_config
+from llmprune.convert.checkpoint import Checkpoint
+from llmprune.convert.commands import convert
+from llmprune.convert.replaced import read_replaced
+from llmprune.errors import UserError
+from llmprune.evaluation.verify import compare, open_for_comparison
+from llmprune.models.loading import StoredWeights, load_model
+from llmprune.models.walking import blocks_of
+from llmprune.scoring.states import one_minus_cosine
+from llmprune.spans import most_alike
+from llmprune.training import build_trainer, first_batches, train
+from tests.callbacks import plain_runs
+
+ROOT = Path(__file__).parents[2]
+BATCHES = 12
+
+
+@pytest.fixture(scope="module")
+def config(data: Path, trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("replace")
+    path = folder / "replace.yaml"
+    path.write_text(f"""
+run: {{name: test, folder: {folder}/one, seed: 3}}
+model: {{path: {trained_folder}}}
+data: {{path: {data}, eval_samples_per_domain: 2}}
+block_replacement: {{start: 2, length: 3, objectives: {{mse: 1.0, kl: 0.5}}}}
+optimizer: {{lr: 3.0e-3}}
+scheduler: {{warmup: 3ba}}
+train: {{duration: {BATCHES}ba, global_batch_size: 8, microbatch_size: 2, eval_interval: 4ba}}
+checkpoint: {{interval: 4ba}}
+loggers: {{console: false}}
+""")
+    return path
+
+
+RUNS = {
+    "parallel": "",
+    "sharded": "sharding={};train.activation_checkpointing=true",
+    "killed": "sharding={};train.activation_checkpointing=true;kill=9",
+    "whole": "sharding.checkpoints=whole",
+    "linear": "sharding={};block_replacement.kind=linear;train.duration=3ba",
+    "swiglu": "sharding={};block_replacement.kind=swiglu;block_replacement.objectives={lm: 1.0};"
+    "block_replacement.also=[final_norm, block.5];train.duration=3ba",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(config: Path) -> Path:
+    """All runs on two ranks, one after the other, beside one on a single rank."""
+    plain_runs.run(config)
+    command = [str(Path(sys.executable).parent / "composer"), "-n", "2", "tests/callbacks/plain_runs.py", str(config)]
+    arguments = [f"{name}={overrides}" for name, overrides in RUNS.items()]
+    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for name in ("linear", "swiglu"):
+        plain_runs.run(
+            config, f"run.folder={config.parent}/{name}-alone", *RUNS[name].removeprefix("sharding={};").split(";")
+        )
+    return config.parent
+
+
+def metrics(run: Path, *names: str) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines for name in names if name in line]
+
+
+@pytest.mark.parametrize("name", ["parallel", "sharded", "killed", "whole"])
+def test_losses_equal_those_of_one_rank(runs: Path, name: str) -> None:
+    wanted = ("loss/train/total", "metrics/eval/loss", "metrics/eval/loss/letters")
+    one, two = metrics(runs / "one", *wanted), metrics(runs / name, *wanted)
+    assert len(one) == len(two) == BATCHES + 2 * 3
+    assert two == pytest.approx(one, rel=1e-5)
+    assert one[0] > 2 * min(metrics(runs / "one", "loss/train/total"))  # it learns
+
+
+@pytest.mark.parametrize("name", ["linear", "swiglu"])
+def test_sharded_kinds_equal_those_of_one_rank(runs: Path, name: str) -> None:
+    wanted = ("loss/train/total", "metrics/eval/loss")
+    assert metrics(runs / name, *wanted) == pytest.approx(metrics(runs / f"{name}-alone", *wanted), rel=1e-4)
+
+
+def test_a_killed_and_resumed_run_ends_as_the_undisturbed_one(runs: Path) -> None:
+    whole, resumed = Checkpoint.open(runs / "sharded"), Checkpoint.open(runs / "killed")
+    assert whole.path.name == resumed.path.name == f"ba{BATCHES}" and whole.path.is_dir()
+    assert {name.split(".")[0] for name in whole.state} == {"model", "stand_in"}
+    assert all(torch.equal(whole.state[name], resumed.state[name]) for name in whole.state)
+    assert metrics(runs / "sharded", "metrics/eval/loss") == metrics(runs / "killed", "metrics/eval/loss")
+
+
+@pytest.mark.parametrize("name", ["one", *RUNS])
+def test_what_is_frozen_stays_bit_for_bit(runs: Path, trained_folder: Path, name: str) -> None:
+    stored, found = StoredWeights(trained_folder), Checkpoint.open(runs / name).weights
+    trained = ("model.norm.", "model.layers.5.") if name == "swiglu" else ()
+    changed = [key for key in stored if key in list(found) and not torch.equal(stored[key], found[key])]
+    assert all(key.startswith(trained) for key in changed) and bool(changed) == bool(trained)
+
+
+@pytest.mark.parametrize("name", ["one", *RUNS])
+def test_every_run_converts_to_what_it_computed(runs: Path, name: str, tmp_path: Path) -> None:
+    convert(runs / name, tmp_path / "out")
+    assert compare(open_for_comparison(runs / name), open_for_comparison_of(tmp_path / "out", name)).max_rel <= 1e-5
+
+
+def open_for_comparison_of(folder: Path, name: str) -> torch.nn.Module:
+    from llmprune.models.loading import load_any_model
+
+    return load_any_model(folder, dtype=torch.float32) if name in ("linear", "swiglu") else load_model(folder)
+
+
+def test_the_best_is_kept(config: Path, tmp_path: Path) -> None:
+    """The learning rate is so high that it gets worse; ``convert`` takes the best, and the last if that is named."""
+    run = tmp_path / "run"
+    train(load_config(config, [f"run.folder={run}", "optimizer.lr=0.3", "train.eval_first=true", "checkpoint.keep=-1"]))
+    losses = metrics(run, "metrics/eval/loss")
+    assert losses[-1] > min(losses)
+    with safe_open(run / "checkpoints" / "best.safetensors", framework="pt") as file:
+        loss, batch = float(file.metadata()["loss"]), int(file.metadata()["batch"])
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    assert (loss, batch) == (pytest.approx(min(losses)), 4 * losses.index(min(losses)))
+    if batch:
+        then = Checkpoint.open(run / "checkpoints" / f"ba{batch}-rank0.pt").state
+        assert all(torch.equal(kept[name], then[name]) for name in kept)
+    convert(run, tmp_path / "best")
+    convert(Checkpoint.open(run).path, tmp_path / "last")
+    best, last = (load_model(tmp_path / which).state_dict() for which in ("best", "last"))
+    name = "model.layers.2.mlp.down_proj.weight"
+    assert torch.equal(best[name], kept["stand_in.blocks.0.mlp.down_proj.weight"])
+    assert not torch.equal(best[name], last[name])
+
+
+def test_microbatches_change_nothing(config: Path, tmp_path: Path) -> None:
+    changes = ["train.duration=3ba", "block_replacement.objectives={mse: 1.0, cosine: 1.0, lm: 1.0, kl: 1.0}"]
+    whole = plain_runs.run(config, f"run.folder={tmp_path}/a", *changes, "train.microbatch_size=8")
+    pieces = plain_runs.run(config, f"run.folder={tmp_path}/b", *changes, "train.microbatch_size=1")
+    for name in whole:
+        torch.testing.assert_close(pieces[name], whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_computed_stand_ins_are_least_squares(config: Path, tmp_path: Path) -> None:
+    """Against numpy, from all states stored."""
+    settings = ["train.duration=0ba", "block_replacement.fit_samples=16", "block_replacement.ridge=0.0"]
+    model = load_model(str(load_config(config).model.path)).eval()
+    loaded = load_config(config, settings)
+    from llmprune.data.prepared import PreparedData
+
+    tokens = torch.cat([b["input_ids"] for b in first_batches(loaded, PreparedData(loaded.data.path), 16)])
+    seen: dict[str, torch.Tensor] = {}
+    blocks_of(model)[1].mlp.register_forward_hook(lambda m, i, o: seen.update(update=o))
+    with torch.no_grad():
+        states = model(input_ids=tokens, output_hidden_states=True).hidden_states
+    before, after, update = (x[:, :-1].flatten(0, 1).double() for x in (states[2], states[5], seen["update"]))
+    found = {}
+    for kind in ("mean", "linear", "closed_form"):
+        train(load_config(config, [f"run.folder={tmp_path}/{kind}", f"block_replacement.kind={kind}", *settings]))
+        stand_in = read_replaced(Checkpoint.open(tmp_path / kind), best=True).stand_in
+        found[kind] = {name: value.double() for name, value in stand_in.state_dict().items()}
+    assert torch.allclose(found["mean"]["net.bias"], (after - before).mean(0), atol=1e-5)
+    ones = torch.cat([before, torch.ones(len(before), 1)], 1)
+    wanted = torch.linalg.lstsq(ones, after - before).solution
+    reached = before @ found["linear"]["net.update.weight"].T + found["linear"]["net.update.bias"]
+    assert torch.allclose(reached, ones @ wanted, atol=2e-3)
+    wanted = torch.linalg.lstsq(update, after - before).solution
+    assert torch.allclose(update @ found["closed_form"]["update"], update @ wanted, atol=2e-3)
+
+
+def test_the_span_is_found_on_the_spot(config: Path, tmp_path: Path) -> None:
+    changes = ["block_replacement.start=null", "block_replacement.score_samples=8", "train.duration=1ba"]
+    settings = load_config(config, [f"run.folder={tmp_path}/run", *changes])
+    from llmprune.data.prepared import PreparedData
+
+    model = load_model(str(settings.model.path)).eval()
+    batches = list(first_batches(settings, PreparedData(settings.data.path), 8))
+    tokens = torch.cat([batch["input_ids"] for batch in batches])
+    states = []
+    for block in blocks_of(model):
+        block.register_forward_pre_hook(lambda m, inputs: states.append(inputs[0]))
+        block.register_forward_hook(lambda m, i, o: states.append(o))
+    with torch.no_grad():
+        model(input_ids=tokens)
+    ends = [states[2 * place] for place in range(6)] + [states[-1]]
+    distances = [one_minus_cosine(ends[start], ends[start + 3]).mean().item() for start in range(4)]
+    start = distances.index(min(distances))
+    assert most_alike(model, iter(batches), 3).start == start
+    train(settings)
+    assert Checkpoint.open(tmp_path / "run").manifest.block_replacement["start"] == start  # type: ignore[index]
+    again = load_config(
+        config, [f"run.folder={tmp_path}/run", *changes[:2], "train.duration=2ba", "run.autoresume=true"]
+    )
+    trainer = train(again)
+    assert trainer.state.timestamp.batch.value == 2
+
+
+def test_a_plan_names_the_span(config: Path, tmp_path: Path, trained_folder: Path) -> None:
+    from dataclasses import replace
+
+    from llmprune.convert.export import keep_everything
+    from llmprune.models.loading import fingerprint
+    from llmprune.models.loading import load_config as load_model_config
+    from llmprune.plans import KeptBlock
+
+    model_config = load_model_config(trained_folder)
+    whole = keep_everything(model_config, fingerprint(StoredWeights(trained_folder), model_config))
+    kept = tuple(KeptBlock.whole(block) for block in (0, 1, 4, 5))
+    replace(whole, blocks=kept).save(tmp_path / "plan.json")
+    named = [
+        "block_replacement.start=null",
+        "block_replacement.length=null",
+        f"block_replacement.plan={tmp_path}/plan.json",
+    ]
+    build_trainer(load_config(config, [f"run.folder={tmp_path}/run", *named])).close()
+    manifest = json.loads((tmp_path / "run/checkpoints/manifest.json").read_text())["block_replacement"]
+    assert (manifest["start"], manifest["length"]) == (2, 2)
+    replace(whole, blocks=kept, model="0" * 64).save(tmp_path / "plan.json")
+    with pytest.raises(UserError, match="made for a model with the hash 0000"):
+        build_trainer(load_config(config, [f"run.folder={tmp_path}/other", *named]))
+    replace(whole, blocks=tuple(KeptBlock.whole(block) for block in (0, 2, 4, 5))).save(tmp_path / "plan.json")
+    with pytest.raises(UserError, match="does more than to remove neighbouring blocks"):
+        build_trainer(load_config(config, [f"run.folder={tmp_path}/other", *named]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["block_replacement.start=4"], "does not lie within the model's blocks, 0 to 5"),
+        (["block_replacement.length=0"], "does not lie within"),
+        (["block_replacement.start=0", "block_replacement.length=6"], "the whole model"),
+        (["block_replacement.length=null"], "names no span"),
+        (["block_replacement.plan=x.json"], "leave out start and length"),
+        (["block_replacement.kind=bloks"], "did you mean 'blocks'"),
+        (["block_replacement.blocks=4"], "4 blocks can't stand in for 3"),
+        (["block_replacement.take=middle"], "choose first, last, spread, random"),
+        (["block_replacement.objectives={mse: 0.0}"], "need positive weights"),
+        (["block_replacement.objectives={mse: -1.0}"], "need positive weights"),
+        (["block_replacement.objectives={msee: 1.0}"], "no objective 'msee'"),
+        (["block_replacement.also=[final_norm]"], "the teacher's too"),
+        (["block_replacement.also=[final_norm]", "block_replacement.objectives={mse: 1.0}"], "objective lm alone"),
+        (["block_replacement.also=[block.1]", "block_replacement.objectives={lm: 1.0}"], "block.N with N from 5 to 5"),
+        (["block_replacement.also=[output]", "block_replacement.objectives={lm: 1.0}"], "its embedding, too"),
+        (["block_replacement.top_k=5", "block_replacement.objectives={lm: 1.0}"], "belongs to the objective kl"),
+        (["block_replacement.start=0", "block_replacement.kind=closed_form"], "can't begin at block 0"),
+        (["block_replacement.intermediate=0"], "must be positive"),
+        (["l0_pruning.target={layers: 3}"], "not both"),
+        (["block_replacement.start=null", "sharding={}"], "can't be found on a sharded model"),
+    ],
+)
+def test_mistakes(config: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_trainer(load_config(config, [f"run.folder={tmp_path}/run", *overrides]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_keeps_its_stand_in(config: Path, tmp_path: Path) -> None:
+    base = [f"run.folder={tmp_path}/run", "train.duration=4ba"]
+    train(load_config(config, base))
+    for change, named in (
+        ("kind=ffn", "kind blocks"),
+        ("length=2", "length 3"),
+        ("objectives={lm: 1.0}", "objectives"),
+    ):
+        with pytest.raises(UserError, match=f"block_replacement.{named}"):
+            build_trainer(load_config(config, [*base, "run.autoresume=true", f"block_replacement.{change}"]))
+
+
+def test_a_stand_in_that_saves_nothing_is_an_alarm(
+    config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_trainer(load_config(config, [f"run.folder={tmp_path}/run", "block_replacement.blocks=3"])).close()
+    assert "blocks 2 to 4 has" in caplog.text and "nothing is saved" in caplog.text

@@ -11,6 +11,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -23,9 +24,11 @@ from llmprune.families import family_of
 from llmprune.gates.gate_set import GateSet
 from llmprune.gates.settings import make_goal
 from llmprune.plans import Plan
+from llmprune.replacements.span import Span
 from llmprune.scoring.criteria import CRITERIA
 from llmprune.scoring.scores import Scores
 from llmprune.scoring.selection import Request, select
+from llmprune.spans import check_replacement
 from llmprune.surgery import Surgery
 
 PAPERS = Path(__file__).parents[1] / "yamls" / "papers"
@@ -57,6 +60,10 @@ MODELS: dict[str, PretrainedConfig] = {
         vocab_size=151936, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
     ),
     "EleutherAI/pythia-410m": PYTHIA_410M,
+    "meta-llama/Llama-3.1-8B": LLAMA_8B,
+    "facebook/opt-1.3b": OPTConfig(
+        hidden_size=2048, ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32, word_embed_proj_dim=2048
+    ),
 }
 SCORING = sorted(path for path in PAPERS.glob("*_*.yaml") if path.stem.split("_")[0] in ("shortened", "reassessing"))
 # Blocks that go in Shortened LLaMA, by the number that there are.
@@ -143,9 +150,29 @@ def test_scoring_recipes(path: Path) -> None:
 
 
 def test_llm_streamlines_mix() -> None:
-    job = load_config(
-        PAPERS / "llm_streamline.yaml", ["data.path=x", "run.name=x", "train.duration=1ba", "train.global_batch_size=1"]
-    )
+    job = load_config(PAPERS / "llm_streamline.yaml", ["data.path=x", "run.name=x", "train.duration=1ba"])
     assert job.data.weights is not None and sum(job.data.weights.values()) == pytest.approx(1)
     assert max(job.data.weights, key=job.data.weights.__getitem__) == "RedPajamaC4"
     assert all(clean_name(name) == name for name in job.data.weights) and job.data.document_boundaries is False
+
+
+# Published parameters (in billions) and what the spans come to; OPT's is ours.
+STREAMLINE = {"llama2_4.7b": 4.7, "llama3.1_5.4b": 5.4, "opt_1.3b": 1.0}
+
+
+@pytest.mark.parametrize("loss", ["mse", "lm"])
+@pytest.mark.parametrize("name", STREAMLINE)
+def test_llm_streamline(name: str, loss: str) -> None:
+    job = load_config(PAPERS / f"streamline_{name}_{loss}.yaml", ["data.path=x"])
+    settings = job.block_replacement
+    assert settings is not None and settings.weights == {loss: 1.0} and settings.length is not None
+    settings.check()
+    config, span = MODELS[str(job.model.path)], Span(5, settings.length)
+    check_replacement(settings, config, span)
+    family = family_of(config)
+    layers = family.shape(config).layers
+    offsets = tuple(range(settings.blocks))
+    plan = Plan(family.name, "", family.shape(config), span.kept(layers, offsets))
+    assert round(parameters(built(config, plan)) / 1e9, 1) == STREAMLINE[name]
+    assert (job.train.global_batch_size, job.train.clip_norm) == (128, {"mse": 5.0, "lm": 1.0}[loss])
+    assert job.optimizer.lr * job.scheduler.final == pytest.approx(5e-5)

@@ -39,7 +39,7 @@ class BlockReplacementConfig:
         blocks: with ``blocks``: how many.
         take: with ``blocks``: which of the span they begin as: first, last or spread; or random.
         intermediate: with ``ffn`` and ``swiglu``: channels; null = four times the hidden size, and the model's own.
-        objectives: weights of what is minimised: mse, cosine, lm, kl.
+        objectives: weights of what is minimised: mse, cosine, lm, kl; none given = mse.
         top_k: with ``kl``: tell apart so many of the source's likeliest tokens; null = all.
         also: what trains beside the stand-in: output, final_norm, block.N behind the span.
         fit_samples: training samples that mean, linear and closed_form are computed from, before any training.
@@ -55,7 +55,7 @@ class BlockReplacementConfig:
     blocks: int = 1
     take: str = "first"
     intermediate: int | None = None
-    objectives: dict[str, float] = field(default_factory=lambda: {"mse": 1.0})
+    objectives: dict[str, float] = field(default_factory=dict)
     top_k: int | None = None
     also: list[str] = field(default_factory=list)
     fit_samples: int = 256
@@ -65,7 +65,7 @@ class BlockReplacementConfig:
     @property
     def weights(self) -> dict[str, float]:
         """The objectives whose weight is not zero."""
-        return {name: weight for name, weight in self.objectives.items() if weight}
+        return {name: weight for name, weight in (self.objectives or {"mse": 1.0}).items() if weight}
 
     @property
     def trains(self) -> bool:

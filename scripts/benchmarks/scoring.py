@@ -1,0 +1,74 @@
+"""What scores cost."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.ratios import Ratio, interleaved
+
+
+def scoring_model() -> tuple[PreTrainedModel, torch.Tensor, str]:
+    """A Llama of 32 blocks, calibration samples for it, and what they are in words."""
+    from transformers import LlamaConfig
+
+    from llmprune.models.loading import new_model
+
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=32,
+        num_attention_heads=6,
+        tie_word_embeddings=True,
+    )
+    model = new_model(config, seed=0).eval()
+    tokens = torch.randint(config.vocab_size, (4, 256), generator=torch.Generator().manual_seed(0))
+    size = sum(p.numel() for p in model.parameters())
+    return model, tokens, f"{config.num_hidden_layers} blocks, {size / 1e6:.1f} M parameters, 4 samples of 256 tokens"
+
+
+def score_by(model: PreTrainedModel, tokens: torch.Tensor, names: Sequence[str]) -> None:
+    """Score a model by some criteria."""
+    from llmprune.scoring.criterion import ScoringJob
+    from llmprune.scoring.scorer import Scorer
+
+    job = ScoringJob(model.config.num_hidden_layers, torch.device("cpu"))
+    scorer = Scorer(model, names, job, batch_size=len(tokens))
+    scorer.update(tokens)
+    scorer.scores()
+
+
+def removal_perplexity(runs: int) -> Ratio:
+    """Perplexity of every single removal, together, over one pass for each with its block skipped."""
+    from llmprune.models.causal_lm import token_losses
+    from llmprune.models.walking import shortened
+
+    model, tokens, words = scoring_model()
+    layers = model.config.num_hidden_layers
+
+    @torch.no_grad()
+    def one_by_one() -> None:
+        for block in range(layers):
+            with shortened(model, [other for other in range(layers) if other != block]):
+                loss, count = token_losses(model(input_ids=tokens, use_cache=False).logits, tokens)
+            (loss.sum() / count.sum()).exp().item()
+
+    def together() -> None:
+        score_by(model, tokens, ["perplexity"])
+
+    return interleaved(together, one_by_one, runs, 0.60, f"perplexity of all removals / one pass each ({words})")
+
+
+def all_criteria(runs: int) -> Ratio:
+    """All criteria at once over the dearest alone."""
+    from llmprune.scoring.criteria import CRITERIA
+
+    model, tokens, words = scoring_model()
+    return interleaved(
+        lambda: score_by(model, tokens, CRITERIA.names()),
+        lambda: score_by(model, tokens, ["perplexity"]),
+        runs,
+        1.25,
+        f"all {len(CRITERIA.names())} criteria / perplexity of all removals alone ({words})",
+    )

@@ -25,9 +25,9 @@ from llmprune.models.placement import ATTENTIONS, TRAINABLE
 from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.replacements.settings import BlockReplacementConfig
 from llmprune.replacements.span import Span
+from llmprune.replacing import check_replacement, given_span
 from llmprune.run_folder import Manifest, RunFolder
 from llmprune.sharding import check_sharding
-from llmprune.spans import check_replacement, given_span
 
 # What a run of block replacement goes on with.
 REPLACEMENT_KEPT = ("start", "length", "kind", "blocks", "take", "intermediate", "objectives", "top_k", "also")
@@ -89,6 +89,13 @@ def _check_replacement(config: Config, settings: BlockReplacementConfig, model_c
     settings.check()
     if config.l0_pruning is not None:
         raise UserError("a run has l0_pruning or block_replacement, not both")
+    if settings.cache is not None and config.dynamic_loading is not None:
+        raise UserError("the mix in block_replacement.cache can't change any more: take dynamic_loading=null")
+    if settings.cache is not None and settings.cache.samples % config.train.global_batch_size:
+        raise UserError(
+            f"block_replacement.cache.samples is {settings.cache.samples}; it must be a multiple of the global batch, "
+            f"{config.train.global_batch_size}"
+        )
     span = given_span(config)
     if span is None and config.sharding is not None:
         raise UserError(

@@ -1,11 +1,10 @@
 """From a config to a Composer trainer."""
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from composer import Callback, Trainer
@@ -15,10 +14,8 @@ from composer.core import Algorithm, DataSpec, Time, TimeUnit
 from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 from composer.utils import dist, get_device
 from omegaconf import OmegaConf
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.callbacks.block_replacement import BlockReplacement
 from llmprune.callbacks.dynamic_loading import DynamicLoading
 from llmprune.callbacks.evaluation import Evaluation
 from llmprune.callbacks.l0_pruning import EVALUATIONS, L0Pruning
@@ -27,19 +24,18 @@ from llmprune.callbacks.loss_guard import LossGuard
 from llmprune.callbacks.metrics_file import MetricsFile, read_metrics
 from llmprune.checks import Ingredients, check, check_same_run, data_contents
 from llmprune.config import Config, LiveEvaluationConfig, LoggersConfig, save_config
-from llmprune.data.dataset import EvalDataset, MixedDataset
-from llmprune.data.prepared import PreparedData
-from llmprune.data.updates import first_weights
+from llmprune.data.dataset import MixedDataset
 from llmprune.families import family_of
-from llmprune.models.causal_lm import Batch, ComposerCausalLM, count_tokens
+from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
 from llmprune.models.loading import empty_model, load_model, new_model
 from llmprune.models.placement import DTYPES
 from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.ranks import on_rank_zero, share_cores
 from llmprune.replacements.span import Span
+from llmprune.replacing import known_span, make_cache, make_replacement, most_alike
 from llmprune.run_folder import RANDOM, Manifest, RunFolder, git_commit, versions
 from llmprune.sharding import AverageGradients, parallelism
-from llmprune.spans import known_span, most_alike
+from llmprune.streams import eval_loader, first_batches, make_loaders
 
 if TYPE_CHECKING:
     from llmprune.evaluation.live import LiveEvaluation
@@ -67,17 +63,15 @@ def build_trainer(config: Config) -> Trainer:
         span = most_alike(model, samples, config.block_replacement.length or 1)
         manifest = _manifest(config, inputs, span)
         print(f"{span} of the model are the most alike at both ends: they are replaced")
-    stream, train, evaluation = make_loaders(config, inputs.data)
+    cache = None
+    if config.block_replacement is not None and config.block_replacement.cache is not None and span is not None:
+        cache = make_cache(config, config.block_replacement.cache, inputs.model_config, inputs.data, run, span)
+    stream, train, evaluation = make_loaders(config, inputs.data, cache)
     wrapped = ComposerCausalLM(model, {number: evaluation.domains[number] for number in evaluation.domains_present})
     optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
     callbacks = make_callbacks(config, run, stream, wrapped.domains.values(), live=live, resumed=resume is not None)
     if config.block_replacement is not None and span is not None:
-        samples = first_batches(config, inputs.data, config.block_replacement.fit_samples)
-        callbacks.append(
-            BlockReplacement(
-                config.block_replacement, span, seed=config.run.seed, folder=run.checkpoints, fit_on=samples
-            )
-        )
+        callbacks.append(make_replacement(config, config.block_replacement, inputs.data, run, span, cache))
     on_rank_zero(lambda: _write_run(config, run, manifest, model, inputs.tokenizer, resumed=resume is not None))
     per_rank = config.train.global_batch_size // dist.get_world_size()
     eval_batch = per_rank if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
@@ -95,7 +89,7 @@ def build_trainer(config: Config) -> Trainer:
         device=config.train.device,
         train_dataloader=DataSpec(train, get_num_tokens_in_batch=count_tokens),
         accumulate_train_batch_on_tokens=True,
-        eval_dataloader=_eval_loader(evaluation, eval_batch),
+        eval_dataloader=eval_loader(evaluation, eval_batch),
         max_duration=config.train.duration if trains(config) else "1ba",
         eval_interval=interval(config.train.eval_interval, config.train.duration),
         optimizers=optimizer,
@@ -212,57 +206,6 @@ def make_model(config: Config, inputs: Ingredients) -> PreTrainedModel:
     return model
 
 
-def make_stream(config: Config, data: PreparedData) -> MixedDataset:
-    """The training stream of this rank."""
-    world_size = dist.get_world_size()
-    starting = None
-    if config.dynamic_loading is not None:
-        starting = first_weights(config.dynamic_loading, sorted(data.manifest.domains))
-    return MixedDataset(
-        data,
-        global_batch_size=config.train.global_batch_size,
-        weights=config.data.weights if starting is None else starting,
-        seed=config.run.seed,
-        rank=dist.get_global_rank(),
-        world_size=world_size,
-        machines=max(1, world_size // dist.get_local_world_size()),
-        lanes=config.data.lanes,
-        shuffle_window=config.data.shuffle_window,
-        boundaries=config.data.document_boundaries,
-    )
-
-
-def make_loaders(config: Config, data: PreparedData) -> tuple[MixedDataset, DataLoader[Any], EvalDataset]:
-    """The training stream of this rank with its loader, and the evaluation samples."""
-    stream = make_stream(config, data)
-    loader: DataLoader[Any] = DataLoader(
-        stream,
-        batch_size=config.train.global_batch_size // dist.get_world_size(),
-        num_workers=config.data.workers,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=config.data.workers > 0,
-        prefetch_factor=config.data.prefetch if config.data.workers else None,
-    )
-    return (
-        stream,
-        loader,
-        EvalDataset(data, config.data.eval_samples_per_domain, boundaries=config.data.document_boundaries),
-    )
-
-
-def first_batches(config: Config, data: PreparedData, samples: int) -> Iterator[Batch]:
-    """This rank's share of the first so many samples of the training stream, in microbatches."""
-    own = -(-samples // dist.get_world_size())
-    size = 1 if config.train.microbatch_size == "auto" else min(int(config.train.microbatch_size), own)
-    stream = make_stream(config, data)
-    return islice(iter(DataLoader(stream, batch_size=size)), -(-own // size))
-
-
-def _eval_loader(dataset: EvalDataset, batch_size: int) -> DataLoader[Any]:
-    sampler = dist.get_sampler(dataset, shuffle=False)
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler)
-
-
 def make_callbacks(
     config: Config,
     run: RunFolder,
@@ -279,7 +222,8 @@ def make_callbacks(
         callbacks.append(LoadShards(config.model.path))
     if live is not None:
         callbacks.append(Evaluation(live.measure))
-    callbacks.append(DynamicLoading(config.dynamic_loading, stream, evaluated))
+    if config.block_replacement is None or config.block_replacement.cache is None:
+        callbacks.append(DynamicLoading(config.dynamic_loading, stream, evaluated))
     if config.l0_pruning is not None:
         callbacks.append(L0Pruning(config.l0_pruning, seed=config.run.seed, folder=run.gates))
     return callbacks

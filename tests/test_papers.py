@@ -25,10 +25,10 @@ from llmprune.gates.gate_set import GateSet
 from llmprune.gates.settings import make_goal
 from llmprune.plans import Plan
 from llmprune.replacements.span import Span
+from llmprune.replacing import check_replacement
 from llmprune.scoring.criteria import CRITERIA
 from llmprune.scoring.scores import Scores
 from llmprune.scoring.selection import Request, select
-from llmprune.spans import check_replacement
 from llmprune.surgery import Surgery
 
 PAPERS = Path(__file__).parents[1] / "yamls" / "papers"

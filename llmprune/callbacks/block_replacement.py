@@ -18,6 +18,7 @@ from llmprune.models.causal_lm import Batch, ComposerCausalLM, labels_of
 from llmprune.models.objectives import predicting
 from llmprune.models.parts import parameters_behind
 from llmprune.models.walking import blocks_of
+from llmprune.replacements.cache import StatesCache
 from llmprune.replacements.settings import BlockReplacementConfig
 from llmprune.replacements.span import Span
 from llmprune.replacements.stand_ins import STAND_INS, Site, StandIn, Sums
@@ -44,6 +45,8 @@ class BlockReplacement(Callback):
         seed: int,
         folder: Path | None = None,
         fit_on: Iterable[Batch] = (),
+        cache: StatesCache | None = None,
+        cached: Iterable[Batch] = (),
     ) -> None:
         """Prepare.
 
@@ -53,12 +56,15 @@ class BlockReplacement(Callback):
             seed: of random weights.
             folder: where the best stand-in is kept; None = nowhere.
             fit_on: this rank's batches that stand-ins are computed from, if they are.
+            cache: of the states that are trained on.
+            cached: this rank's share of its samples, of those on this machine, in batches.
 
         Raises:
             UserError: a setting is out of range.
         """
         config.check()
         self.config, self.span, self._seed, self._folder, self._fit_on = config, span, seed, folder, fit_on
+        self._cache, self._cached = cache, cached
         self.best: tuple[float, int] | None = None  # loss, batch
         self._logged: dict[str, list[Tensor]] = {}
         self._is_new = True
@@ -109,6 +115,28 @@ class BlockReplacement(Callback):
         """Compute a stand-in that is computed, unless the run goes on from a checkpoint."""
         if self._is_new and self.stand_in.is_fitted:
             self.stand_in.solve(self.sums(state), self.config.ridge)
+        if self._cache is not None:
+            self._fill(self._cache, state)
+
+    def _fill(self, cache: StatesCache, state: State) -> None:
+        """Compute the states that are cached, each machine its own."""
+        complete = state.device.tensor_to_device(torch.tensor(int(cache.is_complete)))
+        dist.all_reduce(complete, reduce_operation="MIN")
+        if complete.item():
+            return
+        if dist.get_local_rank() == 0:
+            print(f"the states of {cache.samples:,} samples are computed: {cache.size / 1e9:.2f} GB")
+            cache.create()
+        dist.barrier()
+        for batch in self._cached:
+            source = self.streaming.source(state.device.batch_to_device(batch), after=True, logits=False)
+            assert source.after is not None
+            cache.write(batch["slot"].tolist(), source.before, source.after, labels_of(batch))
+        _reshard(state.model)
+        dist.barrier()
+        if dist.get_local_rank() == 0:
+            cache.complete()
+        dist.barrier()
 
     @torch.no_grad()
     def sums(self, state: State) -> Sums:
@@ -123,9 +151,7 @@ class BlockReplacement(Callback):
             chosen = predicting(labels_of(batch))
             found = found or Sums.empty(read.shape[-1], read.device)
             found.add(read[chosen], (source.after - source.before)[chosen])
-        for module in state.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # without a backward pass some would stay as they are
+        _reshard(state.model)
         assert found is not None
         for tensor in found.each() if dist.get_world_size() > 1 else ():
             dist.all_reduce(tensor, reduce_operation="SUM")
@@ -178,6 +204,13 @@ class BlockReplacement(Callback):
         """Go on from a saved state."""
         self.best = None if state["best"] is None else (state["best"][0], int(state["best"][1]))
         self._is_new = False
+
+
+def _reshard(model: nn.Module) -> None:
+    """Free what forward passes have gathered: without a backward pass some of it would stay."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def make_stand_in(model: ComposerCausalLM, config: BlockReplacementConfig, span: Span, seed: int) -> StandIn:

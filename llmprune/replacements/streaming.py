@@ -127,6 +127,8 @@ class Streaming:
             after: whether the states behind the span are needed.
             logits: whether its logits are.
         """
+        if "before" in batch:  # from a cache
+            return Source(*(batch[end].to(self.model.dtype) for end in ("before", "after")))
         found, span, layers = Source(), self.span, len(blocks_of(self.model))
         last = layers if logits else span.end if after else span.start
 

@@ -13,17 +13,21 @@ from llmprune.config import load_config
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import convert
 from llmprune.convert.replaced import read_replaced
+from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.evaluation.verify import compare, open_for_comparison
 from llmprune.models.loading import StoredWeights, load_model
 from llmprune.models.walking import blocks_of
+from llmprune.replacements.cache import CachedStates, StatesCache
+from llmprune.replacing import most_alike
 from llmprune.scoring.states import one_minus_cosine
-from llmprune.spans import most_alike
-from llmprune.training import build_trainer, first_batches, train
+from llmprune.streams import first_batches
+from llmprune.training import build_trainer, train
 from tests.callbacks import plain_runs
 
 ROOT = Path(__file__).parents[2]
 BATCHES = 12
+CACHED = ["block_replacement.objectives={mse: 1.0}", "block_replacement.cache={samples: 16}", "train.duration=7ba"]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,8 @@ RUNS = {
     "killed": "sharding={};train.activation_checkpointing=true;kill=9",
     "whole": "sharding.checkpoints=whole",
     "linear": "sharding={};block_replacement.kind=linear;train.duration=3ba",
+    "cached-two": ";".join(CACHED),
+    "cached-killed": ";".join(["sharding={}", *CACHED, "kill=5"]),
     "swiglu": "sharding={};block_replacement.kind=swiglu;block_replacement.objectives={lm: 1.0};"
     "block_replacement.also=[final_norm, block.5];train.duration=3ba",
 }
@@ -63,6 +69,7 @@ def runs(config: Path) -> Path:
     arguments = [f"{name}={overrides}" for name, overrides in RUNS.items()]
     done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    plain_runs.run(config, f"run.folder={config.parent}/cached-alone", *CACHED)
     for name in ("linear", "swiglu"):
         plain_runs.run(
             config, f"run.folder={config.parent}/{name}-alone", *RUNS[name].removeprefix("sharding={};").split(";")
@@ -152,8 +159,6 @@ def test_computed_stand_ins_are_least_squares(config: Path, tmp_path: Path) -> N
     settings = ["train.duration=0ba", "block_replacement.fit_samples=16", "block_replacement.ridge=0.0"]
     model = load_model(str(load_config(config).model.path)).eval()
     loaded = load_config(config, settings)
-    from llmprune.data.prepared import PreparedData
-
     tokens = torch.cat([b["input_ids"] for b in first_batches(loaded, PreparedData(loaded.data.path), 16)])
     seen: dict[str, torch.Tensor] = {}
     blocks_of(model)[1].mlp.register_forward_hook(lambda m, i, o: seen.update(update=o))
@@ -177,8 +182,6 @@ def test_computed_stand_ins_are_least_squares(config: Path, tmp_path: Path) -> N
 def test_the_span_is_found_on_the_spot(config: Path, tmp_path: Path) -> None:
     changes = ["block_replacement.start=null", "block_replacement.score_samples=8", "train.duration=1ba"]
     settings = load_config(config, [f"run.folder={tmp_path}/run", *changes])
-    from llmprune.data.prepared import PreparedData
-
     model = load_model(str(settings.model.path)).eval()
     batches = list(first_batches(settings, PreparedData(settings.data.path), 8))
     tokens = torch.cat([batch["input_ids"] for batch in batches])
@@ -277,3 +280,71 @@ def test_a_stand_in_that_saves_nothing_is_an_alarm(
 ) -> None:
     build_trainer(load_config(config, [f"run.folder={tmp_path}/run", "block_replacement.blocks=3"])).close()
     assert "blocks 2 to 4 has" in caplog.text and "nothing is saved" in caplog.text
+
+
+def test_a_cache_gives_the_same_training(config: Path, tmp_path: Path) -> None:
+    """Epochs over 16 samples: the states of the source, rounded to bfloat16, and no block of it runs any more."""
+    run = tmp_path / "run"
+    trainer = build_trainer(load_config(config, [f"run.folder={run}", *CACHED, "train.eval_interval=0ba"]))
+    model = trainer.state.model.model
+    ran: list[int] = []
+    for number, block in enumerate(blocks_of(model)):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    trainer.fit()
+    trainer.close()
+    assert not ran
+    assert (run / "states" / "complete.json").exists() and (
+        run / "states" / "before"
+    ).stat().st_size == 16 * 32 * 32 * 2
+    settings = load_config(config)
+    tokens = torch.cat([b["input_ids"] for b in first_batches(settings, PreparedData(settings.data.path), 16)])
+    plain = load_model(str(settings.model.path)).eval()
+    with torch.no_grad():
+        states = plain(input_ids=tokens, output_hidden_states=True).hidden_states
+    cache = StatesCache(run / "states", 16, 32, 32, {})
+    for place in range(16):
+        stored = cache.read(place)
+        assert torch.equal(stored["labels"], tokens[place])
+        for end, number in (("before", 2), ("after", 5)):
+            torch.testing.assert_close(stored[end].float(), states[number][place], rtol=2**-8, atol=1e-5)
+    losses = metrics(run, "loss/train/total")
+    assert len(losses) == 7 and losses[-1] < losses[0]
+
+
+def test_a_cache_on_two_ranks_and_after_a_kill(runs: Path) -> None:
+    alone, two, killed = (metrics(runs / f"cached-{kind}", "loss/train/total") for kind in ("alone", "two", "killed"))
+    assert len(alone) == 7
+    assert two == pytest.approx(alone, rel=1e-5) and killed == pytest.approx(alone, rel=1e-5)
+
+
+def test_the_order_of_a_cache_is_new_in_every_epoch_and_the_same_for_all(tmp_path: Path) -> None:
+    cache = StatesCache(tmp_path, 12, 4, 8, {})
+    cache.read = lambda place: place  # type: ignore[method-assign,assignment]
+
+    def slots(ranks: int, start: int = 0) -> list[int]:
+        streams = []
+        for rank in range(ranks):
+            stream = CachedStates(cache, global_batch_size=4, seed=1, rank=rank, world_size=ranks)
+            stream.load_state_dict({"slot": start})
+            streams.append(iter(stream))
+        return [next(streams[rank]) for _ in range(6) for rank in range(ranks) for _ in range(4 // ranks)]  # type: ignore[misc]
+
+    whole = slots(1)
+    assert sorted(whole[:12]) == sorted(whole[12:]) == list(range(12)) and whole[:12] != whole[12:]
+    assert slots(2) == whole and slots(2, start=8)[:16] == whole[8:]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["block_replacement.objectives={lm: 1.0}"], "mse and cosine need"),
+        (["block_replacement.cache={samples: 17}"], "multiple of the global batch"),
+        (["block_replacement.cache={samples: 1000000000}"], "choose fewer"),
+        (["block_replacement.kind=closed_form"], "leave the cache out"),
+        (["dynamic_loading={references: {letters: 1.0, numbers: 1.0}}"], "take dynamic_loading=null"),
+    ],
+)
+def test_mistakes_of_caches(config: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_trainer(load_config(config, [f"run.folder={tmp_path}/run", *CACHED, *overrides]))
+    assert not (tmp_path / "run").exists()

@@ -22,7 +22,8 @@ from llmprune.gates.goals import ShapeGoal
 from llmprune.gates.settings import L0PruningConfig, TargetShape
 from llmprune.models.causal_lm import token_losses
 from llmprune.models.loading import load_model
-from llmprune.training import build_trainer, make_loaders
+from llmprune.streams import make_loaders
+from llmprune.training import build_trainer
 from tests.callbacks import fixed_noise
 
 ROOT = Path(__file__).parents[2]

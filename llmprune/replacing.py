@@ -1,13 +1,16 @@
-"""Which span of a model is replaced, before a run begins."""
+"""Everything about a run of block replacement that comes before it: the span, the cache, the callback."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from composer.utils import dist
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from llmprune.callbacks.block_replacement import BlockReplacement
 from llmprune.config import Config
+from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.families import family_of
 from llmprune.models.causal_lm import Batch
@@ -15,12 +18,14 @@ from llmprune.models.loading import StoredWeights, fingerprint
 from llmprune.models.parts import parameters_behind
 from llmprune.plans import Plan
 from llmprune.ranks import on_rank_zero
-from llmprune.replacements.settings import BlockReplacementConfig
+from llmprune.replacements.cache import StatesCache
+from llmprune.replacements.settings import BlockReplacementConfig, StatesCacheConfig
 from llmprune.replacements.span import Span, span_of
 from llmprune.replacements.stand_ins import STAND_INS, Site
 from llmprune.run_folder import Manifest, RunFolder
 from llmprune.scoring.criterion import ScoringJob
 from llmprune.scoring.scorer import Scorer
+from llmprune.streams import first_batches
 
 
 def known_span(config: Config, model_config: PretrainedConfig, run: RunFolder, resume: Path | None) -> Span | None:
@@ -85,6 +90,57 @@ def most_alike(model: PreTrainedModel, batches: Iterable[Batch], length: int) ->
         scorer.update(batch["input_ids"].to(device))
     cosines = scorer.scores(_add_up)["spans"]["cosine"][str(length)]
     return Span(max(range(len(cosines)), key=lambda start: cosines[start]), length)
+
+
+def make_replacement(
+    config: Config,
+    settings: BlockReplacementConfig,
+    data: PreparedData,
+    run: RunFolder,
+    span: Span,
+    cache: StatesCache | None,
+) -> BlockReplacement:
+    """The callback that replaces blocks."""
+    return BlockReplacement(
+        settings,
+        span,
+        seed=config.run.seed,
+        folder=run.checkpoints,
+        fit_on=first_batches(config, data, settings.fit_samples),
+        cache=cache,
+        cached=() if cache is None else first_batches(config, data, cache.samples, of_machine=True),
+    )
+
+
+def make_cache(
+    config: Config,
+    settings: StatesCacheConfig,
+    model_config: PretrainedConfig,
+    data: PreparedData,
+    run: RunFolder,
+    span: Span,
+) -> StatesCache:
+    """The states that are trained on; their size is known before anything is computed.
+
+    Raises:
+        UserError: the disk has no room for them.
+    """
+    shape = family_of(model_config).shape(model_config)
+    manifest, source = data.manifest, config.model.path
+    weights = None if source is None else on_rank_zero(lambda: fingerprint(StoredWeights(source), model_config))
+    identity = {
+        "model": weights,
+        "span": asdict(span),
+        "data": manifest.fingerprint(),
+        "weights": config.data.weights,
+        "boundaries": config.data.document_boundaries,
+        "seed": config.run.seed,
+        "dtype": config.model.dtype,
+    }
+    folder = Path(settings.folder) if settings.folder is not None else run.path / "states"
+    cache = StatesCache(folder, settings.samples, manifest.sequence_length, shape.hidden, identity)
+    cache.check_room()
+    return cache
 
 
 def _add_up(sums: torch.Tensor) -> None:

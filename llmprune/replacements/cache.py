@@ -1,0 +1,126 @@
+"""States at both ends of a span on disk, for several epochs over them that run no block of the source."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from llmprune.data.order import keyed_generator
+from llmprune.errors import UserError
+from llmprune.files import read_json, write_json
+
+BYTES = 2  # bfloat16
+_ENDS = ("before", "after")
+
+
+class StatesCache:
+    """Memory-mapped states of samples: FOLDER/before and FOLDER/after, bfloat16, and FOLDER/labels, int32.
+
+    Attributes:
+        samples: how many there are.
+        size: bytes that they take.
+    """
+
+    def __init__(self, folder: Path, samples: int, length: int, hidden: int, identity: Mapping[str, Any]) -> None:
+        """Name the place; nothing is written.
+
+        Args:
+            folder: of the files.
+            samples: how many.
+            length: tokens of each.
+            hidden: dimensions of a state.
+            identity: what the states depend on, as plain values.
+        """
+        self._folder, self.samples = folder, samples
+        self._shape = (samples, length, hidden)
+        self._identity = {**identity, "shape": list(self._shape)}
+        self.size = samples * length * (2 * hidden * BYTES + 4)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all states are there, of the same model, span and samples."""
+        mark = self._folder / "complete.json"
+        return mark.is_file() and read_json(mark) == self._identity
+
+    def check_room(self) -> None:
+        """Raise ``UserError`` if the disk has no room for what is still to be written."""
+        if self.is_complete:
+            return
+        place = next(path for path in (self._folder, *self._folder.resolve().parents) if path.exists())
+        free = shutil.disk_usage(place).free + sum(p.stat().st_size for p in self._folder.glob("*") if p.is_file())
+        if self.size > free:
+            raise UserError(
+                f"the states of {self.samples:,} samples take {self.size / 1e9:.1f} GB, but in {place} there are "
+                f"{free / 1e9:.1f} GB: choose fewer block_replacement.cache.samples, or another folder"
+            )
+
+    def create(self) -> None:
+        """Make the files, empty; one process of a machine does so."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / "complete.json").unlink(missing_ok=True)
+        for name in (*_ENDS, "labels"):
+            self._map(name, "w+")
+
+    def complete(self) -> None:
+        """Mark the states as complete."""
+        write_json(self._folder / "complete.json", self._identity)
+
+    def write(self, places: list[int], before: Tensor, after: Tensor, labels: Tensor) -> None:
+        """Store the states [n, length, hidden] and labels [n, length] of the samples at some places."""
+        for name, states in (("before", before), ("after", after)):
+            self._map(name, "r+")[places] = states.to(torch.bfloat16).cpu().view(torch.int16).numpy()
+        self._map("labels", "r+")[places] = labels.cpu().numpy()
+
+    def _map(self, name: str, mode: Any) -> Any:
+        shape, dtype = (self._shape[:2], np.int32) if name == "labels" else (self._shape, np.int16)
+        return np.memmap(self._folder / name, dtype, mode, shape=shape)
+
+    def read(self, place: int) -> dict[str, Tensor]:
+        """One sample: ``before`` and ``after`` [length, hidden], and labels, which stand for its tokens, too."""
+        found = {name: torch.from_numpy(self._map(name, "r")[place].copy()).view(torch.bfloat16) for name in _ENDS}
+        labels = torch.from_numpy(self._map("labels", "r")[place].astype(np.int64))
+        return {**found, "input_ids": labels.clamp(min=0), "labels": labels}
+
+
+class CachedStates(IterableDataset[dict[str, Tensor]]):
+    """The endless training stream over a cache, in a new order in every epoch.
+
+    Slot n is the same sample for any number of ranks and workers, as in ``llmprune.data.dataset.MixedDataset``.
+    """
+
+    def __init__(self, cache: StatesCache, *, global_batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        """Read from ``cache``, which need not be filled before the first sample is asked for."""
+        self._cache, self._batch, self._seed = cache, global_batch_size, seed
+        self._rank, self._world_size = rank, world_size
+        self._start = 0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Yield this rank's and this worker's samples, for ever."""
+        worker = get_worker_info()
+        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        per_rank = self._batch // self._world_size
+        batch = number
+        while True:
+            first = self._start + batch * self._batch + self._rank * per_rank
+            for slot in range(first, first + per_rank):
+                yield self._cache.read(self._place(slot))
+            batch += workers
+
+    def _place(self, slot: int) -> int:
+        epoch, within = divmod(slot, self._cache.samples)
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch, self._order = epoch, keyed_generator(self._seed, epoch).permutation(self._cache.samples)
+        return int(self._order[within])
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Where the stream stands after ``num_samples`` samples over all ranks."""
+        return {"slot": num_samples}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved place, on any number of ranks and workers."""
+        self._start = int(state["slot"])

@@ -130,6 +130,9 @@ class Objective(Protocol):
     def logits(self, batch: Batch) -> Tensor:
         """The logits of the model that is being made, [batch, length, vocabulary]."""
 
+    def flops(self, batch: Batch) -> int:
+        """Floating-point operations of a training step, forward and backward."""
+
 
 class ComposerCausalLM(ComposerModel):
     """Trains and evaluates any Hugging Face causal LM that a family knows.
@@ -195,6 +198,8 @@ class ComposerCausalLM(ComposerModel):
         6 per parameter that is multiplied with every token, and 12 · layers · heads · head size · length per token for
         attention (PaLM, arXiv:2204.02311, appendix B). The embedding counts only where it is the output layer too.
         """
+        if self.objective is not None:
+            return self.objective.flops(batch)
         shape = self.family.shape(self.model.config)
         multiplied = sum(p.numel() for p in self.parameters())
         if not self.family.tied(self.model.config):

@@ -68,6 +68,11 @@ def load_config(model: str | Path) -> PretrainedConfig:
         UserError: it can't be read, or its architecture is not supported.
     """
     folder = resolve_model(model)
+    if str(read_json(folder / "config.json").get("model_type")).startswith(PREFIX):
+        raise UserError(
+            f"{model} has a stand-in that no config of its family describes: it can be run and measured, but neither "
+            "pruned nor trained; do so before the replacement, or replace by blocks"
+        )
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.families import family_of
@@ -117,6 +117,30 @@ class Streaming:
         found = self.shortened(batch, None, logits=True).logits
         assert found is not None
         return found
+
+    def flops(self, batch: Batch) -> int:
+        """Operations of a training step: per parameter and token 2 forward, 2 more where a gradient passes through.
+
+        What trains takes 6; attention adds 4 · heads · head size · length per token, block and forward pass.
+        """
+        family = family_of(self.model.config)
+        shape, blocks = family.shape(self.model.config), blocks_of(self.model)
+        samples, length = batch["input_ids"].shape
+
+        def forward(part: nn.Module, count: int) -> int:
+            return 2 * sum(p.numel() for p in part.parameters()) + count * 4 * shape.heads * shape.head_dim * length
+
+        span, layers = self.span, len(blocks)
+        cost = 3 * forward(self.stand_in, len(self.stand_in.offsets))
+        if "before" not in batch:
+            cost += forward(blocks[: span.start], span.start)
+            if self._needs_after or "kl" in self._weights:
+                cost += forward(blocks[span.start : span.end], span.length)
+        if self._needs_logits:
+            behind = forward(blocks[span.end :], layers - span.end)
+            behind += 2 * self.model.get_output_embeddings().weight.numel()
+            cost += behind * (3 if "kl" in self._weights else 2)
+        return samples * length * cost
 
     @torch.no_grad()
     def source(self, batch: Batch, *, after: bool, logits: bool) -> Source:

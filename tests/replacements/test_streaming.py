@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.convert.export import export, keep_everything
 from llmprune.convert.replaced import Changed
 from llmprune.errors import UserError
 from llmprune.families import family_of
-from llmprune.models.loading import fingerprint, load_any_model
+from llmprune.models.loading import fingerprint, load_any_model, load_config
 from llmprune.models.objectives import forward_kl
 from llmprune.models.walking import blocks_of
 from llmprune.replacements.network import Network
@@ -209,12 +210,28 @@ def test_a_stand_in_before_the_first_block(tokens: torch.Tensor, tmp_path: Path)
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
-def test_without_trust_nothing_is_loaded(tmp_path: Path) -> None:
-    """A type of its own: no version of Transformers takes such a model for a plain one."""
+def test_a_type_of_its_own(tmp_path: Path) -> None:
+    """So that nothing takes such a model for a plain one."""
     model = random_model(CONFIGS["llama-grouped-tied"])
     stand_in = stand_in_for(model, kind="mean")
     exported(model, stand_in, "mean", tmp_path)
     assert '"model_type": "llmprune_llama"' in (tmp_path / "out" / "config.json").read_text()
+    with pytest.raises(UserError, match="neither pruned nor trained"):
+        load_config(tmp_path / "out")
+
+
+def test_operations_are_those_of_torchs_counter(tokens: torch.Tensor) -> None:
+    """But for norms, softmax and the like."""
+    config = CONFIGS["llama-grouped-untied"]
+    model = random_model(config, attention="eager").requires_grad_(False)
+    for kind in ("blocks", "swiglu"):
+        stand_in = stand_in_for(model, kind=kind)
+        for weights in ({"mse": 1.0}, {"lm": 1.0}, {"kl": 1.0}, {"mse": 1.0, "lm": 1.0}):
+            streaming = Streaming(model, stand_in, SPAN, weights)
+            with FlopCounterMode(display=False) as counter:
+                streaming.loss(streaming.forward({"input_ids": tokens}), {"input_ids": tokens}).backward()
+            counted = streaming.flops({"input_ids": tokens})
+            assert counted == pytest.approx(counter.get_total_flops(), rel=0.04)
 
 
 def test_top_k_divergence() -> None:

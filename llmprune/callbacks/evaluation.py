@@ -37,5 +37,5 @@ class Evaluation(Callback):
         wrapped = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
         assert isinstance(wrapped, ComposerCausalLM)
         with get_precision_context(state.precision, state.precision_config):
-            found = self._measure(wrapped.model, state.model)
+            found = self._measure(wrapped.model, wrapped.logits)
         logger.log_metrics({f"metrics/eval/{name}": value for name, value in found.items()})

@@ -72,7 +72,7 @@ class LiveEvaluation:
 
         Args:
             model: the model inside.
-            forward: from a batch to logits, through whatever shards or wraps the model; all ranks call it together.
+            forward: from a batch to logits, through whatever shards or changes the model; all ranks call it together.
         """
         found: dict[str, float] = {}
         size = self._config.batch_size

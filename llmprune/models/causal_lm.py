@@ -163,7 +163,7 @@ class ComposerCausalLM(ComposerModel):
 
     def forward(self, batch: Batch) -> Any:
         """The logits, [batch, length, vocabulary], or what the objective needs."""
-        return logits_of(self.model, batch) if self.objective is None else self.objective.forward(batch)
+        return self.logits(batch) if self.objective is None else self.objective.forward(batch)
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Mean next-token loss of the batch (nats per token), or the objective's."""
@@ -172,11 +172,13 @@ class ComposerCausalLM(ComposerModel):
         loss, tokens = token_losses(outputs, labels_of(batch))
         return loss.sum() / tokens.sum().clamp(min=1)
 
+    def logits(self, batch: Batch) -> Tensor:
+        """The logits of the model that is trained or made, [batch, length, vocabulary]."""
+        return logits_of(self.model, batch) if self.objective is None else self.objective.logits(batch)
+
     def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> dict[str, Tensor]:
         """Loss sums, token counts and domain of every sample, [batch] each."""
-        logits = outputs
-        if logits is None:
-            logits = logits_of(self.model, batch) if self.objective is None else self.objective.logits(batch)
+        logits = self.logits(batch) if outputs is None else outputs
         loss, tokens = token_losses(logits, labels_of(batch))
         domain = batch.get("domain")
         return {"loss": loss, "tokens": tokens, "domain": torch.zeros_like(tokens) if domain is None else domain}

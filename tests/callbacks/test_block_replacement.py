@@ -15,8 +15,9 @@ from llmprune.convert.commands import convert
 from llmprune.convert.replaced import read_replaced
 from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
+from llmprune.evaluation.perplexity import PerplexityConfig, measure_perplexity, read_streams
 from llmprune.evaluation.verify import compare, open_for_comparison
-from llmprune.models.loading import StoredWeights, load_model
+from llmprune.models.loading import StoredWeights, load_model, load_tokenizer
 from llmprune.models.walking import blocks_of
 from llmprune.replacements.cache import CachedStates, StatesCache
 from llmprune.replacing import most_alike
@@ -348,3 +349,16 @@ def test_mistakes_of_caches(config: Path, tmp_path: Path, overrides: list[str], 
     with pytest.raises(UserError, match=message):
         build_trainer(load_config(config, [f"run.folder={tmp_path}/run", *CACHED, *overrides]))
     assert not (tmp_path / "run").exists()
+
+
+def test_texts_are_measured_on_the_shortened_model(config: Path, corpus: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six " * 60)
+    live = f"evaluation={{texts: ['{text}'], segment: 32, batch_size: 4}}"
+    train(load_config(config, [f"run.folder={tmp_path}/run", "train.duration=4ba", live]))
+    convert(tmp_path / "run", tmp_path / "out")
+    model, tokenizer = load_model(tmp_path / "out").eval(), load_tokenizer(tmp_path / "out")
+    settings = PerplexityConfig(32, bos=["each"])
+    tokens = read_streams([str(text)], tokenizer, settings)["text"]
+    found = measure_perplexity(model, tokens, settings, "each", bos=tokenizer.bos_token_id, batch_size=4)
+    assert metrics(tmp_path / "run", "metrics/eval/perplexity/text")[-1] == pytest.approx(found.value, rel=1e-5)

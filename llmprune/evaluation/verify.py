@@ -12,7 +12,7 @@ from llmprune.convert.replaced import Replaced, read_replaced
 from llmprune.errors import UserError
 from llmprune.gates.attach import attach
 from llmprune.gates.from_plan import factors_of
-from llmprune.models.loading import load_model, new_model
+from llmprune.models.loading import has_stand_in, load_any_model, load_model, new_model
 from llmprune.plans import Plan
 from llmprune.replacements.streaming import Streaming
 from llmprune.surgery import Surgery
@@ -47,6 +47,8 @@ def open_for_comparison(path: Path | str, plan: Plan | None = None) -> PreTraine
         UserError: it can't be read, or the plan is for another shape.
     """
     if not is_checkpoint(path):
+        if has_stand_in(path) and plan is None:
+            return load_any_model(path, dtype=torch.float32)
         model = load_model(path)
         return model if plan is None else _follow(model, plan)
     checkpoint = Checkpoint.open(path)
@@ -69,7 +71,7 @@ def open_for_comparison(path: Path | str, plan: Plan | None = None) -> PreTraine
 
 def stand_in(model: PreTrainedModel, replaced: Replaced) -> None:
     """Let a whole model compute with a stand-in in place of the span."""
-    streaming = Streaming(model, replaced.stand_in.eval(), replaced.span, {})
+    streaming = Streaming(model, replaced.stand_in.float().eval(), replaced.span, {})
     plain = model.forward
 
     def forward(input_ids: torch.Tensor) -> CausalLMOutput:

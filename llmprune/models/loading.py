@@ -55,10 +55,15 @@ def resolve_model(model: str | Path) -> Path:
 
 def _known(folder: Path) -> Path:
     """Let Transformers know the type of a model in ``folder``, if it is one of llmprune's own."""
-    model_type = str(read_json(folder / "config.json").get("model_type"))
-    if model_type.startswith(PREFIX):
-        register(model_type)
+    if has_stand_in(folder):
+        register(str(read_json(folder / "config.json")["model_type"]))
     return folder
+
+
+def has_stand_in(model: str | Path) -> bool:
+    """Whether a folder holds a model of one of llmprune's own types, in which a network stands in for blocks."""
+    config = Path(model) / "config.json"
+    return config.is_file() and str(read_json(config).get("model_type")).startswith(PREFIX)
 
 
 def load_config(model: str | Path) -> PretrainedConfig:
@@ -68,7 +73,7 @@ def load_config(model: str | Path) -> PretrainedConfig:
         UserError: it can't be read, or its architecture is not supported.
     """
     folder = resolve_model(model)
-    if str(read_json(folder / "config.json").get("model_type")).startswith(PREFIX):
+    if has_stand_in(folder):
         raise UserError(
             f"{model} has a stand-in that no config of its family describes: it can be run and measured, but neither "
             "pruned nor trained; do so before the replacement, or replace by blocks"

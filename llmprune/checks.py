@@ -91,6 +91,8 @@ def _check_replacement(config: Config, settings: BlockReplacementConfig, model_c
         raise UserError("a run has l0_pruning or block_replacement, not both")
     if settings.cache is not None and config.dynamic_loading is not None:
         raise UserError("the mix in block_replacement.cache can't change any more: take dynamic_loading=null")
+    if settings.also and config.model.dtype != "float32":
+        raise UserError("what block_replacement.also names trains in the model's dtype: take model.dtype=float32")
     if settings.cache is not None and settings.cache.samples % config.train.global_batch_size:
         raise UserError(
             f"block_replacement.cache.samples is {settings.cache.samples}; it must be a multiple of the global batch, "

@@ -123,7 +123,7 @@ def make_cache(
     """The states that are trained on; their size is known before anything is computed.
 
     Raises:
-        UserError: the disk has no room for them.
+        UserError: they can't be kept there.
     """
     shape = family_of(model_config).shape(model_config)
     manifest, source = data.manifest, config.model.path
@@ -139,7 +139,7 @@ def make_cache(
     }
     folder = Path(settings.folder) if settings.folder is not None else run.path / "states"
     cache = StatesCache(folder, settings.samples, manifest.sequence_length, shape.hidden, identity)
-    cache.check_room()
+    cache.check()
     return cache
 
 

@@ -15,6 +15,7 @@ from llmprune.errors import UserError
 from llmprune.files import read_json, write_json
 
 BYTES = 2  # bfloat16
+_MARK = "states.json"
 _ENDS = ("before", "after")
 
 
@@ -43,12 +44,24 @@ class StatesCache:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all states are there, of the same model, span and samples."""
-        mark = self._folder / "complete.json"
-        return mark.is_file() and read_json(mark) == self._identity
+        """Whether all states are there."""
+        mark = self._folder / _MARK
+        return mark.is_file() and bool(read_json(mark)["complete"])
 
-    def check_room(self) -> None:
-        """Raise ``UserError`` if the disk has no room for what is still to be written."""
+    def check(self) -> None:
+        """See whether the states are there, or could be written.
+
+        Raises:
+            UserError: the folder holds something else, or the disk has no room for what is still to be written.
+        """
+        mark = self._folder / _MARK
+        if mark.is_file() and read_json(mark)["of"] != self._identity:
+            raise UserError(
+                f"{self._folder} holds states of another model, span or data: name another "
+                "block_replacement.cache.folder, or delete it"
+            )
+        if not mark.is_file() and self._folder.exists() and any(self._folder.iterdir()):
+            raise UserError(f"{self._folder} holds something else: name another block_replacement.cache.folder")
         if self.is_complete:
             return
         place = next(path for path in (self._folder, *self._folder.resolve().parents) if path.exists())
@@ -62,13 +75,16 @@ class StatesCache:
     def create(self) -> None:
         """Make the files, empty; one process of a machine does so."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "complete.json").unlink(missing_ok=True)
+        self._note(complete=False)
         for name in (*_ENDS, "labels"):
             self._map(name, "w+")
 
     def complete(self) -> None:
         """Mark the states as complete."""
-        write_json(self._folder / "complete.json", self._identity)
+        self._note(complete=True)
+
+    def _note(self, *, complete: bool) -> None:
+        write_json(self._folder / _MARK, {"complete": complete, "of": self._identity})
 
     def write(self, places: list[int], before: Tensor, after: Tensor, labels: Tensor) -> None:
         """Store the states [n, length, hidden] and labels [n, length] of the samples at some places."""

@@ -253,6 +253,10 @@ def test_a_plan_names_the_span(config: Path, tmp_path: Path, trained_folder: Pat
         (["block_replacement.start=0", "block_replacement.kind=closed_form"], "can't begin at block 0"),
         (["block_replacement.intermediate=0"], "must be positive"),
         (["l0_pruning.target={layers: 3}"], "not both"),
+        (
+            ["block_replacement.also=[final_norm]", "block_replacement.objectives={lm: 1.0}", "model.dtype=bfloat16"],
+            "take model.dtype=float32",
+        ),
         (["block_replacement.start=null", "sharding={}"], "can't be found on a sharded model"),
     ],
 )
@@ -292,15 +296,20 @@ def test_a_cache_gives_the_same_training(config: Path, tmp_path: Path) -> None:
     trainer.fit()
     trainer.close()
     assert not ran
-    assert (run / "states" / "complete.json").exists() and (
-        run / "states" / "before"
-    ).stat().st_size == 16 * 32 * 32 * 2
+    assert json.loads((run / "states" / "states.json").read_text())["complete"]
+    assert (run / "states" / "before").stat().st_size == 16 * 32 * 32 * 2
     settings = load_config(config)
     tokens = torch.cat([b["input_ids"] for b in first_batches(settings, PreparedData(settings.data.path), 16)])
     plain = load_model(str(settings.model.path)).eval()
     with torch.no_grad():
         states = plain(input_ids=tokens, output_hidden_states=True).hidden_states
     cache = StatesCache(run / "states", 16, 32, 32, {})
+    with pytest.raises(UserError, match="of another model, span or data"):
+        cache.check()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "labels").touch()
+    with pytest.raises(UserError, match="holds something else"):
+        StatesCache(tmp_path / "other", 16, 32, 32, {}).check()
     for place in range(16):
         stored = cache.read(place)
         assert torch.equal(stored["labels"], tokens[place])

@@ -1,6 +1,7 @@
 """Block replacement as a callback: its ranks, its state, what it keeps, what it refuses."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,10 @@ def runs(config: Path) -> Path:
     plain_runs.run(config)
     command = [str(Path(sys.executable).parent / "composer"), "-n", "2", "tests/callbacks/plain_runs.py", str(config)]
     arguments = [f"{name}={overrides}" for name, overrides in RUNS.items()]
-    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # a script finds its own folder only
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     plain_runs.run(config, f"run.folder={config.parent}/cached-alone", *CACHED)
     for name in ("linear", "swiglu"):

@@ -66,7 +66,7 @@ class BlockReplacement(Callback):
         self.config, self.span, self._seed, self._folder, self._fit_on = config, span, seed, folder, fit_on
         self._cache, self._cached = cache, cached
         self.best: tuple[float, int] | None = None  # loss, batch
-        self._logged: dict[str, list[Tensor]] = {}
+        self._sums: dict[str, Tensor] = {}
         self._is_new = True
         self.stand_in: StandIn
         self.streaming: Streaming
@@ -131,7 +131,9 @@ class BlockReplacement(Callback):
         for batch in self._cached:
             source = self.streaming.source(state.device.batch_to_device(batch), after=True, logits=False)
             assert source.after is not None
-            cache.write(batch["slot"].tolist(), source.before, source.after, labels_of(batch))
+            cache.write(
+                batch["slot"].tolist(), source.before, source.after, labels_of(batch), batch.get("position_ids")
+            )
         _reshard(state.model)
         dist.barrier()
         if dist.get_local_rank() == 0:
@@ -158,14 +160,20 @@ class BlockReplacement(Callback):
         return found
 
     def after_loss(self, state: State, logger: Logger) -> None:
-        """Note the objectives of a microbatch."""
-        for name, value in self.streaming.parts.items():
-            self._logged.setdefault(name, []).append(value)
+        """Add the objectives of a microbatch."""
+        tokens = predicting(labels_of(state.batch)).sum()
+        for name, value in {**self.streaming.parts, "tokens": torch.ones_like(tokens)}.items():
+            self._sums[name] = self._sums.get(name, 0) + (value * tokens).double()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Log them."""
-        logger.log_metrics({f"replacement/{name}": torch.stack(v).mean().item() for name, v in self._logged.items()})
-        self._logged = {}
+        """Log their means over all tokens of the batch."""
+        names = sorted(self._sums)
+        sums = torch.stack([self._sums[name] for name in names])
+        dist.all_reduce(sums, reduce_operation="SUM")
+        found = dict(zip(names, sums.tolist(), strict=True))
+        tokens = max(found.pop("tokens"), 1)
+        logger.log_metrics({f"replacement/{name}": value / tokens for name, value in found.items()})
+        self._sums = {}
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Keep what trains if the loss is the lowest so far."""

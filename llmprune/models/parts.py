@@ -25,7 +25,10 @@ def parameters_behind(model: PreTrainedModel, block: int, names: Iterable[str]) 
     """
     family, blocks = family_of(model.config), blocks_of(model)
     found: list[nn.Parameter] = []
+    names = [*names]
     for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"the part '{name}' is named twice")
         kind, _, number = name.partition(".")
         if name == "output" and family.tied(model.config):
             raise UserError("the output layer of this model is its embedding, too: it can't train by itself")

@@ -16,11 +16,13 @@ from llmprune.files import read_json, write_json
 
 BYTES = 2  # bfloat16
 _MARK = "states.json"
+_TOKENS = ("labels", "positions")
+_NONE = -1  # no positions
 _ENDS = ("before", "after")
 
 
 class StatesCache:
-    """Memory-mapped states of samples: FOLDER/before and FOLDER/after, bfloat16, and FOLDER/labels, int32.
+    """Memory-mapped states of samples, in a folder: before and after, bfloat16, and labels and positions, int32.
 
     Attributes:
         samples: how many there are.
@@ -40,7 +42,7 @@ class StatesCache:
         self._folder, self.samples = folder, samples
         self._shape = (samples, length, hidden)
         self._identity = {**identity, "shape": list(self._shape)}
-        self.size = samples * length * (2 * hidden * BYTES + 4)
+        self.size = samples * length * (2 * hidden * BYTES + 8)
 
     @property
     def is_complete(self) -> bool:
@@ -76,7 +78,7 @@ class StatesCache:
         """Make the files, empty; one process of a machine does so."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._note(complete=False)
-        for name in (*_ENDS, "labels"):
+        for name in (*_ENDS, *_TOKENS):
             self._map(name, "w+")
 
     def complete(self) -> None:
@@ -86,21 +88,26 @@ class StatesCache:
     def _note(self, *, complete: bool) -> None:
         write_json(self._folder / _MARK, {"complete": complete, "of": self._identity})
 
-    def write(self, places: list[int], before: Tensor, after: Tensor, labels: Tensor) -> None:
-        """Store the states [n, length, hidden] and labels [n, length] of the samples at some places."""
+    def write(self, places: list[int], before: Tensor, after: Tensor, labels: Tensor, positions: Tensor | None) -> None:
+        """Store the states [n, length, hidden], labels and positions [n, length] of the samples at some places.
+
+        Without positions attention runs from the first token to the last.
+        """
         for name, states in (("before", before), ("after", after)):
             self._map(name, "r+")[places] = states.to(torch.bfloat16).cpu().view(torch.int16).numpy()
         self._map("labels", "r+")[places] = labels.cpu().numpy()
+        self._map("positions", "r+")[places] = _NONE if positions is None else positions.cpu().numpy()
 
     def _map(self, name: str, mode: Any) -> Any:
-        shape, dtype = (self._shape[:2], np.int32) if name == "labels" else (self._shape, np.int16)
+        shape, dtype = (self._shape[:2], np.int32) if name in _TOKENS else (self._shape, np.int16)
         return np.memmap(self._folder / name, dtype, mode, shape=shape)
 
     def read(self, place: int) -> dict[str, Tensor]:
         """One sample: ``before`` and ``after`` [length, hidden], and labels, which stand for its tokens, too."""
         found = {name: torch.from_numpy(self._map(name, "r")[place].copy()).view(torch.bfloat16) for name in _ENDS}
-        labels = torch.from_numpy(self._map("labels", "r")[place].astype(np.int64))
-        return {**found, "input_ids": labels.clamp(min=0), "labels": labels}
+        labels, positions = (torch.from_numpy(self._map(name, "r")[place].astype(np.int64)) for name in _TOKENS)
+        found |= {"input_ids": labels.clamp(min=0), "labels": labels}
+        return found if positions[0] == _NONE else {**found, "position_ids": positions}
 
 
 class CachedStates(IterableDataset[dict[str, Tensor]]):

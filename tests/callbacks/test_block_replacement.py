@@ -90,9 +90,11 @@ def metrics(run: Path, *names: str) -> list[float]:
 
 @pytest.mark.parametrize("name", ["parallel", "sharded", "killed", "whole"])
 def test_losses_equal_those_of_one_rank(runs: Path, name: str) -> None:
-    wanted = ("loss/train/total", "metrics/eval/loss", "metrics/eval/loss/letters")
+    wanted = ("loss/train/total", "metrics/eval/loss", "metrics/eval/loss/letters", "replacement/mse", "replacement/kl")
     one, two = metrics(runs / "one", *wanted), metrics(runs / name, *wanted)
-    assert len(one) == len(two) == BATCHES + 2 * 3
+    assert len(one) == len(two) == 3 * BATCHES + 2 * 3
+    total, mse, kl = (metrics(runs / "one", part)[0] for part in (wanted[0], *wanted[3:]))
+    assert total == pytest.approx(mse + 0.5 * kl, rel=1e-5)
     assert two == pytest.approx(one, rel=1e-5)
     assert one[0] > 2 * min(metrics(runs / "one", "loss/train/total"))  # it learns
 
@@ -256,6 +258,7 @@ def test_a_plan_names_the_span(config: Path, tmp_path: Path, trained_folder: Pat
         (["block_replacement.top_k=5", "block_replacement.objectives={lm: 1.0}"], "belongs to the objective kl"),
         (["block_replacement.start=0", "block_replacement.kind=closed_form"], "can't begin at block 0"),
         (["block_replacement.intermediate=0"], "must be positive"),
+        (["block_replacement.also=[block.5, block.5]", "block_replacement.objectives={lm: 1.0}"], "named twice"),
         (["l0_pruning.target={layers: 3}"], "not both"),
         (
             ["block_replacement.also=[final_norm]", "block_replacement.objectives={lm: 1.0}", "model.dtype=bfloat16"],
@@ -321,6 +324,16 @@ def test_a_cache_gives_the_same_training(config: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(stored[end].float(), states[number][place], rtol=2**-8, atol=1e-5)
     losses = metrics(run, "loss/train/total")
     assert len(losses) == 7 and losses[-1] < losses[0]
+
+
+def test_a_cache_keeps_documents_apart(config: Path, tmp_path: Path) -> None:
+    """Blocks that begin as the span itself reach its output, but for the rounding to bfloat16."""
+    whole = ["block_replacement.length=2", "block_replacement.blocks=2", "optimizer.lr=0.0", "train.eval_interval=0ba"]
+    for boundaries in (False, True):
+        run = tmp_path / str(boundaries)
+        documents = f"data.document_boundaries={str(boundaries).lower()}"
+        train(load_config(config, [f"run.folder={run}", *CACHED, *whole, documents]))
+        assert max(metrics(run, "replacement/mse")) < 1e-4
 
 
 def test_a_cache_on_two_ranks_and_after_a_kill(runs: Path) -> None:

@@ -30,7 +30,7 @@ from llmprune.run_folder import Manifest, RunFolder
 from llmprune.sharding import check_sharding
 
 # What a run of block replacement goes on with.
-REPLACEMENT_KEPT = ("start", "length", "kind", "blocks", "take", "intermediate", "objectives", "top_k", "also")
+REPLACEMENT_KEPT = ("start", "length", "kind", "blocks", "take", "intermediate", "objectives", "top_k", "also", "cache")
 _STREAM_UNITS = {TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN}
 
 

@@ -38,7 +38,7 @@ def known_span(config: Config, model_config: PretrainedConfig, run: RunFolder, r
     assert settings is not None
     span = given_span(config)
     if span is None and resume is not None and (saved := Manifest.load(run.checkpoints).block_replacement):
-        return Span(saved["start"], saved["length"])
+        return Span(saved["start"], settings.length or saved["length"])  # another length is refused later
     if settings.plan is not None and source is not None and resume is None:
         found = on_rank_zero(lambda: fingerprint(StoredWeights(source), model_config))
         if (wanted := Plan.load(settings.plan).model) != found:

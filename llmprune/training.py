@@ -32,7 +32,7 @@ from llmprune.models.placement import DTYPES
 from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.ranks import on_rank_zero, share_cores
 from llmprune.replacements.span import Span
-from llmprune.replacing import known_span, make_cache, make_replacement, most_alike
+from llmprune.replacing import check_replacement, known_span, make_cache, make_replacement, most_alike
 from llmprune.run_folder import RANDOM, Manifest, RunFolder, git_commit, versions
 from llmprune.sharding import AverageGradients, parallelism
 from llmprune.streams import eval_loader, first_batches, make_loaders
@@ -61,6 +61,7 @@ def build_trainer(config: Config) -> Trainer:
     if config.block_replacement is not None and span is None:
         samples = first_batches(config, inputs.data, config.block_replacement.score_samples)
         span = most_alike(model, samples, config.block_replacement.length or 1)
+        check_replacement(config.block_replacement, inputs.model_config, span)
         manifest = _manifest(config, inputs, span)
         print(f"{span} of the model are the most alike at both ends: they are replaced")
     cache = None

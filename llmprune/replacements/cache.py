@@ -62,6 +62,8 @@ class StatesCache:
                 f"{self._folder} holds states of another model, span or data: name another "
                 "block_replacement.cache.folder, or delete it"
             )
+        if self._folder.exists() and not self._folder.is_dir():
+            raise UserError(f"block_replacement.cache.folder {self._folder} is a file: name a folder")
         if not mark.is_file() and self._folder.exists() and any(self._folder.iterdir()):
             raise UserError(f"{self._folder} holds something else: name another block_replacement.cache.folder")
         if self.is_complete:

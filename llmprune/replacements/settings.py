@@ -99,7 +99,9 @@ class BlockReplacementConfig:
         for name, least in (("score_samples", 1), ("fit_samples", 1), ("blocks", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"block_replacement.{name} is {getattr(self, name)}; it must be positive")
-        if self.ridge < 0:
+        if self.length is not None and self.length < 1:
+            raise UserError(f"block_replacement.length is {self.length}; it must be positive")
+        if not 0 <= self.ridge < float("inf"):
             raise UserError(f"block_replacement.ridge is {self.ridge}; it must be zero or positive")
         if self.intermediate is not None and self.intermediate < 1:
             raise UserError(f"block_replacement.intermediate is {self.intermediate}; it must be positive")

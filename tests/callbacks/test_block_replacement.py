@@ -241,7 +241,9 @@ def test_a_plan_names_the_span(config: Path, tmp_path: Path, trained_folder: Pat
     ("overrides", "message"),
     [
         (["block_replacement.start=4"], "does not lie within the model's blocks, 0 to 5"),
-        (["block_replacement.length=0"], "does not lie within"),
+        (["block_replacement.length=0", "block_replacement.start=null"], "length is 0; it must be positive"),
+        (["block_replacement.ridge=.nan"], "must be zero or positive"),
+        ([*CACHED, f"block_replacement.cache={{samples: 16, folder: {__file__}}}"], "is a file: name a folder"),
         (["block_replacement.start=0", "block_replacement.length=6"], "the whole model"),
         (["block_replacement.length=null"], "names no span"),
         (["block_replacement.plan=x.json"], "leave out start and length"),

@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,12 @@ def _check_replacement(config: Config, settings: BlockReplacementConfig, model_c
             "the span can't be found on a sharded model: find it first (`llmprune score`, `llmprune plan --span`) and "
             "name the plan"
         )
-    check_replacement(settings, model_config, span or Span(1, settings.length or 1))
+    if span is None:  # any will do but for what lies behind it
+        assert settings.length is not None
+        length = settings.length
+        span = Span(max(family_of(model_config).shape(model_config).layers - length, 0), length)
+        settings = replace(settings, also=[])
+    check_replacement(settings, model_config, span)
 
 
 def config_from_fields(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:

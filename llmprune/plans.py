@@ -4,7 +4,7 @@ Everything that decides writes a plan; surgery alone carries it out. On disk a p
 which a person can read and edit, and a safetensors file beside it with the factors::
 
     plan.json         {"schema", "family", "model", "source", "hidden",
-                       "blocks": [{"attention", "mlp", "heads", "channels", "merge"}, …]}
+                       "blocks": [{"attention", "mlp", "heads", "channels", "merge"}, …], "stand_in"}
     plan.safetensors  "hidden", "attention", "mlp", "heads.I", "channels.J"   (float32; each is optional)
 """
 
@@ -71,6 +71,8 @@ class Plan:
             [kept hidden], ``attention`` and ``mlp`` [kept blocks] (what the sub-layer adds to the residual stream; 0 =
             it does nothing), ``heads.I`` [kept heads], ``channels.J`` [kept channels], where I and J are the source's
             numbers of the block's attention and MLP. Absent = one.
+        stand_in: what takes the place of the blocks that go, in words; its weights are the run's, so such a plan is a
+            record and can't be applied. None = nothing.
     """
 
     family: str
@@ -79,6 +81,7 @@ class Plan:
     blocks: tuple[KeptBlock, ...]
     hidden: tuple[int, ...] | None = None
     factors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    stand_in: str | None = None
 
     def __post_init__(self) -> None:
         """Check that the plan is a possible one, and uniform over blocks, as configs need it.
@@ -150,6 +153,14 @@ class Plan:
             lengths[f"channels.{block.mlp}"] = shape.intermediate
         return lengths
 
+    def check_applicable(self) -> None:
+        """Raise ``UserError`` if the plan alone does not say what comes out."""
+        if self.stand_in is not None:
+            raise UserError(
+                f"the plan puts a trained stand-in ({self.stand_in}) in the place of blocks, and only the run has its "
+                "weights: use `llmprune convert RUN`"
+            )
+
     def save(self, path: Path | str) -> None:
         """Write the plan to ``path`` (.json) and its factors beside it (.safetensors)."""
         path = Path(path)
@@ -164,6 +175,7 @@ class Plan:
             "hidden": self.hidden,
             "blocks": [asdict(block) for block in self.blocks],
             "factors": path.with_suffix(".safetensors").name if self.factors else None,
+            "stand_in": self.stand_in,
         }
         write_json(path, values)
 
@@ -197,6 +209,7 @@ class Plan:
                 blocks=blocks,
                 hidden=_indices(values["hidden"]),
                 factors=factors,
+                stand_in=values.get("stand_in"),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{path} is not a plan ({type(error).__name__}: {error})") from None

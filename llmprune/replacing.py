@@ -37,6 +37,8 @@ def known_span(config: Config, model_config: PretrainedConfig, run: RunFolder, r
     settings, source = config.block_replacement, config.model.path
     assert settings is not None
     span = given_span(config)
+    if settings.plan is not None and Plan.load(settings.plan).source != family_of(model_config).shape(model_config):
+        raise UserError(f"{settings.plan} is for a model of another shape")
     if span is None and resume is not None and (saved := Manifest.load(run.checkpoints).block_replacement):
         return Span(saved["start"], settings.length or saved["length"])  # another length is refused later
     if settings.plan is not None and source is not None and resume is None:

@@ -45,7 +45,7 @@ def build_trainer(config: Config) -> Trainer:
     """Check the config, make the run folder ready and build the trainer.
 
     Raises:
-        UserError: see ``check`` and ``RunFolder.prepare``.
+        UserError: see ``check`` and ``RunFolder.find``.
     """
     inputs = check(config)
     share_cores()
@@ -60,10 +60,12 @@ def build_trainer(config: Config) -> Trainer:
     model = make_model(config, inputs)
     if config.block_replacement is not None and span is None:
         samples = first_batches(config, inputs.data, config.block_replacement.score_samples)
-        span = most_alike(model, samples, config.block_replacement.length or 1)
+        assert config.block_replacement.length is not None
+        span = most_alike(model, samples, config.block_replacement.length)
         check_replacement(config.block_replacement, inputs.model_config, span)
         manifest = _manifest(config, inputs, span)
-        print(f"{span} of the model are the most alike at both ends: they are replaced")
+        if dist.get_global_rank() == 0:
+            print(f"replaced: {span}, whose input and output are the most alike")
     cache = None
     if config.block_replacement is not None and config.block_replacement.cache is not None and span is not None:
         cache = make_cache(config, config.block_replacement.cache, inputs.model_config, inputs.data, run, span)

@@ -53,12 +53,12 @@ def convert(
         replaced = read_replaced(opened, best=opened.path != Path(checkpoint).resolve())
         weights = replaced.weights
         _say_which(replaced)
-    plan = keep_everything(opened.config, fingerprint(weights, opened.config))
+    plan = keep_everything(opened.config, opened.fingerprint())
     if gates is not None:
         _warn_of_unfinished(gates)
         plan = gates.plan(opened.family.name, plan.model)
     if replaced is not None:
-        plan = dataclasses.replace(plan, blocks=replaced.kept(plan.source.layers))
+        plan = dataclasses.replace(plan, blocks=replaced.kept(plan.source.layers), stand_in=replaced.described)
     card = {
         "Data": f"Trained on `{manifest.data['path']}`.",
         "Training": {
@@ -108,6 +108,7 @@ def apply(model: Path | str, plan: Plan | Path | str, out: Path | str, *, overwr
     refuse_replacing(out, [place] if isinstance(plan, Plan) else [place, plan])
     if not isinstance(plan, Plan):
         plan = Plan.load(plan)
+    plan.check_applicable()
     if plan.model != (found := fingerprint(weights, config)):
         raise UserError(
             f"the plan was made for a model with the hash {plan.model}; {model} has {found}: apply it to the model "

@@ -66,6 +66,11 @@ class Replaced:
         return self.span.kept(layers, self.stand_in.offsets)
 
     @property
+    def described(self) -> str | None:
+        """What stands in for what, in words; None = nothing."""
+        return None if self.settings.kind == "none" else f"{self.settings.kind} for {self.span}"
+
+    @property
     def network(self) -> Network | None:
         """The stand-in, if the model needs a modelling file for it."""
         network = self.stand_in.network

@@ -90,6 +90,7 @@ def _merges(plan: Plan) -> bool:
 
 def _follow(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Let a whole model compute what a plan leaves of it."""
+    plan.check_applicable()
     surgery = Surgery(model.config, plan)  # refuses a plan for another model
     family = surgery.family
     whole = {name: tensor.clone() for name, tensor in model.state_dict().items()} if _merges(plan) else {}

@@ -92,8 +92,8 @@ class BlockReplacementConfig:
             raise UserError("what block_replacement.also names learns from the objective lm alone: give it a weight")
         if self.cache is not None and (set(self.weights) - set(HIDDEN_OBJECTIVES)):
             raise UserError("block_replacement.cache holds the states that mse and cosine need: lm and kl need more")
-        if self.cache is not None and self.kind == "closed_form":
-            raise UserError("closed_form reads more than block_replacement.cache holds: leave the cache out")
+        if self.cache is not None and self.kind in ("none", "closed_form"):
+            raise UserError(f"{self.kind} does not learn from what block_replacement.cache holds: leave the cache out")
         if self.cache is not None and self.cache.samples < 1:
             raise UserError(f"block_replacement.cache.samples is {self.cache.samples}; it must be positive")
         for name, least in (("score_samples", 1), ("fit_samples", 1), ("blocks", 1)):

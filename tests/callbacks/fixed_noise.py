@@ -1,12 +1,13 @@
 """Run a few batches of pruning with the noise held fixed and keep gradients and gates of every batch.
 
 Used in-process, and as a script under the launcher for several runs one after the other:
-``composer -n 2 fixed_noise.py CONFIG NAME=override,override NAME=override …`` where an override ``kill=N`` ends the run
+``composer -n 2 fixed_noise.py CONFIG NAME=override;override NAME=override …`` where an override ``kill=N`` ends the run
 at batch N and goes on with it. Every run saves RUN_FOLDER/history.RANK.
 """
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -103,14 +104,19 @@ def evaluate(config: Path, *overrides: str) -> float:
     return float(trainer.state.eval_metric_values["loss"])
 
 
+def named_runs(base: Path, arguments: list[str]) -> Iterator[tuple[str, list[str], int | None]]:
+    """Name, overrides and the batch of the kill of every run that a command line names."""
+    for name, _, listed in (argument.partition("=") for argument in arguments):
+        overrides = [f"run.folder={base}/{name}", *filter(None, listed.split(";"))]
+        kill = next((int(o.removeprefix("kill=")) for o in overrides if o.startswith("kill=")), None)
+        yield name, [o for o in overrides if not o.startswith("kill=")], kill
+
+
 def main() -> None:
     """Do the runs that the command line names."""
     config, *runs = sys.argv[1:]
     base = Path(load_config(config).run.folder).parent
-    for name, _, listed in (argument.partition("=") for argument in runs):
-        overrides = [f"run.folder={base}/{name}", *filter(None, listed.split(","))]
-        kill = next((int(o.removeprefix("kill=")) for o in overrides if o.startswith("kill=")), None)
-        overrides = [o for o in overrides if not o.startswith("kill=")]
+    for name, overrides, kill in named_runs(base, runs):
         if name == "hybrid":
             torch.save(evaluate(Path(config), *overrides), base / name / "loss")
             continue

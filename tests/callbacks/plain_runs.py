@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from llmprune import training
 from llmprune.config import load_config
-from tests.callbacks.fixed_noise import KillAt, Killed
+from tests.callbacks.fixed_noise import KillAt, Killed, named_runs
 
 
 def run(config: Path, *overrides: str, kill: int | None = None) -> dict[str, torch.Tensor]:
@@ -35,10 +35,7 @@ def main() -> None:
     """Do the runs that the command line names."""
     config, *runs = sys.argv[1:]
     base = Path(load_config(config).run.folder).parent
-    for name, _, listed in (argument.partition("=") for argument in runs):
-        overrides = [f"run.folder={base}/{name}", *filter(None, listed.split(";"))]
-        kill = next((int(o.removeprefix("kill=")) for o in overrides if o.startswith("kill=")), None)
-        overrides = [o for o in overrides if not o.startswith("kill=")]
+    for _, overrides, kill in named_runs(base, runs):
         if kill is not None:
             run(Path(config), *overrides, kill=kill)
             overrides.append("run.autoresume=true")

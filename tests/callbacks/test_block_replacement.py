@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from llmprune.config import load_config
 from llmprune.convert.checkpoint import Checkpoint
-from llmprune.convert.commands import convert
+from llmprune.convert.commands import apply, convert
 from llmprune.convert.replaced import read_replaced
 from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
@@ -20,6 +20,7 @@ from llmprune.evaluation.perplexity import PerplexityConfig, measure_perplexity,
 from llmprune.evaluation.verify import compare, open_for_comparison
 from llmprune.models.loading import StoredWeights, load_model, load_tokenizer
 from llmprune.models.walking import blocks_of
+from llmprune.plans import Plan
 from llmprune.replacements.cache import CachedStates, StatesCache
 from llmprune.replacing import most_alike
 from llmprune.scoring.states import one_minus_cosine
@@ -120,6 +121,18 @@ def test_what_is_frozen_stays_bit_for_bit(runs: Path, trained_folder: Path, name
     trained = ("model.norm.", "model.layers.5.") if name == "swiglu" else ()
     changed = [key for key in stored if key in list(found) and not torch.equal(stored[key].to(dtype), found[key])]
     assert all(key.startswith(trained) for key in changed) and bool(changed) == bool(trained)
+
+
+def test_a_plan_with_a_stand_in_is_a_record(runs: Path, trained_folder: Path, tmp_path: Path) -> None:
+    """Without its weights it would silently make another model."""
+    plan = convert(runs / "one", tmp_path / "out")
+    stored = Plan.load(tmp_path / "out" / "llmprune" / "plan.json")
+    assert stored.stand_in == plan.stand_in == "blocks for blocks 2 to 4"
+    for model in (trained_folder, runs / "one"):
+        with pytest.raises(UserError, match="use `llmprune convert RUN`"):
+            apply(model, tmp_path / "out" / "llmprune" / "plan.json", tmp_path / "again")
+    with pytest.raises(UserError, match="use `llmprune convert RUN`"):
+        open_for_comparison(trained_folder, plan)
 
 
 @pytest.mark.parametrize("name", ["one", *RUNS])
@@ -243,6 +256,7 @@ def test_a_plan_names_the_span(config: Path, tmp_path: Path, trained_folder: Pat
         (["block_replacement.start=4"], "does not lie within the model's blocks, 0 to 5"),
         (["block_replacement.length=0", "block_replacement.start=null"], "length is 0; it must be positive"),
         (["block_replacement.ridge=.nan"], "must be zero or positive"),
+        ([*CACHED, "block_replacement.kind=none"], "leave the cache out"),
         ([*CACHED, f"block_replacement.cache={{samples: 16, folder: {__file__}}}"], "is a file: name a folder"),
         (["block_replacement.start=0", "block_replacement.length=6"], "the whole model"),
         (["block_replacement.length=null"], "names no span"),
@@ -266,6 +280,7 @@ def test_a_plan_names_the_span(config: Path, tmp_path: Path, trained_folder: Pat
             ["block_replacement.also=[final_norm]", "block_replacement.objectives={lm: 1.0}", "model.dtype=bfloat16"],
             "take model.dtype=float32",
         ),
+        (["block_replacement.start=null", "block_replacement.length=6"], "the whole model"),
         (["block_replacement.start=null", "sharding={}"], "can't be found on a sharded model"),
     ],
 )

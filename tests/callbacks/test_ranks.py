@@ -43,9 +43,9 @@ loggers: {{console: false}}
 
 RUNS = {
     "parallel": "",
-    "sharded": "sharding={},train.activation_checkpointing=true",
-    "killed": "sharding={},train.activation_checkpointing=true,kill=13",
-    "sparsity": "sharding={},l0_pruning.target=null,l0_pruning.target_sparsity=0.4,train.duration=3ba",
+    "sharded": "sharding={};train.activation_checkpointing=true",
+    "killed": "sharding={};train.activation_checkpointing=true;kill=13",
+    "sparsity": "sharding={};l0_pruning.target=null;l0_pruning.target_sparsity=0.4;train.duration=3ba",
     "whole": "sharding.checkpoints=whole",
 }
 

@@ -220,6 +220,25 @@ def test_a_type_of_its_own(tmp_path: Path) -> None:
         load_config(tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_bfloat16_model_teaches_a_float32_stand_in(name: str, tokens: torch.Tensor) -> None:
+    """As with model.dtype=bfloat16 and amp_bf16: the same as in float32, but for rounding."""
+    model = random_model(CONFIGS[name]).requires_grad_(False)
+    exact, mixed = (stand_in_for(model, kind="blocks"), stand_in_for(model, kind="blocks"))
+    batch, weights = {"input_ids": tokens}, {"mse": 1.0, "kl": 1.0}
+    wanted = Streaming(model, exact, SPAN, weights)
+    loss = wanted.loss(wanted.forward(batch), batch)
+    loss.backward()
+    found = Streaming(copy.deepcopy(model).bfloat16(), mixed, SPAN, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = found.loss(found.forward(batch), batch)
+    rounded.backward()
+    assert rounded.item() == pytest.approx(loss.item(), rel=0.1)
+    grads = [[p.grad.flatten() for p in one.parameters() if p.grad is not None] for one in (exact, mixed)]
+    assert all(grad.dtype is torch.float32 for grad in grads[1])
+    assert torch.cosine_similarity(torch.cat(grads[0]), torch.cat(grads[1]), 0) > 0.95
+
+
 def test_operations_are_those_of_torchs_counter(tokens: torch.Tensor) -> None:
     """But for norms, softmax and the like."""
     config = CONFIGS["llama-grouped-untied"]

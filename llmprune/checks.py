@@ -134,8 +134,8 @@ def config_from_fields(values: dict[str, Any], tokenizer: PreTrainedTokenizerBas
     try:
         config = CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **special, **values})
         shape = family.shape(config)
-        sizes = vars(shape)
-        if not all(isinstance(size, int) and size > 0 for size in sizes.values()) or shape.heads % shape.kv_heads:
+        sizes = [size for size in vars(shape).values() if size is not None]
+        if not all(isinstance(size, int) and size > 0 for size in sizes) or shape.heads % shape.kv_heads:
             raise ValueError(f"{shape}: all must be positive, and heads a multiple of kv_heads")
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"model.config makes no {model_type} model ({str(error).strip().splitlines()[0]})") from None

@@ -119,9 +119,9 @@ def write_text(path: Path | str, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def to_json(value: Any, *, indent: int | None = None) -> str:
+def to_json(value: Any) -> str:
     """``value`` as JSON; what is no finite number becomes null, since JSON has no word for it."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+    return json.dumps(_finite(value), allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
@@ -133,8 +133,18 @@ def _finite(value: Any) -> Any:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically; see ``to_json``."""
-    write_text(path, to_json(value, indent=2) + "\n")
+    """Write ``value`` as indented JSON with every list of plain values on one line, atomically; see ``to_json``."""
+    write_text(path, _indented(_finite(value), "\n") + "\n")
+
+
+def _indented(value: Any, newline: str) -> str:
+    inner = newline + "  "
+    if isinstance(value, dict) and value:
+        items = [f"{json.dumps(str(key))}: {_indented(item, inner)}" for key, item in value.items()]
+        return "{" + inner + ("," + inner).join(items) + newline + "}"
+    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        return "[" + inner + ("," + inner).join(_indented(item, inner) for item in value) + newline + "]"
+    return json.dumps(value, allow_nan=False)
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

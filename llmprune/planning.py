@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from llmprune.data.calibration import CalibrationConfig, calibration_samples, samples_fingerprint
 from llmprune.errors import UserError
-from llmprune.families import family_of
+from llmprune.families import Shape, family_of
 from llmprune.models.loading import StoredWeights, fingerprint, load_config, load_model, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.placement import DTYPES
@@ -19,6 +19,7 @@ from llmprune.scoring.criteria import CRITERIA
 from llmprune.scoring.criterion import Section
 from llmprune.scoring.scores import Scores
 from llmprune.scoring.selection import SELECTIONS, Opened, PlanConfig, Request, select
+from llmprune.surgery import Surgery
 
 __all__ = ["SELECTIONS", "compare", "make_plan", "merging", "repeated"]
 
@@ -34,7 +35,10 @@ def make_plan(scores: Scores, config: PlanConfig, *, model: str | None = None) -
     Raises:
         UserError: the request is impossible, or (for ways that look at the model again) the model is another one.
     """
-    return select(_request(scores, config, model or scores.model))
+    plan = select(_request(scores, config, model or scores.model))
+    if config.shape is not None:
+        Surgery(load_config(model or scores.model), plan)
+    return plan
 
 
 class _Opening(Exception):
@@ -68,16 +72,26 @@ def rehearse(config: PlanConfig, criteria: Sequence[str], model_config: Pretrain
         blocks={name: [0.0] * shape.layers for name in of[Section.BLOCKS]},
         subblocks={name: [0.0] * shape.layers for name in of[Section.SUBBLOCKS]},
         spans=dict.fromkeys(of[Section.SPANS], lengths),
+        units={name: _no_units(shape, kinds[name].needs_experts) for name in of[Section.UNITS]},
     )
 
     def opening() -> Opened:
         raise _Opening
 
     try:
-        select(Request(scores, config, opening, family.is_parallel(model_config)))
+        plan = select(Request(scores, config, opening, family.is_parallel(model_config)))
+        Surgery(model_config, plan)
     except _Opening:
         if config.method != "iterative" and all(kind.reads in (None, "weights") for kind in kinds.values()):
             raise UserError(f"'{config.method}' needs calibration text, which none of the criteria reads") from None
+
+
+def _no_units(shape: Shape, experts_only: bool) -> dict[str, list[list[float]]]:
+    counts = {"experts": shape.experts}
+    if not experts_only:
+        channels = {} if shape.experts else {"channels": shape.intermediate}
+        counts |= {"heads": shape.heads, "kv_groups": shape.kv_heads, "hidden": shape.hidden, **channels}
+    return {unit: [[0.0] * count] * shape.layers for unit, count in counts.items() if count is not None}
 
 
 def removed_blocks(plan: Plan) -> list[int]:
@@ -95,6 +109,10 @@ def describe(plan: Plan) -> str:
     notes += [f"gone: {', '.join(map(str, removed_blocks(plan)))}"] if removed_blocks(plan) else []
     notes += [f"attention/MLP of two blocks: {', '.join(parted)}"] if parted else []
     notes += [f"merged: {'; '.join(merged)}"] if merged else []
+    if replace(plan.shape, layers=plan.source.layers) != plan.source:
+        before, after = vars(plan.source), vars(plan.shape)
+        narrower = [f"{n} {after[n]} of {before[n]}" for n in before if n != "layers" and before[n] != after[n]]
+        notes.append(", ".join(narrower))
     return "; ".join(notes)
 
 
@@ -140,7 +158,7 @@ def _request(scores: Scores, config: PlanConfig, model: str) -> Request:
 def _parallel(scores: Scores, config: PlanConfig, model: str) -> bool:
     """Whether attention and MLP of a block read the same input; only ways that part them need to know."""
     if config.method not in ("list", "sublayers"):
-        return False
+        return False  # the others keep blocks whole
     model_config = load_config(model)
     return family_of(model_config).is_parallel(model_config)
 

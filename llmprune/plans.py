@@ -4,8 +4,9 @@ Everything that decides writes a plan; surgery alone carries it out. On disk a p
 which a person can read and edit, and a safetensors file beside it with the factors::
 
     plan.json         {"schema", "family", "model", "source", "hidden",
-                       "blocks": [{"attention", "mlp", "heads", "channels", "merge"}, …], "stand_in"}
-    plan.safetensors  "hidden", "attention", "mlp", "heads.I", "channels.J"   (float32; each is optional)
+                       "blocks": [{"attention", "mlp", "heads", "channels", "merge", "experts"}, …], "stand_in"}
+    plan.safetensors  "hidden", "attention", "mlp", "heads.I", "channels.J", and corrections: "mean.attention.I",
+                      "linear.mlp.J", …   (float32; each is optional)
 """
 
 import math
@@ -38,6 +39,7 @@ class KeptBlock:
         channels: MLP channels, ascending.
         merge: what the block's weights are made of, if not of its own alone: (number in the source, weight) of every
             block that is part of the sum; the weights add up to one.
+        experts: of a mixture of experts, ascending.
     """
 
     attention: int
@@ -45,13 +47,12 @@ class KeptBlock:
     heads: tuple[int, ...] | None = None
     channels: tuple[int, ...] | None = None
     merge: tuple[tuple[int, float], ...] | None = None
+    experts: tuple[int, ...] | None = None
 
     @classmethod
-    def whole(
-        cls, index: int, heads: tuple[int, ...] | None = None, channels: tuple[int, ...] | None = None
-    ) -> "KeptBlock":
-        """The source's block ``index``."""
-        return cls(index, index, heads, channels)
+    def whole(cls, index: int, **units: tuple[int, ...] | None) -> "KeptBlock":
+        """The source's block ``index``, with some of its heads, channels or experts."""
+        return cls(index, index, **units)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         return str(self.attention) if self.attention == self.mlp else f"{self.attention}/{self.mlp}"
@@ -71,6 +72,9 @@ class Plan:
             [kept hidden], ``attention`` and ``mlp`` [kept blocks] (what the sub-layer adds to the residual stream; 0 =
             it does nothing), ``heads.I`` [kept heads], ``channels.J`` [kept channels], where I and J are the source's
             numbers of the block's attention and MLP. Absent = one.
+        corrections: what the output matrices of a block's attention and MLP (``attention.I``, ``mlp.J``) know of the
+            inputs that go, float32: ``mean.…`` [gone inputs], their mean, which joins the bias; ``linear.…`` [gone
+            inputs, kept inputs], what they are as a sum of the kept ones, which joins the kept columns.
         stand_in: what takes the place of the blocks that go, in words; its weights are the run's, so such a plan is a
             record and can't be applied. None = nothing.
     """
@@ -81,6 +85,7 @@ class Plan:
     blocks: tuple[KeptBlock, ...]
     hidden: tuple[int, ...] | None = None
     factors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    corrections: Mapping[str, torch.Tensor] = field(default_factory=dict)
     stand_in: str | None = None
 
     def __post_init__(self) -> None:
@@ -96,6 +101,7 @@ class Plan:
             _check_merge(block, source.layers)
             _check_indices(f"heads of block {block}", block.heads, source.heads)
             _check_indices(f"channels of block {block}", block.channels, source.intermediate)
+            _check_indices(f"experts of block {block}", block.experts, source.experts or 0)
             per_group = {len(heads) for heads in self.heads_by_group(block).values()}
             if len(per_group) > 1:
                 raise UserError(
@@ -106,6 +112,7 @@ class Plan:
             "heads": {len(self.heads(block)) for block in self.blocks},
             "key/value groups": {len(self.heads_by_group(block)) for block in self.blocks},
             "channels": {len(self.channels(block)) for block in self.blocks},
+            "experts": {len(self.experts(block)) for block in self.blocks},
         }.items():
             if len(sizes) > 1:
                 raise UserError(f"blocks keep different numbers of {what} ({sorted(sizes)}): a config needs one number")
@@ -116,6 +123,13 @@ class Plan:
                     f"the plan's factor '{name}' has the shape {list(factor.shape)}, expected "
                     f"[{expected.get(name, 'none')}]"
                 )
+        sizes = self._correction_shapes() if self.corrections else {}
+        for name, tensor in self.corrections.items():
+            if tuple(tensor.shape) != sizes.get(name):
+                raise UserError(
+                    f"the plan's correction '{name}' has the shape {list(tensor.shape)}, expected "
+                    f"{list(sizes.get(name, ('none',)))}"
+                )
 
     def heads(self, block: KeptBlock) -> tuple[int, ...]:
         """The query heads of ``block`` that stay."""
@@ -124,6 +138,22 @@ class Plan:
     def channels(self, block: KeptBlock) -> tuple[int, ...]:
         """The MLP channels of ``block`` that stay."""
         return tuple(range(self.source.intermediate)) if block.channels is None else block.channels
+
+    def experts(self, block: KeptBlock) -> tuple[int, ...]:
+        """The experts of ``block`` that stay; empty where the model has none."""
+        return tuple(range(self.source.experts or 0)) if block.experts is None else block.experts
+
+    def inputs(self, block: KeptBlock, sublayer: str) -> tuple[list[int], list[int]]:
+        """The inputs of a sub-layer's output matrix that stay, and those that go."""
+        size = self.source.head_dim if sublayer == "attention" else 1
+        units, count = (
+            (self.heads(block), self.source.heads)
+            if sublayer == "attention"
+            else (self.channels(block), self.source.intermediate)
+        )
+        rows = [[unit * size + row for row in range(size)] for unit in range(count)]
+        gone = set(range(count)) - set(units)
+        return [row for unit in units for row in rows[unit]], [row for unit in sorted(gone) for row in rows[unit]]
 
     def heads_by_group(self, block: KeptBlock) -> dict[int, list[int]]:
         """The key/value groups of ``block`` that stay, each with its query heads that stay."""
@@ -143,6 +173,7 @@ class Plan:
             heads=len(self.heads(first)),
             kv_heads=len(self.heads_by_group(first)),
             intermediate=len(self.channels(first)),
+            experts=len(self.experts(first)) or None,
         )
 
     def _factor_lengths(self) -> dict[str, int]:
@@ -152,6 +183,15 @@ class Plan:
             lengths[f"heads.{block.attention}"] = shape.heads
             lengths[f"channels.{block.mlp}"] = shape.intermediate
         return lengths
+
+    def _correction_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for block in self.blocks:
+            for sublayer, number in (("attention", block.attention), ("mlp", block.mlp)):
+                kept, gone = self.inputs(block, sublayer)
+                shapes[f"mean.{sublayer}.{number}"] = (len(gone),)
+                shapes[f"linear.{sublayer}.{number}"] = (len(gone), len(kept))
+        return shapes
 
     def check_applicable(self) -> None:
         """Raise ``UserError`` if the plan alone does not say what comes out."""
@@ -164,8 +204,8 @@ class Plan:
     def save(self, path: Path | str) -> None:
         """Write the plan to ``path`` (.json) and its factors beside it (.safetensors)."""
         path = Path(path)
-        if self.factors:
-            tensors = {name: factor.detach().float().cpu() for name, factor in self.factors.items()}
+        if self.factors or self.corrections:
+            tensors = {name: t.detach().float().cpu() for name, t in {**self.factors, **self.corrections}.items()}
             save_tensors(path.with_suffix(".safetensors"), tensors)
         values = {
             "schema": 1,
@@ -174,7 +214,7 @@ class Plan:
             "source": asdict(self.source),
             "hidden": self.hidden,
             "blocks": [asdict(block) for block in self.blocks],
-            "factors": path.with_suffix(".safetensors").name if self.factors else None,
+            "factors": path.with_suffix(".safetensors").name if self.factors or self.corrections else None,
             "stand_in": self.stand_in,
         }
         write_json(path, values)
@@ -198,17 +238,20 @@ class Plan:
                     _indices(block["heads"]),
                     _indices(block["channels"]),
                     None if block.get("merge") is None else tuple((number, w) for number, w in block["merge"]),
+                    _indices(block.get("experts")),
                 )
                 for block in values["blocks"]
             )
-            factors = load_file(path.parent / Path(values["factors"]).name) if values["factors"] else {}
+            tensors = load_file(path.parent / Path(values["factors"]).name) if values["factors"] else {}
+            corrections = {name: t for name, t in tensors.items() if name.startswith(("mean.", "linear."))}
             return cls(
                 family=values["family"],
                 model=values["model"],
                 source=shape_from(values["source"]),
                 blocks=blocks,
                 hidden=_indices(values["hidden"]),
-                factors=factors,
+                factors={name: tensor for name, tensor in tensors.items() if name not in corrections},
+                corrections=corrections,
                 stand_in=values.get("stand_in"),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -84,12 +84,11 @@ def most_alike(model: PreTrainedModel, batches: Iterable[Batch], length: int) ->
         batches: this rank's share of the samples.
         length: blocks of the span.
     """
-    layers = family_of(model.config).shape(model.config).layers
-    Span(0, length).check(layers)
-    device = next(model.parameters()).device
-    scorer = Scorer(model, ["cosine"], ScoringJob(layers=layers, device=device), batch_size=1)
+    job = ScoringJob(model.config, next(model.parameters()).device)
+    Span(0, length).check(job.layers)
+    scorer = Scorer(model, ["cosine"], job, batch_size=1)
     for batch in batches:
-        scorer.update(batch["input_ids"].to(device))
+        scorer.update(batch["input_ids"].to(job.device))
     cosines = scorer.scores(_add_up)["spans"]["cosine"][str(length)]
     return Span(max(range(len(cosines)), key=lambda start: cosines[start]), length)
 

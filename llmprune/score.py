@@ -27,7 +27,6 @@ from llmprune.models.memory import check_memory
 from llmprune.models.offloading import OffloadedModel
 from llmprune.models.placement import DTYPES, TRAINABLE, Placement
 from llmprune.ranks import initialize_ranks
-from llmprune.scoring.criterion import ScoringJob
 from llmprune.scoring.pictures import draw_scores
 from llmprune.scoring.scorer import Scorer
 from llmprune.scoring.scores import Scores
@@ -59,8 +58,8 @@ def score(
     placement.check(TRAINABLE)
     if placement.device_map is not None or placement.adapter is not None:
         raise UserError("scoring takes neither a device map nor an adapter")
-    names = config.names(gradients=not offload)
     model_config = load_config(model)
+    names = config.names(model_config, gradients=not offload)
     family = family_of(model_config)
     shape = family.shape(model_config)
     tokens = _samples(tokenizer or model, model_config, config, names)
@@ -82,6 +81,8 @@ def score(
         settings={
             "row_reduction": config.row_reduction,
             "matrix_reduction": config.matrix_reduction,
+            "sequence_aggregation": config.sequence_aggregation,
+            "batch_aggregation": config.batch_aggregation,
             "seed": config.seed,
             "batch_size": config.batch_size,
             "dtype": placement.dtype,
@@ -163,14 +164,7 @@ def _offloaded(
     """Score block by block: all samples pass a block before the next one is read."""
     device = get_device(placement.device)._device
     offloaded = OffloadedModel(model, dtype=DTYPES[placement.dtype], device=device, attention=placement.attention)
-    config_of_model = offloaded.model.config
-    job = ScoringJob(
-        layers=family_of(config_of_model).shape(config_of_model).layers,
-        device=device,
-        row_reduction=config.row_reduction,
-        matrix_reduction=config.matrix_reduction,
-        seed=config.seed,
-    )
+    job = config.job(offloaded.model.config, device)
     with tqdm(total=job.layers, desc="scoring", unit="block", disable=None) as progress:
 
         @contextmanager

@@ -21,9 +21,10 @@ def run_scoring(config: ScoringConfig) -> Scores:
         UserError: something does not fit, or the folder holds something already.
     """
     if config.plan is not None:
-        names = config.layer_scoring.names()
+        model_config = load_config(config.model.path)
+        names = config.layer_scoring.names(model_config)
         for plan in config.plan.each().values():
-            rehearse(plan, names, load_config(config.model.path))
+            rehearse(plan, names, model_config)
     share_cores()
     initialize_ranks(config.model.device)
     folder = Path(config.run.folder)
@@ -51,7 +52,7 @@ def _write(config: ScoringConfig, scores: Scores, folder: Path) -> None:
     with output_folder(folder, overwrite=config.run.overwrite) as temporary:
         save_config(config, temporary / "config.yaml")
         save_scores(scores, temporary / "scores.json")
-    for count, plan in plans.items():  # scores that took hours stay, whatever becomes of the plans
-        make_plan(scores, plan).save(folder / f"plan-{count}.json")
-    names = ["scores.json", *(f"plan-{count}.json" for count in plans)]
+    for name, plan in plans.items():  # scores that took hours stay, whatever becomes of the plans
+        make_plan(scores, plan).save(folder / name)
+    names = ["scores.json", *plans]
     print(f"{folder}: {', '.join(names)}")

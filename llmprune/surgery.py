@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from llmprune.errors import UserError
-from llmprune.families import Axis, Family, Parameter, Role, family_of
+from llmprune.families import OUTPUTS, Axis, Family, Parameter, Role, family_of
 from llmprune.plans import Plan
 
 
@@ -68,6 +68,11 @@ class Surgery:
         position = self._position.get((parameter.sublayer, parameter.block))
         if position is None:
             return None
+        if parameter.expert is not None:
+            kept = self.plan.experts(self.plan.blocks[position])
+            if parameter.expert not in kept:
+                return None
+            name = self.family.of_expert(name, kept.index(parameter.expert))
         return self._in_block(name, parameter.block, position)
 
     def cut(self, name: str, weights: Mapping[str, Tensor]) -> Tensor:
@@ -75,13 +80,13 @@ class Surgery:
 
         Args:
             name: in the source.
-            weights: the source's; only ``name`` is read, and what is merged into it.
+            weights: the source's; only ``name`` is read, and what is merged into it or corrects it.
 
         Returns:
-            A tensor of the same dtype; factors and merges are computed in float32.
+            A tensor of the same dtype; factors, merges and corrections are computed in float32.
         """
         parameter = self.family.locate(name)
-        tensor = self._merged(name, parameter, weights)
+        tensor = self.whole(name, weights)
         dtype = tensor.dtype
         for axis, meaning in enumerate(parameter.axes):
             index = self._index(meaning, parameter)
@@ -100,6 +105,27 @@ class Surgery:
                 scaled = scaled * factor.to(tensor.device).view(view)
             tensor = scaled * constant - parameter.offset
         return tensor.to(dtype)
+
+    def whole(self, name: str, weights: Mapping[str, Tensor]) -> Tensor:
+        """The source's parameter ``name`` with merges and corrections, and otherwise as it is; see ``cut``."""
+        parameter = self.family.locate(name)
+        tensor = self._merged(name, parameter, weights)
+        if parameter.role not in OUTPUTS or parameter.expert is not None:
+            return tensor
+        assert parameter.sublayer is not None and parameter.block is not None
+        block = self.plan.blocks[self._position[parameter.sublayer, parameter.block]]
+        place = f"{parameter.sublayer}.{parameter.block}"
+        mean, linear = (self.plan.corrections.get(f"{kind}.{place}") for kind in ("mean", "linear"))
+        kept, gone = self.plan.inputs(block, parameter.sublayer) if mean is not None or linear is not None else ([], [])
+        if linear is not None and tensor.ndim == 2:
+            corrected = tensor.float()
+            corrected = corrected.index_add(1, torch.tensor(kept), corrected[:, gone] @ linear)
+            return corrected.to(tensor.dtype)
+        if mean is not None and tensor.ndim == 1:
+            weight_name = name.removesuffix("bias") + "weight"
+            weight = self._merged(weight_name, self.family.locate(weight_name), weights).float()
+            return (tensor.float() + weight[:, gone] @ mean).to(tensor.dtype)
+        return tensor
 
     def cut_all(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the cut model, lazily: (new name, tensor)."""
@@ -164,6 +190,8 @@ class Surgery:
                 kept["key_value", block.attention] = plan.heads_by_group(block)
             if block.channels is not None:
                 kept["channel", block.mlp] = block.channels
+            if block.experts is not None:
+                kept["expert", block.mlp] = block.experts
         return kept
 
     def _factors(self) -> dict[tuple[str | None, int | None], Tensor]:

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.data import data_prep, mixed_loading
-from benchmarks.memory import convert_memory, offload_memory
+from benchmarks.memory import apply_memory, convert_memory, offload_memory
 from benchmarks.pruning import gated_step
 from benchmarks.ratios import Ratio
 from benchmarks.replacing import replacement_memory, replacement_step
-from benchmarks.scoring import all_criteria, removal_perplexity
+from benchmarks.scoring import all_criteria, removal_perplexity, unit_scores
 
 from llmprune.files import write_json
 
@@ -25,8 +25,10 @@ BENCHMARKS: dict[str, Callable[[int], Ratio]] = {
     "data_prep": data_prep,
     "mixed_loading": mixed_loading,
     "convert_memory": convert_memory,
+    "apply_memory": apply_memory,
     "removal_perplexity": removal_perplexity,
     "all_criteria": all_criteria,
+    "unit_scores": unit_scores,
     "offload_memory": offload_memory,
 }
 

@@ -129,7 +129,7 @@ def test_scoring_recipes(path: Path) -> None:
     assert isinstance(job, ScoringConfig) and job.plan is not None and job.run.name == path.stem
     config = MODELS[job.model.path]
     family, layers = family_of(config), config.num_hidden_layers
-    (name,) = job.layer_scoring.names()
+    (name,) = job.layer_scoring.names(config)
     assert name == job.plan.criterion and name in CRITERIA.names()
     assert (job.layer_scoring.data.samples, job.layer_scoring.data.length) == (10, 128)
     assert job.layer_scoring.data.bos == ("each" if family.name.startswith("gemma") else "none")

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llmprune.models.causal_lm import ComposerCausalLM
-from llmprune.scoring.criterion import ScoringJob
 from llmprune.scoring.scorer import Scorer
 from llmprune.scoring.settings import LayerScoringConfig
 
@@ -26,19 +25,19 @@ class LayerScoring(Callback):
     """
 
     def __init__(self, config: LayerScoringConfig) -> None:
-        """Prepare.
-
-        Raises:
-            UserError: a setting is unknown.
-        """
-        self._config, self._names = config, config.names()
+        """Prepare."""
+        self._config = config
         self._scorer: Scorer | None = None
         self._watching = ExitStack()
         self.scores: Mapping[str, Mapping[str, Any]] = {}
         self.perplexity: float | None = None
 
     def eval_start(self, state: State, logger: Logger) -> None:
-        """Start with empty sums."""
+        """Start with empty sums.
+
+        Raises:
+            UserError: a setting is unknown, or a criterion not for this model.
+        """
         if state.dataloader_label != CALIBRATION:
             return
         wrapped = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
@@ -46,14 +45,8 @@ class LayerScoring(Callback):
         config = self._config
         self._scorer = Scorer(
             model.model,
-            self._names,
-            ScoringJob(
-                layers=model.family.shape(model.model.config).layers,
-                device=next(model.parameters()).device,
-                row_reduction=config.row_reduction,
-                matrix_reduction=config.matrix_reduction,
-                seed=config.seed,
-            ),
+            config.names(model.model.config),
+            config.job(model.model.config, next(model.parameters()).device),
             batch_size=config.batch_size,
         )
 

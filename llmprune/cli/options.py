@@ -30,6 +30,21 @@ def names_in(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
+def sizes_in(text: str) -> dict[str, int]:
+    """The sizes in a list such as ``layers=24,hidden=2048``.
+
+    Raises:
+        UserError: it is none.
+    """
+    sizes = {}
+    for item in names_in(text) or ():
+        name, _, size = item.partition("=")
+        if not size.strip().isdecimal():
+            raise UserError(f"'{item}' is no size: write --shape layers=24,hidden=2048")
+        sizes[name.strip()] = int(size)
+    return sizes
+
+
 def command_line() -> str:
     """What was typed, for whoever wants to do it again."""
     return shlex.join(["llmprune", *sys.argv[1:]])

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmprune.cli.options import DType, Json, Out, Overwrite, PushToHub, app, names_in
+from llmprune.cli.options import DType, Json, Out, Overwrite, PushToHub, app, names_in, sizes_in
 from llmprune.errors import UserError
 
 
@@ -108,6 +108,10 @@ def score(
     batch_size: Annotated[int, typer.Option(help="Samples that go through a block at a time.")] = 8,
     row_reduction: Annotated[str, typer.Option(help="Of weights, over rows: sum, mean, max, prod.")] = "sum",
     matrix_reduction: Annotated[str, typer.Option(help="Of weights, over a block's matrices.")] = "sum",
+    sequence_aggregation: Annotated[
+        str, typer.Option(help="Of units' activations, over a sample's tokens: mean, l2.")
+    ] = "mean",
+    batch_aggregation: Annotated[str, typer.Option(help="Of units' activations, over samples: mean, l2.")] = "mean",
     seed: Annotated[int, typer.Option(help="Of the samples and of the random order.")] = 17,
     dtype: Annotated[str, typer.Option(help="Of the weights in memory: float32 or bfloat16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu or gpu; default: what is there.")] = None,
@@ -115,7 +119,7 @@ def score(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Score every block of a model by every criterion, in one pass."""
+    """Score every block and every unit of a model by every criterion, in one pass."""
     from pathlib import Path
 
     from llmprune.data.calibration import CalibrationConfig
@@ -139,6 +143,8 @@ def score(
             batch_size,
             row_reduction,
             matrix_reduction,
+            sequence_aggregation,
+            batch_aggregation,
             seed,
         ),
         Placement(dtype, device),
@@ -156,6 +162,16 @@ def plan(
     remove: Annotated[int | None, typer.Option(help="How many blocks go.")] = None,
     method: Annotated[str | None, typer.Option(help="How to select; `--methods` lists the ways.")] = None,
     span: Annotated[bool, typer.Option("--span", help="One span of neighbours goes (--method span).")] = False,
+    shape: Annotated[
+        str | None, typer.Option(help="What comes out, such as layers=24,hidden=2048,heads=16,intermediate=5504.")
+    ] = None,
+    unit_criterion: Annotated[
+        str | None, typer.Option(help="Whose scores of heads, channels and hidden dimensions decide.")
+    ] = None,
+    expert_criterion: Annotated[str | None, typer.Option(help="The same for experts; default: the same.")] = None,
+    correction: Annotated[
+        str, typer.Option(help="Of output matrices, on the calibration samples: none, mean (biases), refit.")
+    ] = "none",
     drop: Annotated[str | None, typer.Option(help="What goes: 3,7 or attention.3,mlp.3 (--method list).")] = None,
     protect_first: Annotated[int | None, typer.Option(help="So many blocks at the start stay.")] = None,
     protect_last: Annotated[int | None, typer.Option(help="So many at the end.")] = None,
@@ -189,6 +205,10 @@ def plan(
         threshold=threshold,
         merge_size=merge_size,
         merge_step=merge_step,
+        shape=None if shape is None else sizes_in(shape),
+        unit_criterion=unit_criterion,
+        expert_criterion=expert_criterion,
+        correction=correction,
     )
     loaded = Scores.load(scores)
     if compare and (out or method or criterion):

@@ -11,7 +11,7 @@ from llmprune.convert.checkpoint import Checkpoint, is_checkpoint
 from llmprune.convert.replaced import Replaced, read_replaced
 from llmprune.errors import UserError
 from llmprune.gates.attach import attach
-from llmprune.gates.from_plan import factors_of
+from llmprune.gates.from_plan import factors_of, mask_experts
 from llmprune.models.loading import has_stand_in, load_any_model, load_model, new_model
 from llmprune.plans import Plan
 from llmprune.replacements.streaming import Streaming
@@ -84,23 +84,18 @@ def stand_in(model: PreTrainedModel, replaced: Replaced) -> None:
     model.forward = forward
 
 
-def _merges(plan: Plan) -> bool:
-    return any(block.merge is not None for block in plan.blocks)
-
-
 def _follow(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Let a whole model compute what a plan leaves of it."""
     plan.check_applicable()
     surgery = Surgery(model.config, plan)  # refuses a plan for another model
-    family = surgery.family
-    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()} if _merges(plan) else {}
-    for block in plan.blocks:
-        if block.merge is not None:
-            for name, parameter in model.get_submodule(f"{family.blocks}.{block.attention}").named_parameters():
-                parts = [whole[f"{family.blocks}.{number}.{name}"] * weight for number, weight in block.merge]
-                parameter.copy_(torch.stack(parts).sum(0))
+    if plan.corrections or any(block.merge is not None for block in plan.blocks):
+        weights = {name: tensor.clone() for name, tensor in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            if surgery.new_name(name) is not None:
+                parameter.copy_(surgery.whole(name, weights))
     factors = factors_of(plan)
-    attach(model, family, set(factors.trainable())).factors = factors
+    attach(model, surgery.family, set(factors.trainable())).factors = factors
+    mask_experts(model, plan)
     return model
 
 

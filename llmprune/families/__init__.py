@@ -9,7 +9,7 @@ from llmprune.families.gpt_neox import GPT_NEOX
 from llmprune.families.llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 from llmprune.families.mixture import MIXTRAL, QWEN3_MOE
 from llmprune.families.opt import OPT
-from llmprune.families.roles import AXES, EMBEDDINGS, NORMS, SUBLAYERS, Axis, Role
+from llmprune.families.roles import AXES, EMBEDDINGS, NORMS, OUTPUTS, SUBLAYERS, Axis, Role
 from llmprune.families.shapes import Shape, shape_from, target_shape
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "EMBEDDINGS",
     "FAMILIES",
     "NORMS",
+    "OUTPUTS",
     "SUBLAYERS",
     "Axis",
     "Family",

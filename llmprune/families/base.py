@@ -18,6 +18,8 @@ from llmprune.errors import UserError
 from llmprune.families.roles import AXES, NORMS, SUBLAYERS, Axis, Role
 from llmprune.families.shapes import Shape
 
+_NUMBER = r"\.(\d+)\."  # of an expert, within a block
+
 
 class Parameter(NamedTuple):
     """A parameter of a model, as its family sees it.
@@ -27,12 +29,14 @@ class Parameter(NamedTuple):
         block: number of its block; None outside the blocks.
         axes: of the tensor.
         offset: what the model adds to the tensor before it uses it (norms that add one).
+        expert: number of its expert; None outside the experts.
     """
 
     role: Role
     block: int | None
     axes: tuple[Axis, ...]
     offset: float = 0.0
+    expert: int | None = None
 
     @property
     def sublayer(self) -> str | None:
@@ -75,7 +79,7 @@ class Family:
         per_block: config fields that list something for every block (of its attention).
         aliases: further config fields that hold a field of ``Shape``.
         requires: config fields that must have this value.
-        experts: the config's field with the number of experts, if the MLPs have any.
+        chosen_experts: the config's field with the number of experts that a token goes through.
         parallel: the config's field that says whether attention and MLP of a block read the same input.
         scaled_embedding: whether the model multiplies the embedding's output by the root of the hidden size.
         derived_head_size: whether this config takes hidden / heads for the head size though it has a field for it.
@@ -97,7 +101,7 @@ class Family:
     per_block: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     requires: Mapping[str, Any] = field(default_factory=dict)
-    experts: str | None = None
+    chosen_experts: str | None = None
     parallel: str | None = None
     scaled_embedding: bool = False
     document_masks: bool = False
@@ -140,6 +144,10 @@ class Family:
         Raises:
             UserError: it can't; the message names shapes that would work.
         """
+        if self.chosen_experts and shape.experts and shape.experts < (chosen := getattr(config, self.chosen_experts)):
+            raise UserError(
+                f"every token of this {self.name} model goes through {chosen} experts: keep at least as many"
+            )
         if "kv_heads" not in self.fields and shape.kv_heads != shape.heads:
             raise UserError(f"{self.name} models have no grouped queries: kv_heads must be heads")
         if self.head_size_is_derived(config) and shape.hidden != shape.heads * shape.head_dim:
@@ -195,6 +203,25 @@ class Family:
         return notes
 
     @property
+    def inputs(self) -> dict[str, tuple[str, str]]:
+        """The modules of a block that read units of a dimension: name → (dimension, sub-layer); not those of experts.
+
+        Each sub-layer has one that reads ``hidden`` and one that reads its heads (``query``) or ``channel``.
+        """
+        found: dict[tuple[str, str], str] = {}
+        for name, role in self.block.items():
+            sublayer = next(name for name, roles in SUBLAYERS.items() if role in roles)
+            if len(AXES[role]) == 2 and "*" not in name:
+                (dimension,) = AXES[role][1].dimensions
+                found.setdefault((dimension, sublayer), name)
+        return {name: place for place, name in found.items()}
+
+    @property
+    def expert_modules(self) -> str | None:
+        """The name of a block's experts, with ``*`` for their number; None without experts."""
+        return next((name.partition("*")[0] + "*" for name in self.block if "*" in name), None)
+
+    @property
     def ends_linearly(self) -> bool:
         """Whether what an MLP adds to the residual stream is linear in its output matrix: no norm comes behind."""
         return Role.MLP_OUT in self.block.values()
@@ -217,15 +244,15 @@ class Family:
 
     def _in_block(self, config: PretrainedConfig) -> Iterator[tuple[str, Role]]:
         for name, role in self.block.items():
-            if "*" in name and self.experts is not None:
-                yield from ((name.replace("*", str(n)), role) for n in range(getattr(config, self.experts)))
+            if "*" in name:
+                yield from ((name.replace("*", str(n)), role) for n in range(self.shape(config).experts or 0))
             else:
                 yield name, role
 
     def matrices(self, config: PretrainedConfig) -> Counter[str]:
         """How many matrices a block has by what is cut along their other axis than hidden.
 
-        The keys are ``query``, ``key_value`` and ``channel``; matrices that hold several count for each.
+        The keys are ``query``, ``key_value``, ``channel`` and ``expert``; matrices that hold several count for each.
         """
         count: Counter[str] = Counter()
         for _, role in self._in_block(config):
@@ -253,16 +280,24 @@ class Family:
         """
         module, _, kind = name.rpartition(".")
         block: int | None = None
+        expert: int | None = None
         role = self.outer.get(module)
         if module.startswith(self.blocks + "."):
             number, _, inner = module[len(self.blocks) + 1 :].partition(".")
-            role = self.block.get(re.sub(r"\.\d+\.", ".*.", inner))
+            role = self.block.get(re.sub(_NUMBER, ".*.", inner))
             block = int(number) if number.isdigit() else None
+            expert = int(found[1]) if (found := re.search(_NUMBER, inner)) else None
         if role is None or kind not in ("weight", "bias"):
             raise UserError(f"'{name}' is no parameter of the family {self.name}: is this model's config right?")
         if kind == "bias":
-            return Parameter(role, block, AXES[role][:1])
-        return Parameter(role, block, AXES[role], self.norm.offset if role in NORMS else 0.0)
+            return Parameter(role, block, AXES[role][:1], expert=expert)
+        return Parameter(role, block, AXES[role], self.norm.offset if role in NORMS else 0.0, expert)
+
+    def of_expert(self, name: str, expert: int) -> str:
+        """The name of the same parameter of another expert."""
+        head = f"{self.blocks}."
+        block, _, inner = name[len(head) :].partition(".")
+        return f"{head}{block}.{re.sub(_NUMBER, f'.{expert}.', inner)}"
 
     def is_buffer(self, name: str) -> bool:
         """Whether ``name`` is something that old checkpoints store and no model reads."""

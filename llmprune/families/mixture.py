@@ -20,7 +20,8 @@ MIXTRAL = replace(
         "block_sparse_moe.experts.*.w3": Role.MLP_IN,
         "block_sparse_moe.experts.*.w2": Role.MLP_OUT,
     },
-    experts="num_local_experts",
+    fields={**LLAMA.fields, "experts": "num_local_experts"},
+    chosen_experts="num_experts_per_tok",
     refused_gates=_NO_CHANNELS,
 )
 
@@ -38,8 +39,8 @@ QWEN3_MOE = replace(
         "mlp.experts.*.up_proj": Role.MLP_IN,
         "mlp.experts.*.down_proj": Role.MLP_OUT,
     },
-    fields={**LLAMA.fields, "intermediate": "moe_intermediate_size"},
+    fields={**LLAMA.fields, "intermediate": "moe_intermediate_size", "experts": "num_experts"},
     requires={"mlp_only_layers": [], "decoder_sparse_step": 1},
-    experts="num_experts",
+    chosen_experts="num_experts_per_tok",
     refused_gates=_NO_CHANNELS,
 )

@@ -33,6 +33,9 @@ class Role(Enum):
 
 NORMS = frozenset(role for role in Role if role.name.endswith("_NORM") and not role.name.endswith("_TO_NORM"))
 EMBEDDINGS = frozenset({Role.EMBEDDING, Role.POSITIONS})
+OUTPUTS = frozenset(  # of sub-layers
+    {Role.ATTENTION_OUT, Role.ATTENTION_OUT_TO_NORM, Role.MLP_OUT, Role.MLP_OUT_TO_NORM}
+)
 
 # The roles of a block's two sub-layers; each reads the residual stream and adds to it.
 SUBLAYERS: dict[str, frozenset[Role]] = {
@@ -70,7 +73,7 @@ class Axis(NamedTuple):
 
     Attributes:
         dimensions: what is cut along it, one after the other: ``hidden``, ``query`` (query heads), ``key_value``
-            (key/value groups), ``channel``; empty = never cut.
+            (key/value groups), ``channel``, ``expert``; empty = never cut.
         factor: which gate factor multiplies it: ``hidden``, ``attention`` or ``mlp`` (hidden × layer × sub-layer),
             ``query``, ``channel``, or None.
         repeat: how many times its size in ``Shape.units`` each unit takes.
@@ -103,7 +106,7 @@ AXES: dict[Role, tuple[Axis, ...]] = {
     Role.MLP_NORM: (_GATED_HIDDEN,),
     Role.MLP_IN: (Axis(("channel",)), _HIDDEN),
     Role.MLP_GATE_UP: (Axis(("channel", "channel")), _HIDDEN),
-    Role.ROUTER: (Axis(), _HIDDEN),
+    Role.ROUTER: (Axis(("expert",)), _HIDDEN),
     Role.MLP_OUT: (Axis(("hidden",), "mlp"), Axis(("channel",), "channel")),
     Role.MLP_OUT_TO_NORM: (_GATED_HIDDEN, Axis(("channel",), "channel")),
     Role.MLP_POST_NORM: (Axis(("hidden",), "mlp"),),

@@ -2,13 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
-from llmprune.errors import UserError
+from llmprune.errors import UserError, nearest
+
+PRUNED = ("layers", "hidden", "heads", "kv_heads", "intermediate", "experts")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a decoder: what pruning changes, and the head size, which it keeps."""
+    """The size of a decoder: what pruning changes, and the head size, which it keeps.
+
+    ``experts`` is None where a block has one MLP.
+    """
 
     layers: int
     hidden: int
@@ -16,6 +22,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     intermediate: int
+    experts: int | None = None
 
     @property
     def heads_per_group(self) -> int:
@@ -29,10 +36,11 @@ class Shape:
             "query": (self.heads, self.head_dim),
             "key_value": (self.kv_heads, self.head_dim),
             "channel": (self.intermediate, 1),
+            "expert": (self.experts or 1, 1),
         }[dimension]
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in asdict(self).items())
+        return ", ".join(f"{name} {value}" for name, value in asdict(self).items() if value is not None)
 
 
 def target_shape(source: Shape, target: Mapping[str, int | None]) -> Shape:
@@ -43,17 +51,21 @@ def target_shape(source: Shape, target: Mapping[str, int | None]) -> Shape:
 
     Args:
         source: shape of the model to prune.
-        target: any of ``layers``, ``hidden``, ``heads``, ``kv_heads``, ``intermediate``.
+        target: any of ``layers``, ``hidden``, ``heads``, ``kv_heads``, ``intermediate``, ``experts``.
 
     Raises:
-        UserError: larger than the source, not positive, or heads that can't be grouped evenly.
+        UserError: unknown, larger than the source, not positive, or heads that can't be grouped evenly.
     """
     given = {name: value for name, value in target.items() if value is not None}
     if not given:
-        raise UserError(f"the target shape is empty: name at least one of {', '.join(sorted(target))}")
+        raise UserError(f"the target shape is empty: name at least one of {', '.join(PRUNED)}")
     for name, value in given.items():
+        if name not in PRUNED:
+            raise UserError(f"a shape has no '{name}'; {nearest(name, PRUNED)}")
         limit = getattr(source, name)
-        if value < 1 or value > limit:
+        if limit is None:
+            raise UserError("target experts: this model has none")
+        if not isinstance(value, int) or value < 1 or value > limit:
             raise UserError(f"target {name} {value} must lie between 1 and the source's {limit}")
     per_group = source.heads_per_group
     if "heads" in given and "kv_heads" not in given:
@@ -82,18 +94,19 @@ def target_shape(source: Shape, target: Mapping[str, int | None]) -> Shape:
     return shape
 
 
-def shape_from(values: Mapping[str, int]) -> Shape:
+def shape_from(values: Mapping[str, int | None]) -> Shape:
     """A ``Shape`` from plain numbers, as read from JSON.
 
     Raises:
         UserError: a field is missing, unknown or not a positive whole number.
     """
     names = {field.name for field in fields(Shape)}
-    if set(values) != names or not all(
-        isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values.values()
+    given: dict[str, Any] = {name: value for name, value in values.items() if (name, value) != ("experts", None)}
+    if set(given) | {"experts"} != names or not all(
+        isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in given.values()
     ):
         raise UserError(f"a shape needs positive whole numbers for {', '.join(sorted(names))}; got {dict(values)}")
-    shape = Shape(**values)
+    shape = Shape(**given)
     if shape.heads % shape.kv_heads:
         raise UserError(f"a shape's heads must be a multiple of its kv_heads; got {shape.heads} and {shape.kv_heads}")
     return shape

@@ -1,8 +1,11 @@
 """A plan as gates: the whole model then computes what the cut one does."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
+from llmprune.families import Role, family_of
 from llmprune.gates.gate_set import Factors
 from llmprune.plans import Plan
 
@@ -10,7 +13,8 @@ from llmprune.plans import Plan
 def factors_of(plan: Plan) -> Factors:
     """What multiplies a model's units so that it computes what the plan leaves of it: zero for what goes.
 
-    A plan's merges are no gates: the model's weights must have been merged before.
+    A plan's merges and corrections are no gates, they belong into the model's weights (``Surgery.whole``); nor are its
+    experts (``mask_experts``).
     """
     source = plan.source
     hidden = None if plan.hidden is None else _spread(plan.hidden, plan.factors.get("hidden"), source.hidden)
@@ -44,6 +48,25 @@ def factors_of(plan: Plan) -> Factors:
         kv_heads=source.kv_heads,
         head_dim=source.head_dim,
     )
+
+
+def mask_experts(model: PreTrainedModel, plan: Plan) -> list[RemovableHandle]:
+    """Keep a model's routers from choosing the experts that a plan removes; returns the hooks that do."""
+    family = family_of(model.config)
+    routers = [name for name, role in family.block.items() if role is Role.ROUTER]
+    handles = []
+    for block in plan.blocks:
+        if block.experts is None:
+            continue
+        gone = [expert for expert in range(plan.source.experts or 0) if expert not in block.experts]
+
+        def mask(module: nn.Module, inputs: object, logits: Tensor, gone: list[int] = gone) -> Tensor:
+            return logits.index_fill(-1, torch.tensor(gone, device=logits.device), -torch.inf)
+
+        for name in routers if gone else ():
+            router = model.get_submodule(f"{family.blocks}.{block.mlp}.{name}")
+            handles.append(router.register_forward_hook(mask))
+    return handles
 
 
 def _spread(kept: list[int] | tuple[int, ...], values: Tensor | None, size: int) -> Tensor:

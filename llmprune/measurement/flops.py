@@ -51,9 +51,9 @@ def macs(config: PretrainedConfig, tokens: int, past: int = 0, *, logits: int | 
     matrices = family.matrices(config)
     columns = matrices["query"] * shape.heads + matrices["key_value"] * shape.kv_heads
     channels, router = matrices["channel"] * shape.intermediate, 0
-    if family.experts is not None:
-        experts = getattr(config, family.experts)
-        channels, router = channels // experts * config.num_experts_per_tok, experts
+    if shape.experts is not None and family.chosen_experts is not None:
+        channels = channels // shape.experts * getattr(config, family.chosen_experts)
+        router = matrices["expert"] * shape.experts
     return Macs(
         projections=tokens * shape.layers * shape.hidden * shape.head_dim * columns,
         attention=2 * tokens * (past + tokens) * shape.layers * shape.heads * shape.head_dim,

@@ -164,15 +164,22 @@ def empty_model(model: str | Path, *, dtype: torch.dtype, attention: str = "sdpa
         dtype: of the parameters.
         attention: see ``load_any_model``.
     """
-    config = load_config(model)
+    empty = unfilled_model(load_config(model), dtype=dtype, attention=attention)
+    with contextlib.suppress(OSError):
+        empty.generation_config = GenerationConfig.from_pretrained(resolve_model(model))
+    return empty
+
+
+def unfilled_model(
+    config: PretrainedConfig, *, dtype: torch.dtype, attention: str | None = None
+) -> PreTrainedModel:
+    """A causal LM of this config whose parameters have a place in memory but no values yet."""
     with init_empty_weights(include_buffers=False):
         empty = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     for module in empty.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
     empty.tie_weights()
-    with contextlib.suppress(OSError):
-        empty.generation_config = GenerationConfig.from_pretrained(resolve_model(model))
     return empty
 
 

@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
+from llmprune.families import Parameter, Shape, family_of
 from llmprune.registry import Registry
 
 
@@ -15,13 +18,15 @@ class Section(str, Enum):
     """The part of scores.json that a criterion writes to.
 
     ``blocks``: one number per block, higher = keep. ``subblocks``: the same for attention or MLP. ``spans``: by length
-    (as a string), one number for each start. ``pairs``: a matrix.
+    (as a string), one number for each start. ``pairs``: a matrix. ``units``: by unit (heads, kv_groups, channels,
+    hidden, experts), one number for each unit of each block, higher = keep.
     """
 
     BLOCKS = "blocks"
     SUBBLOCKS = "subblocks"
     SPANS = "spans"
     PAIRS = "pairs"
+    UNITS = "units"
 
 
 @dataclass(frozen=True)
@@ -29,18 +34,37 @@ class ScoringJob:
     """What a criterion knows before it sees anything.
 
     Attributes:
-        layers: number of blocks.
+        config: the model's.
         device: where to keep sums.
         row_reduction: see ``llmprune.scoring.reductions``.
         matrix_reduction: see there.
+        sequence_aggregation: of activations, over the tokens of a sample: mean or l2 (root mean square).
+        batch_aggregation: of them, over samples.
         seed: of the random order.
     """
 
-    layers: int
+    config: PretrainedConfig
     device: torch.device
     row_reduction: str = "sum"
     matrix_reduction: str = "sum"
+    sequence_aggregation: str = "mean"
+    batch_aggregation: str = "mean"
     seed: int = 17
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The model's."""
+        return family_of(self.config).shape(self.config)
+
+    @property
+    def layers(self) -> int:
+        """The number of blocks."""
+        return self.shape.layers
+
+    def locate(self, block: int, name: str) -> Parameter:
+        """What the family says of a block's parameter."""
+        family = family_of(self.config)
+        return family.locate(f"{family.blocks}.{block}.{name}")
 
     def zeros(self, *size: int) -> Tensor:
         """Sums to fill, float64 (float32 where the device has none)."""
@@ -75,11 +99,14 @@ class Criterion:
 
     Attributes:
         section: where its result goes, under its registered name.
-        reads: what it needs: ``states``, ``updates``, ``weights``, ``gradients``, ``removals``, or nothing.
+        reads: what it needs: ``states``, ``updates``, ``activations``, ``weights``, ``gradients``, ``removals``, or
+            nothing.
+        needs_experts: whether it is one of mixtures of experts only.
     """  # noqa: D205
 
     section: ClassVar[Section] = Section.BLOCKS
     reads: ClassVar[str | None] = None
+    needs_experts: ClassVar[bool] = False
 
     def __init__(self, job: ScoringJob) -> None:
         """Start with empty sums."""
@@ -87,6 +114,14 @@ class Criterion:
 
     def observe(self, step: BlockStep) -> None:
         """Take in one block's work (``states``, ``updates``)."""
+
+    def read(self, block: int, dimension: str, sublayer: str, values: Tensor) -> None:
+        """Take in what a sub-layer's matrices read (``activations``): its ``hidden`` input, or the heads' (``query``) or
+        channels' output, [samples, length, size].
+        """  # noqa: D205
+
+    def expert(self, block: int, number: int, output: Tensor) -> None:
+        """Take in an expert's output for the tokens that it sees (``activations``), [tokens, hidden]."""
 
     def weigh(self, block: int, name: str, weight: Tensor) -> None:
         """Take in a weight matrix or the weight of a norm (``weights``)."""

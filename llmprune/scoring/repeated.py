@@ -25,14 +25,14 @@ def iterative(request: Request) -> tuple[KeptBlock, ...]:
     settings = request.scores.settings
     live = list(range(request.layers))
     for _ in range(request.remove):
-        job = ScoringJob(
-            len(live),
-            opened.model.device,
-            settings["row_reduction"],
-            settings["matrix_reduction"],
-            settings["seed"],
-        )
         with shortened(opened.model, live):
+            job = ScoringJob(
+                opened.model.config,
+                opened.model.device,
+                settings["row_reduction"],
+                settings["matrix_reduction"],
+                seed=settings["seed"],
+            )
             scorer = Scorer(opened.model, [name], job, batch_size=opened.batch_size)
             if scorer.reads_text:
                 for tokens in opened.tokens.split(opened.batch_size):

@@ -1,7 +1,7 @@
 """Scoring by any number of criteria at once, from one walk through the model per batch."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -58,6 +58,8 @@ class Scorer:
         self._weighed: set[int] = set()
         self._removals = Removals(batch_size)
         self._end: Tensor | None = None
+        if self._family.expert_modules is None and (of := [n for n, c in self.criteria.items() if c.needs_experts]):
+            raise UserError(f"{', '.join(of)}: this model has no experts")
         if loaded is not None and self._reading("gradients"):
             names = ", ".join(name for name, c in self.criteria.items() if c.reads == "gradients")
             raise UserError(f"{names}: there are no gradients when blocks are offloaded; leave the criterion out")
@@ -65,7 +67,7 @@ class Scorer:
     @property
     def reads_text(self) -> bool:
         """Whether any of the criteria needs calibration samples."""
-        return bool(self._reading("states", "updates", "removals", "gradients"))
+        return bool(self._reading("states", "updates", "activations", "removals", "gradients"))
 
     @torch.no_grad()
     def update(self, tokens: Tensor) -> None:
@@ -130,15 +132,18 @@ class Scorer:
     def _observe(self, number: int, run: Run, states: Tensor) -> Tensor:
         """Run a block on the samples, and show the criteria what it does."""
         observers = self._reading("states", "updates")
-        if not observers:
+        if not observers and not self._reading("activations"):
             return in_batches(run, states, self._batch_size)
         updates: dict[str, Tensor] = {}
         parallel = self._family.is_parallel(self._model.config)
         parts = []
-        with self._recording(number, updates) if self._reading("updates") else nullcontext():
+        with ExitStack() as stack:
+            if self._reading("updates"):
+                stack.enter_context(self._recording(number, updates))
             for first in range(0, len(states), self._batch_size):
                 before = states[first : first + self._batch_size]
-                after = run(before)
+                with self._reading_units(number, len(before)) if self._reading("activations") else nullcontext():
+                    after = run(before)
                 shaped = {name: update.view_as(before) for name, update in updates.items()}
                 step = BlockStep(number, first, before, after, shaped, parallel)
                 for criterion in observers:
@@ -157,6 +162,39 @@ class Scorer:
             self._blocks[number].get_submodule(self._family.update(name)).register_forward_hook(keep(name))
             for name in ("attention", "mlp")
         ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def _reading_units(self, number: int, samples: int) -> Iterator[None]:
+        """Show the criteria what the matrices of a block read, and what its experts give."""
+        block, criteria = self._blocks[number], self._reading("activations")
+
+        def reading(dimension: str, sublayer: str) -> Callable[..., None]:
+            def read(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                values = inputs[0].reshape(samples, -1, inputs[0].shape[-1])
+                for criterion in criteria:
+                    criterion.read(number, dimension, sublayer, values)
+
+            return read
+
+        def of_expert(expert: int) -> Callable[..., None]:
+            def see(module: nn.Module, inputs: object, output: Tensor) -> None:
+                for criterion in criteria:
+                    criterion.expert(number, expert, output)
+
+            return see
+
+        hooks = [
+            block.get_submodule(name).register_forward_pre_hook(reading(*place))
+            for name, place in self._family.inputs.items()
+        ]
+        for expert in range(self._job.shape.experts or 0):
+            name = str(self._family.expert_modules).replace("*", str(expert))
+            hooks.append(block.get_submodule(name).register_forward_hook(of_expert(expert)))
         try:
             yield
         finally:

@@ -27,6 +27,7 @@ class Scores:
         subblocks: the same for the attention or the MLP alone.
         spans: criterion → length → one number per start.
         pairs: criterion → [blocks][blocks].
+        units: criterion → heads, kv_groups, channels, hidden or experts → [blocks][units], higher = keep.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Scores:
     subblocks: Mapping[str, list[float]] = field(default_factory=dict)
     spans: Mapping[str, Mapping[str, list[float]]] = field(default_factory=dict)
     pairs: Mapping[str, list[list[float]]] = field(default_factory=dict)
+    units: Mapping[str, Mapping[str, list[list[float]]]] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -54,6 +56,8 @@ class Scores:
         """
         if criterion in self.spans:
             raise UserError(f"'{criterion}' scores spans: pass --span to remove one, or choose another criterion")
+        if criterion in self.units:
+            raise UserError(f"'{criterion}' scores units, not blocks: name it with --unit-criterion")
         return self._one(self.blocks, criterion, "blocks")
 
     def of_spans(self, criterion: str) -> Mapping[str, list[float]]:
@@ -63,6 +67,14 @@ class Scores:
             UserError: it was not computed, or is none of spans.
         """
         return self._one(self.spans, criterion, "spans")
+
+    def of_units(self, criterion: str) -> Mapping[str, list[list[float]]]:
+        """The scores of every unit of every block by a criterion, by unit.
+
+        Raises:
+            UserError: it was not computed, or is none of units.
+        """
+        return self._one(self.units, criterion, "units")
 
     def _one(self, section: Mapping[str, Any], criterion: str, word: str) -> Any:
         if criterion not in section:
@@ -79,7 +91,7 @@ class Scores:
         Raises:
             UserError: a criterion gave none: the model does not compute.
         """
-        for section in ("blocks", "subblocks", "spans", "pairs"):
+        for section in ("blocks", "subblocks", "spans", "pairs", "units"):
             for name, values in getattr(self, section).items():
                 if not all(math.isfinite(number) for number in _flat(values)):
                     raise UserError(
@@ -129,7 +141,14 @@ def _well_formed(scores: Scores) -> bool:
     def numbers(values: Any, count: int) -> bool:
         return isinstance(values, list) and len(values) == count and all(_number(value) for value in values)
 
-    layers = scores.layers
+    layers, source = scores.layers, scores.source
+    counts = {
+        "heads": source.heads,
+        "kv_groups": source.kv_heads,
+        "channels": source.intermediate,
+        "hidden": source.hidden,
+        "experts": source.experts,
+    }
     try:
         return (
             all(numbers(values, layers) for section in ("blocks", "subblocks") for values in _values(scores, section))
@@ -140,6 +159,11 @@ def _well_formed(scores: Scores) -> bool:
             )
             and all(
                 len(rows) == layers and all(numbers(row, layers) for row in rows) for rows in _values(scores, "pairs")
+            )
+            and all(
+                len(rows) == layers and all(numbers(row, counts[unit] or 0) for row in rows)
+                for units in _values(scores, "units")
+                for unit, rows in units.items()
             )
         )
     except (KeyError, TypeError, AttributeError):

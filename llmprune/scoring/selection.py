@@ -1,16 +1,19 @@
 """Which blocks go: plug-ins that turn scores into the blocks of a plan."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmprune.errors import UserError
+from llmprune.errors import UserError, nearest
+from llmprune.families import target_shape
 from llmprune.plans import KeptBlock, Plan
 from llmprune.registry import Registry
+from llmprune.scoring.correction import CORRECTIONS, corrected
 from llmprune.scoring.scores import Scores
+from llmprune.scoring.width import narrowed, whole
 
 
 @dataclass
@@ -18,9 +21,14 @@ class PlanConfig:
     """How a plan follows from scores.
 
     Attributes:
-        method: a registered way to select: lowest, span, list, sublayers, iterative, greedy or merge.
-        criterion: whose scores decide.
+        method: a registered way to select blocks: lowest, span, list, sublayers, iterative, greedy or merge.
+        criterion: whose scores of blocks decide.
         remove: how many blocks go.
+        shape: what comes out, any of layers, hidden, heads, kv_heads, intermediate and experts; the rest stays.
+        unit_criterion: whose scores of units decide.
+        expert_criterion: the same for experts; null = unit_criterion.
+        correction: of the output matrices of narrowed attentions and MLPs on the calibration samples: none, mean (what
+            goes is folded into biases) or refit (the columns that stay are fitted by least squares).
         drop: with ``list``, what goes: numbers of blocks, or ``attention.N`` and ``mlp.N``.
         protect_first: so many blocks at the start stay; null = none (greedy and merge: one).
         protect_last: so many at the end.
@@ -38,18 +46,43 @@ class PlanConfig:
     threshold: float = 0.65
     merge_size: int = 4
     merge_step: int = 2
+    shape: dict[str, int] | None = None
+    unit_criterion: str | None = None
+    expert_criterion: str | None = None
+    correction: str = "none"
+
+    def check(self) -> None:
+        """Raise ``UserError`` for settings that contradict each other."""
+        if self.correction not in CORRECTIONS:
+            raise UserError(f"there is no correction '{self.correction}'; {nearest(self.correction, CORRECTIONS)}")
+        if self.shape is None and (self.unit_criterion or self.expert_criterion or self.correction != "none"):
+            raise UserError("a criterion of units and a correction go with a shape: name it with --shape")
+        if self.shape is not None and "layers" in self.shape and self.remove is not None:
+            raise UserError("the shape says how many layers stay: leave out --remove")
+
+    def of_depth(self, layers: int) -> "PlanConfig | None":
+        """How blocks are selected; None if all stay."""
+        if self.shape is None:
+            return self
+        if (kept := self.shape.get("layers")) is not None:
+            return None if kept == layers else replace(self, remove=layers - kept)
+        return None if self.remove is None and self.drop is None and self.method == "lowest" else self
 
 
 @dataclass
 class PlansConfig:
-    """The plans that a scoring job writes, ``plan-N.json`` for every N in ``remove``; see ``PlanConfig``.
+    """The plans that a scoring job writes: ``plan-N.json`` for every N in ``remove``, or ``plan.json``.
 
     Attributes:
-        method: a registered way to select.
-        criterion: whose scores decide.
+        method: a registered way to select blocks.
+        criterion: whose scores of blocks decide.
         remove: how many blocks go, for each plan.
         protect_first: so many blocks at the start stay.
         protect_last: so many at the end.
+        shape: what comes out; see ``PlanConfig``.
+        unit_criterion: whose scores of units decide.
+        expert_criterion: the same for experts; null = unit_criterion.
+        correction: of output matrices: none, mean or refit.
     """
 
     criterion: str | None = None
@@ -57,12 +90,26 @@ class PlansConfig:
     method: str = "lowest"
     protect_first: int | None = None
     protect_last: int | None = None
+    shape: dict[str, int] | None = None
+    unit_criterion: str | None = None
+    expert_criterion: str | None = None
+    correction: str = "none"
 
-    def each(self) -> dict[int, PlanConfig]:
-        """The settings of every plan, by the number of blocks that go."""
+    def each(self) -> dict[str, PlanConfig]:
+        """The settings of every plan, by the name of its file."""
         return {
-            count: PlanConfig(self.method, self.criterion, count, None, self.protect_first, self.protect_last)
-            for count in self.remove
+            "plan.json" if count is None else f"plan-{count}.json": PlanConfig(
+                self.method,
+                self.criterion,
+                count,
+                protect_first=self.protect_first,
+                protect_last=self.protect_last,
+                shape=self.shape,
+                unit_criterion=self.unit_criterion,
+                expert_criterion=self.expert_criterion,
+                correction=self.correction,
+            )
+            for count in self.remove or ([] if self.shape is None else [None])
         }
 
 
@@ -174,14 +221,29 @@ def select(request: Request) -> Plan:
     Raises:
         UserError: it is impossible.
     """
-    blocks = SELECTIONS.get(request.config.method)(request)
-    scores = request.scores
-    return Plan(scores.family, scores.fingerprint, scores.source, blocks)
+    config, scores = request.config, request.scores
+    config.check()
+    depth = config.of_depth(scores.layers)
+    if depth is None:
+        for word, given in (("criterion", config.criterion), ("protected blocks", config.protect_first)):
+            if given is not None:
+                raise UserError(f"no blocks go: leave out the {word}, or say how many go")
+        blocks = whole(scores.layers)
+    else:
+        blocks = SELECTIONS.get(config.method)(replace(request, config=depth))
+    plan = Plan(scores.family, scores.fingerprint, scores.source, blocks)
+    if config.shape is None:
+        return plan
+    target = target_shape(scores.source, {**config.shape, "layers": len(blocks)})
+    plan = narrowed(plan, target, scores, config.unit_criterion, config.expert_criterion)
+    if config.correction != "none":
+        plan = corrected(plan, config.correction, request.open())
+    return plan
 
 
 def without(layers: int, removed: Sequence[int]) -> tuple[KeptBlock, ...]:
     """All blocks but ``removed``."""
-    return tuple(KeptBlock.whole(block) for block in range(layers) if block not in removed)
+    return tuple(block for block in whole(layers) if block.attention not in removed)
 
 
 def lowest_blocks(scores: Sequence[float], removable: Sequence[int], count: int) -> list[int]:

@@ -63,6 +63,32 @@ def _peak_of_converting(folder: Path, kind: str) -> int:
     return peak_of(lambda: convert(folder / kind, folder / f"{kind}-cut"))
 
 
+def apply_memory(runs: int) -> Ratio:
+    """Peak memory of ``apply`` over the bytes of the model that it cuts."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model, _, _ = in_fresh_process(_model_of_gigabytes, folder / "model")
+        peak = in_fresh_process(_peak_of_applying, folder)
+    words = f"peak memory of apply to a plan of 7/8 of the width / the model's {model / 1e9:.2f} GB"
+    return Ratio(peak / model, peak / model, peak / model, 1.25, words)
+
+
+def _peak_of_applying(folder: Path) -> int:
+    from llmprune.convert.commands import apply
+    from llmprune.families import family_of, target_shape
+    from llmprune.models.loading import StoredWeights, fingerprint, load_config
+    from llmprune.plans import KeptBlock, Plan
+
+    config = load_config(folder / "model")
+    source = family_of(config).shape(config)
+    target = target_shape(source, {"hidden": 3584, "heads": 28, "intermediate": 9632})
+    kept = {"heads": tuple(range(target.heads)), "channels": tuple(range(target.intermediate))}
+    blocks = tuple(KeptBlock.whole(block, **kept) for block in range(source.layers))
+    weights = fingerprint(StoredWeights(folder / "model"), config)
+    plan = Plan("llama", weights, source, blocks, hidden=tuple(range(target.hidden)))
+    return peak_of(lambda: apply(folder / "model", plan, folder / "cut"))
+
+
 def offload_memory(runs: int) -> Ratio:
     """Peak memory of ``score --offload`` over what it may hold, under a limit smaller than the model."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -124,7 +150,7 @@ def _peak_of_offloading(folder: Path, samples: int, length: int) -> tuple[int, i
     def work() -> None:
         device = torch.device("cpu")
         offloaded = OffloadedModel(folder, dtype=torch.bfloat16, device=device)
-        job = ScoringJob(offloaded.model.config.num_hidden_layers, device)
+        job = ScoringJob(offloaded.model.config, device)
         scorer = Scorer(offloaded.model, ["perplexity", "block_influence"], job, batch_size=4, loaded=offloaded.loaded)
         scorer.update(tokens)
         scorer.scores()

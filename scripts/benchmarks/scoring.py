@@ -33,7 +33,7 @@ def score_by(model: PreTrainedModel, tokens: torch.Tensor, names: Sequence[str])
     from llmprune.scoring.criterion import ScoringJob
     from llmprune.scoring.scorer import Scorer
 
-    job = ScoringJob(model.config.num_hidden_layers, torch.device("cpu"))
+    job = ScoringJob(model.config, torch.device("cpu"))
     scorer = Scorer(model, names, job, batch_size=len(tokens))
     scorer.update(tokens)
     scorer.scores()
@@ -61,14 +61,36 @@ def removal_perplexity(runs: int) -> Ratio:
 
 
 def all_criteria(runs: int) -> Ratio:
-    """All criteria at once over the dearest alone."""
-    from llmprune.scoring.criteria import CRITERIA
-
+    """All criteria of blocks at once over the dearest alone."""
     model, tokens, words = scoring_model()
+    names = of_blocks()
     return interleaved(
-        lambda: score_by(model, tokens, CRITERIA.names()),
+        lambda: score_by(model, tokens, names),
         lambda: score_by(model, tokens, ["perplexity"]),
         runs,
         1.25,
-        f"all {len(CRITERIA.names())} criteria / perplexity of all removals alone ({words})",
+        f"all {len(names)} criteria of blocks / perplexity of all removals alone ({words})",
     )
+
+
+def unit_scores(runs: int) -> Ratio:
+    """All criteria of blocks and of units over those of blocks alone."""
+    from llmprune.scoring.settings import LayerScoringConfig
+
+    model, tokens, words = scoring_model()
+    blocks, everything = of_blocks(), LayerScoringConfig().names(model.config)
+    return interleaved(
+        lambda: score_by(model, tokens, everything),
+        lambda: score_by(model, tokens, blocks),
+        runs,
+        1.15,
+        f"{len(everything)} criteria / the {len(blocks)} of blocks alone ({words})",
+    )
+
+
+def of_blocks() -> list[str]:
+    """The criteria that score blocks, sub-layers or spans."""
+    from llmprune.scoring.criteria import CRITERIA
+    from llmprune.scoring.criterion import Section
+
+    return [name for name in CRITERIA.names() if CRITERIA.get(name).section is not Section.UNITS]

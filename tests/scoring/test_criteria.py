@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.errors import UserError
-from llmprune.scoring.criteria import CRITERIA
 from llmprune.scoring.criterion import ScoringJob
 from llmprune.scoring.scorer import Scorer
+from llmprune.scoring.settings import LayerScoringConfig
 from tests.conftest import random_model, tiny_config
 
 CPU = torch.device("cpu")
@@ -20,8 +20,8 @@ CPU = torch.device("cpu")
 
 def score(model: PreTrainedModel, tokens: Tensor, *names: str, batch_size: int = 4, **settings: str) -> dict[str, Any]:
     """All sections in one mapping."""
-    layers = model.config.num_hidden_layers
-    scorer = Scorer(model, names or CRITERIA.names(), ScoringJob(layers, CPU, **settings), batch_size=batch_size)
+    names = names or tuple(LayerScoringConfig().names(model.config))
+    scorer = Scorer(model, names, ScoringJob(model.config, CPU, **settings), batch_size=batch_size)
     for part in tokens.split(batch_size):
         scorer.update(part)
     return {name: value for section in scorer.scores().values() for name, value in section.items()}
@@ -195,10 +195,10 @@ def test_any_batch_size_gives_the_same(trained: PreTrainedModel, calibration: Te
 
 
 def test_memory_of_states_is_given_back(trained: PreTrainedModel, calibration: Tensor) -> None:
-    scorer = Scorer(trained, CRITERIA.names(), ScoringJob(6, CPU), batch_size=4)
+    scorer = Scorer(trained, LayerScoringConfig().names(trained.config), ScoringJob(trained.config, CPU), batch_size=4)
     scorer.update(calibration)
-    held = [value for criterion in scorer.criteria.values() for value in vars(criterion).values()]
-    assert all(not value for value in held if isinstance(value, dict))
+    held = [vars(criterion).get("_seen") for criterion in scorer.criteria.values()]
+    assert not any(held) and {} in held
     assert not scorer._removals._states
 
 
@@ -230,4 +230,4 @@ def test_block_evaluations_of_all_removals(trained: PreTrainedModel, calibration
 
 def test_unknown_criteria_are_named(trained: PreTrainedModel) -> None:
     with pytest.raises(UserError, match="no criterion 'taylr'; did you mean 'taylor'"):
-        Scorer(trained, ["taylr"], ScoringJob(6, CPU), batch_size=1)
+        Scorer(trained, ["taylr"], ScoringJob(trained.config, CPU), batch_size=1)

@@ -1,0 +1,1 @@
+"""Shapes under a budget: what a shape costs, and which of those that fit keeps most."""

@@ -1,0 +1,224 @@
+"""The shape under a budget whose model keeps the lowest calibration loss, depth and width chosen together."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import gcd
+
+from tqdm import tqdm
+
+from llmprune.budgets.limits import Latency, Limit
+from llmprune.budgets.sizes import Sizes, of_size, prunable_dimensions
+from llmprune.errors import UserError
+from llmprune.families import Shape
+from llmprune.plans import Plan
+
+LARGEST_MULTIPLE = 256
+CHECKS = 4  # times that a latency is measured on a built model, and the table mended
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A shape that keeps to the budget.
+
+    Attributes:
+        plan: to it.
+        loss: on the calibration samples, before any recovery; nats per token.
+        costs: by budget, as predicted.
+        measured: share of the source's latency that a built model takes; None without such a budget, or without room.
+        tried: how many shapes were compared.
+    """
+
+    plan: Plan
+    loss: float
+    costs: Mapping[str, float]
+    measured: float | None
+    tried: int
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The sizes that a shape may have: by dimension, ascending.
+
+    ``inner``, MLP channels or experts, is solved for: as many as the budget has room for.
+    """
+
+    layers: Sequence[int]
+    hidden: Sequence[int]
+    groups: Sequence[int]
+    inner: Sequence[int]
+    inner_name: str
+    coupled: bool
+
+    @classmethod
+    def of(cls, sizes: Sizes, multiple: int | None, least_layers: int, least_experts: int) -> "Steps":
+        """Those of a model.
+
+        Args:
+            sizes: its own.
+            multiple: of hidden dimensions and channels; None = by their size.
+            least_layers: how many blocks can't go.
+            least_experts: how many experts a token needs.
+        """
+        source = sizes.source
+        *_, inner = prunable_dimensions(sizes.config)
+        coupled = sizes.family.head_size_is_derived(sizes.config)
+        hidden = [n for n in range(1, source.hidden + 1) if n % _multiple(source.hidden, multiple) == 0]
+        groups = list(range(1, source.kv_heads + 1))
+        if coupled:
+            wanted = {n * source.head_dim * source.heads_per_group for n in groups}
+            hidden = sorted(wanted) if multiple is None else [n for n in sorted(wanted) if n % multiple == 0]
+        channels = source.intermediate
+        if source.experts is not None:
+            inners = list(range(least_experts, source.experts + 1))
+        else:
+            inners = [n for n in range(1, channels + 1) if n % _multiple(channels, multiple) == 0]
+        for name, values in (("hidden", hidden), (inner, inners)):
+            if not values:
+                raise UserError(f"no size of {name} up to the model's is a multiple of {multiple}: pass --multiple")
+        return cls(range(least_layers, source.layers + 1), hidden, groups, inners, inner, coupled)
+
+
+def _multiple(size: int, wanted: int | None) -> int:
+    if wanted is not None:
+        return wanted
+    power = gcd(size, LARGEST_MULTIPLE)
+    while power > 1 and power > size // 16:
+        power //= 2
+    return power
+
+
+Point = tuple[int, int, int]  # places in Steps' layers, hidden and groups
+
+
+class Chooser:
+    """Looks for the best shape: a few spread over depth and width, and then neighbours of the best."""
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        steps: Steps,
+        limits: Sequence[Limit],
+        plan_for: Callable[[Shape], Plan],
+        loss: Callable[[Plan], float],
+        tries: int,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            sizes: of the source.
+            steps: what a shape may be.
+            limits: the budgets.
+            plan_for: the plan to a shape.
+            loss: of what a plan leaves, on calibration samples.
+            tries: how many losses may be computed.
+        """
+        self._source, self._steps, self._limits, self._tries = sizes.source, steps, limits, tries
+        self._plan_for, self._loss = plan_for, loss
+        self._losses: dict[Shape, float] = {}
+        self._blocks: dict[int, list[int]] = {}
+
+    def choose(self) -> Choice:
+        """The best shape found.
+
+        Raises:
+            UserError: no shape keeps to the budget.
+        """
+        latency = next((limit for limit in self._limits if isinstance(limit, Latency)), None)
+        for remaining in reversed(range(CHECKS)):
+            shape = self._best()
+            if latency is None:
+                return self._choice(shape, None)
+            measured = latency.table.measured(shape, self._source)
+            if measured is None or latency.agrees(shape, measured) or not remaining:
+                return self._choice(shape, measured)
+            latency.learn(shape, measured)
+        raise AssertionError("the last check returns")
+
+    def _choice(self, shape: Shape, measured: float | None) -> Choice:
+        costs = {limit.name: self._cost(limit, shape) for limit in self._limits}
+        return Choice(self._plan_for(shape), self._losses[shape], costs, measured, len(self._losses))
+
+    def _best(self) -> Shape:
+        tried: dict[Point, float] = {}
+        with tqdm(total=self._tries, desc="shapes", disable=None) as progress:
+
+            def attempt(point: Point) -> None:
+                if point in tried or len(tried) >= self._tries:
+                    return
+                shape = self._solved(point)
+                if shape is None:
+                    return
+                if shape not in self._losses:
+                    self._losses[shape] = self._loss(self._plan_for(shape))
+                tried[point] = self._losses[shape]
+                progress.update()
+
+            for point in self._spread():
+                attempt(point)
+            if not tried:
+                raise UserError(
+                    "no shape keeps to the budget: raise it, protect fewer blocks, or allow smaller multiples"
+                )
+            while True:
+                best = min(tried, key=lambda point: tried[point])
+                for point in self._neighbours(best):
+                    attempt(point)
+                if min(tried, key=lambda point: tried[point]) == best:
+                    break
+        shape = self._solved(best)
+        assert shape is not None
+        return shape
+
+    def _spread(self) -> Iterator[Point]:
+        """Points of every mix of depth and width, those near the middle of all first."""
+        lengths = len(self._steps.layers), len(self._steps.hidden), len(self._steps.groups)
+        shares = (1.0, 0.75, 0.5, 0.875, 0.625)
+        points = []
+        for of_layers, of_width in product(shares, shares):
+            wide = [round(length * share) - 1 for length, share in zip(lengths, (0, of_width, of_width), strict=True)]
+            depth = round(self._source.layers * of_layers) - self._steps.layers[0]
+            points.append((min(max(depth, 0), lengths[0] - 1), max(wide[1], 0), max(wide[2], 0)))
+        return (self._tied(point) for point in dict.fromkeys(points))
+
+    def _tied(self, point: Point) -> Point:
+        """With a head size that follows from hidden and heads the groups are those of the hidden dimensions."""
+        layers, hidden, groups = point
+        if self._steps.coupled:
+            size = self._source.head_dim * self._source.heads_per_group
+            groups = self._steps.groups.index(self._steps.hidden[hidden] // size)
+        return layers, hidden, groups
+
+    def _neighbours(self, point: Point) -> Iterator[Point]:
+        lengths = len(self._steps.layers), len(self._steps.hidden), len(self._steps.groups)
+        for axis in range(2 if self._steps.coupled else 3):
+            for step in (-1, 1):
+                moved = [place + step * (number == axis) for number, place in enumerate(point)]
+                if all(0 <= place < length for place, length in zip(moved, lengths, strict=True)):
+                    yield self._tied((moved[0], moved[1], moved[2]))
+
+    def _solved(self, point: Point) -> Shape | None:
+        """The largest shape at a point that keeps to every budget; None if none does."""
+        steps = self._steps
+        sizes = {
+            "layers": steps.layers[point[0]],
+            "hidden": steps.hidden[point[1]],
+            "kv_heads": steps.groups[point[2]],
+        }
+        low, high = 0, len(steps.inner)  # inner[:low] fit, inner[high:] don't
+        while low < high:
+            middle = (low + high) // 2
+            if self._fits(of_size(self._source, {**sizes, steps.inner_name: steps.inner[middle]})):
+                low = middle + 1
+            else:
+                high = middle
+        return of_size(self._source, {**sizes, steps.inner_name: steps.inner[low - 1]}) if low else None
+
+    def _fits(self, shape: Shape) -> bool:
+        return all(self._cost(limit, shape) <= limit.most for limit in self._limits)
+
+    def _cost(self, limit: Limit, shape: Shape) -> float:
+        if shape.layers not in self._blocks:
+            whole = of_size(self._source, {"layers": shape.layers})
+            self._blocks[shape.layers] = [block.attention for block in self._plan_for(whole).blocks]
+        return limit.cost(shape, self._blocks[shape.layers])

@@ -1,0 +1,134 @@
+"""How long a model of another shape takes for a token, from timings on this machine.
+
+The table holds the time of a block for pairs of sizes, (hidden, key/value groups) and (hidden, channels or experts):
+attention and MLP add up, so that a block of any three sizes is known from two pairs and what they share. Each timing is
+the difference of two models that differ in their number of blocks, so that what lies outside the blocks is known, too.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import psutil
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from llmprune.budgets.sizes import Sizes, of_size, prunable_dimensions
+from llmprune.families import Shape
+from llmprune.models.loading import unfilled_model
+
+FEW, MANY = 1, 5  # blocks of the two models
+STEPS, ROUNDS = 8, 5
+
+
+class LatencyTable:
+    """Seconds for a token of every sequence in a batch, behind a cache of some length."""
+
+    def __init__(
+        self, config: PretrainedConfig, *, batch: int, context: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Prepare an empty table; it is filled as it is asked.
+
+        Args:
+            config: of the source model.
+            batch: sequences that go on together.
+            context: tokens before the one that is timed.
+            device: where.
+            dtype: of the weights.
+        """
+        self._sizes = Sizes(config)
+        self.source = self._sizes.source
+        self._batch, self._context, self._device, self._dtype = batch, context, device, dtype
+        self._timed: dict[tuple[int, int, int], tuple[float, float]] = {}
+        _, self._groups, self._inner = prunable_dimensions(config)
+
+    def seconds(self, shape: Shape) -> float:
+        """The time of a token in a model of ``shape``."""
+        hidden = shape.hidden
+        full = hidden, self.source.kv_heads, self._of(self.source)
+        groups, inner = shape.kv_heads, self._of(shape)
+        outside, whole = self._time(*full)
+        narrow_attention = self._time(hidden, groups, full[2])[1]
+        narrow_inner = self._time(hidden, full[1], inner)[1]
+        return outside + shape.layers * max(narrow_attention + narrow_inner - whole, 0.0)
+
+    def measured(self, shape: Shape, reference: Shape) -> float | None:
+        """Seconds of a token in a model built with ``shape`` over those in one of ``reference``.
+
+        None if there is no room for both.
+        """
+        free = (
+            torch.cuda.mem_get_info()[0] if self._device.type == "cuda" else psutil.virtual_memory().available
+        )
+        needed = sum(self._sizes.parameters(s) for s in (shape, reference)) * self._dtype.itemsize
+        if needed > 0.8 * free:
+            return None
+        a, b = (self._step(s) for s in (shape, reference))
+        ratios = []
+        for _ in range(2 * ROUNDS):
+            first, second = _seconds(a, self._device), _seconds(b, self._device)
+            ratios.append(first / second)
+        return statistics.median(ratios)
+
+    def _of(self, shape: Shape) -> int:
+        return int(getattr(shape, self._inner))
+
+    def _time(self, hidden: int, groups: int, inner: int) -> tuple[float, float]:
+        """Seconds outside the blocks, and of one block."""
+        key = hidden, groups, inner
+        if key not in self._timed:
+            shape = of_size(self.source, {"hidden": hidden, "kv_heads": groups, self._inner: inner})
+            few, many = (self._step(replace(shape, layers=layers)) for layers in (FEW, MANY))
+            times = [(_seconds(few, self._device), _seconds(many, self._device)) for _ in range(ROUNDS)]
+            block = max(statistics.median((b - a) / (MANY - FEW) for a, b in times), 0.0)
+            outside = max(statistics.median(a for a, _ in times) - FEW * block, 0.0)
+            self._timed[key] = outside, block
+        return self._timed[key]
+
+    def _step(self, shape: Shape) -> Callable[[], object]:
+        """A model of ``shape`` that computes one more token each time it is called."""
+        blocks = [block % self.source.layers for block in range(shape.layers)]
+        # A head size that follows from hidden and heads may not fit sizes that are timed one by one.
+        config = self._sizes.family.with_shape(self._sizes.config, _coupled(shape, self._sizes), blocks)
+        model = _filled(config, self._dtype).to(self._device)  # type: ignore[arg-type]
+        tokens = torch.ones(self._batch, self._context, dtype=torch.int64, device=self._device)
+        with torch.inference_mode():
+            cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+
+        @torch.inference_mode()
+        def step() -> object:
+            return model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True).logits
+
+        step()
+        return step
+
+
+def _coupled(shape: Shape, sizes: Sizes) -> Shape:
+    if not sizes.family.head_size_is_derived(sizes.config):
+        return shape
+    groups = shape.hidden // shape.head_dim // sizes.source.heads_per_group
+    return of_size(shape, {"kv_heads": groups})
+
+
+def _filled(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model whose weights have values, though none worth anything: memory that was never written is not read."""
+    model = unfilled_model(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.01)
+    return model
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    """The median time of some calls."""
+    times = []
+    for _ in range(STEPS):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

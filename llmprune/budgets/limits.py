@@ -1,0 +1,165 @@
+"""Budgets: what a model may cost."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers import PretrainedConfig
+
+from llmprune.budgets.latency import LatencyTable
+from llmprune.budgets.sizes import Sizes
+from llmprune.errors import UserError
+from llmprune.families import Shape
+from llmprune.models.placement import DTYPES
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+TOLERANCE = 0.1  # by which a latency from the table may miss the built model's
+
+
+@dataclass
+class BudgetConfig:
+    """What the model that a plan leaves may cost; every budget that is given must be kept.
+
+    Attributes:
+        params: parameters: a share of the source's up to 1, or a number such as ``1.3B``.
+        memory: of weights and a full key/value cache, such as ``8GB``, or a share of the source's.
+        latency: of a token behind a cache: a share of the source's.
+        context: tokens in the cache.
+        batch: sequences in it.
+        dtype: of the weights and the cache: float32, bfloat16 or float16.
+        multiple: what hidden dimensions and channels must be multiples of; null = a sixteenth of the source's, as a
+            power of two that divides them, at most 256.
+        tries: how many shapes are tried on the calibration samples.
+    """
+
+    params: str | None = None
+    memory: str | None = None
+    latency: str | None = None
+    context: int = 2048
+    batch: int = 1
+    dtype: str = "bfloat16"
+    multiple: int | None = None
+    tries: int = 48
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Raise ``UserError`` for numbers that are none or impossible for a model of this config."""
+        if self.params is None and self.memory is None and self.latency is None:
+            raise UserError("name a budget: --budget-params, --budget-memory or --budget-latency")
+        for name, least in (("context", 1), ("batch", 1), ("tries", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be positive")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype '{self.dtype}' is unknown; valid: {', '.join(DTYPES)}")
+        if (limit := getattr(config, "max_position_embeddings", None)) is not None and self.context > limit:
+            raise UserError(f"a context of {self.context} tokens is too long: the model takes {limit}; pass --context")
+        if self.multiple is not None and self.multiple < 1:
+            raise UserError(f"the multiple is {self.multiple}; it must be positive")
+
+
+class Limit(Protocol):
+    """One budget.
+
+    Attributes:
+        name: params, memory or latency.
+        most: what a model may cost, in the unit of ``cost``.
+    """
+
+    name: str
+    most: float
+
+    def cost(self, shape: Shape, blocks: Sequence[int]) -> float:
+        """What a model of ``shape`` costs, whose attentions are those of the source's ``blocks``."""
+
+
+class Parameters:
+    """A number of parameters."""
+
+    name = "params"
+
+    def __init__(self, sizes: Sizes, amount: str) -> None:
+        self._sizes = sizes
+        self.most = int(_amount(amount, "params", sizes.parameters(sizes.source)))
+
+    def cost(self, shape: Shape, blocks: Sequence[int]) -> float:
+        """Parameters."""
+        return self._sizes.parameters(shape)
+
+
+class Memory:
+    """Bytes of weights and a full key/value cache."""
+
+    name = "memory"
+
+    def __init__(self, sizes: Sizes, amount: str, *, batch: int, context: int, itemsize: int) -> None:
+        self._sizes, self._batch, self._context, self._itemsize = sizes, batch, context, itemsize
+        self.most = _amount(amount, "memory", self.cost(sizes.source, range(sizes.source.layers)))
+
+    def cost(self, shape: Shape, blocks: Sequence[int]) -> float:
+        """Bytes."""
+        cache = self._sizes.cache_bytes(
+            shape, blocks, batch=self._batch, context=self._context, itemsize=self._itemsize
+        )
+        return self._sizes.parameters(shape) * self._itemsize + cache
+
+
+class Latency:
+    """The time of a token, as a share of the source's."""
+
+    name = "latency"
+
+    def __init__(self, table: LatencyTable, amount: str) -> None:
+        self.table = table
+        self.most = _amount(amount, "latency", 1.0)
+        if self.most > 1:
+            raise UserError(f"--budget-latency {amount} is a share of the source's latency: it must be below 1")
+        self._scale = 1.0
+
+    def cost(self, shape: Shape, blocks: Sequence[int]) -> float:
+        """Share of the source's time."""
+        return self._scale * self.table.seconds(shape) / self.table.seconds(self.table.source)
+
+    def agrees(self, shape: Shape, measured: float) -> bool:
+        """Whether the table is near enough to the share that a built model takes, and that share to the budget."""
+        return abs(self.cost(shape, ()) / measured - 1) <= TOLERANCE and measured <= self.most * (1 + TOLERANCE / 2)
+
+    def learn(self, shape: Shape, measured: float) -> None:
+        """Take a built model's share into account."""
+        self._scale *= measured / self.cost(shape, ())
+
+
+def limits_of(budget: BudgetConfig, sizes: Sizes, device: torch.device) -> list[Limit]:
+    """The budgets that are asked for.
+
+    Raises:
+        UserError: one is no number, or nothing needs to go.
+    """
+    budget.check(sizes.config)
+    dtype = DTYPES[budget.dtype]
+    found: list[Limit] = []
+    if budget.params is not None:
+        found.append(Parameters(sizes, budget.params))
+    if budget.memory is not None:
+        found.append(
+            Memory(sizes, budget.memory, batch=budget.batch, context=budget.context, itemsize=dtype.itemsize)
+        )
+    if budget.latency is not None:
+        table = LatencyTable(sizes.config, batch=budget.batch, context=budget.context, device=device, dtype=dtype)
+        found.append(Latency(table, budget.latency))
+    everything = range(sizes.source.layers)
+    if all(limit.cost(sizes.source, everything) <= limit.most for limit in found):
+        raise UserError("the model keeps to the budget as it is: nothing needs to go")
+    return found
+
+
+def _amount(text: str, name: str, whole: float) -> float:
+    """A share up to one of ``whole``, or a number with a unit."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)\s*", text)
+    unit = match[2].upper() if match else ""
+    if match is None or unit not in _UNITS or float(match[1]) <= 0:
+        examples = {"params": "0.5 or 1.3B", "memory": "8GB or 0.5", "latency": "0.6"}
+        raise UserError(f"--budget-{name} '{text}' is no amount: write {examples[name]}")
+    number = float(match[1])
+    return number * whole if not unit and number <= 1 else number * _UNITS[unit]

@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> int:
         print(f"usage: {USAGE}", file=sys.stderr)
         return 2
     try:
-        from llmprune.config import ScoringConfig, describe, load_job
+        from llmprune.config import IterationConfig, ScoringConfig, describe, load_job
 
         if arguments[0] in ("-h", "--help"):
             print(f"{USAGE}\n\n{describe()}")
@@ -26,6 +26,10 @@ def main(arguments: list[str]) -> int:
             from llmprune.scoring_run import run_scoring
 
             run_scoring(job)
+        elif isinstance(job, IterationConfig):
+            from llmprune.iteration import iterate
+
+            iterate(job)
         else:
             from llmprune.training import train
 

@@ -19,6 +19,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import YAMLError
 
 from llmprune.data.cache import CacheConfig
+from llmprune.data.calibration import CalibrationConfig
 from llmprune.data.updates import DynamicLoadingConfig
 from llmprune.errors import UserError, first_line, nearest
 from llmprune.files import write_text
@@ -259,14 +260,57 @@ class ScoringConfig:
     plan: PlansConfig | None = None
 
 
-def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Config | ScoringConfig:
-    """Read the YAML of any job and apply overrides; one with ``layer_scoring`` scores, all others train.
+@dataclass
+class RoundsConfig:
+    """Rounds of scoring, cutting and recovery that end in one shape.
+
+    Attributes:
+        rounds: how many; every size shrinks by the same share in each.
+        shape: what comes out of the last one, any of layers, hidden, heads, kv_heads, intermediate and experts.
+        method: a registered way to select blocks.
+        criterion: of blocks, if any go.
+        unit_criterion: of heads, channels and hidden dimensions, if any go.
+        expert_criterion: of experts; null = unit_criterion.
+        correction: of output matrices, on the calibration samples: none, mean or refit.
+        protect_first: so many blocks at the start stay.
+        protect_last: so many at the end.
+        calibration: the samples; without a path, of the data's training part.
+        batch_size: samples that go through a block at a time.
+    """
+
+    rounds: int = 2
+    shape: dict[str, int] = field(default_factory=dict)
+    method: str = "lowest"
+    criterion: str | None = None
+    unit_criterion: str | None = None
+    expert_criterion: str | None = None
+    correction: str = "none"
+    protect_first: int | None = None
+    protect_last: int | None = None
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    batch_size: int = 8
+
+
+@dataclass
+class IterationConfig(Config):
+    """A job that prunes in rounds and recovers after each as a training run would."""
+
+    iterate: RoundsConfig = field(default_factory=RoundsConfig)
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Config | ScoringConfig | IterationConfig:
+    """Read the YAML of any job and apply overrides.
+
+    One with ``layer_scoring`` scores, one with ``iterate`` prunes in rounds, all others train.
 
     Raises:
         UserError: see ``load_config``.
     """
-    if "layer_scoring" in _read(Path(path)):
+    sections = _read(Path(path))
+    if "layer_scoring" in sections:
         return _load(path, overrides, ScoringConfig)
+    if "iterate" in sections:
+        return _load(path, overrides, IterationConfig)
     return _load(path, overrides, Config)
 
 
@@ -334,9 +378,12 @@ def save_config(config: Config | ScoringConfig, path: Path) -> None:
 def describe() -> str:
     """Every section and key of every job's YAML with its default and its meaning, as text."""
     lines: list[str] = []
-    for schema in (Config, ScoringConfig):
+    for schema in (Config, ScoringConfig, IterationConfig):
         lines += [f"## {inspect.cleandoc(schema.__doc__ or '').splitlines()[0]}"]
+        known = {section.name for section in dataclasses.fields(Config)} if schema is IterationConfig else set()
         for section in dataclasses.fields(schema):
+            if section.name in known:
+                continue
             cls = _dataclass_in(typing.get_type_hints(schema)[section.name])
             optional = " (optional)" if section.default is None else ""
             lines += ["", f"{section.name}:{optional}  # {inspect.cleandoc(cls.__doc__).splitlines()[0]}"]

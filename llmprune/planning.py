@@ -7,18 +7,24 @@ from dataclasses import replace
 import torch
 from transformers import PretrainedConfig
 
+from llmprune.budgets.choose import Choice, Chooser, Steps
+from llmprune.budgets.limits import BudgetConfig, limits_of
+from llmprune.budgets.sizes import Sizes
+from llmprune.budgets.trial import Trial
 from llmprune.data.calibration import CalibrationConfig, calibration_samples, samples_fingerprint
 from llmprune.errors import UserError
 from llmprune.families import Shape, family_of
 from llmprune.models.loading import StoredWeights, fingerprint, load_config, load_model, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.placement import DTYPES
-from llmprune.plans import Plan
+from llmprune.plans import KeptBlock, Plan
 from llmprune.scoring import merging, repeated
+from llmprune.scoring.correction import corrected
 from llmprune.scoring.criteria import CRITERIA
 from llmprune.scoring.criterion import Section
 from llmprune.scoring.scores import Scores
-from llmprune.scoring.selection import SELECTIONS, Opened, PlanConfig, Request, select
+from llmprune.scoring.selection import SELECTIONS, Opened, PlanConfig, Request, blocks_of, select
+from llmprune.scoring.width import narrowed, whole
 from llmprune.surgery import Surgery
 
 __all__ = ["SELECTIONS", "compare", "make_plan", "merging", "repeated"]
@@ -39,6 +45,76 @@ def make_plan(scores: Scores, config: PlanConfig, *, model: str | None = None) -
     if config.shape is not None:
         Surgery(load_config(model or scores.model), plan)
     return plan
+
+
+def choose_plan(
+    scores: Scores, config: PlanConfig, budget: BudgetConfig, *, model: str | None = None
+) -> tuple[Plan, Choice]:
+    """The plan to the shape under a budget whose calibration loss is the lowest before recovery.
+
+    Without a criterion of blocks all of them stay, without one of units they keep their width.
+
+    Args:
+        scores: of the model, with its calibration samples.
+        config: how blocks and units are selected; without a shape.
+        budget: what the model may cost.
+        model: where it lies now; None = where it lay when it was scored.
+
+    Returns:
+        The plan, corrected if the config asks for it, and how it was chosen.
+
+    Raises:
+        UserError: the budget is impossible, or the model is another one.
+    """
+    if config.shape is not None or config.remove is not None or config.drop is not None:
+        raise UserError("a budget decides what stays: leave out --shape, --remove and --drop")
+    if config.criterion is None and config.unit_criterion is None and config.method == "lowest":
+        raise UserError("name the criterion of blocks (--criterion), of units (--unit-criterion), or both")
+    if not scores.data:
+        raise UserError("the scores were computed without calibration text: score again with --data")
+    config.check()
+    request = _request(scores, config, model or scores.model)
+    sizes = Sizes(load_config(model or scores.model))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    limits = limits_of(budget, sizes, device)
+    steps = Steps.of(sizes, budget.multiple, _least_layers(request), depth=_prunes_depth(config), width=_width(config))
+    opened = request.open()
+    trial, blocks = Trial(opened), _Blocks(replace(request, open=lambda: opened))
+
+    def plan_for(shape: Shape) -> Plan:
+        plan = Plan(scores.family, scores.fingerprint, scores.source, blocks.of(shape.layers))
+        return narrowed(plan, shape, scores, config.unit_criterion, config.expert_criterion)
+
+    choice = Chooser(sizes, steps, limits, plan_for, trial.loss, budget.tries).choose()
+    plan = choice.plan if config.correction == "none" else corrected(choice.plan, config.correction, opened)
+    return plan, choice
+
+
+def _prunes_depth(config: PlanConfig) -> bool:
+    return config.criterion is not None or config.method != "lowest"
+
+
+def _width(config: PlanConfig) -> bool:
+    return config.unit_criterion is not None
+
+
+def _least_layers(request: Request) -> int:
+    default = 1 if request.config.method in ("greedy", "merge") else 0
+    return max(request.layers - len(request.removable(default)), 1)
+
+
+class _Blocks:
+    """The blocks that stay, by how many: selected once for each number."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._found: dict[int, tuple[KeptBlock, ...]] = {request.layers: whole(request.layers)}
+
+    def of(self, layers: int) -> tuple[KeptBlock, ...]:
+        if layers not in self._found:
+            config = replace(self._request.config, remove=self._request.layers - layers)
+            self._found[layers] = blocks_of(replace(self._request, config=config))
+        return self._found[layers]
 
 
 class _Opening(Exception):

@@ -123,12 +123,12 @@ class Plan:
                     f"the plan's factor '{name}' has the shape {list(factor.shape)}, expected "
                     f"[{expected.get(name, 'none')}]"
                 )
-        sizes = self._correction_shapes() if self.corrections else {}
+        possible = self._correction_shapes() if self.corrections else {}
         for name, tensor in self.corrections.items():
-            if tuple(tensor.shape) != sizes.get(name):
+            if tuple(tensor.shape) != possible.get(name):
                 raise UserError(
                     f"the plan's correction '{name}' has the shape {list(tensor.shape)}, expected "
-                    f"{list(sizes.get(name, ('none',)))}"
+                    f"{list(possible.get(name, ('none',)))}"
                 )
 
     def heads(self, block: KeptBlock) -> tuple[int, ...]:

@@ -1,9 +1,10 @@
 """The shape under a budget whose model keeps the lowest calibration loss, depth and width chosen together."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from math import gcd
+from typing import Any
 
 from tqdm import tqdm
 
@@ -35,6 +36,26 @@ class Choice:
     measured: float | None
     tried: int
 
+    def facts(self) -> dict[str, Any]:
+        """What the choice rests on, for JSON."""
+        return {
+            "shape": asdict(self.plan.shape),
+            "loss": self.loss,
+            "costs": dict(self.costs),
+            "measured_latency": self.measured,
+            "tried": self.tried,
+        }
+
+    def __str__(self) -> str:
+        words = {"params": "{:,.0f} parameters", "memory": "{:,.0f} bytes", "latency": "{:.3f} of the source's latency"}
+        costs = [words[name].format(cost) for name, cost in self.costs.items()]
+        if self.measured is not None:
+            costs.append(f"a built model takes {self.measured:.3f}")
+        shown = ", ".join(costs)
+        return (
+            f"{self.plan.shape}: {shown}; calibration loss {self.loss:.4f} before recovery, {self.tried} shapes tried"
+        )
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -51,18 +72,19 @@ class Steps:
     coupled: bool
 
     @classmethod
-    def of(cls, sizes: Sizes, multiple: int | None, least_layers: int, least_experts: int) -> "Steps":
+    def of(cls, sizes: Sizes, multiple: int | None, least_layers: int, *, depth: bool, width: bool) -> "Steps":
         """Those of a model.
 
         Args:
             sizes: its own.
             multiple: of hidden dimensions and channels; None = by their size.
             least_layers: how many blocks can't go.
-            least_experts: how many experts a token needs.
+            depth: whether blocks go.
+            width: whether anything else does.
         """
-        source = sizes.source
+        source, family = sizes.source, sizes.family
         *_, inner = prunable_dimensions(sizes.config)
-        coupled = sizes.family.head_size_is_derived(sizes.config)
+        coupled = family.head_size_is_derived(sizes.config)
         hidden = [n for n in range(1, source.hidden + 1) if n % _multiple(source.hidden, multiple) == 0]
         groups = list(range(1, source.kv_heads + 1))
         if coupled:
@@ -70,13 +92,17 @@ class Steps:
             hidden = sorted(wanted) if multiple is None else [n for n in sorted(wanted) if n % multiple == 0]
         channels = source.intermediate
         if source.experts is not None:
-            inners = list(range(least_experts, source.experts + 1))
+            chosen = getattr(sizes.config, family.chosen_experts) if family.chosen_experts else 1
+            inners = list(range(chosen, source.experts + 1))
         else:
             inners = [n for n in range(1, channels + 1) if n % _multiple(channels, multiple) == 0]
         for name, values in (("hidden", hidden), (inner, inners)):
             if not values:
                 raise UserError(f"no size of {name} up to the model's is a multiple of {multiple}: pass --multiple")
-        return cls(range(least_layers, source.layers + 1), hidden, groups, inners, inner, coupled)
+        layers = range(least_layers if depth else source.layers, source.layers + 1)
+        if not width:
+            hidden, groups, inners = [source.hidden], [source.kv_heads], [getattr(source, inner)]
+        return cls(layers, hidden, groups, inners, inner, coupled)
 
 
 def _multiple(size: int, wanted: int | None) -> int:
@@ -176,9 +202,9 @@ class Chooser:
         shares = (1.0, 0.75, 0.5, 0.875, 0.625)
         points = []
         for of_layers, of_width in product(shares, shares):
-            wide = [round(length * share) - 1 for length, share in zip(lengths, (0, of_width, of_width), strict=True)]
             depth = round(self._source.layers * of_layers) - self._steps.layers[0]
-            points.append((min(max(depth, 0), lengths[0] - 1), max(wide[1], 0), max(wide[2], 0)))
+            hidden, groups = (max(round(length * of_width) - 1, 0) for length in lengths[1:])
+            points.append((min(max(depth, 0), lengths[0] - 1), hidden, groups))
         return (self._tied(point) for point in dict.fromkeys(points))
 
     def _tied(self, point: Point) -> Point:

@@ -58,9 +58,7 @@ class LatencyTable:
 
         None if there is no room for both.
         """
-        free = (
-            torch.cuda.mem_get_info()[0] if self._device.type == "cuda" else psutil.virtual_memory().available
-        )
+        free = torch.cuda.mem_get_info()[0] if self._device.type == "cuda" else psutil.virtual_memory().available
         needed = sum(self._sizes.parameters(s) for s in (shape, reference)) * self._dtype.itemsize
         if needed > 0.8 * free:
             return None

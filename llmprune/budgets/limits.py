@@ -16,6 +16,7 @@ from llmprune.models.placement import DTYPES
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+CONTEXT = 2048
 TOLERANCE = 0.1  # by which a latency from the table may miss the built model's
 
 
@@ -27,7 +28,7 @@ class BudgetConfig:
         params: parameters: a share of the source's up to 1, or a number such as ``1.3B``.
         memory: of weights and a full key/value cache, such as ``8GB``, or a share of the source's.
         latency: of a token behind a cache: a share of the source's.
-        context: tokens in the cache.
+        context: tokens in the cache; null = 2048, or as many as the model takes.
         batch: sequences in it.
         dtype: of the weights and the cache: float32, bfloat16 or float16.
         multiple: what hidden dimensions and channels must be multiples of; null = a sixteenth of the source's, as a
@@ -38,7 +39,7 @@ class BudgetConfig:
     params: str | None = None
     memory: str | None = None
     latency: str | None = None
-    context: int = 2048
+    context: int | None = None
     batch: int = 1
     dtype: str = "bfloat16"
     multiple: int | None = None
@@ -48,15 +49,18 @@ class BudgetConfig:
         """Raise ``UserError`` for numbers that are none or impossible for a model of this config."""
         if self.params is None and self.memory is None and self.latency is None:
             raise UserError("name a budget: --budget-params, --budget-memory or --budget-latency")
-        for name, least in (("context", 1), ("batch", 1), ("tries", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be positive")
+        for name in ("context", "batch", "multiple", "tries"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name} is {value}; it must be positive")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype '{self.dtype}' is unknown; valid: {', '.join(DTYPES)}")
-        if (limit := getattr(config, "max_position_embeddings", None)) is not None and self.context > limit:
-            raise UserError(f"a context of {self.context} tokens is too long: the model takes {limit}; pass --context")
-        if self.multiple is not None and self.multiple < 1:
-            raise UserError(f"the multiple is {self.multiple}; it must be positive")
+        if self.context is not None and self.context > self.tokens(config):
+            raise UserError(f"a context of {self.context} tokens is too long: the model takes {self.tokens(config)}")
+
+    def tokens(self, config: PretrainedConfig) -> int:
+        """The context for a model of this config, no longer than what it takes."""
+        wanted = CONTEXT if self.context is None else self.context
+        return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)
 
 
 class Limit(Protocol):
@@ -81,7 +85,7 @@ class Parameters:
 
     def __init__(self, sizes: Sizes, amount: str) -> None:
         self._sizes = sizes
-        self.most = int(_amount(amount, "params", sizes.parameters(sizes.source)))
+        self.most = _amount(amount, "params", sizes.parameters(sizes.source))
 
     def cost(self, shape: Shape, blocks: Sequence[int]) -> float:
         """Parameters."""
@@ -137,16 +141,14 @@ def limits_of(budget: BudgetConfig, sizes: Sizes, device: torch.device) -> list[
         UserError: one is no number, or nothing needs to go.
     """
     budget.check(sizes.config)
-    dtype = DTYPES[budget.dtype]
+    dtype, context = DTYPES[budget.dtype], budget.tokens(sizes.config)
     found: list[Limit] = []
     if budget.params is not None:
         found.append(Parameters(sizes, budget.params))
     if budget.memory is not None:
-        found.append(
-            Memory(sizes, budget.memory, batch=budget.batch, context=budget.context, itemsize=dtype.itemsize)
-        )
+        found.append(Memory(sizes, budget.memory, batch=budget.batch, context=context, itemsize=dtype.itemsize))
     if budget.latency is not None:
-        table = LatencyTable(sizes.config, batch=budget.batch, context=budget.context, device=device, dtype=dtype)
+        table = LatencyTable(sizes.config, batch=budget.batch, context=context, device=device, dtype=dtype)
         found.append(Latency(table, budget.latency))
     everything = range(sizes.source.layers)
     if all(limit.cost(sizes.source, everything) <= limit.most for limit in found):

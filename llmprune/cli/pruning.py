@@ -172,6 +172,24 @@ def plan(
     correction: Annotated[
         str, typer.Option(help="Of output matrices, on the calibration samples: none, mean (biases), refit.")
     ] = "none",
+    budget_params: Annotated[
+        str | None, typer.Option(help="Parameters that stay: a share such as 0.5, or 1.3B; picks the shape.")
+    ] = None,
+    budget_memory: Annotated[
+        str | None, typer.Option(help="Memory of weights and key/value cache: 8GB, or a share; picks the shape.")
+    ] = None,
+    budget_latency: Annotated[
+        str | None, typer.Option(help="Share of the time of a token, measured here; picks the shape.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Budgets: tokens in the cache; default 2048, or what the model takes.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Budgets: sequences in the cache; default 1.")] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Budgets: of weights and cache; default bfloat16.")] = None,
+    multiple: Annotated[
+        int | None, typer.Option(help="Budgets: what hidden dimensions and channels are multiples of.")
+    ] = None,
+    tries: Annotated[int | None, typer.Option(help="Budgets: shapes to try; default 48.")] = None,
     drop: Annotated[str | None, typer.Option(help="What goes: 3,7 or attention.3,mlp.3 (--method list).")] = None,
     protect_first: Annotated[int | None, typer.Option(help="So many blocks at the start stay.")] = None,
     protect_last: Annotated[int | None, typer.Option(help="So many at the end.")] = None,
@@ -188,6 +206,7 @@ def plan(
 ) -> None:
     """Choose what goes by scores; OUT is a plan for `llmprune apply`."""
     from llmprune import planning
+    from llmprune.budgets.limits import BudgetConfig
     from llmprune.files import check_output, refuse_replacing
     from llmprune.scoring.scores import Scores
     from llmprune.scoring.selection import PlanConfig
@@ -221,10 +240,27 @@ def plan(
         raise UserError("name the plan to write with --out")
     check_output(out, ".json", overwrite)
     refuse_replacing(out, [scores])
-    made = planning.make_plan(loaded, config, model=model)
+    given = {
+        "params": budget_params,
+        "memory": budget_memory,
+        "latency": budget_latency,
+        "context": context,
+        "batch": batch,
+        "dtype": None if dtype is None else dtype.value,
+        "multiple": multiple,
+        "tries": tries,
+    }
+    asked = {name: value for name, value in given.items() if value is not None}
+    choice = None
+    if asked:
+        made, choice = planning.choose_plan(loaded, config, BudgetConfig(**asked), model=model)  # type: ignore[arg-type]
+    else:
+        made = planning.make_plan(loaded, config, model=model)
     made.save(out)
-    removed = planning.removed_blocks(made)
-    print(json.dumps({"removed": removed}) if as_json else f"{out}: {planning.describe(made)}")
+    facts = {"removed": planning.removed_blocks(made)} | ({} if choice is None else choice.facts())
+    print(json.dumps(facts) if as_json else f"{out}: {planning.describe(made)}")
+    if choice is not None and not as_json:
+        print(choice)
 
 
 @app.command()

@@ -38,7 +38,9 @@ def model_card(
         header["base_model"] = source
     before, after = asdict(plan.source), asdict(plan.shape)
     rows = [
-        f"| {name.replace('_', ' ')} | {size:,} | {after[name]:,} |" for name, size in before.items() if size is not None
+        f"| {name.replace('_', ' ')} | {size:,} | {after[name]:,} |"
+        for name, size in before.items()
+        if size is not None
     ]
     trust = ", trust_remote_code=True" if needs_code else ""
     origin = "random weights" if source == RANDOM else f"`{source}`"

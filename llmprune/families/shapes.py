@@ -94,6 +94,26 @@ def target_shape(source: Shape, target: Mapping[str, int | None]) -> Shape:
     return shape
 
 
+def shapes_between(source: Shape, target: Shape, rounds: int) -> list[Shape]:
+    """The shapes after each of so many rounds, the last one ``target``: every size shrinks by the same share each time.
+
+    Query heads per group shrink in their own steps, so that every shape is a possible one.
+    """
+
+    def size(before: int, after: int, number: int) -> int:
+        return round(before * (after / before) ** (number / rounds))
+
+    found = []
+    for number in range(1, rounds + 1):
+        sizes = {
+            name: size(getattr(source, name), getattr(target, name), number)
+            for name in ("layers", "hidden", "kv_heads", "intermediate", *(["experts"] if source.experts else []))
+        }
+        per_group = size(source.heads_per_group, target.heads_per_group, number)
+        found.append(replace(source, **sizes, heads=sizes["kv_heads"] * per_group))
+    return found
+
+
 def shape_from(values: Mapping[str, int | None]) -> Shape:
     """A ``Shape`` from plain numbers, as read from JSON.
 

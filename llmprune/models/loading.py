@@ -170,9 +170,7 @@ def empty_model(model: str | Path, *, dtype: torch.dtype, attention: str = "sdpa
     return empty
 
 
-def unfilled_model(
-    config: PretrainedConfig, *, dtype: torch.dtype, attention: str | None = None
-) -> PreTrainedModel:
+def unfilled_model(config: PretrainedConfig, *, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
     """A causal LM of this config whose parameters have a place in memory but no values yet."""
     with init_empty_weights(include_buffers=False):
         empty = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)

@@ -116,9 +116,14 @@ class Criterion:
         """Take in one block's work (``states``, ``updates``)."""
 
     def read(self, block: int, dimension: str, sublayer: str, values: Tensor) -> None:
-        """Take in what a sub-layer's matrices read (``activations``): its ``hidden`` input, or the heads' (``query``) or
-        channels' output, [samples, length, size].
-        """  # noqa: D205
+        """Take in what a sub-layer's matrices read (``activations``), [samples, length, size].
+
+        Args:
+            block: its number.
+            dimension: ``hidden`` for the sub-layer's input, ``query`` for the heads' output, ``channel`` for the MLP's.
+            sublayer: ``attention`` or ``mlp``.
+            values: what is read.
+        """
 
     def expert(self, block: int, number: int, output: Tensor) -> None:
         """Take in an expert's output for the tokens that it sees (``activations``), [tokens, hidden]."""

@@ -55,8 +55,6 @@ class PlanConfig:
         """Raise ``UserError`` for settings that contradict each other."""
         if self.correction not in CORRECTIONS:
             raise UserError(f"there is no correction '{self.correction}'; {nearest(self.correction, CORRECTIONS)}")
-        if self.shape is None and (self.unit_criterion or self.expert_criterion or self.correction != "none"):
-            raise UserError("a criterion of units and a correction go with a shape: name it with --shape")
         if self.shape is not None and "layers" in self.shape and self.remove is not None:
             raise UserError("the shape says how many layers stay: leave out --remove")
 
@@ -97,6 +95,9 @@ class PlansConfig:
 
     def each(self) -> dict[str, PlanConfig]:
         """The settings of every plan, by the name of its file."""
+        counts: list[int | None] = [*self.remove]
+        if not counts and self.shape is not None:
+            counts = [None]
         return {
             "plan.json" if count is None else f"plan-{count}.json": PlanConfig(
                 self.method,
@@ -109,7 +110,7 @@ class PlansConfig:
                 expert_criterion=self.expert_criterion,
                 correction=self.correction,
             )
-            for count in self.remove or ([] if self.shape is None else [None])
+            for count in counts
         }
 
 
@@ -223,22 +224,27 @@ def select(request: Request) -> Plan:
     """
     config, scores = request.config, request.scores
     config.check()
-    depth = config.of_depth(scores.layers)
-    if depth is None:
-        for word, given in (("criterion", config.criterion), ("protected blocks", config.protect_first)):
-            if given is not None:
-                raise UserError(f"no blocks go: leave out the {word}, or say how many go")
-        blocks = whole(scores.layers)
-    else:
-        blocks = SELECTIONS.get(config.method)(replace(request, config=depth))
-    plan = Plan(scores.family, scores.fingerprint, scores.source, blocks)
+    if config.shape is None and (config.unit_criterion or config.expert_criterion or config.correction != "none"):
+        raise UserError("a criterion of units and a correction go with a shape: name it with --shape")
+    plan = Plan(scores.family, scores.fingerprint, scores.source, blocks_of(request))
     if config.shape is None:
         return plan
-    target = target_shape(scores.source, {**config.shape, "layers": len(blocks)})
+    target = target_shape(scores.source, {**config.shape, "layers": len(plan.blocks)})
     plan = narrowed(plan, target, scores, config.unit_criterion, config.expert_criterion)
     if config.correction != "none":
         plan = corrected(plan, config.correction, request.open())
     return plan
+
+
+def blocks_of(request: Request) -> tuple[KeptBlock, ...]:
+    """The blocks that stay, whole."""
+    config, layers = request.config, request.layers
+    depth = config.of_depth(layers)
+    if depth is not None:
+        return SELECTIONS.get(config.method)(replace(request, config=depth))
+    if config.criterion is not None:
+        raise UserError("no blocks go: leave out the criterion of blocks, or say how many go")
+    return whole(layers)
 
 
 def without(layers: int, removed: Sequence[int]) -> tuple[KeptBlock, ...]:

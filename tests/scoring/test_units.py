@@ -34,12 +34,12 @@ def inputs_of(model: PreTrainedModel, tokens: Tensor) -> list[dict[str, Tensor]]
     seen: list[dict[str, Tensor]] = [{} for _ in model.model.layers]
     hooks = []
     for found, block in zip(seen, model.model.layers, strict=True):
-        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
-            hooks.append(
-                block.get_submodule(name).register_forward_pre_hook(
-                    lambda module, args, found=found, name=name: found.update({name.split(".")[1]: args[0].double()})
-                )
+        hooks += [
+            block.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, found=found, name=name: found.update({name.split(".")[1]: args[0].double()})
             )
+            for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+        ]
     with torch.no_grad():
         model(input_ids=tokens)
     for hook in hooks:
@@ -60,7 +60,10 @@ def test_activations(trained: PreTrainedModel, calibration: Tensor, sequence: st
 
     for i, seen in enumerate(inputs_of(trained, calibration)):
         heads = seen["o_proj"].unflatten(-1, (8, 8))
-        for name, magnitude in (("unit_activation_l2", heads.norm(dim=-1)), ("unit_activation_abs", heads.abs().mean(-1))):
+        for name, magnitude in (
+            ("unit_activation_l2", heads.norm(dim=-1)),
+            ("unit_activation_abs", heads.abs().mean(-1)),
+        ):
             of_heads = score(magnitude)
             hidden = score(seen["q_proj"].abs()) + score(seen["up_proj"].abs())
             groups = torch.stack([of_heads[2 * group] + of_heads[2 * group + 1] for group in range(4)])
@@ -75,7 +78,9 @@ def test_activations(trained: PreTrainedModel, calibration: Tensor, sequence: st
 
 def of_weights(values: dict[str, Tensor], block: int, config: PretrainedConfig) -> dict[str, list[float]]:
     """Sums over each unit's rows and columns, one unit at a time; ``values`` is by parameter name."""
-    own = {name.removeprefix(f"model.layers.{block}."): v.double() for name, v in values.items() if f".{block}." in name}
+    own = {
+        name.removeprefix(f"model.layers.{block}."): v.double() for name, v in values.items() if f".{block}." in name
+    }
     q, k, v, o = (own[f"self_attn.{name}_proj.weight"] for name in "qkvo")
     gate, up, down = (own[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
     norms = own["input_layernorm.weight"], own["post_attention_layernorm.weight"]

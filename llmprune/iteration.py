@@ -1,0 +1,188 @@
+"""The job that prunes in rounds: score, plan, cut and recover, until the last round's shape is reached.
+
+Every step leaves something that appears whole or not at all, so that a job which was stopped goes on at the step it was
+in; a recovery goes on from its newest checkpoint. The folder::
+
+    round-1/scores.json plan.json pruned/ recover/ recovered/   what the round did
+    round-2/…
+    model/                                                      the last round's result
+"""
+
+import copy
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from composer.utils import dist
+from transformers import PretrainedConfig
+
+from llmprune.checks import check
+from llmprune.config import Config, IterationConfig, RoundsConfig, load_job, save_config
+from llmprune.convert.commands import apply, convert
+from llmprune.errors import UserError
+from llmprune.families import Shape, family_of, shapes_between, target_shape
+from llmprune.files import remove
+from llmprune.models.loading import load_config
+from llmprune.models.placement import Placement
+from llmprune.planning import make_plan, rehearse
+from llmprune.ranks import initialize_ranks, on_rank_zero, share_cores
+from llmprune.score import save_scores, score
+from llmprune.scoring.selection import PlanConfig
+from llmprune.scoring.settings import LayerScoringConfig
+from llmprune.training import train
+
+
+def iterate(config: IterationConfig) -> None:
+    """Run the job; one that was stopped goes on with ``run.autoresume``.
+
+    Raises:
+        UserError: something does not fit, or the folder holds something else.
+    """
+    source = config.model.path
+    if source is None:
+        raise UserError("iterate prunes a model: name it with model.path")
+    for name in ("l0_pruning", "block_replacement"):
+        if getattr(config, name) is not None:
+            raise UserError(f"iterate prunes by scores: leave out {name}")
+    check(config)
+    shapes = round_shapes(config.iterate, load_config(source))
+    share_cores()
+    initialize_ranks(config.train.device)
+    folder = Path(config.run.folder)
+    on_rank_zero(lambda: _prepare(config, folder))
+    model = source
+    for number, shape in enumerate(shapes, start=1):
+        place = folder / f"round-{number}"
+        if not (place / "recovered").exists():
+            if dist.get_global_rank() == 0:
+                print(f"round {number} of {len(shapes)}: {shape}", flush=True)
+            _prune(config, model, shape, place)
+            _recover(config, place, number)
+        model = str(place / "recovered")
+    on_rank_zero(lambda: _finish(folder, Path(model)))
+
+
+def round_shapes(rounds: RoundsConfig, model: PretrainedConfig) -> list[Shape]:
+    """The shape after each round.
+
+    Raises:
+        UserError: the target, or a criterion, is impossible for this model.
+    """
+    if rounds.rounds < 1:
+        raise UserError(f"iterate.rounds is {rounds.rounds}; it must be positive")
+    family = family_of(model)
+    source = family.shape(model)
+    target = target_shape(source, rounds.shape)
+    if target == source:
+        raise UserError("iterate.shape is the model's own: nothing would be pruned")
+    shapes = shapes_between(source, target, rounds.rounds)
+    if family.head_size_is_derived(model):
+        shapes = [replace(shape, hidden=shape.heads * shape.head_dim) for shape in shapes[:-1]] + shapes[-1:]
+    names = _criteria(rounds)
+    for before, after in zip([source, *shapes], shapes, strict=False):
+        rehearse(_plan_config(rounds, before, after), names, family.with_shape(model, before, range(before.layers)))
+    return shapes
+
+
+def _criteria(rounds: RoundsConfig) -> list[str]:
+    named = (rounds.criterion, rounds.unit_criterion, rounds.expert_criterion)
+    found = list(dict.fromkeys(name for name in named if name is not None))
+    if rounds.method == "sublayers":
+        found += ["attention", "mlp"]
+    if not found:
+        raise UserError("name the criteria that decide: iterate.criterion of blocks, iterate.unit_criterion of units")
+    return found
+
+
+def _plan_config(rounds: RoundsConfig, before: Shape, after: Shape) -> PlanConfig:
+    """How to plan one round; what does not change is left out."""
+    sizes = {name: size for name, size in asdict(after).items() if name != "head_dim" and size is not None}
+    narrower = replace(after, layers=before.layers) != before
+    return PlanConfig(
+        rounds.method,
+        None if after.layers == before.layers else rounds.criterion,
+        protect_first=rounds.protect_first,
+        protect_last=rounds.protect_last,
+        shape=sizes,
+        unit_criterion=rounds.unit_criterion,
+        expert_criterion=rounds.expert_criterion,
+        correction=rounds.correction if narrower else "none",
+    )
+
+
+def _prepare(config: IterationConfig, folder: Path) -> None:
+    """Make the folder, or see that what it holds is this job's."""
+    known = folder / "config.yaml"
+    if folder.exists() and any(folder.iterdir()):
+        before = load_job(known) if known.is_file() else None
+        if not isinstance(before, IterationConfig):
+            raise UserError(f"{folder} holds something that is no job of rounds: choose another run.folder")
+        if config.run.overwrite:
+            shutil.rmtree(folder)
+        elif not config.run.autoresume:
+            raise UserError(f"{folder} holds a job: pass run.autoresume=true to go on, or run.overwrite=true")
+        elif (was := _identity(before)) != (now := _identity(config)):
+            key = next(key for key in now if was[key] != now[key])
+            raise UserError(
+                f"{folder} was begun with {key} {was[key]}; the config asks for {now[key]}: keep what it began with, "
+                "or use another run.folder"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, known)
+
+
+def _identity(config: IterationConfig) -> dict[str, object]:
+    rounds = {f"iterate.{key}": value for key, value in asdict(config.iterate).items()}
+    return {"model.path": config.model.path, "data.path": config.data.path, "run.seed": config.run.seed, **rounds}
+
+
+def _prune(config: IterationConfig, model: str, shape: Shape, place: Path) -> None:
+    """Score, plan and cut, as far as it is not done yet."""
+    rounds, plan_file = config.iterate, place / "plan.json"
+    if not plan_file.exists():
+        data = replace(rounds.calibration, path=rounds.calibration.path or config.data.path)
+        settings = LayerScoringConfig(data, _criteria(rounds), rounds.batch_size, seed=config.run.seed)
+        placement = Placement(config.model.dtype, config.train.device, attention=config.model.attention)
+        scores = score(model, settings, placement, tokenizer=config.model.tokenizer)
+
+        def decide() -> None:
+            place.mkdir(exist_ok=True)
+            save_scores(scores, place / "scores.json")
+            make_plan(scores, _plan_config(rounds, scores.source, shape)).save(plan_file)
+
+        on_rank_zero(decide)
+
+    def cut() -> None:
+        if not (place / "pruned").exists():
+            apply(model, plan_file, place / "pruned")
+
+    on_rank_zero(cut)
+
+
+def _recover(config: IterationConfig, place: Path, number: int) -> None:
+    """Train what is left; every round sees the data in another order."""
+    run = replace(
+        config.run,
+        name=f"{config.run.name}-{number}",
+        folder=str(place / "recover"),
+        seed=config.run.seed + number - 1,
+        autoresume=True,
+        overwrite=False,
+    )
+    parts = {name: copy.deepcopy(getattr(config, name)) for name in Config.__dataclass_fields__}
+    train(Config(**{**parts, "run": run, "model": replace(config.model, path=str(place / "pruned"))}))
+
+    def export() -> None:
+        convert(place / "recover", place / "recovered")
+
+    on_rank_zero(export)
+
+
+def _finish(folder: Path, result: Path) -> None:
+    final = folder / "model"
+    if not final.exists():
+        temporary = folder / ".model.tmp"
+        remove(temporary)
+        shutil.copytree(result, temporary)
+        temporary.rename(final)
+    print(f"{final}: the result of {result}")

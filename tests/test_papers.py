@@ -138,7 +138,9 @@ def test_scoring_recipes(path: Path) -> None:
     assert job.plan.remove[: len(wanted)] == wanted
     worst_first = [float(block) for block in range(layers)]  # the first blocks would go first
     scores = Scores("", family.name, "", family.shape(config), {}, {}, None, blocks={name: worst_first})
-    for count, settings in job.plan.each().items():
+    for settings in job.plan.each().values():
+        count = settings.remove
+        assert count is not None
         request = Request(scores, settings, lambda: pytest.fail("no need to open a model"), parallel=False)
         plan = select(request)
         assert built(config, plan).config.num_hidden_layers == layers - count

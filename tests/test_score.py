@@ -27,7 +27,7 @@ from tests.conftest import random_model, tiny_config
 from tests.families.test_conformance import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("blocks", "subblocks", "spans", "pairs")
+SECTIONS = ("blocks", "subblocks", "spans", "pairs", "units")
 
 
 def settings(data: Path, **changes: Any) -> LayerScoringConfig:
@@ -57,6 +57,9 @@ def test_everything_is_there(scores: Scores, tmp_path: Path) -> None:
     }  # fmt: skip
     assert set(values["subblocks"]) == {"attention", "mlp"}
     assert set(values["spans"]) == {"cosine", "angular"} and set(values["pairs"]) == {"cka"}
+    assert {unit: (len(rows), len(rows[0])) for unit, rows in values["units"]["unit_taylor"].items()} == {
+        "heads": (6, 8), "kv_groups": (6, 4), "channels": (6, 48), "hidden": (6, 32),
+    }  # fmt: skip
     assert (values["schema"], values["num_blocks"]) == (1, 6)
     files = save_scores(scores, tmp_path / "scores.json")
     assert [file.name for file in files] == ["scores.json", "scores.png", "scores.spans.png", "scores.cka.png"]
@@ -79,7 +82,7 @@ def test_offloaded_gives_the_same(scores: Scores, trained_folder: Path, data: Pa
 def test_every_family_can_be_offloaded(name: str, data: Path, tmp_path: Path) -> None:
     random_model(CONFIGS[name]).save_pretrained(tmp_path)
     load_tokenizer(data / "tokenizer").save_pretrained(tmp_path)
-    criteria = ["perplexity", "block_influence", "attention", "mlp", "magnitude_l1"]
+    criteria = ["perplexity", "block_influence", "attention", "mlp", "magnitude_l1", "unit_activation_l2"]
     plain, offloaded = (score(str(tmp_path), settings(data, criteria=criteria), offload=o) for o in (False, True))
     assert numbers(offloaded) == pytest.approx(numbers(plain), rel=1e-5)
 
@@ -223,7 +226,7 @@ def test_choices_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     run("plan", "--methods")
     assert capsys.readouterr().out.startswith("lowest ")
     run("score", "--names")
-    assert len(capsys.readouterr().out.splitlines()) == 14
+    assert len(capsys.readouterr().out.splitlines()) == 21
 
 
 def test_families_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import psutil
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from llmprune.budgets.sizes import Sizes, of_size, prunable_dimensions
 from llmprune.families import Shape
@@ -90,13 +90,17 @@ class LatencyTable:
         # A head size that follows from hidden and heads may not fit sizes that are timed one by one.
         config = self._sizes.family.with_shape(self._sizes.config, _coupled(shape, self._sizes), blocks)
         model = _filled(config, self._dtype).to(self._device)  # type: ignore[arg-type]
-        tokens = torch.ones(self._batch, self._context, dtype=torch.int64, device=self._device)
-        with torch.inference_mode():
-            cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+        built = self._sizes.family.shape(config)
+        size = self._batch, built.kv_heads, self._context, built.head_dim
+        states = torch.full(size, 0.01, dtype=self._dtype, device=self._device)
+        cache = DynamicCache(config=config)
+        for block in range(built.layers):
+            cache.update(states, states, block)
+        token = torch.ones(self._batch, 1, dtype=torch.int64, device=self._device)
 
         @torch.inference_mode()
         def step() -> object:
-            return model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True).logits
+            return model(input_ids=token, past_key_values=cache, use_cache=True).logits
 
         step()
         return step

@@ -84,6 +84,9 @@ def _rounded(row: list[float]) -> list[float]:
 class _OfWeights(_Units):
     """Sums over a unit's weights; biases are left out, as they are for blocks."""
 
+    def sums(self) -> Sequence[Tensor]:
+        return super().sums() if self.reads == "gradients" else ()  # every rank has all weights
+
     def _add(self, block: int, name: str, values: Tensor) -> None:
         for dimension, sums in unit_sums(self.job.locate(block, name), values, self.job.shape).items():
             self._sums[dimension][block] += sums

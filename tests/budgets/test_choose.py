@@ -165,6 +165,15 @@ def test_a_latency_is_mended_by_what_is_measured() -> None:
     assert choice.costs["latency"] == pytest.approx(choice.measured, rel=0.1)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_token_of_every_family_can_be_timed(name: str) -> None:
+    table = LatencyTable(CONFIGS[name], batch=2, context=9, device=torch.device("cpu"), dtype=torch.bfloat16)
+    step = table._step(replace(table.source, layers=2))
+    for _ in range(3):
+        logits = step()
+    assert isinstance(logits, Tensor) and logits.shape == (2, 1, 300) and logits.isfinite().all()
+
+
 def test_the_table_of_timings() -> None:
     config = tiny_config(num_hidden_layers=6, hidden_size=64, intermediate_size=96, head_dim=8)
     table = LatencyTable(config, batch=1, context=16, device=torch.device("cpu"), dtype=torch.float32)

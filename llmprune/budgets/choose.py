@@ -1,5 +1,6 @@
 """The shape under a budget whose model keeps the lowest calibration loss, depth and width chosen together."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -16,6 +17,8 @@ from llmprune.plans import Plan
 
 LARGEST_MULTIPLE = 256
 CHECKS = 4  # times that a latency is measured on a built model, and the table mended
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,10 @@ class Chooser:
             if latency is None:
                 return self._choice(shape, None)
             measured = latency.table.measured(shape, self._source)
-            if measured is None or latency.agrees(shape, measured) or not remaining:
+            if measured is None or latency.agrees(shape, measured):
+                return self._choice(shape, measured)
+            if not remaining:
+                log.warning("a built model takes %.3f of the source's time, not %.3f", measured, latency.most)
                 return self._choice(shape, measured)
             latency.learn(shape, measured)
         raise AssertionError("the last check returns")

@@ -199,6 +199,28 @@ def test_the_command(scores: Scores, trained_folder: Path, tmp_path: Path, capsy
     assert (config["num_hidden_layers"], config["intermediate_size"]) == (5, 24)
 
 
+def test_a_refit_has_a_constant_where_there_is_a_bias(data: Path, tmp_path: Path) -> None:
+    model = random_model(tiny_config(mlp_bias=True))
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(data / "tokenizer").save_pretrained(tmp_path / "model")
+    found = score(str(tmp_path / "model"), LayerScoringConfig(CalibrationConfig(str(data), samples=9, length=24)), CPU)
+    plan = make_plan(found, PlanConfig(shape={"intermediate": 40}, unit_criterion="unit_taylor", correction="refit"))
+    kept = list(plan.blocks[0].channels or ())
+    gone = [channel for channel in range(48) if channel not in kept]
+    inputs: list[Tensor] = []
+    hook = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=calibration_samples(CalibrationConfig(**found.data), load_tokenizer(tmp_path / "model")))
+    hook.remove()
+    a = inputs[0].flatten(0, 1).double()
+    x, wanted = torch.cat([a[:, kept], torch.ones(len(a), 1)], dim=1), a[:, gone]
+    best = (wanted - x @ torch.linalg.lstsq(x, wanted).solution).square().mean().item()
+    linear, mean = (plan.corrections[f"{name}.mlp.0"].double() for name in ("linear", "mean"))
+    ours = (wanted - a[:, kept] @ linear.T - mean).square().mean().item()
+    uncentred = (wanted - a[:, kept] @ torch.linalg.lstsq(a[:, kept], wanted).solution).square().mean().item()
+    assert best <= ours < 1.001 * best < uncentred
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -93,7 +93,7 @@ def test_fused_projections_and_experts_count_as_what_they_hold() -> None:
     neox = tiny_config("gpt_neox", num_attention_heads=4)
     assert family_of(neox).matrices(neox) == {"query": 4, "channel": 2}
     mixture = tiny_config("mixtral", num_local_experts=5)
-    assert family_of(mixture).matrices(mixture) == {"query": 2, "key_value": 2, "channel": 15}
+    assert family_of(mixture).matrices(mixture) == {"query": 2, "key_value": 2, "channel": 15, "expert": 1}
 
 
 @pytest.mark.parametrize(

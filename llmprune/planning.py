@@ -66,8 +66,12 @@ def choose_plan(
     Raises:
         UserError: the budget is impossible, or the model is another one.
     """
+    if budget.params is None and budget.memory is None and budget.latency is None:
+        raise UserError("name a budget: --budget-params, --budget-memory or --budget-latency")
     if config.shape is not None or config.remove is not None or config.drop is not None:
         raise UserError("a budget decides what stays: leave out --shape, --remove and --drop")
+    if config.method in ("list", "merge"):
+        raise UserError(f"a budget needs a way to select any number of blocks; '{config.method}' is none")
     if config.criterion is None and config.unit_criterion is None and config.method == "lowest":
         raise UserError("name the criterion of blocks (--criterion), of units (--unit-criterion), or both")
     if not scores.data:

@@ -47,8 +47,6 @@ class BudgetConfig:
 
     def check(self, config: PretrainedConfig) -> None:
         """Raise ``UserError`` for numbers that are none or impossible for a model of this config."""
-        if self.params is None and self.memory is None and self.latency is None:
-            raise UserError("name a budget: --budget-params, --budget-memory or --budget-latency")
         for name in ("context", "batch", "multiple", "tries"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"--{name} is {value}; it must be positive")

@@ -10,7 +10,7 @@ from llmprune.families.llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 from llmprune.families.mixture import MIXTRAL, QWEN3_MOE
 from llmprune.families.opt import OPT
 from llmprune.families.roles import AXES, EMBEDDINGS, NORMS, OUTPUTS, SUBLAYERS, Axis, Role
-from llmprune.families.shapes import Shape, shape_from, shapes_between, target_shape
+from llmprune.families.shapes import PRUNED, Shape, shape_from, shapes_between, target_shape
 
 __all__ = [
     "AXES",
@@ -18,6 +18,7 @@ __all__ = [
     "FAMILIES",
     "NORMS",
     "OUTPUTS",
+    "PRUNED",
     "SUBLAYERS",
     "Axis",
     "Family",

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.errors import UserError, nearest
-from llmprune.families import target_shape
+from llmprune.families import PRUNED, target_shape
 from llmprune.plans import KeptBlock, Plan
 from llmprune.registry import Registry
 from llmprune.scoring.correction import CORRECTIONS, corrected
@@ -55,6 +55,8 @@ class PlanConfig:
         """Raise ``UserError`` for settings that contradict each other."""
         if self.correction not in CORRECTIONS:
             raise UserError(f"there is no correction '{self.correction}'; {nearest(self.correction, CORRECTIONS)}")
+        if self.shape is not None and not self.shape:
+            raise UserError(f"the shape is empty: name at least one of {', '.join(PRUNED)}")
         if self.shape is not None and "layers" in self.shape and self.remove is not None:
             raise UserError("the shape says how many layers stay: leave out --remove")
 

@@ -26,6 +26,8 @@ def narrowed(plan: Plan, target: Shape, scores: Scores, criterion: str | None, e
         UserError: the scores have no such criterion, or none of these units.
     """
     source = scores.source
+    if expert_criterion is not None and source.experts is None:
+        raise UserError("a criterion of experts was named, and this model has none")
     width = replace(target, layers=source.layers)
     if width == source:
         return plan

@@ -79,7 +79,9 @@ def round_shapes(rounds: RoundsConfig, model: PretrainedConfig) -> list[Shape]:
     if family.head_size_is_derived(model):
         shapes = [replace(shape, hidden=shape.heads * shape.head_dim) for shape in shapes[:-1]] + shapes[-1:]
     names = _criteria(rounds)
-    for before, after in zip([source, *shapes], shapes, strict=False):
+    for number, (before, after) in enumerate(zip([source, *shapes], shapes, strict=False), start=1):
+        if before == after:
+            raise UserError(f"round {number} of {rounds.rounds} would remove nothing: take fewer rounds")
         rehearse(_plan_config(rounds, before, after), names, family.with_shape(model, before, range(before.layers)))
     return shapes
 
@@ -97,7 +99,7 @@ def _criteria(rounds: RoundsConfig) -> list[str]:
 def _plan_config(rounds: RoundsConfig, before: Shape, after: Shape) -> PlanConfig:
     """How to plan one round; what does not change is left out."""
     sizes = {name: size for name, size in asdict(after).items() if name != "head_dim" and size is not None}
-    narrower = replace(after, layers=before.layers) != before
+    narrower = (after.heads, after.kv_heads, after.intermediate) != (before.heads, before.kv_heads, before.intermediate)
     return PlanConfig(
         rounds.method,
         None if after.layers == before.layers else rounds.criterion,
@@ -121,19 +123,33 @@ def _prepare(config: IterationConfig, folder: Path) -> None:
             shutil.rmtree(folder)
         elif not config.run.autoresume:
             raise UserError(f"{folder} holds a job: pass run.autoresume=true to go on, or run.overwrite=true")
-        elif (was := _identity(before)) != (now := _identity(config)):
-            key = next(key for key in now if was[key] != now[key])
-            raise UserError(
-                f"{folder} was begun with {key} {was[key]}; the config asks for {now[key]}: keep what it began with, "
-                "or use another run.folder"
-            )
+        else:
+            was, now = _identity(before), _identity(config)
+            for key in sorted({*was, *now}):
+                if was.get(key) != now.get(key):
+                    raise UserError(
+                        f"{folder} was begun with {key} {was.get(key)}; the config asks for {now.get(key)}: keep what "
+                        "it began with, or use another run.folder"
+                    )
+            return
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, known)
 
 
+_FREE = (  # what may change when a job goes on: where it runs, and what it shows
+    "run.name", "run.folder", "run.overwrite", "run.autoresume", "loggers", "checkpoint", "evaluation", "sharding",
+    "train.device", "train.microbatch_size", "train.eval_interval", "train.eval_first", "data.cache", "data.workers",
+    "data.prefetch", "data.eval_samples_per_domain",
+)  # fmt: skip
+
+
 def _identity(config: IterationConfig) -> dict[str, object]:
-    rounds = {f"iterate.{key}": value for key, value in asdict(config.iterate).items()}
-    return {"model.path": config.model.path, "data.path": config.data.path, "run.seed": config.run.seed, **rounds}
+    """What decides what comes out, by key."""
+    found: dict[str, object] = {}
+    for section, value in asdict(config).items():
+        values = {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
+        found |= {key: v for key, v in values.items() if section not in _FREE and key not in _FREE}
+    return found
 
 
 def _prune(config: IterationConfig, model: str, shape: Shape, place: Path) -> None:

@@ -19,7 +19,7 @@ from llmprune.models.memory import check_memory
 from llmprune.models.placement import DTYPES
 from llmprune.plans import KeptBlock, Plan
 from llmprune.scoring import merging, repeated
-from llmprune.scoring.correction import corrected
+from llmprune.scoring.correction import check_correction, corrected, is_correctable
 from llmprune.scoring.criteria import CRITERIA
 from llmprune.scoring.criterion import Section
 from llmprune.scoring.scores import Scores
@@ -76,9 +76,12 @@ def choose_plan(
         raise UserError("name the criterion of blocks (--criterion), of units (--unit-criterion), or both")
     if not scores.data:
         raise UserError("the scores were computed without calibration text: score again with --data")
+    if config.expert_criterion is not None and config.unit_criterion is None:
+        raise UserError("a budget narrows by --unit-criterion; --expert-criterion goes with it")
     config.check()
     request = _request(scores, config, model or scores.model)
     sizes = Sizes(load_config(model or scores.model))
+    check_correction(config.correction, sizes.config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     limits = limits_of(budget, sizes, device)
     steps = Steps.of(sizes, budget.multiple, _least_layers(request), depth=_prunes_depth(config), width=_width(config))
@@ -90,8 +93,9 @@ def choose_plan(
         return narrowed(plan, shape, scores, config.unit_criterion, config.expert_criterion)
 
     choice = Chooser(sizes, steps, limits, plan_for, trial.loss, budget.tries).choose()
-    plan = choice.plan if config.correction == "none" else corrected(choice.plan, config.correction, opened)
-    return plan, choice
+    if config.correction == "none" or not is_correctable(choice.plan):
+        return choice.plan, choice
+    return corrected(choice.plan, config.correction, opened), choice
 
 
 def _prunes_depth(config: PlanConfig) -> bool:
@@ -136,6 +140,7 @@ def rehearse(config: PlanConfig, criteria: Sequence[str], model_config: Pretrain
     Raises:
         UserError: it can't.
     """
+    check_correction(config.correction, model_config)
     family = family_of(model_config)
     shape = family.shape(model_config)
     kinds = {name: CRITERIA.get(name) for name in criteria}

@@ -119,12 +119,13 @@ class Surgery:
         kept, gone = self.plan.inputs(block, parameter.sublayer) if mean is not None or linear is not None else ([], [])
         if linear is not None and tensor.ndim == 2:
             corrected = tensor.float()
-            corrected = corrected.index_add(1, torch.tensor(kept), corrected[:, gone] @ linear)
+            index = torch.tensor(kept, device=tensor.device)
+            corrected = corrected.index_add(1, index, corrected[:, gone] @ linear.to(tensor.device))
             return corrected.to(tensor.dtype)
         if mean is not None and tensor.ndim == 1:
             weight_name = name.removesuffix("bias") + "weight"
             weight = self._merged(weight_name, self.family.locate(weight_name), weights).float()
-            return (tensor.float() + weight[:, gone] @ mean).to(tensor.dtype)
+            return (tensor.float() + weight[:, gone] @ mean.to(tensor.device)).to(tensor.dtype)
         return tensor
 
     def cut_all(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -153,6 +153,14 @@ def test_shapes_of_every_family(name: str) -> None:
         assert all(getattr(before, size) >= getattr(after, size) for size in ("layers", "hidden", "heads", "kv_heads"))
 
 
+def test_a_round_that_takes_no_heads_and_no_channels_has_nothing_to_correct() -> None:
+    loaded = IterationConfig()
+    loaded.iterate.shape, loaded.iterate.rounds, loaded.iterate.correction = {"hidden": 24, "heads": 6}, 3, "refit"
+    loaded.iterate.unit_criterion = "unit_activation_l2"
+    shapes = round_shapes(loaded.iterate, tiny_config())
+    assert [shape.kv_heads for shape in shapes] == [4, 3, 3]  # the first round is narrower in hidden dimensions alone
+
+
 def test_every_size_shrinks_by_the_same_share() -> None:
     source = family_of(tiny_config()).shape(tiny_config(hidden_size=1024, intermediate_size=4096))
     target = Shape(layers=1, hidden=128, heads=2, kv_heads=1, head_dim=8, intermediate=512)
@@ -167,6 +175,8 @@ def test_every_size_shrinks_by_the_same_share() -> None:
         (["iterate.shape={}"], "the target shape is empty"),
         (["iterate.shape={hidden: 64}"], "must lie between 1 and the source's 32"),
         (["iterate.shape={layers: 6}"], "nothing would be pruned"),
+        (["iterate.shape={layers: 5}"], "round 1 of 2 would remove nothing|round 2 of 2 would remove nothing"),
+        (["iterate.correction=mean"], "has no biases in self_attn.o_proj"),
         (["iterate.criterion=null"], "name the criterion that decides"),
         (["iterate.unit_criterion=null"], "name the criterion that ranks"),
         (["iterate.unit_criterion=unit_tailor"], "did you mean 'unit_taylor'"),
@@ -184,6 +194,9 @@ def test_mistakes(yaml: Path, tmp_path: Path, overrides: list[str], message: str
 def test_another_job_is_not_gone_on_with(yaml: Path, once: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was begun with iterate.rounds 2; the config asks for 3"):
         iterate(job(yaml, "run.autoresume=true", "iterate.rounds=3"))
+    for change in ("train.duration=5ba", "optimizer.lr=1e-5", "data.weights={letters: 1.0, numbers: 1.0}"):
+        with pytest.raises(UserError, match=f"was begun with {change.partition('=')[0]}"):
+            iterate(job(yaml, "run.autoresume=true", change))
     shutil.copytree(once / "round-1" / "recover", tmp_path / "run")
     with pytest.raises(UserError, match="holds something that is no job of rounds"):
         iterate(job(yaml, f"run.folder={tmp_path}/run", "run.overwrite=true"))

@@ -227,6 +227,8 @@ def test_a_refit_has_a_constant_where_there_is_a_bias(data: Path, tmp_path: Path
         (["--shape", "intermediate=24"], "name the criterion that ranks channels with --unit-criterion"),
         (["--shape", "width=24"], "a shape has no 'width'"),
         (["--shape", "hidden"], "'hidden' is no size: write"),
+        (["--shape", "hidden=32", "--unit-criterion", "unit_taylor"], "nothing would go"),
+        (["--shape", "layers=5,hidden=24", "--drop", "3"], "leave out --remove and --drop"),
         (["--shape", "", "--unit-criterion", "unit_taylor"], "the shape is empty"),
         (["--shape", "heads=4,heads=2", "--unit-criterion", "unit_taylor"], "'heads' stands twice"),
         (["--shape", "hidden=64"], "must lie between 1 and the source's 32"),

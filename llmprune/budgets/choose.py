@@ -16,6 +16,8 @@ from llmprune.families import Shape
 from llmprune.plans import Plan
 
 LARGEST_MULTIPLE = 256
+SHARES = (1.0, 0.75, 0.5, 0.875, 0.625)
+SMALL_SHARES = (0.375, 0.25, 0.125, 0.0)  # where none of the others keeps to the budget; 0 = the smallest size
 CHECKS = 4  # times that a latency is measured on a built model, and the table mended
 
 log = logging.getLogger(__name__)
@@ -86,8 +88,11 @@ class Steps:
             width: whether anything else does.
         """
         source, family = sizes.source, sizes.family
+        layers = range(least_layers if depth else source.layers, source.layers + 1)
         *_, inner = prunable_dimensions(sizes.config)
         coupled = family.head_size_is_derived(sizes.config)
+        if not width:
+            return cls(layers, [source.hidden], [source.kv_heads], [getattr(source, inner)], inner, coupled)
         hidden = [n for n in range(1, source.hidden + 1) if n % _multiple(source.hidden, multiple) == 0]
         groups = list(range(1, source.kv_heads + 1))
         if coupled:
@@ -101,10 +106,9 @@ class Steps:
             inners = [n for n in range(1, channels + 1) if n % _multiple(channels, multiple) == 0]
         for name, values in (("hidden", hidden), (inner, inners)):
             if not values:
-                raise UserError(f"no size of {name} up to the model's is a multiple of {multiple}: pass --multiple")
-        layers = range(least_layers if depth else source.layers, source.layers + 1)
-        if not width:
-            hidden, groups, inners = [source.hidden], [source.kv_heads], [getattr(source, inner)]
+                raise UserError(
+                    f"no size of {name} up to the model's is a multiple of {multiple}: choose a smaller one"
+                )
         return cls(layers, hidden, groups, inners, inner, coupled)
 
 
@@ -176,18 +180,21 @@ class Chooser:
         with tqdm(total=self._tries, desc="shapes", disable=None) as progress:
 
             def attempt(point: Point) -> None:
-                if point in tried or len(tried) >= self._tries:
-                    return
-                shape = self._solved(point)
+                shape = None if point in tried else self._solved(point)
                 if shape is None:
                     return
                 if shape not in self._losses:
+                    if tried and len(self._losses) >= self._tries:
+                        return
                     self._losses[shape] = self._loss(self._plan_for(shape))
                 tried[point] = self._losses[shape]
                 progress.update()
 
-            for point in self._spread():
+            for point in self._spread(SHARES):
                 attempt(point)
+            if not tried:
+                for point in self._spread((*SHARES, *SMALL_SHARES)):
+                    attempt(point)
             if not tried:
                 raise UserError(
                     "no shape keeps to the budget: raise it, protect fewer blocks, or allow smaller multiples"
@@ -202,10 +209,9 @@ class Chooser:
         assert shape is not None
         return shape
 
-    def _spread(self) -> Iterator[Point]:
-        """Points of every mix of depth and width, those near the middle of all first."""
+    def _spread(self, shares: Sequence[float]) -> Iterator[Point]:
+        """Points of every mix of depth and width, each at one of these shares of the source's."""
         lengths = len(self._steps.layers), len(self._steps.hidden), len(self._steps.groups)
-        shares = (1.0, 0.75, 0.5, 0.875, 0.625)
         points = []
         for of_layers, of_width in product(shares, shares):
             depth = round(self._source.layers * of_layers) - self._steps.layers[0]

@@ -7,14 +7,15 @@ the difference of two models that differ in their number of blocks, so that what
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import psutil
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from llmprune.budgets.sizes import Sizes, of_size, prunable_dimensions
+from llmprune.errors import UserError
 from llmprune.families import Shape
 from llmprune.models.loading import unfilled_model
 
@@ -39,7 +40,9 @@ class LatencyTable:
         """
         self._sizes = Sizes(config)
         self.source = self._sizes.source
-        self._batch, self._context, self._device, self._dtype = batch, context, device, dtype
+        limit = getattr(config, "max_position_embeddings", None)
+        self._context = context if limit is None else min(context, limit - 1)  # one is for the token itself
+        self._batch, self._device, self._dtype = batch, device, dtype
         self._timed: dict[tuple[int, int, int], tuple[float, float]] = {}
         _, self._groups, self._inner = prunable_dimensions(config)
 
@@ -58,11 +61,9 @@ class LatencyTable:
 
         None if there is no room for both.
         """
-        free = torch.cuda.mem_get_info()[0] if self._device.type == "cuda" else psutil.virtual_memory().available
-        needed = sum(self._sizes.parameters(s) for s in (shape, reference)) * self._dtype.itemsize
-        if needed > 0.8 * free:
+        if self._needed(shape) + self._needed(reference) > self._free():
             return None
-        a, b = (self._step(s) for s in (shape, reference))
+        a, b = (self._decoder(s) for s in (shape, reference))
         ratios = []
         for _ in range(2 * ROUNDS):
             first, second = _seconds(a, self._device), _seconds(b, self._device)
@@ -77,15 +78,33 @@ class LatencyTable:
         key = hidden, groups, inner
         if key not in self._timed:
             shape = of_size(self.source, {"hidden": hidden, "kv_heads": groups, self._inner: inner})
-            few, many = (self._step(replace(shape, layers=layers)) for layers in (FEW, MANY))
+            needed = sum(self._needed(replace(shape, layers=layers)) for layers in (FEW, MANY))
+            if needed > self._free():
+                raise UserError(
+                    f"timing {MANY} blocks of this model takes {needed / 1e9:.1f} GB and {self._free() / 1e9:.1f} GB "
+                    "are free: take a smaller --batch or --context"
+                )
+            few, many = (self._decoder(replace(shape, layers=layers)) for layers in (FEW, MANY))
             times = [(_seconds(few, self._device), _seconds(many, self._device)) for _ in range(ROUNDS)]
             block = max(statistics.median((b - a) / (MANY - FEW) for a, b in times), 0.0)
             outside = max(statistics.median(a for a, _ in times) - FEW * block, 0.0)
             self._timed[key] = outside, block
         return self._timed[key]
 
-    def _step(self, shape: Shape) -> Callable[[], object]:
-        """A model of ``shape`` that computes one more token each time it is called."""
+    def _needed(self, shape: Shape) -> float:
+        """Bytes of a model of ``shape``, of its cache and of what it is made from."""
+        blocks = [block % self.source.layers for block in range(shape.layers)]
+        cache = self._sizes.cache_bytes(
+            shape, blocks, batch=self._batch, context=self._context, itemsize=self._dtype.itemsize
+        )
+        return self._sizes.parameters(shape) * self._dtype.itemsize + 2 * cache
+
+    def _free(self) -> float:
+        free = torch.cuda.mem_get_info()[0] if self._device.type == "cuda" else psutil.virtual_memory().available
+        return 0.8 * float(free)
+
+    def _decoder(self, shape: Shape) -> "_Decoder":
+        """A model of ``shape`` that computes one token behind a full cache."""
         blocks = [block % self.source.layers for block in range(shape.layers)]
         # A head size that follows from hidden and heads may not fit sizes that are timed one by one.
         config = self._sizes.family.with_shape(self._sizes.config, _coupled(shape, self._sizes), blocks)
@@ -93,17 +112,30 @@ class LatencyTable:
         built = self._sizes.family.shape(config)
         size = self._batch, built.kv_heads, self._context, built.head_dim
         states = torch.full(size, 0.01, dtype=self._dtype, device=self._device)
-        cache = DynamicCache(config=config)
-        for block in range(built.layers):
-            cache.update(states, states, block)
-        token = torch.ones(self._batch, 1, dtype=torch.int64, device=self._device)
+        decoder = _Decoder(model, states, built.layers)
+        decoder.fill()
+        decoder.step()
+        return decoder
 
-        @torch.inference_mode()
-        def step() -> object:
-            return model(input_ids=token, past_key_values=cache, use_cache=True).logits
 
-        step()
-        return step
+class _Decoder:
+    """A model and its cache."""
+
+    def __init__(self, model: PreTrainedModel, states: Tensor, layers: int) -> None:
+        self._model, self._states, self._layers = model, states, layers
+        self._token = torch.ones(len(states), 1, dtype=torch.int64, device=states.device)
+
+    def fill(self) -> None:
+        """Let the cache hold so many tokens as the next one is to come behind."""
+        self._cache = DynamicCache(config=self._model.config)
+        for block in range(self._layers):
+            self._cache.update(self._states, self._states, block)
+
+    @torch.inference_mode()
+    def step(self) -> Tensor:
+        """The logits of one more token, [batch, 1, vocabulary]."""
+        logits: Tensor = self._model(input_ids=self._token, past_key_values=self._cache, use_cache=True).logits
+        return logits
 
 
 def _coupled(shape: Shape, sizes: Sizes) -> Shape:
@@ -122,14 +154,15 @@ def _filled(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _seconds(step: Callable[[], object], device: torch.device) -> float:
-    """The median time of some calls."""
+def _seconds(decoder: _Decoder, device: torch.device) -> float:
+    """The median time of a token."""
     times = []
     for _ in range(STEPS):
+        decoder.fill()
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        step()
+        decoder.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)

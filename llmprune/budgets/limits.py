@@ -14,8 +14,9 @@ from llmprune.errors import UserError
 from llmprune.families import Shape
 from llmprune.models.placement import DTYPES
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_COUNTS = {"K": 10**3, "M": 10**6, "B": 10**9}
+_BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS: dict[str, dict[str, int]] = {"params": _COUNTS, "memory": _BYTES, "latency": {}}
 CONTEXT = 2048
 TOLERANCE = 0.1  # by which a latency from the table may miss the built model's
 
@@ -158,8 +159,9 @@ def _amount(text: str, name: str, whole: float) -> float:
     """A share up to one of ``whole``, or a number with a unit."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)\s*", text)
     unit = match[2].upper() if match else ""
-    if match is None or unit not in _UNITS or float(match[1]) <= 0:
+    units = {"": 1, **_UNITS[name]}
+    if match is None or unit not in units or float(match[1]) <= 0:
         examples = {"params": "0.5 or 1.3B", "memory": "8GB or 0.5", "latency": "0.6"}
         raise UserError(f"--budget-{name} '{text}' is no amount: write {examples[name]}")
     number = float(match[1])
-    return number * whole if not unit and number <= 1 else number * _UNITS[unit]
+    return number * whole if not unit and number <= 1 else number * units[unit]

@@ -229,17 +229,6 @@ def plan(
         expert_criterion=expert_criterion,
         correction=correction,
     )
-    loaded = Scores.load(scores)
-    if compare and (out or method or criterion):
-        raise UserError("--compare shows every criterion and writes nothing: leave out --out, --method and --criterion")
-    if compare:
-        gone = planning.compare(loaded, config)
-        print(json.dumps(gone) if as_json else planning.comparison_table(gone, loaded.layers))
-        return
-    if out is None:
-        raise UserError("name the plan to write with --out")
-    check_output(out, ".json", overwrite)
-    refuse_replacing(out, [scores])
     given = {
         "params": budget_params,
         "memory": budget_memory,
@@ -251,6 +240,19 @@ def plan(
         "tries": tries,
     }
     asked = {name: value for name, value in given.items() if value is not None}
+    loaded = Scores.load(scores)
+    if compare and asked:
+        raise UserError("--compare shows every criterion as it is: leave out the budget")
+    if compare and (out or method or criterion):
+        raise UserError("--compare shows every criterion and writes nothing: leave out --out, --method and --criterion")
+    if compare:
+        gone = planning.compare(loaded, config)
+        print(json.dumps(gone) if as_json else planning.comparison_table(gone, loaded.layers))
+        return
+    if out is None:
+        raise UserError("name the plan to write with --out")
+    check_output(out, ".json", overwrite)
+    refuse_replacing(out, [scores])
     choice = None
     if asked:
         made, choice = planning.choose_plan(loaded, config, BudgetConfig(**asked), model=model)  # type: ignore[arg-type]

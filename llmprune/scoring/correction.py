@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from llmprune.errors import UserError
 from llmprune.families import family_of
@@ -42,6 +43,25 @@ class _Read:
             self.products += a.T @ a[:, self.kept]
 
 
+def check_correction(kind: str, config: PretrainedConfig) -> None:
+    """Raise ``UserError`` if models of this config can't be corrected so."""
+    if kind != "mean":
+        return
+    family = family_of(config)
+    with torch.device("meta"):
+        names = dict(AutoModelForCausalLM.from_config(config).named_parameters())
+    for name, (dimension, _) in family.inputs.items():
+        if dimension != "hidden" and f"{family.blocks}.0.{name}.bias" not in names:
+            raise UserError(
+                f"this {family.name} model has no biases in {name} to fold means into: take the correction refit"
+            )
+
+
+def is_correctable(plan: Plan) -> bool:
+    """Whether a plan takes heads or channels."""
+    return any(plan.inputs(block, sublayer)[1] for block in plan.blocks for sublayer in ("attention", "mlp"))
+
+
 @torch.no_grad()
 def corrected(plan: Plan, kind: str, opened: "Opened") -> Plan:
     """The plan with corrections of the output matrices of all attentions and MLPs that it narrows.
@@ -54,7 +74,7 @@ def corrected(plan: Plan, kind: str, opened: "Opened") -> Plan:
             inputs] in float64 for one block at a time.
 
     Raises:
-        UserError: nothing that could be corrected goes, or there are no biases for ``mean``.
+        UserError: there are no biases for ``mean``, or blocks are merged.
     """
     model, samples = opened.model, opened.tokens
     family = family_of(model.config)
@@ -66,8 +86,6 @@ def corrected(plan: Plan, kind: str, opened: "Opened") -> Plan:
         for sublayer, number in (("attention", block.attention), ("mlp", block.mlp))
         if sublayer in outputs and plan.inputs(block, sublayer)[1]
     }
-    if not narrowed:
-        raise UserError("nothing to correct: the plan takes no heads and no channels")
     if any(block.merge is not None for block in numbers.values()):
         raise UserError("merged blocks have no matrices of their own to correct: leave out the merge or the correction")
     found: dict[str, Tensor] = {}
@@ -90,13 +108,14 @@ def corrected(plan: Plan, kind: str, opened: "Opened") -> Plan:
                 hook.remove()
         for sublayer, read in reads.items():
             place = f"{sublayer}.{number}"
-            found.update({f"{name}.{place}": t for name, t in _solved(read, modules[sublayer], family.name).items()})
+            solved = _solved(read, modules[sublayer], family.name)
+            found.update({f"{name}.{place}": tensor.float().cpu() for name, tensor in solved.items()})
         return after[:1, :1] if number == len(blocks) - 1 else after
 
     blocks = nn.ModuleList(blocks)  # as they are before they are visited
     with visited(model, visit):
         model(input_ids=samples, use_cache=False)
-    return replace(plan, corrections={name: tensor.float().cpu() for name, tensor in found.items()})
+    return replace(plan, corrections=found)
 
 
 def _empty(plan: Plan, block: KeptBlock, sublayer: str, kind: str, device: torch.device) -> _Read:

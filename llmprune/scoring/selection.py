@@ -11,7 +11,7 @@ from llmprune.errors import UserError, nearest
 from llmprune.families import PRUNED, target_shape
 from llmprune.plans import KeptBlock, Plan
 from llmprune.registry import Registry
-from llmprune.scoring.correction import CORRECTIONS, corrected
+from llmprune.scoring.correction import CORRECTIONS, corrected, is_correctable
 from llmprune.scoring.scores import Scores
 from llmprune.scoring.width import narrowed, whole
 
@@ -57,8 +57,8 @@ class PlanConfig:
             raise UserError(f"there is no correction '{self.correction}'; {nearest(self.correction, CORRECTIONS)}")
         if self.shape is not None and not self.shape:
             raise UserError(f"the shape is empty: name at least one of {', '.join(PRUNED)}")
-        if self.shape is not None and "layers" in self.shape and self.remove is not None:
-            raise UserError("the shape says how many layers stay: leave out --remove")
+        if self.shape is not None and "layers" in self.shape and (self.remove is not None or self.drop is not None):
+            raise UserError("the shape says how many layers stay: leave out --remove and --drop")
 
     def of_depth(self, layers: int) -> "PlanConfig | None":
         """How blocks are selected; None if all stay."""
@@ -233,7 +233,11 @@ def select(request: Request) -> Plan:
         return plan
     target = target_shape(scores.source, {**config.shape, "layers": len(plan.blocks)})
     plan = narrowed(plan, target, scores, config.unit_criterion, config.expert_criterion)
+    if plan.shape == scores.source:
+        raise UserError("the shape is the model's own: nothing would go")
     if config.correction != "none":
+        if not is_correctable(plan):
+            raise UserError("nothing to correct: the plan takes no heads and no channels")
         plan = corrected(plan, config.correction, request.open())
     return plan
 

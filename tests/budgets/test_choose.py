@@ -167,11 +167,31 @@ def test_a_latency_is_mended_by_what_is_measured() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_token_of_every_family_can_be_timed(name: str) -> None:
-    table = LatencyTable(CONFIGS[name], batch=2, context=9, device=torch.device("cpu"), dtype=torch.bfloat16)
-    step = table._step(replace(table.source, layers=2))
-    for _ in range(3):
-        logits = step()
-    assert isinstance(logits, Tensor) and logits.shape == (2, 1, 300) and logits.isfinite().all()
+    for context in (9, 128):  # as many as fit
+        table = LatencyTable(CONFIGS[name], batch=2, context=context, device=torch.device("cpu"), dtype=torch.bfloat16)
+        decoder = table._decoder(replace(table.source, layers=2))
+        for _ in range(3):
+            decoder.fill()
+            logits = decoder.step()
+        assert logits.shape == (2, 1, 300) and logits.isfinite().all()
+
+
+def test_timing_needs_room() -> None:
+    table = LatencyTable(tiny_config(), batch=2**30, context=100, device=torch.device("cpu"), dtype=torch.float32)
+    assert table.measured(table.source, table.source) is None
+    with pytest.raises(UserError, match="take a smaller --batch or --context"):
+        table.seconds(table.source)
+
+
+@pytest.mark.parametrize("params", ["0.45", "0.3", "0.12"])
+def test_small_budgets(scores: Scores, params: str) -> None:
+    """Shapes far below half of the depth and the width are found where there are any."""
+    whole = Sizes(load_config(scores.model)).parameters(scores.source)
+    _, choice = choose_plan(scores, BOTH, BudgetConfig(params=params, multiple=1))
+    assert 0.5 * float(params) * whole < choice.costs["params"] <= float(params) * whole
+    if float(params) >= 0.3:
+        depth, _ = choose_plan(scores, replace(BOTH, unit_criterion=None), BudgetConfig(params=params, multiple=1000))
+        assert depth.shape == replace(scores.source, layers=depth.shape.layers)
 
 
 def test_the_table_of_timings() -> None:
@@ -232,6 +252,9 @@ def test_the_command(scores: Scores, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--budget-params", "much"], "--budget-params 'much' is no amount: write 0.5 or 1.3B"),
         (["--budget-params", "1.0"], "keeps to the budget as it is"),
         (["--budget-params", "0.001"], "no shape keeps to the budget"),
+        (["--budget-params", "3GB"], "is no amount: write 0.5 or 1.3B"),
+        (["--budget-memory", "3B", "--context", "9"], "is no amount: write 8GB or 0.5"),
+        (["--budget-params", "0.5", "--correction", "mean"], "has no biases in"),
         (["--budget-latency", "2"], "it must be below 1"),
         (["--budget-memory", "1GB", "--context", "64"], "keeps to the budget as it is"),
         (["--budget-memory", "0.5", "--context", "2048"], "a context of 2048 tokens is too long: the model takes 128"),

@@ -129,7 +129,7 @@ class BlockReplacement(Callback):
             cache.create()
         dist.barrier()
         for batch in self._cached:
-            source = self.streaming.source(state.device.batch_to_device(batch), after=True, logits=False)
+            source = self.streaming.source(state.device.batch_to_device(batch), after=True, final=False)
             assert source.after is not None
             cache.write(
                 batch["slot"].tolist(), source.before, source.after, labels_of(batch), batch.get("position_ids")
@@ -146,7 +146,7 @@ class BlockReplacement(Callback):
         found: Sums | None = None
         for batch in self._fit_on:
             batch = state.device.batch_to_device(batch)
-            source = self.streaming.source(batch, after=True, logits=False)
+            source = self.streaming.source(batch, after=True, final=False)
             assert source.after is not None
             read = source.update if self.stand_in.reads_update else source.before
             assert read is not None

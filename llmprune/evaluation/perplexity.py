@@ -22,7 +22,8 @@ from llmprune.data.prepared import PreparedData
 from llmprune.data.records import find_inputs
 from llmprune.data.sources import Document, Fields, documents
 from llmprune.errors import UserError, nearest
-from llmprune.models.causal_lm import IGNORED, token_losses
+from llmprune.models.causal_lm import token_losses
+from llmprune.models.objectives import IGNORED
 
 BOS_MODES = ("none", "once", "each")
 

@@ -77,7 +77,8 @@ def stand_in(model: PreTrainedModel, replaced: Replaced) -> None:
     def forward(input_ids: torch.Tensor) -> CausalLMOutput:
         model.forward = plain  # the streaming runs the model itself
         try:
-            return CausalLMOutput(logits=streaming.logits({"input_ids": input_ids}))
+            states, head = streaming.final_states({"input_ids": input_ids})
+            return CausalLMOutput(logits=head.logits(states).view(*input_ids.shape, -1))
         finally:
             model.forward = forward
 

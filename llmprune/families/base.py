@@ -82,6 +82,7 @@ class Family:
         chosen_experts: the config's field with the number of experts that a token goes through.
         parallel: the config's field that says whether attention and MLP of a block read the same input.
         scaled_embedding: whether the model multiplies the embedding's output by the root of the hidden size.
+        softcap: the config's field with the bound that the logits keep, if they do.
         derived_head_size: whether this config takes hidden / heads for the head size though it has a field for it.
         refused_gates: kinds of gates that the family can't have, each with the reason.
         tuple_blocks: whether a block returns its output in a tuple.
@@ -104,6 +105,7 @@ class Family:
     chosen_experts: str | None = None
     parallel: str | None = None
     scaled_embedding: bool = False
+    softcap: str | None = None
     document_masks: bool = False
     derived_head_size: Callable[[PretrainedConfig], bool] = lambda _: False
     refused_gates: Mapping[str, str] = field(default_factory=dict)

@@ -34,6 +34,7 @@ GEMMA2 = replace(
         "post_feedforward_layernorm": Role.MLP_POST_NORM,
     },
     per_block=("layer_types",),
+    softcap="final_logit_softcapping",
     tuple_blocks=True,
 )
 

@@ -11,8 +11,8 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from llmprune.families import family_of
-
-IGNORED = -100  # what PyTorch's losses pass over
+from llmprune.models.objectives import IGNORED, next_token, predicting, targets_of
+from llmprune.models.vocabulary import Head, head_of, mean_loss, token_measures, without_head
 
 Batch = Mapping[str, Tensor]
 
@@ -27,7 +27,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The summed negative log-likelihood (nats) and the number of predicted tokens of every sample, [batch] each.
     """
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    targets = targets_of(labels)
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(targets)
@@ -68,6 +68,20 @@ def run_model(model: PreTrainedModel, batch: Batch) -> Tensor:
         elif family_of(model.config).document_masks:
             mask = document_mask(positions, model.dtype)
     return model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def final_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Head]:
+    """What a model's output layer is given for a batch, [batch · length, hidden], and that layer."""
+    with without_head(model):
+        states = run_model(model, batch)
+    return states.flatten(0, -2), head_of(model)
+
+
+def next_token_loss(states: Tensor, head: Head, labels: Tensor) -> Tensor:
+    """The mean next-token loss (nats per token) of a batch from its ``final_states`` and labels [batch, length]."""
+    chosen = predicting(labels).flatten()
+    measure = next_token(targets_of(labels).flatten()[chosen])
+    return mean_loss(states[chosen], head, measure, [1.0])[0]
 
 
 def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -121,14 +135,11 @@ class Perplexity(DomainLoss):
 class Objective(Protocol):
     """Another way to train and to evaluate a model than by its own next-token loss."""
 
-    def forward(self, batch: Batch) -> Any:
-        """What the loss needs."""
-
-    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """The loss of a batch: a mean over the tokens that ``count_tokens`` counts as generating it."""
 
-    def logits(self, batch: Batch) -> Tensor:
-        """The logits of the model that is being made, [batch, length, vocabulary]."""
+    def final_states(self, batch: Batch) -> tuple[Tensor, Head]:
+        """As the function, of the model that is being made."""
 
     def flops(self, batch: Batch) -> int:
         """Floating-point operations of a training step, forward and backward."""
@@ -138,8 +149,9 @@ class ComposerCausalLM(ComposerModel):
     """Trains and evaluates any Hugging Face causal LM that a family knows.
 
     Parameter names are Hugging Face's under the prefix ``model.``. A batch holds ``input_ids`` [batch, length],
-    optionally ``position_ids`` (see ``logits_of``), ``labels`` (default: the input ids) and ``domain`` [batch]
-    (default: 0). Loss, perplexity and the losses per domain all come from one pass over the logits.
+    optionally ``position_ids`` (see ``run_model``), ``labels`` (default: the input ids) and ``domain`` [batch]
+    (default: 0). Loss, perplexity and the losses per domain all come from one pass over the logits, of which only some
+    exist at a time.
     """
 
     def __init__(self, model: PreTrainedModel, domains: Mapping[int, str] | None = None) -> None:
@@ -161,27 +173,27 @@ class ComposerCausalLM(ComposerModel):
     def _is_block(self, module: nn.Module) -> bool:
         return any(module is block for block in self.model.get_submodule(self.family.blocks).children())
 
-    def forward(self, batch: Batch) -> Any:
-        """The logits, [batch, length, vocabulary], or what the objective needs."""
-        return self.logits(batch) if self.objective is None else self.objective.forward(batch)
-
-    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Mean next-token loss of the batch (nats per token), or the objective's."""
         if self.objective is not None:
-            return self.objective.loss(outputs, batch)
-        loss, tokens = token_losses(outputs, labels_of(batch))
-        return loss.sum() / tokens.sum().clamp(min=1)
+            return self.objective.loss(batch)
+        return next_token_loss(*final_states(self.model, batch), labels_of(batch))
 
-    def logits(self, batch: Batch) -> Tensor:
-        """The logits of the model that is trained or made, [batch, length, vocabulary]."""
-        return logits_of(self.model, batch) if self.objective is None else self.objective.logits(batch)
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The loss, which the forward pass gives already."""
+        return outputs
 
-    def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> dict[str, Tensor]:
+    def eval_forward(self, batch: Batch, outputs: Any = None) -> dict[str, Tensor]:
         """Loss sums, token counts and domain of every sample, [batch] each."""
-        logits = self.logits(batch) if outputs is None else outputs
-        loss, tokens = token_losses(logits, labels_of(batch))
-        domain = batch.get("domain")
-        return {"loss": loss, "tokens": tokens, "domain": torch.zeros_like(tokens) if domain is None else domain}
+        made = final_states(self.model, batch) if self.objective is None else self.objective.final_states(batch)
+        targets = targets_of(labels_of(batch))
+        (losses,) = token_measures(*made, next_token(targets.flatten()))
+        tokens, domain = (targets != IGNORED).sum(1), batch.get("domain")
+        return {
+            "loss": losses.view_as(targets).sum(1),
+            "tokens": tokens,
+            "domain": torch.zeros_like(tokens) if domain is None else domain,
+        }
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
         """The evaluation metrics: ``loss``, ``perplexity`` and ``loss/DOMAIN``; none in training."""

@@ -1,15 +1,33 @@
-"""Losses between a model and the one that it comes from, token by token."""
+"""Losses token by token: of the next one, and between a model and the one that it comes from."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmprune.models.causal_lm import IGNORED
+from llmprune.models.vocabulary import Measure
+
+IGNORED = -100  # what PyTorch's losses pass over
+
+
+def targets_of(labels: Tensor) -> Tensor:
+    """The token that follows each position, ``IGNORED`` at the end, int64 [batch, length] both."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def predicting(labels: Tensor) -> Tensor:
     """Which positions predict a token that has a loss, bool [batch, length]; see ``token_losses`` for the labels."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED) != IGNORED
+    return targets_of(labels) != IGNORED
+
+
+def next_token(targets: Tensor) -> Measure:
+    """The negative log-likelihood (nats) of each token's target, int64 [tokens]; 0 where it is ``IGNORED``."""
+
+    def measure(logits: Tensor, part: slice) -> Sequence[Tensor]:
+        return (F.cross_entropy(logits, targets[part], ignore_index=IGNORED, reduction="none"),)
+
+    return measure
 
 
 def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
@@ -27,23 +45,40 @@ def cosine_distance(states: Tensor, target: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(states.float(), target.float(), dim=-1)
 
 
-def forward_kl(logits: Tensor, teacher: Tensor, top_k: int | None = None) -> Tensor:
-    """KL divergence of the model from its teacher, nats, [batch, length] from [batch, length, vocabulary].
+def forward_kl(logits: Tensor, teacher: Tensor, top_k: int | None = None, temperature: float = 1.0) -> Tensor:
+    """KL divergence of the model from its teacher, nats, [...] from [..., vocabulary].
 
     Args:
         logits: the model's.
         teacher: the teacher's.
         top_k: tell apart only the teacher's so many likeliest tokens; all others count as one outcome, so the result
             is never more than the whole divergence. None = all.
+        temperature: divides both logits; the result is multiplied by its square, so that the gradient keeps its size
+            (Hinton et al., arXiv:1503.02531).
     """
-    wanted, own = F.log_softmax(teacher.float(), -1), F.log_softmax(logits.float(), -1)
-    if top_k is not None and top_k < wanted.shape[-1]:
-        chosen = wanted.topk(top_k, -1).indices
-        wanted, own = _grouped(wanted, chosen), _grouped(own, chosen)
-    return F.kl_div(own, wanted, reduction="none", log_target=True).sum(-1)
+    if top_k is not None and top_k < teacher.shape[-1]:
+        return kl_to_likeliest(logits, *likeliest(teacher, top_k, temperature), temperature)
+    wanted, own = (F.log_softmax(x.float() / temperature, -1) for x in (teacher, logits))
+    return F.kl_div(own, wanted, reduction="none", log_target=True).sum(-1) * temperature**2
 
 
-def _grouped(logs: Tensor, chosen: Tensor) -> Tensor:
-    """Log-probabilities of the chosen tokens, and of all others together: [..., k + 1]."""
-    others = logs.scatter(-1, chosen, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([logs.gather(-1, chosen), others], -1)
+def likeliest(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The k likeliest tokens, int64 [..., k], and their log-probabilities, float32, from logits [..., vocabulary]."""
+    logs, tokens = F.log_softmax(logits.float() / temperature, -1).topk(k, -1)
+    return tokens, logs
+
+
+def kl_to_likeliest(logits: Tensor, tokens: Tensor, logs: Tensor, temperature: float = 1.0) -> Tensor:
+    """``forward_kl`` to a teacher of whom only what ``likeliest`` gives is known, [...] from logits [..., vocabulary].
+
+    Args:
+        logits: the model's.
+        tokens: the teacher's likeliest, int64 [..., k].
+        logs: their log-probabilities at this temperature, [..., k].
+        temperature: see ``forward_kl``.
+    """
+    own = F.log_softmax(logits.float() / temperature, -1)
+    others = own.scatter(-1, tokens, -torch.inf).logsumexp(-1)
+    rest = (1 - logs.exp().sum(-1)).clamp(min=1e-9)  # as float32 knows it
+    kept = (logs.exp() * (logs - own.gather(-1, tokens))).sum(-1)
+    return (kept + rest * (rest.log() - others)) * temperature**2

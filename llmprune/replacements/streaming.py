@@ -10,8 +10,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.families import family_of
-from llmprune.models.causal_lm import Batch, labels_of, run_model, token_losses
-from llmprune.models.objectives import cosine_distance, forward_kl, mean_over, predicting, squared_error
+from llmprune.models.causal_lm import Batch, labels_of, run_model
+from llmprune.models.objectives import (
+    cosine_distance,
+    forward_kl,
+    mean_over,
+    next_token,
+    predicting,
+    squared_error,
+    targets_of,
+)
+from llmprune.models.vocabulary import Head, head_of, mean_loss, without_head
 from llmprune.models.walking import Run, blocks_of, given, visited
 from llmprune.replacements.settings import HIDDEN_OBJECTIVES
 from llmprune.replacements.span import Span
@@ -26,13 +35,13 @@ class Source:
         before: the residual stream before the span, [batch, length, hidden].
         after: behind the span, alike; None if it was not asked for.
         update: what the MLP before the span added to ``before``, alike; None if the stand-in does not read it.
-        logits: [batch, length, vocabulary]; None if they were not asked for.
+        final: what the output layer is given, [batch · length, hidden]; None if it was not asked for.
     """
 
     before: Tensor = field(default_factory=lambda: torch.empty(0))
     after: Tensor | None = None
     update: Tensor | None = None
-    logits: Tensor | None = None
+    final: Tensor | None = None
 
     def shape_update(self) -> None:
         """Give ``update`` the shape of ``before``: some architectures flatten tokens for their MLPs."""
@@ -46,11 +55,11 @@ class Shortened:
 
     Attributes:
         after: the residual stream behind the stand-in, [batch, length, hidden].
-        logits: [batch, length, vocabulary]; None if they were not asked for.
+        final: what the output layer is given, [batch · length, hidden]; None if it was not asked for.
     """
 
     after: Tensor = field(default_factory=lambda: torch.empty(0))
-    logits: Tensor | None = None
+    final: Tensor | None = None
 
 
 class Streaming:
@@ -84,17 +93,17 @@ class Streaming:
         self.model, self.stand_in, self.span, self._top_k = model, stand_in, span, top_k
         self._weights = dict(weights)
         self._needs_after = any(name in weights for name in HIDDEN_OBJECTIVES)
-        self._needs_logits = any(name not in HIDDEN_OBJECTIVES for name in weights)
+        self._needs_final = any(name not in HIDDEN_OBJECTIVES for name in weights)
         self.parts: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch) -> tuple[Source, Shortened]:
-        """Run both."""
-        source = self.source(batch, after=self._needs_after, logits="kl" in self._weights)
-        return source, self.shortened(batch, source, logits=self._needs_logits)
+        """Run both, as far as the objectives need it."""
+        source = self.source(batch, after=self._needs_after, final="kl" in self._weights)
+        return source, self.shortened(batch, source, final=self._needs_final)
 
-    def loss(self, outputs: tuple[Source, Shortened], batch: Batch) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """The weighted sum of the objectives, each a mean over the positions that predict a token."""
-        source, shortened = outputs
+        source, shortened = self.forward(batch)
         labels = labels_of(batch)
         chosen = predicting(labels)
         parts: dict[str, Tensor] = {}
@@ -102,21 +111,37 @@ class Streaming:
             if name in self._weights:
                 assert source.after is not None
                 parts[name] = mean_over(measure(shortened.after, source.after), chosen)
-        if "lm" in self._weights:
-            assert shortened.logits is not None
-            losses, tokens = token_losses(shortened.logits, labels)
-            parts["lm"] = losses.sum() / tokens.sum().clamp(min=1)
-        if "kl" in self._weights:
-            assert shortened.logits is not None and source.logits is not None
-            parts["kl"] = mean_over(forward_kl(shortened.logits, source.logits, self._top_k), chosen)
         self.parts = {name: value.detach() for name, value in parts.items()}
-        return torch.stack([weight * parts[name] for name, weight in self._weights.items()]).sum()
+        total = torch.zeros((), device=chosen.device)
+        for name, part in parts.items():
+            total = total + self._weights[name] * part
+        return total + self._of_predictions(source, shortened, labels, chosen) if self._needs_final else total
 
-    def logits(self, batch: Batch) -> Tensor:
+    def _of_predictions(self, source: Source, shortened: Shortened, labels: Tensor, chosen: Tensor) -> Tensor:
+        """The part of the loss that looks at predictions."""
+        head, rows = head_of(self.model), chosen.flatten()
+        assert shortened.final is not None
+        wanted = None if source.final is None else source.final[rows]
+        following = next_token(targets_of(labels).flatten()[rows])
+
+        def measure(logits: Tensor, part: slice) -> list[Tensor]:
+            found = [*following(logits, part)] if "lm" in self._weights else []
+            if wanted is not None:
+                with torch.no_grad():
+                    teacher = head.logits(wanted[part])
+                found.append(forward_kl(logits, teacher, self._top_k))
+            return found
+
+        names = [name for name in ("lm", "kl") if name in self._weights]
+        total, means = mean_loss(shortened.final[rows], head, measure, [self._weights[name] for name in names])
+        self.parts |= dict(zip(names, means, strict=True))
+        return total
+
+    def final_states(self, batch: Batch) -> tuple[Tensor, Head]:
         """The shortened model's, in one pass."""
-        found = self.shortened(batch, None, logits=True).logits
+        found = self.shortened(batch, None, final=True).final
         assert found is not None
-        return found
+        return found, head_of(self.model)
 
     def flops(self, batch: Batch) -> int:
         """Operations of a training step: per parameter and token 2 forward, 2 more where a gradient passes through.
@@ -136,25 +161,25 @@ class Streaming:
             cost += forward(blocks[: span.start], span.start)
             if self._needs_after or "kl" in self._weights:
                 cost += forward(blocks[span.start : span.end], span.length)
-        if self._needs_logits:
+        if self._needs_final:
             behind = forward(blocks[span.end :], layers - span.end)
             behind += 2 * self.model.get_output_embeddings().weight.numel()
             cost += behind * (3 if "kl" in self._weights else 2)
         return samples * length * cost
 
     @torch.no_grad()
-    def source(self, batch: Batch, *, after: bool, logits: bool) -> Source:
+    def source(self, batch: Batch, *, after: bool, final: bool) -> Source:
         """Run the source as far as needed.
 
         Args:
             batch: see ``ComposerCausalLM``.
             after: whether the states behind the span are needed.
-            logits: whether its logits are.
+            final: whether the states before its output layer are.
         """
         if "before" in batch:  # from a cache
             return Source(*(batch[end].to(self.model.dtype) for end in ("before", "after")))
         found, span, layers = Source(), self.span, len(blocks_of(self.model))
-        last = layers if logits else span.end if after else span.start
+        last = layers if final else span.end if after else span.start
 
         def visit(number: int, run: Run, states: Tensor) -> Tensor:
             if number == span.start:
@@ -163,20 +188,20 @@ class Streaming:
             out = run(states) if number < last else states
             if number == span.end - 1:
                 found.after = out if after else None
-            return out if logits or number < layers - 1 else _least(out)
+            return out if final or number < layers - 1 else _least(out)
 
-        with visited(self.model, visit), self._reading_update(found):
+        with visited(self.model, visit), self._reading_update(found), without_head(self.model):
             out = run_model(self.model, batch)
-        found.logits = out.view(*batch["input_ids"].shape, -1) if logits else None
+        found.final = out.flatten(0, -2) if final else None
         return found
 
-    def shortened(self, batch: Batch, source: Source | None, *, logits: bool) -> Shortened:
+    def shortened(self, batch: Batch, source: Source | None, *, final: bool) -> Shortened:
         """Run the model with the stand-in.
 
         Args:
             batch: see ``ComposerCausalLM``.
             source: what the source made of the same batch; None = run its prefix, too.
-            logits: whether to go on behind the stand-in.
+            final: whether to go on behind the stand-in.
         """
         found, span, own, layers = Shortened(), self.span, source or Source(), len(blocks_of(self.model))
 
@@ -190,16 +215,16 @@ class Streaming:
                 own.shape_update()
             if number in span:
                 states = self.stand_in.step(number - span.start, run, states, own.update)
-            elif logits:
+            elif final:
                 states = run(states)
             if number == span.end - 1:
                 found.after = states
-            return states if logits or number < layers - 1 else _least(states)
+            return states if final or number < layers - 1 else _least(states)
 
         reading = nullcontext() if source is not None else self._reading_update(own)
-        with visited(self.model, visit), reading:
+        with visited(self.model, visit), reading, without_head(self.model):
             out = run_model(self.model, batch)
-        found.logits = out.view(*batch["input_ids"].shape, -1) if logits else None
+        found.final = out.flatten(0, -2) if final else None
         return found
 
     @contextmanager

@@ -53,6 +53,12 @@ def with_blocks(model: PreTrainedModel, blocks: list[nn.Module]) -> PreTrainedMo
     return shell
 
 
+def logits_of(streaming: Streaming, tokens: torch.Tensor) -> torch.Tensor:
+    """What the shortened model predicts."""
+    states, head = streaming.final_states({"input_ids": tokens})
+    return head.logits(states).view(*tokens.shape, -1)
+
+
 def outputs(model: PreTrainedModel, block: int, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits, and the output of one block."""
     seen = []
@@ -70,7 +76,7 @@ def test_gradients_are_those_of_storing_everything(name: str, tokens: torch.Tens
     stand_in = stand_in_for(model, kind="blocks", blocks=1, take="last")
     streaming = Streaming(model, stand_in, SPAN, OBJECTIVES)
     batch = {"input_ids": tokens}
-    loss = streaming.loss(streaming.forward(batch), batch)
+    loss = streaming.loss(batch)
     loss.backward()
     found = [parameter.grad for parameter in stand_in.parameters()]
 
@@ -98,29 +104,32 @@ def test_gradients_are_those_of_storing_everything(name: str, tokens: torch.Tens
         if own is not None and wanted is not None:
             assert (own - wanted).abs().max() <= 1e-5 * max(wanted.abs().max().item(), 1e-3)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert torch.allclose(streaming.logits(batch), logits, atol=1e-5)
+    assert torch.allclose(logits_of(streaming, tokens), logits, atol=1e-5)
 
 
 def test_only_what_is_needed_runs(tokens: torch.Tensor) -> None:
-    """The prefix once; nothing behind the span for hidden states; no teacher for the next-token loss."""
+    """The prefix once; nothing behind the span for hidden states; no teacher for the next-token loss.
+
+    Losses take the output layer's weight themselves.
+    """
     model = random_model(CONFIGS["llama-grouped-untied"]).requires_grad_(False)
     ran: list[int] = []
     for number, block in enumerate(blocks_of(model)):
         block.register_forward_hook(lambda *_, number=number: ran.append(number))
-    tall = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: tall.append(output.shape[:2].numel()))
+    wide = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: wide.append(output.shape[-1]))
     stand_in = stand_in_for(model, kind="ffn")
-    for weights, blocks, positions in (
-        ({"mse": 1.0}, [0, 1, 2], [1, 1]),
-        ({"lm": 1.0}, [0, 3], [1, 51]),
-        ({"kl": 1.0}, [0, 1, 2, 3, 3], [51, 51]),
-        ({"mse": 1.0, "lm": 1.0}, [0, 1, 2, 3], [1, 51]),
+    for weights, blocks in (
+        ({"mse": 1.0}, [0, 1, 2]),
+        ({"lm": 1.0}, [0, 3]),
+        ({"kl": 1.0}, [0, 1, 2, 3, 3]),
+        ({"mse": 1.0, "lm": 1.0}, [0, 1, 2, 3]),
     ):
         streaming = Streaming(model, stand_in, SPAN, weights)
         ran.clear()
-        tall.clear()
-        streaming.loss(streaming.forward({"input_ids": tokens}), {"input_ids": tokens}).backward()
-        assert (ran, tall) == (blocks, positions)
+        wide.clear()
+        streaming.loss({"input_ids": tokens}).backward()
+        assert (ran, wide) == (blocks, [32, 32])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -131,7 +140,7 @@ def test_the_span_itself_begins_at_zero(name: str, tokens: torch.Tensor) -> None
     stand_in.begin(blocks_of(model)[1:3])
     streaming = Streaming(model, stand_in, SPAN, {"mse": 1.0, "kl": 1.0})
     batch = {"input_ids": tokens}
-    assert streaming.loss(streaming.forward(batch), batch).item() == pytest.approx(0, abs=1e-9)
+    assert streaming.loss(batch).item() == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("start", [0, 1, 2])
@@ -186,7 +195,7 @@ def test_exported_models_compute_the_same(name: str, kind: str, tokens: torch.Te
     exported(model, stand_in, kind, tmp_path)
 
     with torch.no_grad():
-        wanted = Streaming(model, stand_in, SPAN, {}).logits({"input_ids": tokens})
+        wanted = logits_of(Streaming(model, stand_in, SPAN, {}), tokens)
         reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
         found = reloaded(input_ids=tokens).logits
         assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
@@ -205,7 +214,7 @@ def test_a_stand_in_before_the_first_block(tokens: torch.Tensor, tmp_path: Path)
     stand_in = stand_in_for(model, span, kind="swiglu")
     exported(model, stand_in, "swiglu", tmp_path, span)
     with torch.no_grad():
-        wanted = Streaming(model, stand_in, span, {}).logits({"input_ids": tokens})
+        wanted = logits_of(Streaming(model, stand_in, span, {}), tokens)
         found = load_any_model(tmp_path / "out")(input_ids=tokens).logits
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
@@ -227,11 +236,11 @@ def test_a_bfloat16_model_teaches_a_float32_stand_in(name: str, tokens: torch.Te
     exact, mixed = (stand_in_for(model, kind="blocks"), stand_in_for(model, kind="blocks"))
     batch, weights = {"input_ids": tokens}, {"mse": 1.0, "kl": 1.0}
     wanted = Streaming(model, exact, SPAN, weights)
-    loss = wanted.loss(wanted.forward(batch), batch)
+    loss = wanted.loss(batch)
     loss.backward()
     found = Streaming(copy.deepcopy(model).bfloat16(), mixed, SPAN, weights)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = found.loss(found.forward(batch), batch)
+        rounded = found.loss(batch)
     rounded.backward()
     assert rounded.item() == pytest.approx(loss.item(), rel=0.1)
     grads = [[p.grad.flatten() for p in one.parameters() if p.grad is not None] for one in (exact, mixed)]
@@ -248,7 +257,7 @@ def test_operations_are_those_of_torchs_counter(tokens: torch.Tensor) -> None:
         for weights in ({"mse": 1.0}, {"lm": 1.0}, {"kl": 1.0}, {"mse": 1.0, "lm": 1.0}):
             streaming = Streaming(model, stand_in, SPAN, weights)
             with FlopCounterMode(display=False) as counter:
-                streaming.loss(streaming.forward({"input_ids": tokens}), {"input_ids": tokens}).backward()
+                streaming.loss({"input_ids": tokens}).backward()
             counted = streaming.flops({"input_ids": tokens})
             assert counted == pytest.approx(counter.get_total_flops(), rel=0.04)
 

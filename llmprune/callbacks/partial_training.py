@@ -1,0 +1,94 @@
+"""Training some of a model's weights, and others later, as a Composer callback."""
+
+from typing import Any, cast
+
+import torch
+from composer.core import Callback, State, TimeUnit
+from composer.loggers import Logger
+from torch.nn.parallel import DistributedDataParallel
+
+from llmprune.models.causal_lm import ComposerCausalLM
+from llmprune.models.parts import train_only
+from llmprune.recovery.partial import Phase, TrainableConfig, phases
+
+
+class PartialTraining(Callback):
+    """Trains the weights that its settings name; all others stay as they are, bit for bit.
+
+    The optimiser gets what trains in any phase. What does not train at the moment costs neither a gradient nor a step.
+    """
+
+    def __init__(self, config: TrainableConfig) -> None:
+        """Prepare.
+
+        Raises:
+            UserError: a setting is impossible.
+        """
+        config.check()
+        self.config = config
+        self._phases: list[Phase]
+        self._names: list[str]
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Freeze what never trains, before the model is sharded."""
+        model = cast(ComposerCausalLM, state.model)
+        self._phases = phases(model.model, self.config.parts, self.config.later)
+        ever = frozenset[str]().union(*(phase.names for phase in self._phases))
+        self._names = [name for name, _ in model.model.named_parameters() if name in ever]
+        train_only(model, state.optimizers, [model.model.get_parameter(name) for name in self._names])
+        trained = sum(model.model.get_parameter(name).numel() for name in self._names)
+        logger.log_hyperparameters({"trainable/parameters": trained})
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        """Let the optimiser have a state for everything: sharded checkpoints fill only what is there."""
+        if len(self._phases) > 1:
+            for optimizer in state.optimizers:
+                prime(optimizer)
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        """Freeze and unfreeze."""
+        names = self._now(state)
+        for name, parameter in self._parameters(state).items():
+            # A data-parallel model waits for the gradients of everything that it began with.
+            parameter.requires_grad_(name in names or isinstance(state.model, DistributedDataParallel))
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        """Drop the gradients of what does not train now."""
+        names = self._now(state)
+        for name, parameter in self._parameters(state).items():
+            if name not in names:
+                parameter.grad = None
+
+    def _now(self, state: State) -> frozenset[str]:
+        names = self._phases[0].names
+        for phase in self._phases[1:]:
+            if phase.start.unit == TimeUnit.DURATION:
+                elapsed = state.get_elapsed_duration()
+                now = 0.0 if elapsed is None else elapsed.value
+            else:
+                now = state.timestamp.get(phase.start.unit).value
+            names = phase.names if now >= phase.start.value else names
+        return names
+
+    def _parameters(self, state: State) -> dict[str, torch.nn.Parameter]:
+        model = cast(ComposerCausalLM, getattr(state.model, "module", state.model)).model
+        named = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters())
+        return {name: parameter for name, parameter in named if name in self._names}
+
+
+def prime(optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimiser the state that its first step would make, and leave the weights as they are."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for parameter in parameters:
+        made: dict[str, Any] = optimizer.state[parameter]
+        if "step" in made:
+            made["step"] = torch.zeros_like(made["step"]) if isinstance(made["step"], torch.Tensor) else 0

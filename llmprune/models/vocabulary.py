@@ -1,0 +1,180 @@
+"""Losses over the vocabulary, some tokens at a time: the logits of a whole batch never exist."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from llmprune.families import family_of
+
+CHUNK = 2**26  # logits that exist at a time: 256 MB in float32
+
+Measure = Callable[[Tensor, slice], Sequence[Tensor]]
+"""Losses of some tokens, [tokens] each, from their logits, float32 [tokens, vocabulary]; the slice says which."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output layer of a model.
+
+    Attributes:
+        weight: [vocabulary, hidden].
+        bias: [vocabulary], or None.
+        softcap: logits x become softcap · tanh(x / softcap); None = they stay.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+
+    def raw(self, states: Tensor) -> Tensor:
+        """The matrix product, [tokens, vocabulary] from [tokens, hidden]."""
+        return F.linear(states, self.weight.to(states.dtype), None if self.bias is None else self.bias.to(states.dtype))
+
+    def capped(self, raw: Tensor) -> Tensor:
+        """The logits, float32."""
+        logits = raw.float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """The logits of states before the output layer, float32 [tokens, vocabulary] from [tokens, hidden]."""
+        return self.capped(self.raw(states))
+
+    def chunks(self, tokens: int) -> list[slice]:
+        """Parts of so many tokens whose logits may exist at a time."""
+        size = max(CHUNK // self.weight.shape[0], 1)
+        return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+@contextmanager
+def without_head(model: PreTrainedModel) -> Iterator[None]:
+    """While open, ``model`` gives in place of its logits the states that its output layer would make them from.
+
+    They are what its forward pass returns, so that a sharded model sees their gradient come back.
+    """
+    layer, field = model.get_output_embeddings(), family_of(model.config).softcap
+    softcap = None if field is None else getattr(model.config, field)
+    layer.forward = _identity
+    if field is not None:
+        setattr(model.config, field, None)
+    try:
+        yield
+    finally:
+        del layer.forward
+        if field is not None:
+            setattr(model.config, field, softcap)
+
+
+def _identity(states: Tensor) -> Tensor:
+    return states
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """A model's output layer."""
+    layer, field = model.get_output_embeddings(), family_of(model.config).softcap
+    return Head(layer.weight, layer.bias, None if field is None else getattr(model.config, field))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def token_measures(states: Tensor, head: Head, measure: Measure) -> list[Tensor]:
+    """Losses of every token, without gradients.
+
+    Args:
+        states: before the output layer, [tokens, hidden].
+        head: the output layer.
+        measure: what is measured; at least one token.
+
+    Returns:
+        Each loss, float32 [tokens].
+    """
+    states = _in_autocast(states)
+    parts = [measure(head.logits(states[part]), part) for part in head.chunks(len(states))]
+    return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+
+
+def mean_loss(states: Tensor, head: Head, measure: Measure, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the means of losses over tokens.
+
+    Gradients are computed beside the losses, so that a chunk's logits are made once and then dropped; in the backward
+    pass they are there already. It can be gone through once.
+
+    Args:
+        states: before the output layer, [tokens, hidden].
+        head: the output layer.
+        measure: gives as many losses as there are weights.
+        weights: of the losses.
+
+    Returns:
+        The sum, a number, and each mean without its weight and without gradients, [losses]. Without tokens both are 0.
+    """
+    if not len(states):
+        return states.sum() * 0.0, torch.zeros(len(weights), device=states.device)
+    if not torch.is_grad_enabled():
+        means = torch.stack([values.mean() for values in token_measures(states, head, measure)])
+        return means @ torch.tensor(weights, device=means.device), means
+    total, means = _MeanLoss.apply(_in_autocast(states), head.weight, head.bias, head.softcap, measure, tuple(weights))
+    return total, means
+
+
+def _in_autocast(states: Tensor) -> Tensor:
+    device = states.device.type
+    return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
+
+
+class _MeanLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        measure: Measure,
+        weights: tuple[float, ...],
+    ) -> tuple[Tensor, Tensor]:
+        head = Head(weight.to(states.dtype), bias, softcap)
+        count = len(states)
+        needed = ctx.needs_input_grad
+        of_states = torch.empty_like(states) if needed[0] else None
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+        of_bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
+        sums = torch.zeros(len(weights), device=states.device)
+        coefficients = torch.tensor(weights, device=states.device)
+        with torch.autocast(states.device.type, enabled=False):
+            for part in head.chunks(count):
+                with torch.enable_grad():
+                    raw = head.raw(states[part]).detach().requires_grad_(any(needed[:3]))
+                    losses = torch.stack([loss.sum() for loss in measure(head.capped(raw), part)])
+                    weighted = losses @ coefficients / count
+                sums += losses.detach()
+                if not any(needed[:3]):
+                    continue
+                (grad,) = torch.autograd.grad(weighted, raw)
+                del raw, losses, weighted
+                if of_states is not None:
+                    of_states[part] = grad @ head.weight
+                if of_weight is not None:
+                    if of_weight.dtype == grad.dtype:
+                        of_weight.addmm_(grad.t(), states[part])
+                    else:
+                        of_weight += grad.t() @ states[part]
+                if of_bias is not None:
+                    of_bias += grad.sum(0)
+        ctx.gradients = (of_states, None if of_weight is None else of_weight.to(weight.dtype), of_bias)
+        means = sums / count
+        ctx.mark_non_differentiable(means)
+        return means @ coefficients, means
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        found, ctx.gradients = ctx.gradients, None  # so that no second copy of the weight's gradient is made
+        if found is None:
+            raise RuntimeError("the loss over the vocabulary can be gone through backwards only once")
+        return *(None if grad is None else grad.mul_(grads[0]) for grad in found), None, None, None

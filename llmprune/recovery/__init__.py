@@ -1,0 +1,1 @@
+"""Training back what pruning cost: which weights train, adapters, a teacher."""

@@ -1,0 +1,185 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685), on a base of four bits if wanted (QLoRA, arXiv:2305.14314)."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from llmprune.errors import UserError, nearest
+from llmprune.families import SUBLAYERS, Role, family_of
+
+BASE, A, B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # in names of parameters
+_PACKED = ".quant_state.bitsandbytes__nf4"
+
+
+@dataclass
+class LoRAConfig:
+    """Adapters of low rank beside frozen matrices.
+
+    Attributes:
+        rank: of every adapter.
+        alpha: what an adapter adds is multiplied by alpha / rank.
+        dropout: share of an adapter's inputs that is dropped in training.
+        targets: attention, mlp, or a matrix within a block by its name, such as self_attn.q_proj.
+        quantize: ``nf4`` holds the blocks' matrices in four bits (double quantisation, computing in model.dtype); null
+            = as they are.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.05
+    targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+    quantize: str | None = None
+
+    def check(self) -> None:
+        """Raise ``UserError`` for what is wrong whatever the model."""
+        if self.rank < 1:
+            raise UserError(f"lora.rank is {self.rank}; it must be positive")
+        if not self.alpha > 0:
+            raise UserError(f"lora.alpha is {self.alpha}; it must be positive")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
+        if self.quantize not in (None, "nf4"):
+            raise UserError(f"lora.quantize '{self.quantize}' is unknown: choose nf4, or null")
+
+    def peft(self, config: PretrainedConfig, base: str | None = None) -> PeftConfig:
+        """The settings as PEFT's, for a model of this config."""
+        return PeftConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type] # any number will do
+            lora_dropout=self.dropout,
+            target_modules=targets_of(config, self.targets),
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base,
+        )
+
+
+def targets_of(config: PretrainedConfig, targets: list[str]) -> list[str]:
+    """The matrices that get adapters, by their names within a block; those of experts by the last part.
+
+    Raises:
+        UserError: there is no such target.
+    """
+    family = family_of(config)
+    matrices = {name: role for name, role in family.block.items() if role in _MATRICES and role is not Role.ROUTER}
+    found: set[str] = set()
+    for target in targets:
+        chosen = {name for name, role in matrices.items() if role in SUBLAYERS.get(target, ()) or name == target}
+        if not chosen:
+            raise UserError(f"lora.targets: '{target}' is unknown; {nearest(target, ['attention', 'mlp', *matrices])}")
+        found |= chosen
+    if not found:
+        raise UserError("lora.targets is empty: name attention, mlp, or both")
+    return sorted(name.rpartition("*.")[2] for name in found)
+
+
+_MATRICES = (
+    Role.QUERY, Role.KEY_VALUE, Role.QUERY_KEY_VALUE, Role.HEADS_QUERY_KEY_VALUE, Role.ATTENTION_OUT,
+    Role.ATTENTION_OUT_TO_NORM, Role.MLP_IN, Role.MLP_GATE_UP, Role.MLP_OUT, Role.MLP_OUT_TO_NORM,
+)  # fmt: skip
+
+
+def quantization(config: PretrainedConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How Transformers quantises a base: the blocks' matrices, but for routers.
+
+    Args:
+        config: the model's.
+        dtype: in which products are computed.
+    """
+    family = family_of(config)
+    routers = [name for name, role in family.block.items() if role is Role.ROUTER]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[family.outer_name(Role.OUTPUT), *routers],
+    )
+
+
+def add_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> list[nn.Parameter]:
+    """Put adapters on a model; returns their parameters, float32. As they begin, the model computes as before.
+
+    Args:
+        model: of a supported family.
+        config: the settings.
+        seed: of the random half of every adapter.
+
+    Raises:
+        UserError: see ``targets_of``.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config.peft(model.config), model)  # type: ignore[arg-type]
+    adapters = [module for name, module in model.named_modules() if name.endswith((A[:-7], B[:-7]))]
+    for adapter in adapters:
+        adapter.float()
+    for module in model.modules():
+        module.register_load_state_dict_pre_hook(_forget_scales)
+    return [parameter for adapter in adapters for parameter in adapter.parameters()]
+
+
+def _forget_scales(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Leave out what describes four bits in a checkpoint: the same model was quantised in the same way again."""
+    for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
+        del state[name]
+
+
+class AdaptedWeights(Mapping[str, Tensor]):
+    """A model's weights with its adapters merged into them, each made when it is asked for.
+
+    The base is taken as it was in training: a matrix of four bits is first written out, as float32 or as what it was
+    quantised from. A merged matrix has the dtype of its base.
+    """
+
+    def __init__(self, stored: Mapping[str, Tensor], config: LoRAConfig) -> None:
+        """Wrap the tensors of a model with adapters, by name."""
+        self._stored, self._scale = stored, config.alpha / config.rank
+        names = [name for name in stored if ".lora_" not in name]
+        packed = {name.removesuffix(_PACKED) for name in names if name.endswith(_PACKED)}
+        of_packed = tuple(f"{name}." for name in packed)
+        self._packed = packed
+        self._names = {name.replace(BASE, "."): name for name in names if not name.startswith(of_packed)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One tensor."""
+        stored = self._names[name]
+        base = self._written_out(stored) if stored in self._packed else self._stored[stored]
+        before, inside, _ = stored.rpartition(BASE + "weight")
+        if not inside:
+            return base
+        low, high = self._stored[before + A].float(), self._stored[before + B].float()
+        return (base.float() + self._scale * (high @ low)).to(base.dtype)
+
+    def _written_out(self, name: str) -> Tensor:
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        prefix = f"{name}."
+        facts = {key.removeprefix(prefix): self._stored[key] for key in self._stored if key.startswith(prefix)}
+        state = QuantState.from_dict(qs_dict=facts, device=torch.device("cpu"))
+        return dequantize_4bit(self._stored[name], state)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the model's own parameters."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._names)
+
+
+def adapter_tensors(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters alone, under the names of PEFT's files."""
+    return {
+        f"base_model.model.{name.replace('.default.', '.')}": stored[name] for name in stored if name.endswith((A, B))
+    }
+
+
+def described(config: LoRAConfig) -> dict[str, Any]:
+    """The settings as plain values."""
+    return asdict(config)

@@ -31,6 +31,7 @@ setup(
         "filelock==4.2.11",
         "accelerate==1.12.0",
         "peft==0.18.0",
+        "bitsandbytes==0.48.2",
         "sacrebleu==2.6.0",
         "rouge-score==0.1.2",
         "scipy==1.15.3",

@@ -23,13 +23,17 @@ from llmprune.models.loading import load_config as load_model_config
 from llmprune.models.loading import load_tokenizer
 from llmprune.models.placement import ATTENTIONS, TRAINABLE
 from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
+from llmprune.recovering import check_recovery
 from llmprune.replacements.settings import BlockReplacementConfig
 from llmprune.replacements.span import Span
 from llmprune.replacing import check_replacement, given_span
 from llmprune.run_folder import Manifest, RunFolder
 from llmprune.sharding import check_sharding
 
-# What a run of block replacement goes on with.
+# What a resumed run goes on with.
+L0_KEPT = ("target", "target_sparsity", "gates")
+LORA_KEPT = ("rank", "alpha", "dropout", "targets", "quantize")
+TEACHER_KEPT = ("teacher", "objectives", "final_objectives", "temperature", "top_k", "blocks")
 REPLACEMENT_KEPT = ("start", "length", "kind", "blocks", "take", "intermediate", "objectives", "top_k", "also", "cache")
 _STREAM_UNITS = {TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN}
 
@@ -82,6 +86,7 @@ def check(config: Config) -> Ingredients:
         make_goal(model_config, config.l0_pruning)
     if config.block_replacement is not None:
         _check_replacement(config, config.block_replacement, model_config)
+    check_recovery(config, model_config, data.manifest)
     return Ingredients(model_config, tokenizer, data)
 
 
@@ -157,11 +162,15 @@ def check_same_run(run: RunFolder, manifest: Manifest, config: Config, model_con
             f"{family.shape(saved_config)}; the config's model has {family.shape(model_config)}: resume with the model "
             "that the run began with, or use another folder"
         )
-    pruning = [m.l0_pruning or {} for m in (saved, manifest)]
-    replacing = [m.block_replacement or {} for m in (saved, manifest)]
     for key, was, now in (
-        *((f"l0_pruning.{key}", *(p.get(key) for p in pruning)) for key in ("target", "target_sparsity", "gates")),
-        *((f"block_replacement.{key}", *(p.get(key) for p in replacing)) for key in REPLACEMENT_KEPT),
+        *(_both("l0_pruning", key, saved.l0_pruning, manifest.l0_pruning) for key in L0_KEPT),
+        *(
+            _both("block_replacement", key, saved.block_replacement, manifest.block_replacement)
+            for key in REPLACEMENT_KEPT
+        ),
+        ("trainable", saved.trainable, manifest.trainable),
+        *(_both("lora", key, saved.lora, manifest.lora) for key in LORA_KEPT),
+        *(_both("distillation", key, saved.distillation, manifest.distillation) for key in TEACHER_KEPT),
         ("run.seed", before.run.seed, config.run.seed),
         ("train.global_batch_size", before.train.global_batch_size, config.train.global_batch_size),
         *(
@@ -175,6 +184,11 @@ def check_same_run(run: RunFolder, manifest: Manifest, config: Config, model_con
                 f"the checkpoints in {run.checkpoints} are of a run with {key} {was}; the config asks for {now}: keep "
                 "what the run began with, or use another run.folder"
             )
+
+
+def _both(section: str, key: str, *found: dict[str, Any] | None) -> tuple[str, Any, Any]:
+    was, now = ((values or {}).get(key) for values in found)
+    return f"{section}.{key}", was, now
 
 
 def _check_choices(config: Config) -> None:

@@ -25,6 +25,9 @@ from llmprune.errors import UserError, first_line, nearest
 from llmprune.files import write_text
 from llmprune.gates.settings import L0PruningConfig
 from llmprune.optimizers import OptimizerConfig, SchedulerConfig
+from llmprune.recovery.lora import LoRAConfig
+from llmprune.recovery.partial import TrainableConfig
+from llmprune.recovery.settings import DistillationConfig
 from llmprune.replacements.settings import BlockReplacementConfig
 from llmprune.scoring.selection import PlansConfig
 from llmprune.scoring.settings import LayerScoringConfig
@@ -218,6 +221,9 @@ class Config:
     dynamic_loading: DynamicLoadingConfig | None = None
     l0_pruning: L0PruningConfig | None = None
     block_replacement: BlockReplacementConfig | None = None
+    trainable: TrainableConfig | None = None
+    lora: LoRAConfig | None = None
+    distillation: DistillationConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

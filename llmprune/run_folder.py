@@ -140,6 +140,9 @@ class Manifest:
         versions: of Python and the packages that matter.
         git_commit: of llmprune's checkout, if it is one.
         block_replacement: the settings of ``BlockReplacement`` with the span's start and length, if any.
+        trainable: the settings of ``PartialTraining``, if any.
+        lora: the settings of ``LowRankAdaptation``, if any.
+        distillation: the settings of ``Distillation``, if any.
     """
 
     family: str
@@ -150,6 +153,9 @@ class Manifest:
     versions: dict[str, str]
     git_commit: str | None
     block_replacement: dict[str, Any] | None = None
+    trainable: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
+    distillation: dict[str, Any] | None = None
     schema: int = 1
 
     def save(self, checkpoints: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

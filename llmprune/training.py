@@ -16,12 +16,15 @@ from composer.utils import dist, get_device
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmprune.callbacks.distillation import Distillation
 from llmprune.callbacks.dynamic_loading import DynamicLoading
 from llmprune.callbacks.evaluation import Evaluation
 from llmprune.callbacks.l0_pruning import EVALUATIONS, L0Pruning
 from llmprune.callbacks.load_shards import LoadShards
 from llmprune.callbacks.loss_guard import LossGuard
+from llmprune.callbacks.low_rank_adaptation import LowRankAdaptation
 from llmprune.callbacks.metrics_file import MetricsFile, read_metrics
+from llmprune.callbacks.partial_training import PartialTraining
 from llmprune.checks import Ingredients, check, check_same_run, data_contents
 from llmprune.config import Config, LiveEvaluationConfig, LoggersConfig, save_config
 from llmprune.data.dataset import MixedDataset
@@ -31,6 +34,8 @@ from llmprune.models.loading import empty_model, load_model, new_model
 from llmprune.models.placement import DTYPES
 from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.ranks import on_rank_zero, share_cores
+from llmprune.recovering import correspondence_of
+from llmprune.recovery.four_bits import quantization
 from llmprune.replacements.span import Span
 from llmprune.replacing import check_replacement, known_span, make_cache, make_replacement, most_alike
 from llmprune.run_folder import RANDOM, Manifest, RunFolder, git_commit, versions
@@ -75,6 +80,16 @@ def build_trainer(config: Config) -> Trainer:
     callbacks = make_callbacks(config, run, stream, wrapped.domains.values(), live=live, resumed=resume is not None)
     if config.block_replacement is not None and span is not None:
         callbacks.append(make_replacement(config, config.block_replacement, inputs.data, run, span, cache))
+    if config.distillation is not None:
+        kept = config.distillation.teacher is None and config.l0_pruning is None
+        callbacks.append(
+            Distillation(
+                config.distillation,
+                correspondence=correspondence_of(config, inputs.model_config),
+                attention=config.model.attention,
+                kept=kept,
+            )
+        )
     on_rank_zero(lambda: _write_run(config, run, manifest, model, inputs.tokenizer, resumed=resume is not None))
     per_rank = config.train.global_batch_size // dist.get_world_size()
     eval_batch = per_rank if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
@@ -203,7 +218,9 @@ def make_model(config: Config, inputs: Ingredients) -> PreTrainedModel:
     elif config.sharding is not None:
         model = empty_model(config.model.path, dtype=dtype, attention=attention)
     else:
-        model = load_model(config.model.path, dtype=dtype, attention=attention)
+        four_bits = config.lora is not None and config.lora.quantize is not None
+        packed = quantization(inputs.model_config, dtype) if four_bits else None
+        model = load_model(config.model.path, dtype=dtype, attention=attention, quantization=packed)
     if config.train.activation_checkpointing and config.sharding is None:  # sharded, Composer does it
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -229,6 +246,10 @@ def make_callbacks(
         callbacks.append(DynamicLoading(config.dynamic_loading, stream, evaluated))
     if config.l0_pruning is not None:
         callbacks.append(L0Pruning(config.l0_pruning, seed=config.run.seed, folder=run.gates))
+    if config.trainable is not None:
+        callbacks.append(PartialTraining(config.trainable))
+    if config.lora is not None:
+        callbacks.append(LowRankAdaptation(config.lora, seed=config.run.seed))
     return callbacks
 
 
@@ -265,6 +286,9 @@ def _manifest(config: Config, inputs: Ingredients, span: Span | None = None) -> 
         versions=versions(),
         git_commit=git_commit(),
         block_replacement=replacement,
+        trainable=None if config.trainable is None else asdict(config.trainable),
+        lora=None if config.lora is None else asdict(config.lora),
+        distillation=None if config.distillation is None else asdict(config.distillation),
     )
 
 

@@ -9,14 +9,15 @@ import torch
 from composer.core import Callback, Precision, State
 from composer.loggers import Logger
 from composer.utils import dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import nn
 from torch.distributed.tensor import DTensor
 
+from llmprune.callbacks.part_means import PartMeans
 from llmprune.files import save_tensors
 from llmprune.models.causal_lm import Batch, ComposerCausalLM, labels_of
 from llmprune.models.objectives import predicting
-from llmprune.models.parts import parameters_behind
+from llmprune.models.parts import parameters_behind, train_only
+from llmprune.models.sharded import reshard
 from llmprune.models.walking import blocks_of
 from llmprune.replacements.cache import StatesCache
 from llmprune.replacements.settings import BlockReplacementConfig
@@ -66,7 +67,7 @@ class BlockReplacement(Callback):
         self.config, self.span, self._seed, self._folder, self._fit_on = config, span, seed, folder, fit_on
         self._cache, self._cached = cache, cached
         self.best: tuple[float, int] | None = None  # loss, batch
-        self._sums: dict[str, Tensor] = {}
+        self._means = PartMeans("replacement")
         self._is_new = True
         self.stand_in: StandIn
         self.streaming: Streaming
@@ -79,15 +80,9 @@ class BlockReplacement(Callback):
         if state.precision != Precision.FP32:
             self.stand_in.float()  # frozen weights may be bfloat16: what trains may not
         self.stand_in = state.device.module_to_device(self.stand_in)
-        model.requires_grad_(False)
         model.stand_in = self.stand_in
         chosen = [*self.stand_in.parameters(), *parameters_behind(model.model, self.span.end, self.config.also)]
-        for parameter in chosen:
-            parameter.requires_grad_(True)
-        for optimizer in state.optimizers:
-            for group in optimizer.param_groups:
-                group["params"] = []
-            optimizer.param_groups[0]["params"] = chosen
+        train_only(model, state.optimizers, chosen)
         self.streaming = Streaming(model.model, self.stand_in, self.span, self.config.weights, top_k=self.config.top_k)
         model.objective = self.streaming
         self._say_sizes(model, logger)
@@ -134,7 +129,7 @@ class BlockReplacement(Callback):
             cache.write(
                 batch["slot"].tolist(), source.before, source.after, labels_of(batch), batch.get("position_ids")
             )
-        _reshard(state.model)
+        reshard(state.model)
         dist.barrier()
         if dist.get_local_rank() == 0:
             cache.complete()
@@ -153,7 +148,7 @@ class BlockReplacement(Callback):
             chosen = predicting(labels_of(batch))
             found = found or Sums.empty(read.shape[-1], read.device)
             found.add(read[chosen], (source.after - source.before)[chosen])
-        _reshard(state.model)
+        reshard(state.model)
         assert found is not None
         for tensor in found.each() if dist.get_world_size() > 1 else ():
             dist.all_reduce(tensor, reduce_operation="SUM")
@@ -161,19 +156,11 @@ class BlockReplacement(Callback):
 
     def after_loss(self, state: State, logger: Logger) -> None:
         """Add the objectives of a microbatch."""
-        tokens = predicting(labels_of(state.batch)).sum()
-        for name, value in {**self.streaming.parts, "tokens": torch.ones_like(tokens)}.items():
-            self._sums[name] = self._sums.get(name, 0) + (value * tokens).double()
+        self._means.add(self.streaming.parts, state.batch)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log their means over all tokens of the batch."""
-        names = sorted(self._sums)
-        sums = torch.stack([self._sums[name] for name in names])
-        dist.all_reduce(sums, reduce_operation="SUM")
-        found = dict(zip(names, sums.tolist(), strict=True))
-        tokens = max(found.pop("tokens"), 1)
-        logger.log_metrics({f"replacement/{name}": value / tokens for name, value in found.items()})
-        self._sums = {}
+        self._means.log(logger)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Keep what trains if the loss is the lowest so far."""
@@ -212,13 +199,6 @@ class BlockReplacement(Callback):
         """Go on from a saved state."""
         self.best = None if state["best"] is None else (state["best"][0], int(state["best"][1]))
         self._is_new = False
-
-
-def _reshard(model: nn.Module) -> None:
-    """Free what forward passes have gathered: without a backward pass some of it would stay."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def make_stand_in(model: ComposerCausalLM, config: BlockReplacementConfig, span: Span, seed: int) -> StandIn:

@@ -81,6 +81,7 @@ class L0Pruning(Callback):
         gates = GateSet(source, make_goal(model.model.config, self.config), self.seed)
         self.gates = state.device.module_to_device(gates)
         self._slot = attach(model.model, model.family, set(gates.factors(gates.at_target()).trainable()))
+        model.ungated = self._slot.open
         multipliers = [*gates.linear.values(), *gates.quadratic.values()]
         # Adam without decay; beta and epsilon are the paper's.
         common: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8}

@@ -33,14 +33,21 @@ def convert(
     checkpoint: Annotated[str, typer.Argument(help="A Composer checkpoint (.pt), or the folder of its run.")],
     out: Out,
     dtype: Annotated[DType | None, typer.Option(help="Of the weights written; default: as trained.")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Write the adapters alone, for PEFT.")] = False,
     overwrite: Overwrite = False,
     push_to_hub: PushToHub = None,
 ) -> None:
-    """Turn a checkpoint (with gates, if it has any) into a plain Hugging Face folder."""
+    """Turn a checkpoint (with gates, a stand-in or adapters, if it has any) into a plain Hugging Face folder."""
     import torch
 
     from llmprune.convert import commands
 
+    if adapter and dtype is not None:
+        raise UserError("adapters are written as trained: leave out --dtype")
+    if adapter:
+        commands.export_adapter(checkpoint, out, overwrite=overwrite)
+        print(out if push_to_hub is None else commands.push_to_hub(out, push_to_hub))
+        return
     plan = commands.convert(
         checkpoint, out, dtype=None if dtype is None else getattr(torch, dtype.value), overwrite=overwrite
     )

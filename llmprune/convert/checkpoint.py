@@ -17,6 +17,7 @@ from llmprune.families import Family, family_of
 from llmprune.gates.gate_set import GateSet
 from llmprune.gates.settings import L0PruningConfig, make_goal
 from llmprune.models.loading import fingerprint, load_config
+from llmprune.recovery.lora import AdaptedWeights, LoRAConfig
 from llmprune.run_folder import Manifest, RunFolder
 
 _PREFIX = "model."
@@ -98,13 +99,15 @@ class Checkpoint:
         return open_state(self.path)
 
     @property
-    def weights(self) -> CheckpointWeights:
-        """The model's weights.
+    def weights(self) -> Mapping[str, Tensor]:
+        """The model's weights by Hugging Face name, adapters merged into them.
 
         Raises:
             UserError: the checkpoint is damaged.
         """
-        return CheckpointWeights(self.state)
+        stored = CheckpointWeights(self.state)
+        lora = self.manifest.lora
+        return stored if lora is None else AdaptedWeights(stored, LoRAConfig(**lora))
 
     @property
     def state(self) -> Mapping[str, Tensor]:

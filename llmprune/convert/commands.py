@@ -11,14 +11,15 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from llmprune.callbacks.metrics_file import read_metrics
-from llmprune.convert.checkpoint import Checkpoint, is_checkpoint
+from llmprune.convert.checkpoint import Checkpoint, CheckpointWeights, is_checkpoint
 from llmprune.convert.export import export, keep_everything
 from llmprune.convert.replaced import Replaced, read_replaced
 from llmprune.errors import UserError
-from llmprune.files import refuse_existing, refuse_replacing
+from llmprune.files import output_folder, refuse_existing, refuse_replacing, save_tensors
 from llmprune.gates.gate_set import GateSet
 from llmprune.models.loading import StoredWeights, fingerprint, load_config, resolve_model
 from llmprune.plans import Plan
+from llmprune.recovery.lora import LoRAConfig, adapter_tensors
 from llmprune.run_folder import RunFolder
 
 UNFINISHED = 0.02  # distance from the target sparsity that is worth a warning
@@ -66,6 +67,9 @@ def convert(
             "versions": manifest.versions,
             "l0_pruning": manifest.l0_pruning,
             "block_replacement": manifest.block_replacement,
+            "trainable": manifest.trainable,
+            "lora": manifest.lora,
+            "distillation": manifest.distillation,
         },
     }
     if results := last_evaluation(RunFolder(opened.path.parent.parent).metrics, opened.batch):
@@ -115,6 +119,29 @@ def apply(model: Path | str, plan: Plan | Path | str, out: Path | str, *, overwr
             "that it was made for"
         )
     export(weights, config, plan, out, companions=folder, source=str(model), overwrite=overwrite)
+
+
+def export_adapter(checkpoint: Path | str, out: Path | str, *, overwrite: bool = False) -> None:
+    """Write the adapters of a checkpoint alone, as a folder that PEFT loads.
+
+    Args:
+        checkpoint: its file, or its run's folder.
+        out: folder to write.
+        overwrite: whether ``out`` may be replaced.
+
+    Raises:
+        UserError: it has none, is damaged, or ``out`` exists.
+    """
+    refuse_existing(Path(out), overwrite)
+    opened = Checkpoint.open(checkpoint)
+    refuse_replacing(out, [opened.path])
+    if opened.manifest.lora is None:
+        raise UserError(f"{opened.path} has no adapters: it was not trained with lora")
+    settings = LoRAConfig(**opened.manifest.lora).peft(opened.config, opened.manifest.source)
+    settings.inference_mode = True
+    with output_folder(out, overwrite) as folder:
+        settings.save_pretrained(str(folder))
+        save_tensors(folder / "adapter_model.safetensors", adapter_tensors(CheckpointWeights(opened.state)), {})
 
 
 def push_to_hub(folder: Path | str, name: str) -> str:

@@ -19,6 +19,7 @@ from torch.torch_version import TorchVersion
 
 from llmprune.errors import UserError
 
+_SMALL = 2**20  # bytes of a tensor that is read at once
 METADATA = ".metadata"  # marks a folder as a sharded checkpoint
 
 # What Composer keeps in a whole checkpoint beside tensors and plain types: durations, the torch version, numpy's
@@ -92,15 +93,19 @@ class _Whole:
 
 
 class _WholeTensors(Mapping[str, Tensor]):
-    """Maps the file anew for every tensor: pages of a mapping stay in memory once they are read."""
+    """Maps the file anew for every large tensor: pages of a mapping stay in memory once they are read."""
 
     def __init__(self, whole: _Whole, path: tuple[str, ...]) -> None:
         self._whole, self._path = whole, path
-        self._names = list(whole.below(path))
+        found: Mapping[str, Tensor] = whole.below(path)
+        self._names = list(found)
+        self._small = {name: tensor.clone() for name, tensor in found.items() if tensor.nbytes <= _SMALL}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
+        if name in self._small:
+            return self._small[name]
         tensor: Tensor = self._whole.below((*self._path, name))
         return tensor.clone()
 

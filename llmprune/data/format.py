@@ -11,6 +11,7 @@ DATA/
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -71,6 +72,7 @@ class DataManifest:
         compression: of the shards, as in MDS (``zstd:3``); None = none.
         tokenizer_files: in the folder ``tokenizer``.
         contents: SHA-256 over the checksums of all shards.
+        teacher: whose predictions lie beside the tokens, and which: model, top_k, temperature, boundaries; None = none.
     """
 
     sequence_length: int
@@ -85,6 +87,7 @@ class DataManifest:
     compression: str | None
     tokenizer_files: list[str]
     contents: str
+    teacher: dict[str, Any] | None = None
     schema: int = 2
 
     def samples(self, domain: str, split: str) -> int:

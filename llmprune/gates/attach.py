@@ -1,7 +1,8 @@
 """Letting a model compute with gates, by swapping the classes of the modules that they touch."""
 
 import dataclasses
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +20,15 @@ class GateSlot:
     """Where the gated modules look up the current factors; shared by all of a model's modules."""
 
     factors: Factors = dataclasses.field(default_factory=Factors)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """While this lasts, no gate does anything."""
+        factors, self.factors = self.factors, Factors()
+        try:
+            yield
+        finally:
+            self.factors = factors
 
 
 @dataclass(frozen=True)

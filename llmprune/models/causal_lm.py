@@ -1,6 +1,7 @@
 """A Hugging Face causal LM as a Composer model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -166,6 +167,7 @@ class ComposerCausalLM(ComposerModel):
         self.family = family_of(model.config)
         self.domains = dict(domains or {})
         self.objective: Objective | None = None  # of a callback
+        self.ungated: Callable[[], AbstractContextManager[None]] | None = None  # while open, gates do nothing
         model.config.use_cache = False
         # What Composer shards and whose activations it checkpoints: the blocks (wrapped, once they are checkpointed).
         model.fsdp_wrap_fn = model.activation_checkpointing_fn = self._is_block  # type: ignore[assignment]
@@ -183,11 +185,19 @@ class ComposerCausalLM(ComposerModel):
         """The loss, which the forward pass gives already."""
         return outputs
 
+    def final_states(self, batch: Batch) -> tuple[Tensor, Head]:
+        """As the function, of the model that is trained or made."""
+        return final_states(self.model, batch) if self.objective is None else self.objective.final_states(batch)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Its logits, all at a time, float32 [batch, length, vocabulary]."""
+        states, head = self.final_states(batch)
+        return head.logits(states).view(*batch["input_ids"].shape, -1)
+
     def eval_forward(self, batch: Batch, outputs: Any = None) -> dict[str, Tensor]:
         """Loss sums, token counts and domain of every sample, [batch] each."""
-        made = final_states(self.model, batch) if self.objective is None else self.objective.final_states(batch)
         targets = targets_of(labels_of(batch))
-        (losses,) = token_measures(*made, next_token(targets.flatten()))
+        (losses,) = token_measures(*self.final_states(batch), next_token(targets.flatten()))
         tokens, domain = (targets != IGNORED).sum(1), batch.get("domain")
         return {
             "loss": losses.view_as(targets).sum(1),
@@ -212,8 +222,10 @@ class ComposerCausalLM(ComposerModel):
         6 per parameter that is multiplied with every token, and 12 · layers · heads · head size · length per token for
         attention (PaLM, arXiv:2204.02311, appendix B). The embedding counts only where it is the output layer too.
         """
-        if self.objective is not None:
-            return self.objective.flops(batch)
+        return self.own_flops(batch) if self.objective is None else self.objective.flops(batch)
+
+    def own_flops(self, batch: Batch) -> int:
+        """Those of the model itself, all of which trains."""
         shape = self.family.shape(self.model.config)
         multiplied = sum(p.numel() for p in self.parameters())
         if not self.family.tied(self.model.config):

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.integrations.accelerate import init_empty_weights
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmprune.errors import UserError, first_line
 from llmprune.families import Role, family_of
@@ -89,7 +90,11 @@ def load_config(model: str | Path) -> PretrainedConfig:
 
 
 def load_model(
-    model: str | Path, *, dtype: torch.dtype | str = torch.float32, attention: str | None = None
+    model: str | Path,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    attention: str | None = None,
+    quantization: QuantizationConfigMixin | None = None,
 ) -> PreTrainedModel:
     """A causal LM with its weights, in evaluation mode.
 
@@ -97,6 +102,7 @@ def load_model(
         model: folder or hub name.
         dtype: of the weights; "auto" = as stored.
         attention: see ``load_any_model``.
+        quantization: how its matrices are held; its config does not mention it.
 
     Raises:
         UserError: it can't be read, or its architecture is not supported.
@@ -106,7 +112,11 @@ def load_model(
         resolve_model(model).glob("*.safetensors")
     ):
         parameter_names(StoredWeights(model), config)
-    return load_any_model(model, dtype=dtype, attention=attention)
+    loaded = load_any_model(model, dtype=dtype, attention=attention, quantization=quantization)
+    if quantization is not None:
+        for name in ("quantization_config", "_pre_quantization_dtype"):
+            delattr(loaded.config, name)
+    return loaded
 
 
 def load_any_model(
@@ -116,6 +126,7 @@ def load_any_model(
     attention: str | None = None,
     device_map: str | None = None,
     adapter: str | Path | None = None,
+    quantization: QuantizationConfigMixin | None = None,
 ) -> PreTrainedModel:
     """A causal LM of any architecture that Transformers knows, quantised ones too, in evaluation mode.
 
@@ -125,6 +136,7 @@ def load_any_model(
         attention: ``sdpa``, ``eager`` or ``flash_attention_2``; None = sdpa where the architecture has it.
         device_map: how to spread the model over devices (``auto``); None = in this process's main memory.
         adapter: folder of a PEFT adapter to put on the model.
+        quantization: how to hold its matrices; None = as stored.
 
     Raises:
         UserError: it can't be read.
@@ -132,7 +144,12 @@ def load_any_model(
     folder = resolve_model(model)
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, device_map=device_map, output_loading_info=True
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map=device_map,
+            quantization_config=quantization,
+            output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
         raise UserError(f"the model {model} can't be loaded: {first_line(error)}") from None

@@ -40,6 +40,11 @@ def squared_error(states: Tensor, target: Tensor) -> Tensor:
     return (states.float() - target.float()).square().mean(-1)
 
 
+def relative_error(states: Tensor, target: Tensor) -> Tensor:
+    """The squared error over the target's mean square, over hidden dimensions: [batch, length] from [..., hidden]."""
+    return squared_error(states, target) / target.float().square().mean(-1).clamp(min=1e-9)
+
+
 def cosine_distance(states: Tensor, target: Tensor) -> Tensor:
     """1 − cosine, [batch, length] from [batch, length, hidden]."""
     return 1 - F.cosine_similarity(states.float(), target.float(), dim=-1)

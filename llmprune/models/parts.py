@@ -46,7 +46,7 @@ def parameter_names_of(model: PreTrainedModel, parts: Sequence[str]) -> list[str
             name
             for name, parameter in roles.items()
             if part == "all"
-            or parameter.block in blocks
+            or (parameter.block is not None and parameter.block in blocks)
             or (part in _OUTER and parameter.role is _OUTER[part])
             or (part == "embedding" and parameter.role in EMBEDDINGS)
             or (part == "norms" and parameter.role in NORMS)

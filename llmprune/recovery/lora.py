@@ -1,20 +1,21 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685), on a base of four bits if wanted (QLoRA, arXiv:2305.14314)."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig as PeftConfig
-from peft import inject_adapter_in_model
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.errors import UserError, nearest
 from llmprune.families import SUBLAYERS, Role, family_of
+from llmprune.recovery.four_bits import MARK, describe_packed, written_out
+
+if TYPE_CHECKING:
+    from peft import LoraConfig as PeftConfig
 
 BASE, A, B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # in names of parameters
-_PACKED = ".quant_state.bitsandbytes__nf4"
 
 
 @dataclass
@@ -47,8 +48,10 @@ class LoRAConfig:
         if self.quantize not in (None, "nf4"):
             raise UserError(f"lora.quantize '{self.quantize}' is unknown: choose nf4, or null")
 
-    def peft(self, config: PretrainedConfig, base: str | None = None) -> PeftConfig:
+    def peft(self, config: PretrainedConfig, base: str | None = None) -> "PeftConfig":
         """The settings as PEFT's, for a model of this config."""
+        from peft import LoraConfig as PeftConfig  # takes seconds
+
         return PeftConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type] # any number will do
@@ -84,24 +87,6 @@ _MATRICES = (
 )  # fmt: skip
 
 
-def quantization(config: PretrainedConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How Transformers quantises a base: the blocks' matrices, but for routers.
-
-    Args:
-        config: the model's.
-        dtype: in which products are computed.
-    """
-    family = family_of(config)
-    routers = [name for name, role in family.block.items() if role is Role.ROUTER]
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[family.outer_name(Role.OUTPUT), *routers],
-    )
-
-
 def add_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> list[nn.Parameter]:
     """Put adapters on a model; returns their parameters, float32. As they begin, the model computes as before.
 
@@ -113,21 +98,16 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> list[
     Raises:
         UserError: see ``targets_of``.
     """
+    from peft import inject_adapter_in_model
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(config.peft(model.config), model)  # type: ignore[arg-type]
     adapters = [module for name, module in model.named_modules() if name.endswith((A[:-7], B[:-7]))]
     for adapter in adapters:
         adapter.float()
-    for module in model.modules():
-        module.register_load_state_dict_pre_hook(_forget_scales)
+    describe_packed(model)
     return [parameter for adapter in adapters for parameter in adapter.parameters()]
-
-
-def _forget_scales(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Leave out what describes four bits in a checkpoint: the same model was quantised in the same way again."""
-    for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
-        del state[name]
 
 
 class AdaptedWeights(Mapping[str, Tensor]):
@@ -140,29 +120,25 @@ class AdaptedWeights(Mapping[str, Tensor]):
     def __init__(self, stored: Mapping[str, Tensor], config: LoRAConfig) -> None:
         """Wrap the tensors of a model with adapters, by name."""
         self._stored, self._scale = stored, config.alpha / config.rank
-        names = [name for name in stored if ".lora_" not in name]
-        packed = {name.removesuffix(_PACKED) for name in names if name.endswith(_PACKED)}
-        of_packed = tuple(f"{name}." for name in packed)
-        self._packed = packed
-        self._names = {name.replace(BASE, "."): name for name in names if not name.startswith(of_packed)}
+        self._names = {name.replace(BASE, "."): name for name in stored if ".lora_" not in name and MARK not in name}
+        self._descriptions: dict[str, list[str]] = {}
+        for name in stored:
+            module, inside, _ = name.partition(MARK)
+            if inside:
+                self._descriptions.setdefault(f"{module}weight", []).append(name)
 
     def __getitem__(self, name: str) -> Tensor:
         """One tensor."""
         stored = self._names[name]
-        base = self._written_out(stored) if stored in self._packed else self._stored[stored]
+        base = self._stored[stored]
+        if (description := self._descriptions.get(stored)) is not None:
+            prefix = stored.removesuffix("weight")
+            base = written_out(base, {name.removeprefix(prefix): self._stored[name] for name in description})
         before, inside, _ = stored.rpartition(BASE + "weight")
         if not inside:
             return base
         low, high = self._stored[before + A].float(), self._stored[before + B].float()
         return (base.float() + self._scale * (high @ low)).to(base.dtype)
-
-    def _written_out(self, name: str) -> Tensor:
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-
-        prefix = f"{name}."
-        facts = {key.removeprefix(prefix): self._stored[key] for key in self._stored if key.startswith(prefix)}
-        state = QuantState.from_dict(qs_dict=facts, device=torch.device("cpu"))
-        return dequantize_4bit(self._stored[name], state)
 
     def __iter__(self) -> Iterator[str]:
         """The names of the model's own parameters."""
@@ -178,8 +154,3 @@ def adapter_tensors(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         f"base_model.model.{name.replace('.default.', '.')}": stored[name] for name in stored if name.endswith((A, B))
     }
-
-
-def described(config: LoRAConfig) -> dict[str, Any]:
-    """The settings as plain values."""
-    return asdict(config)

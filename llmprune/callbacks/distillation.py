@@ -1,0 +1,98 @@
+"""Learning from a teacher, as a Composer callback."""
+
+from typing import cast
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+
+from llmprune.callbacks.part_means import PartMeans
+from llmprune.errors import UserError
+from llmprune.models.causal_lm import ComposerCausalLM
+from llmprune.models.loading import StoredWeights, empty_model, load_model
+from llmprune.models.placement import DTYPES
+from llmprune.models.sharded import fill, mesh_of, shard
+from llmprune.recovery.correspondence import Correspondence
+from llmprune.recovery.distilling import Distilling
+from llmprune.recovery.settings import DistillationConfig
+from llmprune.recovery.teachers import KeptPredictions, ModelTeacher
+
+
+class Distillation(Callback):
+    """Gives the model another objective: a teacher's predictions, and its states.
+
+    The teacher is no part of the Composer model, its state dict or its optimiser. It is loaded after the model has been
+    sharded, and spread over the same ranks.
+    """
+
+    def __init__(
+        self,
+        config: DistillationConfig,
+        *,
+        correspondence: Correspondence | None = None,
+        attention: str = "sdpa",
+        kept: bool = False,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            config: the settings.
+            correspondence: of states, if they are compared.
+            attention: of the teacher; see ``load_any_model``.
+            kept: whether predictions come with the data.
+
+        Raises:
+            UserError: a setting is out of range.
+        """
+        config.check()
+        self.config, self._correspondence, self._attention, self._kept = config, correspondence, attention, kept
+        self._means = PartMeans("distillation")
+        self.objective: Distilling
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        """Load the teacher, and give the model its objective."""
+        student = cast(ComposerCausalLM, getattr(state.model, "module", state.model))
+        teacher = self._make_teacher(student, state)
+        self.objective = Distilling(student, teacher, self.config.weights(0.0), self._correspondence)
+        student.objective = self.objective
+
+    def _make_teacher(self, student: ComposerCausalLM, state: State) -> ModelTeacher | KeptPredictions:
+        config = self.config
+        if self._kept:
+            return KeptPredictions(top_k=config.top_k, temperature=config.temperature)
+        alone = None
+        if config.teacher is None:
+            if student.ungated is None:
+                raise UserError("name distillation.teacher: only a model with gates can learn from itself")
+            model, alone = student.model, student.ungated
+        else:
+            dtype, mesh = DTYPES[config.dtype], mesh_of(student.parameters())
+            if mesh is None:
+                model = load_model(config.teacher, dtype=dtype, attention=self._attention)
+                state.device.module_to_device(model)
+            else:
+                model = empty_model(config.teacher, dtype=dtype, attention=self._attention)
+                shard(model, mesh)
+                fill(model, StoredWeights(config.teacher))
+            model.requires_grad_(False).eval()
+            model.config.use_cache = False
+        return ModelTeacher(
+            model,
+            blocks=() if self._correspondence is None else self._correspondence.blocks.values(),
+            top_k=config.top_k,
+            temperature=config.temperature,
+            alone=alone,
+        )
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        """Weigh the objectives by how far the run has come."""
+        elapsed = state.get_elapsed_duration()
+        self.objective.weights = self.config.weights(0.0 if elapsed is None else float(elapsed.value))
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        """Note the objectives of a microbatch."""
+        self._means.add(self.objective.parts, state.batch)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Log them."""
+        self._means.log(logger)
+        logger.log_metrics({f"distillation/weight/{name}": w for name, w in self.objective.weights.items()})

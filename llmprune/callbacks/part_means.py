@@ -1,0 +1,36 @@
+"""The parts of a loss, each as its mean over all tokens of a batch."""
+
+from collections.abc import Mapping
+
+import torch
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+
+from llmprune.models.causal_lm import Batch, labels_of
+from llmprune.models.objectives import predicting
+
+
+class PartMeans:
+    """Adds up the parts of microbatches and logs their means over all ranks."""
+
+    def __init__(self, prefix: str) -> None:
+        """Log under ``prefix``/PART."""
+        self._prefix = prefix
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, parts: Mapping[str, Tensor], batch: Batch) -> None:
+        """Add a microbatch's parts, each a mean over the tokens that are predicted."""
+        tokens = predicting(labels_of(batch)).sum()
+        for name, value in {**parts, "tokens": torch.ones_like(tokens)}.items():
+            self._sums[name] = self._sums.get(name, 0) + (value * tokens).double()
+
+    def log(self, logger: Logger) -> None:
+        """Log the means of the batch and begin another."""
+        names = sorted(self._sums)
+        sums = torch.stack([self._sums[name] for name in names])
+        dist.all_reduce(sums, reduce_operation="SUM")
+        found = dict(zip(names, sums.tolist(), strict=True))
+        tokens = max(found.pop("tokens"), 1)
+        logger.log_metrics({f"{self._prefix}/{name}": value / tokens for name, value in found.items()})
+        self._sums = {}

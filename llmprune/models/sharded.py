@@ -1,0 +1,47 @@
+"""Models whose parameters are spread over ranks (FSDP2)."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PreTrainedModel
+
+from llmprune.models.loading import StoredWeights
+from llmprune.models.walking import blocks_of
+
+
+def mesh_of(parameters: Iterable[nn.Parameter]) -> DeviceMesh | None:
+    """The ranks over which a model's parameters are spread; None = every rank has all of them."""
+    return next((p.device_mesh for p in parameters if isinstance(p, DTensor)), None)
+
+
+def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Spread a model over ranks, block by block."""
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what forward passes have gathered: without a backward pass some of it would stay."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def fill(model: PreTrainedModel, weights: StoredWeights) -> None:
+    """Read the parameters of a sharded model, of each the rows of this rank; those of adapters stay as they are."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        stored = name.replace("_checkpoint_wrapped_module.", "").replace(".base_layer.", ".")
+        assert isinstance(parameter, DTensor), name
+        shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        parameter.to_local().copy_(weights.rows(stored, offset[0], offset[0] + shape[0]))

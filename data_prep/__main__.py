@@ -173,6 +173,37 @@ def merge(
 
 
 @app.command()
+def teach(
+    data: Annotated[str, typer.Argument(help="A folder that `tokenize` or `conversations` made, or a URL.")],
+    teacher: Annotated[str, typer.Option(help="Folder or hub name of the model to learn from.")],
+    out: Out,
+    top_k: Annotated[int, typer.Option(help="Likeliest tokens kept at every position, 6 to 8 bytes each.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Divides the logits.")] = 1.0,
+    document_boundaries: Annotated[
+        bool | None, typer.Option(help="Attention restarts at each document; default: for conversations.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples of a forward pass.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of the teacher's weights: bfloat16 or float32.")] = "bfloat16",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write data anew with a teacher's predictions in them, to learn from it without it.
+
+    Processes that are given the same command share the work; one that was stopped goes on when it is called again.
+    """
+    from data_prep.teach import TeachConfig
+    from data_prep.teach import teach as write
+
+    write(
+        data,
+        teacher,
+        out,
+        TeachConfig(top_k, temperature, document_boundaries, batch_size, dtype),
+        overwrite=overwrite,
+    )
+    print(out)
+
+
+@app.command()
 def describe(
     data: Annotated[str, typer.Argument(help="A folder that `tokenize` made, or a URL where it lies.")],
     samples: Annotated[int, typer.Option(min=0, help="Samples of each domain and split to show as text.")] = 1,

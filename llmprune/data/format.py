@@ -19,6 +19,7 @@ from llmprune.errors import UserError
 from llmprune.files import read_json, sha256_text, write_json
 
 TOKENS, STARTS, LEARNED = "tokens", "starts", "learned"  # columns
+TEACHER_TOKENS, TEACHER_LOGS = "teacher_tokens", "teacher_logs"  # further ones, of training splits
 TRAIN, EVAL = "train", "eval"
 
 

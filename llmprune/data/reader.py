@@ -11,7 +11,7 @@ from streaming.base.stream import Stream
 from streaming.base.world import World
 
 from llmprune.data.cache import ShardCache, ShardFile, check_file
-from llmprune.data.format import LEARNED, STARTS, TOKENS
+from llmprune.data.format import LEARNED, STARTS, TEACHER_LOGS, TEACHER_TOKENS, TOKENS
 from llmprune.errors import UserError
 
 NO_LOSS = -100  # what PyTorch's losses pass over
@@ -73,12 +73,13 @@ class SplitReader:
             ``input_ids``, int64 [length]. With boundaries also ``position_ids``, int64 [length], which begin anew with
             every document. With boundaries, and for data whose prompts are not learned, ``labels``, int64 [length]:
             the tokens, but for those without loss (prompts, padding, the first of each document), which are
-            ``NO_LOSS``.
+            ``NO_LOSS``. With a teacher's predictions beside the tokens also ``teacher_tokens``, int64 [length, k], and
+            ``teacher_logs``, float32 [length, k].
 
         Raises:
             UserError: the shard is damaged, has vanished, or can't be fetched any more.
         """
-        columns = self._columns(shard, index)
+        columns = self.row(shard, index)
         tokens = columns[TOKENS].astype(np.int64)
         sample = {"input_ids": torch.from_numpy(tokens)}
         if self._boundaries or LEARNED in columns:
@@ -92,6 +93,9 @@ class SplitReader:
                 sample["position_ids"] = torch.from_numpy(np.arange(len(tokens)) - np.maximum.accumulate(begin))
                 labels[starts] = NO_LOSS
             sample["labels"] = torch.from_numpy(labels)
+        if TEACHER_TOKENS in columns:
+            sample[TEACHER_TOKENS] = torch.from_numpy(columns[TEACHER_TOKENS].astype(np.int64))
+            sample[TEACHER_LOGS] = torch.from_numpy(columns[TEACHER_LOGS].copy())
         return sample
 
     def fetch_ahead(self, shards: Iterable[int]) -> None:
@@ -102,7 +106,8 @@ class SplitReader:
                 self._cache.touch(file.name)
             self._cache.fetch_ahead(files)
 
-    def _columns(self, shard: int, index: int) -> dict[str, NDArray[np.generic]]:
+    def row(self, shard: int, index: int) -> dict[str, NDArray[np.generic]]:
+        """A sample's columns, as they are stored."""
         file = self._files[shard]
         path = self._root / file.name
         try:

@@ -1,0 +1,268 @@
+"""A teacher's predictions beside the tokens of prepared data, so that learning from it needs no teacher in memory.
+
+The work is parted into pieces, each of which becomes one shard. Processes that are given the same job share its pieces,
+on one machine or on several that see the same folder; a piece that a killed one had begun is done again.
+"""
+
+import dataclasses
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch.utils.data import default_collate
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from data_prep.join import Row
+from data_prep.shards import ShardWriter
+from llmprune.data.format import EVAL, TEACHER_LOGS, TEACHER_TOKENS, TRAIN, columns, tokenizer_fingerprint
+from llmprune.data.prepared import PreparedData
+from llmprune.data.reader import SplitReader
+from llmprune.errors import UserError
+from llmprune.files import output_folder, read_json, refuse_existing, sha256_text, write_json
+from llmprune.models.causal_lm import final_states
+from llmprune.models.loading import load_config, load_model, load_tokenizer
+from llmprune.models.memory import check_memory
+from llmprune.models.objectives import likeliest
+from llmprune.models.placement import DTYPES
+
+_PIECE_BYTES = 1 << 27
+_WAIT = 2.0  # seconds between looks at what others do
+
+
+@dataclass
+class TeachConfig:
+    """What is kept of a teacher's predictions.
+
+    Attributes:
+        top_k: so many likeliest tokens at every position, each with its log-probability, float32.
+        temperature: divides the logits.
+        boundaries: whether attention restarts at each document; None = for conversations.
+        batch_size: samples of a forward pass.
+        dtype: of the teacher's weights: bfloat16 or float32.
+    """
+
+    top_k: int = 64
+    temperature: float = 1.0
+    boundaries: bool | None = None
+    batch_size: int = 8
+    dtype: str = "bfloat16"
+
+    def check(self, vocabulary: int) -> None:
+        """Raise ``UserError`` for what is out of range."""
+        if not 1 <= self.top_k <= vocabulary:
+            raise UserError(f"--top-k is {self.top_k}; it must lie between 1 and the vocabulary's size, {vocabulary}")
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"--temperature is {self.temperature}; it must be positive")
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size is {self.batch_size}; it must be positive")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"--dtype '{self.dtype}' is unknown: choose float32 or bfloat16")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """So many samples of one split of one domain."""
+
+    domain: str
+    split: str
+    number: int
+    samples: range
+
+    @property
+    def name(self) -> str:
+        return f"{self.domain}/{self.split}/{self.number:05}"
+
+
+def teach(data: str, teacher: str, out: Path, config: TeachConfig, *, overwrite: bool = False) -> None:
+    """Write prepared data anew, with a teacher's predictions beside the tokens of the training splits.
+
+    Args:
+        data: what ``python -m data_prep tokenize`` made.
+        teacher: a Hugging Face folder or hub name; its tokenizer made the data.
+        out: folder to write.
+        config: what is kept.
+        overwrite: whether ``out`` may be replaced.
+
+    Raises:
+        UserError: something does not fit, or ``out`` exists.
+    """
+    refuse_existing(out, overwrite)
+    prepared = PreparedData(data)
+    manifest = prepared.manifest
+    if manifest.teacher is not None:
+        raise UserError(f"{data} has a teacher's predictions already ({manifest.teacher['model']})")
+    model_config = load_config(teacher)
+    config.check(model_config.vocab_size)
+    if tokenizer_fingerprint(load_tokenizer(teacher)) != manifest.tokenizer:
+        raise UserError(f"the tokenizer of {teacher} did not make the data in {data}: take another teacher")
+    boundaries = manifest.conversations if config.boundaries is None else config.boundaries
+    facts = {
+        "model": teacher,
+        "top_k": config.top_k,
+        "temperature": config.temperature,
+        "boundaries": boundaries,
+        "dtype": config.dtype,
+    }
+    folder = _open(out, {"data": manifest.fingerprint(), **facts})
+    work = _Work(prepared, folder, config, boundaries)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[config.dtype]
+    if not work.is_done:
+        check_memory(teacher, dtype=dtype, on_gpu=device.type == "cuda", remedy="use a larger machine")
+        model = load_model(teacher, dtype=dtype).to(device).eval()
+        with tqdm(total=len(work.pieces), desc="pieces", disable=None) as progress:
+            while work.is_open and not work.is_done:  # or another process has ended the job
+                if not work.do_some(model, progress):
+                    time.sleep(_WAIT)  # others are at the last pieces
+    with FileLock(folder.with_suffix(".lock")):
+        if work.is_done:
+            _finish(prepared, work, facts, out, overwrite)
+            ended = folder.with_suffix(f".{secrets.token_hex(4)}")
+            folder.rename(ended)  # all at once, for the others
+            shutil.rmtree(ended)
+    folder.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _open(out: Path, description: Mapping[str, Any]) -> Path:
+    """The folder of a job beside its output."""
+    out = out.resolve()
+    folder = out.with_name(f".{out.name}.teach")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't write beside {out}: {error.strerror}") from None
+    with FileLock(folder.with_suffix(".lock")):
+        known = folder / "job.json"
+        if known.is_file() and read_json(known) != json.loads(json.dumps(dict(description))):
+            raise UserError(
+                f"{folder} is what is left of a job with other settings or data: go on with those, or delete it"
+            )
+        write_json(known, dict(description))
+    return folder
+
+
+class _Work:
+    """The pieces of a job, and what they become."""
+
+    def __init__(self, data: PreparedData, folder: Path, config: TeachConfig, boundaries: bool) -> None:
+        self._data, self._folder, self._config, self._boundaries = data, folder, config, boundaries
+        manifest = data.manifest
+        self._plain = columns(manifest.sequence_length, manifest.dtype, conversations=manifest.conversations)
+        shape = f"{manifest.sequence_length},{config.top_k}"
+        ids, logs = f"ndarray:{manifest.dtype}:{shape}", f"ndarray:float32:{shape}"
+        self._taught = {**self._plain, TEACHER_TOKENS: ids, TEACHER_LOGS: logs}
+        self.splits = [(domain, split) for split in (TRAIN, EVAL) for domain in data.domains_with(split)]
+        self.pieces = [piece for split in self.splits for piece in self._pieces(*split)]
+
+    def _pieces(self, domain: str, split: str) -> Iterator[_Piece]:
+        samples = self._data.manifest.samples(domain, split)
+        kept = self._config.top_k * 8 if split == TRAIN else 0
+        each = max(1, _PIECE_BYTES // (self._data.manifest.sequence_length * (kept + 8)))
+        for number, start in enumerate(range(0, samples, each)):
+            yield _Piece(domain, split, number, range(start, min(start + each, samples)))
+
+    def description(self, piece: _Piece) -> Path:
+        """The file that says that a piece is done, and of what its shard is."""
+        return self._folder / "done" / f"{piece.name}.json"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the job's folder is still there."""
+        return (self._folder / "job.json").is_file()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left but to put the pieces together."""
+        return all(self.description(piece).is_file() for piece in self.pieces)
+
+    def do_some(self, model: PreTrainedModel, progress: "tqdm[Any]") -> bool:
+        """Do every piece that is neither done nor being done; returns whether there was one."""
+        found = False
+        for piece in self.pieces:
+            if self.description(piece).is_file() or not self.is_open:
+                continue
+            try:
+                with FileLock(self._folder / f"{piece.name.replace('/', '_')}.lock", timeout=0):
+                    if self.is_open and not self.description(piece).is_file():
+                        self._do(piece, model)
+                        found = True
+                        progress.update()
+            except Timeout:
+                continue
+            except FileNotFoundError:
+                if self.is_open:
+                    raise
+                return True  # another process has ended the job
+        return found
+
+    def _do(self, piece: _Piece, model: PreTrainedModel) -> None:
+        reader = self._data.reader(piece.domain, piece.split, boundaries=self._boundaries)
+        places = [(shard, index) for shard, size in enumerate(reader.shard_sizes) for index in range(size)]
+        own = [places[number] for number in piece.samples]
+        aside = self._folder / "work" / piece.name
+        shutil.rmtree(aside, ignore_errors=True)
+        taught = piece.split == TRAIN
+        compression = self._data.manifest.compression
+        writer = ShardWriter(aside, self._taught if taught else self._plain, compression)
+        for start in range(0, len(own), self._config.batch_size):
+            writer.write(self._rows(reader, own[start : start + self._config.batch_size], model if taught else None))
+        writer.finish()
+        (shard,) = writer.shards
+        target = self.shards(piece)
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside.rename(target)
+        self.description(piece).parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.description(piece), shard)
+
+    def shards(self, piece: _Piece) -> Path:
+        """The folder with a piece's shard."""
+        return self._folder / "shards" / piece.name
+
+    def _rows(self, reader: SplitReader, places: list[tuple[int, int]], model: PreTrainedModel | None) -> list[Row]:
+        rows: list[Row] = [dict(reader.row(*place)) for place in places]
+        if model is not None:
+            batch = default_collate([reader.read(*place) for place in places])
+            tokens, logs = predictions(model, batch, self._config.top_k, self._config.temperature)
+            narrow = tokens.astype(self._data.manifest.dtype)
+            for row, *own in zip(rows, narrow, logs, strict=True):
+                row |= dict(zip((TEACHER_TOKENS, TEACHER_LOGS), own, strict=True))
+        return rows
+
+
+@torch.no_grad()
+def predictions(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], top_k: int, temperature: float
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """A model's likeliest tokens and their log-probabilities, [batch, length, k] both; see ``likeliest``."""
+    states, head = final_states(model, {name: value.to(model.device) for name, value in batch.items()})
+    parts = [likeliest(head.logits(states[part]), top_k, temperature) for part in head.chunks(len(states))]
+    shape = (*batch["input_ids"].shape, top_k)
+    tokens, logs = (torch.cat(pieces).view(shape).cpu().numpy() for pieces in zip(*parts, strict=True))
+    return tokens, logs
+
+
+def _finish(data: PreparedData, work: _Work, facts: Mapping[str, Any], out: Path, overwrite: bool) -> None:
+    """Put the pieces together."""
+    checksums: list[str] = []
+    with output_folder(out, overwrite) as made:
+        for domain, split in work.splits:
+            writer = ShardWriter(made / domain / split, {})
+            for piece in work.pieces:
+                if (piece.domain, piece.split) == (domain, split):
+                    shard = read_json(work.description(piece))
+                    writer.adopt(shard, work.shards(piece), move=False)
+                    checksums += shard["raw_data"]["hashes"].values()
+            writer.finish()
+        shutil.copytree(data.tokenizer, made / "tokenizer")
+        contents = sha256_text(" ".join(checksums))
+        dataclasses.replace(data.manifest, contents=contents, teacher=dict(facts)).save(made)

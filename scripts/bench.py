@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.data import data_prep, mixed_loading
+from benchmarks.distilling import distillation_step, vocabulary_loss
 from benchmarks.memory import apply_memory, convert_memory, offload_memory
 from benchmarks.pruning import gated_step
 from benchmarks.ratios import Ratio
@@ -22,6 +23,8 @@ BENCHMARKS: dict[str, Callable[[int], Ratio]] = {
     "gated_step": gated_step,
     "replacement_step": replacement_step,
     "replacement_memory": replacement_memory,
+    "distillation_step": distillation_step,
+    "vocabulary_loss": vocabulary_loss,
     "data_prep": data_prep,
     "mixed_loading": mixed_loading,
     "convert_memory": convert_memory,

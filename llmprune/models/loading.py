@@ -142,14 +142,15 @@ def load_any_model(
         UserError: it can't be read.
     """
     folder = resolve_model(model)
+    packed = {} if quantization is None else {"quantization_config": quantization}  # None would be its own config's
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,
             device_map=device_map,
-            quantization_config=quantization,
             output_loading_info=True,
+            **packed,
         )
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
         raise UserError(f"the model {model} can't be loaded: {first_line(error)}") from None

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from data_prep.join import Row
 from data_prep.shards import ShardWriter
-from llmprune.data.format import EVAL, TEACHER_LOGS, TEACHER_TOKENS, TRAIN, columns, tokenizer_fingerprint
+from llmprune.data.format import EVAL, TEACHER_LOGS, TEACHER_TOKENS, TRAIN, columns, token_dtype, tokenizer_fingerprint
 from llmprune.data.prepared import PreparedData
 from llmprune.data.reader import SplitReader
 from llmprune.errors import UserError
@@ -58,8 +58,10 @@ class TeachConfig:
 
     def check(self, vocabulary: int) -> None:
         """Raise ``UserError`` for what is out of range."""
-        if not 1 <= self.top_k <= vocabulary:
-            raise UserError(f"--top-k is {self.top_k}; it must lie between 1 and the vocabulary's size, {vocabulary}")
+        if not 1 <= self.top_k < vocabulary:
+            raise UserError(
+                f"--top-k is {self.top_k}; it must be positive and below the vocabulary's size, {vocabulary}"
+            )
         if not 0 < self.temperature < float("inf"):
             raise UserError(f"--temperature is {self.temperature}; it must be positive")
         if self.batch_size < 1:
@@ -107,13 +109,14 @@ def teach(data: str, teacher: str, out: Path, config: TeachConfig, *, overwrite:
     boundaries = manifest.conversations if config.boundaries is None else config.boundaries
     facts = {
         "model": teacher,
+        "vocab_size": model_config.vocab_size,
         "top_k": config.top_k,
         "temperature": config.temperature,
         "boundaries": boundaries,
         "dtype": config.dtype,
     }
     folder = _open(out, {"data": manifest.fingerprint(), **facts})
-    work = _Work(prepared, folder, config, boundaries)
+    work = _Work(prepared, folder, config, boundaries, token_dtype(model_config.vocab_size))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[config.dtype]
     if not work.is_done:
@@ -153,13 +156,17 @@ def _open(out: Path, description: Mapping[str, Any]) -> Path:
 class _Work:
     """The pieces of a job, and what they become."""
 
-    def __init__(self, data: PreparedData, folder: Path, config: TeachConfig, boundaries: bool) -> None:
+    def __init__(self, data: PreparedData, folder: Path, config: TeachConfig, boundaries: bool, ids: str) -> None:
+        self._ids = ids  # a teacher's vocabulary may be larger than its tokenizer's
         self._data, self._folder, self._config, self._boundaries = data, folder, config, boundaries
         manifest = data.manifest
         self._plain = columns(manifest.sequence_length, manifest.dtype, conversations=manifest.conversations)
         shape = f"{manifest.sequence_length},{config.top_k}"
-        ids, logs = f"ndarray:{manifest.dtype}:{shape}", f"ndarray:float32:{shape}"
-        self._taught = {**self._plain, TEACHER_TOKENS: ids, TEACHER_LOGS: logs}
+        self._taught = {
+            **self._plain,
+            TEACHER_TOKENS: f"ndarray:{ids}:{shape}",
+            TEACHER_LOGS: f"ndarray:float32:{shape}",
+        }
         self.splits = [(domain, split) for split in (TRAIN, EVAL) for domain in data.domains_with(split)]
         self.pieces = [piece for split in self.splits for piece in self._pieces(*split)]
 
@@ -233,7 +240,7 @@ class _Work:
         if model is not None:
             batch = default_collate([reader.read(*place) for place in places])
             tokens, logs = predictions(model, batch, self._config.top_k, self._config.temperature)
-            narrow = tokens.astype(self._data.manifest.dtype)
+            narrow = tokens.astype(self._ids)
             for row, *own in zip(rows, narrow, logs, strict=True):
                 row |= dict(zip((TEACHER_TOKENS, TEACHER_LOGS), own, strict=True))
         return rows

@@ -70,7 +70,7 @@ def _check_lora(config: Config, lora: LoRAConfig, model: PretrainedConfig) -> No
 def _check_teacher(config: Config, settings: DistillationConfig, model: PretrainedConfig, data: DataManifest) -> None:
     if settings.teacher is None:
         if config.l0_pruning is None:
-            _check_kept(config, settings, data)
+            _check_kept(config, settings, model, data)
         return
     teacher = load_config(settings.teacher)
     if tokenizer_fingerprint(load_tokenizer(settings.teacher)) != data.tokenizer:
@@ -82,7 +82,7 @@ def _check_teacher(config: Config, settings: DistillationConfig, model: Pretrain
         )
 
 
-def _check_kept(config: Config, settings: DistillationConfig, data: DataManifest) -> None:
+def _check_kept(config: Config, settings: DistillationConfig, model: PretrainedConfig, data: DataManifest) -> None:
     kept = data.teacher
     if kept is None:
         raise UserError(
@@ -90,6 +90,11 @@ def _check_kept(config: Config, settings: DistillationConfig, data: DataManifest
         )
     if settings.compares_states:
         raise UserError("kept predictions hold no states: leave out the objectives mse and cosine, or name the teacher")
+    if kept["vocab_size"] != model.vocab_size:
+        raise UserError(
+            f"the vocabulary of the kept predictions' teacher has {kept['vocab_size']} tokens, the model's "
+            f"{model.vocab_size}: take a teacher with the model's"
+        )
     boundaries = data.conversations if config.data.document_boundaries is None else config.data.document_boundaries
     for key, wanted, found in (
         ("distillation.temperature", settings.temperature, kept["temperature"]),

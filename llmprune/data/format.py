@@ -73,7 +73,8 @@ class DataManifest:
         compression: of the shards, as in MDS (``zstd:3``); None = none.
         tokenizer_files: in the folder ``tokenizer``.
         contents: SHA-256 over the checksums of all shards.
-        teacher: whose predictions lie beside the tokens, and which: model, top_k, temperature, boundaries; None = none.
+        teacher: whose predictions lie beside the tokens, and which: model, vocab_size, top_k, temperature,
+            boundaries, dtype; None = none.
     """
 
     sequence_length: int

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from peft import LoraConfig as PeftConfig
 
 BASE, A, B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # in names of parameters
+_MATRICES = (
+    Role.QUERY, Role.KEY_VALUE, Role.QUERY_KEY_VALUE, Role.HEADS_QUERY_KEY_VALUE, Role.ATTENTION_OUT,
+    Role.ATTENTION_OUT_TO_NORM, Role.MLP_IN, Role.MLP_GATE_UP, Role.MLP_OUT, Role.MLP_OUT_TO_NORM,
+)  # fmt: skip
 
 
 @dataclass
@@ -69,7 +73,7 @@ def targets_of(config: PretrainedConfig, targets: list[str]) -> list[str]:
         UserError: there is no such target.
     """
     family = family_of(config)
-    matrices = {name: role for name, role in family.block.items() if role in _MATRICES and role is not Role.ROUTER}
+    matrices = {name: role for name, role in family.block.items() if role in _MATRICES}
     found: set[str] = set()
     for target in targets:
         chosen = {name for name, role in matrices.items() if role in SUBLAYERS.get(target, ()) or name == target}
@@ -79,12 +83,6 @@ def targets_of(config: PretrainedConfig, targets: list[str]) -> list[str]:
     if not found:
         raise UserError("lora.targets is empty: name attention, mlp, or both")
     return sorted(name.rpartition("*.")[2] for name in found)
-
-
-_MATRICES = (
-    Role.QUERY, Role.KEY_VALUE, Role.QUERY_KEY_VALUE, Role.HEADS_QUERY_KEY_VALUE, Role.ATTENTION_OUT,
-    Role.ATTENTION_OUT_TO_NORM, Role.MLP_IN, Role.MLP_GATE_UP, Role.MLP_OUT, Role.MLP_OUT_TO_NORM,
-)  # fmt: skip
 
 
 def add_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> list[nn.Parameter]:
@@ -113,8 +111,8 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> list[
 class AdaptedWeights(Mapping[str, Tensor]):
     """A model's weights with its adapters merged into them, each made when it is asked for.
 
-    The base is taken as it was in training: a matrix of four bits is first written out, as float32 or as what it was
-    quantised from. A merged matrix has the dtype of its base.
+    The base is taken as it was in training: a matrix of four bits is first written out in the dtype that it
+    was quantised from. A merged matrix has the dtype of its base.
     """
 
     def __init__(self, stored: Mapping[str, Tensor], config: LoRAConfig) -> None:

@@ -1,12 +1,11 @@
 """What it costs to learn from a teacher, and what a large vocabulary does."""
 
-import resource
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from benchmarks.ratios import Ratio, in_fresh_process, interleaved
+from benchmarks.ratios import Ratio, in_fresh_process, interleaved, peak_of
 
 VOCABULARY, HIDDEN, TOKENS = 128_256, 256, 2048
 
@@ -83,13 +82,12 @@ def vocabulary_loss(runs: int) -> Ratio:
     plain, chunked = (in_fresh_process(_peak_memory, kind) for kind in (False, True))
     words = (
         f"next-token loss and gradients, vocabulary {VOCABULARY:,}, {TOKENS} tokens / all logits at a time; peak "
-        f"{chunked:.0f} / {plain:.0f} MB"
+        f"{chunked / 1e6:.0f} / {plain / 1e6:.0f} MB"
     )
     return replace(ratio, work=words)
 
 
-def _peak_memory(chunked: bool) -> float:
-    """Megabytes of a fresh process that does it."""
+def _peak_memory(chunked: bool) -> int:
+    """By how many bytes a fresh process grows that does it."""
     step = vocabulary_step(chunked)
-    step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_of(step)

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from llmprune.families import family_of
 
-CHUNK = 2**26  # logits that exist at a time: 256 MB in float32
+# How many logits exist at a time: few enough for a CPU's caches, enough to keep a GPU busy (256 MB in float32).
+CHUNKS = {"cpu": 2**21, "cuda": 2**26}
+LEAST = 256  # tokens at a time: each time the whole weight is gone through
 
 Measure = Callable[[Tensor, slice], Sequence[Tensor]]
 """Losses of some tokens, [tokens] each, from their logits, float32 [tokens, vocabulary]; the slice says which."""
@@ -48,7 +50,7 @@ class Head:
 
     def chunks(self, tokens: int) -> list[slice]:
         """Parts of so many tokens whose logits may exist at a time."""
-        size = max(CHUNK // self.weight.shape[0], 1)
+        size = max(CHUNKS[self.weight.device.type] // self.weight.shape[0], LEAST)
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 

@@ -40,8 +40,13 @@ def samples(data: PreparedData, domain: str, split: str) -> list[dict[str, torch
 def test_predictions_are_the_teachers(data: Path, taught: Path, trained_folder: Path) -> None:
     before, after = PreparedData(data), PreparedData(taught)
     assert after.manifest.teacher == {
-        "model": str(trained_folder), "vocab_size": 300, "top_k": 7, "temperature": 1.0, "boundaries": False, "dtype": "float32",
-    }  # fmt: skip
+        "model": str(trained_folder),
+        "vocab_size": 300,
+        "top_k": 7,
+        "temperature": 1.0,
+        "boundaries": False,
+        "dtype": "float32",
+    }
     model = load_model(trained_folder).eval()
     for domain in before.domains_with(TRAIN):
         for split in (TRAIN, EVAL):

@@ -18,9 +18,10 @@ def made(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=[1, VOCABULARY * 4, 2**20], ids=["single", "chunks", "whole"])
+@pytest.fixture(params=[1, 4, 2**20], ids=["single", "chunks", "whole"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "CHUNK", request.param)
+    monkeypatch.setattr(vocabulary, "CHUNKS", {"cpu": 1})
+    monkeypatch.setattr(vocabulary, "LEAST", request.param)
 
 
 def naive_kl(own: Tensor, teacher: Tensor, k: int | None, temperature: float) -> Tensor:
@@ -108,7 +109,8 @@ def test_a_batch_without_targets_moves_nothing(tokens: Tensor) -> None:
 
 
 def test_only_one_chunk_of_logits_exists(monkeypatch: pytest.MonkeyPatch, tokens: Tensor) -> None:
-    monkeypatch.setattr(vocabulary, "CHUNK", 300 * 4)
+    monkeypatch.setattr(vocabulary, "CHUNKS", {"cpu": 300 * 4})
+    monkeypatch.setattr(vocabulary, "LEAST", 1)
     model = random_model(tiny_config())
     sizes: list[int] = []
     raw = Head.raw

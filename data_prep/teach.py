@@ -23,7 +23,16 @@ from transformers import PreTrainedModel
 
 from data_prep.join import Row
 from data_prep.shards import ShardWriter
-from llmprune.data.format import EVAL, TEACHER_LOGS, TEACHER_TOKENS, TRAIN, columns, token_dtype, tokenizer_fingerprint
+from llmprune.data.format import (
+    EVAL,
+    TEACHER_LOGS,
+    TEACHER_TOKENS,
+    TRAIN,
+    DataManifest,
+    columns,
+    token_dtype,
+    tokenizer_fingerprint,
+)
 from llmprune.data.prepared import PreparedData
 from llmprune.data.reader import SplitReader
 from llmprune.errors import UserError
@@ -97,7 +106,6 @@ def teach(data: str, teacher: str, out: Path, config: TeachConfig, *, overwrite:
     Raises:
         UserError: something does not fit, or ``out`` exists.
     """
-    refuse_existing(out, overwrite)
     prepared = PreparedData(data)
     manifest = prepared.manifest
     if manifest.teacher is not None:
@@ -108,6 +116,7 @@ def teach(data: str, teacher: str, out: Path, config: TeachConfig, *, overwrite:
         raise UserError(f"the tokenizer of {teacher} did not make the data in {data}: take another teacher")
     boundaries = manifest.conversations if config.boundaries is None else config.boundaries
     facts = {
+        "data": manifest.fingerprint(),
         "model": teacher,
         "vocab_size": model_config.vocab_size,
         "top_k": config.top_k,
@@ -115,7 +124,10 @@ def teach(data: str, teacher: str, out: Path, config: TeachConfig, *, overwrite:
         "boundaries": boundaries,
         "dtype": config.dtype,
     }
-    folder = _open(out, {"data": manifest.fingerprint(), **facts})
+    if not overwrite and (out / "manifest.json").is_file() and DataManifest.load(out).teacher == facts:
+        return  # the others were faster
+    refuse_existing(out, overwrite)
+    folder = _open(out, facts)
     work = _Work(prepared, folder, config, boundaries, token_dtype(model_config.vocab_size))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[config.dtype]

@@ -74,7 +74,7 @@ class DataManifest:
         tokenizer_files: in the folder ``tokenizer``.
         contents: SHA-256 over the checksums of all shards.
         teacher: whose predictions lie beside the tokens, and which: model, vocab_size, top_k, temperature,
-            boundaries, dtype; None = none.
+            boundaries, dtype, and the data without them (fingerprint); None = none.
     """
 
     sequence_length: int

@@ -40,6 +40,7 @@ def samples(data: PreparedData, domain: str, split: str) -> list[dict[str, torch
 def test_predictions_are_the_teachers(data: Path, taught: Path, trained_folder: Path) -> None:
     before, after = PreparedData(data), PreparedData(taught)
     assert after.manifest.teacher == {
+        "data": before.manifest.fingerprint(),
         "model": str(trained_folder),
         "vocab_size": 300,
         "top_k": 7,
@@ -126,12 +127,15 @@ if __name__ == "__main__":
 
 
 def test_a_job_of_other_settings_is_not_taken_over(
-    data: Path, trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, taught: Path, trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module._Work, "_rows", stop)
+    teach(str(data), str(trained_folder), taught, CONFIG)  # which is there
+    with pytest.raises(UserError, match="exists already"):
+        teach(str(data), str(trained_folder), taught, TeachConfig(top_k=3))
     with pytest.raises(KeyboardInterrupt):
         teach(str(data), str(trained_folder), tmp_path / "out", CONFIG)
     with pytest.raises(UserError, match="other settings or data"):

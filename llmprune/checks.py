@@ -33,7 +33,7 @@ from llmprune.sharding import check_sharding
 # What a resumed run goes on with.
 L0_KEPT = ("target", "target_sparsity", "gates")
 LORA_KEPT = ("rank", "alpha", "dropout", "targets", "quantize")
-TEACHER_KEPT = ("teacher", "objectives", "final_objectives", "temperature", "top_k", "blocks")
+TEACHER_KEPT = ("teacher", "objectives", "final_objectives", "temperature", "top_k", "plan", "blocks", "dtype")
 REPLACEMENT_KEPT = ("start", "length", "kind", "blocks", "take", "intermediate", "objectives", "top_k", "also", "cache")
 _STREAM_UNITS = {TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN}
 

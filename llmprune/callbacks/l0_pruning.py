@@ -19,6 +19,7 @@ from llmprune.gates.attach import GateSlot, attach
 from llmprune.gates.gate_set import Factors, GateSet
 from llmprune.gates.settings import L0PruningConfig, make_goal
 from llmprune.models.causal_lm import ComposerCausalLM
+from llmprune.models.parts import prime
 
 EVALUATIONS = ("expected", "target")
 WARMUP_UNITS = (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.DURATION)
@@ -90,7 +91,9 @@ class L0Pruning(Callback):
             torch.optim.Adam(multipliers, lr=self.config.multiplier_lr, maximize=True, **common),
         )
         for optimizer in self._optimizers:
-            _prime(optimizer)
+            prime(optimizer)
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
         facts = {"l0/source": str(source), "l0/target": str(gates.goal)}
         if any(isinstance(algorithm, GradientClipping) for algorithm in state.algorithms):
             facts["l0/clipping"] = "of the model's gradients only; gates are not clipped"
@@ -209,15 +212,6 @@ class L0Pruning(Callback):
         if dist.get_global_rank() == 0:
             left = dict(zip(keep, numbers[1 + len(sparsities) :], strict=True))
             self._alarms.look(state.timestamp.batch.value, self._warmup_progress(state), expected, targets, left)
-
-
-def _prime(optimizer: torch.optim.Optimizer) -> None:
-    """Give Adam the state that it would make at its first step: sharded checkpoints fill only what is there."""
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-        for parameter in group["params"]:
-            zeros = torch.zeros_like(parameter)
-            optimizer.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
 
 def load_gates(gates: GateSet, saved: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """Training some of a model's weights, and others later, as a Composer callback."""
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from composer.core import Callback, State, TimeUnit
@@ -8,7 +8,7 @@ from composer.loggers import Logger
 from torch.nn.parallel import DistributedDataParallel
 
 from llmprune.models.causal_lm import ComposerCausalLM
-from llmprune.models.parts import train_only
+from llmprune.models.parts import prime, train_only
 from llmprune.recovery.partial import Phase, TrainableConfig, phases
 
 
@@ -40,7 +40,7 @@ class PartialTraining(Callback):
         logger.log_hyperparameters({"trainable/parameters": trained})
 
     def before_load(self, state: State, logger: Logger) -> None:
-        """Let the optimiser have a state for everything: sharded checkpoints fill only what is there."""
+        """Let the optimiser have a state for everything that trains in any phase."""
         if len(self._phases) > 1:
             for optimizer in state.optimizers:
                 prime(optimizer)
@@ -74,21 +74,3 @@ class PartialTraining(Callback):
         model = cast(ComposerCausalLM, getattr(state.model, "module", state.model)).model
         named = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters())
         return {name: parameter for name, parameter in named if name in self._names}
-
-
-def prime(optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimiser the state that its first step would make, and leave the weights as they are."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for parameter in parameters:
-        made: dict[str, Any] = optimizer.state[parameter]
-        if "step" in made:
-            made["step"] = torch.zeros_like(made["step"]) if isinstance(made["step"], torch.Tensor) else 0

@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -92,3 +94,24 @@ def train_only(model: nn.Module, optimizers: Iterable[Optimizer], chosen: Sequen
         for group in optimizer.param_groups:
             group["params"] = []
         optimizer.param_groups[0]["params"] = [*chosen]
+
+
+def prime(optimizer: Optimizer) -> None:
+    """Give an optimiser the state that its first step would make, and leave the weights as they are.
+
+    Sharded checkpoints fill only what is there.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for parameter in parameters:
+        made: dict[str, Any] = optimizer.state[parameter]
+        if "step" in made:
+            made["step"] = torch.zeros_like(made["step"]) if isinstance(made["step"], torch.Tensor) else 0

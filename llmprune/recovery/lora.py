@@ -9,17 +9,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.errors import UserError, nearest
-from llmprune.families import SUBLAYERS, Role, family_of
+from llmprune.families import AXES, SUBLAYERS, Role, family_of
 from llmprune.recovery.four_bits import MARK, describe_packed, written_out
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftConfig
 
 BASE, A, B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # in names of parameters
-_MATRICES = (
-    Role.QUERY, Role.KEY_VALUE, Role.QUERY_KEY_VALUE, Role.HEADS_QUERY_KEY_VALUE, Role.ATTENTION_OUT,
-    Role.ATTENTION_OUT_TO_NORM, Role.MLP_IN, Role.MLP_GATE_UP, Role.MLP_OUT, Role.MLP_OUT_TO_NORM,
-)  # fmt: skip
+_MATRICES = {role for roles in SUBLAYERS.values() for role in roles if len(AXES[role]) == 2} - {Role.ROUTER}
 
 
 @dataclass

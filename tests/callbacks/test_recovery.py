@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from llmprune.callbacks.partial_training import prime
 from llmprune.config import load_config
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import apply, convert, export_adapter
@@ -20,6 +19,7 @@ from llmprune.errors import UserError
 from llmprune.evaluation.verify import compare, open_for_comparison
 from llmprune.models.loading import StoredWeights, fingerprint, load_model
 from llmprune.models.loading import load_config as load_model_config
+from llmprune.models.parts import prime
 from llmprune.optimizers import OPTIMIZERS, OptimizerConfig
 from llmprune.plans import KeptBlock
 from llmprune.training import build_trainer, train

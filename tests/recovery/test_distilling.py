@@ -1,0 +1,108 @@
+"""Distillation's parts and gradients against naive ones, on every family; which states correspond."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llmprune.errors import UserError
+from llmprune.families import family_of
+from llmprune.models.causal_lm import ComposerCausalLM
+from llmprune.models.walking import blocks_of
+from llmprune.plans import KeptBlock, Plan
+from llmprune.recovery.correspondence import Correspondence, corresponding
+from llmprune.recovery.distilling import Distilling
+from llmprune.recovery.settings import DistillationConfig
+from llmprune.recovery.teachers import ModelTeacher
+from tests.conftest import random_model
+from tests.families.test_conformance import CONFIGS
+
+WEIGHTS = {"kl": 1.0, "lm": 0.5, "mse": 0.25, "cosine": 2.0}
+PAIRS = {0: 1, 2: 2}
+
+
+def observed(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits and the output of every block, by hooks."""
+    seen: list[torch.Tensor] = []
+    hooks = [
+        block.register_forward_hook(lambda m, i, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        for block in blocks_of(model)  # type: ignore[arg-type]
+    ]
+    logits = model(input_ids=tokens, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    return logits, seen
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradients_are_naive(name: str, tokens: torch.Tensor) -> None:
+    student, teacher = (random_model(CONFIGS[name], seed=seed).eval() for seed in (0, 1))
+    teacher.requires_grad_(False)
+    naive = copy.deepcopy(student)
+    wrapped = ComposerCausalLM(student)
+    wrapped.objective = Distilling(
+        wrapped, ModelTeacher(teacher, blocks=PAIRS.values(), temperature=2.0), WEIGHTS, Correspondence(PAIRS)
+    )
+    loss = wrapped({"input_ids": tokens})
+    loss.backward()
+
+    logits, states = observed(naive, tokens)
+    wanted, targets = observed(teacher, tokens)
+    q, p = (x[:, :-1].double().div(2.0).log_softmax(-1) for x in (logits, wanted))
+    pairs = [(states[own][:, :-1], targets[other][:, :-1]) for own, other in PAIRS.items()]
+    cosine = torch.nn.functional.cosine_similarity
+    parts = {
+        "kl": 4.0 * (p.exp() * (p - q)).sum(-1).mean(),
+        "lm": -logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).mean(),
+        "mse": sum(((a - b).square().mean(-1) / b.square().mean(-1)).mean() for a, b in pairs) / 2,
+        "cosine": sum((1 - cosine(a, b, dim=-1)).mean() for a, b in pairs) / 2,
+    }
+    found = wrapped.objective.parts
+    assert {key: value.item() for key, value in found.items()} == pytest.approx(
+        {key: float(value) for key, value in parts.items()}, rel=1e-4
+    )
+    total = sum(WEIGHTS[key] * value for key, value in parts.items())
+    assert loss.item() == pytest.approx(float(total), rel=1e-4)
+    total.backward()  # type: ignore[union-attr]
+    for (key, own), other in zip(student.named_parameters(), naive.parameters(), strict=True):
+        if other.grad is not None:
+            assert own.grad is not None, key
+            assert (own.grad - other.grad).abs().max() <= 1e-4 * max(other.grad.abs().max().item(), 1e-2), key
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_plan_says_what_corresponds() -> None:
+    """The states behind a block are those that the next kept one was given, in its dimensions and with its factors."""
+    teacher = family_of(CONFIGS["llama-grouped-tied"]).shape(CONFIGS["llama-grouped-tied"])
+    teacher = replace(teacher, layers=8)
+    blocks = tuple(map(KeptBlock.whole, (0, 3, 4, 6)))
+    hidden = (1, 2, 5, 8)
+    factors = {"hidden": torch.tensor([1.0, 0.5, 1.0, 2.0])}
+    plan = Plan("llama", "", teacher, blocks, hidden, factors)
+    found = corresponding(plan.shape, teacher, plan, None)
+    assert found.blocks == {0: 2, 1: 3, 2: 5, 3: 7}
+    states = torch.arange(32.0).expand(2, 3, 32)
+    assert found.target(states)[0, 0].tolist() == [1.0, 1.0, 5.0, 16.0]
+    assert corresponding(plan.shape, teacher, plan, [3]).blocks == {3: 7}
+    with pytest.raises(UserError, match="the plan leads from"):
+        corresponding(teacher, teacher, plan, None)
+    with pytest.raises(UserError, match="name the plan that it was cut by"):
+        corresponding(plan.shape, teacher, None, None)
+
+
+def test_without_a_plan_blocks_are_spread_evenly() -> None:
+    shape = family_of(CONFIGS["opt"]).shape(CONFIGS["opt"])
+    found = {
+        layers: corresponding(replace(shape, layers=layers), replace(shape, layers=12), None, None).blocks
+        for layers in (3, 4, 12)
+    }
+    assert found == {3: {0: 3, 1: 7, 2: 11}, 4: {0: 2, 1: 5, 2: 8, 3: 11}, 12: {n: n for n in range(12)}}
+
+
+def test_weights_go_in_a_straight_line() -> None:
+    config = DistillationConfig(objectives={"kl": 1.0}, final_objectives={"lm": 2.0})
+    assert config.weights(0.0) == {"kl": 1.0, "lm": 0.0}
+    assert config.weights(0.25) == pytest.approx({"kl": 0.75, "lm": 0.5})
+    assert config.weights(1.0) == {"kl": 0.0, "lm": 2.0}
+    assert DistillationConfig().weights(0.7) == pytest.approx({"kl": 1.0})

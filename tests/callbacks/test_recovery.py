@@ -278,6 +278,7 @@ def test_microbatches_change_nothing(config: Path, trained_folder: Path, tmp_pat
         (["lora={targets: []}"], "lora.targets is empty"),
         (["lora={quantize: int8}"], "choose nf4"),
         (["lora={quantize: nf4}", "sharding={}"], "can't be sharded"),
+        (["lora={}", "sharding={}", "model.dtype=bfloat16"], "shards hold one dtype"),
         (["lora={}", "l0_pruning={target: {layers: 2}}"], "leave out lora"),
         (["distillation={}"], "name distillation.teacher"),
         (["distillation={objectives: {lm: 1.0}}"], "needs no teacher"),

@@ -59,8 +59,8 @@ def _check_lora(config: Config, lora: LoRAConfig, model: PretrainedConfig) -> No
         raise UserError("adapters train beside a model's weights: name it with model.path")
     if config.sharding is not None and config.model.dtype != "float32":
         raise UserError(
-            "adapters are float32 and shards hold one dtype: take model.dtype=float32 (with train.precision=amp_bf16 on "
-            "GPUs), or leave out sharding"
+            "adapters are float32 and shards hold one dtype: take model.dtype=float32 (on GPUs "
+            "with train.precision=amp_bf16), or leave out sharding"
         )
     if lora.quantize is None:
         return

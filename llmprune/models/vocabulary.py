@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from llmprune.families import family_of
 
 # How many logits exist at a time: few enough for a CPU's caches, enough to keep a GPU busy (256 MB in float32).
-CHUNKS = {"cpu": 2**21, "cuda": 2**26}
-LEAST = 256  # tokens at a time: each time the whole weight is gone through
+CHUNKS = {"cpu": 2**20, "cuda": 2**26}
+LEAST = 128  # tokens at a time: each time the whole weight is gone through
 
 Measure = Callable[[Tensor, slice], Sequence[Tensor]]
 """Losses of some tokens, [tokens] each, from their logits, float32 [tokens, vocabulary]; the slice says which."""

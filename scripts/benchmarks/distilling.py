@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.ratios import Ratio, in_fresh_process, interleaved, peak_of
 
-VOCABULARY, HIDDEN, TOKENS = 128_256, 256, 2048
+VOCABULARY, HIDDEN, TOKENS = 128_256, 256, 1024
 
 
 def distillation_step(runs: int) -> Ratio:

@@ -1,9 +1,12 @@
 """The papers' recipes: each loads, and what it asks for can be built (without memory) and has the published size."""
 
+import copy
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -17,18 +20,23 @@ from transformers import (
     Qwen2Config,
 )
 
-from llmprune.config import ScoringConfig, load_config, load_job
+from llmprune.checks import check
+from llmprune.config import Config, ScoringConfig, load_config, load_job
 from llmprune.data.sources import clean_name
 from llmprune.data.updates import check_updates
 from llmprune.families import family_of
 from llmprune.gates.gate_set import GateSet
 from llmprune.gates.settings import make_goal
+from llmprune.models.loading import load_tokenizer
+from llmprune.models.parts import parameter_names_of
 from llmprune.plans import Plan
+from llmprune.recovery.lora import targets_of
+from llmprune.recovery.partial import phases
 from llmprune.replacements.span import Span
 from llmprune.replacing import check_replacement
 from llmprune.scoring.criteria import CRITERIA
 from llmprune.scoring.scores import Scores
-from llmprune.scoring.selection import Request, select
+from llmprune.scoring.selection import PlanConfig, Request, select
 from llmprune.surgery import Surgery
 
 PAPERS = Path(__file__).parents[1] / "yamls" / "papers"
@@ -65,18 +73,30 @@ MODELS: dict[str, PretrainedConfig] = {
         hidden_size=2048, ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32, word_embed_proj_dim=2048
     ),
 }
-SCORING = sorted(path for path in PAPERS.glob("*_*.yaml") if path.stem.split("_")[0] in ("shortened", "reassessing"))
+SCORING = sorted(
+    path
+    for criterion in ("ppl", "taylor", "magnitude", "tail", "bi", "l1", "l2")
+    for path in PAPERS.glob(f"*_{criterion}.yaml")
+)
 # Blocks that go in Shortened LLaMA, by the number that there are.
 SHORTENED = {32: [6, 9, 11], 40: [8, 11, 15], 18: [4], 28: [5]}
 
 
 def built(config: PretrainedConfig, plan: Plan) -> PreTrainedModel:
+    return on_meta(Surgery(config, plan).config)
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(Surgery(config, plan).config)
+        return AutoModelForCausalLM.from_config(config)
 
 
 def parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def billions(config: PretrainedConfig) -> float:
+    return round(parameters(on_meta(config)) / 1e9, 1)
 
 
 # Sheared-LLaMA's published sizes.
@@ -178,3 +198,192 @@ def test_llm_streamline(name: str, loss: str) -> None:
     assert round(parameters(built(config, plan)) / 1e9, 1) == STREAMLINE[name]
     assert (job.train.global_batch_size, job.train.clip_norm) == (128, {"mse": 5.0, "lm": 1.0}[loss])
     assert job.optimizer.lr * job.scheduler.final == pytest.approx(5e-5)
+
+
+def recipe(name: str, *overrides: str) -> Config:
+    job = load_config(PAPERS / f"{name}.yaml", ["data.path=somewhere", *overrides])
+    assert job.run.name == name
+    return job
+
+
+def shorter(model: str, removed: int) -> PretrainedConfig:
+    """What is left of a model without some blocks."""
+    config = copy.deepcopy(MODELS[model])
+    config.num_hidden_layers -= removed
+    return config
+
+
+def sheared(size: str) -> PretrainedConfig:
+    """What Sheared-LLaMA's pruning leaves of Llama-2-7B."""
+    pruning = recipe(f"sheared_llama_{size}_prune").l0_pruning
+    assert pruning is not None
+    gates = GateSet(family_of(LLAMA_7B).shape(LLAMA_7B), make_goal(LLAMA_7B, pruning))
+    return Surgery(LLAMA_7B, gates.plan("llama", "")).config
+
+
+def minitron(kind: str) -> Plan:
+    """The plan that the commands in a recipe's head lead to; of scores, the first units have the highest."""
+    shape = family_of(LLAMA_8B).shape(LLAMA_8B)
+    head = (PAPERS / f"minitron_llama3.1_4.5b_{kind}.yaml").read_text()
+    if kind == "depth":
+        (dropped,) = re.findall(r"--drop (\S+)", head)
+        settings = PlanConfig("list", drop=dropped.split(","))
+    else:
+        ((sizes, criterion),) = re.findall(r"--shape (\S+) --unit-criterion (\S+)", head)
+        settings = PlanConfig(
+            shape={name: int(size) for name, size in (one.split("=") for one in sizes.split(","))},
+            unit_criterion=criterion,
+        )
+    units = {
+        name: [[-float(place) for place in range(count)]] * shape.layers
+        for name, count in (("hidden", shape.hidden), ("channels", shape.intermediate))
+    }
+    scores = Scores("", "llama", "", shape, {}, {}, None, units={"unit_activation_l2": units})
+    return select(Request(scores, settings, lambda: pytest.fail("no need to open a model"), parallel=False))
+
+
+# Published sizes of Vicuna (in billions) by the blocks that go, and the tokens (in billions) of continued pretraining.
+SHORTENED_LORA = {"7b": {6: 5.5, 9: 4.9, 11: 4.5}, "13b": {8: 10.5, 11: 9.5, 15: 8.3}}
+SHORTENED_CONTINUE = {6: (5.5, 37), 15: (3.7, 74), 20: (2.7, 150), 26: (1.5, 271)}
+PARTS = {"lm_head": 0, "last_1": 1, "last_2": 2, "last_3": 3}
+MINITRON = ["width", "depth"]
+RECOVERIES = [
+    *(f"reassessing_{name}" for name in ("lora", "qlora", *PARTS)),
+    *(f"shortened_lora_vicuna_{size}_{count}" for size, counts in SHORTENED_LORA.items() for count in counts),
+    *(f"shortened_continue_vicuna_7b_{count}" for count in SHORTENED_CONTINUE),
+    *(f"sheared_sharegpt_{size}" for size in ("1.3b", "2.7b")),
+    *(f"minitron_llama3.1_4.5b_{kind}" for kind in MINITRON),
+]
+SEVEN = ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", *(f"self_attn.{letter}_proj" for letter in "koqv")]
+
+
+def recovered(name: str) -> PretrainedConfig:
+    """The config of the pruned model that a recipe trains."""
+    paper, _, rest = name.partition("_")
+    if paper == "reassessing":
+        return shorter("meta-llama/Llama-3.1-8B-Instruct", 8)
+    if paper == "shortened":
+        _, _, size, count = rest.split("_")
+        return shorter(f"lmsys/vicuna-{size}-v1.3", int(count))
+    last = rest.rpartition("_")[2]
+    return sheared(last) if paper == "sheared" else Surgery(LLAMA_8B, minitron(last)).config
+
+
+@pytest.mark.parametrize("name", RECOVERIES)
+def test_recoveries_pass_the_checks_before_a_run(name: str, data: Path, tmp_path: Path) -> None:
+    config = recovered(name)
+    for folder, saved in (("pruned", config), ("source", LLAMA_8B)):
+        saved.save_pretrained(tmp_path / folder)
+        load_tokenizer(data / "tokenizer").save_pretrained(tmp_path / folder)
+    job = recipe(name, f"data.path={data}", f"model.path={tmp_path}/pruned", "train.precision=fp32")
+    if job.distillation is not None:
+        assert job.distillation.teacher == "meta-llama/Llama-3.1-8B"
+        job.distillation.teacher = str(tmp_path / "source")
+    assert check(job).model_config.num_hidden_layers == config.num_hidden_layers
+    assert recipe(name).train.precision == "amp_bf16"
+
+
+@pytest.mark.parametrize("name", [name for name in RECOVERIES if name.split("_")[0] in ("reassessing", "shortened")])
+def test_depth_is_recovered_from_what_scoring_leads_to(name: str) -> None:
+    scored, _, pruned = (recipe(name).model.path or "").removeprefix("runs/").partition("/")
+    job = load_job(PAPERS / f"{scored}.yaml", ["layer_scoring.data.path=somewhere"])
+    assert isinstance(job, ScoringConfig) and job.plan is not None
+    removed = int(pruned.removeprefix("pruned-"))
+    assert f"plan-{removed}.json" in job.plan.each()
+    assert MODELS[job.model.path].num_hidden_layers - removed == recovered(name).num_hidden_layers
+
+
+@pytest.mark.parametrize("name", [name for name in RECOVERIES if "lora" in name or name.startswith("reassessing")])
+def test_two_epochs_of_alpaca(name: str) -> None:
+    job = recipe(name)
+    train, optimizer, scheduler = job.train, job.optimizer, job.scheduler
+    assert (train.duration, train.global_batch_size) == (f"{2 * (51_760 - 2_000) // 64}ba", 64)
+    assert (scheduler.name, scheduler.warmup, scheduler.final) == ("linear", "100ba", 0.0)
+    assert optimizer.lr == {"reassessing": 1e-5, "shortened": 1e-4}[name.split("_")[0]]
+    assert (optimizer.name, optimizer.betas, optimizer.weight_decay) == ("adamw", [0.9, 0.999], 0.0)
+
+
+@pytest.mark.parametrize("name", [name for name in RECOVERIES if "lora" in name])
+def test_adapters(name: str) -> None:
+    job = recipe(name)
+    lora, config = job.lora, recovered(name)
+    assert lora is not None and job.trainable is None and job.model.dtype == "bfloat16"
+    assert (lora.rank, lora.alpha, lora.dropout) == (8, 16, 0.05)
+    assert targets_of(config, lora.targets) == SEVEN
+    assert lora.quantize == ("nf4" if "qlora" in name else None)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_that_train(name: str) -> None:
+    job, model = recipe(f"reassessing_{name}"), on_meta(recovered(f"reassessing_{name}"))
+    assert job.trainable is not None and job.lora is None and job.model.dtype == "float32"
+    (phase,) = phases(model, job.trainable.parts, job.trainable.later)
+    kept = tuple(f"model.layers.{block}." for block in range(24 - PARTS[name], 24))
+    wanted = {n for n, _ in model.named_parameters() if n in ("lm_head.weight", "model.norm.weight")}
+    wanted |= {n for n, _ in model.named_parameters() if n.startswith(kept)} if kept else set()
+    assert phase.names == set(parameter_names_of(model, job.trainable.parts)) == wanted
+    assert len(wanted) == 2 + 9 * PARTS[name]
+    if name == "last_3":
+        assert round(sum(model.get_parameter(n).numel() for n in wanted) / 1e9, 2) == 1.18  # published
+
+
+def test_sizes_of_shortened_models() -> None:
+    for size, counts in SHORTENED_LORA.items():
+        assert {n: billions(shorter(f"lmsys/vicuna-{size}-v1.3", n)) for n in counts} == counts
+    for count, (wanted, _) in SHORTENED_CONTINUE.items():
+        assert billions(shorter("lmsys/vicuna-7b-v1.3", count)) == wanted
+
+
+@pytest.mark.parametrize("count", SHORTENED_CONTINUE)
+def test_continued_pretraining_of_shortened_models(count: int) -> None:
+    job = recipe(f"shortened_continue_vicuna_7b_{count}")
+    assert job.train.duration == f"{SHORTENED_CONTINUE[count][1]}{'0' * 9}tok" and job.train.global_batch_size == 512
+    assert (job.optimizer.lr, job.optimizer.betas, job.optimizer.weight_decay) == (1e-4, [0.9, 0.95], 0.1)
+    assert job.sharding is not None and job.lora is None and job.trainable is None and job.data.weights is None
+    assert job.data.document_boundaries is False and job.model.dtype == "float32"
+
+
+@pytest.mark.parametrize("size", ["1.3b", "2.7b"])
+def test_instruction_tuning_of_sheared_llama(size: str) -> None:
+    job = recipe(f"sheared_sharegpt_{size}")
+    train, optimizer, scheduler = job.train, job.optimizer, job.scheduler
+    assert job.model.path == f"runs/sheared_llama_{size}_final" and job.run.seed == 42 and job.sharding is not None
+    assert (train.global_batch_size, train.microbatch_size) == (8 * 16, 16)
+    assert train.duration == f"{2 * 10_000 // 128}ba"
+    assert (optimizer.lr, optimizer.weight_decay) == (5e-5, 0.0)
+    assert (scheduler.name, scheduler.warmup, scheduler.final) == ("cosine", "0.03dur", 0.0)
+
+
+@pytest.mark.parametrize("kind", MINITRON)
+def test_minitron(kind: str) -> None:
+    job, plan = recipe(f"minitron_llama3.1_4.5b_{kind}"), minitron(kind)
+    config = Surgery(LLAMA_8B, plan).config
+    assert billions(config) == 4.5
+    if kind == "depth":
+        assert [block.attention for block in plan.blocks] == [*range(15), 31]
+    else:
+        assert (config.hidden_size, config.intermediate_size, config.num_attention_heads) == (3072, 9216, 32)
+        assert (config.num_hidden_layers, config.num_key_value_heads) == (32, 8)
+    assert job.distillation is not None and job.distillation.names == {"kl"}
+    assert (job.distillation.temperature, job.distillation.top_k) == (1.0, None)
+    batches = int(job.train.duration.removesuffix("ba"))
+    assert 8192 * job.train.global_batch_size * batches == pytest.approx(94e9, rel=1e-3)
+    assert (job.optimizer.lr, job.train.global_batch_size, job.scheduler.warmup) == (1e-4, 1152, "40ba")
+    assert job.scheduler.name == "cosine" and job.optimizer.lr * job.scheduler.final == pytest.approx(1e-5)
+    assert job.sharding is not None and job.model.path == f"runs/minitron_llama3.1_4.5b_{kind}_pruned"
+
+
+def test_every_recipe_is_tested() -> None:
+    tested = {path.stem for path in SCORING} | set(RECOVERIES) | {"llm_streamline"}
+    tested |= {f"sheared_llama_{size}_{step}" for size in SHEARED for step in ("prune", "continue")}
+    tested |= {f"sheared_pythia_160m_{step}" for step in ("prune", "continue")}
+    tested |= {f"streamline_{name}_{loss}" for name in STREAMLINE for loss in ("mse", "lm")}
+    bases, found = set(tested), tested
+    while found:  # what they are laid over counts, too
+        found = {Path(base).stem for name in found if (base := _base(name)) is not None} - bases
+        bases |= found
+    assert bases == {path.stem for path in PAPERS.glob("*.yaml")}
+
+
+def _base(name: str) -> str | None:
+    return yaml.safe_load((PAPERS / f"{name}.yaml").read_text()).get("base")

@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> int:
         print(f"usage: {USAGE}", file=sys.stderr)
         return 2
     try:
-        from llmprune.config import IterationConfig, ScoringConfig, describe, load_job
+        from llmprune.config import IterationConfig, ScoringConfig, SearchConfig, describe, load_job
 
         if arguments[0] in ("-h", "--help"):
             print(f"{USAGE}\n\n{describe()}")
@@ -30,6 +30,10 @@ def main(arguments: list[str]) -> int:
             from llmprune.iteration import iterate
 
             iterate(job)
+        elif isinstance(job, SearchConfig):
+            from llmprune.searching import search
+
+            search(job)
         else:
             from llmprune.training import train
 

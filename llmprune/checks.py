@@ -34,7 +34,9 @@ from llmprune.sharding import check_sharding
 L0_KEPT = ("target", "target_sparsity", "gates")
 LORA_KEPT = ("rank", "alpha", "dropout", "targets", "quantize")
 TEACHER_KEPT = ("teacher", "objectives", "final_objectives", "temperature", "top_k", "plan", "blocks", "dtype")
-REPLACEMENT_KEPT = ("start", "length", "kind", "blocks", "take", "intermediate", "objectives", "top_k", "also", "cache")
+REPLACEMENT_KEPT = (
+    "start", "length", "kind", "blocks", "take", "intermediate", "objectives", "top_k", "temperature", "also", "cache",
+)  # fmt: skip
 _STREAM_UNITS = {TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN}
 
 

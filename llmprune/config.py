@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from llmprune.budgets.candidates import CandidatesConfig
 from llmprune.data.cache import CacheConfig
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.data.updates import DynamicLoadingConfig
@@ -304,10 +305,18 @@ class IterationConfig(Config):
     iterate: RoundsConfig = field(default_factory=RoundsConfig)
 
 
-def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Config | ScoringConfig | IterationConfig:
+@dataclass
+class SearchConfig(Config):
+    """A job that looks for the best way to prune under a budget, and recovers candidates as a training run would."""
+
+    search: CandidatesConfig = field(default_factory=CandidatesConfig)
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Config | ScoringConfig:
     """Read the YAML of any job and apply overrides.
 
-    One with ``layer_scoring`` scores, one with ``iterate`` prunes in rounds, all others train.
+    One with ``layer_scoring`` scores, one with ``iterate`` prunes in rounds, one with ``search`` searches, all others
+    train.
 
     Raises:
         UserError: see ``load_config``.
@@ -317,6 +326,8 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Config | Scorin
         return _load(path, overrides, ScoringConfig)
     if "iterate" in sections:
         return _load(path, overrides, IterationConfig)
+    if "search" in sections:
+        return _load(path, overrides, SearchConfig)
     return _load(path, overrides, Config)
 
 
@@ -384,9 +395,13 @@ def save_config(config: Config | ScoringConfig, path: Path) -> None:
 def describe() -> str:
     """Every section and key of every job's YAML with its default and its meaning, as text."""
     lines: list[str] = []
-    for schema in (Config, ScoringConfig, IterationConfig):
+    for schema in (Config, ScoringConfig, IterationConfig, SearchConfig):
         lines += [f"## {inspect.cleandoc(schema.__doc__ or '').splitlines()[0]}"]
-        known = {section.name for section in dataclasses.fields(Config)} if schema is IterationConfig else set()
+        known = (
+            {section.name for section in dataclasses.fields(Config)}
+            if schema in (IterationConfig, SearchConfig)
+            else set()
+        )
         for section in dataclasses.fields(schema):
             if section.name in known:
                 continue

@@ -1,15 +1,12 @@
 """The job that prunes in rounds: score, plan, cut and recover, until the last round's shape is reached.
 
-Every step leaves something that appears whole or not at all, so that a job which was stopped goes on at the step it was
-in; a recovery goes on from its newest checkpoint. The folder::
+The folder::
 
-    round-1/scores.json plan.json pruned/ recover/ recovered/   what the round did
-    round-2/…
-    model/                                                      the last round's result
+round-1/scores.json plan.json pruned/ recover/ recovered/   what the round did
+round-2/…
+model/                                                      the last round's result
 """
 
-import copy
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,11 +14,10 @@ from composer.utils import dist
 from transformers import PretrainedConfig
 
 from llmprune.checks import check
-from llmprune.config import Config, IterationConfig, RoundsConfig, load_job, save_config
-from llmprune.convert.commands import apply, convert
+from llmprune.config import IterationConfig, RoundsConfig
+from llmprune.convert.commands import apply
 from llmprune.errors import UserError
 from llmprune.families import Shape, family_of, shapes_between, target_shape
-from llmprune.files import remove
 from llmprune.models.loading import load_config
 from llmprune.models.placement import Placement
 from llmprune.planning import make_plan, rehearse
@@ -29,7 +25,7 @@ from llmprune.ranks import initialize_ranks, on_rank_zero, share_cores
 from llmprune.score import save_scores, score
 from llmprune.scoring.selection import PlanConfig
 from llmprune.scoring.settings import LayerScoringConfig
-from llmprune.training import train
+from llmprune.stages import begin, keep_result, recover
 
 
 def iterate(config: IterationConfig) -> None:
@@ -49,7 +45,7 @@ def iterate(config: IterationConfig) -> None:
     share_cores()
     initialize_ranks(config.train.device)
     folder = Path(config.run.folder)
-    on_rank_zero(lambda: _prepare(config, folder))
+    on_rank_zero(lambda: begin(config, "job of rounds"))
     model = source
     for number, shape in enumerate(shapes, start=1):
         place = folder / f"round-{number}"
@@ -57,9 +53,10 @@ def iterate(config: IterationConfig) -> None:
             if dist.get_global_rank() == 0:
                 print(f"round {number} of {len(shapes)}: {shape}", flush=True)
             _prune(config, model, shape, place)
-            _recover(config, place, number)
+            # Every round sees the data in another order.
+            recover(config, place, name=f"{config.run.name}-{number}", seed=config.run.seed + number - 1)
         model = str(place / "recovered")
-    on_rank_zero(lambda: _finish(folder, Path(model)))
+    on_rank_zero(lambda: keep_result(folder, Path(model)))
 
 
 def round_shapes(rounds: RoundsConfig, model: PretrainedConfig) -> list[Shape]:
@@ -112,46 +109,6 @@ def _plan_config(rounds: RoundsConfig, before: Shape, after: Shape) -> PlanConfi
     )
 
 
-def _prepare(config: IterationConfig, folder: Path) -> None:
-    """Make the folder, or see that what it holds is this job's."""
-    known = folder / "config.yaml"
-    if folder.exists() and any(folder.iterdir()):
-        before = load_job(known) if known.is_file() else None
-        if not isinstance(before, IterationConfig):
-            raise UserError(f"{folder} holds something that is no job of rounds: choose another run.folder")
-        if config.run.overwrite:
-            shutil.rmtree(folder)
-        elif not config.run.autoresume:
-            raise UserError(f"{folder} holds a job: pass run.autoresume=true to go on, or run.overwrite=true")
-        else:
-            was, now = _identity(before), _identity(config)
-            for key in sorted({*was, *now}):
-                if was.get(key) != now.get(key):
-                    raise UserError(
-                        f"{folder} was begun with {key} {was.get(key)}; the config asks for {now.get(key)}: keep what "
-                        "it began with, or use another run.folder"
-                    )
-            return
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, known)
-
-
-_FREE = (  # what may change when a job goes on: where it runs, and what it shows
-    "run.name", "run.folder", "run.overwrite", "run.autoresume", "loggers", "checkpoint", "evaluation", "sharding",
-    "train.device", "train.microbatch_size", "train.eval_interval", "train.eval_first", "data.cache", "data.workers",
-    "data.prefetch", "data.eval_samples_per_domain",
-)  # fmt: skip
-
-
-def _identity(config: IterationConfig) -> dict[str, object]:
-    """What decides what comes out, by key."""
-    found: dict[str, object] = {}
-    for section, value in asdict(config).items():
-        values = {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
-        found |= {key: v for key, v in values.items() if section not in _FREE and key not in _FREE}
-    return found
-
-
 def _prune(config: IterationConfig, model: str, shape: Shape, place: Path) -> None:
     """Score, plan and cut, as far as it is not done yet."""
     rounds, plan_file = config.iterate, place / "plan.json"
@@ -173,32 +130,3 @@ def _prune(config: IterationConfig, model: str, shape: Shape, place: Path) -> No
             apply(model, plan_file, place / "pruned")
 
     on_rank_zero(cut)
-
-
-def _recover(config: IterationConfig, place: Path, number: int) -> None:
-    """Train what is left; every round sees the data in another order."""
-    run = replace(
-        config.run,
-        name=f"{config.run.name}-{number}",
-        folder=str(place / "recover"),
-        seed=config.run.seed + number - 1,
-        autoresume=True,
-        overwrite=False,
-    )
-    parts = {name: copy.deepcopy(getattr(config, name)) for name in Config.__dataclass_fields__}
-    train(Config(**{**parts, "run": run, "model": replace(config.model, path=str(place / "pruned"))}))
-
-    def export() -> None:
-        convert(place / "recover", place / "recovered")
-
-    on_rank_zero(export)
-
-
-def _finish(folder: Path, result: Path) -> None:
-    final = folder / "model"
-    if not final.exists():
-        temporary = folder / ".model.tmp"
-        remove(temporary)
-        shutil.copytree(result, temporary)
-        temporary.rename(final)
-    print(f"{final}: the result of {result}")

@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from llmprune.budgets.choose import Choice, Chooser, Steps
-from llmprune.budgets.limits import BudgetConfig, limits_of
+from llmprune.budgets.limits import BudgetConfig, Limit, costs_of, limits_of
 from llmprune.budgets.sizes import Sizes
 from llmprune.budgets.trial import Trial
 from llmprune.data.calibration import CalibrationConfig, calibration_samples, samples_fingerprint
@@ -30,18 +30,19 @@ from llmprune.surgery import Surgery
 __all__ = ["SELECTIONS", "compare", "make_plan", "merging", "repeated"]
 
 
-def make_plan(scores: Scores, config: PlanConfig, *, model: str | None = None) -> Plan:
+def make_plan(scores: Scores, config: PlanConfig, *, model: str | None = None, opened: Opened | None = None) -> Plan:
     """The plan that follows from scores.
 
     Args:
         scores: of the model.
         config: how to select.
         model: where the model lies now; None = where it lay when it was scored.
+        opened: the model in memory (``open_scored``), for the ways that look at it again; None = opened if need be.
 
     Raises:
         UserError: the request is impossible, or (for ways that look at the model again) the model is another one.
     """
-    plan = select(_request(scores, config, model or scores.model))
+    plan = select(_request(scores, config, model or scores.model, opened))
     if config.shape is not None:
         Surgery(load_config(model or scores.model), plan)
     return plan
@@ -68,25 +69,52 @@ def choose_plan(
     """
     if budget.params is None and budget.memory is None and budget.latency is None:
         raise UserError("name a budget: --budget-params, --budget-memory or --budget-latency")
+    check_choice(config)
+    if not scores.data:
+        raise UserError("the scores were computed without calibration text: score again with --data")
+    model = model or scores.model
+    sizes = Sizes(load_config(model))
+    check_correction(config.correction, sizes.config)
+    limits = limits_of(costs_of(budget, sizes, default_device()), sizes.source)
+    _steps(_request(scores, config, model), sizes, budget.multiple)
+    return best_under(limits, scores, config, Trial(open_scored(scores, model)), budget, model=model)
+
+
+def check_choice(config: PlanConfig) -> None:
+    """Raise ``UserError`` for ways to select that leave a budget nothing to choose."""
     if config.shape is not None or config.remove is not None or config.drop is not None:
         raise UserError("a budget decides what stays: leave out --shape, --remove and --drop")
     if config.method in ("list", "merge"):
         raise UserError(f"a budget needs a way to select any number of blocks; '{config.method}' is none")
     if config.criterion is None and config.unit_criterion is None and config.method == "lowest":
         raise UserError("name the criterion of blocks (--criterion), of units (--unit-criterion), or both")
-    if not scores.data:
-        raise UserError("the scores were computed without calibration text: score again with --data")
     if config.expert_criterion is not None and config.unit_criterion is None:
         raise UserError("a budget narrows by --unit-criterion; --expert-criterion goes with it")
     config.check()
-    request = _request(scores, config, model or scores.model)
-    sizes = Sizes(load_config(model or scores.model))
-    check_correction(config.correction, sizes.config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    limits = limits_of(budget, sizes, device)
-    steps = Steps.of(sizes, budget.multiple, _least_layers(request), depth=_prunes_depth(config), width=_width(config))
-    opened = request.open()
-    trial, blocks = Trial(opened), _Blocks(replace(request, open=lambda: opened))
+
+
+def best_under(
+    limits: Sequence[Limit],
+    scores: Scores,
+    config: PlanConfig,
+    trial: Trial,
+    budget: BudgetConfig,
+    *,
+    model: str | None = None,
+) -> tuple[Plan, Choice]:
+    """``choose_plan`` with a model that is in memory and budgets whose costs may be known already.
+
+    Args:
+        limits: that are kept to.
+        scores: of the model.
+        config: how blocks and units are selected.
+        trial: of the model.
+        budget: its multiple and tries.
+        model: where the model lies now; None = where it lay when it was scored.
+    """
+    request = _request(scores, config, model or scores.model, trial.opened)
+    sizes, blocks = Sizes(load_config(model or scores.model)), _Blocks(request)
+    steps = _steps(request, sizes, budget.multiple)
 
     def plan_for(shape: Shape) -> Plan:
         plan = Plan(scores.family, scores.fingerprint, scores.source, blocks.of(shape.layers))
@@ -95,7 +123,17 @@ def choose_plan(
     choice = Chooser(sizes, steps, limits, plan_for, trial.loss, budget.tries).choose()
     if config.correction == "none" or not is_correctable(choice.plan):
         return choice.plan, choice
-    return corrected(choice.plan, config.correction, opened), choice
+    return corrected(choice.plan, config.correction, trial.opened), choice
+
+
+def _steps(request: Request, sizes: Sizes, multiple: int | None) -> Steps:
+    config = request.config
+    return Steps.of(sizes, multiple, _least_layers(request), depth=_prunes_depth(config), width=_width(config))
+
+
+def default_device() -> torch.device:
+    """Where models are opened."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _prunes_depth(config: PlanConfig) -> bool:
@@ -236,8 +274,8 @@ def comparison_table(gone: dict[str, list[int]], layers: int) -> str:
     return "\n".join(lines)
 
 
-def _request(scores: Scores, config: PlanConfig, model: str) -> Request:
-    return Request(scores, config, lambda: _open(scores, model), _parallel(scores, config, model))
+def _request(scores: Scores, config: PlanConfig, model: str, opened: Opened | None = None) -> Request:
+    return Request(scores, config, lambda: opened or open_scored(scores, model), _parallel(scores, config, model))
 
 
 def _parallel(scores: Scores, config: PlanConfig, model: str) -> bool:
@@ -248,8 +286,12 @@ def _parallel(scores: Scores, config: PlanConfig, model: str) -> bool:
     return family_of(model_config).is_parallel(model_config)
 
 
-def _open(scores: Scores, model: str) -> Opened:
-    """The model that was scored, with its calibration samples."""
+def open_scored(scores: Scores, model: str) -> Opened:
+    """The model that was scored, with its calibration samples.
+
+    Raises:
+        UserError: the model or its samples are others now, or too little memory is free.
+    """
     model_config = load_config(model)
     if (found := fingerprint(StoredWeights(model), model_config)) != scores.fingerprint:
         raise UserError(
@@ -264,7 +306,7 @@ def _open(scores: Scores, model: str) -> Opened:
         raise UserError(
             f"the scores do not say how they were made ({type(error).__name__}: {error}): score again"
         ) from None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     samples = None
     if scores.data:
         samples = calibration_samples(data, load_tokenizer(tokenizer_at or model))

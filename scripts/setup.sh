@@ -4,6 +4,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# Of several at a time one works and the others find the environment made.
+exec 9< scripts/setup.sh
+if command -v flock >/dev/null; then flock 9; fi
+
 current() {  # whether $1 runs and is Python 3.10 to 3.12
   "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
 }

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmprune import iteration, training
+from llmprune import iteration, stages, training
 from llmprune.config import IterationConfig, load_job
 from llmprune.errors import UserError
 from llmprune.evaluation.verify import compare, open_for_comparison
@@ -98,7 +98,8 @@ def test_a_stopped_job_goes_on_where_it_was(
             patch.setattr(training, "make_callbacks", killing)
         else:
             name = {"scoring": "score", "cutting": "apply", "exporting": "convert"}[stop]
-            real = getattr(iteration, name)
+            module = stages if stop == "exporting" else iteration
+            real = getattr(module, name)
             calls = []
 
             def failing(*args: Any, **kwargs: Any) -> Any:
@@ -107,7 +108,7 @@ def test_a_stopped_job_goes_on_where_it_was(
                     raise Killed
                 return real(*args, **kwargs)
 
-            patch.setattr(iteration, name, failing)
+            patch.setattr(module, name, failing)
         with pytest.raises(Killed):
             iterate(job(yaml, *overrides))
     before = {plan: plan.stat().st_mtime_ns for plan in (tmp_path / "job").glob("round-*/plan.json")}

@@ -1,5 +1,6 @@
 """Budgets: what a model may cost."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ class Parameters:
 
     name = "params"
 
-    def __init__(self, sizes: Sizes, amount: str) -> None:
+    def __init__(self, sizes: Sizes, amount: str | None) -> None:
         self._sizes = sizes
         self.most = _amount(amount, "params", sizes.parameters(sizes.source))
 
@@ -96,7 +97,7 @@ class Memory:
 
     name = "memory"
 
-    def __init__(self, sizes: Sizes, amount: str, *, batch: int, context: int, itemsize: int) -> None:
+    def __init__(self, sizes: Sizes, amount: str | None, *, batch: int, context: int, itemsize: int) -> None:
         self._sizes, self._batch, self._context, self._itemsize = sizes, batch, context, itemsize
         self.most = _amount(amount, "memory", self.cost(sizes.source, range(sizes.source.layers)))
 
@@ -113,50 +114,71 @@ class Latency:
 
     name = "latency"
 
-    def __init__(self, table: LatencyTable, amount: str) -> None:
+    def __init__(self, table: LatencyTable, amount: str | None) -> None:
         self.table = table
         self.most = _amount(amount, "latency", 1.0)
-        if self.most > 1:
+        if 1 < self.most < math.inf:
             raise UserError(f"--budget-latency {amount} is a share of the source's latency: it must be below 1")
         self._scale = 1.0
 
     def cost(self, shape: Shape, blocks: Sequence[int]) -> float:
         """Share of the source's time."""
+        if shape == self.table.source:
+            return 1.0
         return self._scale * self.table.seconds(shape) / self.table.seconds(self.table.source)
 
     def agrees(self, shape: Shape, measured: float) -> bool:
         """Whether the table is near enough to the share that a built model takes, and that share to the budget."""
-        return abs(self.cost(shape, ()) / measured - 1) <= TOLERANCE and measured <= self.most * (1 + TOLERANCE / 2)
+        return abs(self.cost(shape, ()) / measured - 1) <= TOLERANCE and self.is_kept(measured)
+
+    def is_kept(self, measured: float) -> bool:
+        """Whether the share that a built model takes is near enough to the budget."""
+        return measured <= self.most * (1 + TOLERANCE / 2)
 
     def learn(self, shape: Shape, measured: float) -> None:
         """Take a built model's share into account."""
         self._scale *= measured / self.cost(shape, ())
 
 
-def limits_of(budget: BudgetConfig, sizes: Sizes, device: torch.device) -> list[Limit]:
-    """The budgets that are asked for.
+def costs_of(budget: BudgetConfig, sizes: Sizes, device: torch.device) -> list[Limit]:
+    """Every cost that a budget may limit; the most is infinite where it does not.
 
     Raises:
-        UserError: one is no number, or nothing needs to go.
+        UserError: one is no number.
     """
     budget.check(sizes.config)
     dtype, context = DTYPES[budget.dtype], budget.tokens(sizes.config)
-    found: list[Limit] = []
-    if budget.params is not None:
-        found.append(Parameters(sizes, budget.params))
-    if budget.memory is not None:
-        found.append(Memory(sizes, budget.memory, batch=budget.batch, context=context, itemsize=dtype.itemsize))
-    if budget.latency is not None:
-        table = LatencyTable(sizes.config, batch=budget.batch, context=context, device=device, dtype=dtype)
-        found.append(Latency(table, budget.latency))
-    everything = range(sizes.source.layers)
-    if all(limit.cost(sizes.source, everything) <= limit.most for limit in found):
+    table = LatencyTable(sizes.config, batch=budget.batch, context=context, device=device, dtype=dtype)
+    return [
+        Parameters(sizes, budget.params),
+        Memory(sizes, budget.memory, batch=budget.batch, context=context, itemsize=dtype.itemsize),
+        Latency(table, budget.latency),
+    ]
+
+
+def limits_of(costs: Sequence[Limit], source: Shape) -> list[Limit]:
+    """The costs that are limited.
+
+    Args:
+        costs: see ``costs_of``.
+        source: the model's shape.
+
+    Raises:
+        UserError: none is, or nothing needs to go.
+    """
+    found = [cost for cost in costs if cost.most < math.inf]
+    if not found:
+        raise UserError("name a budget: of parameters, memory or latency")
+    everything = range(source.layers)
+    if all(limit.cost(source, everything) <= limit.most for limit in found):
         raise UserError("the model keeps to the budget as it is: nothing needs to go")
     return found
 
 
-def _amount(text: str, name: str, whole: float) -> float:
-    """A share up to one of ``whole``, or a number with a unit."""
+def _amount(text: str | None, name: str, whole: float) -> float:
+    """A share up to one of ``whole``, or a number with a unit; None = no limit."""
+    if text is None:
+        return math.inf
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)\s*", text)
     unit = match[2].upper() if match else ""
     units = {"": 1, **_UNITS[name]}

@@ -13,11 +13,15 @@ from llmprune.scoring.selection import Opened
 
 
 class Trial:
-    """A model that computes what plans leave of it, one after the other."""
+    """A model that computes what plans leave of it, one after the other.
+
+    Attributes:
+        opened: the model; between trials it computes as before.
+    """
 
     def __init__(self, opened: Opened) -> None:
-        """Let the model compute with gates; between trials it computes as before."""
-        self._opened = opened
+        """Let the model compute with gates."""
+        self.opened = opened
         family = family_of(opened.model.config)
         self._slot = attach(opened.model, family, {"hidden", "attention", "mlp", "query", "channel"})
         self._whole = self._slot.factors
@@ -25,7 +29,7 @@ class Trial:
     @torch.no_grad()
     def loss(self, plan: Plan) -> float:
         """The mean loss per token in nats on the calibration samples."""
-        model, tokens = self._opened.model, self._opened.tokens
+        model, tokens = self.opened.model, self.opened.tokens
         factors = factors_of(plan)
         on_device = {name: value.to(tokens.device) for name, value in factors.trainable().items()}
         kept = {name: value.to(tokens.device) for name, value in factors.kept.items()}
@@ -33,7 +37,7 @@ class Trial:
         hooks = mask_experts(model, plan)
         try:
             total, count = 0.0, 0
-            for part in tokens.split(self._opened.batch_size):
+            for part in tokens.split(self.opened.batch_size):
                 losses, counts = token_losses(model(input_ids=part, use_cache=False).logits, part)
                 total, count = total + losses.double().sum().item(), count + int(counts.sum())
         finally:

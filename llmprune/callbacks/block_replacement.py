@@ -83,7 +83,14 @@ class BlockReplacement(Callback):
         model.stand_in = self.stand_in
         chosen = [*self.stand_in.parameters(), *parameters_behind(model.model, self.span.end, self.config.also)]
         train_only(model, state.optimizers, chosen)
-        self.streaming = Streaming(model.model, self.stand_in, self.span, self.config.weights, top_k=self.config.top_k)
+        self.streaming = Streaming(
+            model.model,
+            self.stand_in,
+            self.span,
+            self.config.weights,
+            top_k=self.config.top_k,
+            temperature=self.config.temperature,
+        )
         model.objective = self.streaming
         self._say_sizes(model, logger)
 

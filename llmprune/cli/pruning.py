@@ -273,6 +273,21 @@ def plan(
 
 
 @app.command()
+def search(
+    yaml: Annotated[str, typer.Argument(metavar="YAML", help="The job, such as yamls/search.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE…]", help="Of the YAML.")] = None,
+) -> None:
+    """Find the best way to prune under a budget: score, compare, recover the best few. Several ranks: train.py."""
+    from llmprune.config import SearchConfig, load_job
+    from llmprune.searching import search as run_search
+
+    job = load_job(yaml, overrides or ())
+    if not isinstance(job, SearchConfig):
+        raise UserError(f"{yaml} has no section search: it is another job, for `composer train.py`")
+    run_search(job)
+
+
+@app.command()
 def families(as_json: Json = False) -> None:
     """List the model families that can be pruned, and what can be pruned of each."""
     from llmprune.families import FAMILIES

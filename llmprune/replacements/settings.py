@@ -41,6 +41,7 @@ class BlockReplacementConfig:
         intermediate: with ``ffn`` and ``swiglu``: channels; null = four times the hidden size, and the model's own.
         objectives: weights of what is minimised: mse, cosine, lm, kl; none given = mse.
         top_k: with ``kl``: tell apart so many of the source's likeliest tokens; null = all.
+        temperature: with ``kl``: divides the logits of both.
         also: what trains beside the stand-in: output, final_norm, block.N behind the span.
         fit_samples: training samples that mean, linear and closed_form are computed from, before any training.
         ridge: of those fits, over the mean square of what they read.
@@ -57,6 +58,7 @@ class BlockReplacementConfig:
     intermediate: int | None = None
     objectives: dict[str, float] = field(default_factory=dict)
     top_k: int | None = None
+    temperature: float = 1.0
     also: list[str] = field(default_factory=list)
     fit_samples: int = 256
     ridge: float = 1e-4
@@ -84,6 +86,10 @@ class BlockReplacementConfig:
             raise UserError("block_replacement.objectives need positive weights: write {mse: 1.0}")
         if self.top_k is not None and ("kl" not in self.weights or self.top_k < 1):
             raise UserError("block_replacement.top_k belongs to the objective kl, and must be positive")
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"block_replacement.temperature is {self.temperature}; it must be positive")
+        if self.temperature != 1 and "kl" not in self.weights:
+            raise UserError("block_replacement.temperature belongs to the objective kl")
         if self.also and "kl" in self.weights:
             raise UserError(
                 "block_replacement.also changes weights that are the teacher's too: without the objective kl it can"

@@ -80,6 +80,7 @@ class Streaming:
         weights: Mapping[str, float],
         *,
         top_k: int | None = None,
+        temperature: float = 1.0,
     ) -> None:
         """Prepare.
 
@@ -89,8 +90,10 @@ class Streaming:
             span: of blocks of the source.
             weights: of the objectives.
             top_k: see ``forward_kl``.
+            temperature: see there.
         """
-        self.model, self.stand_in, self.span, self._top_k = model, stand_in, span, top_k
+        self.model, self.stand_in, self.span = model, stand_in, span
+        self._top_k, self._temperature = top_k, temperature
         self._weights = dict(weights)
         self._needs_after = any(name in weights for name in HIDDEN_OBJECTIVES)
         self._needs_final = any(name not in HIDDEN_OBJECTIVES for name in weights)
@@ -129,7 +132,7 @@ class Streaming:
             if wanted is not None:
                 with torch.no_grad():
                     teacher = head.logits(wanted[part])
-                found.append(forward_kl(logits, teacher, self._top_k))
+                found.append(forward_kl(logits, teacher, self._top_k, self._temperature))
             return found
 
         names = [name for name in ("lm", "kl") if name in self._weights]

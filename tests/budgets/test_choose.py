@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.budgets.choose import Chooser, Steps
 from llmprune.budgets.latency import LatencyTable
-from llmprune.budgets.limits import BudgetConfig, Latency, Parameters, limits_of
+from llmprune.budgets.limits import BudgetConfig, Latency, Parameters, costs_of, limits_of
 from llmprune.budgets.sizes import Sizes, of_size
 from llmprune.budgets.trial import Trial
 from llmprune.cli import app
@@ -105,7 +105,9 @@ def test_memory(scores: Scores, trained_folder: Path, tmp_path: Path) -> None:
 def test_two_budgets_at_once(scores: Scores) -> None:
     budget = BudgetConfig(params="0.8", memory="0.5", context=128, batch=16, dtype="float32")
     _, choice = choose_plan(scores, BOTH, budget)
-    limits = limits_of(budget, Sizes(load_config(scores.model)), torch.device("cpu"))
+    sizes = Sizes(load_config(scores.model))
+    limits = limits_of(costs_of(budget, sizes, torch.device("cpu")), sizes.source)
+    assert set(choice.costs) == {"params", "memory"}
     assert all(choice.costs[limit.name] <= limit.most for limit in limits)
 
 

@@ -272,6 +272,8 @@ def test_a_plan_names_the_span(config: Path, tmp_path: Path, trained_folder: Pat
         (["block_replacement.also=[block.1]", "block_replacement.objectives={lm: 1.0}"], "block.N with N from 5 to 5"),
         (["block_replacement.also=[output]", "block_replacement.objectives={lm: 1.0}"], "its embedding, too"),
         (["block_replacement.top_k=5", "block_replacement.objectives={lm: 1.0}"], "belongs to the objective kl"),
+        (["block_replacement.temperature=2", "block_replacement.objectives={lm: 1.0}"], "belongs to the objective kl"),
+        (["block_replacement.temperature=0", "block_replacement.objectives={kl: 1.0}"], "temperature is 0.0"),
         (["block_replacement.start=0", "block_replacement.kind=closed_form"], "can't begin at block 0"),
         (["block_replacement.intermediate=0"], "must be positive"),
         (["block_replacement.also=[block.5, block.5]", "block_replacement.objectives={lm: 1.0}"], "named twice"),

@@ -1,0 +1,109 @@
+"""What a search found: a table and a picture of all candidates."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from llmprune.report.figures import STYLE, Picture
+
+Row = Mapping[str, Any]
+AXES = {"parameters": "million parameters", "latency": "share of the source's time of a token"}
+
+
+def pareto_front(points: Iterable[tuple[float, float]]) -> list[int]:
+    """The places of the points that no other is better than or equal to in both numbers and better in one.
+
+    Args:
+        points: what each costs and loses: less is better.
+    """
+    known = list(points)
+    return [
+        place
+        for place, point in enumerate(known)
+        if not any(other[0] <= point[0] and other[1] <= point[1] and other != point for other in known)
+    ]
+
+
+def fronts(rows: Sequence[Row]) -> dict[str, set[int]]:
+    """The recovered candidates on the Pareto front, by what they cost: their numbers."""
+    recovered = [row for row in rows if "recovered" in row]
+    found = {}
+    for axis in AXES:
+        places = pareto_front((_cost(row, axis), row["recovered"]["loss"]) for row in recovered)
+        found[axis] = {recovered[place]["number"] for place in places}
+    return found
+
+
+def table(rows: Sequence[Row]) -> str:
+    """All candidates as Markdown, the best first."""
+    lines = [
+        "| decided by | what goes | parameters | memory, MB | latency | calibration loss | loss, recovered | front |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    on_front = fronts(rows)
+    for row in sorted((row for row in rows if "impossible" not in row), key=_order):
+        names = ", ".join(axis for axis, numbers in on_front.items() if row["number"] in numbers)
+        known = row.get("measured_latency")
+        latency = f"{row['latency']:.3f}" + ("" if known is None else f" ({known:.3f} measured)")
+        if "recovered" in row:
+            after = f"{row['recovered']['loss']:.4f}"
+        elif row["same_as"] is not None:
+            after = f"as {_words(rows, row['same_as'])}"
+        else:
+            after = "" if row["within"] else "over the budget"
+        lines.append(
+            f"| {row['decided_by']} | {row['goes']} | {row['parameters']:,} | {row['memory_bytes'] / 1e6:,.1f} | "
+            f"{latency} | {row['calibration_loss']:.4f} | {after} | {names} |"
+        )
+    lines += [f"| {row['decided_by']} | {row['impossible']} |||||||" for row in rows if "impossible" in row]
+    return "\n".join(lines) + "\n"
+
+
+@mpl.rc_context(STYLE)
+def picture(rows: Sequence[Row]) -> Picture:
+    """Loss against parameters and against latency: open before recovery, full after it, lines between; the front."""
+    figure = Figure(figsize=(10, 4.2))
+    possible = [row for row in rows if "impossible" not in row]
+    on_front = fronts(rows)
+    panels: Sequence[Axes] = figure.subplots(1, 2, sharey=True)
+    for axes, (axis, label) in zip(panels, AXES.items(), strict=True):
+        for row in possible:
+            cost, before = _cost(row, axis), row["calibration_loss"]
+            colour = "#2f7ed8" if row["within"] else "#b8b8b8"
+            axes.plot(cost, before, "o", color=colour, fillstyle="none", markersize=5)
+            if "recovered" in row:
+                after = row["recovered"]["loss"]
+                axes.plot([cost, cost], [before, after], color=colour, linewidth=0.8, alpha=0.6)
+                axes.plot(cost, after, "o", color="#e07b39" if row["number"] in on_front[axis] else colour)
+                axes.annotate(row["number"], (cost, after), xytext=(5, -9), textcoords="offset points", fontsize=7)
+        front = sorted((_cost(r, axis), r["recovered"]["loss"]) for r in possible if r["number"] in on_front[axis])
+        axes.plot(*zip(*front, strict=True), color="#e07b39", drawstyle="steps-post", linewidth=1, label="Pareto front")
+        axes.set_xlabel(label)
+        axes.legend(loc="upper right")
+        axes.margins(0.12)
+    panels[0].set_ylabel("nats per token")
+    kept = ("number", "decided_by", "parameters", "memory_bytes", "latency", "measured_latency", "calibration_loss")
+    numbers = [
+        {**{key: row.get(key) for key in kept}, "recovered_loss": row.get("recovered", {}).get("loss")}
+        for row in possible
+    ]
+    title = "Calibration loss of every candidate (open) and held-out loss of those recovered (full)"
+    return Picture("search", title, figure, numbers)
+
+
+def _cost(row: Row, axis: str) -> float:
+    if axis == "parameters":
+        return float(row["parameters"]) / 1e6
+    measured = row.get("measured_latency")
+    return float(row["latency"] if measured is None else measured)
+
+
+def _order(row: Row) -> tuple[float, float]:
+    return row.get("recovered", {}).get("loss", float("inf")), row["calibration_loss"]
+
+
+def _words(rows: Sequence[Row], number: int) -> str:
+    return str(next(row["decided_by"] for row in rows if row["number"] == number))

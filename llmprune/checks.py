@@ -22,6 +22,7 @@ from llmprune.gates.settings import make_goal
 from llmprune.models.loading import load_config as load_model_config
 from llmprune.models.loading import load_tokenizer
 from llmprune.models.placement import ATTENTIONS, TRAINABLE
+from llmprune.models.richer import with_richer_heads
 from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.recovering import check_recovery
 from llmprune.replacements.settings import BlockReplacementConfig
@@ -62,6 +63,10 @@ def check(config: Config) -> Ingredients:
     data = PreparedData(config.data.path, config.data.cache)
     if (config.model.path is None) == (config.model.config is None):
         raise UserError("give either model.path (a checkpoint) or model.config (random weights), not both")
+    if config.model.richer_heads is not None and config.model.config is None:
+        raise UserError(
+            "model.richer_heads goes with model.config: a model that is there gets them by `llmprune enrich MODEL`"
+        )
     tokenizer_at = config.model.tokenizer or config.model.path or str(data.tokenizer)
     if config.model.path is not None:
         model_config = load_model_config(config.model.path)
@@ -69,6 +74,9 @@ def check(config: Config) -> Ingredients:
     else:
         tokenizer = load_tokenizer(tokenizer_at)
         model_config = config_from_fields(config.model.config or {}, tokenizer)
+        if config.model.richer_heads is not None:
+            config.model.richer_heads.check()
+            model_config = with_richer_heads(model_config, config.model.richer_heads)
     if tokenizer_fingerprint(tokenizer) != data.manifest.tokenizer:
         raise UserError(
             f"the tokenizer of {tokenizer_at} did not make the data in {config.data.path}: prepare the data with it "

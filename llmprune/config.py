@@ -23,6 +23,7 @@ from llmprune.data.cache import CacheConfig
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.data.updates import DynamicLoadingConfig
 from llmprune.errors import UserError, first_line, nearest
+from llmprune.families import RicherHeadsConfig
 from llmprune.files import write_text
 from llmprune.gates.settings import L0PruningConfig
 from llmprune.optimizers import OptimizerConfig, SchedulerConfig
@@ -77,12 +78,14 @@ class ModelConfig:
         config: fields of a Hugging Face config, ``model_type`` among them; the vocabulary size and the special tokens
             come from the tokenizer unless given.
         tokenizer: folder or hub name; default: that of ``path``, or of the data.
+        richer_heads: with ``config``: a non-linear layer for the output of every attention head; null = none.
         attention: ``sdpa``, ``eager`` or ``flash_attention_2`` (GPU).
         dtype: of the weights in training: float32 or bfloat16.
     """
 
     path: str | None = None
     config: dict[str, Any] | None = None
+    richer_heads: RicherHeadsConfig | None = None
     tokenizer: str | None = None
     attention: str = "sdpa"
     dtype: str = "float32"

@@ -4,7 +4,8 @@ Everything that decides writes a plan; surgery alone carries it out. On disk a p
 which a person can read and edit, and a safetensors file beside it with the factors::
 
     plan.json         {"schema", "family", "model", "source", "hidden",
-                       "blocks": [{"attention", "mlp", "heads", "channels", "merge", "experts"}, …], "stand_in"}
+                       "blocks": [{"attention", "mlp", "heads", "channels", "merge", "experts"}, …], "stand_in",
+                       "richer_heads"}
     plan.safetensors  "hidden", "attention", "mlp", "heads.I", "channels.J", and corrections: "mean.attention.I",
                       "linear.mlp.J", …   (float32; each is optional)
 """
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llmprune.errors import UserError
-from llmprune.families import Shape, shape_from
+from llmprune.families import RicherHeadsConfig, Shape, shape_from
 from llmprune.files import read_json, save_tensors, write_json
 
 
@@ -77,6 +78,7 @@ class Plan:
             inputs, kept inputs], what they are as a sum of the kept ones, which joins the kept columns.
         stand_in: what takes the place of the blocks that go, in words; its weights are the run's, so such a plan is a
             record and can't be applied. None = nothing.
+        richer_heads: what every attention gets as it is cut, beginning as the identity; None = nothing.
     """
 
     family: str
@@ -87,6 +89,7 @@ class Plan:
     factors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     corrections: Mapping[str, torch.Tensor] = field(default_factory=dict)
     stand_in: str | None = None
+    richer_heads: RicherHeadsConfig | None = None
 
     def __post_init__(self) -> None:
         """Check that the plan is a possible one, and uniform over blocks, as configs need it.
@@ -123,6 +126,10 @@ class Plan:
                     f"the plan's factor '{name}' has the shape {list(factor.shape)}, expected "
                     f"[{expected.get(name, 'none')}]"
                 )
+        if self.richer_heads is not None:
+            self.richer_heads.check()
+            if not self.richer_heads.residual:
+                raise UserError("richer heads that are added to a model must be residual: they begin as the identity")
         possible = self._correction_shapes() if self.corrections else {}
         for name, tensor in self.corrections.items():
             if tuple(tensor.shape) != possible.get(name):
@@ -216,6 +223,7 @@ class Plan:
             "blocks": [asdict(block) for block in self.blocks],
             "factors": path.with_suffix(".safetensors").name if self.factors or self.corrections else None,
             "stand_in": self.stand_in,
+            "richer_heads": None if self.richer_heads is None else asdict(self.richer_heads),
         }
         write_json(path, values)
 
@@ -253,6 +261,7 @@ class Plan:
                 factors={name: tensor for name, tensor in tensors.items() if name not in corrections},
                 corrections=corrections,
                 stand_in=values.get("stand_in"),
+                richer_heads=None if (heads := values.get("richer_heads")) is None else RicherHeadsConfig(**heads),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{path} is not a plan ({type(error).__name__}: {error})") from None

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from llmprune.errors import UserError
-from llmprune.families import OUTPUTS, Axis, Family, Parameter, Role, family_of
+from llmprune.families import OUTPUTS, Axis, Family, Parameter, Role, family_of, module_name
+from llmprune.models.richer import with_richer_heads
 from llmprune.plans import Plan
 
 
@@ -43,6 +44,8 @@ class Surgery:
             )
         self.plan = plan
         self.config = self.family.with_shape(config, plan.shape, [block.attention for block in plan.blocks])
+        if plan.richer_heads is not None:
+            self.config = with_richer_heads(self.config, plan.richer_heads)
         self._tied = self.family.tied(config)
         # (sub-layer, the source's block) → the block of the cut model.
         self._position = {
@@ -74,6 +77,16 @@ class Surgery:
                 return None
             name = self.family.of_expert(name, kept.index(parameter.expert))
         return self._in_block(name, parameter.block, position)
+
+    def added(self) -> dict[str, tuple[int, ...]]:
+        """The parameters that the cut model has beside those that come from the source, all zero: name → shape."""
+        if self.plan.richer_heads is None:
+            return {}
+        shape, shared = self.plan.shape, self.plan.richer_heads.shared
+        rows = shape.head_dim if shared else shape.heads * shape.head_dim
+        sizes = {"weight": (rows, shape.head_dim), "bias": (rows,)}
+        places = [f"{self.family.blocks}.{block}.{module_name(self.family)}" for block in range(shape.layers)]
+        return {f"{place}.{name}": size for place in places for name, size in sizes.items()}
 
     def cut(self, name: str, weights: Mapping[str, Tensor]) -> Tensor:
         """The parameter of the cut model that comes from the source's parameter ``name``, which must be one that stays.

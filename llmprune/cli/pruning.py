@@ -74,6 +74,23 @@ def apply(
 
 
 @app.command()
+def enrich(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub name.")],
+    out: Out,
+    per_head: Annotated[bool, typer.Option("--per-head", help="A layer for each head; default: one a block.")] = False,
+    activation: Annotated[str, typer.Option(help="silu, gelu or tanh.")] = "silu",
+    overwrite: Overwrite = False,
+) -> None:
+    """Give a model richer attention heads that begin as the identity, to be trained (yamls/continue.yaml)."""
+    from llmprune.convert import commands
+    from llmprune.families import RicherHeadsConfig
+
+    heads = RicherHeadsConfig(shared=not per_head, activation=activation, residual=True)
+    commands.enrich(model, heads, out, overwrite=overwrite)
+    print(out)
+
+
+@app.command()
 def verify(
     a: Annotated[str, typer.Argument(help="A Hugging Face model, or a checkpoint (gated or not).")],
     b: Annotated[str, typer.Argument(help="Another one.")],

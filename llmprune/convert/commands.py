@@ -15,6 +15,7 @@ from llmprune.convert.checkpoint import Checkpoint, CheckpointWeights, is_checkp
 from llmprune.convert.export import export, keep_everything
 from llmprune.convert.replaced import Replaced, read_replaced
 from llmprune.errors import UserError
+from llmprune.families import RicherHeadsConfig
 from llmprune.files import output_folder, refuse_existing, refuse_replacing, save_tensors
 from llmprune.gates.gate_set import GateSet
 from llmprune.models.loading import StoredWeights, fingerprint, load_config, resolve_model
@@ -119,6 +120,23 @@ def apply(model: Path | str, plan: Plan | Path | str, out: Path | str, *, overwr
             "that it was made for"
         )
     export(weights, config, plan, out, companions=folder, source=str(model), overwrite=overwrite)
+
+
+def enrich(model: Path | str, heads: RicherHeadsConfig, out: Path | str, *, overwrite: bool = False) -> None:
+    """Give every attention of a model richer heads that begin as the identity: it computes what it did before.
+
+    Args:
+        model: Hugging Face folder or hub name.
+        heads: how they are richer; residual.
+        out: folder to write.
+        overwrite: whether ``out`` may be replaced.
+
+    Raises:
+        UserError: the heads are richer already or would not begin as the identity, or ``out`` exists.
+    """
+    config = load_config(model)
+    whole = keep_everything(config, fingerprint(StoredWeights(model), config))
+    apply(model, dataclasses.replace(whole, richer_heads=heads), out, overwrite=overwrite)
 
 
 def export_adapter(checkpoint: Path | str, out: Path | str, *, overwrite: bool = False) -> None:

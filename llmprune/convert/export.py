@@ -14,6 +14,7 @@ from llmprune.errors import UserError
 from llmprune.families import family_of
 from llmprune.files import output_folder, save_tensors, write_json
 from llmprune.models.loading import parameter_names
+from llmprune.models.own_types import needs_code, write_code
 from llmprune.plans import KeptBlock, Plan
 from llmprune.replacements.network import Network
 from llmprune.surgery import Surgery
@@ -69,7 +70,9 @@ def export(
     surgery = Surgery(config, plan)
     sources = {new: name for name in parameter_names(weights, config) if (new := surgery.new_name(name)) is not None}
     config = surgery.config if network is None else network.config(surgery.config)
-    added = {} if network is None else network.named(surgery.config)
+    added = {name: torch.zeros(size) for name, size in surgery.added().items()}
+    if network is not None:
+        added |= network.named(surgery.config)
     expected = _meta_tensors(config, dtype or _stored_dtype(weights, sources), surgery.config, set(added))
     if missing := sorted(set(expected) ^ {*sources, *added}):
         raise UserError(f"the weights do not fit the config: '{missing[0]}' is missing or left over")
@@ -92,13 +95,13 @@ def export(
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             write_json(folder / "model.safetensors.index.json", index)
         _write_companions(folder, companions, config, next(iter(expected.values())).dtype)
-        if network is not None:
-            network.write_code(folder)
+        if needs_code(config):
+            write_code(folder)
         (folder / "llmprune").mkdir()
         plan.save(folder / "llmprune" / "plan.json")
         parameters = sum(tensor.numel() for tensor in expected.values())
         text = model_card(
-            source, plan, parameters, surgery.config.model_type, card or {}, needs_code=network is not None
+            source, plan, parameters, surgery.config.model_type, card or {}, needs_code=needs_code(config)
         )
         (folder / "README.md").write_text(text, encoding="utf-8")
 

@@ -9,23 +9,30 @@ from llmprune.families.gpt_neox import GPT_NEOX
 from llmprune.families.llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 from llmprune.families.mixture import MIXTRAL, QWEN3_MOE
 from llmprune.families.opt import OPT
-from llmprune.families.roles import AXES, EMBEDDINGS, NORMS, OUTPUTS, SUBLAYERS, Axis, Role
+from llmprune.families.richer import FIELD, RicherHeadsConfig, attention_output, module_name, with_richer_heads
+from llmprune.families.roles import AXES, EMBEDDINGS, MATRICES, NORMS, OUTPUTS, SUBLAYERS, Axis, Role
 from llmprune.families.shapes import PRUNED, Shape, shape_from, shapes_between, target_shape
 
 __all__ = [
     "AXES",
     "EMBEDDINGS",
     "FAMILIES",
+    "MATRICES",
     "NORMS",
     "OUTPUTS",
+    "OWN",
     "PRUNED",
     "SUBLAYERS",
     "Axis",
     "Family",
     "Parameter",
+    "RicherHeadsConfig",
     "Role",
     "Shape",
+    "attention_output",
     "family_of",
+    "module_name",
+    "richer_heads_of",
     "shape_from",
     "shapes_between",
     "target_shape",
@@ -39,16 +46,29 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
+OWN = "llmprune_"  # begins the model types of what no config of Transformers describes
+
+
+def richer_heads_of(config: PretrainedConfig) -> RicherHeadsConfig | None:
+    """How the heads of a model with this config are richer; None if they are as usual."""
+    described = getattr(config, FIELD, None)
+    if described is None:
+        return None
+    return RicherHeadsConfig(described["shared"], described["activation"], described["residual"])
+
+
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a Hugging Face config.
 
     Raises:
         UserError: no family knows this architecture, or not this variant; the message names what is supported.
     """
+    richer = richer_heads_of(config)
+    model_type = config.model_type if richer is None else config.model_type.removeprefix(OWN)
     for family in FAMILIES.values():
-        if config.model_type in family.model_types:
+        if model_type in family.model_types:
             family.check(config)
-            return family
+            return family if richer is None else with_richer_heads(family, shared=richer.shared)
     supported = sorted(model_type for family in FAMILIES.values() for model_type in family.model_types)
     raise UserError(
         f"the architecture '{config.model_type or type(config).__name__}' is not supported; supported: "

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from transformers import PretrainedConfig
 
 from llmprune.errors import UserError
-from llmprune.families.roles import AXES, NORMS, SUBLAYERS, Axis, Role
+from llmprune.families.roles import AXES, MATRICES, NORMS, SUBLAYERS, Axis, Role
 from llmprune.families.shapes import Shape
 
 _NUMBER = r"\.(\d+)\."  # of an expert, within a block
@@ -213,7 +213,7 @@ class Family:
         found: dict[tuple[str, str], str] = {}
         for name, role in self.block.items():
             sublayer = next(name for name, roles in SUBLAYERS.items() if role in roles)
-            if len(AXES[role]) == 2 and "*" not in name:
+            if role in MATRICES and "*" not in name:
                 (dimension,) = AXES[role][1].dimensions
                 found.setdefault((dimension, sublayer), name)
         return {name: place for place, name in found.items()}
@@ -258,7 +258,7 @@ class Family:
         """
         count: Counter[str] = Counter()
         for _, role in self._in_block(config):
-            for axis in AXES[role] if len(AXES[role]) == 2 else ():
+            for axis in AXES[role] if role in MATRICES else ():
                 count.update(
                     {name: axis.dimensions.count(name) * axis.repeat for name in {*axis.dimensions} - {"hidden"}}
                 )

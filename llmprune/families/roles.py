@@ -17,6 +17,8 @@ class Role(Enum):
     HEAD_NORM = "norm of every query or key by itself"
     QUERY_NORM = "norm over the queries of all heads"
     KEY_NORM = "norm over the keys of all groups"
+    SHARED_RICHER_HEADS = "one non-linear layer for every head's output"
+    RICHER_HEADS = "a non-linear layer for each head's output, one after the other"
     ATTENTION_OUT = "attention output projection"
     ATTENTION_OUT_TO_NORM = "attention output projection before a norm"
     ATTENTION_POST_NORM = "norm of the attention's output"
@@ -49,6 +51,8 @@ SUBLAYERS: dict[str, frozenset[Role]] = {
             Role.HEAD_NORM,
             Role.QUERY_NORM,
             Role.KEY_NORM,
+            Role.SHARED_RICHER_HEADS,
+            Role.RICHER_HEADS,
             Role.ATTENTION_OUT,
             Role.ATTENTION_OUT_TO_NORM,
             Role.ATTENTION_POST_NORM,
@@ -99,6 +103,8 @@ AXES: dict[Role, tuple[Axis, ...]] = {
     Role.HEAD_NORM: (Axis(),),
     Role.QUERY_NORM: (Axis(("query",)),),
     Role.KEY_NORM: (Axis(("key_value",)),),
+    Role.SHARED_RICHER_HEADS: (Axis(), Axis()),
+    Role.RICHER_HEADS: (Axis(("query",)), Axis()),
     Role.ATTENTION_OUT: (Axis(("hidden",), "attention"), Axis(("query",), "query")),
     # The norm that follows takes its statistics over the kept dimensions: the others must be zero.
     Role.ATTENTION_OUT_TO_NORM: (_GATED_HIDDEN, Axis(("query",), "query")),
@@ -113,3 +119,11 @@ AXES: dict[Role, tuple[Axis, ...]] = {
     Role.FINAL_NORM: (_GATED_HIDDEN,),
     Role.OUTPUT: (Axis(), _HIDDEN),
 }
+
+# The roles of a block's matrices between the residual stream and its heads, channels or experts.
+MATRICES = frozenset(
+    role
+    for roles in SUBLAYERS.values()
+    for role in roles
+    if len(AXES[role]) == 2 and any(axis.dimensions == ("hidden",) for axis in AXES[role])
+)

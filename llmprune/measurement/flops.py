@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from llmprune.families import family_of
+from llmprune.families import family_of, richer_heads_of
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Macs:
     """Multiply-accumulate operations; a FLOP count is twice that.
 
     Attributes:
-        projections: of the attention's matrices.
+        projections: of the attention's matrices, and of the layers of richer heads.
         attention: queries by keys, and weights by values.
         mlp: of the MLPs' matrices; of a mixture of experts, of those that a token goes through, and of the router.
         output: of the output layer.
@@ -50,12 +50,13 @@ def macs(config: PretrainedConfig, tokens: int, past: int = 0, *, logits: int | 
     shape = family.shape(config)
     matrices = family.matrices(config)
     columns = matrices["query"] * shape.heads + matrices["key_value"] * shape.kv_heads
+    richer = 0 if richer_heads_of(config) is None else shape.heads * shape.head_dim
     channels, router = matrices["channel"] * shape.intermediate, 0
     if shape.experts is not None and family.chosen_experts is not None:
         channels = channels // shape.experts * getattr(config, family.chosen_experts)
         router = matrices["expert"] * shape.experts
     return Macs(
-        projections=tokens * shape.layers * shape.hidden * shape.head_dim * columns,
+        projections=tokens * shape.layers * shape.head_dim * (shape.hidden * columns + richer),
         attention=2 * tokens * (past + tokens) * shape.layers * shape.heads * shape.head_dim,
         mlp=tokens * shape.layers * shape.hidden * (channels + router),
         output=(tokens if logits is None else logits) * shape.hidden * config.vocab_size,

@@ -56,15 +56,17 @@ def resolve_model(model: str | Path) -> Path:
 
 def _known(folder: Path) -> Path:
     """Let Transformers know the type of a model in ``folder``, if it is one of llmprune's own."""
-    if has_stand_in(folder):
-        register(str(read_json(folder / "config.json")["model_type"]))
+    config = folder / "config.json"
+    model_type = str(read_json(config).get("model_type")) if config.is_file() else ""
+    if model_type.startswith(PREFIX):
+        register(model_type)
     return folder
 
 
 def has_stand_in(model: str | Path) -> bool:
-    """Whether a folder holds a model of one of llmprune's own types, in which a network stands in for blocks."""
+    """Whether a folder holds a model in which a network stands in for blocks."""
     config = Path(model) / "config.json"
-    return config.is_file() and str(read_json(config).get("model_type")).startswith(PREFIX)
+    return config.is_file() and read_json(config).get("llmprune_stand_in") is not None
 
 
 def load_config(model: str | Path) -> PretrainedConfig:

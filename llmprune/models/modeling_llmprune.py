@@ -1,8 +1,9 @@
-"""Causal LMs in which a small network stands in for blocks that were removed, for any Transformers architecture.
+"""Causal LMs of any Transformers architecture with what its config can't describe: richer heads, or a stand-in.
 
 This file is complete in itself and lies beside the weights of such a model, which load with ``trust_remote_code=True``
-wherever llmprune is not installed. A stand-in reads the residual stream [batch, length, hidden] of a token and adds to
-it; it knows no other token, so it needs no cache.
+wherever llmprune is not installed. With richer heads, what every attention head gives passes a small non-linear layer
+before the heads are joined. A stand-in, in the place of blocks that were removed, reads the residual stream [batch,
+length, hidden] of a token and adds to it. Neither knows any other token, so neither needs a cache.
 """
 
 from functools import cache
@@ -19,6 +20,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.activations import ACT2FN
 
 PREFIX = "llmprune_"  # of the model types
 
@@ -95,14 +97,81 @@ def _to_zero(layer: nn.Linear) -> None:
         nn.init.zeros_(layer.bias)
 
 
+class RicherHeads(nn.Module):
+    """act(W o + b) of what each head gives, o; as a residual o + act(W o + b), which is o while W and b are zero.
+
+    Attributes:
+        weight: one W for all heads, [head_dim, head_dim], or each head's below that of the head before,
+            [heads · head_dim, head_dim].
+        bias: alike, [head_dim] or [heads · head_dim].
+    """
+
+    def __init__(self, heads: int, head_dim: int, *, shared: bool, activation: str, residual: bool, std: float) -> None:
+        super().__init__()
+        rows = head_dim if shared else heads * head_dim
+        self.weight = nn.Parameter(torch.zeros(rows, head_dim))
+        self.bias = nn.Parameter(torch.zeros(rows))
+        self.activation, self.shared, self.residual = ACT2FN[activation], shared, residual
+        if not residual:
+            nn.init.normal_(self.weight, std=std)
+
+    def forward(self, joined: Tensor) -> Tensor:
+        """The heads' output, [..., heads · head_dim], from the same."""
+        size = self.weight.shape[1]
+        heads = joined.unflatten(-1, (-1, size))
+        if self.shared:
+            found = F.linear(heads, self.weight, self.bias)
+        else:
+            matrices = self.weight.unflatten(0, (-1, size))
+            rows = torch.bmm(heads.flatten(0, -3).transpose(0, 1), matrices.mT)  # [heads, tokens, head_dim]
+            found = (rows.transpose(0, 1) + self.bias.view(-1, size)).view_as(heads)
+        found = self.activation(found)
+        return (heads + found if self.residual else found).flatten(-2)
+
+    def before(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Give the attention's output matrix richer heads (a hook before its forward pass)."""
+        return (self(inputs[0]), *inputs[1:])
+
+
 def host(place: int) -> int:
     """The number of the block that a stand-in before block ``place`` belongs to: the one before it, if there is one."""
     return max(place - 1, 0)
 
 
 def _attach(model: PreTrainedModel) -> None:
-    """Make the stand-in that the config describes a part of the block beside it."""
-    described = model.config.llmprune_stand_in
+    """Make what the config describes a part of the model."""
+    if model.config.llmprune_richer_heads is not None:
+        _attach_heads(model, **model.config.llmprune_richer_heads)
+    if model.config.llmprune_stand_in is not None:
+        _attach_stand_in(model, model.config.llmprune_stand_in)
+
+
+def _attach_heads(
+    model: PreTrainedModel, blocks: str, output: str, shared: bool, activation: str, residual: bool
+) -> None:
+    """Make richer heads a part of every attention.
+
+    Args:
+        model: gets them.
+        blocks: the name of its blocks.
+        output: the attention's output matrix within a block.
+        shared: whether all heads of a block have one matrix.
+        activation: Transformers' name of it.
+        residual: see ``RicherHeads``.
+    """
+    config, (place, _, _) = model.config, output.rpartition(".")
+    for block in model.get_submodule(blocks).children():
+        attention, matrix = block.get_submodule(place), block.get_submodule(output)
+        size: int = matrix.in_features // config.num_attention_heads  # type: ignore[assignment, operator]
+        std = float(getattr(config, "initializer_range", getattr(config, "init_std", 0.02)))
+        attention.richer_heads = heads = RicherHeads(
+            config.num_attention_heads, size, shared=shared, activation=activation, residual=residual, std=std
+        )
+        matrix.register_forward_pre_hook(heads.before)
+
+
+def _attach_stand_in(model: PreTrainedModel, described: dict[str, Any]) -> None:
+    """Make the stand-in a part of the block beside it."""
     block = model.get_submodule(described["blocks"])[host(described["place"])]  # type: ignore[index]
     block.stand_in = NETWORKS[described["kind"]](**described["settings"])
     block.__class__ = _hosting(type(block), described["place"] == 0)
@@ -134,7 +203,12 @@ def register(model_type: str) -> None:
 def config_class(model_type: str) -> type[PretrainedConfig]:
     """The class of configs of such models, which has the name ``config_of_TYPE`` here."""
     base = CONFIG_MAPPING[model_type]
-    body = {"model_type": PREFIX + model_type, "llmprune_stand_in": None, "__module__": __name__}
+    body = {
+        "model_type": PREFIX + model_type,
+        "llmprune_richer_heads": None,
+        "llmprune_stand_in": None,
+        "__module__": __name__,
+    }
     return type(f"config_of_{model_type}", (base,), body)
 
 

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.errors import UserError, nearest
-from llmprune.families import AXES, SUBLAYERS, Role, family_of
+from llmprune.families import MATRICES, SUBLAYERS, Role, family_of
 from llmprune.recovery.four_bits import MARK, describe_packed, written_out
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftConfig
 
 BASE, A, B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # in names of parameters
-_MATRICES = {role for roles in SUBLAYERS.values() for role in roles if len(AXES[role]) == 2} - {Role.ROUTER}
+_ADAPTED = MATRICES - {Role.ROUTER}
 
 
 @dataclass
@@ -70,7 +70,7 @@ def targets_of(config: PretrainedConfig, targets: list[str]) -> list[str]:
         UserError: there is no such target.
     """
     family = family_of(config)
-    matrices = {name: role for name, role in family.block.items() if role in _MATRICES}
+    matrices = {name: role for name, role in family.block.items() if role in _ADAPTED}
     found: set[str] = set()
     for target in targets:
         chosen = {name for name, role in matrices.items() if role in SUBLAYERS.get(target, ()) or name == target}
@@ -98,6 +98,10 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> list[
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(config.peft(model.config), model)  # type: ignore[arg-type]
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if base is not None:  # what happens before the matrix happens before its adapter, too
+            module._forward_pre_hooks, base._forward_pre_hooks = base._forward_pre_hooks, module._forward_pre_hooks
     adapters = [module for name, module in model.named_modules() if name.endswith((A[:-7], B[:-7]))]
     for adapter in adapters:
         adapter.float()

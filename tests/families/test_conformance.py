@@ -9,12 +9,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmprune.convert.commands import apply
 from llmprune.errors import UserError
-from llmprune.families import Role, family_of
+from llmprune.families import RicherHeadsConfig, Role, family_of
 from llmprune.gates.attach import attach
 from llmprune.gates.gate_set import GateSet
 from llmprune.gates.settings import L0PruningConfig, TargetShape, make_goal
 from llmprune.models.causal_lm import logits_of
 from llmprune.models.loading import fingerprint, new_model
+from llmprune.models.richer import with_richer_heads
 from llmprune.models.walking import Run, visited
 from llmprune.plans import KeptBlock, Plan
 from llmprune.surgery import Surgery
@@ -66,6 +67,12 @@ CONFIGS: dict[str, PretrainedConfig] = {
         num_experts_per_tok=2,
         moe_intermediate_size=24,
         norm_topk_prob=True,
+    ),
+    "llama-richer": with_richer_heads(tiny_config(), RicherHeadsConfig(shared=False)),
+    "qwen3-richer-shared": with_richer_heads(tiny_config("qwen3"), RicherHeadsConfig(activation="gelu")),
+    "opt-richer-residual": with_richer_heads(
+        tiny_config("opt", num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
+        RicherHeadsConfig(shared=False, residual=True),
     ),
 }
 TARGETS = {

@@ -24,7 +24,7 @@ OTHERS = {
 def test_targets_are_the_blocks_matrices(name: str) -> None:
     """By hand for each architecture; an adapter sits on as many matrices as there are, and on none elsewhere."""
     config = CONFIGS[name]
-    attention, mlp = OTHERS.get(config.model_type, LLAMA)
+    attention, mlp = OTHERS.get(config.model_type.removeprefix("llmprune_"), LLAMA)
     assert set(targets_of(config, ["attention"])) == attention
     assert set(targets_of(config, ["mlp"])) == mlp
     model = random_model(config)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.data import data_prep, mixed_loading
 from benchmarks.distilling import distillation_step, vocabulary_loss
+from benchmarks.heads import richer_block, richer_step
 from benchmarks.memory import apply_memory, convert_memory, offload_memory
 from benchmarks.pruning import gated_step
 from benchmarks.ratios import Ratio
@@ -25,6 +26,8 @@ BENCHMARKS: dict[str, Callable[[int], Ratio]] = {
     "replacement_memory": replacement_memory,
     "distillation_step": distillation_step,
     "vocabulary_loss": vocabulary_loss,
+    "richer_block": richer_block,
+    "richer_step": richer_step,
     "data_prep": data_prep,
     "mixed_loading": mixed_loading,
     "convert_memory": convert_memory,

@@ -19,6 +19,9 @@ def measure(
     warmups: Annotated[int, typer.Option(help="Runs before those that count.")] = 10,
     repeats: Annotated[int, typer.Option(help="Runs that count.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 17,
+    uncached: Annotated[
+        bool, typer.Option("--uncached", help="Time generation without a key/value cache, too.")
+    ] = False,
     adapter: Adapter = None,
     dtype: DTypeToRun = "auto",
     device: Device = None,
@@ -47,6 +50,7 @@ def measure(
         warmups,
         repeats,
         seed,
+        uncached,
     )
     results, watch = measure_models(models, config, Placement(dtype, device, device_map, attention, adapter))
     if out is not None:

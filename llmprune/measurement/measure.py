@@ -32,6 +32,7 @@ class MeasureConfig:
         warmups: runs before those that count.
         repeats: runs that count.
         seed: of the random prompts.
+        uncached: time generation without a key/value cache, too.
     """
 
     batch_sizes: Sequence[int] = (1,)
@@ -40,6 +41,7 @@ class MeasureConfig:
     warmups: int = 10
     repeats: int = 20
     seed: int = 17
+    uncached: bool = False
 
     def check(self) -> None:
         """Raise ``UserError`` for what can't be."""
@@ -59,6 +61,7 @@ class Setting:
     batch: int
     prompt: int
     output: int | None
+    cached: bool = True
 
     @property
     def kind(self) -> str:
@@ -68,7 +71,9 @@ class Setting:
     def describe(self) -> dict[str, int]:
         """Its sizes, as in speed.json."""
         sizes = {"batch": self.batch, "prompt_tokens": self.prompt}
-        return sizes if self.output is None else {**sizes, "output_tokens": self.output}
+        if self.output is not None:
+            sizes["output_tokens"] = self.output
+        return sizes if self.cached else {**sizes, "cached": False}
 
     @property
     def tokens(self) -> int:
@@ -99,8 +104,9 @@ def measure(
             raise UserError(f"the model {name} is named twice")
     found_models = [find_model(name, placement) for name in models]
     settings = [
-        Setting(batch, prompt, output)
+        Setting(batch, prompt, output, cached)
         for output in (None, *config.output_tokens)
+        for cached in ((True, False) if config.uncached and output is not None else (True,))
         for prompt in config.prompt_tokens
         for batch in config.batch_sizes
     ]
@@ -205,7 +211,9 @@ def _runner(opened: OpenedModel, setting: Setting, seed: int) -> Callable[[], Te
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
     length = {"min_new_tokens": setting.output, "max_new_tokens": setting.output}
-    generation = {} if setting.output is None else opened.generation(do_sample=False, **length)
+    generation = (
+        {} if setting.output is None else opened.generation(do_sample=False, use_cache=setting.cached, **length)
+    )
     last_alone = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
 
     @torch.inference_mode()

@@ -66,6 +66,7 @@ def table(results: dict[str, Any]) -> str:
             for entry in found[kind]:
                 shape = f"  {kind:11} batch {entry['batch']:<4} {entry['prompt_tokens']} tokens"
                 shape += f" → {entry['output_tokens']}" if "output_tokens" in entry else ""
+                shape += "" if entry.get("cached", True) else " uncached"
                 if "latency_s" not in entry:
                     lines.append(f"{shape:45} out of memory")
                     continue

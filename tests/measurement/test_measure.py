@@ -25,6 +25,8 @@ from llmprune.models.placement import Placement
 
 QUICK = ("--warmups", "1", "--repeats", "3")
 
+CPU = Placement(device="cpu")
+
 
 def test_the_files(model_folder: Path, trained_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "speed.json"
@@ -57,6 +59,22 @@ def test_the_length_of_the_output_is_forced(trained_folder: Path) -> None:
     watch = UtilisationWatch(torch.device("cpu"))
     found = _measure_setting([opened], Setting(2, 4, 9), MeasureConfig(warmups=0, repeats=2), watch)
     assert "latency_s" in found[opened.name]
+
+
+def test_generation_without_a_cache(trained_folder: Path) -> None:
+    """Without a cache every step reads all tokens so far."""
+    opened = open_model(str(trained_folder), Placement(device="cpu"))
+    lengths: list[int] = []
+    opened.model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    for cached, wanted in ((True, [4, 1, 1]), (False, [4, 5, 6])):
+        lengths.clear()
+        module._runner(opened, Setting(2, 4, 3, cached), seed=0)()
+        assert lengths == wanted
+    found, _ = measure(
+        [str(trained_folder)], MeasureConfig(output_tokens=(3,), warmups=0, repeats=2, uncached=True), CPU
+    )
+    generation = found["models"][str(trained_folder)]["generation"]
+    assert [entry.get("cached", True) for entry in generation] == [True, False]
 
 
 def test_spread_and_ratios() -> None:

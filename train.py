@@ -5,19 +5,26 @@ import sys
 import time
 
 from llmprune.errors import UserError
-from llmprune.processes import end_with_launcher
+from llmprune.processes import TERMINATION, end_with_launcher
 
+SAVED_AND_LEFT = 75  # the exit code of a run that was asked to end and can go on: "try again", EX_TEMPFAIL
 USAGE = "composer [-n RANKS] train.py yamls/NAME.yaml [section.key=value …]"
 
 
 def main(arguments: list[str]) -> int:
-    """Train as the YAML says; 0 = done, 2 = a mistake of the user's, told in one line."""
+    """Train as the YAML says.
+
+    Returns:
+        0 = done, 2 = a mistake of the user's, told in one line, 75 = asked to end (SIGTERM), saved and left.
+    """
     if not arguments:
         print(f"usage: {USAGE}", file=sys.stderr)
         return 2
     try:
+        from llmprune.callbacks.preemption import Preempted
         from llmprune.config import IterationConfig, ScoringConfig, SearchConfig, describe, load_job
 
+        TERMINATION.listen()  # again: Composer ends the process at once
         if arguments[0] in ("-h", "--help"):
             print(f"{USAGE}\n\n{describe()}")
             return 0
@@ -38,6 +45,10 @@ def main(arguments: list[str]) -> int:
             from llmprune.training import train
 
             train(job)
+    except Preempted as left:
+        if os.environ.get("RANK", "0") == "0":
+            print(left, file=sys.stderr)
+        return SAVED_AND_LEFT
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             # The launcher kills all ranks when one ends: let rank 0 tell the mistake and set the exit code.
@@ -52,5 +63,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    TERMINATION.listen()
     end_with_launcher()
     sys.exit(main(sys.argv[1:]))

@@ -1,12 +1,52 @@
-"""Processes that do not outlive the one that started them."""
+"""How processes end: with the one that started them, and when they are asked to."""
 
 import os
+import signal
 import threading
 import time
+from types import FrameType
+
+LEAVE = 600.0  # seconds that a rank which was asked to end may go on without its launcher, to save
+
+
+class Termination:
+    """Whether this process was asked to end (SIGTERM).
+
+    Attributes:
+        asked: it was.
+    """
+
+    def __init__(self) -> None:
+        """Nobody has asked yet."""
+        self.asked = False
+
+    def listen(self) -> None:
+        """From now on only note it; to be called by the main thread, and again behind imports that listen, too."""
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+TERMINATION = Termination()  # of this process
+
+
+def outlast_one_termination(worker: int = 0) -> None:
+    """Let a loader worker go on feeding its rank, which saves and leaves, when all processes are asked to end.
+
+    The second time it ends: so its rank asks it.
+    """
+
+    def note(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, note)
 
 
 def end_with(parent: int) -> None:
     """End this process within a second of its parent's end, however that ended.
+
+    A process that was asked to end is left the time to save what it has.
 
     Args:
         parent: the id of the process that started this one.
@@ -14,6 +54,9 @@ def end_with(parent: int) -> None:
 
     def watch() -> None:
         while os.getppid() == parent:  # whoever adopts an orphan has another id
+            time.sleep(0.5)
+        until = time.monotonic() + LEAVE
+        while TERMINATION.asked and time.monotonic() < until:
             time.sleep(0.5)
         os._exit(1)
 

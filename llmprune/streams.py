@@ -13,6 +13,7 @@ from llmprune.data.dataset import EvalDataset, MixedDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.data.updates import first_weights
 from llmprune.models.causal_lm import Batch
+from llmprune.processes import outlast_one_termination
 from llmprune.replacements.cache import CachedStates, StatesCache
 
 
@@ -59,6 +60,7 @@ def make_loaders(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.data.workers > 0,
         prefetch_factor=config.data.prefetch if config.data.workers else None,
+        worker_init_fn=outlast_one_termination,
     )
     return (
         stream,

@@ -25,14 +25,17 @@ from llmprune.callbacks.loss_guard import LossGuard
 from llmprune.callbacks.low_rank_adaptation import LowRankAdaptation
 from llmprune.callbacks.metrics_file import MetricsFile, read_metrics
 from llmprune.callbacks.partial_training import PartialTraining
+from llmprune.callbacks.preemption import Preempted, Preemption
 from llmprune.checks import Ingredients, check, check_same_run, data_contents
 from llmprune.config import Config, LiveEvaluationConfig, LoggersConfig, save_config
+from llmprune.convert.stored_state import harmless
 from llmprune.data.dataset import MixedDataset
 from llmprune.families import family_of
 from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
 from llmprune.models.loading import empty_model, load_model, new_model
 from llmprune.models.placement import DTYPES
 from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
+from llmprune.processes import TERMINATION
 from llmprune.ranks import on_rank_zero, share_cores
 from llmprune.recovering import correspondence_of
 from llmprune.recovery.four_bits import quantization
@@ -100,36 +103,37 @@ def build_trainer(config: Config) -> Trainer:
         algorithms.append(GradientClipping("norm", clipping_threshold=clipping))
     if sums:
         algorithms.append(AverageGradients())  # after a batch, Composer runs the last algorithm first
-    return Trainer(
-        model=wrapped,
-        run_name=config.run.name,
-        seed=config.run.seed,
-        device=config.train.device,
-        train_dataloader=DataSpec(train, get_num_tokens_in_batch=count_tokens),
-        accumulate_train_batch_on_tokens=True,
-        eval_dataloader=eval_loader(evaluation, eval_batch),
-        max_duration=config.train.duration if trains(config) else "1ba",
-        eval_interval=interval(config.train.eval_interval, config.train.duration),
-        optimizers=optimizer,
-        schedulers=SCHEDULERS[config.scheduler.name](config.scheduler),
-        step_schedulers_every_batch=True,
-        algorithms=algorithms,
-        callbacks=callbacks,
-        loggers=make_loggers(config.loggers, run, config.run.name),
-        progress_bar=not config.loggers.console,
-        log_to_console=config.loggers.console,
-        console_log_interval=config.loggers.console_interval,
-        precision=config.train.precision,
-        device_train_microbatch_size=config.train.microbatch_size,
-        parallelism_config=parallelism(config.sharding, config.train.activation_checkpointing),
-        save_folder=str(run.checkpoints),
-        save_filename="ba{batch}-rank{rank}.pt",
-        save_latest_filename="latest-rank{rank}.pt",
-        save_interval=interval(config.checkpoint.interval, config.train.duration),
-        save_num_checkpoints_to_keep=config.checkpoint.keep,
-        save_overwrite=True,
-        load_path=None if resume is None else str(resume),
-    )
+    with contextlib.nullcontext() if resume is None else harmless(resume):
+        return Trainer(
+            model=wrapped,
+            run_name=config.run.name,
+            seed=config.run.seed,
+            device=config.train.device,
+            train_dataloader=DataSpec(train, get_num_tokens_in_batch=count_tokens),
+            accumulate_train_batch_on_tokens=True,
+            eval_dataloader=eval_loader(evaluation, eval_batch),
+            max_duration=config.train.duration if trains(config) else "1ba",
+            eval_interval=interval(config.train.eval_interval, config.train.duration),
+            optimizers=optimizer,
+            schedulers=SCHEDULERS[config.scheduler.name](config.scheduler),
+            step_schedulers_every_batch=True,
+            algorithms=algorithms,
+            callbacks=callbacks,
+            loggers=make_loggers(config.loggers, run, config.run.name),
+            progress_bar=not config.loggers.console,
+            log_to_console=config.loggers.console,
+            console_log_interval=config.loggers.console_interval,
+            precision=config.train.precision,
+            device_train_microbatch_size=config.train.microbatch_size,
+            parallelism_config=parallelism(config.sharding, config.train.activation_checkpointing),
+            save_folder=str(run.checkpoints),
+            save_filename="ba{batch}-rank{rank}.pt",
+            save_latest_filename="latest-rank{rank}.pt",
+            save_interval=interval(config.checkpoint.interval, config.train.duration),
+            save_num_checkpoints_to_keep=config.checkpoint.keep,
+            save_overwrite=True,
+            load_path=None if resume is None else str(resume),
+        )
 
 
 def _live_evaluation(config: LiveEvaluationConfig, inputs: Ingredients) -> "LiveEvaluation":
@@ -148,7 +152,11 @@ def train(config: Config) -> Trainer:
         trainer.eval()
         trainer.save_checkpoint(f"{config.run.folder}/checkpoints/ba0-rank{{rank}}.pt")
     elif trainer.state.timestamp < trainer.state.max_duration:
-        trainer.fit()
+        try:
+            trainer.fit()
+        except Preempted:
+            trainer.close()
+            raise
         if config.l0_pruning is not None and config.l0_pruning.target_sparsity is not None:
             report_rounding(trainer)
     else:
@@ -237,7 +245,7 @@ def make_callbacks(
 ) -> list[Callback]:
     """The callbacks of a run; a resumed one has its weights in the checkpoint."""
     guard = LossGuard(config.train.loss_spike_factor, skip=config.train.loss_spike == "skip")
-    callbacks: list[Callback] = [guard, LRMonitor(), SpeedMonitor(window_size=10)]
+    callbacks: list[Callback] = [guard, LRMonitor(), SpeedMonitor(window_size=10), Preemption(TERMINATION)]
     if config.sharding is not None and config.model.path is not None and not resumed:
         callbacks.append(LoadShards(config.model.path))
     if live is not None:

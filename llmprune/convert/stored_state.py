@@ -1,9 +1,11 @@
 """Reading tensors from Composer's checkpoints, whole or sharded, one at a time and without unpickling anything else."""
 
 import datetime
+import os
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import EnumMeta
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -17,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.torch_version import TorchVersion
 
-from llmprune.errors import UserError
+from llmprune.errors import UserError, first_line
 
 _SMALL = 2**20  # bytes of a tensor that is read at once
 METADATA = ".metadata"  # marks a folder as a sharded checkpoint
@@ -32,6 +34,8 @@ _SAFE_IN_WHOLE = [
     np.dtypes.UInt32DType,
     np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
 ]
+
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # PyTorch's own switch
 
 # What describes the tensors of a sharded checkpoint.
 _SAFE_IN_METADATA = {
@@ -71,6 +75,29 @@ def open_state(path: Path) -> StoredState:
     except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, OSError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path} is no readable checkpoint ({reason}): use another one") from None
+
+
+@contextmanager
+def harmless(path: Path) -> Iterator[None]:
+    """While open, Composer loads the checkpoint at ``path`` without unpickling what could do anything.
+
+    Raises:
+        UserError: it holds something else than tensors, plain types, and what Composer keeps beside them.
+    """
+    if path.is_dir():
+        open_state(path)  # its description refers to known classes only: whoever unpickles it again does no harm
+    forced = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(_SAFE_IN_WHOLE):
+            yield
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} can't be gone on with ({first_line(error)}): use another checkpoint") from None
+    finally:
+        if forced is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = forced
 
 
 class _Whole:

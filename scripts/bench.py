@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.data import data_prep, mixed_loading
 from benchmarks.distilling import distillation_step, vocabulary_loss
+from benchmarks.estimates import estimate_memory
 from benchmarks.heads import richer_block, richer_step
 from benchmarks.memory import apply_memory, convert_memory, offload_memory
 from benchmarks.pruning import gated_step
@@ -36,6 +37,7 @@ BENCHMARKS: dict[str, Callable[[int], Ratio]] = {
     "all_criteria": all_criteria,
     "unit_scores": unit_scores,
     "offload_memory": offload_memory,
+    "estimate_memory": estimate_memory,
 }
 
 

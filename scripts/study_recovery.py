@@ -1,11 +1,11 @@
 """Every recovery at three numbers of tokens: the quickstart's base, pruned by depth and by width to the same size.
 
-A second part asks what distillation and dynamic mixing add where the base knows much more than the model that is left:
-its base is trained three times as long. A second run goes on where the first was stopped. What comes out is
-OUT/table.md, OUT/gap.md and OUT/recovery.png.
+A second run goes on where the first was stopped. What comes out is OUT/table.md, OUT/gap.md (what of the gap between
+base and plain continued pretraining others close) and OUT/recovery.png.
 """
 
 import argparse
+import itertools
 import logging
 import sys
 import time
@@ -24,7 +24,6 @@ from llmprune.scoring.selection import PlanConfig
 ROOT = Path(__file__).resolve().parents[1]
 EVAL_SAMPLES_PER_DOMAIN = 100
 BATCHES = {"small": 25, "medium": 75, "large": 225}
-LONG = 2400  # batches of the longer trained base
 # Three quarters of the base's 3,221,952 parameters, by two ways.
 PLANS = {
     "depth": PlanConfig(criterion="perplexity", shape={"layers": 4}),
@@ -40,13 +39,11 @@ class Recovery:
 
     Attributes:
         yaml: of the job.
-        overrides: of the YAML; {base}, {data} and {taught} are filled in.
-        gap: whether it is part of the second part.
+        overrides: of the YAML; {base} and {taught} are filled in.
     """
 
     yaml: str
     overrides: tuple[str, ...]
-    gap: bool = False
 
 
 def _parts(*parts: str) -> Recovery:
@@ -54,13 +51,13 @@ def _parts(*parts: str) -> Recovery:
     return Recovery("continue.yaml", (FIXED, f"trainable={{{{parts: [{', '.join(parts)}]}}}}"))
 
 
-def _taught(more: str = "", *others: str, gap: bool = False) -> Recovery:
-    return Recovery("continue.yaml", (TEACHER.replace("{more}", more), *others), gap)
+def _taught(more: str = "", *others: str) -> Recovery:
+    return Recovery("continue.yaml", (TEACHER.replace("{more}", more), *others))
 
 
 RECOVERIES: Mapping[str, Recovery] = {
-    "continued pretraining": Recovery("continue.yaml", (FIXED,), gap=True),
-    "dynamic mixing": Recovery("continue.yaml", (), gap=True),
+    "continued pretraining": Recovery("continue.yaml", (FIXED,)),
+    "dynamic mixing": Recovery("continue.yaml", ()),
     "norms": _parts("norms"),
     "embedding, final norm": _parts("embedding", "final_norm"),
     "embedding, final norm, last block": _parts("embedding", "final_norm", "last.1"),
@@ -68,11 +65,11 @@ RECOVERIES: Mapping[str, Recovery] = {
     "embedding, final norm, last 3 blocks": _parts("embedding", "final_norm", "last.3"),
     "LoRA": Recovery("finetune.yaml", ()),
     "QLoRA": Recovery("finetune.yaml", ("lora.quantize=nf4",)),
-    "distillation": _taught("", FIXED, gap=True),
+    "distillation": _taught("", FIXED),
     "distillation, top 16 from disk": Recovery("continue.yaml", (FIXED, "data.path={taught}", "distillation={{}}")),
     "distillation and next-token loss": _taught(", objectives: {{kl: 1.0, lm: 1.0}}", FIXED),
     "distillation and states": _taught(", objectives: {{kl: 1.0, mse: 0.5}}", FIXED),
-    "distillation and dynamic mixing": _taught(gap=True),
+    "distillation and dynamic mixing": _taught(),
     "distillation, LoRA": Recovery("finetune.yaml", (TEACHER.replace("{more}", ""),)),
 }
 
@@ -81,7 +78,6 @@ RECOVERIES: Mapping[str, Recovery] = {
 class Entry:
     """One cell of the table."""
 
-    base: str
     kind: str
     recovery: str
     tokens: str
@@ -89,18 +85,13 @@ class Entry:
     @property
     def name(self) -> str:
         """Among all."""
-        return f"{self.base}: {self.kind}: {self.recovery}: {self.tokens}"
+        return f"{self.kind}: {self.recovery}: {self.tokens}"
 
 
 def entries() -> Iterator[Entry]:
     """All cells."""
-    for base, names in (
-        ("quickstart", RECOVERIES),
-        ("long", [name for name, recovery in RECOVERIES.items() if recovery.gap]),
-    ):
-        for kind in PLANS:
-            for name in names:
-                yield from (Entry(base, kind, name, tokens) for tokens in BATCHES)
+    for kind, recovery, tokens in itertools.product(PLANS, RECOVERIES, BATCHES):
+        yield Entry(kind, recovery, tokens)
 
 
 class Study:
@@ -108,42 +99,10 @@ class Study:
 
     def __init__(self, quickstart: Path, out: Path) -> None:
         """Work in ``out``."""
-        self._quickstart, self._out, self._data = quickstart, out, quickstart / "data"
+        self.base, self._data, self._out = quickstart / "base", quickstart / "data", out
+        self._references = quickstart / "references.json"
 
-    def base(self, name: str) -> Path:
-        """The folder of a base; the long one is trained if need be."""
-        from llmprune.convert.commands import convert
-
-        if name == "quickstart":
-            return self._quickstart / "base"
-        folder = self._out / "long"
-        if not folder.exists():
-            self._train(
-                "pretrain.yaml",
-                self._out / "pretrain",
-                [f"train.duration={LONG}ba", "train.microbatch_size=8", "run.autoresume=true"],
-            )
-            convert(self._out / "pretrain", folder)
-        return folder
-
-    def references(self, name: str) -> Path:
-        """The base's losses by domain."""
-        from llmprune.data.prepared import PreparedData
-        from llmprune.evaluation.references import references
-        from llmprune.models.placement import Placement
-
-        path = self._out / f"references-{name}.json"
-        if not path.exists():
-            found = references(
-                [str(self.base(name))],
-                PreparedData(self._data),
-                Placement("float32"),
-                samples_per_domain=EVAL_SAMPLES_PER_DOMAIN,
-            )
-            write_json(path, found)
-        return path
-
-    def pruned(self, base: str, kind: str) -> Path:
+    def pruned(self, kind: str) -> Path:
         """The folder of a pruned model."""
         from llmprune.convert.commands import apply
         from llmprune.planning import make_plan
@@ -151,22 +110,21 @@ class Study:
         from llmprune.scoring.scores import Scores
         from llmprune.scoring.settings import LayerScoringConfig
 
-        folder, scores = self._out / f"{base}-{kind}", self._out / f"scores-{base}.json"
+        folder, scores = self._out / kind, self._out / "scores.json"
         if not folder.exists():
             if not scores.exists():
                 calibration = CalibrationConfig(str(self._data), 64, 128)
-                criteria = ["perplexity", "unit_taylor"]
-                score(str(self.base(base)), LayerScoringConfig(calibration, criteria)).save(scores)
-            apply(self.base(base), make_plan(Scores.load(scores), PLANS[kind]), folder)
+                score(str(self.base), LayerScoringConfig(calibration, ["perplexity", "unit_taylor"])).save(scores)
+            apply(self.base, make_plan(Scores.load(scores), PLANS[kind]), folder)
         return folder
 
-    def taught(self, base: str) -> Path:
+    def taught(self) -> Path:
         """The data with the base's predictions."""
         from data_prep.teach import TeachConfig, teach
 
-        folder = self._out / f"taught-{base}"
+        folder = self._out / "taught"
         if not folder.exists():
-            teach(str(self._data), str(self.base(base)), folder, TeachConfig(top_k=16))
+            teach(str(self._data), str(self.base), folder, TeachConfig(top_k=16))
         return folder
 
     def measure(self, entry: Entry) -> dict[str, Any]:
@@ -174,11 +132,11 @@ class Study:
         from llmprune.convert.commands import convert
         from llmprune.measurement.monitor import peak_memory
 
-        model, work = self.pruned(entry.base, entry.kind), self._out / "work"
+        model, work = self.pruned(entry.kind), self._out / "work"
         recovery = RECOVERIES[entry.recovery]
-        places = {"base": self.base(entry.base), "data": self._data}
+        places = {"base": self.base}
         if "{taught}" in " ".join(recovery.overrides):
-            places["taught"] = self.taught(entry.base)
+            places["taught"] = self.taught()
         overrides = [
             f"model.path={model}",
             f"train.duration={BATCHES[entry.tokens]}ba",
@@ -186,7 +144,7 @@ class Study:
             "train.eval_interval=0ba" if FIXED in recovery.overrides else f"train.eval_interval={_interval(entry)}ba",
         ]
         if FIXED not in recovery.overrides and recovery.yaml == "continue.yaml":
-            overrides.append(f"dynamic_loading.references={self.references(entry.base)}")
+            overrides.append(f"dynamic_loading.references={self._references}")
         overrides += [text.format(**places) for text in recovery.overrides]
         remove(work)
         start = time.perf_counter()
@@ -231,10 +189,10 @@ def table(found: Mapping[str, dict[str, Any]], pruned: Mapping[str, dict[str, An
         "|---|---|---|---|---|---|---|---|",
     ]
     for kind in PLANS:
-        before = pruned[f"quickstart: {kind}"]
+        before = pruned[kind]
         rows.append(f"| {kind} | none | | {before['loss']:.4f} | {before['loss']:.4f} | {before['loss']:.4f} | | |")
         for name in RECOVERIES:
-            cells = [found.get(Entry("quickstart", kind, name, tokens).name) for tokens in BATCHES]
+            cells = [found.get(Entry(kind, name, tokens).name) for tokens in BATCHES]
             if None in cells:
                 continue
             losses = " | ".join(f"{cell['loss']:.4f}" for cell in cells if cell is not None)
@@ -246,24 +204,19 @@ def table(found: Mapping[str, dict[str, Any]], pruned: Mapping[str, dict[str, An
     return "\n".join(rows) + "\n"
 
 
-def gap_table(found: Mapping[str, dict[str, Any]], bases: Mapping[str, float]) -> str:
+def gap_table(found: Mapping[str, dict[str, Any]], base: float) -> str:
     """What of the gap between the base and plain continued pretraining others close, as Markdown."""
-    rows = [
-        "| base | pruned by | recovery | " + " | ".join(BATCHES) + " |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = ["| pruned by | recovery | " + " | ".join(BATCHES) + " |", "|---|---|---|---|---|"]
     plain = "continued pretraining"
-    for base, loss in bases.items():
-        for kind in PLANS:
-            left = [found[Entry(base, kind, plain, tokens).name]["loss"] - loss for tokens in BATCHES]
-            rows.append(f"| {base} ({loss:.4f}) | {kind} | {plain} leaves | {' | '.join(f'{g:+.4f}' for g in left)} |")
-            for name in (name for name, recovery in RECOVERIES.items() if recovery.gap and name != plain):
-                cells = []
-                for tokens, gap in zip(BATCHES, left, strict=True):
-                    closed = gap - (found[Entry(base, kind, name, tokens).name]["loss"] - loss)
-                    share = f" ({closed / gap:.0%})" if gap > 0 else ""
-                    cells.append(f"{closed:+.4f}{share}")
-                rows.append(f"| {base} | {kind} | {name} closes | {' | '.join(cells)} |")
+    for kind in PLANS:
+        left = [found[Entry(kind, plain, tokens).name]["loss"] - base for tokens in BATCHES]
+        rows.append(f"| {kind} | {plain} leaves | {' | '.join(f'{gap:+.4f}' for gap in left)} |")
+        for name in ("dynamic mixing", "distillation", "distillation and dynamic mixing"):
+            cells = []
+            for tokens, gap in zip(BATCHES, left, strict=True):
+                closed = gap - (found[Entry(kind, name, tokens).name]["loss"] - base)
+                cells.append(f"{closed:+.4f}" + (f" ({closed / gap:.0%})" if gap > 0 else ""))
+            rows.append(f"| {kind} | {name} closes | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 
@@ -274,7 +227,7 @@ def draw(found: Mapping[str, dict[str, Any]], base: float, path: Path) -> None:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2, sharey=True), PLANS, strict=True):
         for number, name in enumerate(RECOVERIES):
-            losses = [found[Entry("quickstart", kind, name, tokens).name]["loss"] for tokens in BATCHES]
+            losses = [found[Entry(kind, name, tokens).name]["loss"] for tokens in BATCHES]
             style = "-" if "distillation" in name else "--" if "LoRA" in name else ":"
             tokens = [count * 8 * 128 for count in BATCHES.values()]
             axes.plot(tokens, losses, f"o{style}", color=f"C{number % 10}", markersize=3, label=name)
@@ -309,12 +262,12 @@ def main() -> int:
             write_json(path, found)
             row = found[entry.name]
             print(f"{entry.name:70} {row['loss']:8.4f} {row['seconds']:6.0f} s", flush=True)
-    bases = {base: study.losses(study.base(base))["loss"] for base in ("quickstart", "long")}
-    pruned = {f"quickstart: {kind}": study.losses(study.pruned("quickstart", kind)) for kind in PLANS}
+    base = study.losses(study.base)["loss"]
+    pruned = {kind: study.losses(study.pruned(kind)) for kind in PLANS}
     write_text(arguments.out / "table.md", table(found, pruned))
-    write_text(arguments.out / "gap.md", gap_table(found, bases))
-    draw(found, bases["quickstart"], arguments.out / "recovery.png")
-    print(bases, {name: (row["loss"], row["parameters"]) for name, row in pruned.items()})
+    write_text(arguments.out / "gap.md", gap_table(found, base))
+    draw(found, base, arguments.out / "recovery.png")
+    print(f"base {base:.4f}", {kind: (row["loss"], row["parameters"]) for kind, row in pruned.items()})
     return 0
 
 

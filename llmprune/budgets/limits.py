@@ -187,3 +187,15 @@ def _amount(text: str | None, name: str, whole: float) -> float:
         raise UserError(f"--budget-{name} '{text}' is no amount: write {examples[name]}")
     number = float(match[1])
     return number * whole if not unit and number <= 1 else number * units[unit]
+
+
+def bytes_of(text: str, option: str) -> float:
+    """A size such as ``80GB``, in bytes.
+
+    Raises:
+        UserError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
+    if match is None or match[2].upper() not in _BYTES:
+        raise UserError(f"{option} '{text}' is no size: write 80GB")
+    return float(match[1]) * _BYTES[match[2].upper()]

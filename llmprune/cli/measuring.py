@@ -59,6 +59,42 @@ def measure(
 
 
 @app.command()
+def estimate(
+    yaml: Annotated[str, typer.Argument(metavar="YAML", help="A job that trains.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE…]", help="Of the YAML.")] = None,
+    gpus: Annotated[int, typer.Option(help="In all.")] = 1,
+    gpu_memory: Annotated[str, typer.Option(help="Of each.")] = "80GB",
+    gpus_per_node: Annotated[int, typer.Option(help="Of them on a node.")] = 8,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a sample; default: the data's.")] = None,
+    tflops: Annotated[float, typer.Option(help="Of a GPU at its best (H100, bfloat16: 989).")] = 989.0,
+    utilisation: Annotated[float, typer.Option(help="Share of them that is reached.")] = 0.4,
+    bandwidth: Annotated[str, typer.Option(help="Of a GPU to other nodes, per second.")] = "50GB",
+    bandwidth_within: Annotated[str, typer.Option(help="The same within a node.")] = "400GB",
+    price: Annotated[float | None, typer.Option(help="Of a GPU for an hour.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a job will take: memory of every rank, time, cost. Nothing is loaded. Exit code 1: it does not fit."""
+    from llmprune.budgets.limits import bytes_of
+    from llmprune.config import load_config
+    from llmprune.estimating import Cluster, estimate_job
+
+    cluster = Cluster(
+        gpus,
+        bytes_of(gpu_memory, "--gpu-memory"),
+        gpus_per_node,
+        tflops * 1e12,
+        utilisation,
+        bytes_of(bandwidth, "--bandwidth"),
+        bytes_of(bandwidth_within, "--bandwidth-within"),
+        price,
+    )
+    found = estimate_job(load_config(yaml, overrides or ()), cluster, sequence_length)
+    print(json.dumps(found.as_dict()) if as_json else found)
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+@app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub name.")],
     out: Out,

@@ -1,0 +1,364 @@
+"""What a training job will take: memory of every rank, time, cost. Known before anything is loaded."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Time, TimeUnit
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from llmprune.checks import config_from_fields
+from llmprune.config import Config
+from llmprune.data.prepared import PreparedData
+from llmprune.errors import UserError
+from llmprune.families import EMBEDDINGS, Role, family_of
+from llmprune.gates.gate_set import GateSet
+from llmprune.gates.settings import make_goal
+from llmprune.measurement.activations import kept_by
+from llmprune.measurement.flops import macs
+from llmprune.models.loading import load_config, load_tokenizer
+from llmprune.models.parts import parameter_names_of
+from llmprune.models.placement import DTYPES
+from llmprune.models.richer import with_richer_heads
+from llmprune.models.vocabulary import CHUNKS, LEAST
+from llmprune.recovery.lora import add_adapters
+
+FRAGMENTATION = 0.06  # of all that is allocated: what the allocator can't use
+CONTEXT = {"cuda": 1.0e9, "cpu": 0.0}  # bytes of libraries and their buffers on the device
+FLOAT = 4  # bytes
+FOUR_BITS = 0.52  # bytes of a number in nf4 with its share of the scales
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the job runs on.
+
+    Attributes:
+        gpus: ranks in all.
+        per_node: of them on a node.
+        memory: bytes of each.
+        flops: of each at its best, in the format of the products, per second.
+        utilisation: share of them that training reaches.
+        bandwidth: bytes per second between a GPU and those of other nodes.
+        bandwidth_within: the same within a node.
+        price: of a GPU for an hour.
+        device: cuda or cpu.
+    """
+
+    gpus: int
+    memory: float
+    per_node: int = 8
+    flops: float = 989e12
+    utilisation: float = 0.4
+    bandwidth: float = 50e9
+    bandwidth_within: float = 400e9
+    price: float | None = None
+    device: str = "cuda"
+
+    def check(self) -> None:
+        """Raise ``UserError`` for numbers that are none."""
+        for name in ("gpus", "memory", "per_node", "flops", "utilisation", "bandwidth", "bandwidth_within"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be positive")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job takes.
+
+    Attributes:
+        memory: bytes of every rank at the peak, by what holds them.
+        available: bytes that a rank has.
+        step_s: seconds of a batch.
+        compute_s: of them, what the operations take at the assumed utilisation.
+        network_s: what has to travel takes so long; it overlaps with computing.
+        steps: batches of the job.
+        tokens: that it learns from.
+        cost: at the price of a GPU; None without one.
+        facts: further numbers: parameters, those that learn, operations of a batch.
+    """
+
+    memory: dict[str, float]
+    available: float
+    step_s: float
+    compute_s: float
+    network_s: float
+    steps: float
+    tokens: float
+    cost: float | None
+    facts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        """Bytes of a rank at its peak."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room."""
+        return self.total <= self.available
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"schema": 1, **asdict(self), "total_bytes": self.total, "fits": self.fits}
+
+    def __str__(self) -> str:
+        lines = [f"{name:34}{size / 1e9:10.2f} GB" for name, size in self.memory.items()]
+        verdict = "fits" if self.fits else "does NOT fit"
+        lines += [
+            f"{'in all, at the peak of a rank':34}{self.total / 1e9:10.2f} GB of {self.available / 1e9:.2f}: {verdict}",
+            "",
+            f"{self.facts['parameters']:,.0f} parameters, {self.facts['trained']:,.0f} learn",
+            f"a batch: {_duration(self.step_s)} ({_duration(self.compute_s)} computing, {_duration(self.network_s)} on "
+            "the network, side by side)",
+            f"{self.steps:,.0f} batches, {self.tokens / 1e9:,.3g} B tokens: {_duration(self.steps * self.step_s)}, "
+            f"{self.tokens / (self.steps * self.step_s):,.0f} tokens/s",
+        ]
+        if self.cost is not None:
+            lines.append(f"cost: {self.cost:,.0f}")
+        return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def estimate_job(config: Config, cluster: Cluster, length: int | None = None) -> Estimate:
+    """What a job takes whose model, and data unless ``length`` says how long samples are, can be looked at.
+
+    Raises:
+        UserError: they can't, or the job is impossible on so many ranks.
+    """
+    if length is None:
+        length = PreparedData(config.data.path, config.data.cache).manifest.sequence_length
+    if config.model.path is not None:
+        return estimate(config, load_config(config.model.path), length, cluster)
+    tokenizer = load_tokenizer(config.model.tokenizer or Path(config.data.path) / "tokenizer")
+    model = config_from_fields(config.model.config or {}, tokenizer)
+    if config.model.richer_heads is not None:
+        model = with_richer_heads(model, config.model.richer_heads)
+    return estimate(config, model, length, cluster)
+
+
+def estimate(config: Config, model: PretrainedConfig, length: int, cluster: Cluster) -> Estimate:
+    """What a job takes.
+
+    Args:
+        config: of the job.
+        model: of the model that trains.
+        length: tokens of a sample.
+        cluster: what it runs on.
+
+    Raises:
+        UserError: the job is impossible on so many ranks.
+    """
+    cluster.check()
+    train, ranks = config.train, cluster.gpus
+    if train.global_batch_size % ranks:
+        raise UserError(f"train.global_batch_size {train.global_batch_size} is no multiple of {ranks} ranks")
+    per_rank = train.global_batch_size // ranks
+    micro = 1 if train.microbatch_size == "auto" else min(int(train.microbatch_size), per_rank)
+    sizes = _Sizes.of(config, model)
+    memory = _memory(config, model, length, cluster, sizes, micro, per_rank)
+    flops = _flops(config, model, length, sizes) * train.global_batch_size
+    compute = flops / (cluster.flops * cluster.utilisation * ranks)
+    network = _network(config, cluster, sizes, math.ceil(per_rank / micro))
+    step = max(compute, network)
+    tokens_of_batch = train.global_batch_size * length
+    duration = Time.from_timestring(train.duration)
+    steps = {
+        TimeUnit.BATCH: duration.value,
+        TimeUnit.SAMPLE: duration.value / train.global_batch_size,
+        TimeUnit.TOKEN: duration.value / tokens_of_batch,
+    }[duration.unit]
+    hours = steps * step * ranks / 3600
+    return Estimate(
+        memory,
+        cluster.memory,
+        step,
+        compute,
+        network,
+        steps,
+        steps * tokens_of_batch,
+        None if cluster.price is None else hours * cluster.price,
+        {"parameters": sizes.parameters, "trained": sizes.trained, "flops_of_batch": flops, "gpu_hours": hours},
+    )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers of parameters.
+
+    Attributes:
+        parameters: in all.
+        trained: that learn.
+        block: of a block.
+        outside: of embedding, final norm and output layer.
+        matrix: of the largest one.
+        gates: and multipliers.
+        teacher: of another model; 0 = none.
+        vocabulary: tokens.
+        hidden: dimensions.
+        output_trained: whether the output layer's weight learns.
+        layers: blocks.
+        reached: of them, those that gradients pass through: from the lowest that learns on.
+    """
+
+    parameters: int
+    trained: int
+    block: int
+    outside: int
+    matrix: int
+    gates: int
+    teacher: int
+    vocabulary: int
+    hidden: int
+    output_trained: bool
+    layers: int
+    reached: int
+
+    @classmethod
+    def of(cls, config: Config, model: PretrainedConfig) -> "_Sizes":
+        family = family_of(model)
+        shape = family.shape(model)
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(model)
+        sizes = {name: parameter.numel() for name, parameter in built.named_parameters()}
+        outside = sum(n for name, n in sizes.items() if family.locate(name).block is None)
+        names = set(sizes)
+        if config.trainable is not None:
+            phases = [config.trainable.parts, *config.trainable.later.values()]
+            names = {name for parts in phases for name in parameter_names_of(built, parts)}
+        trained = sum(sizes[name] for name in names)
+        located = [family.locate(name) for name in names]
+        lowest = min(-1 if p.role in EMBEDDINGS else shape.layers if p.block is None else p.block for p in located)
+        if config.lora is not None:
+            names, lowest = set(), 0
+            with torch.device("meta"):
+                trained = sum(p.numel() for p in add_adapters(built, config.lora, 0))
+        gates = 0
+        if config.l0_pruning is not None:
+            gates = sum(p.numel() for p in GateSet(shape, make_goal(model, config.l0_pruning)).parameters())
+        teacher = 0
+        if config.distillation is not None and config.distillation.teacher is not None:
+            with torch.device("meta"):
+                other = AutoModelForCausalLM.from_config(load_config(config.distillation.teacher))
+            teacher = sum(p.numel() for p in other.parameters())
+        output = family.outer_name(Role.EMBEDDING if family.tied(model) else Role.OUTPUT)
+        return cls(
+            sum(sizes.values()),
+            trained,
+            (sum(sizes.values()) - outside) // shape.layers,
+            outside,
+            max(sizes.values()),
+            gates,
+            teacher,
+            model.vocab_size,
+            shape.hidden,
+            f"{output}.weight" in names,
+            shape.layers,
+            shape.layers - max(lowest, 0),
+        )
+
+
+def _autocast(config: Config) -> torch.dtype | None:
+    return {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(config.train.precision)
+
+
+def _memory(
+    config: Config, model: PretrainedConfig, length: int, cluster: Cluster, sizes: _Sizes, micro: int, per_rank: int
+) -> dict[str, float]:
+    """Bytes by what holds them, at the peak."""
+    dtype, autocast = DTYPES[config.model.dtype], _autocast(config)
+    held = FLOAT if config.lora is not None else dtype.itemsize  # of what learns
+    shards = 1 if config.sharding is None else cluster.gpus // config.sharding.replicas
+    moments = 1 if config.optimizer.name == "decoupled_lion" else 2
+    weights = sizes.parameters * dtype.itemsize / shards
+    if config.lora is not None:
+        if config.lora.quantize is not None:
+            weights = sizes.outside * dtype.itemsize + (sizes.parameters - sizes.outside) * FOUR_BITS
+        weights += sizes.trained * FLOAT
+    gradients = sizes.trained * held / shards
+    products = dtype if autocast is None else autocast
+    states = products if config.sharding is not None else dtype  # FSDP2 gathers weights in the format of the products
+    kept = kept_by(
+        model, samples=micro, length=length, dtype=states, autocast=autocast, attention=config.model.attention
+    )
+    if config.train.activation_checkpointing:
+        activations = kept.outside + sizes.reached * kept.states + kept.block
+    else:
+        activations = kept.outside + max(sizes.reached, 1) * kept.block
+    tokens = max(CHUNKS[cluster.device] // sizes.vocabulary, LEAST)
+    chunk = min(tokens, micro * length) * sizes.vocabulary
+    # Logits as they come, in float32, their exponentials and their gradient; the gradient of the states; the weight's.
+    head = chunk * (2 * products.itemsize + 2 * FLOAT) + micro * length * sizes.hidden * products.itemsize * 2
+    if sizes.output_trained:
+        head += sizes.vocabulary * sizes.hidden * FLOAT
+    if config.distillation is not None:
+        head += chunk * (products.itemsize + 2 * FLOAT)
+    found = {
+        "weights": weights,
+        "gradients": gradients,
+        f"moments of {config.optimizer.name}": sizes.trained * held * moments / shards,
+    }
+    if sizes.teacher and config.distillation is not None:
+        found["teacher"] = sizes.teacher * DTYPES[config.distillation.dtype].itemsize / shards
+    if sizes.gates:
+        found["gates"] = sizes.gates * FLOAT * 4 + sizes.matrix * FLOAT
+    if config.sharding is not None:
+        # Two blocks and what is around them, gathered; a block's whole gradient.
+        found["gathered shards"] = (3 * sizes.block + sizes.outside) * products.itemsize
+    elif cluster.gpus > 1:
+        found["gradients on their way"] = sizes.trained * held
+    working = activations + head
+    if autocast is not None and config.sharding is None:
+        working += (sizes.parameters - sizes.outside) * autocast.itemsize  # weights cast for a whole pass
+    if per_rank <= micro:  # gradients come as activations go
+        largest = max(working, found["gradients"])
+        found["activations and logits"] = largest - found["gradients"]
+    else:
+        found["activations"] = working - head
+        found["logits"] = head
+    found["lost to fragmentation, and libraries"] = FRAGMENTATION * sum(found.values()) + CONTEXT[cluster.device]
+    return found
+
+
+def _flops(config: Config, model: PretrainedConfig, length: int, sizes: _Sizes) -> float:
+    """Operations of a sample's training step."""
+    forward = 2 * macs(model, length).total
+    backward = forward + 2 * length * sizes.trained  # of what goes in, and of what learns
+    again = forward if config.train.activation_checkpointing else 0
+    total = float(forward + backward + again)
+    if config.distillation is not None:
+        total += 2 * sizes.teacher * length if sizes.teacher else forward
+    return total
+
+
+def _network(config: Config, cluster: Cluster, sizes: _Sizes, microbatches: int) -> float:
+    """Seconds that what a rank sends and receives in a batch takes."""
+    ranks = cluster.gpus
+    if ranks == 1:
+        return 0.0
+    itemsize = DTYPES[config.model.dtype].itemsize
+
+    def seconds(size: float, group: int, within: bool) -> float:
+        return size * (group - 1) / group / (cluster.bandwidth_within if within else cluster.bandwidth)
+
+    one_node = ranks <= cluster.per_node
+    if config.sharding is None:
+        return 2 * seconds(sizes.trained * itemsize, ranks, one_node)
+    group = ranks // config.sharding.replicas
+    gathers = 2 if config.sharding.reshard_after_forward else 1
+    inside = group <= cluster.per_node
+    sharded = microbatches * seconds((gathers * sizes.parameters + sizes.trained) * itemsize, group, inside)
+    if sizes.teacher and config.distillation is not None:
+        other = sizes.teacher * DTYPES[config.distillation.dtype].itemsize
+        sharded += microbatches * seconds(other, group, inside)
+    if config.sharding.replicas > 1:
+        sharded += 2 * seconds(sizes.trained * itemsize / group, config.sharding.replicas, one_node)
+    return sharded

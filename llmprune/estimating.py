@@ -344,7 +344,8 @@ def _network(config: Config, cluster: Cluster, sizes: _Sizes, microbatches: int)
     ranks = cluster.gpus
     if ranks == 1:
         return 0.0
-    itemsize = DTYPES[config.model.dtype].itemsize
+    itemsize, autocast = DTYPES[config.model.dtype].itemsize, _autocast(config)
+    products = itemsize if autocast is None else autocast.itemsize
 
     def seconds(size: float, group: int, within: bool) -> float:
         return size * (group - 1) / group / (cluster.bandwidth_within if within else cluster.bandwidth)
@@ -355,7 +356,8 @@ def _network(config: Config, cluster: Cluster, sizes: _Sizes, microbatches: int)
     group = ranks // config.sharding.replicas
     gathers = 2 if config.sharding.reshard_after_forward else 1
     inside = group <= cluster.per_node
-    sharded = microbatches * seconds((gathers * sizes.parameters + sizes.trained) * itemsize, group, inside)
+    travels = gathers * sizes.parameters * products + sizes.trained * itemsize
+    sharded = microbatches * seconds(travels, group, inside)
     if sizes.teacher and config.distillation is not None:
         other = sizes.teacher * DTYPES[config.distillation.dtype].itemsize
         sharded += microbatches * seconds(other, group, inside)

@@ -22,7 +22,8 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         from llmprune.callbacks.preemption import Preempted
-        from llmprune.config import IterationConfig, ScoringConfig, SearchConfig, describe, load_job
+        from llmprune.config import IterationConfig, ScoringConfig, SearchConfig
+        from llmprune.job_files import describe, load_job
 
         TERMINATION.listen()  # again: Composer ends the process at once
         if arguments[0] in ("-h", "--help"):

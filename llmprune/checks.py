@@ -11,7 +11,7 @@ from composer.core import Time, TimeUnit
 from composer.utils import dist, get_device
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
 
-from llmprune.config import Config, load_config
+from llmprune.config import Config
 from llmprune.data.format import EVAL, TRAIN, DataManifest, tokenizer_fingerprint
 from llmprune.data.mixing import PARTS, domain_weights
 from llmprune.data.prepared import PreparedData
@@ -19,6 +19,7 @@ from llmprune.data.updates import check_updates, read_references
 from llmprune.errors import UserError, nearest
 from llmprune.families import FAMILIES, family_of
 from llmprune.gates.settings import make_goal
+from llmprune.job_files import load_config
 from llmprune.models.loading import load_config as load_model_config
 from llmprune.models.loading import load_tokenizer
 from llmprune.models.placement import ATTENTIONS, TRAINABLE

@@ -3,9 +3,10 @@
 import shutil
 from pathlib import Path
 
-from llmprune.config import ScoringConfig, save_config
+from llmprune.config import ScoringConfig
 from llmprune.errors import UserError
 from llmprune.files import output_folder
+from llmprune.job_files import save_config
 from llmprune.models.loading import load_config
 from llmprune.models.placement import Placement
 from llmprune.planning import make_plan, rehearse

@@ -9,10 +9,11 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from llmprune.config import Config, load_job, save_config
+from llmprune.config import Config
 from llmprune.convert.commands import convert
 from llmprune.errors import UserError
 from llmprune.files import remove
+from llmprune.job_files import load_job, save_config
 from llmprune.ranks import on_rank_zero
 from llmprune.training import train
 

@@ -27,10 +27,11 @@ from llmprune.callbacks.metrics_file import MetricsFile, read_metrics
 from llmprune.callbacks.partial_training import PartialTraining
 from llmprune.callbacks.preemption import Preempted, Preemption
 from llmprune.checks import Ingredients, check, check_same_run, data_contents
-from llmprune.config import Config, LiveEvaluationConfig, LoggersConfig, save_config
+from llmprune.config import Config, LiveEvaluationConfig, LoggersConfig
 from llmprune.convert.stored_state import harmless
 from llmprune.data.dataset import MixedDataset
 from llmprune.families import family_of
+from llmprune.job_files import save_config
 from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
 from llmprune.models.loading import empty_model, load_model, new_model
 from llmprune.models.placement import DTYPES

@@ -123,8 +123,8 @@ class Study:
 
     def train(self, name: str) -> None:
         """Train a model, if that is not done yet."""
-        from llmprune.config import load_config
         from llmprune.convert.commands import convert
+        from llmprune.job_files import load_config
         from llmprune.training import train
 
         place = self._out / name
@@ -177,7 +177,7 @@ class Study:
         return found
 
     def _duration(self) -> str:
-        from llmprune.config import load_config
+        from llmprune.job_files import load_config
 
         duration = [o for o in self._size.train if o.startswith("train.duration")]
         return load_config(

@@ -60,7 +60,7 @@ class Stages:
 
 def train_here(yaml: str, overrides: list[str]) -> None:
     """Train in this process: starting another costs more than small stages do."""
-    from llmprune.config import load_config
+    from llmprune.job_files import load_config
     from llmprune.training import train
 
     train(load_config(ROOT / "yamls" / yaml, overrides))
@@ -149,7 +149,7 @@ def journey(out: Path, seed: int) -> dict[str, Any]:
 
 def scratch_overrides(pruned: Path, out: Path) -> list[str]:
     """The pruned model's shape, and as many batches as pruning and recovery had together."""
-    from llmprune.config import load_config
+    from llmprune.job_files import load_config
 
     config = read_json(pruned / "config.json")
     fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")

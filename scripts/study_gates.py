@@ -48,10 +48,10 @@ def prunable_share_of_attention(base: Path) -> float:
 
 def study(gates: tuple[str, ...], base: Path, data: Path, out: Path, batches: int) -> dict[str, Any]:
     """Prune by one set of gates and recover."""
-    from llmprune.config import load_config
     from llmprune.convert.commands import convert
     from llmprune.data.prepared import PreparedData
     from llmprune.evaluation.losses import evaluate_losses
+    from llmprune.job_files import load_config
     from llmprune.models.loading import load_model
     from llmprune.training import train
 

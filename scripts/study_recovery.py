@@ -168,7 +168,7 @@ class Study:
 
     def _train(self, yaml: str, run: Path, overrides: list[str]) -> int:
         """Train; returns how many parameters learned."""
-        from llmprune.config import load_config
+        from llmprune.job_files import load_config
         from llmprune.training import train
 
         common = [f"run.folder={run}", f"data.path={self._data}", "loggers.console=false"]

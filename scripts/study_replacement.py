@@ -42,8 +42,8 @@ def studied(hidden: int, block: int) -> Iterator[tuple[str, str | None, list[str
 
 def study(objective: str | None, settings: list[str], quickstart: Path, run: Path, batches: int) -> dict[str, Any]:
     """Train one stand-in."""
-    from llmprune.config import load_config
     from llmprune.convert.commands import convert
+    from llmprune.job_files import load_config
     from llmprune.models.loading import load_any_model
     from llmprune.training import train
 

@@ -139,14 +139,15 @@ class Study:
         ]
 
     def _train(self, yaml: str, run: str, model: Path, *overrides: str) -> None:
-        from llmprune.config import load_config
+        from llmprune.job_files import load_config
         from llmprune.training import train
 
         train(load_config(ROOT / "yamls" / yaml, [*self._common(run, model), *overrides]))
 
     def _rounds(self, entry: Entry) -> None:
-        from llmprune.config import IterationConfig, load_job
+        from llmprune.config import IterationConfig
         from llmprune.iteration import iterate
+        from llmprune.job_files import load_job
 
         job = load_job(
             ROOT / "yamls" / "iterate.yaml",

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from llmprune.config import ScoringConfig, load_config, load_job, save_config
+from llmprune.config import ScoringConfig
 from llmprune.errors import UserError
+from llmprune.job_files import load_config, load_job, save_config
 
 ROOT = Path(__file__).parents[1]
 YAMLS = sorted((ROOT / "yamls").glob("*.yaml"))

@@ -11,11 +11,12 @@ import torch
 from transformers import LlamaConfig
 
 from llmprune.cli import app
-from llmprune.config import Config, load_config
+from llmprune.config import Config
 from llmprune.errors import UserError
 from llmprune.estimating import Cluster, Estimate, estimate
 from llmprune.gates.gate_set import GateSet
 from llmprune.gates.settings import make_goal
+from llmprune.job_files import load_config
 from llmprune.measurement.activations import kept_by
 from tests.conftest import random_model, tiny_config
 from tests.families.test_conformance import CONFIGS
@@ -40,7 +41,7 @@ def config(data: Path, trained_folder: Path) -> Config:
 
 
 def changed(config: Config, tmp_path: Path, *overrides: str) -> Config:
-    from llmprune.config import save_config
+    from llmprune.job_files import save_config
 
     save_config(config, tmp_path / "config.yaml")
     return load_config(tmp_path / "config.yaml", overrides)

@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmprune import training
-from llmprune.config import load_config
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.families import RicherHeadsConfig
+from llmprune.job_files import load_config
 from tests.callbacks.fixed_noise import KillAt, Killed
 from tests.conftest import SEQUENCE_LENGTH
 

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from llmprune import iteration, stages, training
-from llmprune.config import IterationConfig, load_job
+from llmprune.config import IterationConfig
 from llmprune.errors import UserError
 from llmprune.evaluation.verify import compare, open_for_comparison
 from llmprune.families import Shape, family_of, shapes_between
 from llmprune.iteration import iterate, round_shapes
+from llmprune.job_files import load_job
 from llmprune.models.loading import load_config
 from llmprune.plans import Plan
 from tests.callbacks.fixed_noise import KillAt, Killed

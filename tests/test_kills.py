@@ -19,10 +19,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from llmprune import training
-from llmprune.config import load_config
 from llmprune.data.dataset import MixedDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.files import remove
+from llmprune.job_files import load_config
 from llmprune.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]

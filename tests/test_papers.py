@@ -21,12 +21,13 @@ from transformers import (
 )
 
 from llmprune.checks import check
-from llmprune.config import Config, ScoringConfig, load_config, load_job
+from llmprune.config import Config, ScoringConfig
 from llmprune.data.sources import clean_name
 from llmprune.data.updates import check_updates
 from llmprune.families import family_of
 from llmprune.gates.gate_set import GateSet
 from llmprune.gates.settings import make_goal
+from llmprune.job_files import load_config, load_job
 from llmprune.models.loading import load_tokenizer
 from llmprune.models.parts import parameter_names_of
 from llmprune.plans import Plan

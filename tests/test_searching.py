@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llmprune import searching, stages, training
-from llmprune.config import SearchConfig, load_job
+from llmprune.config import SearchConfig
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.evaluation.verify import compare, open_for_comparison
+from llmprune.job_files import load_job
 from llmprune.plans import Plan
 from llmprune.report.search import pareto_front
 from llmprune.searching import search

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llmprune.callbacks.l0_pruning import L0Pruning
 from llmprune.checks import check
-from llmprune.config import Config, load_config
+from llmprune.config import Config
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import convert
 from llmprune.data.dataset import EvalDataset
@@ -23,6 +23,7 @@ from llmprune.data.format import DataManifest
 from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.evaluation.losses import evaluate_losses
+from llmprune.job_files import load_config
 from llmprune.models.loading import load_model
 from llmprune.optimizers import OPTIMIZERS, OptimizerConfig
 from llmprune.training import build_trainer, train

@@ -75,8 +75,8 @@ def estimate(
 ) -> None:
     """What a job will take: memory of every rank, time, cost. Nothing is loaded. Exit code 1: it does not fit."""
     from llmprune.budgets.limits import bytes_of
-    from llmprune.config import load_config
     from llmprune.estimating import Cluster, estimate_job
+    from llmprune.job_files import load_config
 
     cluster = Cluster(
         gpus,

@@ -295,7 +295,8 @@ def search(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE…]", help="Of the YAML.")] = None,
 ) -> None:
     """Find the best way to prune under a budget: score, compare, recover the best few. Several ranks: train.py."""
-    from llmprune.config import SearchConfig, load_job
+    from llmprune.config import SearchConfig
+    from llmprune.job_files import load_job
     from llmprune.searching import search as run_search
 
     job = load_job(yaml, overrides or ())

@@ -32,7 +32,7 @@ def _pruning_run(folder: Path, kind: str) -> int:
     from data_prep.pack import prepare
     from data_prep.recipe import PackSettings
     from data_prep.tokenizer import train_tokenizer
-    from llmprune.config import load_config
+    from llmprune.job_files import load_config
     from llmprune.training import train
 
     if not (folder / "data").exists():

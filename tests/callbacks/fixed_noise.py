@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from llmprune import checks, training
 from llmprune.callbacks.l0_pruning import L0Pruning
-from llmprune.config import load_config
 from llmprune.gates.gate_set import GateSet
+from llmprune.job_files import load_config
 
 History = list[dict[str, torch.Tensor]]
 

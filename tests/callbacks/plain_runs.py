@@ -12,7 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from llmprune import training
-from llmprune.config import load_config
+from llmprune.job_files import load_config
 from tests.callbacks.fixed_noise import KillAt, Killed, named_runs
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from llmprune.config import load_config
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import apply, convert
 from llmprune.convert.replaced import read_replaced
@@ -18,6 +17,7 @@ from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.evaluation.perplexity import PerplexityConfig, measure_perplexity, read_streams
 from llmprune.evaluation.verify import compare, open_for_comparison
+from llmprune.job_files import load_config
 from llmprune.models.loading import StoredWeights, load_model, load_tokenizer
 from llmprune.models.walking import blocks_of
 from llmprune.plans import Plan

@@ -12,8 +12,9 @@ from composer.loggers import Logger
 
 from llmprune.callbacks.dynamic_loading import DynamicLoading
 from llmprune.checks import check
-from llmprune.config import Config, load_config
+from llmprune.config import Config
 from llmprune.errors import UserError
+from llmprune.job_files import load_config
 from llmprune.training import build_trainer, train
 from tests.callbacks.fixed_noise import KillAt, Killed
 

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llmprune.callbacks.l0_pruning import L0Pruning
-from llmprune.config import load_config
 from llmprune.data.order import keyed_generator
 from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
@@ -20,6 +19,7 @@ from llmprune.gates.alarms import GateAlarms
 from llmprune.gates.gate_set import GateSet
 from llmprune.gates.goals import ShapeGoal
 from llmprune.gates.settings import L0PruningConfig, TargetShape
+from llmprune.job_files import load_config
 from llmprune.models.causal_lm import token_losses
 from llmprune.models.loading import load_model
 from llmprune.streams import make_loaders

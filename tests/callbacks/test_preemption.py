@@ -19,8 +19,8 @@ from composer.loggers import Logger
 
 from llmprune import training
 from llmprune.callbacks.preemption import Preempted
-from llmprune.config import load_config
 from llmprune.convert.checkpoint import Checkpoint
+from llmprune.job_files import load_config
 from llmprune.processes import TERMINATION
 from llmprune.training import train
 

@@ -11,12 +11,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from llmprune.config import load_config
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import apply, convert, export_adapter
 from llmprune.convert.export import keep_everything
 from llmprune.errors import UserError
 from llmprune.evaluation.verify import compare, open_for_comparison
+from llmprune.job_files import load_config
 from llmprune.models.loading import StoredWeights, fingerprint, load_model
 from llmprune.models.loading import load_config as load_model_config
 from llmprune.models.parts import prime

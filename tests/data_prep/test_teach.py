@@ -14,10 +14,10 @@ import torch
 from data_prep import teach as module
 from data_prep.teach import TeachConfig, teach
 from data_prep.tokenizer import train_tokenizer
-from llmprune.config import load_config
 from llmprune.data.format import EVAL, TRAIN
 from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
+from llmprune.job_files import load_config
 from llmprune.models.loading import load_model, load_tokenizer
 from llmprune.training import build_trainer, train
 from tests.callbacks.test_block_replacement import metrics

@@ -328,6 +328,7 @@ def draw(rows: Mapping[str, Mapping[str, Any]], out: Path) -> dict[str, str]:
         for name, row in rows.items():
             axes.plot(row["latency"] * 1e3, row["perplexity"], "o", color=COLOURS[row["kind"]])
             axes.annotate(name, (row["latency"] * 1e3, row["perplexity"]), xytext=(4, 4), textcoords="offset points")
+        axes.margins(0.15)
         axes.set_xlabel("ms to generate (cached)")
         axes.set_ylabel("perplexity of held-out text")
 

@@ -108,6 +108,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether something is what a killed process was about to write or to delete."""
+    return path.name.startswith(".") and path.suffix in (".tmp", ".old")
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write ``text`` so that a reader sees the old file or the new one, never a part."""
     path = Path(path)

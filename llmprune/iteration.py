@@ -13,7 +13,6 @@ from pathlib import Path
 from composer.utils import dist
 from transformers import PretrainedConfig
 
-from llmprune.checks import check
 from llmprune.config import IterationConfig, RoundsConfig
 from llmprune.convert.commands import apply
 from llmprune.errors import UserError
@@ -25,7 +24,7 @@ from llmprune.ranks import initialize_ranks, on_rank_zero, share_cores
 from llmprune.score import save_scores, score
 from llmprune.scoring.selection import PlanConfig
 from llmprune.scoring.settings import LayerScoringConfig
-from llmprune.stages import begin, keep_result, recover
+from llmprune.stages import begin, check_pruning_job, keep_result, recover
 
 
 def iterate(config: IterationConfig) -> None:
@@ -34,13 +33,9 @@ def iterate(config: IterationConfig) -> None:
     Raises:
         UserError: something does not fit, or the folder holds something else.
     """
-    source = config.model.path
-    if source is None:
-        raise UserError("iterate prunes a model: name it with model.path")
-    for name in ("l0_pruning", "block_replacement"):
-        if getattr(config, name) is not None:
-            raise UserError(f"iterate prunes by scores: leave out {name}")
-    check(config)
+    source = check_pruning_job(config, "iterate", config.iterate.calibration)
+    if config.distillation is not None and config.distillation.compares_states and config.iterate.rounds > 1:
+        raise UserError("states compare with the source's in the first round only: take the objectives kl and lm")
     shapes = round_shapes(config.iterate, load_config(source))
     share_cores()
     initialize_ranks(config.train.device)

@@ -123,7 +123,8 @@ def best_under(
     choice = Chooser(sizes, steps, limits, plan_for, trial.loss, budget.tries).choose()
     if config.correction == "none" or not is_correctable(choice.plan):
         return choice.plan, choice
-    return corrected(choice.plan, config.correction, trial.opened), choice
+    plan = corrected(choice.plan, config.correction, trial.opened)
+    return plan, replace(choice, plan=plan, loss=trial.loss(plan))
 
 
 def _steps(request: Request, sizes: Sizes, multiple: int | None) -> Steps:

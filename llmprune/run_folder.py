@@ -21,7 +21,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.errors import UserError
-from llmprune.files import output_folder, read_json, remove, write_json, write_text
+from llmprune.files import is_leftover, output_folder, read_json, remove, write_json, write_text
 
 RANDOM = "random"  # the source of a model that was not trained before
 PACKAGES = ("llmprune", "torch", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
@@ -98,7 +98,7 @@ class RunFolder:
             return checkpoint
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run.folder {self.path} is a file: choose another folder")
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.path.exists() and any(not is_leftover(path) for path in self.path.iterdir()):
             if not self.config.exists():
                 raise UserError(f"{self.path} holds something that is no run: choose another run.folder")
             if not (overwrite or autoresume):

@@ -11,14 +11,19 @@ tokens and compared again, because recovery changes the order (Minitron, arXiv:2
 """
 
 import dataclasses
+import logging
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from composer.utils import dist
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from llmprune.budgets.limits import Latency, costs_of, limits_of
+from llmprune.budgets.choose import NoShapeError, Steps
+from llmprune.budgets.limits import Latency, Limit, costs_of, limits_of
 from llmprune.budgets.sizes import Sizes
 from llmprune.budgets.trial import Trial
 from llmprune.checks import check
@@ -27,8 +32,8 @@ from llmprune.convert.commands import apply
 from llmprune.data.prepared import PreparedData
 from llmprune.data.sources import clean_name
 from llmprune.errors import UserError
-from llmprune.evaluation.losses import evaluate_losses
-from llmprune.families import shape_from
+from llmprune.evaluation.losses import Losses, evaluate_losses
+from llmprune.families import Shape, shape_from
 from llmprune.files import read_json, sha256_text, write_json, write_text
 from llmprune.models.loading import load_config
 from llmprune.models.opened import open_model
@@ -46,11 +51,15 @@ from llmprune.plans import Plan
 from llmprune.ranks import initialize_ranks, on_rank_zero, share_cores
 from llmprune.report.search import picture, table
 from llmprune.score import save_scores, score
+from llmprune.scoring.criteria import CRITERIA
+from llmprune.scoring.criterion import Section
 from llmprune.scoring.scores import Scores
 from llmprune.scoring.settings import LayerScoringConfig
-from llmprune.stages import begin, keep_result, recover
+from llmprune.stages import begin, check_pruning_job, keep_result, recover, recovery_of
 
 Row = dict[str, Any]
+
+log = logging.getLogger(__name__)
 
 
 def search(config: SearchConfig) -> None:
@@ -59,13 +68,7 @@ def search(config: SearchConfig) -> None:
     Raises:
         UserError: something does not fit, no candidate keeps to the budget, or the folder holds something else.
     """
-    source = config.model.path
-    if source is None:
-        raise UserError("search prunes a model: name it with model.path")
-    for name in ("l0_pruning", "block_replacement"):
-        if getattr(config, name) is not None:
-            raise UserError(f"search prunes by scores: leave out {name}")
-    check(config)
+    source = check_pruning_job(config, "search", config.search.calibration)
     check_candidates(config, load_config(source))
     share_cores()
     initialize_ranks(config.train.device)
@@ -75,11 +78,17 @@ def search(config: SearchConfig) -> None:
         scores = _score(config, source)
         on_rank_zero(lambda: save_scores(scores, folder / "scores.json"))
     job = _Job(config, source, folder)
-    for number in on_rank_zero(job.compare):
-        place = job.place(number)
-        on_rank_zero(lambda place=place: job.cut(place))  # type: ignore[misc]
-        recover(config, place, name=place.name, seed=config.run.seed)
-        on_rank_zero(lambda number=number: job.measure(number))  # type: ignore[misc]
+    best = on_rank_zero(job.compare)
+    on_rank_zero(lambda: job.cut(best))
+    for turn, number in enumerate(best, start=1):
+        if dist.get_global_rank() == 0:
+            print(f"candidate {turn} of {len(best)}: {job.words(number)}", flush=True)
+        failed = None
+        try:
+            recover(config, job.place(number), name=job.run_name(number), seed=config.run.seed)
+        except UserError as error:  # the loss is no number any more: the others go on
+            failed = str(error)
+        on_rank_zero(lambda number=number, failed=failed: job.measure(number, failed))  # type: ignore[misc]
     on_rank_zero(job.finish)
 
 
@@ -91,13 +100,26 @@ def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
     """
     settings = config.search
     names = settings.scored()
-    for candidate in settings.candidates():
-        if candidate.under_budget:
-            check_choice(candidate.config)
-        else:
-            rehearse(candidate.config, names, model)
     sizes = Sizes(model)
+    for candidate in settings.candidates():
+        plan = candidate.config
+        if candidate.under_budget:
+            check_choice(plan)
+            if plan.criterion is not None or plan.method != "lowest":
+                rehearse(
+                    replace(plan, remove=1, unit_criterion=None, expert_criterion=None, correction="none"), names, model
+                )
+            if plan.unit_criterion is not None:
+                _check_units(plan.unit_criterion)
+                Steps.of(sizes, settings.budget.multiple, 1, depth=False, width=True)
+        else:
+            rehearse(plan, names, model)
     limits_of(costs_of(settings.budget, sizes, default_device()), sizes.source)
+
+
+def _check_units(name: str) -> None:
+    if CRITERIA.get(name).section is not Section.UNITS or CRITERIA.get(name).needs_experts:
+        raise UserError(f"search.unit_criteria: '{name}' does not score heads, channels and hidden dimensions")
 
 
 def _score(config: SearchConfig, source: str) -> Scores:
@@ -124,6 +146,14 @@ class _Job:
         """The folder of a candidate."""
         return self._folder / "candidates" / f"{number:02}_{clean_name(self._candidates[number].words)}"
 
+    def words(self, number: int) -> str:
+        """What decides about a candidate, and what comes out."""
+        return self._candidates[number].words
+
+    def run_name(self, number: int) -> str:
+        """Of the run that recovers it."""
+        return f"{self._config.run.name}-{number:02}"
+
     def compare(self) -> list[int]:
         """Plan every candidate, measure what it costs and loses; returns the numbers of the best.
 
@@ -137,51 +167,72 @@ class _Job:
             for number in tqdm(remaining, desc="candidates", disable=None):
                 self._rows.append(self._row(number, scores, trial))
                 self._save()
+        possible = [row for row in self._rows if row.get("within") and row["same_as"] is None]
         ordered = sorted(
-            (row for row in self._rows if row.get("within") and row["same_as"] is None),
-            key=lambda row: row["calibration_loss"],
+            (row for row in possible if _is_number(row["calibration_loss"])), key=lambda row: row["calibration_loss"]
         )
         best: list[int] = []
         for row in ordered:
             if len(best) < self._settings.best and self._is_as_fast(row):
                 best.append(row["number"])
         if not best:
+            reasons = {f"; {row['decided_by']}: {row['impossible']}" for row in self._rows if "impossible" in row}
             raise UserError(
                 "no candidate keeps to the budget: let more go (search.remove, search.shapes), set "
-                "search.under_budget=true, or raise search.budget"
+                "search.under_budget=true, or raise search.budget" + "".join(sorted(reasons))
             )
         return best
 
     def _row(self, number: int, scores: Scores, trial: Trial) -> Row:
         candidate = self._candidates[number]
         row: Row = {"number": number, "decided_by": candidate.words}
+        # Each candidate begins with the table of latencies as it was timed: what one search has mended is its own.
+        fresh = [
+            Latency(cost.table, self._settings.budget.latency) if isinstance(cost, Latency) else cost
+            for cost in self._costs
+        ]
+        limits = limits_of(fresh, self._sizes.source)
         if candidate.under_budget:
             try:
-                plan, _ = best_under(
-                    self._limits, scores, candidate.config, trial, self._settings.budget, model=self._source
+                plan, choice = best_under(
+                    limits, scores, candidate.config, trial, self._settings.budget, model=self._source
                 )
-            except UserError as error:  # blocks alone, or width alone, may not lead to the budget
+            except NoShapeError as error:  # blocks alone, or width alone, may not lead to the budget
                 return {**row, "impossible": str(error)}
+            if choice.measured is not None:
+                row["measured_latency"] = choice.measured
         else:
             plan = make_plan(scores, candidate.config, model=self._source, opened=trial.opened)
         place = self.place(number)
         place.mkdir(parents=True, exist_ok=True)
         plan.save(place / "plan.json")
-        content = _content(plan)
-        blocks = [block.attention for block in plan.blocks]
-        costs = {cost.name: cost.cost(plan.shape, blocks) for cost in self._costs}
+        content, blocks = _content(plan), [block.attention for block in plan.blocks]
+        within = all(limit.cost(plan.shape, blocks) <= limit.most for limit in limits)
+        costs = {cost.name: cost.cost(plan.shape, blocks) for cost in fresh if not isinstance(cost, Latency)}
         return {
             **row,
             "content": content,
-            "same_as": next((other["number"] for other in self._rows if other.get("content") == content), None),
+            "same_as": next(
+                (o["number"] for o in self._rows if o.get("content") == content and o["within"] == within), None
+            ),
             "goes": describe(plan),
             "shape": dataclasses.asdict(plan.shape),
             "parameters": int(costs["params"]),
             "memory_bytes": int(costs["memory"]),
-            "latency": costs["latency"],
-            "within": all(costs[limit.name] <= limit.most for limit in self._limits),
+            "latency": self._latency(fresh, plan.shape),
+            "within": within,
             "calibration_loss": trial.loss(plan),
         }
+
+    def _latency(self, costs: Sequence[Limit], shape: Shape) -> float | None:
+        """Share of the source's time by the table; None where it is not limited and there is no room for timings."""
+        latency = next(cost for cost in costs if isinstance(cost, Latency))
+        try:
+            return latency.cost(shape, ())
+        except UserError:
+            if latency in limits_of(costs, self._sizes.source):
+                raise
+            return None
 
     def _is_as_fast(self, row: Row) -> bool:
         """Measure the latency of a built model, if there is a limit; whether it is kept."""
@@ -191,6 +242,8 @@ class _Job:
         if "measured_latency" not in row:
             self._measure_latency(row)
         measured = row["measured_latency"]
+        if measured is None:
+            log.warning("there is no room to time %s beside its source: the table's latency counts", row["decided_by"])
         row["within"] = measured is None or limit.is_kept(measured)
         self._save()
         return bool(row["within"])
@@ -199,32 +252,58 @@ class _Job:
         table = next(cost.table for cost in self._costs if isinstance(cost, Latency))
         row["measured_latency"] = table.measured(shape_from(row["shape"]), self._sizes.source)
 
-    def cut(self, place: Path) -> None:
-        """Cut a candidate, if that is not done yet."""
-        if not (place / "pruned").exists():
-            apply(self._source, place / "plan.json", place / "pruned")
+    def cut(self, best: Sequence[int]) -> None:
+        """Cut the best, as far as that is not done yet, and see that each can be recovered.
 
-    def measure(self, number: int) -> None:
-        """The held-out losses of a recovered candidate, and its latency, if they are not known yet."""
+        Raises:
+            UserError: the settings do not fit what was cut.
+        """
+        for number in best:
+            place = self.place(number)
+            if not (place / "pruned").exists():
+                apply(self._source, place / "plan.json", place / "pruned")
+            if not (place / "recovered").exists():
+                check(recovery_of(self._config, place, name=self.run_name(number), seed=self._config.run.seed))
+
+    def measure(self, number: int, failed: str | None) -> None:
+        """The held-out losses of a candidate as cut and as recovered, and its latency, if they are not known yet."""
         row = self._rows[number]
-        if "recovered" in row:
+        if failed is not None:
+            row["failed"] = failed
+            self._save()
             return
+        if "recovered" in row or "failed" in row:
+            return
+        found = self._held_out(number, "recovered")
+        if not math.isfinite(found.loss):
+            return self.measure(number, "the loss of the recovered model is no number")
+        if "measured_latency" not in row:
+            self._measure_latency(row)
+        row["cut"] = dataclasses.asdict(self._held_out(number, "pruned"))
+        row["recovered"] = dataclasses.asdict(found)
+        self._save()
+        return None
+
+    def _held_out(self, number: int, folder: str) -> Losses:
         data = self._config.data
         placement = Placement(self._config.model.dtype, self._config.train.device)
-        found = evaluate_losses(
-            open_model(str(self.place(number) / "recovered"), placement).model,
+        return evaluate_losses(
+            open_model(str(self.place(number) / folder), placement).model,
             PreparedData(data.path, data.cache),
             samples_per_domain=data.eval_samples_per_domain,
             boundaries=data.document_boundaries,
         )
-        if "measured_latency" not in row:
-            self._measure_latency(row)
-        row["recovered"] = dataclasses.asdict(found)
-        self._save()
 
     def finish(self) -> None:
-        """Name the winner and show all."""
+        """Name the winner and show all.
+
+        Raises:
+            UserError: none could be recovered.
+        """
         recovered = [row for row in self._rows if "recovered" in row]
+        if not recovered:
+            failed = next(row["failed"] for row in self._rows if "failed" in row)
+            raise UserError(f"no candidate could be recovered; the first: {failed}")
         winner = min(recovered, key=lambda row: row["recovered"]["loss"])
         place = self.place(winner["number"])
         Plan.load(place / "plan.json").save(self._folder / "plan.json")
@@ -237,6 +316,10 @@ class _Job:
 
     def _save(self) -> None:
         write_json(self._known, {"schema": 1, "model": self._source, "candidates": self._rows})
+
+
+def _is_number(loss: float | None) -> bool:
+    return loss is not None and math.isfinite(loss)
 
 
 def _content(plan: Plan) -> str:

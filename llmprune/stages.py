@@ -9,10 +9,12 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from llmprune.config import Config
+from llmprune.checks import check
+from llmprune.config import Config, SearchConfig
 from llmprune.convert.commands import convert
+from llmprune.data.calibration import CalibrationConfig
 from llmprune.errors import UserError
-from llmprune.files import remove
+from llmprune.files import is_leftover, refuse_replacing, remove
 from llmprune.job_files import load_job, save_config
 from llmprune.ranks import on_rank_zero
 from llmprune.training import train
@@ -36,12 +38,17 @@ def begin(config: Config, kind: str) -> None:
     """
     folder = Path(config.run.folder)
     known = folder / "config.yaml"
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run.folder {folder} is a file: choose another folder")
+    if folder.exists() and any(not is_leftover(path) for path in folder.iterdir()):
         before = load_job(known) if known.is_file() else None
         if not isinstance(before, Config) or type(before) is not type(config):
             raise UserError(f"{folder} holds something that is no {kind}: choose another run.folder")
         if config.run.overwrite:
-            shutil.rmtree(folder)
+            refuse_replacing(folder, _inputs(config))
+            for path in [*folder.iterdir()]:
+                if path != known:  # stays throughout: a kill leaves what is still known as a job
+                    remove(path)
         elif not config.run.autoresume:
             raise UserError(f"{folder} holds a {kind}: pass run.autoresume=true to go on, or run.overwrite=true")
         else:
@@ -57,17 +64,49 @@ def begin(config: Config, kind: str) -> None:
     save_config(config, known)
 
 
+def _inputs(config: Config) -> list[str]:
+    """What the job reads, if it lies in folders."""
+    teacher = None if config.distillation is None else config.distillation.teacher
+    return [
+        path
+        for path in (config.model.path, config.model.tokenizer, config.data.path, teacher)
+        if path and "://" not in path
+    ]
+
+
 def _identity(config: Config) -> dict[str, object]:
     """What decides what comes out, by key."""
+    free = set(_FREE)
+    if isinstance(config, SearchConfig):
+        free.discard("data.eval_samples_per_domain")  # the held-out loss decides
+    if config.dynamic_loading is not None:
+        free.discard("train.eval_interval")  # after evaluations the mix changes
+    if config.lora is not None:
+        free.discard("train.microbatch_size")  # what is dropped goes by it
     found: dict[str, object] = {}
     for section, value in asdict(config).items():
         values = {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
-        found |= {key: v for key, v in values.items() if section not in _FREE and key not in _FREE}
+        found |= {key: v for key, v in values.items() if section not in free and key not in free}
     return found
 
 
 def recover(config: Config, place: Path, *, name: str, seed: int) -> None:
     """Train ``place``/pruned as the job's sections say, in ``place``/recover, and export it to ``place``/recovered.
+
+    Args: see ``recovery_of``.
+    """
+    if (place / "recovered").exists():
+        return
+    train(recovery_of(config, place, name=name, seed=seed))
+
+    def export() -> None:
+        convert(place / "recover", place / "recovered")
+
+    on_rank_zero(export)
+
+
+def recovery_of(config: Config, place: Path, *, name: str, seed: int) -> Config:
+    """The run that recovers ``place``/pruned.
 
     Args:
         config: of the job.
@@ -75,16 +114,35 @@ def recover(config: Config, place: Path, *, name: str, seed: int) -> None:
         name: of the run.
         seed: of the order of its data.
     """
-    if (place / "recovered").exists():
-        return
     run = replace(config.run, name=name, folder=str(place / "recover"), seed=seed, autoresume=True, overwrite=False)
     parts = {part: copy.deepcopy(getattr(config, part)) for part in Config.__dataclass_fields__}
-    train(Config(**{**parts, "run": run, "model": replace(config.model, path=str(place / "pruned"))}))
+    return Config(**{**parts, "run": run, "model": replace(config.model, path=str(place / "pruned"))})
 
-    def export() -> None:
-        convert(place / "recover", place / "recovered")
 
-    on_rank_zero(export)
+def check_pruning_job(config: Config, kind: str, calibration: CalibrationConfig) -> str:
+    """What every job that prunes by scores and recovers needs; returns the model's folder or name.
+
+    Args:
+        config: of the job.
+        kind: what it is, in a word.
+        calibration: its samples.
+
+    Raises:
+        UserError: something does not fit.
+    """
+    if config.model.path is None:
+        raise UserError(f"{kind} prunes a model: name it with model.path")
+    for name in ("l0_pruning", "block_replacement"):
+        if getattr(config, name) is not None:
+            raise UserError(f"{kind} prunes by scores: leave out {name}")
+    if config.distillation is not None and (
+        config.distillation.plan is not None or config.distillation.blocks is not None
+    ):
+        raise UserError(f"what {kind} recovers are models of several plans: leave out distillation.plan and blocks")
+    if calibration.path is None and "://" in config.data.path:
+        raise UserError(f"calibration samples are read from this machine: name text with {kind}.calibration.path")
+    check(config)
+    return config.model.path
 
 
 def keep_result(folder: Path, result: Path) -> None:

@@ -174,6 +174,7 @@ def test_every_size_shrinks_by_the_same_share() -> None:
     ("overrides", "message"),
     [
         (["iterate.rounds=0"], "rounds is 0"),
+        (["distillation={teacher: x, objectives: {mse: 1.0}}", "model.path=null"], "name it with model.path"),
         (["iterate.shape={}"], "the target shape is empty"),
         (["iterate.shape={hidden: 64}"], "must lie between 1 and the source's 32"),
         (["iterate.shape={layers: 6}"], "nothing would be pruned"),

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -185,6 +186,48 @@ def test_measured_latency_decides(yaml: Path, tmp_path: Path, monkeypatch: pytes
     assert slow and not any(row["within"] for row in slow)
 
 
+def test_a_candidate_that_fails_is_left_out(
+    yaml: Path, once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One recovery stops with an error, the next ends in no number: neither wins, and going on changes nothing."""
+    best = [row["number"] for row in rows_of(once) if "recovered" in row]
+    settings = [f"run.folder={tmp_path}/job", "search.best=3", "run.autoresume=true"]
+    train, real = stages.train, searching.evaluate_losses
+
+    def failing(config: Any) -> Any:
+        if f"{best[0]:02}_" in config.run.folder:
+            raise UserError("the loss is nan at batch 3")
+        return train(config)
+
+    def broken(model: Any, *args: Any, **kwargs: Any) -> Any:
+        found = real(model, *args, **kwargs)
+        return replace(found, loss=float("nan")) if f"/{best[1]:02}_" in str(model.name_or_path) else found
+
+    monkeypatch.setattr(stages, "train", failing)
+    monkeypatch.setattr(searching, "evaluate_losses", broken)
+    for _ in range(2):
+        search(job(yaml, *settings))
+        rows = {row["number"]: row for row in rows_of(tmp_path / "job")}
+        assert "batch 3" in rows[best[0]]["failed"] and "no number" in rows[best[1]]["failed"]
+        (winner,) = (row for row in rows.values() if "recovered" in row)
+        assert (tmp_path / "job" / "table.md").read_text().splitlines()[2].startswith(f"| {winner['decided_by']} |")
+
+
+def test_nothing_that_is_read_is_deleted(yaml: Path, once: Path, tmp_path: Path) -> None:
+    shutil.copytree(once, tmp_path / "job")
+    with pytest.raises(UserError, match="would delete the input"):
+        settings = ["run.overwrite=true", f"model.path={tmp_path}/job/model", "search.shapes=[]", "search.remove=[1]"]
+        search(job(yaml, f"run.folder={tmp_path}/job", *settings))
+    assert (tmp_path / "job" / "model" / "config.json").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        search(job(yaml, f"run.folder={tmp_path}/file"))
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".config.yaml.0123.tmp").touch()  # as a kill leaves it
+    with pytest.raises(UserError, match="no candidate keeps"):
+        search(job(yaml, f"run.folder={tmp_path}/killed", "search.budget={params: 0.2}", "search.under_budget=false"))
+
+
 def test_the_front_is_that_of_a_naive_comparison() -> None:
     rng = random.Random(0)
     for _ in range(50):
@@ -207,6 +250,13 @@ def test_the_front_is_that_of_a_naive_comparison() -> None:
         (["search.budget={params: 12 apples}"], "is no amount"),
         (["search.budget.parms=0.5"], "did you mean 'params'"),
         (["search.criteria=[perplexty]"], "did you mean 'perplexity'"),
+        (["search.unit_criteria=[perplexity]"], "perplexity"),
+        (["search.criteria=[attention]", "search.remove=[]", "search.shapes=[]"], "attention"),
+        (["search.protect_first=6", "search.remove=[]", "search.shapes=[]"], "protected"),
+        (["search.budget.multiple=1000"], "is a multiple of 1000"),
+        (["trainable={parts: [block.9]}"], "there is no part 'block.9'"),
+        (["distillation={teacher: somewhere, plan: plan.json}"], "leave out distillation.plan"),
+        (["data.path=s3://bucket/data"], "search.calibration.path"),
         (["search.remove=[6]"], "6 of 6 blocks can't be removed"),
         (["search.shapes=[{hidden: 64}]"], "must lie between 1 and the source's 32"),
         (["search.shapes=[{hiden: 16}]"], "a shape has no 'hiden'"),

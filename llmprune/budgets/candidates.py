@@ -10,6 +10,7 @@ from llmprune.scoring.criteria import CRITERIA
 from llmprune.scoring.criterion import Section
 from llmprune.scoring.selection import PlanConfig
 
+_CORRECTED = {"heads", "kv_heads", "intermediate"}  # where there are output matrices to correct
 GREEDY = "greedy"  # a way to select blocks that needs no criterion
 _SAMPLED = "block_influence"  # costs next to nothing, and lets the scores know their calibration samples
 
@@ -115,7 +116,7 @@ class CandidatesConfig:
             shape=shape,
             unit_criterion=unit,
             expert_criterion=self.expert_criterion if unit is not None else None,
-            correction=self.correction if unit is not None else "none",
+            correction=self.correction if unit is not None and (shape is None or _CORRECTED & set(shape)) else "none",
         )
         sizes = [f"{name} {size}" for name, size in (shape or {}).items()]
         gone = [] if remove is None else [f"without {remove} blocks"]

@@ -23,6 +23,10 @@ CHECKS = 4  # times that a latency is measured on a built model, and the table m
 log = logging.getLogger(__name__)
 
 
+class NoShapeError(UserError):
+    """Nothing that may go leads to the budget."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """A shape that keeps to the budget.
@@ -177,6 +181,7 @@ class Chooser:
 
     def _best(self) -> Shape:
         tried: dict[Point, float] = {}
+        began = len(self._losses)
         with tqdm(total=self._tries, desc="shapes", disable=None) as progress:
 
             def attempt(point: Point) -> None:
@@ -184,7 +189,7 @@ class Chooser:
                 if shape is None:
                     return
                 if shape not in self._losses:
-                    if tried and len(self._losses) >= self._tries:
+                    if tried and len(self._losses) - began >= self._tries:
                         return
                     self._losses[shape] = self._loss(self._plan_for(shape))
                 tried[point] = self._losses[shape]
@@ -196,7 +201,7 @@ class Chooser:
                 for point in self._spread((*SHARES, *SMALL_SHARES)):
                     attempt(point)
             if not tried:
-                raise UserError(
+                raise NoShapeError(
                     "no shape keeps to the budget: raise it, protect fewer blocks, or allow smaller multiples"
                 )
             while True:
@@ -213,7 +218,8 @@ class Chooser:
         """Points of every mix of depth and width, each at one of these shares of the source's."""
         lengths = len(self._steps.layers), len(self._steps.hidden), len(self._steps.groups)
         points = []
-        for of_layers, of_width in product(shares, shares):
+        places = sorted(product(range(len(shares)), repeat=2), key=lambda pair: (sum(pair), abs(pair[0] - pair[1])))
+        for of_layers, of_width in ((shares[i], shares[j]) for i, j in places):  # the first few cover both, too
             depth = round(self._source.layers * of_layers) - self._steps.layers[0]
             hidden, groups = (max(round(length * of_width) - 1, 0) for length in lengths[1:])
             points.append((min(max(depth, 0), lengths[0] - 1), hidden, groups))

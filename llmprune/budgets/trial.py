@@ -1,15 +1,19 @@
 """The calibration loss of what a plan leaves of a model, without cutting it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from llmprune.families import family_of
+from llmprune.families import OUTPUTS, family_of
 from llmprune.gates.attach import attach
 from llmprune.gates.from_plan import factors_of, mask_experts
 from llmprune.models.causal_lm import token_losses
 from llmprune.plans import Plan
 from llmprune.scoring.selection import Opened
+from llmprune.surgery import Surgery
 
 
 class Trial:
@@ -36,12 +40,36 @@ class Trial:
         self._slot.factors = replace(factors, **on_device, kept=kept)  # type: ignore[arg-type]
         hooks = mask_experts(model, plan)
         try:
-            total, count = 0.0, 0
-            for part in tokens.split(self.opened.batch_size):
-                losses, counts = token_losses(model(input_ids=part, use_cache=False).logits, part)
-                total, count = total + losses.double().sum().item(), count + int(counts.sum())
+            with self._corrected(plan):
+                return self._mean_loss()
         finally:
             self._slot.factors = self._whole
             for hook in hooks:
                 hook.remove()
+
+    def _mean_loss(self) -> float:
+        total, count = 0.0, 0
+        for part in self.opened.tokens.split(self.opened.batch_size):
+            losses, counts = token_losses(self.opened.model(input_ids=part, use_cache=False).logits, part)
+            total, count = total + losses.double().sum().item(), count + int(counts.sum())
         return total / count
+
+    @contextmanager
+    def _corrected(self, plan: Plan) -> Iterator[None]:
+        """While open, output matrices and their biases are as the plan corrects them."""
+        before: dict[str, Tensor] = {}
+        if plan.corrections:
+            surgery = Surgery(self.opened.model.config, plan)
+            weights = dict(self.opened.model.named_parameters())
+            corrected = {
+                name: surgery.whole(name, weights)
+                for name in weights
+                if surgery.family.locate(name).role in OUTPUTS and surgery.new_name(name) is not None
+            }
+            for name, tensor in corrected.items():
+                before[name], weights[name].data = weights[name].data, tensor
+        try:
+            yield
+        finally:
+            for name, tensor in before.items():
+                weights[name].data = tensor

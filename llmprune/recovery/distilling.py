@@ -62,11 +62,12 @@ class Distilling:
             kl = [divergence(logits, part)] if "kl" in self.weights else []
             return [*kl, *(following(logits, part) if "lm" in self.weights else [])]
 
-        loss, means = mean_loss(
-            found.final[chosen.flatten()], head_of(self._student.model), measure, [self.weights[name] for name in names]
-        )
+        loss, self.parts = found.final.sum() * 0.0, {}
+        if names:
+            states, weights = found.final[chosen.flatten()], [self.weights[name] for name in names]
+            loss, means = mean_loss(states, head_of(self._student.model), measure, weights)
+            self.parts = dict(zip(names, means, strict=True))
         self._teacher.done()
-        self.parts = dict(zip(names, means, strict=True))
         for name in self.weights:
             if name in _OF_STATES:
                 assert self._correspondence is not None

@@ -48,6 +48,8 @@ class DistillationConfig:
             raise UserError(f"distillation.temperature is {self.temperature}; it must be positive")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"distillation.top_k is {self.top_k}; it must be positive")
+        if "kl" not in self.names and (self.top_k is not None or self.temperature != 1):
+            raise UserError("distillation.temperature and top_k belong to the objective kl")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"distillation.dtype '{self.dtype}' is unknown: choose float32 or bfloat16")
         if self.blocks is not None and not self.compares_states:

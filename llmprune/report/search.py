@@ -1,5 +1,6 @@
 """What a search found: a table and a picture of all candidates."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,16 +48,19 @@ def table(rows: Sequence[Row]) -> str:
     for row in sorted((row for row in rows if "impossible" not in row), key=_order):
         names = ", ".join(axis for axis, numbers in on_front.items() if row["number"] in numbers)
         known = row.get("measured_latency")
-        latency = f"{row['latency']:.3f}" + ("" if known is None else f" ({known:.3f} measured)")
+        predicted = "" if row["latency"] is None else f"{row['latency']:.3f}"
+        latency = predicted + ("" if known is None else f" ({known:.3f} measured)")
         if "recovered" in row:
-            after = f"{row['recovered']['loss']:.4f}"
+            after = f"{row['recovered']['loss']:.4f} (cut {row['cut']['loss']:.4f})"
+        elif "failed" in row:
+            after = "failed"
         elif row["same_as"] is not None:
             after = f"as {_words(rows, row['same_as'])}"
         else:
             after = "" if row["within"] else "over the budget"
         lines.append(
             f"| {row['decided_by']} | {row['goes']} | {row['parameters']:,} | {row['memory_bytes'] / 1e6:,.1f} | "
-            f"{latency} | {row['calibration_loss']:.4f} | {after} | {names} |"
+            f"{latency} | {_shown(row['calibration_loss'])} | {after} | {names} |"
         )
     lines += [f"| {row['decided_by']} | {row['impossible']} |||||||" for row in rows if "impossible" in row]
     return "\n".join(lines) + "\n"
@@ -64,7 +68,10 @@ def table(rows: Sequence[Row]) -> str:
 
 @mpl.rc_context(STYLE)
 def picture(rows: Sequence[Row]) -> Picture:
-    """Loss against parameters and against latency: open before recovery, full after it, lines between; the front."""
+    """Loss against parameters and against latency.
+
+    Calibration losses as open circles; of the recovered, the held-out loss as cut (open square) and recovered (full).
+    """
     figure = Figure(figsize=(10, 4.2))
     possible = [row for row in rows if "impossible" not in row]
     on_front = fronts(rows)
@@ -73,9 +80,13 @@ def picture(rows: Sequence[Row]) -> Picture:
         for row in possible:
             cost, before = _cost(row, axis), row["calibration_loss"]
             colour = "#2f7ed8" if row["within"] else "#b8b8b8"
-            axes.plot(cost, before, "o", color=colour, fillstyle="none", markersize=5)
-            if "recovered" in row:
-                after = row["recovered"]["loss"]
+            if "recovered" not in row:
+                axes.plot(
+                    cost, math.nan if before is None else before, "o", color=colour, fillstyle="none", markersize=5
+                )
+            else:
+                before, after = row["cut"]["loss"], row["recovered"]["loss"]
+                axes.plot(cost, before, "s", color=colour, fillstyle="none", markersize=5)
                 axes.plot([cost, cost], [before, after], color=colour, linewidth=0.8, alpha=0.6)
                 axes.plot(cost, after, "o", color="#e07b39" if row["number"] in on_front[axis] else colour)
                 axes.annotate(row["number"], (cost, after), xytext=(5, -9), textcoords="offset points", fontsize=7)
@@ -87,22 +98,32 @@ def picture(rows: Sequence[Row]) -> Picture:
     panels[0].set_ylabel("nats per token")
     kept = ("number", "decided_by", "parameters", "memory_bytes", "latency", "measured_latency", "calibration_loss")
     numbers = [
-        {**{key: row.get(key) for key in kept}, "recovered_loss": row.get("recovered", {}).get("loss")}
+        {
+            **{key: row.get(key) for key in kept},
+            "cut_loss": row.get("cut", {}).get("loss"),
+            "recovered_loss": row.get("recovered", {}).get("loss"),
+        }
         for row in possible
     ]
-    title = "Calibration loss of every candidate (open) and held-out loss of those recovered (full)"
+    title = "Calibration loss of candidates (circles), held-out loss of the best as cut (squares) and recovered (full)"
     return Picture("search", title, figure, numbers)
 
 
 def _cost(row: Row, axis: str) -> float:
     if axis == "parameters":
         return float(row["parameters"]) / 1e6
-    measured = row.get("measured_latency")
-    return float(row["latency"] if measured is None else measured)
+    known = row.get("measured_latency")
+    known = row["latency"] if known is None else known
+    return math.nan if known is None else float(known)
 
 
 def _order(row: Row) -> tuple[float, float]:
-    return row.get("recovered", {}).get("loss", float("inf")), row["calibration_loss"]
+    before = row["calibration_loss"]
+    return row.get("recovered", {}).get("loss", math.inf), math.inf if before is None else before
+
+
+def _shown(loss: float | None) -> str:
+    return "no number" if loss is None or not math.isfinite(loss) else f"{loss:.4f}"
 
 
 def _words(rows: Sequence[Row], number: int) -> str:

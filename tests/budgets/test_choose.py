@@ -69,9 +69,16 @@ def test_a_trial_has_the_loss_of_the_cut_model(name: str, tokens: Tensor, data: 
     if family.head_size_is_derived(config):
         target["hidden"] = target["kv_heads"] * source.heads_per_group * source.head_dim
     target |= {"experts": 3} if source.experts else {"intermediate": 31}
-    for shape in (target, {"layers": 2}, {"layers": 4, **({"experts": 2} if source.experts else {"intermediate": 9})}):
-        settings = replace(BOTH, shape=shape, criterion=None if shape["layers"] == 4 else "block_influence")
-        plan = make_plan(found, settings)
+    narrow = {"layers": 4, **({"experts": 2} if source.experts else {"intermediate": 9})}
+    for shape, correction in (
+        (target, "none"),
+        ({"layers": 2}, "none"),
+        (narrow, "none"),
+        (narrow, "none" if source.experts else "refit"),
+    ):
+        criterion = None if shape["layers"] == 4 else "block_influence"
+        plan = make_plan(found, replace(BOTH, shape=shape, criterion=criterion, correction=correction))
+        assert bool(plan.corrections) == (correction == "refit")
         loss = trial.loss(plan)
         apply(tmp_path / "model", plan, tmp_path / "cut", overwrite=True)
         cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()

@@ -35,6 +35,29 @@ def observed(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor
     return logits, seen
 
 
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_each_objective_alone(name: str, tokens: torch.Tensor) -> None:
+    """Its part, and the gradient that it has in the sum of all."""
+    student, teacher = (random_model(CONFIGS["llama-grouped-tied"], seed=seed) for seed in (0, 1))
+    teacher.requires_grad_(False)
+    wrapped = ComposerCausalLM(student)
+
+    def of(weights: dict[str, float]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        student.zero_grad()
+        objective = Distilling(wrapped, ModelTeacher(teacher, blocks=PAIRS.values()), weights, Correspondence(PAIRS))
+        loss = objective.loss({"input_ids": tokens})
+        loss.backward()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in student.parameters()]
+        return objective.parts[name], grads
+
+    part, alone = of({name: 1.0})
+    whole, twice = of({**WEIGHTS, name: WEIGHTS[name] + 1.0})
+    _, once = of(WEIGHTS)
+    assert part.item() == pytest.approx(whole.item(), rel=1e-5)
+    for own, a, b in zip(alone, twice, once, strict=True):
+        torch.testing.assert_close(own, a - b, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_and_gradients_are_naive(name: str, tokens: torch.Tensor) -> None:
     student, teacher = (random_model(CONFIGS[name], seed=seed).eval() for seed in (0, 1))

@@ -17,7 +17,7 @@ from llmprune.data.mixing import PARTS, domain_weights
 from llmprune.data.prepared import PreparedData
 from llmprune.data.updates import check_updates, read_references
 from llmprune.errors import UserError, nearest
-from llmprune.families import FAMILIES, family_of
+from llmprune.families import FAMILIES, family_of, richer_heads_of
 from llmprune.gates.settings import make_goal
 from llmprune.job_files import load_config
 from llmprune.models.loading import load_config as load_model_config
@@ -179,6 +179,7 @@ def check_same_run(run: RunFolder, manifest: Manifest, config: Config, model_con
             _both("block_replacement", key, saved.block_replacement, manifest.block_replacement)
             for key in REPLACEMENT_KEPT
         ),
+        ("model.richer_heads", richer_heads_of(saved_config), richer_heads_of(model_config)),
         ("trainable", saved.trainable, manifest.trainable),
         *(_both("lora", key, saved.lora, manifest.lora) for key in LORA_KEPT),
         *(_both("distillation", key, saved.distillation, manifest.distillation) for key in TEACHER_KEPT),

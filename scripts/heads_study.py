@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.errors import UserError
-from llmprune.files import read_json, write_json, write_text
+from llmprune.files import read_json, sha256_text, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = [f"{kind}_{blocks}" for blocks in (5, 6, 7, 8) for kind in ("plain", "richer")]
@@ -81,28 +81,46 @@ class Study:
         """Work in ``out``.
 
         Raises:
-            UserError: there is a study of another size or of other data, or no data are named.
+            UserError: ``out`` holds something else, a study of another size or of other data, no data are named, or the
+                prompts can't be read.
         """
+        from llmprune.evaluation.continuations import read_prompts
+
+        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "study.json").exists())):
+            raise UserError(f"{out} holds something that is no study: choose another --out")
+        if prompts is not None:
+            read_prompts(prompts)
         if data is None and size.vocabulary is None:
             raise UserError(f"name data of {size.length} tokens a sample with --data (python -m data_prep tokenize)")
         self._size, self._out, self._prompts = size, out, prompts
+        if data is not None:
+            self._check_length(data)
         out.mkdir(parents=True, exist_ok=True)
+        if not (out / "study.json").exists():
+            write_json(out / "study.json", {})  # marks the folder; its data may still have to be made
         self._data = data or self._corpus()
         self._check()
 
-    def _check(self) -> None:
+    def _check_length(self, data: Path) -> None:
         from llmprune.data.prepared import PreparedData
 
-        manifest = PreparedData(self._data).manifest
-        if manifest.sequence_length != self._size.length:
-            raise UserError(
-                f"the samples in {self._data} have {manifest.sequence_length} tokens; this size takes "
-                f"{self._size.length}"
-            )
-        identity = json.loads(json.dumps({**asdict(self._size), "data": manifest.fingerprint()}))
+        if (length := PreparedData(data).manifest.sequence_length) != self._size.length:
+            raise UserError(f"the samples in {data} have {length} tokens; this size takes {self._size.length}")
+
+    def _check(self) -> None:
+        """See that the folder holds this study, or nothing yet."""
+        from llmprune.data.prepared import PreparedData
+
+        self._check_length(self._data)
+        prompts = None if self._prompts is None else sha256_text(self._prompts.read_text(encoding="utf-8"))
+        data = PreparedData(self._data).manifest.fingerprint()
+        identity = json.loads(json.dumps({**asdict(self._size), "data": data, "prompts_file": prompts}))
         path = self._out / "study.json"
-        if path.exists() and read_json(path) != identity:
-            raise UserError(f"{self._out} holds a study of another size or of other data: choose another --out")
+        if (known := read_json(path)) not in ({}, identity):
+            different = [key for key in identity if known.get(key) != identity[key]]
+            raise UserError(
+                f"{self._out} holds a study with other settings ({', '.join(different)}): choose another --out"
+            )
         write_json(path, identity)
 
     def _corpus(self) -> Path:
@@ -254,7 +272,7 @@ def report(rows: Mapping[str, Mapping[str, Any]], size: str, out: Path) -> str:
         times = [_spread(row[key]) for key in ("cached", "uncached")]
         lines.append(
             f"| {name} | {row['parameters']:,} | {row['loss']:.4f} | {row['perplexity']:.2f} | {times[0]} | "
-            f"{times[1]} | {row['training_s'] or 0:.0f} |"
+            f"{times[1]} | {'' if row['training_s'] is None else format(row['training_s'], '.0f')} |"
         )
     lines += ["", "Continuations, in percent:", ""]
     lines += [

@@ -131,9 +131,14 @@ def test_losses_at_equal_cost(study: ModuleType) -> None:
 
 def test_mistakes(study: ModuleType, done: Path, data: Path, tmp_path: Path) -> None:
     study.SIZES["other"] = study.Size({}, (), None, SEQUENCE_LENGTH)
-    with pytest.raises(UserError, match="another size or of other data"):
+    with pytest.raises(UserError, match=r"other settings \(config, .*prompts_file\)"):
         study.run("other", done, data)
     with pytest.raises(UserError, match="name data of 512 tokens"):
         study.run("published", tmp_path / "out")
     with pytest.raises(UserError, match="have 32 tokens"):
         study.run("published", tmp_path / "out", data)
+    with pytest.raises(UserError, match="does not exist|can't be read"):
+        study.run("tiny", tmp_path / "out", data, tmp_path / "nowhere.jsonl")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="is no study"):
+        study.run("tiny", data, data)

@@ -215,8 +215,8 @@ def test_a_candidate_that_fails_is_left_out(
 
 def test_nothing_that_is_read_is_deleted(yaml: Path, once: Path, tmp_path: Path) -> None:
     shutil.copytree(once, tmp_path / "job")
+    settings = ["run.overwrite=true", f"model.path={tmp_path}/job/model", "search.shapes=[]", "search.remove=[1]"]
     with pytest.raises(UserError, match="would delete the input"):
-        settings = ["run.overwrite=true", f"model.path={tmp_path}/job/model", "search.shapes=[]", "search.remove=[1]"]
         search(job(yaml, f"run.folder={tmp_path}/job", *settings))
     assert (tmp_path / "job" / "model" / "config.json").exists()
     (tmp_path / "file").touch()

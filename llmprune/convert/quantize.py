@@ -17,6 +17,7 @@ from llmprune.data.calibration import CalibrationConfig, calibration_samples
 from llmprune.errors import UserError
 from llmprune.files import make_readable, output_folder, refuse_existing, refuse_replacing
 from llmprune.models.loading import load_any_model, load_tokenizer, resolve_model
+from llmprune.models.own_types import needs_code
 
 BITS = 4
 
@@ -67,6 +68,11 @@ def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, over
     refuse_replacing(out, [folder, *filter(None, [config.data.path])])
     tokenizer = load_tokenizer(model)
     loaded = load_any_model(model)
+    if needs_code(loaded.config):
+        raise UserError(
+            f"{model} has a modelling file of its own, which llm-compressor can't trace: quantise the model without "
+            "richer heads or stand-in"
+        )
     _check(loaded, config)
     samples = calibration_samples(config.data, tokenizer)
     limit = getattr(loaded.config, "max_position_embeddings", None)

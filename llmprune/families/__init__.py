@@ -9,7 +9,7 @@ from llmprune.families.gpt_neox import GPT_NEOX
 from llmprune.families.llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 from llmprune.families.mixture import MIXTRAL, QWEN3_MOE
 from llmprune.families.opt import OPT
-from llmprune.families.richer import FIELD, RicherHeadsConfig, attention_output, module_name, with_richer_heads
+from llmprune.families.richer import FIELD, RicherHeadsConfig, attention_output, module_name, richer_family
 from llmprune.families.roles import AXES, EMBEDDINGS, MATRICES, NORMS, OUTPUTS, SUBLAYERS, Axis, Role
 from llmprune.families.shapes import PRUNED, Shape, shape_from, shapes_between, target_shape
 
@@ -46,7 +46,7 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
-OWN = "llmprune_"  # begins the model types of what no config of Transformers describes
+OWN = "llmprune_"  # begins llmprune's own model types; the modelling file, complete in itself, has it too
 
 
 def richer_heads_of(config: PretrainedConfig) -> RicherHeadsConfig | None:
@@ -68,7 +68,7 @@ def family_of(config: PretrainedConfig) -> Family:
     for family in FAMILIES.values():
         if model_type in family.model_types:
             family.check(config)
-            return family if richer is None else with_richer_heads(family, shared=richer.shared)
+            return family if richer is None else richer_family(family, shared=richer.shared)
     supported = sorted(model_type for family in FAMILIES.values() for model_type in family.model_types)
     raise UserError(
         f"the architecture '{config.model_type or type(config).__name__}' is not supported; supported: "

@@ -26,6 +26,8 @@ class RicherHeadsConfig:
 
     def check(self) -> None:
         """Raise ``UserError`` for what can't be or can't learn."""
+        if not isinstance(self.shared, bool) or not isinstance(self.residual, bool):
+            raise UserError("shared and residual of richer heads are true or false")
         if self.activation not in ACTIVATIONS:
             raise UserError(
                 f"richer heads have no activation '{self.activation}'; {nearest(str(self.activation), ACTIVATIONS)}"
@@ -48,7 +50,7 @@ def module_name(family: Family) -> str:
     return f"{attention_output(family).rpartition('.')[0]}.richer_heads"
 
 
-def with_richer_heads(family: Family, *, shared: bool) -> Family:
+def richer_family(family: Family, *, shared: bool) -> Family:
     """The family with a non-linear layer for its heads."""
     role = Role.SHARED_RICHER_HEADS if shared else Role.RICHER_HEADS
     return replace(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from llmprune.errors import UserError
 from llmprune.families import family_of, richer_heads_of
 
 
@@ -44,8 +45,10 @@ def macs(config: PretrainedConfig, tokens: int, past: int = 0, *, logits: int | 
         logits: tokens whose logits are computed; None = all.
 
     Raises:
-        UserError: the architecture is not supported.
+        UserError: the architecture is not supported, or has a stand-in.
     """
+    if getattr(config, "llmprune_stand_in", None) is not None:
+        raise UserError("what a stand-in for blocks takes is not counted")
     family = family_of(config)
     shape = family.shape(config)
     matrices = family.matrices(config)

@@ -24,9 +24,9 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmprune.errors import UserError, first_line
-from llmprune.families import Role, family_of
+from llmprune.families import OWN, Role, family_of
 from llmprune.files import read_json
-from llmprune.models.modeling_llmprune import PREFIX, register
+from llmprune.models.modeling_llmprune import register
 
 transformers_logging.disable_progress_bar()
 
@@ -58,7 +58,7 @@ def _known(folder: Path) -> Path:
     """Let Transformers know the type of a model in ``folder``, if it is one of llmprune's own."""
     config = folder / "config.json"
     model_type = str(read_json(config).get("model_type")) if config.is_file() else ""
-    if model_type.startswith(PREFIX):
+    if model_type.startswith(OWN):
         register(model_type)
     return folder
 

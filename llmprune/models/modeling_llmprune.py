@@ -111,9 +111,17 @@ class RicherHeads(nn.Module):
         rows = head_dim if shared else heads * head_dim
         self.weight = nn.Parameter(torch.zeros(rows, head_dim))
         self.bias = nn.Parameter(torch.zeros(rows))
-        self.activation, self.shared, self.residual = ACT2FN[activation], shared, residual
-        if not residual:
-            nn.init.normal_(self.weight, std=std)
+        self.activation, self.shared, self.residual, self.std = ACT2FN[activation], shared, residual, std
+        self.begin()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Take the values that it begins with: small random ones or, as a residual, zero."""
+        self.bias.zero_()
+        if self.residual:
+            self.weight.zero_()
+        else:
+            self.weight.normal_(std=self.std)
 
     def forward(self, joined: Tensor) -> Tensor:
         """The heads' output, [..., heads · head_dim], from the same."""
@@ -124,13 +132,35 @@ class RicherHeads(nn.Module):
         else:
             matrices = self.weight.unflatten(0, (-1, size))
             rows = torch.bmm(heads.flatten(0, -3).transpose(0, 1), matrices.mT)  # [heads, tokens, head_dim]
-            found = (rows.transpose(0, 1) + self.bias.view(-1, size)).view_as(heads)
+            found = (rows.transpose(0, 1) + self.bias.view(-1, size).to(rows.dtype)).view_as(heads)
         found = self.activation(found)
         return (heads + found if self.residual else found).flatten(-2)
 
     def before(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Give the attention's output matrix richer heads (a hook before its forward pass)."""
         return (self(inputs[0]), *inputs[1:])
+
+    def follow(self, matrix: nn.Module) -> None:
+        """See that ``before`` comes before ``matrix`` and nothing within it.
+
+        Others put a wrapper with adapters, or a packed matrix, in the place of the one that was there.
+        """
+        if self.before in matrix._forward_pre_hooks.values():
+            return
+        for inner in matrix.modules():
+            for key in [key for key, hook in inner._forward_pre_hooks.items() if hook == self.before]:
+                del inner._forward_pre_hooks[key]
+        matrix.register_forward_pre_hook(self.before)
+
+
+class _Following:
+    """Before an attention's forward pass: its richer heads come before whatever its output matrix is by now."""
+
+    def __init__(self, heads: RicherHeads, name: str) -> None:
+        self.heads, self.name = heads, name
+
+    def __call__(self, attention: nn.Module, inputs: Any) -> None:
+        self.heads.follow(getattr(attention, self.name))
 
 
 def host(place: int) -> int:
@@ -159,7 +189,7 @@ def _attach_heads(
         activation: Transformers' name of it.
         residual: see ``RicherHeads``.
     """
-    config, (place, _, _) = model.config, output.rpartition(".")
+    config, (place, _, name) = model.config, output.rpartition(".")
     for block in model.get_submodule(blocks).children():
         attention, matrix = block.get_submodule(place), block.get_submodule(output)
         size: int = matrix.in_features // config.num_attention_heads  # type: ignore[assignment, operator]
@@ -167,7 +197,8 @@ def _attach_heads(
         attention.richer_heads = heads = RicherHeads(
             config.num_attention_heads, size, shared=shared, activation=activation, residual=residual, std=std
         )
-        matrix.register_forward_pre_hook(heads.before)
+        heads.follow(matrix)
+        attention.register_forward_pre_hook(_Following(heads, name))
 
 
 def _attach_stand_in(model: PreTrainedModel, described: dict[str, Any]) -> None:
@@ -207,6 +238,7 @@ def config_class(model_type: str) -> type[PretrainedConfig]:
         "model_type": PREFIX + model_type,
         "llmprune_richer_heads": None,
         "llmprune_stand_in": None,
+        "_auto_class": "AutoConfig",  # this file goes along wherever such a model is saved
         "__module__": __name__,
     }
     return type(f"config_of_{model_type}", (base,), body)
@@ -219,9 +251,15 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
 
     def initialise(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
+        self.loss_type = "ForCausalLM"  # Transformers reads it off the class's name otherwise
         _attach(self)
 
-    body = {"config_class": config_class(model_type), "__init__": initialise, "__module__": __name__}
+    body = {
+        "config_class": config_class(model_type),
+        "__init__": initialise,
+        "_auto_class": "AutoModelForCausalLM",
+        "__module__": __name__,
+    }
     return type(f"model_of_{model_type}", (base,), body)
 
 

@@ -98,10 +98,6 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> list[
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(config.peft(model.config), model)  # type: ignore[arg-type]
-    for module in model.modules():
-        base = getattr(module, "base_layer", None)
-        if base is not None:  # what happens before the matrix happens before its adapter, too
-            module._forward_pre_hooks, base._forward_pre_hooks = base._forward_pre_hooks, module._forward_pre_hooks
     adapters = [module for name, module in model.named_modules() if name.endswith((A[:-7], B[:-7]))]
     for adapter in adapters:
         adapter.float()

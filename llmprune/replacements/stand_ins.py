@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from llmprune.errors import UserError
 from llmprune.families import Family, Role, Shape, family_of
-from llmprune.models.modeling_llmprune import FFN, Linear, Mean, SwiGLU
+from llmprune.models.modeling_llmprune import FFN, Linear, Mean, RicherHeads, SwiGLU
 from llmprune.models.walking import Run, blocks_of
 from llmprune.registry import Registry
 from llmprune.replacements.settings import BlockReplacementConfig
@@ -284,6 +284,9 @@ class BlocksStandIn(StandIn):
             with torch.random.fork_rng():
                 torch.manual_seed(site.seed)
                 self.blocks.apply(site.model._init_weights)  # as the architecture's own code does it
+                for module in self.blocks.modules():
+                    if isinstance(module, RicherHeads):
+                        module.begin()
         # What Composer shards and whose activations it checkpoints.
         self.fsdp_wrap_fn = self.activation_checkpointing_fn = self._is_block
 

@@ -107,6 +107,63 @@ def test_the_attention_itself_is_that_of_a_naive_model(tokens: torch.Tensor) -> 
     assert relative(logits(model, tokens), logits(naive, tokens)) <= 1e-6
 
 
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_adapters_and_four_bits_keep_the_heads(quantize: str | None, tokens: torch.Tensor, tmp_path: Path) -> None:
+    """Whatever takes the output matrix's place: the layer is computed once, before it."""
+    from peft import LoraConfig, get_peft_model
+
+    from llmprune.recovery.four_bits import quantization
+    from llmprune.recovery.lora import AdaptedWeights, LoRAConfig, add_adapters
+
+    config = with_richer_heads(tiny_config(), RicherHeadsConfig(shared=False))
+    random_model(config).save_pretrained(tmp_path / "richer")
+    packed = None if quantize is None else quantization(config, torch.float32)
+    model = load_model(tmp_path / "richer", quantization=packed)
+    counts: list[int] = []
+    layer = blocks_of(model)[0].self_attn.richer_heads
+    layer.register_forward_hook(lambda *_: counts.append(1))
+    settings = LoRAConfig(rank=2, dropout=0.0)
+    adapters = add_adapters(model, settings, seed=0)
+    with torch.no_grad():
+        for place, parameter in enumerate(adapters):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(place))
+    adapted = logits(model, tokens)
+    assert counts == [1]
+    merged = AdaptedWeights(dict(model.state_dict()), settings)
+    plain = random_model(config)
+    plain.load_state_dict({name: merged[name] for name in merged}, strict=False)
+    assert relative(adapted, logits(plain, tokens)) <= 1e-5
+    without = random_model(config)
+    with torch.no_grad():
+        for block in blocks_of(without):
+            block.self_attn.richer_heads.weight.zero_()
+    assert relative(adapted, logits(without, tokens)) > 1e-2
+    if quantize is None:  # PEFT itself, which knows nothing of us
+        alone = get_peft_model(load_model(tmp_path / "richer"), LoraConfig(r=2, target_modules=["o_proj"]))
+        before = logits(load_model(tmp_path / "richer"), tokens)
+        assert relative(before, logits(alone, tokens)) <= 1e-6
+        for name, parameter in alone.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        changed = logits(alone, tokens)
+        assert relative(before, changed) > 1e-3
+        assert relative(changed, logits(alone.merge_and_unload(), tokens)) <= 1e-5
+
+
+def test_what_it_is_saved_with(tokens: torch.Tensor, tmp_path: Path) -> None:
+    model = random_model(CONFIGS["llama-richer"])
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "modeling_llmprune.py").exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True).eval()
+    assert torch.equal(logits(model, tokens), logits(again, tokens))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_products_stay_in_the_format_of_autocast(shared: bool) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert filled(shared)(torch.randn(2, HEADS * SIZE).bfloat16()).dtype == torch.bfloat16
+
+
 def test_a_copy_is_on_its_own(tokens: torch.Tensor) -> None:
     model = random_model(CONFIGS["llama-richer"])
     copied, before = copy.deepcopy(model), logits(model, tokens)

@@ -11,6 +11,7 @@ from composer.core import Time, TimeUnit
 from composer.utils import dist, get_device
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
 
+from llmprune.checksums import VERIFICATION
 from llmprune.config import Config
 from llmprune.data.format import EVAL, TRAIN, DataManifest, tokenizer_fingerprint
 from llmprune.data.mixing import PARTS, domain_weights
@@ -61,6 +62,8 @@ def check(config: Config) -> Ingredients:
     _check_numbers(config)
     _check_times(config)
     _check_devices(config)
+    if config.model.verify:
+        VERIFICATION.asked = True
     data = PreparedData(config.data.path, config.data.cache)
     if (config.model.path is None) == (config.model.config is None):
         raise UserError("give either model.path (a checkpoint) or model.config (random weights), not both")
@@ -257,6 +260,12 @@ def _check_numbers(config: Config) -> None:
             microbatch,
             microbatch == "auto" or (isinstance(microbatch, int) and microbatch >= 1),
             "be a positive whole number or auto",
+        ),
+        (
+            "train.hang_timeout",
+            train.hang_timeout,
+            train.hang_timeout is None or train.hang_timeout > 0,
+            "be positive, or null for never",
         ),
         ("data.workers", data.workers, data.workers >= 0, "be zero or positive"),
         ("data.prefetch", data.prefetch, data.prefetch >= 1, "be positive"),

@@ -67,6 +67,7 @@ class ModelConfig:
         richer_heads: with ``config``: a non-linear layer for the output of every attention head; null = none.
         attention: ``sdpa``, ``eager`` or ``flash_attention_2`` (GPU).
         dtype: of the weights in training: float32 or bfloat16.
+        verify: compare the files of ``path`` (and of a teacher) with the checksums that llmprune wrote beside them.
     """
 
     path: str | None = None
@@ -75,6 +76,7 @@ class ModelConfig:
     tokenizer: str | None = None
     attention: str = "sdpa"
     dtype: str = "float32"
+    verify: bool = False
 
 
 @dataclass
@@ -123,6 +125,9 @@ class TrainConfig:
         eval_interval: ``50ba``; ``0ba`` = never.
         eval_first: evaluate before the first batch.
         device: cpu or gpu; null = what is there.
+        hang_timeout: seconds in which a rank does nothing (no event, no forward pass) after which the job ends, and the
+            rank that the others wait for is named; null = never.
+        check_memory: refuse a job that by ``llmprune estimate`` does not fit.
     """
 
     duration: str = MISSING
@@ -136,6 +141,8 @@ class TrainConfig:
     eval_interval: str = "1dur"
     eval_first: bool = False
     device: str | None = None
+    hang_timeout: float | None = 1800.0
+    check_memory: bool = True
 
 
 @dataclass
@@ -168,10 +175,13 @@ class CheckpointConfig:
     Attributes:
         interval: ``3200ba``, ``0.1dur``; the last batch is always saved.
         keep: how many of the newest are kept; -1 = all.
+        remote: a URL (``s3://BUCKET/FOLDER``, …) or folder that every checkpoint is copied to beside the training, and
+            that ``run.autoresume`` goes on from on machines which have none; null = none. Nothing is deleted there.
     """
 
     interval: str = "0.1dur"
     keep: int = 2
+    remote: str | None = None
 
 
 @dataclass

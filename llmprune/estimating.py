@@ -5,9 +5,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from composer.core import Time, TimeUnit
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from composer.utils import dist, get_device
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmprune.checks import config_from_fields
 from llmprune.config import Config
@@ -24,6 +26,10 @@ from llmprune.models.placement import DTYPES
 from llmprune.models.richer import with_richer_heads
 from llmprune.models.vocabulary import CHUNKS, LEAST
 from llmprune.recovery.lora import add_adapters
+from llmprune.replacements.settings import BlockReplacementConfig
+from llmprune.replacements.span import Span
+from llmprune.replacements.stand_ins import STAND_INS, Site
+from llmprune.replacing import given_span
 
 FRAGMENTATION = 0.06  # of all that is allocated: what the allocator can't use
 CONTEXT = {"cuda": 1.0e9, "cpu": 0.0}  # bytes of libraries and their buffers on the device
@@ -145,6 +151,34 @@ def estimate_job(config: Config, cluster: Cluster, length: int | None = None) ->
     return estimate(config, model, length, cluster)
 
 
+def check_fits(config: Config, model: PretrainedConfig, length: int) -> None:
+    """Refuse a job that does not fit where it is about to start.
+
+    Args:
+        config: of the job.
+        model: of the model that trains.
+        length: tokens of a sample.
+
+    Raises:
+        UserError: by the estimate it needs more memory than a rank has.
+    """
+    ranks, here = dist.get_world_size(), dist.get_local_world_size()
+    if get_device(config.train.device).name == "gpu":
+        free, device = torch.cuda.mem_get_info()[0], "cuda"
+    else:
+        free, device = psutil.virtual_memory().available / here, "cpu"
+    found = estimate(config, model, length, Cluster(ranks, free, here, device=device))
+    if found.fits or config.train.microbatch_size == "auto":
+        return
+    largest = sorted(found.memory.items(), key=lambda item: -item[1])[:3]
+    named = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in largest)
+    raise UserError(
+        f"the job takes about {found.total / 1e9:.2f} GB on every rank and {free / 1e9:.2f} GB are free ({named}): "
+        "take more ranks with sharding={}, a smaller train.microbatch_size, train.activation_checkpointing=true, or "
+        "train.check_memory=false to start it all the same; `llmprune estimate` shows what helps"
+    )
+
+
 def estimate(config: Config, model: PretrainedConfig, length: int, cluster: Cluster) -> Estimate:
     """What a job takes.
 
@@ -241,6 +275,9 @@ class _Sizes:
             names, lowest = set(), 0
             with torch.device("meta"):
                 trained = sum(p.numel() for p in add_adapters(built, config.lora, 0))
+        if config.block_replacement is not None:
+            names, trained, lowest = _replaced(built, config.block_replacement, given_span(config), shape.layers)
+            trained += sum(sizes[name] for name in names)
         gates = 0
         if config.l0_pruning is not None:
             gates = sum(p.numel() for p in GateSet(shape, make_goal(model, config.l0_pruning)).parameters())
@@ -266,6 +303,21 @@ class _Sizes:
         )
 
 
+def _replaced(
+    built: PreTrainedModel, settings: BlockReplacementConfig, span: Span | None, layers: int
+) -> tuple[set[str], int, int]:
+    """What trains beside the stand-in, the stand-in's parameters, and the first block that gradients pass through."""
+    if span is None:  # any of that length
+        assert settings.length is not None
+        span = Span(0, settings.length)
+    with torch.device("meta"):
+        network = STAND_INS.get(settings.kind)(Site(built, span, 0), settings)
+    behind = span.end if {"lm", "kl"} & set(settings.weights) else layers
+    stands = settings.blocks if settings.kind == "blocks" else 1
+    trained = sum(p.numel() for p in network.parameters())
+    return set(parameter_names_of(built, settings.also)), trained, max(behind - stands, 0)
+
+
 def _autocast(config: Config) -> torch.dtype | None:
     return {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(config.train.precision)
 
@@ -275,13 +327,14 @@ def _memory(
 ) -> dict[str, float]:
     """Bytes by what holds them, at the peak."""
     dtype, autocast = DTYPES[config.model.dtype], _autocast(config)
-    held = FLOAT if config.lora is not None else dtype.itemsize  # of what learns
+    added = config.lora is not None or config.block_replacement is not None
+    held = FLOAT if added else dtype.itemsize  # of what learns
     shards = 1 if config.sharding is None else cluster.gpus // config.sharding.replicas
     moments = 1 if config.optimizer.name == "decoupled_lion" else 2
     weights = sizes.parameters * dtype.itemsize / shards
-    if config.lora is not None:
-        if config.lora.quantize is not None:
-            weights = sizes.outside * dtype.itemsize + (sizes.parameters - sizes.outside) * FOUR_BITS
+    if config.lora is not None and config.lora.quantize is not None:
+        weights = sizes.outside * dtype.itemsize + (sizes.parameters - sizes.outside) * FOUR_BITS
+    if added:
         weights += sizes.trained * FLOAT
     gradients = sizes.trained * held / shards
     products = dtype if autocast is None else autocast
@@ -331,8 +384,9 @@ def _memory(
 def _flops(config: Config, model: PretrainedConfig, length: int, sizes: _Sizes) -> float:
     """Operations of a sample's training step."""
     forward = 2 * macs(model, length).total
-    backward = forward + 2 * length * sizes.trained  # of what goes in, and of what learns
-    again = forward if config.train.activation_checkpointing else 0
+    share = max(sizes.reached, 1) / sizes.layers
+    backward = share * forward + 2 * length * sizes.trained  # of what goes in, and of what learns
+    again = share * forward if config.train.activation_checkpointing else 0
     total = float(forward + backward + again)
     if config.distillation is not None:
         total += 2 * sizes.teacher * length if sizes.teacher else forward

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors.torch import save_file
@@ -98,6 +98,18 @@ def put_in_place(folder: Path, path: Path, overwrite: bool = False) -> None:
         folder.rename(path)
     for discarded in path.parent.glob(f".{glob.escape(path.name)}.????????.old"):
         remove(discarded)  # also what a killed process left
+
+
+def inside(folder: Path, name: object) -> Path:
+    """The place of a file that some record names, below a folder.
+
+    Raises:
+        UserError: the name leads out of the folder, or is none.
+    """
+    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+    if not parts or parts[0] == "/" or ".." in parts or "\0" in str(name) or "\\" in str(name):
+        raise UserError(f"'{name}' is no name of a file in {folder}: whoever made its record is not to be trusted")
+    return folder / str(name)
 
 
 def remove(path: Path) -> None:

@@ -70,3 +70,22 @@ def end_with_launcher() -> None:
     """
     if "LOCAL_RANK" in os.environ:
         end_with(os.getppid())
+
+
+class Activity:
+    """When this process was last seen at work.
+
+    Attributes:
+        last: in seconds of ``time.monotonic``.
+    """
+
+    def __init__(self) -> None:
+        """It begins now."""
+        self.last = time.monotonic()
+
+    def note(self) -> None:
+        """It is at work; to be called by whatever takes long."""
+        self.last = time.monotonic()
+
+
+ACTIVITY = Activity()  # of this process

@@ -24,9 +24,14 @@ def share_cores() -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
 
-def initialize_ranks(device: str | None) -> None:
-    """Let the ranks find each other; they wait for one another as long as the longest plan takes."""
-    dist.initialize_dist(get_device(device), timeout=PATIENCE)
+def initialize_ranks(device: str | None, patience: float = PATIENCE) -> None:
+    """Let the ranks find each other.
+
+    Args:
+        device: cpu or gpu; None = what is there.
+        patience: seconds that they wait for one another; by default as long as the longest plan takes.
+    """
+    dist.initialize_dist(get_device(device), timeout=patience)
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:

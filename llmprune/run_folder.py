@@ -6,31 +6,32 @@ RUN/
   gates/             gate values at every evaluation (pruning)
   checkpoints/       Composer checkpoints; ``latest-rank0.pt`` points to the newest complete one
     manifest.json    what the checkpoints are: read before anything of theirs is loaded
+    baN.sums-R.json  checksums of the part of checkpoint baN that rank R wrote
     model/           Hugging Face config, tokenizer and generation config of the model as it is in the checkpoints
 """
 
 import importlib.metadata
+import logging
+import os
 import platform
-import re
 import subprocess
-import zipfile
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmprune.checkpoint_folder import LATEST, METADATA, CheckpointFolder, batch_of, records_in
+from llmprune.checksums import compare, read_record, record
 from llmprune.errors import UserError
-from llmprune.files import is_leftover, output_folder, read_json, remove, write_json, write_text
+from llmprune.files import inside, is_leftover, output_folder, read_json, remove, write_json, write_text
+from llmprune.stores import Store
+
+log = logging.getLogger(__name__)
 
 RANDOM = "random"  # the source of a model that was not trained before
 PACKAGES = ("llmprune", "torch", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
-_NAME = re.compile(r"ba(\d+)(-rank0\.pt)?$")
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether the part that is written last is there: a folder's metadata, a file's table of contents."""
-    return (checkpoint / ".metadata").is_file() or zipfile.is_zipfile(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -59,31 +60,65 @@ class RunFolder:
         """Composer checkpoints and their manifest."""
         return self.path / "checkpoints"
 
-    def latest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint, if there is one.
+    def latest_checkpoint(self, *, contents: bool = False) -> Path | None:
+        """The newest complete checkpoint, if there is one; see ``CheckpointFolder.latest``."""
+        return CheckpointFolder(self.checkpoints).latest(contents=contents)
 
-        Composer removes its link to it before it makes the next: after a kill in between, the newest is looked for.
+    def fetch(self, store: Store) -> None:
+        """Bring the newest complete checkpoint of a store, and what belongs to it, here.
+
+        Nothing is done if one as new is here already. One that does not arrive as it was brought there is passed over,
+        and named.
+
+        Raises:
+            UserError: the store can't be reached, or all that it has is damaged.
         """
-        latest = self.checkpoints / "latest-rank0.pt"
-        if latest.exists():
-            return latest.resolve()
-        return next(filter(_is_complete, self._by_age()), None)
+        names = store.names("")
+        here, failed = self.latest_checkpoint(), None
+        for batch, records in records_in(names).items():
+            if here is not None and batch_of(here) >= batch:
+                return
+            try:
+                if self._fetch_checkpoint(store, records, names):
+                    print(f"{self.path}: the checkpoint after batch {batch} comes from {store.url}")
+                    return
+            except UserError as error:
+                log.warning("the checkpoint after batch %d in %s is passed over: %s", batch, store.url, error)
+                failed = error
+        if failed is not None:
+            raise failed
 
-    def _by_age(self) -> list[Path]:
-        """All checkpoints, the newest first."""
-        found = {int(name[1]): path for path in self.checkpoints.glob("ba*") if (name := _NAME.match(path.name))}
-        return [path for _, path in sorted(found.items(), reverse=True)]
+    def _fetch_checkpoint(self, store: Store, records: list[str], names: list[str]) -> bool:
+        """Fetch one checkpoint unless some rank had not brought its part."""
+        files: dict[str, Any] = {}
+        ranks = 0
+        with tempfile.TemporaryDirectory() as folder:
+            for name in records:
+                place = Path(folder) / Path(name).name
+                store.get(name, place)
+                found = read_record(place)
+                files, ranks = files | found["files"], int(found["ranks"])
+        if len(records) < ranks:
+            return False
+        rest = [name for name in names if not name.startswith(("checkpoints/ba", f"checkpoints/{LATEST}"))]
+        for name in sorted(rest, key=lambda name: name != self.config.name):  # what marks a run comes first
+            self._get(store, name)
+        for name in records:
+            self._get(store, name)
+        for name in sorted(files, key=lambda name: name.endswith(METADATA)):  # and last what marks a checkpoint
+            self._get(store, f"checkpoints/{name}")
+        compare(self.checkpoints, files)
+        return True
 
-    def keep_checkpoints(self, newest: int) -> None:
-        """Delete all but the newest complete checkpoints (-1 = none of them), and what a kill left of others.
-
-        Composer counts those of its own process only, so that they would pile up where a run is resumed often.
-        """
-        complete = [path for path in self._by_age() if _is_complete(path)]
-        kept = [self.latest_checkpoint(), *(complete if newest < 0 else complete[:newest])]
-        for path in self._by_age():
-            if path not in kept and path.resolve() not in kept:
-                remove(path)
+    def _get(self, store: Store, name: str) -> None:
+        place = inside(self.path, name)
+        part = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            store.get(name, part)
+            os.replace(part, place)
+        finally:
+            remove(part)
 
     def find(self, *, overwrite: bool, autoresume: bool) -> Path | None:
         """See whether the folder may be used; nothing is changed.
@@ -94,7 +129,7 @@ class RunFolder:
         Raises:
             UserError: a run is there already and neither ``overwrite`` nor ``autoresume`` is set.
         """
-        if autoresume and (checkpoint := self.latest_checkpoint()) is not None:
+        if autoresume and (checkpoint := self.latest_checkpoint(contents=True)) is not None:
             return checkpoint
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run.folder {self.path} is a file: choose another folder")
@@ -165,6 +200,7 @@ class Manifest:
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            record(folder)
         write_json(checkpoints / "manifest.json", asdict(self))
 
     @classmethod

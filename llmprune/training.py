@@ -26,10 +26,14 @@ from llmprune.callbacks.low_rank_adaptation import LowRankAdaptation
 from llmprune.callbacks.metrics_file import MetricsFile, read_metrics
 from llmprune.callbacks.partial_training import PartialTraining
 from llmprune.callbacks.preemption import Preempted, Preemption
+from llmprune.callbacks.safekeeping import Safekeeping
+from llmprune.callbacks.watchdog import Watchdog
+from llmprune.checkpoint_folder import CheckpointFolder
 from llmprune.checks import Ingredients, check, check_same_run, data_contents
 from llmprune.config import Config, LiveEvaluationConfig, LoggersConfig
 from llmprune.convert.stored_state import harmless
 from llmprune.data.dataset import MixedDataset
+from llmprune.estimating import check_fits
 from llmprune.families import family_of
 from llmprune.job_files import save_config
 from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
@@ -37,13 +41,15 @@ from llmprune.models.loading import empty_model, load_model, new_model
 from llmprune.models.placement import DTYPES
 from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.processes import TERMINATION
-from llmprune.ranks import on_rank_zero, share_cores
+from llmprune.ranks import PATIENCE, initialize_ranks, on_rank_zero, share_cores
 from llmprune.recovering import correspondence_of
 from llmprune.recovery.four_bits import quantization
 from llmprune.replacements.span import Span
 from llmprune.replacing import check_replacement, known_span, make_cache, make_replacement, most_alike
 from llmprune.run_folder import RANDOM, Manifest, RunFolder, git_commit, versions
+from llmprune.run_store import fetch_run
 from llmprune.sharding import AverageGradients, parallelism
+from llmprune.stores import open_store
 from llmprune.streams import eval_loader, first_batches, make_loaders
 
 if TYPE_CHECKING:
@@ -58,9 +64,14 @@ def build_trainer(config: Config) -> Trainer:
     """
     inputs = check(config)
     share_cores()
-    dist.initialize_dist(get_device(config.train.device))
+    meet(config)
     run = RunFolder(Path(config.run.folder))
+    store = None if config.checkpoint.remote is None else open_store(config.checkpoint.remote)
+    if store is not None and config.run.autoresume:
+        fetch_run(run, store)
     resume = on_rank_zero(lambda: run.find(overwrite=config.run.overwrite, autoresume=config.run.autoresume))
+    if config.train.check_memory:
+        on_rank_zero(lambda: check_fits(config, inputs.model_config, inputs.data.manifest.sequence_length))
     span = None if config.block_replacement is None else known_span(config, inputs.model_config, run, resume)
     manifest = _manifest(config, inputs, span)
     if resume is not None:
@@ -82,6 +93,7 @@ def build_trainer(config: Config) -> Trainer:
     wrapped = ComposerCausalLM(model, {number: evaluation.domains[number] for number in evaluation.domains_present})
     optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
     callbacks = make_callbacks(config, run, stream, wrapped.domains.values(), live=live, resumed=resume is not None)
+    callbacks.append(Safekeeping(run.path, config.checkpoint.keep, store, resumed=resume is not None))
     if config.block_replacement is not None and span is not None:
         callbacks.append(make_replacement(config, config.block_replacement, inputs.data, run, span, cache))
     if config.distillation is not None:
@@ -94,7 +106,7 @@ def build_trainer(config: Config) -> Trainer:
                 kept=kept,
             )
         )
-    on_rank_zero(lambda: _write_run(config, run, manifest, model, inputs.tokenizer, resumed=resume is not None))
+    on_rank_zero(lambda: _write_run(config, run, manifest, model, inputs.tokenizer, resume))
     per_rank = config.train.global_batch_size // dist.get_world_size()
     eval_batch = per_rank if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
     sums = config.sharding is not None and get_device(config.train.device).name == "cpu"  # gloo does, where ranks meet
@@ -131,10 +143,16 @@ def build_trainer(config: Config) -> Trainer:
             save_filename="ba{batch}-rank{rank}.pt",
             save_latest_filename="latest-rank{rank}.pt",
             save_interval=interval(config.checkpoint.interval, config.train.duration),
-            save_num_checkpoints_to_keep=config.checkpoint.keep,
+            save_num_checkpoints_to_keep=-1,  # Safekeeping deletes them
             save_overwrite=True,
             load_path=None if resume is None else str(resume),
         )
+
+
+def meet(config: Config) -> None:
+    """Let the ranks find each other; before collectives lose patience, ``Watchdog`` does, which knows more."""
+    patience = config.train.hang_timeout
+    initialize_ranks(config.train.device, PATIENCE if patience is None else 2 * patience + 10 * 60)
 
 
 def _live_evaluation(config: LiveEvaluationConfig, inputs: Ingredients) -> "LiveEvaluation":
@@ -152,6 +170,7 @@ def train(config: Config) -> Trainer:
     if not trains(config):
         trainer.eval()
         trainer.save_checkpoint(f"{config.run.folder}/checkpoints/ba0-rank{{rank}}.pt")
+        finish(trainer)
     elif trainer.state.timestamp < trainer.state.max_duration:
         try:
             trainer.fit()
@@ -162,10 +181,17 @@ def train(config: Config) -> Trainer:
             report_rounding(trainer)
     else:
         print(f"{config.run.folder} is complete: nothing is left to do until train.duration is raised")
+        finish(trainer)
     trainer.close()
     if config.dynamic_loading is not None:
         on_rank_zero(lambda: draw_weights(RunFolder(Path(config.run.folder))))
     return trainer
+
+
+def finish(trainer: Trainer) -> None:
+    """See to the newest checkpoint of a run that does not train."""
+    safe = next(callback for callback in trainer.state.callbacks if isinstance(callback, Safekeeping))
+    safe.finish(trainer.state.timestamp.batch.value)
 
 
 def trains(config: Config) -> bool:
@@ -247,6 +273,8 @@ def make_callbacks(
     """The callbacks of a run; a resumed one has its weights in the checkpoint."""
     guard = LossGuard(config.train.loss_spike_factor, skip=config.train.loss_spike == "skip")
     callbacks: list[Callback] = [guard, LRMonitor(), SpeedMonitor(window_size=10), Preemption(TERMINATION)]
+    if config.train.hang_timeout is not None:
+        callbacks.insert(0, Watchdog(config.train.hang_timeout))
     if config.sharding is not None and config.model.path is not None and not resumed:
         callbacks.append(LoadShards(config.model.path))
     if live is not None:
@@ -307,12 +335,11 @@ def _write_run(
     manifest: Manifest,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    resumed: bool,
+    resume: Path | None,
 ) -> None:
-    if not resumed:
+    if resume is None:
         run.create()
         manifest.save(run.checkpoints, model, tokenizer)
     else:
-        run.keep_checkpoints(config.checkpoint.keep)
+        CheckpointFolder(run.checkpoints).keep(config.checkpoint.keep, resume)
     save_config(config, run.config)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -76,6 +77,32 @@ def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = PackSettings(SEQUENCE_LENGTH, eval_fraction=0.2)
     prepare([corpus], folder / "tokenizer", folder / "mds", settings, processes=1)
     return folder / "mds"
+
+
+@pytest.fixture(scope="session")
+def _server() -> Iterator[str]:
+    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An S3-compatible server that this process and its children know; its address."""
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "very-secret"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_MAX_ATTEMPTS", "1"),
+        ("S3_ENDPOINT_URL", _server),
+    ):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("llmprune.stores.WAIT", 0.01)
+    return _server
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from llmprune import training
+from llmprune.checkpoint_folder import CheckpointFolder
 from llmprune.data.dataset import MixedDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.files import remove
@@ -175,7 +176,7 @@ def test_resumes_do_not_pile_up_checkpoints(tmp_path: Path) -> None:
     torch.save([1.0] * 100, run.checkpoints / "ba7-rank0.pt")
     (run.checkpoints / "ba200-rank0.pt").write_bytes(b"cut short")
     for keep, left in ((-1, {"ba7-rank0.pt", "ba9", "ba10", "ba100"}), (2, {"ba10", "ba100"}), (1, {"ba100"})):
-        run.keep_checkpoints(keep)
+        CheckpointFolder(run.checkpoints).keep(keep)
         assert {path.name for path in run.checkpoints.iterdir()} == left
 
 

@@ -65,5 +65,13 @@ def numbers_in(text: str, option: str) -> list[int]:
 
 
 @app.callback()
-def llmprune() -> None:
+def llmprune(
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare models and checkpoints with their checksums before using them.")
+    ] = False,
+) -> None:
     """Prune large language models and train them back."""
+    if verify:
+        from llmprune.checksums import VERIFICATION
+
+        VERIFICATION.asked = True

@@ -11,14 +11,16 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from llmprune.callbacks.l0_pruning import load_gates
-from llmprune.convert.stored_state import METADATA, StoredState, open_state
+from llmprune.checkpoint_folder import METADATA, CheckpointFolder
+from llmprune.checksums import VERIFICATION
+from llmprune.convert.stored_state import StoredState, open_state
 from llmprune.errors import UserError
 from llmprune.families import Family, family_of
 from llmprune.gates.gate_set import GateSet
 from llmprune.gates.settings import L0PruningConfig, make_goal
 from llmprune.models.loading import fingerprint, load_config
 from llmprune.recovery.lora import AdaptedWeights, LoRAConfig
-from llmprune.run_folder import Manifest, RunFolder
+from llmprune.run_folder import Manifest
 
 _PREFIX = "model."
 
@@ -67,14 +69,14 @@ class Checkpoint:
         path = Path(path)
         if path.is_dir() and not _is_sharded(path):
             folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-            latest = RunFolder(folder.parent).latest_checkpoint() if folder.name == "checkpoints" else None
-            complete = [entry for entry in folder.iterdir() if entry.suffix == ".pt" or _is_sharded(entry)]
-            latest = latest or max(complete, key=lambda entry: entry.stat().st_mtime, default=None)
+            latest = CheckpointFolder(folder).latest(contents=VERIFICATION.asked)
             if latest is None:
                 raise UserError(f"{path} holds no checkpoint")
             path = latest
-        if not path.exists():
-            raise UserError(f"{path} does not exist")
+        else:
+            if not path.exists():
+                raise UserError(f"{path} does not exist")
+            CheckpointFolder(path.parent).check(path, contents=VERIFICATION.asked)
         path = path.resolve()
         return cls(path, Manifest.load(path.parent), load_config(path.parent / "model"))
 

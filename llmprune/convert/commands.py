@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from llmprune.callbacks.metrics_file import read_metrics
+from llmprune.checksums import record
 from llmprune.convert.checkpoint import Checkpoint, CheckpointWeights, is_checkpoint
 from llmprune.convert.export import export, keep_everything
 from llmprune.convert.replaced import Replaced, read_replaced
@@ -160,6 +161,7 @@ def export_adapter(checkpoint: Path | str, out: Path | str, *, overwrite: bool =
     with output_folder(out, overwrite) as folder:
         settings.save_pretrained(str(folder))
         save_tensors(folder / "adapter_model.safetensors", adapter_tensors(CheckpointWeights(opened.state)), {})
+        record(folder)
 
 
 def push_to_hub(folder: Path | str, name: str) -> str:

@@ -9,6 +9,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
+from llmprune.checksums import record
 from llmprune.convert.model_card import model_card
 from llmprune.errors import UserError
 from llmprune.families import family_of
@@ -104,6 +105,7 @@ def export(
             source, plan, parameters, surgery.config.model_type, card or {}, needs_code=needs_code(config)
         )
         (folder / "README.md").write_text(text, encoding="utf-8")
+        record(folder)
 
 
 def _meta_tensors(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmprune.checksums import record
 from llmprune.data.calibration import CalibrationConfig, calibration_samples
 from llmprune.errors import UserError
 from llmprune.files import make_readable, output_folder, refuse_existing, refuse_replacing
@@ -111,6 +112,7 @@ def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, over
         files = list(written.glob("*.safetensors"))
         for file in files:  # the library makes them private
             make_readable(file)
+        record(written)
         return sum(file.stat().st_size for file in files)
 
 

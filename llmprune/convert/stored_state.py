@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.torch_version import TorchVersion
 
+from llmprune.checkpoint_folder import METADATA
 from llmprune.errors import UserError, first_line
 
 _SMALL = 2**20  # bytes of a tensor that is read at once
-METADATA = ".metadata"  # marks a folder as a sharded checkpoint
 
 # What Composer keeps in a whole checkpoint beside tensors and plain types: durations, the torch version, numpy's
 # random state.

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,8 @@ from streaming.base.storage.download import CloudDownloader
 from streaming.base.util import bytes_to_int
 
 from llmprune.errors import UserError, first_line
+from llmprune.stores import persist
 
-_ATTEMPTS = 3
-_WAIT = 1.0  # seconds, before another attempt; twice as many before the next
 _READ_TIMEOUT = 60.0  # seconds without a byte
 
 
@@ -196,16 +194,12 @@ def download(url: str, path: Path, downloader: CloudDownloader) -> None:
     Raises:
         UserError: it can't be had, after a few attempts where these may help.
     """
-    for attempt in range(1, _ATTEMPTS + 1):
+
+    def fetch() -> None:
         path.unlink(missing_ok=True)
-        try:
-            downloader.download(url, str(path), _READ_TIMEOUT)
-            return
-        except Exception as error:  # each kind of remote has errors of its own
-            final = isinstance(error, FileNotFoundError | ValueError | ImportError) or "not found" in str(error)
-            if final or attempt == _ATTEMPTS:
-                raise UserError(f"{url} can't be fetched: {first_line(error)}") from None
-            time.sleep(_WAIT * 2 ** (attempt - 1))
+        downloader.download(url, str(path), _READ_TIMEOUT)
+
+    persist(fetch, f"{url} can't be fetched")
 
 
 def check_file(path: Path, wanted: FileInfo, name: object) -> None:

@@ -23,6 +23,7 @@ from transformers.integrations.accelerate import init_empty_weights
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llmprune.checksums import VERIFICATION
 from llmprune.errors import UserError, first_line
 from llmprune.families import OWN, Role, family_of
 from llmprune.files import read_json
@@ -35,7 +36,7 @@ def resolve_model(model: str | Path) -> Path:
     """The local folder of a model: the folder itself, or the downloaded (or cached) snapshot of a hub name.
 
     Raises:
-        UserError: there is no such folder or no such model can be reached.
+        UserError: there is no such folder, no such model can be reached, or it is damaged (see ``Verification``).
     """
     folder = Path(model)
     if folder.is_dir():
@@ -55,7 +56,8 @@ def resolve_model(model: str | Path) -> Path:
 
 
 def _known(folder: Path) -> Path:
-    """Let Transformers know the type of a model in ``folder``, if it is one of llmprune's own."""
+    """Compare ``folder`` with its checksums if that was asked for, and let Transformers know llmprune's own types."""
+    VERIFICATION.look(folder)
     config = folder / "config.json"
     model_type = str(read_json(config).get("model_type")) if config.is_file() else ""
     if model_type.startswith(OWN):

@@ -130,6 +130,10 @@ def test_damaged_or_dangerous_shards_are_refused(runs: Path, tmp_path: Path) -> 
     folder = copy / "checkpoints" / f"ba{BATCHES}"
     shard = folder / "__1_0.distcp"
     shard.write_bytes(shard.read_bytes()[:2000])
+    with pytest.raises(UserError, match="2,000 bytes instead of"):
+        convert(folder, tmp_path / "out")
+    for record in folder.parent.glob(f"ba{BATCHES}.sums-*.json"):
+        record.unlink()
     with pytest.raises(UserError, match="damaged or incomplete"):
         convert(folder, tmp_path / "out")
     shard.unlink()

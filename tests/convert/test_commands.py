@@ -196,6 +196,9 @@ def test_a_damaged_or_dangerous_checkpoint_is_refused(pruned_run: Path, tmp_path
     copy = shutil.copytree(pruned_run / "checkpoints", tmp_path / "checkpoints", symlinks=True)
     file = next(copy.glob("ba*.pt"))
     torch.save({"state": {"model": Evil()}}, file)
+    with pytest.raises(UserError, match="bytes instead of"):
+        convert(file, tmp_path / "out")
+    next(copy.glob("ba*.sums-0.json")).unlink()  # whoever made it would have made that, too
     with pytest.raises(UserError, match="no readable checkpoint"):
         convert(file, tmp_path / "out")
     assert not (tmp_path / "owned").exists()

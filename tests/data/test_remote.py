@@ -5,13 +5,11 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
-from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 from streaming.base.storage.download import CloudDownloader
 from torch.utils.data import DataLoader
 
@@ -38,32 +36,10 @@ def shards(corpus: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (
-        ("AWS_ACCESS_KEY_ID", "key"),
-        ("AWS_SECRET_ACCESS_KEY", "secret"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-        ("AWS_MAX_ATTEMPTS", "1"),
-    ):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(caching, "_WAIT", 0.01)
-
-
-@pytest.fixture
-def bucket(server: str, shards: Path, credentials: None, monkeypatch: pytest.MonkeyPatch) -> str:
+def bucket(s3: str, shards: Path) -> str:
     """A copy of the data in an S3-compatible store."""
-    monkeypatch.setenv("S3_ENDPOINT_URL", server)
-    client = boto3.client("s3", endpoint_url=server)
+    client = boto3.client("s3", endpoint_url=s3)
     client.create_bucket(Bucket="corpora")
     for path in shards.rglob("*"):
         if path.is_file():
@@ -209,7 +185,7 @@ def test_what_a_killed_process_left_is_in_nobodys_way(shards: Path, tmp_path: Pa
     )
 
 
-@pytest.mark.usefixtures("credentials")
+@pytest.mark.usefixtures("s3")
 def test_a_remote_that_cannot_be_reached(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = CacheConfig(str(tmp_path))
     with pytest.raises(UserError, match="s3://corpora/other/manifest.json can't be fetched: .*not found"):

@@ -1,0 +1,138 @@
+"""Ending a job that hangs, and naming the rank that all others wait for."""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from composer.core import Callback, Event, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from llmprune.processes import ACTIVITY
+
+BEAT = 5.0  # seconds between the reports of a rank, unless patience is short
+GRACE = 30.0  # seconds that other ranks leave rank 0 to judge
+_REPORT, _VERDICT = "llmprune/report", "llmprune/verdict"
+
+
+class Watchdog(Callback):
+    """Ends all ranks when nothing has moved for a while, and says which rank is to blame.
+
+    Collectives alone end a hung job with "timed out" on every rank but the one that hangs. Here a thread of each rank
+    reports to the store that the ranks met in how many events the rank has been through and when it was last at work.
+    All ranks go through the same events, so whoever has been through the fewest, or does not report any more, is the
+    one that the others wait for. That rank prints where each of its threads stands.
+    """
+
+    def __init__(self, patience: float) -> None:
+        """Prepare.
+
+        Args:
+            patience: seconds without an event, a forward pass or another sign of life on a rank.
+        """
+        self._patience, self._beat = patience, min(BEAT, patience / 4)
+        self._rank, self._ranks = dist.get_global_rank(), dist.get_world_size()
+        self._ended = threading.Event()
+        self._events, self._at, self._reports = 0, "the start", 0
+        self._thread: threading.Thread | None = None
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        """Note how far this rank is."""
+        ACTIVITY.note()
+        self._events += 1
+        self._at = f"{event.value} of batch {state.timestamp.batch.value}"
+        if event == Event.INIT and self._ranks > 1:
+            state.model.model.register_forward_pre_hook(lambda *_: ACTIVITY.note())  # long evaluations
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        if event == Event.FIT_END:
+            self._ended.set()
+
+    def close(self, state: State, logger: Logger) -> None:
+        """What follows is no training."""
+        self._ended.set()
+
+    def _watch(self) -> None:
+        try:
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store: Any = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
+            judged_by = self._patience + (0 if self._rank == 0 else GRACE)
+            while not self._ended.wait(self._beat):
+                self._report(store)
+                if store.check([_VERDICT]):
+                    self._leave(json.loads(store.get(_VERDICT)))
+                if time.monotonic() - ACTIVITY.last > judged_by:
+                    verdict = self._judge(store)
+                    print(f"error: {verdict['message']}", file=sys.stderr, flush=True)
+                    store.set(_VERDICT, json.dumps(verdict))
+        except (RuntimeError, OSError):  # the store is gone, and with it rank 0: the launcher ends the job
+            return
+
+    def _report(self, store: Any) -> None:
+        self._reports += 1
+        idle = time.monotonic() - ACTIVITY.last
+        where = {"events": self._events, "at": self._at, "idle": idle, "report": self._reports}
+        whom = {"host": socket.gethostname(), "process": os.getpid()}
+        store.set(f"{_REPORT}/{self._rank}", json.dumps({**where, **whom}))
+
+    def _judge(self, store: Any) -> dict[str, Any]:
+        """Who is to blame, from the reports of all ranks."""
+        first = self._reports_in(store)
+        for _ in range(3):
+            time.sleep(self._beat)
+            self._report(store)
+        return judge(first, self._reports_in(store), self._ranks)
+
+    def _reports_in(self, store: Any) -> dict[int, dict[str, Any]]:
+        keys = {rank: f"{_REPORT}/{rank}" for rank in range(self._ranks)}
+        return {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
+
+    def _leave(self, verdict: dict[str, Any]) -> None:
+        if self._rank in verdict["ranks"]:
+            print(f"rank {self._rank} stands here:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(file=2, all_threads=True)
+        else:
+            time.sleep(2 * self._beat)  # the launcher ends all ranks as soon as one has ended
+        os._exit(1)
+
+
+def judge(before: Mapping[int, Mapping[str, Any]], now: Mapping[int, Mapping[str, Any]], ranks: int) -> dict[str, Any]:
+    """Which ranks a job that does not move is waiting for.
+
+    Args:
+        before: the ranks' last reports.
+        now: those of a little later.
+        ranks: how many there are.
+
+    Returns:
+        {"ranks": those to blame, "message": in words}
+    """
+    silent = [rank for rank in range(ranks) if rank not in now or now[rank]["report"] == before[rank]["report"]]
+    idle = round(max((report["idle"] for report in now.values()), default=0))
+    begin = f"nothing has moved for {idle} s: "
+    goes_on = "; run.autoresume=true goes on from the last checkpoint"
+    if silent:
+        names = ", ".join(_name(rank, now.get(rank)) for rank in silent)
+        return {"ranks": silent, "message": f"{begin}no word comes from {names}{goes_on}"}
+    least = min(report["events"] for report in now.values())
+    behind = [rank for rank, report in sorted(now.items()) if report["events"] == least]
+    if len(behind) == ranks:
+        where = now[0]["at"]
+        return {"ranks": behind, "message": f"{begin}all ranks are at {where}, and none gets through{goes_on}"}
+    names = ", ".join(f"{_name(rank, now[rank])}, which is at {now[rank]['at']}" for rank in behind)
+    others = sorted({report["at"] for rank, report in now.items() if rank not in behind})
+    waiting = " and ".join(others)
+    return {"ranks": behind, "message": f"{begin}the ranks at {waiting} wait for {names}{goes_on}"}
+
+
+def _name(rank: int, report: Mapping[str, Any] | None) -> str:
+    where = "" if report is None else f" (process {report['process']} on {report['host']})"
+    return f"rank {rank}{where}"

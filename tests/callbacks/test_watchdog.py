@@ -1,0 +1,98 @@
+"""A job that hangs ends, and says whom it waited for."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmprune.callbacks.watchdog import judge
+
+ROOT = Path(__file__).parents[2]
+
+
+def report(events: int, at: str, number: int, **more: Any) -> dict[str, Any]:
+    return {"events": events, "at": at, "idle": 60.0, "report": number, "host": "node", "process": 7, **more}
+
+
+@pytest.mark.parametrize(
+    "before, now, ranks, words",
+    [
+        (
+            [9, 7, 9],
+            [10, 8, 10],
+            [1],
+            "the ranks at batch_end of batch 9 wait for rank 1 (process 7 on node), which is",
+        ),
+        ([9, 9, 7], [10, 10, 7], [2], "no word comes from rank 2 (process 7 on node)"),
+        ([9, 9, None], [10, 10, None], [2], "no word comes from rank 2;"),
+        ([9, 9, 9], [10, 10, 10], [0, 1, 2], "all ranks are at batch_end of batch 9, and none gets through"),
+    ],
+)
+def test_who_is_to_blame(before: list[Any], now: list[Any], ranks: list[int], words: str) -> None:
+    def reports(numbers: list[Any]) -> dict[int, dict[str, Any]]:
+        behind = 1 if ranks == [1] else None
+        return {
+            rank: report(4 if rank == behind else 9, f"batch_end of batch {5 if rank == behind else 9}", number)
+            for rank, number in enumerate(numbers)
+            if number is not None
+        }
+
+    verdict = judge(reports(before), reports(now), 3)
+    assert verdict["ranks"] == ranks and words in verdict["message"] and "for 60 s" in verdict["message"]
+
+
+SLEEPER = """
+import sys, time
+from pathlib import Path
+from composer import Callback
+from composer.utils import dist
+from llmprune import training
+from llmprune.job_files import load_config
+
+class Sleeper(Callback):
+    def before_loss(self, state, logger):
+        if dist.get_global_rank() == 1 and state.timestamp.batch.value == 2:
+            self.sleep_for_ever()
+
+    def sleep_for_ever(self):
+        time.sleep(10000)
+
+if __name__ == "__main__":
+    make = training.make_callbacks
+    training.make_callbacks = lambda *args, **kwargs: [*make(*args, **kwargs), Sleeper()]
+    training.train(load_config(sys.argv[1], sys.argv[2:]))
+"""
+
+
+def test_two_ranks_of_which_one_hangs(data: Path, model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    (tmp_path / "run.yaml").write_text(f"""
+run: {{name: test, folder: {tmp_path}/run}}
+model: {{path: {model_folder}}}
+data: {{path: {data}, eval_samples_per_domain: 2}}
+train: {{duration: 8ba, global_batch_size: 4, microbatch_size: 2, hang_timeout: 4}}
+checkpoint: {{interval: 1ba}}
+loggers: {{console: false}}
+""")
+    command = [
+        str(Path(sys.executable).parent / "composer"),
+        "-n",
+        "2",
+        f"{tmp_path}/sleeper.py",
+        f"{tmp_path}/run.yaml",
+    ]
+    start = time.monotonic()
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode not in (0, 2), printed
+    assert "error: nothing has moved for" in printed, printed
+    assert "wait for rank 1 (process " in printed and "of batch 2; run.autoresume=true goes on" in printed
+    assert "rank 1 stands here" in printed and "in sleep_for_ever" in printed
+    assert time.monotonic() - start < 120
+    assert (tmp_path / "run/checkpoints/ba2-rank0.pt").is_file()

@@ -30,6 +30,10 @@ def main(arguments: list[str]) -> int:
             print(f"{USAGE}\n\n{describe()}")
             return 0
         job = load_job(arguments[0], arguments[1:])
+        if job.run.offline:
+            from llmprune.network import check_offline
+
+            check_offline(job, arguments[0])
         if isinstance(job, ScoringConfig):
             from llmprune.scoring_run import run_scoring
 

@@ -17,7 +17,7 @@ from llmprune.data.format import EVAL, TRAIN, DataManifest, tokenizer_fingerprin
 from llmprune.data.mixing import PARTS, domain_weights
 from llmprune.data.prepared import PreparedData
 from llmprune.data.updates import check_updates, read_references
-from llmprune.errors import UserError, nearest
+from llmprune.errors import UserError, first_line, nearest
 from llmprune.families import FAMILIES, family_of, richer_heads_of
 from llmprune.gates.settings import make_goal
 from llmprune.job_files import load_config
@@ -152,12 +152,9 @@ def config_from_fields(values: dict[str, Any], tokenizer: PreTrainedTokenizerBas
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     try:
         config = CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **special, **values})
-        shape = family.shape(config)
-        sizes = [size for size in vars(shape).values() if size is not None]
-        if not all(isinstance(size, int) and size > 0 for size in sizes) or shape.heads % shape.kv_heads:
-            raise ValueError(f"{shape}: all must be positive, and heads a multiple of kv_heads")
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"model.config makes no {model_type} model ({str(error).strip().splitlines()[0]})") from None
+        family.shape(config)
+    except (TypeError, ValueError, ZeroDivisionError, UserError) as error:
+        raise UserError(f"model.config makes no {model_type} model ({first_line(error)})") from None
     return config
 
 

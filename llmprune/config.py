@@ -32,11 +32,13 @@ class FolderConfig:
         name: of the run, in loggers and in the default folder.
         folder: everything the run writes goes here.
         overwrite: delete what stands in the folder.
+        offline: use no network, and name what is missing before any work (``llmprune download`` gets it).
     """
 
     name: str = MISSING
     folder: str = "runs/${run.name}"
     overwrite: bool = False
+    offline: bool = False
 
 
 @dataclass
@@ -47,6 +49,7 @@ class RunConfig(FolderConfig):
         name: of the run, in loggers and in the default folder.
         folder: everything the run writes goes here.
         overwrite: delete what stands in the folder.
+        offline: use no network, and name what is missing before any work (``llmprune download`` gets it).
         seed: of weights, order of the data and gates.
         autoresume: go on from the folder's newest checkpoint, if there is one.
     """

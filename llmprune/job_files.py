@@ -86,7 +86,7 @@ def _read(path: Path) -> DictConfig:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (YAMLError, OSError) as error:
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path} must hold sections such as run:, model: and data:")

@@ -20,17 +20,31 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.checkpoint_folder import LATEST, METADATA, CheckpointFolder, batch_of, records_in
 from llmprune.checksums import compare, read_record, record
-from llmprune.errors import UserError
+from llmprune.errors import UserError, first_line
 from llmprune.files import inside, is_leftover, output_folder, read_json, remove, write_json, write_text
+from llmprune.gates.settings import L0PruningConfig
+from llmprune.recovery.lora import LoRAConfig
+from llmprune.recovery.partial import TrainableConfig
+from llmprune.recovery.settings import DistillationConfig
+from llmprune.replacements.settings import BlockReplacementConfig
 from llmprune.stores import Store
 
 log = logging.getLogger(__name__)
 
 RANDOM = "random"  # the source of a model that was not trained before
+SECTIONS = {  # of a manifest, as a job's YAML has them
+    "l0_pruning": L0PruningConfig,
+    "block_replacement": BlockReplacementConfig,
+    "trainable": TrainableConfig,
+    "lora": LoRAConfig,
+    "distillation": DistillationConfig,
+}
 PACKAGES = ("llmprune", "torch", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
 
 
@@ -214,9 +228,15 @@ class Manifest:
         if not path.is_file():
             raise UserError(f"{checkpoints} has no manifest.json: it holds no checkpoints of llmprune")
         try:
-            manifest = cls(**read_json(path))
-        except TypeError as error:
-            raise UserError(f"{path} is no manifest of this version ({error})") from None
+            values = dict(read_json(path))
+            for name, schema in SECTIONS.items():
+                if values.get(name) is not None:
+                    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values[name]))
+                    values[name] = asdict(settings)  # type: ignore[arg-type]
+            manifest = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+            assert isinstance(manifest, cls)
+        except (TypeError, ValueError, OmegaConfBaseException) as error:
+            raise UserError(f"{path} is no manifest of this version ({first_line(error)})") from None
         if manifest.schema != cls.schema:
             raise UserError(f"{path} has schema {manifest.schema}; this version reads {cls.schema}")
         return manifest

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from llmprune.cli import evaluating, measuring, pruning, showing  # noqa: F401  # their commands
+from llmprune.cli import downloading, evaluating, measuring, pruning, showing  # noqa: F401  # their commands
 from llmprune.cli.options import app
 from llmprune.errors import UserError
 

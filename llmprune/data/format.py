@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llmprune.errors import UserError
-from llmprune.files import read_json, sha256_text, write_json
+from llmprune.files import inside, read_json, sha256_text, write_json
 
 TOKENS, STARTS, LEARNED = "tokens", "starts", "learned"  # columns
 TEACHER_TOKENS, TEACHER_LOGS = "teacher_tokens", "teacher_logs"  # further ones, of training splits
@@ -131,6 +131,8 @@ class DataManifest:
                 domain: {split: SplitCounts(**counts) for split, counts in splits.items()}
                 for domain, splits in values.pop("domains").items()
             }
+            for name in (*domains, *values["tokenizer_files"]):
+                inside(folder, name)
             return cls(domains=domains, **values)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(

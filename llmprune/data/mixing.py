@@ -133,7 +133,7 @@ def domain_weights(samples: Mapping[str, int], weights: Mapping[str, float] | No
             )
     try:
         parts = integer_weights([weights.get(domain, 0.0) for domain in samples])
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"data.weights: {error}") from None
     for (domain, count), part in zip(samples.items(), parts, strict=True):
         if part and not count:

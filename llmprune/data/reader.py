@@ -15,6 +15,8 @@ from llmprune.data.format import LEARNED, STARTS, TEACHER_LOGS, TEACHER_TOKENS, 
 from llmprune.errors import UserError
 
 NO_LOSS = -100  # what PyTorch's losses pass over
+# What an index that does not fit its shards leads to.
+_ODD = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, AssertionError)
 _ATTEMPTS = 3  # to read what other processes may take out of the cache
 
 Sample = dict[str, torch.Tensor]
@@ -48,7 +50,9 @@ class SplitReader:
         try:
             self._shards: list[Reader] = stream.get_shards(World.detect(), allow_unsafe_types=False)
             self._files = [self._file(shard) for shard in self._shards]
-        except (ValueError, KeyError, TypeError) as error:
+            if not self._files or not all(type(s.samples) is int and s.samples > 0 for s in self._shards):
+                raise ValueError("it lists no shards with samples")
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise UserError(f"{index} is damaged ({error}): prepare the data again") from None
         for file in self._files if cache is None else []:
             path = root / file.name
@@ -80,6 +84,18 @@ class SplitReader:
             UserError: the shard is damaged, has vanished, or can't be fetched any more.
         """
         columns = self.row(shard, index)
+        try:
+            return self._sample(columns)
+        except _ODD as error:
+            raise self._unlike_index(error) from None
+
+    def _unlike_index(self, error: Exception) -> UserError:
+        reason = f"{type(error).__name__}: {error}"
+        return UserError(
+            f"{self._root / self._below}/index.json does not describe its shards ({reason}): prepare the data again"
+        )
+
+    def _sample(self, columns: dict[str, NDArray[np.generic]]) -> Sample:
         tokens = columns[TOKENS].astype(np.int64)
         sample = {"input_ids": torch.from_numpy(tokens)}
         if self._boundaries or LEARNED in columns:
@@ -119,6 +135,8 @@ class SplitReader:
                         check_file(path, file.raw, path)
                         self._checked.add(shard)
                     return self._shards[shard].get_item(index)  # type: ignore[no-any-return]
+                except _ODD as error:
+                    raise self._unlike_index(error) from None
                 except (FileNotFoundError, UserError):  # made room for another, or damaged on this machine
                     if self._cache is None:
                         raise

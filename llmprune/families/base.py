@@ -130,11 +130,25 @@ class Family:
                 )
 
     def shape(self, config: PretrainedConfig) -> Shape:
-        """The shape that ``config`` describes (defaults of older configs filled in)."""
+        """The shape that ``config`` describes (defaults of older configs filled in).
+
+        Raises:
+            UserError: no model can have it.
+        """
         values: dict[str, Any] = {name: getattr(config, field, None) for name, field in self.fields.items()}
-        values["kv_heads"] = values.get("kv_heads") or values["heads"]
-        values["head_dim"] = values.get("head_dim") or values["hidden"] // values["heads"]
-        return Shape(**values)
+        try:
+            values["kv_heads"] = values.get("kv_heads") or values["heads"]
+            values["head_dim"] = values.get("head_dim") or values["hidden"] // values["heads"]
+        except (TypeError, ZeroDivisionError):
+            raise UserError(f"the config is of no possible {self.name} model: its sizes are {values}") from None
+        shape = Shape(**values)
+        sizes = [size for size in vars(shape).values() if size is not None]
+        if not all(type(size) is int and 0 < size < 2**31 for size in sizes) or shape.heads % shape.kv_heads:
+            raise UserError(
+                f"the config is of no possible {self.name} model: of {shape} all must be positive, and heads a "
+                "multiple of kv_heads"
+            )
+        return shape
 
     def head_size_is_derived(self, config: PretrainedConfig) -> bool:
         """Whether models with this config always have the head size hidden / heads."""

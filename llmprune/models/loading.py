@@ -31,6 +31,9 @@ from llmprune.models.modeling_llmprune import register
 
 transformers_logging.disable_progress_bar()
 
+_LARGEST = 2**31  # of any size in a config
+WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.model"]  # of a model's files on the hub
+
 
 def resolve_model(model: str | Path) -> Path:
     """The local folder of a model: the folder itself, or the downloaded (or cached) snapshot of a hub name.
@@ -46,9 +49,7 @@ def resolve_model(model: str | Path) -> Path:
     if folder.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise UserError(f"{model} is no folder with a Hugging Face model")
     try:
-        folder = Path(
-            snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model"])
-        )
+        folder = Path(snapshot_download(str(model), allow_patterns=WANTED))
     except Exception as error:  # the hub client raises many kinds: bad names, no network, no access
         reason = first_line(error)
         raise UserError(f"the model '{model}' is neither a folder nor reachable on the hub ({reason})") from None
@@ -59,7 +60,10 @@ def _known(folder: Path) -> Path:
     """Compare ``folder`` with its checksums if that was asked for, and let Transformers know llmprune's own types."""
     VERIFICATION.look(folder)
     config = folder / "config.json"
-    model_type = str(read_json(config).get("model_type")) if config.is_file() else ""
+    fields = read_json(config) if config.is_file() else {}
+    if not isinstance(fields, dict):
+        raise UserError(f"{config} holds no fields of a model")
+    model_type = str(fields.get("model_type"))
     if model_type.startswith(OWN):
         register(model_type)
     return folder
@@ -83,13 +87,16 @@ def load_config(model: str | Path) -> PretrainedConfig:
             f"{model} has a stand-in that no config of its family describes: it can be run and measured, but neither "
             "pruned nor trained; do so before the replacement, or replace by blocks"
         )
+    fields = read_json(folder / "config.json")
     try:
+        if any(type(value) is int and value > _LARGEST for value in fields.values()):
+            raise ValueError("a number is too large")  # some configs make lists of such lengths
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        model_type = read_json(folder / "config.json").get("model_type", "unknown")
+    except Exception as error:  # of as many kinds as there are things that a config may hold
+        model_type = fields.get("model_type", "unknown") if isinstance(fields, dict) else "unknown"
         reason = first_line(error)
         raise UserError(f"{folder}/config.json (model type '{model_type}') can't be used: {reason}") from None
-    family_of(config)
+    family_of(config).shape(config)
     return config
 
 
@@ -156,8 +163,8 @@ def load_any_model(
             output_loading_info=True,
             **packed,
         )
-    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"the model {model} can't be loaded: {first_line(error)}") from None
+    except Exception as error:  # of as many kinds as there are things that a config or a file may hold
+        raise UserError(f"the model {model} can't be loaded ({type(error).__name__}: {first_line(error)})") from None
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"the weights of {model} lack {len(missing)} tensors that its config asks for: {missing[0]}, …")
     if adapter is not None:

@@ -1,0 +1,182 @@
+"""What a job takes from a network: naming it, fetching it beforehand, and doing without."""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import transformers
+from huggingface_hub import snapshot_download
+from streaming.base.format.base.reader import FileInfo
+
+from llmprune.config import Config, ScoringConfig
+from llmprune.data.cache import check_file
+from llmprune.data.format import DataManifest
+from llmprune.errors import UserError, first_line
+from llmprune.evaluation.suites import SUITES
+from llmprune.files import inside, read_json
+from llmprune.models.loading import WANTED, resolve_model
+from llmprune.stores import open_store
+
+KINDS = ("model", "dataset", "task", "data")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something that is fetched.
+
+    Attributes:
+        kind: ``model`` or ``dataset`` (of the hub), ``task`` (of lm-eval, or a suite) or ``data`` (prepared, at a URL).
+        name: the hub's, lm-eval's, or the URL.
+        include_path: folder with task files of one's own.
+    """
+
+    kind: str
+    name: str
+    include_path: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+def needs_of(job: Config | ScoringConfig) -> Iterator[Need]:
+    """What a job takes from a network unless it is there already."""
+    named: list[str | None] = [job.model.path, job.model.tokenizer]
+    if isinstance(job, Config):
+        named.append(None if job.distillation is None else job.distillation.teacher)
+        if "://" in job.data.path:
+            yield Need("data", job.data.path)
+        if job.evaluation is not None:
+            for task in job.evaluation.tasks:
+                yield Need("task", task, job.evaluation.include_path)
+    for name in dict.fromkeys(named):
+        if name is not None and not Path(name).exists():
+            yield Need("model", name)
+
+
+def need_named(name: str, tasks: Iterable[str]) -> Need:
+    """What somebody means by a name, which may say its kind: ``dataset:NAME``."""
+    kind, separator, rest = name.partition(":")
+    if separator and kind in KINDS:
+        return Need(kind, rest)
+    if "://" in name:
+        return Need("data", name)
+    if name in SUITES or name in tasks:
+        return Need("task", name)
+    return Need("model", name)
+
+
+def fetch(need: Need, out: Path) -> Path:
+    """Fetch something into a folder laid out as Hugging Face's own (``HF_HOME``), going on where it was cut off.
+
+    What comes from the hub or for a task goes where this process was told to keep it, which is ``out`` if ``HF_HOME``
+    named it from the start.
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        UserError: it can't be had.
+    """
+    if need.kind == "data":
+        return _fetch_data(need.name, out / "data")
+    if need.kind == "task":
+        _load_task(need)
+        return out / "datasets"
+    try:
+        wanted = WANTED if need.kind == "model" else None
+        kind = need.kind
+        place = snapshot_download(need.name, repo_type=kind, allow_patterns=wanted, cache_dir=out / "hub")
+    except Exception as error:  # the hub client raises many kinds: bad names, no network, no access
+        raise UserError(f"the {need} can't be fetched ({first_line(error)})") from None
+    return Path(place)
+
+
+def _load_task(need: Need) -> None:
+    from llmprune.evaluation.tasks import Tasks, TasksConfig  # lm-eval takes seconds to import
+
+    Tasks(TasksConfig([need.name], include_path=need.include_path))
+
+
+def _fetch_data(url: str, out: Path) -> Path:
+    """Copy prepared data; files that are there already stay."""
+    store = open_store(url)
+    folder = out / url.rstrip("/").rpartition("/")[2]
+    names = store.names("")
+    if "manifest.json" not in names:
+        raise UserError(f"{url} holds no prepared data (no manifest.json)")
+    for name in sorted(names, key=lambda name: name == "manifest.json"):  # last what makes it whole
+        place = inside(folder, name)
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            part = place.with_name(f".{place.name}.tmp")
+            store.get(name, part)
+            part.replace(place)
+    DataManifest.load(folder)
+    for index in sorted(folder.rglob("index.json")):
+        _check_shards(index)
+    return folder
+
+
+def _check_shards(index: Path) -> None:
+    """Compare shards with their index; what is damaged is removed, so that the next call fetches it."""
+    try:
+        described = [FileInfo(**(shard["zip_data"] or shard["raw_data"])) for shard in read_json(index)["shards"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{index} is no index of shards ({error})") from None
+    for info in described:
+        path = inside(index.parent, info.basename)
+        try:
+            check_file(path, info, path)
+        except (UserError, OSError):
+            path.unlink(missing_ok=True)
+            raise UserError(f"{path} did not arrive whole: run the same command again") from None
+
+
+def go_offline() -> None:
+    """Let every library of this process, and of those it starts, do without a network."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ[name] = "1"
+    # They have read their environment already.
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = True
+    hub: Any = sys.modules["transformers.utils.hub"]
+    hub._is_offline_mode = True
+    assert transformers.utils.is_offline_mode()
+
+
+def check_offline(job: Config | ScoringConfig, yaml: str) -> None:
+    """Go offline, and see that everything which a job takes from a network is here.
+
+    Raises:
+        UserError: something is missing, or the job would need a network while it runs; all of it is named.
+    """
+    go_offline()
+    missing, online = [], []
+    for need in needs_of(job):
+        try:
+            if need.kind == "data":
+                missing.append(f"{need} (name the folder that it was copied to in data.path)")
+            elif need.kind == "task":
+                _load_task(need)
+            else:
+                resolve_model(need.name)
+        except UserError:
+            missing.append(str(need))
+    if isinstance(job, Config):
+        if job.checkpoint.remote is not None and "://" in job.checkpoint.remote:
+            online.append("checkpoint.remote is a URL")
+        if job.loggers.wandb is not None and not job.loggers.wandb.offline:
+            online.append("loggers.wandb.offline is false")
+    if online:
+        raise UserError(f"run.offline is true, but {' and '.join(online)}")
+    if missing:
+        home = huggingface_hub.constants.HF_HOME
+        raise UserError(
+            f"offline, these are not here: {', '.join(missing)}. On a machine with a network run `llmprune download "
+            f"--for {yaml} --out DIR`, and set HF_HOME=DIR where the job runs (now {home})"
+        )

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from llmprune.errors import UserError
+from llmprune.errors import UserError, disk_error
 from llmprune.processes import TERMINATION, end_with_launcher
 
 SAVED_AND_LEFT = 75  # the exit code of a run that was asked to end and can go on: "try again", EX_TEMPFAIL
@@ -59,6 +59,11 @@ def main(arguments: list[str]) -> int:
             # The launcher kills all ranks when one ends: let rank 0 tell the mistake and set the exit code.
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if (told := disk_error(error)) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
         return 2
     finally:
         # Gloo's threads drop what the ranks exchanged last, for which they need the interpreter: were it being torn

@@ -16,6 +16,9 @@ from llmprune.models.placement import Placement
 
 EXAMPLES = ("The function returns", "Once upon a time", "def main(", "The capital of France is")
 WAITING = "…"
+MOST = {"output tokens": 512, "batch": 64, "top k": 200, "top p": 1, "temperature": 2, "seed": 2**32 - 1}
+LONGEST = 20_000  # characters of a prompt
+QUEUE = 16  # requests that may wait
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,22 @@ def answer(opened: OpenedModel, prompt: str, config: GenerationConfig) -> Answer
     return Answer(texts, seconds, tokens, weights_bytes(opened) + peak.added)
 
 
+def check_request(prompt: str, **settings: float | None) -> None:
+    """Refuse what the page does not offer: whoever reaches the port can send anything.
+
+    Raises:
+        UserError: the prompt is too long, or a setting is missing or out of its range.
+    """
+    if len(prompt) > LONGEST:
+        raise UserError(f"the prompt has {len(prompt):,} characters; {LONGEST:,} are taken")
+    for name, value in settings.items():
+        label = name.replace("_", " ")
+        if value is None:
+            raise UserError("every setting needs a number")
+        if not 0 <= value <= MOST[label]:
+            raise UserError(f"{label} must lie between 0 and {MOST[label]}, not at {value}")
+
+
 def build(models: Sequence[OpenedModel]) -> Any:
     """The page, as a Gradio app."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -70,8 +89,12 @@ def build(models: Sequence[OpenedModel]) -> Any:
     ) -> Iterator[list[str]]:
         shown = [WAITING, ""] * len(models)
         yield shown
-        if None in (tokens, batch, seed, temperature, top_k, top_p):
-            raise gr.Error("every setting needs a number")
+        try:
+            check_request(
+                prompt, output_tokens=tokens, batch=batch, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p
+            )
+        except UserError as error:
+            raise gr.Error(str(error)) from None
         config = GenerationConfig(
             max_new_tokens=int(tokens),
             temperature=temperature,
@@ -90,15 +113,15 @@ def build(models: Sequence[OpenedModel]) -> Any:
 
     with gr.Blocks(title="llmprune") as page:
         gr.Markdown("# Models side by side\nEvery model goes on from the same prompt, one after the other.")
-        prompt = gr.Textbox(label="Prompt", lines=3, value=EXAMPLES[0])
+        prompt = gr.Textbox(label="Prompt", lines=3, value=EXAMPLES[0], max_length=LONGEST)
         gr.Examples([[example] for example in EXAMPLES], prompt)
         with gr.Row():
-            tokens = gr.Slider(1, 512, 64, step=1, label="Output tokens")
-            batch = gr.Slider(1, 64, 1, step=1, label="Batch")
+            tokens = gr.Slider(1, MOST["output tokens"], 64, step=1, label="Output tokens")
+            batch = gr.Slider(1, MOST["batch"], 1, step=1, label="Batch")
             seed = gr.Number(17, precision=0, label="Seed")
         with gr.Row():
-            temperature = gr.Slider(0, 2, 0.6, step=0.05, label="Temperature (0 = greedy)")
-            top_k = gr.Slider(0, 200, 0, step=1, label="Top-k (0 = all)")
+            temperature = gr.Slider(0, MOST["temperature"], 0.6, step=0.05, label="Temperature (0 = greedy)")
+            top_k = gr.Slider(0, MOST["top k"], 0, step=1, label="Top-k (0 = all)")
             top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p")
         button = gr.Button("Generate", variant="primary")
         outputs = []
@@ -147,7 +170,7 @@ def serve(models: Sequence[str], placement: Placement, *, host: str, port: int, 
     page = build([open_model(name, placement) for name in models])
     fonts = ["system-ui", "sans-serif"]
     try:
-        page.launch(
+        page.queue(max_size=QUEUE).launch(
             server_name=host,
             server_port=port or None,
             theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),

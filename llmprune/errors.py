@@ -1,6 +1,7 @@
 """The one exception for mistakes that the user can mend."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -16,6 +17,36 @@ class UserError(Exception):
         if message.startswith("Caught UserError in DataLoader worker"):
             message = message.rpartition("UserError: ")[2].strip()
         super().__init__(message)
+
+
+_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "the file is larger than may be written there",
+    errno.EROFS: "the disk can only be read",
+    errno.EIO: "the disk fails",
+}
+# How PyTorch and safetensors, which write for themselves, say so.
+_WRITERS = (
+    "No space left on device", "(os error 27)", "(os error 28)", "(os error 122)", "PytorchStreamWriter failed",
+    "inline_container.cc",
+)  # fmt: skip
+
+
+def disk_error(error: BaseException) -> str | None:
+    """What to tell the user about an error that a disk which takes no more has led to; None = it is another one."""
+    links: list[BaseException | None] = [error, error.__cause__, error.__context__]
+    for link in filter(None, links):
+        if "unable to resize file </torch_" in str(link):
+            return "shared memory (/dev/shm) is full: give the container more of it (docker run --shm-size=8g)"
+        reason = _DISK.get(link.errno or 0) if isinstance(link, OSError) else None
+        if reason is None and any(words in str(link) for words in _WRITERS):
+            reason = "the disk is full or takes no more"
+        if reason is not None:
+            name = getattr(link, "filename", None)
+            where = f" ({name})" if name else ""
+            return f"{reason}{where}: what was complete before stays; make room, and run the same again"
+    return None
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -21,6 +21,11 @@ from llmprune.errors import UserError, first_line, nearest
 from llmprune.files import write_text
 
 J = TypeVar("J")
+# user:password@ in a URL, signed URLs, keys of AWS, tokens of the hub, keys of Weights & Biases
+_SECRET = re.compile(
+    r"://[^/@]*:[^/@]*@|[?&](X-Amz-Signature|sig|token|api_key|password)=|\b(AKIA|ASIA)[0-9A-Z]{16}\b"
+    r"|\bhf_[A-Za-z0-9]{30,}\b|(?<![0-9a-f/])[0-9a-f]{40}(?![0-9a-f])"
+)
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Config | ScoringConfig:
@@ -77,7 +82,20 @@ def _load(path: str | Path, overrides: Sequence[str], schema: type[J]) -> J:
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {first_line(error)}") from None
     assert isinstance(config, schema)
+    _refuse_secrets(dataclasses.asdict(config))  # type: ignore[call-overload]
     return config
+
+
+def _refuse_secrets(values: Any, key: str = "") -> None:
+    """Raise ``UserError`` for what looks like a password or a token: config.yaml keeps and shows every value."""
+    if isinstance(values, dict | list):
+        for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+            _refuse_secrets(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, str) and _SECRET.search(values):
+        raise UserError(
+            f"{key} holds what looks like a password or a token, which everyone who sees the run would see: set it in "
+            "the environment (AWS_SECRET_ACCESS_KEY, HF_TOKEN, WANDB_API_KEY, …)"
+        )
 
 
 def _read(path: Path) -> DictConfig:

@@ -114,3 +114,23 @@ def test_a_base_is_laid_under(tmp_path: Path) -> None:
     (tmp_path / "over.yaml").write_text("base: nowhere.yaml\n")
     with pytest.raises(UserError, match="nowhere.yaml does not exist"):
         load_config(tmp_path / "over.yaml")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.path=s3://key:word@bucket/data",
+        "data.path=https://host/data?X-Amz-Signature=abc",
+        "checkpoint.remote=s3://b/AKIAIOSFODNN7EXAMPLE",
+        "run.name=hf_abcdefghijklmnopqrstuvwxyzabcdefgh",
+        "loggers.wandb={project: 0123456789abcdef0123456789abcdef01234567}",
+    ],
+)
+def test_secrets_are_not_taken(yaml: Path, override: str) -> None:
+    with pytest.raises(UserError, match="holds what looks like a password or a token.*set it in the environment"):
+        load_config(yaml, [override])
+
+
+def test_what_looks_like_no_secret_is_taken(yaml: Path) -> None:
+    snapshot = "home/hub/models--a--b/snapshots/0123456789abcdef0123456789abcdef01234567"
+    load_config(yaml, [f"model.path={snapshot}", "data.path=azure://container@account/data"])

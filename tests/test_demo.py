@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmprune.demo import answer, serve
+from llmprune.demo import answer, check_request, serve
 from llmprune.errors import UserError
 from llmprune.evaluation.continuations import GenerationConfig, Prompt, write_continuations
 from llmprune.models.opened import open_model
@@ -65,3 +65,21 @@ def test_mistakes(trained_folder: Path) -> None:
         serve([str(trained_folder)], HERE, host="192.0.2.1", port=0, wait=False)
     with pytest.raises(UserError, match="no folder"):
         serve(["not/a/model"], HERE, host="127.0.0.1", port=0, wait=False)
+
+
+@pytest.mark.parametrize(
+    "prompt, changes, words",
+    [
+        ("a" * 20_001, {}, "20,001 characters; 20,000 are taken"),
+        ("a", {"output_tokens": 10**9}, "output tokens must lie between 0 and 512"),
+        ("a", {"batch": 65}, "batch must lie between 0 and 64"),
+        ("a", {"temperature": -1.0}, "temperature must lie between 0 and 2"),
+        ("a", {"top_p": float("nan")}, "top p must lie between 0 and 1"),
+        ("a", {"seed": None}, "every setting needs a number"),
+    ],
+)
+def test_requests_that_the_page_does_not_offer(prompt: str, changes: dict[str, float | None], words: str) -> None:
+    usual = {"output_tokens": 5, "batch": 1, "seed": 17, "temperature": 0.6, "top_k": 0, "top_p": 0.9}
+    check_request("a", **usual)
+    with pytest.raises(UserError, match=words):
+        check_request(prompt, **{**usual, **changes})

@@ -6,7 +6,7 @@ import typer
 
 from llmprune.cli import downloading, evaluating, measuring, pruning, showing  # noqa: F401  # their commands
 from llmprune.cli.options import app
-from llmprune.errors import UserError
+from llmprune.errors import UserError, disk_error
 
 
 def main() -> None:
@@ -18,3 +18,8 @@ def main() -> None:
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except Exception as error:
+        if (told := disk_error(error)) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(2)

@@ -27,7 +27,7 @@ from tests.callbacks import plain_runs
 from tests.callbacks.test_block_replacement import metrics
 
 ROOT = Path(__file__).parents[2]
-BATCHES = 8
+BATCHES = 20
 BLOCKS, HIDDEN = (0, 1, 4, 5), tuple(n for n in range(32) if n % 4 != 3)
 
 
@@ -51,7 +51,7 @@ model: {{path: {student}}}
 data: {{path: {data}, eval_samples_per_domain: 2}}
 optimizer: {{lr: 3.0e-3, weight_decay: 1.0e-3}}
 scheduler: {{warmup: 3ba}}
-train: {{duration: {BATCHES}ba, global_batch_size: 8, microbatch_size: 2, eval_interval: 4ba}}
+train: {{duration: {BATCHES}ba, global_batch_size: 8, microbatch_size: 2, eval_interval: 10ba}}
 checkpoint: {{interval: 3ba}}
 loggers: {{console: false}}
 """)

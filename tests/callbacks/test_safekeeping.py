@@ -15,8 +15,10 @@ import torch
 from llmprune import stores
 from llmprune.checksums import VERIFICATION, Verification
 from llmprune.convert.checkpoint import Checkpoint
+from llmprune.convert.commands import convert
 from llmprune.errors import UserError
 from llmprune.job_files import load_config
+from llmprune.report.page import write_report
 from llmprune.run_folder import RunFolder
 from llmprune.stores import open_store
 from llmprune.training import train
@@ -94,6 +96,10 @@ def test_a_new_machine_goes_on_from_the_store(config: Path, remote: str, tmp_pat
     again = run(config, tmp_path / "run", *first)
     assert same(once, again) and again.batch == 8
     assert (tmp_path / "run/metrics.jsonl").read_text().count("loss/train/total") == 8
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    convert(tmp_path / "run", tmp_path / "model")
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 30 and not any(b"very-secret" in path.read_bytes() for path in written)
     with pytest.raises(UserError, match="holds a run's checkpoints already: pass run.autoresume=true"):
         run(config, tmp_path / "other", f"checkpoint.remote={remote}")
 

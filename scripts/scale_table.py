@@ -1,0 +1,183 @@
+"""Every kind of job on one rank and on two, whole and sharded: are the losses the same, how fast, how much memory?
+
+Each job trains 20 batches. Losses are compared batch by batch with those of one rank; a rank's peak memory, of which
+freed blocks go back to the system at once, with what ``llmprune estimate`` says without its share for fragmentation.
+``--slow 10`` lets the last rank take ten times as long for every batch.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.ratios import peak_of
+
+if TYPE_CHECKING:
+    from composer.core import State
+    from composer.loggers import Logger
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCHES = 20
+JOBS = {
+    "continue": [],
+    "prune": ["l0_pruning={target: {layers: 4, hidden: 256, heads: 6, intermediate: 768}, lagrangian_warmup: 10ba}"],
+    "replace": ["block_replacement={start: 2, length: 3, kind: blocks}"],
+    "last two blocks": ["trainable={parts: [last.2]}"],
+    "LoRA": ["lora={dropout: 0.0}"],
+    "distillation": ["distillation={teacher: OUT/model, dtype: float32}"],
+}
+SETTINGS = {"one": (1, []), "whole": (2, []), "sharded": (2, ["sharding={}", "train.activation_checkpointing=true"])}
+CONFIG = """
+run: {name: scale, folder: OUT/run, seed: 3, overwrite: true}
+model: {path: OUT/model}
+data: {path: OUT/data, eval_samples_per_domain: 4}
+dynamic_loading: null
+optimizer: {lr: 1.0e-3}
+scheduler: {warmup: 3ba}
+train: {duration: 20ba, global_batch_size: 8, microbatch_size: 2, eval_interval: 0ba}
+checkpoint: {interval: 1000ba}
+loggers: {console: false}
+"""
+
+
+def prepare(out: Path) -> None:
+    """Make data and a model of six blocks with 384 hidden dimensions."""
+    from transformers import LlamaConfig
+
+    from data_prep.builtin import build_corpus
+    from data_prep.pack import prepare as prepare_data
+    from data_prep.recipe import PackSettings
+    from data_prep.tokenizer import train_tokenizer
+    from llmprune.models.loading import load_tokenizer, new_model
+
+    build_corpus(out / "corpus", megabytes=1, overwrite=True)
+    train_tokenizer([out / "corpus"], out / "tokenizer", vocab_size=4096, overwrite=True)
+    prepare_data([out / "corpus"], out / "tokenizer", out / "data", PackSettings(128), overwrite=True)
+    sizes = {"vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1152, "num_attention_heads": 8}
+    config = LlamaConfig(**sizes, num_hidden_layers=6, tie_word_embeddings=True)
+    new_model(config, seed=0).save_pretrained(out / "model")
+    load_tokenizer(out / "tokenizer").save_pretrained(out / "model")
+    (out / "job.yaml").write_text(CONFIG.replace("OUT", str(out)))
+
+
+def run_all(out: Path, setting: str, slow: float) -> None:
+    """Do every job in this rank, and write what was seen."""
+    from composer import Callback
+    from composer.utils import dist
+
+    from llmprune import training
+    from llmprune.callbacks.l0_pruning import L0Pruning
+    from llmprune.callbacks.metrics_file import read_metrics
+    from llmprune.estimating import Cluster, estimate_job
+    from llmprune.job_files import load_config
+
+    class Clock(Callback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def batch_start(self, state: "State", logger: "Logger") -> None:
+            self._start = time.perf_counter()
+
+        def batch_end(self, state: "State", logger: "Logger") -> None:
+            if slow > 1 and dist.get_global_rank() == dist.get_world_size() - 1:
+                time.sleep((slow - 1) * (time.perf_counter() - self._start))
+            self.seconds.append(time.perf_counter() - self._start)
+
+    # Noise is drawn for every microbatch of every rank: the same for all, so that ranks make no difference.
+    L0Pruning.noise_key = lambda self, batch, microbatch, rank: (self.seed, batch)  # type: ignore[method-assign]
+    found: dict[str, Any] = {}
+    for job, changes in JOBS.items():
+        settings = [*(change.replace("OUT", str(out)) for change in changes), *SETTINGS[setting][1]]
+        config = load_config(out / "job.yaml", [*settings, f"run.folder={out}/{setting}-{job}".replace(" ", "-")])
+        clock = Clock()
+        kept: list[Any] = []
+
+        def train(config: Any = config, clock: Clock = clock, kept: list[Any] = kept) -> None:
+            trainer = training.build_trainer(config)
+            for callback in list(trainer.state.callbacks):
+                if type(callback).__name__ in ("CheckpointSaver", "Safekeeping"):  # saving is not looked at here
+                    trainer.state.callbacks.remove(callback)
+            trainer.state.callbacks.append(clock)
+            trainer.fit()
+            trainer.close()
+            kept.append(trainer)
+
+        peak = peak_of(train)
+        kept.clear()
+        ranks = dist.get_world_size()
+        estimate = estimate_job(config, Cluster(ranks, 1e12, ranks, device="cpu"))
+        losses = [line["loss/train/total"] for line in read_metrics(Path(config.run.folder) / "metrics.jsonl")]
+        found[job] = {
+            "losses": losses,
+            "tokens_per_s": 8 * 128 / ranks / statistics.median(clock.seconds[3:]),
+            "peak_bytes": peak,
+            "estimated_bytes": estimate.total - estimate.memory["lost to fragmentation, and libraries"],
+        }
+    (out / f"{setting}.{dist.get_global_rank()}.json").write_text(json.dumps(found))
+
+
+def table(out: Path) -> str:
+    """What all ranks have seen, as Markdown."""
+    titles = (
+        "job", "ranks", "sharded", "largest difference of a loss", "tokens/s of a rank", "in all", "peak memory",
+        "measured / estimated",
+    )  # fmt: skip
+    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    seen = {
+        setting: [json.loads((out / f"{setting}.{rank}.json").read_text()) for rank in range(ranks)]
+        for setting, (ranks, _) in SETTINGS.items()
+    }
+    for job in JOBS:
+        alone = seen["one"][0][job]["losses"]
+        for setting, (ranks, _) in SETTINGS.items():
+            mine = [rank[job] for rank in seen[setting]]
+            losses = mine[0]["losses"]
+            assert len(losses) == len(alone) == BATCHES, (job, setting, len(losses))
+            difference = max(abs(a / b - 1) for a, b in zip(losses, alone, strict=True))
+            speed = [rank["tokens_per_s"] for rank in mine]
+            peak = max(mine, key=lambda rank: rank["peak_bytes"])
+            cells = [
+                job,
+                str(ranks),
+                "yes" if setting == "sharded" else "no",
+                "" if setting == "one" else f"{difference:.1e}",
+                f"{statistics.mean(speed):,.0f}",
+                f"{sum(speed):,.0f}",
+                f"{peak['peak_bytes'] / 1e6:,.0f} MB",
+                f"{peak['peak_bytes'] / peak['estimated_bytes']:.3f}",
+            ]
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def main() -> int:
+    """Run every job in every setting, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/scale"))
+    parser.add_argument("--slow", type=float, default=1.0)
+    parser.add_argument("--as-rank", choices=[*SETTINGS], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    if arguments.as_rank is not None:
+        run_all(out, arguments.as_rank, arguments.slow)
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    prepare(out)
+    path = os.pathsep.join([str(ROOT / "scripts"), str(ROOT)])
+    given_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    for setting, (ranks, _) in SETTINGS.items():
+        launcher = [str(Path(sys.executable).parent / "composer"), "-n", str(ranks), str(Path(__file__).resolve())]
+        command = [*launcher, "--out", str(out), "--as-rank", setting, "--slow", str(arguments.slow)]
+        subprocess.run(command, env={**os.environ, **given_back, "PYTHONPATH": path}, check=True)
+    (out / "scale.md").write_text(table(out))
+    print(table(out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -50,6 +50,7 @@ setup(
         "wandb": ["wandb==0.18.7"],
         "dev": [
             "pytest==9.2.0",
+            "pytest-xdist==3.8.0",
             "hypothesis==6.168.5",
             "ruff==0.17.6",
             "mypy==2.4.1",

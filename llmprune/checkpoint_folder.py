@@ -18,6 +18,7 @@ LATEST = "latest-rank0.pt"  # Composer's link to the newest
 METADATA = ".metadata"  # marks a folder as a sharded checkpoint, and is written last
 READERS = 8  # files that are read at once to compare checksums
 _NAME = re.compile(r"ba(\d+)(-rank0\.pt)?$")
+_PART = re.compile(r"__(\d+)_\d+\.distcp$")
 _RECORD = re.compile(r"ba(\d+)\.sums-\d+\.json$")
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class CheckpointFolder:
                     raise UserError("it was not written to its end")
                 self.check(path, contents=contents)
                 return path
-            except UserError as error:
+            except (UserError, OSError) as error:
                 log.warning("%s is passed over: %s", path, error)
         return None
 
@@ -96,6 +97,11 @@ class CheckpointFolder:
             return [whole] if rank == 0 and whole.is_file() else []
         metadata = [folder / METADATA] if rank == 0 else []
         return [path for path in [*sorted(folder.glob(f"__{rank}_*.distcp")), *metadata] if path.is_file()]
+
+    def ranks_of(self, batch: int) -> set[int]:
+        """The ranks that have a part of a sharded checkpoint here."""
+        names = (path.name for path in (self.path / f"ba{batch}").glob("__*_*.distcp"))
+        return {int(match[1]) for name in names if (match := _PART.match(name))}
 
     def check(self, checkpoint: Path, *, contents: bool) -> None:
         """Compare a checkpoint with the checksums of its parts, as far as these were written.

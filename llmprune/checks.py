@@ -62,6 +62,7 @@ def check(config: Config) -> Ingredients:
     _check_numbers(config)
     _check_times(config)
     _check_devices(config)
+    _check_remote(config)
     if config.model.verify:
         VERIFICATION.asked = True
     data = PreparedData(config.data.path, config.data.cache)
@@ -332,6 +333,14 @@ def _check_devices(config: Config) -> None:
         check_sharding(config.sharding, on_cpu=on_cpu)
     if config.train.precision != "fp32" and on_cpu:
         raise UserError(f"train.precision {config.train.precision} needs a GPU; on CPUs use fp32")
+
+
+def _check_remote(config: Config) -> None:
+    remote, run = config.checkpoint.remote, Path(config.run.folder).resolve()
+    if remote is not None and "://" not in remote:
+        place = Path(remote).resolve()
+        if place == run or run in place.parents or place in run.parents:
+            raise UserError("checkpoint.remote and run.folder must not lie in each other: choose another place")
 
 
 def _check_mixing(config: Config, data: DataManifest) -> None:

@@ -1,5 +1,6 @@
 """What a training job will take: memory of every rank, time, cost. Known before anything is loaded."""
 
+import gc
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -162,8 +163,10 @@ def check_fits(config: Config, model: PretrainedConfig, length: int) -> None:
     Raises:
         UserError: by the estimate it needs more memory than a rank has.
     """
+    gc.collect()  # what an earlier job of this process has left
     ranks, here = dist.get_world_size(), dist.get_local_world_size()
     if get_device(config.train.device).name == "gpu":
+        torch.cuda.empty_cache()
         free, device = torch.cuda.mem_get_info()[0], "cuda"
     else:
         free, device = psutil.virtual_memory().available / here, "cpu"

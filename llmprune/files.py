@@ -106,8 +106,8 @@ def inside(folder: Path, name: object) -> Path:
     Raises:
         UserError: the name leads out of the folder, or is none.
     """
-    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-    if not parts or parts[0] == "/" or ".." in parts or "\0" in str(name) or "\\" in str(name):
+    path = PurePosixPath(name if isinstance(name, str) else "")
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in str(name) or "\\" in str(name):
         raise UserError(f"'{name}' is no name of a file in {folder}: whoever made its record is not to be trusted")
     return folder / str(name)
 

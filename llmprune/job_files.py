@@ -24,7 +24,7 @@ J = TypeVar("J")
 # user:password@ in a URL, signed URLs, keys of AWS, tokens of the hub, keys of Weights & Biases
 _SECRET = re.compile(
     r"://[^/@]*:[^/@]*@|[?&](X-Amz-Signature|sig|token|api_key|password)=|\b(AKIA|ASIA)[0-9A-Z]{16}\b"
-    r"|\bhf_[A-Za-z0-9]{30,}\b|(?<![0-9a-f/])[0-9a-f]{40}(?![0-9a-f])"
+    r"|\bhf_[A-Za-z0-9]{30,}\b|\A[0-9a-f]{40}\Z"
 )
 
 

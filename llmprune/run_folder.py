@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.checkpoint_folder import LATEST, METADATA, CheckpointFolder, batch_of, records_in
-from llmprune.checksums import compare, read_record, record
+from llmprune.checksums import compare, describe, read_record, record
 from llmprune.errors import UserError, first_line
 from llmprune.files import inside, is_leftover, output_folder, read_json, remove, write_json, write_text
 from llmprune.gates.settings import L0PruningConfig
@@ -78,41 +78,67 @@ class RunFolder:
         """The newest complete checkpoint, if there is one; see ``CheckpointFolder.latest``."""
         return CheckpointFolder(self.checkpoints).latest(contents=contents)
 
-    def fetch(self, store: Store) -> None:
+    def fetch(self, store: Store, *, shared: bool = True) -> None:
         """Bring the newest complete checkpoint of a store, and what belongs to it, here.
 
-        Nothing is done if one as new is here already. One that does not arrive as it was brought there is passed over,
-        and named.
+        One that does not arrive as it was brought there is passed over, and named.
+
+        Args:
+            store: where the run's checkpoints go.
+            shared: whether all machines see this folder. Then nothing is done if it has a checkpoint as new; else all
+                go on from what the store has, and what is newer here is deleted: others do not have it.
 
         Raises:
-            UserError: the store can't be reached, or all that it has is damaged.
+            UserError: the store can't be reached, holds another run, or all that it has is damaged.
         """
         names = store.names("")
-        here, failed = self.latest_checkpoint(), None
+        self._check_same(store, names)
+        here, failed = self.latest_checkpoint(contents=True) if shared else None, None
         for batch, records in records_in(names).items():
             if here is not None and batch_of(here) >= batch:
                 return
             try:
                 if self._fetch_checkpoint(store, records, names):
                     print(f"{self.path}: the checkpoint after batch {batch} comes from {store.url}")
-                    return
+                    break
             except UserError as error:
                 log.warning("the checkpoint after batch %d in %s is passed over: %s", batch, store.url, error)
                 failed = error
-        if failed is not None:
-            raise failed
+        else:
+            if failed is not None:
+                raise failed
+            batch = -1
+        if not shared and self.checkpoints.is_dir():
+            folder = CheckpointFolder(self.checkpoints)
+            for path in folder.by_age():
+                if batch_of(path) > batch:
+                    remove(path)
+
+    def _check_same(self, store: Store, names: list[str]) -> None:
+        """Refuse to mix a store's files with those of another run."""
+        mine = self.checkpoints / "manifest.json"
+        theirs = "checkpoints/manifest.json"
+        if theirs not in names or not mine.is_file():
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            store.get(theirs, Path(folder) / "manifest.json")
+            if read_json(Path(folder) / "manifest.json") != read_json(mine):
+                raise UserError(
+                    f"{store.url} holds checkpoints of another run than {self.path}: choose another checkpoint.remote, "
+                    "or another run.folder"
+                )
 
     def _fetch_checkpoint(self, store: Store, records: list[str], names: list[str]) -> bool:
-        """Fetch one checkpoint unless some rank had not brought its part."""
+        """Fetch one checkpoint unless some rank had not brought its part; what is here already stays."""
         files: dict[str, Any] = {}
-        ranks = 0
+        ranks: set[Any] = set()
         with tempfile.TemporaryDirectory() as folder:
             for name in records:
                 place = Path(folder) / Path(name).name
                 store.get(name, place)
                 found = read_record(place)
-                files, ranks = files | found["files"], int(found["ranks"])
-        if len(records) < ranks:
+                files, ranks = files | found["files"], ranks | {found["ranks"]}
+        if ranks != {len(records)}:
             return False
         rest = [name for name in names if not name.startswith(("checkpoints/ba", f"checkpoints/{LATEST}"))]
         for name in sorted(rest, key=lambda name: name != self.config.name):  # what marks a run comes first
@@ -120,7 +146,9 @@ class RunFolder:
         for name in records:
             self._get(store, name)
         for name in sorted(files, key=lambda name: name.endswith(METADATA)):  # and last what marks a checkpoint
-            self._get(store, f"checkpoints/{name}")
+            place = inside(self.checkpoints, name)
+            if not place.is_file() or describe(place) != files[name]:
+                self._get(store, f"checkpoints/{name}")
         compare(self.checkpoints, files)
         return True
 

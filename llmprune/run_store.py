@@ -12,25 +12,40 @@ from llmprune.stores import Store
 
 
 def fetch_run(run: RunFolder, store: Store) -> None:
-    """Bring a run's newest checkpoint to every machine that can't see rank 0's folder, and to rank 0.
+    """Bring a run's newest checkpoint to rank 0's machine, and to all others that can't see its folder.
 
     Raises:
-        UserError: on all ranks, if any machine could not get it.
+        UserError: on all ranks, if any machine could not get it, or the folder holds something else.
     """
     mark = run.path / f".{on_rank_zero(lambda: secrets.token_hex(4))}.tmp"
 
     def leave_mark() -> None:
-        run.path.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+        run.find(overwrite=False, autoresume=True)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        except OSError as error:
+            raise UserError(f"can't write to {run.path}: {error.strerror}") from None
 
     on_rank_zero(leave_mark)
+    seen = mark.exists()
+    shared = all(dist.all_gather_object(seen))
     failed = ""
     try:
-        if dist.get_global_rank() == 0 or (dist.get_local_rank() == 0 and not mark.exists()):
-            run.fetch(store)
+        if dist.get_global_rank() == 0 or (dist.get_local_rank() == 0 and not seen):
+            run.fetch(store, shared=shared)
     except UserError as error:
         failed = str(error)
     reasons = [reason for reason in dist.all_gather_object(failed) if reason]
     on_rank_zero(lambda: remove(mark))
     if reasons:
         raise UserError(reasons[0])
+
+
+def check_unused(store: Store) -> None:
+    """Raise ``UserError`` if a store holds a run, which a new one would mix with."""
+    if store.names("checkpoints/"):
+        raise UserError(
+            f"{store.url} holds a run's checkpoints already: pass run.autoresume=true to go on with it, or another "
+            "checkpoint.remote"
+        )

@@ -116,6 +116,9 @@ def recovery_of(config: Config, place: Path, *, name: str, seed: int) -> Config:
     """
     run = replace(config.run, name=name, folder=str(place / "recover"), seed=seed, autoresume=True, overwrite=False)
     parts = {part: copy.deepcopy(getattr(config, part)) for part in Config.__dataclass_fields__}
+    if config.checkpoint.remote is not None:  # every recovery is a run of its own
+        within = place.relative_to(config.run.folder).as_posix()
+        parts["checkpoint"] = replace(config.checkpoint, remote=f"{config.checkpoint.remote.rstrip('/')}/{within}")
     return Config(**{**parts, "run": run, "model": replace(config.model, path=str(place / "pruned"))})
 
 

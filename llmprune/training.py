@@ -33,6 +33,7 @@ from llmprune.checks import Ingredients, check, check_same_run, data_contents
 from llmprune.config import Config, LiveEvaluationConfig, LoggersConfig
 from llmprune.convert.stored_state import harmless
 from llmprune.data.dataset import MixedDataset
+from llmprune.errors import UserError
 from llmprune.estimating import check_fits
 from llmprune.families import family_of
 from llmprune.job_files import save_config
@@ -47,7 +48,7 @@ from llmprune.recovery.four_bits import quantization
 from llmprune.replacements.span import Span
 from llmprune.replacing import check_replacement, known_span, make_cache, make_replacement, most_alike
 from llmprune.run_folder import RANDOM, Manifest, RunFolder, git_commit, versions
-from llmprune.run_store import fetch_run
+from llmprune.run_store import check_unused, fetch_run
 from llmprune.sharding import AverageGradients, parallelism
 from llmprune.stores import open_store
 from llmprune.streams import eval_loader, first_batches, make_loaders
@@ -70,6 +71,8 @@ def build_trainer(config: Config) -> Trainer:
     if store is not None and config.run.autoresume:
         fetch_run(run, store)
     resume = on_rank_zero(lambda: run.find(overwrite=config.run.overwrite, autoresume=config.run.autoresume))
+    if store is not None and not config.run.autoresume:
+        on_rank_zero(lambda: check_unused(store))
     if config.train.check_memory:
         on_rank_zero(lambda: check_fits(config, inputs.model_config, inputs.data.manifest.sequence_length))
     span = None if config.block_replacement is None else known_span(config, inputs.model_config, run, resume)
@@ -93,7 +96,8 @@ def build_trainer(config: Config) -> Trainer:
     wrapped = ComposerCausalLM(model, {number: evaluation.domains[number] for number in evaluation.domains_present})
     optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
     callbacks = make_callbacks(config, run, stream, wrapped.domains.values(), live=live, resumed=resume is not None)
-    callbacks.append(Safekeeping(run.path, config.checkpoint.keep, store, resumed=resume is not None))
+    writers = dist.get_world_size() // (1 if config.sharding is None else config.sharding.replicas)
+    callbacks.append(Safekeeping(run.path, config.checkpoint.keep, store, writers=writers, resumed=resume is not None))
     if config.block_replacement is not None and span is not None:
         callbacks.append(make_replacement(config, config.block_replacement, inputs.data, run, span, cache))
     if config.distillation is not None:
@@ -176,6 +180,9 @@ def train(config: Config) -> Trainer:
             trainer.fit()
         except Preempted:
             trainer.close()
+            raise
+        except UserError:
+            trainer.engine.close()  # what goes on beside the training; trainer.close() would wait for other ranks
             raise
         if config.l0_pruning is not None and config.l0_pruning.target_sparsity is not None:
             report_rounding(trainer)

@@ -17,10 +17,15 @@ from data_prep.recipe import PackSettings
 from data_prep.tokenizer import train_tokenizer
 from llmprune.models.loading import new_model
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 VOCABULARY = 300
 SEQUENCE_LENGTH = 32
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that no worker is left alone with it."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 
 def tiny_config(model_type: str = "llama", **changes: object) -> PretrainedConfig:

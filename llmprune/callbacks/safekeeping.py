@@ -15,8 +15,10 @@ from llmprune.checksums import describe
 from llmprune.errors import UserError
 from llmprune.files import is_leftover, write_json
 from llmprune.processes import ACTIVITY
+from llmprune.ranks import on_rank_zero
 from llmprune.stores import Store
 
+ROUND = 20.0  # seconds in which ranks tell each other whether they are done
 WAITING = 2  # checkpoints that may wait to be brought away before training waits for them
 _APART = ("states", "tensorboard", "wandb")  # of a run folder: what can be made anew, or is large
 
@@ -35,36 +37,36 @@ class Safekeeping(Callback):
     at its end; a later call with ``run.autoresume=true`` brings what is missing.
     """
 
-    def __init__(self, folder: Path, keep: int, store: Store | None = None, *, resumed: bool = False) -> None:
+    def __init__(
+        self, folder: Path, keep: int, store: Store | None = None, *, writers: int = 1, resumed: bool = False
+    ) -> None:
         """Prepare.
 
         Args:
             folder: of the run; its checkpoints are in ``checkpoints``.
             keep: how many checkpoints stay in it; -1 = all.
-            store: where copies go.
-            resumed: whether the run goes on with what is there.
+            store: where copies go; it may hold nothing, or a run that was gone on with.
+            writers: ranks that write a part of a sharded checkpoint.
+            resumed: whether the run goes on with a checkpoint.
 
         Raises:
-            UserError: the store can't be reached, or holds another run.
+            UserError: the store can't be reached.
         """
         self._folder, self._keep, self._store = folder, keep, store
         self._checkpoints, self._rank = CheckpointFolder(folder / "checkpoints"), dist.get_global_rank()
+        self._writers, self._resumed = writers, resumed
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="safekeeping")
         self._pending: deque[Future[None]] = deque()
         self._noticed: int | None = None
         self._missing: UserError | None = None  # why the newest checkpoint is not in the store
         self._copied: dict[Path, tuple[int, int]] = {}  # files beside the checkpoints, as they were brought
         self._loaded: int | None = None  # the batch that a resumed run goes on from
-        self._there = set() if store is None else set(store.names("checkpoints/"))
-        if store is not None and self._there and not resumed:
-            raise UserError(
-                f"{store.url} holds a run's checkpoints already: pass run.autoresume=true to go on with it, or another "
-                "checkpoint.remote"
-            )
+        self._there = set() if store is None else set(on_rank_zero(lambda: store.names("checkpoints/ba")))
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Remember where the run goes on."""
-        self._loaded = state.timestamp.batch.value
+        """Remember where a resumed run goes on."""
+        if self._resumed:
+            self._loaded = state.timestamp.batch.value
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """See whether the batch before has left a checkpoint."""
@@ -85,17 +87,23 @@ class Safekeeping(Callback):
         self._worker.shutdown()
 
     def finish(self, batch: int) -> None:
-        """See to the checkpoint after ``batch`` batches and wait until all is done.
+        """See to the checkpoint after ``batch`` batches and wait until all ranks have done that.
 
         Raises:
-            UserError: it could not be brought to the store.
+            UserError: on all ranks, if one of them could not bring its part to the store.
         """
         self._notice(batch)
+        while True:  # in rounds, since collectives lose patience with a rank that copies for long
+            done = not self._pending or wait([self._pending[-1]], timeout=ROUND).done
+            ACTIVITY.note()
+            if all(dist.all_gather_object(bool(done))):
+                break
         while self._pending:
-            self._await_oldest()
-        if self._missing is not None:
+            self._pending.popleft().result()
+        lost = [reason for reason in dist.all_gather_object(str(self._missing or "")) if reason]
+        if lost:
             raise UserError(
-                f"{self._missing}; the newest checkpoint is in {self._checkpoints.path} alone: run the same job with "
+                f"{lost[0]}; the newest checkpoint is in {self._checkpoints.path} alone: run the same job with "
                 "run.autoresume=true once the store can be reached"
             )
 
@@ -110,8 +118,12 @@ class Safekeeping(Callback):
         self._noticed = batch
         name = record_name(batch, self._rank)
         known = (self._checkpoints.path / name).is_file()
-        if batch == self._loaded and (not known or self._store is None or f"checkpoints/{name}" in self._there):
-            return
+        if batch == self._loaded:
+            if known and (self._store is None or f"checkpoints/{name}" in self._there):
+                return
+            parts = self._checkpoints.ranks_of(batch)
+            if parts and parts != set(range(self._writers)):  # other ranks wrote it, and would have to vouch for it
+                return
         while len(self._pending) >= WAITING:
             self._await_oldest()
         self._pending.append(self._worker.submit(self._keep_safe, batch, files))
@@ -120,9 +132,9 @@ class Safekeeping(Callback):
         """Do everything for a checkpoint; runs in a thread."""
         top, name = self._checkpoints.path, record_name(batch, self._rank)
         try:
-            if batch != self._loaded:
+            if batch != self._loaded or not (top / name).is_file():
                 described = {path.relative_to(top).as_posix(): describe(path) for path in files}
-                ranks = dist.get_world_size() if files[0].parent != top else 1
+                ranks = self._writers if files[0].parent != top else 1
                 write_json(top / name, {"schema": 1, "ranks": ranks, "files": described})
             if self._store is not None:
                 if self._rank == 0:
@@ -142,27 +154,31 @@ class Safekeeping(Callback):
 
     def _copy_rest(self, store: Store) -> None:
         """Bring what has changed of the run folder's other files."""
-        for path in sorted(self._folder.rglob("*")):
+        tops = [path for path in sorted(self._folder.iterdir()) if path.name not in (*_APART, "checkpoints")]
+        tops += [p for p in sorted(self._checkpoints.path.iterdir()) if not p.name.startswith(("ba", LATEST))]
+        for path in (inner for top in tops for inner in (sorted(top.rglob("*")) if top.is_dir() else [top])):
             name = path.relative_to(self._folder)
-            if name.parts[0] in _APART or any(is_leftover(Path(part)) for part in name.parts):
-                continue
-            if name.parts[0] == "checkpoints" and (len(name.parts) == 1 or name.parts[1].startswith(("ba", LATEST))):
-                continue
-            if path.is_file():
+            if path.is_file() and not any(is_leftover(Path(part)) for part in name.parts):
                 now = (path.stat().st_mtime_ns, path.stat().st_size)
                 if self._copied.get(path) != now:
                     store.put(path, name.as_posix())
                     self._copied[path] = now
 
     def _delete_old(self, done: int) -> None:
-        """Delete this rank's part of what is no newer than a checkpoint that is done with, but for those that stay."""
-        top = self._checkpoints.path
-        batches = [batch_of(path) for path in self._checkpoints.by_age()]
-        for batch in [] if self._keep < 0 else batches[self._keep :]:
-            if batch > done:
-                continue
-            for path in reversed(self._checkpoints.own_files(batch, self._rank)):  # first what marks it as complete
-                path.unlink(missing_ok=True)
-            (top / record_name(batch, self._rank)).unlink(missing_ok=True)
+        """Delete this rank's part of all but the newest checkpoints up to the one that is done with.
+
+        Newer ones may still be being written, so that they do not count.
+        """
+        if self._keep < 0:
+            return
+        batches = [batch for batch in map(batch_of, self._checkpoints.by_age()) if batch <= done]
+        for batch in batches[self._keep :]:
+            gone = {self._rank}
+            if self._rank == 0:  # parts of ranks that the run does not have any more
+                gone |= {rank for rank in self._checkpoints.ranks_of(batch) if rank >= dist.get_world_size()}
+            for rank in sorted(gone):
+                for path in reversed(self._checkpoints.own_files(batch, rank)):  # first what marks it as complete
+                    path.unlink(missing_ok=True)
+                (self._checkpoints.path / record_name(batch, rank)).unlink(missing_ok=True)
             with suppress(OSError):  # others have parts in it
-                (top / f"ba{batch}").rmdir()
+                (self._checkpoints.path / f"ba{batch}").rmdir()

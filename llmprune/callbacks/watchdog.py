@@ -69,8 +69,7 @@ class Watchdog(Callback):
                 self._report(store)
                 if store.check([_VERDICT]):
                     self._leave(json.loads(store.get(_VERDICT)))
-                if time.monotonic() - ACTIVITY.last > judged_by:
-                    verdict = self._judge(store)
+                if time.monotonic() - ACTIVITY.last > judged_by and (verdict := self._judge(store)) is not None:
                     print(f"error: {verdict['message']}", file=sys.stderr, flush=True)
                     store.set(_VERDICT, json.dumps(verdict))
         except (RuntimeError, OSError):  # the store is gone, and with it rank 0: the launcher ends the job
@@ -83,13 +82,13 @@ class Watchdog(Callback):
         whom = {"host": socket.gethostname(), "process": os.getpid()}
         store.set(f"{_REPORT}/{self._rank}", json.dumps({**where, **whom}))
 
-    def _judge(self, store: Any) -> dict[str, Any]:
-        """Who is to blame, from the reports of all ranks."""
+    def _judge(self, store: Any) -> dict[str, Any] | None:
+        """Who is to blame, from the reports of all ranks; None = nobody, since one that others wait for is at work."""
         first = self._reports_in(store)
         for _ in range(3):
             time.sleep(self._beat)
             self._report(store)
-        return judge(first, self._reports_in(store), self._ranks)
+        return judge(first, self._reports_in(store), self._ranks, self._patience)
 
     def _reports_in(self, store: Any) -> dict[int, dict[str, Any]]:
         keys = {rank: f"{_REPORT}/{rank}" for rank in range(self._ranks)}
@@ -104,18 +103,25 @@ class Watchdog(Callback):
         os._exit(1)
 
 
-def judge(before: Mapping[int, Mapping[str, Any]], now: Mapping[int, Mapping[str, Any]], ranks: int) -> dict[str, Any]:
+def judge(
+    before: Mapping[int, Mapping[str, Any]], now: Mapping[int, Mapping[str, Any]], ranks: int, patience: float
+) -> dict[str, Any] | None:
     """Which ranks a job that does not move is waiting for.
 
     Args:
         before: the ranks' last reports.
         now: those of a little later.
         ranks: how many there are.
+        patience: seconds that a rank may do nothing.
 
     Returns:
-        {"ranks": those to blame, "message": in words}
+        {"ranks": those to blame, "message": in words}; None if one of them is at work, however long that takes.
     """
-    silent = [rank for rank in range(ranks) if rank not in now or now[rank]["report"] == before[rank]["report"]]
+    silent = [
+        rank for rank in range(ranks) if rank not in now or now[rank]["report"] == before.get(rank, {}).get("report")
+    ]
+    if any(report["idle"] < patience for rank, report in now.items() if rank not in silent):
+        return None
     idle = round(max((report["idle"] for report in now.values()), default=0))
     begin = f"nothing has moved for {idle} s: "
     goes_on = "; run.autoresume=true goes on from the last checkpoint"

@@ -76,6 +76,7 @@ class Checkpoint:
         else:
             if not path.exists():
                 raise UserError(f"{path} does not exist")
+            path = path.resolve()
             CheckpointFolder(path.parent).check(path, contents=VERIFICATION.asked)
         path = path.resolve()
         return cls(path, Manifest.load(path.parent), load_config(path.parent / "model"))

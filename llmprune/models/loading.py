@@ -43,6 +43,8 @@ def resolve_model(model: str | Path) -> Path:
     """
     folder = Path(model)
     if folder.is_dir():
+        if (folder / "checkpoints" / "manifest.json").is_file():
+            raise UserError(f"{folder} is a run, not a model: turn its checkpoint into one with `llmprune convert`")
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is no Hugging Face model: it has no config.json")
         return _known(folder)

@@ -13,13 +13,16 @@ import pytest
 import torch
 
 from llmprune import stores
+from llmprune.callbacks.safekeeping import Safekeeping
 from llmprune.checksums import VERIFICATION, Verification
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import convert
 from llmprune.errors import UserError
+from llmprune.files import inside
 from llmprune.job_files import load_config
 from llmprune.report.page import write_report
 from llmprune.run_folder import RunFolder
+from llmprune.stages import recovery_of
 from llmprune.stores import open_store
 from llmprune.training import train
 from tests.callbacks import plain_runs
@@ -200,3 +203,68 @@ def test_two_ranks_vouch_for_their_own_parts(config: Path, tmp_path: Path) -> No
     assert again.batch == 8
     for name in once.state:
         torch.testing.assert_close(again.state[name], once.state[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_still_being_written_does_not_count(tmp_path: Path) -> None:
+    top = tmp_path / "checkpoints"
+    top.mkdir()
+    torch.save({"a": 1}, top / "ba100-rank0.pt")
+    (top / "ba150-rank0.pt").write_bytes(b"the first bytes")
+    safe = Safekeeping(tmp_path, keep=1)
+    safe.finish(100)
+    assert {path.name for path in top.iterdir()} == {"ba100-rank0.pt", "ba100.sums-0.json", "ba150-rank0.pt"}
+    torch.save({"a": 1}, top / "ba150-rank0.pt")
+    safe.finish(150)
+    assert {path.name for path in top.iterdir()} == {"ba150-rank0.pt", "ba150.sums-0.json"}
+
+
+def test_a_checkpoint_that_nobody_vouched_for_is_seen_to_on_resume(config: Path, tmp_path: Path) -> None:
+    remote = f"checkpoint.remote={tmp_path}/elsewhere"
+    run(config, tmp_path / "run", remote)
+    for folder in (tmp_path / "run", tmp_path / "elsewhere"):
+        (folder / "checkpoints/ba8.sums-0.json").unlink()
+    run(config, tmp_path / "run", remote, "run.autoresume=true")  # it is complete
+    assert (tmp_path / "elsewhere/checkpoints/ba8.sums-0.json").is_file()
+
+
+def test_a_machine_of_its_own_takes_what_all_can_have(config: Path, tmp_path: Path) -> None:
+    run(config, tmp_path / "run", f"checkpoint.remote={tmp_path}/elsewhere")
+    (tmp_path / "elsewhere/checkpoints/ba8.sums-0.json").unlink()  # another machine had not brought its part
+    folder, store = RunFolder(tmp_path / "run"), open_store(f"{tmp_path}/elsewhere")
+    folder.fetch(store)
+    assert folder.latest_checkpoint().name == "ba8-rank0.pt"  # type: ignore[union-attr]
+    folder.fetch(store, shared=False)
+    assert folder.latest_checkpoint().name == "ba6-rank0.pt"  # type: ignore[union-attr]
+
+
+def test_the_good_copy_takes_the_place_of_a_damaged_checkpoint(config: Path, tmp_path: Path) -> None:
+    once = run(config, tmp_path / "run", f"checkpoint.remote={tmp_path}/elsewhere")
+    flip(tmp_path / "run/checkpoints/ba8-rank0.pt")
+    RunFolder(tmp_path / "run").fetch(open_store(f"{tmp_path}/elsewhere"))
+    found = RunFolder(tmp_path / "run").latest_checkpoint(contents=True)
+    assert found is not None and found.name == "ba8-rank0.pt" and same(once, Checkpoint.open(tmp_path / "run"))
+
+
+def test_mistakes(config: Path, tmp_path: Path) -> None:
+    run(config, tmp_path / "run", f"checkpoint.remote={tmp_path}/elsewhere")
+    run(config, tmp_path / "other", "run.seed=4", "checkpoint.keep=1")
+    settings = ["run.seed=4", f"checkpoint.remote={tmp_path}/elsewhere", "run.autoresume=true"]
+    with pytest.raises(UserError, match="elsewhere holds checkpoints of another run than"):
+        run(config, tmp_path / "other", *settings)
+    with pytest.raises(UserError, match="must not lie in each other"):
+        run(config, tmp_path / "third", f"checkpoint.remote={tmp_path}/third/copies")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file: choose another folder"):
+        run(config, tmp_path / "file", *settings)
+    with pytest.raises(UserError, match="nothing://x can't be used"):
+        open_store("nothing://x")
+    for name in ("//tmp/x", "/tmp/x", "../x", "a/../../x", "", None, "a\0"):
+        with pytest.raises(UserError, match="is no name of a file"):
+            inside(tmp_path, name)
+
+
+def test_every_recovery_of_a_job_has_its_own_place_in_the_store(config: Path, tmp_path: Path) -> None:
+    job = load_config(config, [f"run.folder={tmp_path}/job", "checkpoint.remote=s3://runs/job"])
+    recovery = recovery_of(job, tmp_path / "job" / "round-2", name="x", seed=1)
+    assert recovery.checkpoint.remote == "s3://runs/job/round-2"
+    assert recovery.run.folder == f"{tmp_path}/job/round-2/recover"

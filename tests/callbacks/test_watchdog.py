@@ -41,8 +41,13 @@ def test_who_is_to_blame(before: list[Any], now: list[Any], ranks: list[int], wo
             if number is not None
         }
 
-    verdict = judge(reports(before), reports(now), 3)
-    assert verdict["ranks"] == ranks and words in verdict["message"] and "for 60 s" in verdict["message"]
+    verdict = judge(reports(before), reports(now), 3, patience=50)
+    assert (
+        verdict is not None
+        and verdict["ranks"] == ranks
+        and words in verdict["message"]
+        and "for 60 s" in verdict["message"]
+    )
 
 
 SLEEPER = """
@@ -96,3 +101,13 @@ loggers: {{console: false}}
     assert "rank 1 stands here" in printed and "in sleep_for_ever" in printed
     assert time.monotonic() - start < 120
     assert (tmp_path / "run/checkpoints/ba2-rank0.pt").is_file()
+
+
+def test_a_rank_at_work_is_left_alone() -> None:
+    """It copies a checkpoint, say, and notes that it does; the others are further, and wait."""
+    reports = {0: report(7, "batch_start of batch 9", 4, idle=1.0), 1: report(9, "before_loss of batch 9", 4)}
+    before = {rank: {**one, "report": 3} for rank, one in reports.items()}
+    assert judge(before, reports, 2, patience=50) is None
+    assert judge(before, {**reports, 0: {**reports[0], "idle": 60.0}}, 2, patience=50) is not None
+    silent = judge(before, {**reports, 0: before[0]}, 2, patience=50)
+    assert silent is not None and silent["ranks"] == [0]

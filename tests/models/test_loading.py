@@ -46,6 +46,10 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         load_config("nobody/nothing")
     with pytest.raises(UserError, match="no config.json"):
         load_config(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "manifest.json").touch()
+    with pytest.raises(UserError, match="is a run, not a model: turn its checkpoint into one with `llmprune convert`"):
+        load_config(tmp_path / "run")
     GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="'gpt2' is not supported; supported: gemma"):
         load_model(tmp_path)

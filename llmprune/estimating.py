@@ -310,9 +310,9 @@ def _replaced(
     built: PreTrainedModel, settings: BlockReplacementConfig, span: Span | None, layers: int
 ) -> tuple[set[str], int, int]:
     """What trains beside the stand-in, the stand-in's parameters, and the first block that gradients pass through."""
-    if span is None:  # any of that length
+    if span is None:  # any of that length but the first, at which not every kind can begin
         assert settings.length is not None
-        span = Span(0, settings.length)
+        span = Span(max(layers - settings.length, 0), settings.length)
     with torch.device("meta"):
         network = STAND_INS.get(settings.kind)(Site(built, span, 0), settings)
     behind = span.end if {"lm", "kl"} & set(settings.weights) else layers

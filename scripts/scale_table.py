@@ -111,7 +111,8 @@ def run_all(out: Path, setting: str, slow: float) -> None:
         kept.clear()
         ranks = dist.get_world_size()
         estimate = estimate_job(config, Cluster(ranks, 1e12, ranks, device="cpu"))
-        losses = [line["loss/train/total"] for line in read_metrics(Path(config.run.folder) / "metrics.jsonl")]
+        lines = read_metrics(Path(config.run.folder) / "metrics.jsonl")
+        losses = [line["loss/train/total"] for line in lines if "loss/train/total" in line]
         found[job] = {
             "losses": losses,
             "tokens_per_s": 8 * 128 / ranks / statistics.median(clock.seconds[3:]),

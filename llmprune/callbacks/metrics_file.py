@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from composer.callbacks import CheckpointSaver
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
@@ -25,8 +26,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class MetricsFile(LoggerDestination):
     """Writes ``metrics.jsonl``: lines of {"batch": n, metric: value, …}, by rank 0.
 
-    A batch has one line, and one more for each evaluation after it. A resumed run drops the lines of batches that it
-    does again.
+    A batch has one line, and one more for each evaluation or checkpoint after it. A resumed run drops the lines of
+    batches that it does again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,6 +61,12 @@ class MetricsFile(LoggerDestination):
     def close(self, state: State, logger: Logger) -> None:
         """Write the last line."""
         self._write()
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Have on disk what was logged before a checkpoint: a run that goes on from it does not log it again."""
+        now = state.timestamp.batch
+        if any(isinstance(saver, CheckpointSaver) and saver.last_checkpoint_batch == now for saver in state.callbacks):
+            self._write()
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Have evaluations on disk at once."""

@@ -1,7 +1,8 @@
 """Every kind of job on one rank and on two, whole and sharded: are the losses the same, how fast, how much memory?
 
-Each job trains 20 batches. Losses are compared batch by batch with those of one rank; a rank's peak memory, of which
-freed blocks go back to the system at once, with what ``llmprune estimate`` says without its share for fragmentation.
+Each job trains 20 batches, whose losses are compared with those of one rank. In processes of their own, whose freed
+memory goes back to the system at once, it trains four more for the peak memory of a rank, which is compared with what
+``llmprune estimate`` says without its share for fragmentation; a run of one batch before that is not counted.
 ``--slow 10`` lets the last rank take ten times as long for every batch.
 """
 
@@ -65,8 +66,10 @@ def prepare(out: Path) -> None:
     (out / "job.yaml").write_text(CONFIG.replace("OUT", str(out)))
 
 
-def run_all(out: Path, setting: str, slow: float) -> None:
-    """Do every job in this rank, and write what was seen."""
+def run_all(out: Path, setting: str, what: str, slow: float) -> None:
+    """Do every job in this rank, and write what was seen: its speed and losses, or its memory."""
+    import gc
+
     from composer import Callback
     from composer.utils import dist
 
@@ -97,7 +100,8 @@ def run_all(out: Path, setting: str, slow: float) -> None:
         clock = Clock()
         kept: list[Any] = []
 
-        def train(config: Any = config, clock: Clock = clock, kept: list[Any] = kept) -> None:
+        def train(duration: str, config: Any = config, clock: Clock = clock, kept: list[Any] = kept) -> None:
+            config.train.duration = duration
             trainer = training.build_trainer(config)
             for callback in list(trainer.state.callbacks):
                 if type(callback).__name__ in ("CheckpointSaver", "Safekeeping"):  # saving is not looked at here
@@ -107,19 +111,26 @@ def run_all(out: Path, setting: str, slow: float) -> None:
             trainer.close()
             kept.append(trainer)
 
-        peak = peak_of(train)
-        kept.clear()
         ranks = dist.get_world_size()
+        if what == "speed":
+            train(f"{BATCHES}ba")
+            lines = read_metrics(Path(config.run.folder) / "metrics.jsonl")
+            found[job] = {
+                "losses": [line["loss/train/total"] for line in lines if "loss/train/total" in line],
+                "tokens_per_s": 8 * 128 / ranks / statistics.median(clock.seconds[3:]),
+            }
+            continue
+        train("1ba")
+        kept.clear()
+        gc.collect()
+        peak = peak_of(lambda: train("4ba"))  # it is called here
+        kept.clear()
         estimate = estimate_job(config, Cluster(ranks, 1e12, ranks, device="cpu"))
-        lines = read_metrics(Path(config.run.folder) / "metrics.jsonl")
-        losses = [line["loss/train/total"] for line in lines if "loss/train/total" in line]
         found[job] = {
-            "losses": losses,
-            "tokens_per_s": 8 * 128 / ranks / statistics.median(clock.seconds[3:]),
             "peak_bytes": peak,
             "estimated_bytes": estimate.total - estimate.memory["lost to fragmentation, and libraries"],
         }
-    (out / f"{setting}.{dist.get_global_rank()}.json").write_text(json.dumps(found))
+    (out / f"{setting}-{what}.{dist.get_global_rank()}.json").write_text(json.dumps(found))
 
 
 def table(out: Path) -> str:
@@ -129,14 +140,17 @@ def table(out: Path) -> str:
         "measured / estimated",
     )  # fmt: skip
     rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    seen = {
-        setting: [json.loads((out / f"{setting}.{rank}.json").read_text()) for rank in range(ranks)]
-        for setting, (ranks, _) in SETTINGS.items()
-    }
+
+    def seen(setting: str, job: str) -> list[dict[str, Any]]:
+        names = [
+            (f"{setting}-speed.{rank}.json", f"{setting}-memory.{rank}.json") for rank in range(SETTINGS[setting][0])
+        ]
+        return [{k: v for name in pair for k, v in json.loads((out / name).read_text())[job].items()} for pair in names]
+
     for job in JOBS:
-        alone = seen["one"][0][job]["losses"]
+        alone = seen("one", job)[0]["losses"]
         for setting, (ranks, _) in SETTINGS.items():
-            mine = [rank[job] for rank in seen[setting]]
+            mine = seen(setting, job)
             losses = mine[0]["losses"]
             assert len(losses) == len(alone) == BATCHES, (job, setting, len(losses))
             difference = max(abs(a / b - 1) for a, b in zip(losses, alone, strict=True))
@@ -161,11 +175,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/scale"))
     parser.add_argument("--slow", type=float, default=1.0)
-    parser.add_argument("--as-rank", choices=[*SETTINGS], help=argparse.SUPPRESS)
+    parser.add_argument("--as-rank", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     if arguments.as_rank is not None:
-        run_all(out, arguments.as_rank, arguments.slow)
+        setting, what = arguments.as_rank
+        run_all(out, setting, what, arguments.slow)
         return 0
     out.mkdir(parents=True, exist_ok=True)
     prepare(out)
@@ -173,8 +188,9 @@ def main() -> int:
     given_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for setting, (ranks, _) in SETTINGS.items():
         launcher = [str(Path(sys.executable).parent / "composer"), "-n", str(ranks), str(Path(__file__).resolve())]
-        command = [*launcher, "--out", str(out), "--as-rank", setting, "--slow", str(arguments.slow)]
-        subprocess.run(command, env={**os.environ, **given_back, "PYTHONPATH": path}, check=True)
+        for what, memory in (("speed", {}), ("memory", given_back)):
+            command = [*launcher, "--out", str(out), "--as-rank", setting, what, "--slow", str(arguments.slow)]
+            subprocess.run(command, env={**os.environ, **memory, "PYTHONPATH": path}, check=True)
     (out / "scale.md").write_text(table(out))
     print(table(out))
     return 0

@@ -105,20 +105,18 @@ def large_file(bench: Bench, job: str, folder: Path, chance: random.Random) -> V
 
 def full_disk(bench: Bench, job: str, folder: Path, chance: random.Random) -> Verdict:
     """A small file system fills up; room is made then."""
-    folder.mkdir(parents=True)
+    disk = folder / "disk"  # its log lies beside it, where there is room
+    disk.mkdir(parents=True)
     size = round(2 ** chance.uniform(15, 21))
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], check=True)
     try:
-        inner = folder / "job"
-        code = bench.attempts.finish(job, inner)
-        if code and (lost := _told(bench, code, inner, "full", "No space", "can't", "takes no more")):
+        code = bench.attempts.finish(job, disk)
+        if code and (lost := _told(bench, code, disk, "full", "No space", "can't", "takes no more")):
             return lost
-        subprocess.run(["mount", "-o", "remount,size=200m", str(folder)], check=True)
-        log = log_of(inner)
-        log.unlink(missing_ok=True)
-        return bench.same(job, inner)
+        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        return bench.same(job, disk)
     finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def damaged_checkpoint(bench: Bench, job: str, folder: Path, chance: random.Random) -> Verdict:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from llmprune.gates.gate_set import GateSet
 from llmprune.gates.settings import make_goal
 from llmprune.job_files import load_config
 from llmprune.measurement.activations import kept_by
+from llmprune.training import build_trainer
 from tests.conftest import random_model, tiny_config
 from tests.families.test_conformance import CONFIGS
 
@@ -178,3 +180,31 @@ if __name__ == "__main__":
     assert done.returncode == 0, done.stderr[-2000:]
     ratio = float(next(line for line in done.stdout.splitlines() if line.startswith("ratio")).split()[1])
     assert 1 / 1.15 < ratio < 1.15
+
+
+def test_a_job_that_does_not_fit_is_refused(data: Path, model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"""
+run: {{name: test, folder: {tmp_path}/run}}
+model: {{path: {model_folder}}}
+data: {{path: {data}}}
+train: {{duration: 1ba, global_batch_size: 4, microbatch_size: 4}}
+loggers: {{console: false}}
+""")
+    found = estimate(load_config(tmp_path / "run.yaml"), tiny_config(), 32, Cluster(1, 1e9, device="cpu"))
+    for share, fits in ((0.9, False), (1.1, True)):
+        with pytest.MonkeyPatch.context() as patch:
+            memory = SimpleNamespace(available=share * found.total)
+            patch.setattr("llmprune.estimating.psutil", SimpleNamespace(virtual_memory=lambda m=memory: m))
+            if fits:
+                build_trainer(load_config(tmp_path / "run.yaml", ["run.overwrite=true"])).close()
+                continue
+            with pytest.raises(UserError, match=r"about 0.00 GB on every rank .* train.check_memory=false to start it"):
+                build_trainer(load_config(tmp_path / "run.yaml"))
+            assert not (tmp_path / "run").exists()
+            build_trainer(
+                load_config(tmp_path / "run.yaml", ["train.check_memory=false", "run.overwrite=true"])
+            ).close()
+    replaced = load_config(
+        tmp_path / "run.yaml", ["block_replacement={length: 2, kind: closed_form}", "train.microbatch_size=1"]
+    )  # no block 0 can be its first
+    assert estimate(replaced, tiny_config(), 32, Cluster(1, 1e9, device="cpu")).total < found.total

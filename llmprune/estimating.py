@@ -35,6 +35,7 @@ from llmprune.replacing import given_span
 FRAGMENTATION = 0.06  # of all that is allocated: what the allocator can't use
 CONTEXT = {"cuda": 1.0e9, "cpu": 0.0}  # bytes of libraries and their buffers on the device
 FLOAT = 4  # bytes
+BROADCAST = 250 * 2**20  # bytes that PyTorch sends at a time when ranks get the same weights
 FOUR_BITS = 0.52  # bytes of a number in nf4 with its share of the scales
 
 
@@ -341,22 +342,24 @@ def _memory(
         weights += sizes.trained * FLOAT
     gradients = sizes.trained * held / shards
     products = dtype if autocast is None else autocast
-    states = products if config.sharding is not None else dtype  # FSDP2 gathers weights in the format of the products
+    in_states = products if config.sharding is not None else dtype  # as FSDP2 gathers them
     kept = kept_by(
-        model, samples=micro, length=length, dtype=states, autocast=autocast, attention=config.model.attention
+        model, samples=micro, length=length, dtype=in_states, autocast=autocast, attention=config.model.attention
     )
-    if config.train.activation_checkpointing:
-        activations = kept.outside + sizes.reached * kept.states + kept.block
-    else:
-        activations = kept.outside + max(sizes.reached, 1) * kept.block
-    tokens = max(CHUNKS[cluster.device] // sizes.vocabulary, LEAST)
-    chunk = min(tokens, micro * length) * sizes.vocabulary
-    # Logits as they come, in float32, their exponentials and their gradient; the gradient of the states; the weight's.
-    head = chunk * (2 * products.itemsize + 2 * FLOAT) + micro * length * sizes.hidden * products.itemsize * 2
+    checkpointed = config.train.activation_checkpointing
+    standing = kept.outside + (sizes.reached * kept.states if checkpointed else max(sizes.reached, 1) * kept.block)
     if sizes.output_trained:
-        head += sizes.vocabulary * sizes.hidden * FLOAT
-    if config.distillation is not None:
-        head += chunk * (products.itemsize + 2 * FLOAT)
+        standing += sizes.vocabulary * sizes.hidden * FLOAT  # its gradient, made beside the losses
+    outside = blocks = 0.0  # gathered: for the whole pass, and while it is in the blocks
+    if config.sharding is not None:
+        learning = sizes.block * products.itemsize if sizes.reached and not added else 0  # a block's whole gradient
+        outside, blocks = sizes.outside * products.itemsize, 2 * sizes.block * products.itemsize  # in use, on its way
+        if not config.sharding.reshard_after_forward:
+            outside, blocks = sizes.parameters * products.itemsize, 0
+        blocks += learning
+    at_output = standing + _logits(config, sizes, micro * length, cluster.device, products), outside
+    in_blocks = standing + (kept.block if checkpointed else 0), outside + blocks
+    working, gathered = max(at_output, in_blocks, key=sum)
     found = {
         "weights": weights,
         "gradients": gradients,
@@ -367,20 +370,32 @@ def _memory(
     if sizes.gates:
         found["gates"] = sizes.gates * FLOAT * 4 + sizes.matrix * FLOAT
     if config.sharding is not None:
-        # Two blocks and what is around them, gathered; a block's whole gradient.
-        found["gathered shards"] = (3 * sizes.block + sizes.outside) * products.itemsize
+        found["gathered shards"] = gathered
     elif cluster.gpus > 1:
         found["gradients on their way"] = sizes.trained * held
-    working = activations + head
     if autocast is not None and config.sharding is None:
         working += (sizes.parameters - sizes.outside) * autocast.itemsize  # weights cast for a whole pass
     if per_rank <= micro:  # gradients come as activations go
-        largest = max(working, found["gradients"])
-        found["activations and logits"] = largest - found["gradients"]
-    else:
-        found["activations"] = working - head
-        found["logits"] = head
+        working = max(working - gradients, 0.0)
+    found["activations and logits"] = working
+    if config.sharding is None and cluster.gpus > 1:  # before anything trains, all ranks get the weights of the first
+        more = weights + min(weights, BROADCAST) - sum(found.values())
+        if more > 0:
+            found["weights on their way"] = more
     found["lost to fragmentation, and libraries"] = FRAGMENTATION * sum(found.values()) + CONTEXT[cluster.device]
+    return found
+
+
+def _logits(config: Config, sizes: _Sizes, tokens: int, device: str, products: torch.dtype) -> float:
+    """Bytes of a chunk's logits as they come, in float32, their exponentials, their gradient; of states' gradient."""
+    chunk = min(max(CHUNKS[device] // sizes.vocabulary, LEAST), tokens) * sizes.vocabulary
+    replacement = config.block_replacement
+    if replacement is not None and not {"lm", "kl"} & set(replacement.weights):  # only evaluations need them
+        evaluates = Time.from_timestring(config.train.eval_interval).value > 0
+        return chunk * (products.itemsize + FLOAT) if evaluates else 0.0
+    found = chunk * (2 * products.itemsize + 2 * FLOAT) + tokens * sizes.hidden * products.itemsize * 2
+    if config.distillation is not None or (replacement is not None and "kl" in replacement.weights):
+        found += chunk * (products.itemsize + 2 * FLOAT)
     return found
 
 

@@ -30,7 +30,7 @@ JOBS = {
     "replace": ["block_replacement={start: 2, length: 3, kind: blocks}"],
     "last two blocks": ["trainable={parts: [last.2]}"],
     "LoRA": ["lora={dropout: 0.0}"],
-    "distillation": ["distillation={teacher: OUT/model, dtype: float32}"],
+    "distillation": ["distillation={teacher: OUT/teacher, dtype: float32}"],
 }
 SETTINGS = {"one": (1, []), "whole": (2, []), "sharded": (2, ["sharding={}", "train.activation_checkpointing=true"])}
 CONFIG = """
@@ -61,8 +61,9 @@ def prepare(out: Path) -> None:
     prepare_data([out / "corpus"], out / "tokenizer", out / "data", PackSettings(128), overwrite=True)
     sizes = {"vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1152, "num_attention_heads": 8}
     config = LlamaConfig(**sizes, num_hidden_layers=6, tie_word_embeddings=True)
-    new_model(config, seed=0).save_pretrained(out / "model")
-    load_tokenizer(out / "tokenizer").save_pretrained(out / "model")
+    for seed, name in enumerate(("model", "teacher")):
+        new_model(config, seed=seed).save_pretrained(out / name)
+        load_tokenizer(out / "tokenizer").save_pretrained(out / name)
     (out / "job.yaml").write_text(CONFIG.replace("OUT", str(out)))
 
 

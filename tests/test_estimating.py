@@ -97,7 +97,9 @@ def test_parameters_moments_and_shares_of_ranks(config: Config, tmp_path: Path) 
     assert lora.facts["trained"] == 6 * per_block
     parts = estimate(changed(config, tmp_path, "trainable={parts: [last.1]}"), model, 32, CLUSTER)
     assert parts.facts["trained"] * 6 == pytest.approx(count - 300 * 32 - 32)
-    assert parts.memory["activations"] < one.memory["activations"] / 4
+    saved = one.memory["activations and logits"] - parts.memory["activations and logits"]
+    kept = kept_by(model, samples=4, length=32, dtype=torch.float32, autocast=None)
+    assert saved == 5 * kept.block + 4 * 300 * 32  # five blocks' activations, the gradient of the output layer
     pruned = changed(config, tmp_path, "l0_pruning={target: {hidden: 24}}")
     assert pruned.l0_pruning is not None
     from llmprune.families import family_of
@@ -105,6 +107,35 @@ def test_parameters_moments_and_shares_of_ranks(config: Config, tmp_path: Path) 
     gates = GateSet(family_of(model).shape(model), make_goal(model, pruned.l0_pruning))
     expected = 16 * sum(p.numel() for p in gates.parameters()) + 4 * 300 * 32
     assert estimate(pruned, model, 32, CLUSTER).memory["gates"] == expected
+
+
+def test_what_is_gathered_at_the_peak(config: Config, tmp_path: Path) -> None:
+    """With checkpoints the pass through a block or the output layer is the peak, never both at once."""
+    model = tiny_config(num_hidden_layers=6)
+    block, outside = 4 * (2 * 32 * 64 + 2 * 32 * 32 + 3 * 32 * 48 + 64), 4 * (300 * 32 + 32)
+
+    def of(*overrides: str) -> dict[str, float]:
+        job = changed(config, tmp_path, "sharding={}", "train.activation_checkpointing=true", *overrides)
+        return estimate(job, model, 32, replace(CLUSTER, gpus=4)).memory
+
+    small, large = of("train.microbatch_size=1"), of("train.microbatch_size=8")
+    assert small["gathered shards"] == outside + 3 * block  # in use, on its way, a gradient
+    assert large["gathered shards"] == outside  # logits of 256 tokens are more than three such blocks
+    assert of("train.microbatch_size=1", "lora={rank: 2}")["gathered shards"] == outside + 2 * block
+    kept = kept_by(model, samples=1, length=32, dtype=torch.float32, autocast=None)
+    held = kept.outside + 6 * kept.states + kept.block + 4 * 300 * 32
+    assert small["activations and logits"] == held
+    never = of("train.microbatch_size=1", "sharding={reshard_after_forward: false}")
+    assert never["gathered shards"] == outside + 6 * block  # the peak is at the output layer
+
+
+def test_all_ranks_get_the_first_ones_weights(config: Config, tmp_path: Path) -> None:
+    """A copy of all weights at the start is more than a few adapters ever need."""
+    wide = tiny_config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=1)
+    job = changed(config, tmp_path, "lora={rank: 1}", "train.microbatch_size=1")
+    found = estimate(job, wide, 32, replace(CLUSTER, gpus=2, device="cpu"))
+    assert found.total == pytest.approx(1.06 * 2 * found.memory["weights"])
+    assert "weights on their way" not in estimate(job, wide, 32, CLUSTER).memory
 
 
 def test_time_follows_from_operations_and_from_what_travels(config: Config, tmp_path: Path) -> None:

@@ -61,16 +61,19 @@ class _Visited(nn.Module):
     def __init__(self, number: int, block: nn.Module, visit: Visit, in_tuple: bool) -> None:
         super().__init__()
         self._number, self._visit, self._in_tuple = number, visit, in_tuple
-        self.__dict__["_block"] = block  # no submodule: it keeps its own place in state dicts and sharding
+        # A submodule: in the first forward pass a sharded model looks for its shards among them.
+        self._modules["visited"] = block
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_block"], name)
+        return getattr(self.__dict__["_modules"]["visited"], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        visited = self.get_submodule("visited")
+
         def run(x: Tensor, block: nn.Module | None = None) -> Tensor:
             fitted = hidden_states.shape[0], x.shape[0]
             own = {name: _fit(value, *fitted) for name, value in kwargs.items()}
-            return given((block or self.__dict__["_block"])(x, *(_fit(value, *fitted) for value in args), **own))
+            return given((block or visited)(x, *(_fit(value, *fitted) for value in args), **own))
 
         states = self._visit(self._number, run, hidden_states)
         return (states,) if self._in_tuple else states

@@ -68,7 +68,8 @@ class _Visited(nn.Module):
         return getattr(self.__dict__["_modules"]["visited"], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        visited = self.get_submodule("visited")
+        visited = self._modules["visited"]
+        assert visited is not None
 
         def run(x: Tensor, block: nn.Module | None = None) -> Tensor:
             fitted = hidden_states.shape[0], x.shape[0]

@@ -3,7 +3,6 @@
 Each job trains 20 batches, whose losses are compared with those of one rank. In processes of their own, whose freed
 memory goes back to the system at once, it trains four more for the peak memory of a rank, which is compared with what
 ``llmprune estimate`` says without its share for fragmentation; a run of one batch before that is not counted.
-``--slow 10`` lets the last rank take ten times as long for every batch.
 """
 
 import argparse
@@ -67,7 +66,7 @@ def prepare(out: Path) -> None:
     (out / "job.yaml").write_text(CONFIG.replace("OUT", str(out)))
 
 
-def run_all(out: Path, setting: str, what: str, slow: float) -> None:
+def run_all(out: Path, setting: str, what: str) -> None:
     """Do every job in this rank, and write what was seen: its speed and losses, or its memory."""
     import gc
 
@@ -88,8 +87,6 @@ def run_all(out: Path, setting: str, what: str, slow: float) -> None:
             self._start = time.perf_counter()
 
         def batch_end(self, state: "State", logger: "Logger") -> None:
-            if slow > 1 and dist.get_global_rank() == dist.get_world_size() - 1:
-                time.sleep((slow - 1) * (time.perf_counter() - self._start))
             self.seconds.append(time.perf_counter() - self._start)
 
     # Noise is drawn for every microbatch of every rank: the same for all, so that ranks make no difference.
@@ -175,13 +172,12 @@ def main() -> int:
     """Run every job in every setting, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/scale"))
-    parser.add_argument("--slow", type=float, default=1.0)
     parser.add_argument("--as-rank", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     if arguments.as_rank is not None:
         setting, what = arguments.as_rank
-        run_all(out, setting, what, arguments.slow)
+        run_all(out, setting, what)
         return 0
     out.mkdir(parents=True, exist_ok=True)
     prepare(out)
@@ -190,7 +186,7 @@ def main() -> int:
     for setting, (ranks, _) in SETTINGS.items():
         launcher = [str(Path(sys.executable).parent / "composer"), "-n", str(ranks), str(Path(__file__).resolve())]
         for what, memory in (("speed", {}), ("memory", given_back)):
-            command = [*launcher, "--out", str(out), "--as-rank", setting, what, "--slow", str(arguments.slow)]
+            command = [*launcher, "--out", str(out), "--as-rank", setting, what]
             subprocess.run(command, env={**os.environ, **memory, "PYTHONPATH": path}, check=True)
     (out / "scale.md").write_text(table(out))
     print(table(out))

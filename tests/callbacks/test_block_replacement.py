@@ -45,7 +45,7 @@ block_replacement: {{start: 2, length: 3, objectives: {{mse: 1.0, kl: 0.5}}}}
 optimizer: {{lr: 3.0e-3}}
 scheduler: {{warmup: 3ba}}
 train: {{duration: {BATCHES}ba, global_batch_size: 8, microbatch_size: 2, eval_interval: 10ba}}
-checkpoint: {{interval: 4ba}}
+checkpoint: {{interval: 10ba}}
 loggers: {{console: false}}
 """)
     return path
@@ -54,11 +54,11 @@ loggers: {{console: false}}
 RUNS = {
     "parallel": "",
     "sharded": "sharding={};train.activation_checkpointing=true",
-    "killed": "sharding={};train.activation_checkpointing=true;kill=9",
+    "killed": "sharding={};train.activation_checkpointing=true;kill=13",
     "whole": "sharding.checkpoints=whole",
     "linear": "sharding={};block_replacement.kind=linear;train.duration=3ba",
     "cached-two": ";".join(CACHED),
-    "cached-killed": ";".join(["sharding={}", *CACHED, "kill=5"]),
+    "cached-killed": ";".join(["sharding={}", *CACHED, "checkpoint.interval=4ba", "kill=5"]),
     "bfloat16": "model.dtype=bfloat16;train.duration=3ba",
     "swiglu": "sharding={};block_replacement.kind=swiglu;block_replacement.objectives={lm: 1.0};"
     "block_replacement.also=[final_norm, block.5];train.duration=3ba",

@@ -27,7 +27,7 @@ from tests.callbacks import plain_runs
 from tests.callbacks.test_block_replacement import metrics
 
 ROOT = Path(__file__).parents[2]
-BATCHES = 20
+BATCHES, UNTIL = 20, 8  # the latter for runs that are killed
 BLOCKS, HIDDEN = (0, 1, 4, 5), tuple(n for n in range(32) if n % 4 != 3)
 
 
@@ -52,7 +52,7 @@ data: {{path: {data}, eval_samples_per_domain: 2}}
 optimizer: {{lr: 3.0e-3, weight_decay: 1.0e-3}}
 scheduler: {{warmup: 3ba}}
 train: {{duration: {BATCHES}ba, global_batch_size: 8, microbatch_size: 2, eval_interval: 10ba}}
-checkpoint: {{interval: 3ba}}
+checkpoint: {{interval: 10ba}}
 loggers: {{console: false}}
 """)
     return path
@@ -83,8 +83,8 @@ def runs(config: Path, trained_folder: Path) -> Path:
     arguments = []
     for name, changes in found.items():
         arguments += [f"{name}-two={changes}", f"{name}-sharded={SHARDED};{changes}"]
-        dropping = changes.replace("dropout: 0.0", "dropout: 0.3")
-        arguments += [f"{name}-whole={SHARDED};{dropping}", f"{name}-killed={SHARDED};{dropping};kill=5"]
+        short = f"train.duration={UNTIL}ba;checkpoint.interval=3ba;" + changes.replace("dropout: 0.0", "dropout: 0.3")
+        arguments += [f"{name}-whole={SHARDED};{short}", f"{name}-killed={SHARDED};{short};kill=5"]
     command = [str(Path(sys.executable).parent / "composer"), "-n", "2", "tests/callbacks/plain_runs.py", str(config)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -110,7 +110,7 @@ def test_losses_equal_those_of_one_rank(runs: Path, name: str, ranks: str) -> No
 @pytest.mark.parametrize("name", KINDS)
 def test_a_killed_and_resumed_run_ends_as_the_undisturbed_one(runs: Path, name: str) -> None:
     whole, resumed = (Checkpoint.open(runs / f"{name}-{end}") for end in ("whole", "killed"))
-    assert whole.path.name == resumed.path.name == f"ba{BATCHES}"
+    assert whole.path.name == resumed.path.name == f"ba{UNTIL}"
     assert set(whole.state) == set(resumed.state)
     assert all(torch.equal(whole.state[key], resumed.state[key]) for key in whole.state)
 

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from llmprune.callbacks.metrics_file import read_metrics
 from llmprune.callbacks.watchdog import judge
+from llmprune.convert.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,6 +104,55 @@ loggers: {{console: false}}
     assert "rank 1 stands here" in printed and "in sleep_for_ever" in printed
     assert time.monotonic() - start < 120
     assert (tmp_path / "run/checkpoints/ba2-rank0.pt").is_file()
+
+
+SLOW = """
+import sys, time
+from composer import Callback
+from composer.utils import dist
+from llmprune import training
+from llmprune.job_files import load_config
+
+class Slow(Callback):
+    def batch_start(self, state, logger):
+        self.start = time.perf_counter()
+
+    def batch_end(self, state, logger):
+        if dist.get_global_rank() == 1:
+            time.sleep(9 * (time.perf_counter() - self.start))
+
+if __name__ == "__main__":
+    training.train(load_config(sys.argv[1], ["run.folder=" + sys.argv[2]]))
+    make = training.make_callbacks
+    training.make_callbacks = lambda *args, **kwargs: [*make(*args, **kwargs), Slow()]
+    training.train(load_config(sys.argv[1], ["run.folder=" + sys.argv[3]]))
+"""
+
+
+def test_a_rank_ten_times_slower_changes_nothing(data: Path, model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "run.yaml").write_text(f"""
+run: {{name: test, folder: nowhere, seed: 3}}
+model: {{path: {model_folder}}}
+data: {{path: {data}, eval_samples_per_domain: 2}}
+dynamic_loading: {{references: {{letters: 1.0, numbers: 3.0}}, update_delay: 1}}
+l0_pruning: {{target: {{layers: 3, hidden: 20}}, lagrangian_warmup: 2ba}}
+sharding: {{}}
+train: {{duration: 5ba, global_batch_size: 4, microbatch_size: 2, eval_interval: 2ba, hang_timeout: 60}}
+loggers: {{console: false}}
+""")
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "composer"), "-n", "2", "slow.py", "run.yaml", "even", "slow"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    even, slow = (Checkpoint.open(tmp_path / name) for name in ("even", "slow"))
+    assert set(even.state) == set(slow.state) and all(torch.equal(even.state[k], slow.state[k]) for k in even.state)
+    lines = [
+        [{k: v for k, v in line.items() if not k.startswith(("time/", "speed/"))} for line in read_metrics(path)]
+        for path in (tmp_path / "even/metrics.jsonl", tmp_path / "slow/metrics.jsonl")
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) > 5
 
 
 def test_a_rank_at_work_is_left_alone() -> None:

@@ -9,7 +9,7 @@ setup(
     name="llmprune",
     version="0.1.0",
     description="Prune large language models and train them back, on Composer",
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.11,<3.13",
     package_data={"llmprune.report": ["templates/*.html"]},
     packages=find_packages(include=["llmprune*", "data_prep*"]),
     install_requires=[

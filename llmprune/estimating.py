@@ -10,6 +10,7 @@ import psutil
 import torch
 from composer.core import Time, TimeUnit
 from composer.utils import dist, get_device
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmprune.checks import config_from_fields
@@ -19,14 +20,14 @@ from llmprune.errors import UserError
 from llmprune.families import EMBEDDINGS, Role, family_of
 from llmprune.gates.gate_set import GateSet
 from llmprune.gates.settings import make_goal
-from llmprune.measurement.activations import kept_by
+from llmprune.measurement.activations import Kept, kept_by
 from llmprune.measurement.flops import macs
 from llmprune.models.loading import load_config, load_tokenizer
 from llmprune.models.parts import parameter_names_of
 from llmprune.models.placement import DTYPES
 from llmprune.models.richer import with_richer_heads
 from llmprune.models.vocabulary import CHUNKS, LEAST
-from llmprune.recovery.lora import add_adapters
+from llmprune.recovery.lora import LoRAConfig, add_adapters
 from llmprune.replacements.settings import BlockReplacementConfig
 from llmprune.replacements.span import Span
 from llmprune.replacements.stand_ins import STAND_INS, Site
@@ -85,7 +86,8 @@ class Estimate:
         steps: batches of the job.
         tokens: that it learns from.
         cost: at the price of a GPU; None without one.
-        facts: further numbers: parameters, those that learn, operations of a batch.
+        facts: further numbers: parameters, those that learn, operations of a batch, bytes of a checkpoint and how many
+            there are at a time (-1: all stay).
     """
 
     memory: dict[str, float]
@@ -124,6 +126,9 @@ class Estimate:
             f"{self.steps:,.0f} batches, {self.tokens / 1e9:,.3g} B tokens: {_duration(self.steps * self.step_s)}, "
             f"{self.tokens / (self.steps * self.step_s):,.0f} tokens/s",
         ]
+        size, number = self.facts["checkpoint_bytes"], self.facts["checkpoints"]
+        times = "all of them stay" if number < 0 else f"up to {number:.0f} at a time"
+        lines.append(f"a checkpoint: {size / 1e9:,.3g} GB on disk, {times}")
         if self.cost is not None:
             lines.append(f"cost: {self.cost:,.0f}")
         return "\n".join(lines)
@@ -224,7 +229,14 @@ def estimate(config: Config, model: PretrainedConfig, length: int, cluster: Clus
         steps,
         steps * tokens_of_batch,
         None if cluster.price is None else hours * cluster.price,
-        {"parameters": sizes.parameters, "trained": sizes.trained, "flops_of_batch": flops, "gpu_hours": hours},
+        {
+            "parameters": sizes.parameters,
+            "trained": sizes.trained,
+            "flops_of_batch": flops,
+            "gpu_hours": hours,
+            "checkpoint_bytes": _checkpoint(config, sizes),
+            "checkpoints": -1 if config.checkpoint.keep == -1 else config.checkpoint.keep + 1,
+        },
     )
 
 
@@ -240,8 +252,10 @@ class _Sizes:
         matrix: of the largest one.
         gates: and multipliers.
         teacher: of another model; 0 = none.
+        teacher_outside: of its embedding, final norm and output layer.
         vocabulary: tokens.
         hidden: dimensions.
+        intermediate: channels of an MLP.
         output_trained: whether the output layer's weight learns.
         layers: blocks.
         reached: of them, those that gradients pass through: from the lowest that learns on.
@@ -254,8 +268,10 @@ class _Sizes:
     matrix: int
     gates: int
     teacher: int
+    teacher_outside: int
     vocabulary: int
     hidden: int
+    intermediate: int
     output_trained: bool
     layers: int
     reached: int
@@ -285,11 +301,13 @@ class _Sizes:
         gates = 0
         if config.l0_pruning is not None:
             gates = sum(p.numel() for p in GateSet(shape, make_goal(model, config.l0_pruning)).parameters())
-        teacher = 0
+        teacher = teacher_outside = 0
         if config.distillation is not None and config.distillation.teacher is not None:
             with torch.device("meta"):
                 other = AutoModelForCausalLM.from_config(load_config(config.distillation.teacher))
             teacher = sum(p.numel() for p in other.parameters())
+            locate = family_of(other.config).locate
+            teacher_outside = sum(p.numel() for name, p in other.named_parameters() if locate(name).block is None)
         output = family.outer_name(Role.EMBEDDING if family.tied(model) else Role.OUTPUT)
         return cls(
             sum(sizes.values()),
@@ -299,8 +317,10 @@ class _Sizes:
             max(sizes.values()),
             gates,
             teacher,
+            teacher_outside,
             model.vocab_size,
             shape.hidden,
+            shape.intermediate,
             f"{output}.weight" in names,
             shape.layers,
             shape.layers - max(lowest, 0),
@@ -341,25 +361,22 @@ def _memory(
     if added:
         weights += sizes.trained * FLOAT
     gradients = sizes.trained * held / shards
-    products = dtype if autocast is None else autocast
+    products = _products(config)
     in_states = products if config.sharding is not None else dtype  # as FSDP2 gathers them
+    lora = config.lora
     kept = kept_by(
-        model, samples=micro, length=length, dtype=in_states, autocast=autocast, attention=config.model.attention
+        model,
+        samples=micro,
+        length=length,
+        dtype=in_states,
+        autocast=autocast,
+        attention=config.model.attention,
+        prepare=None if lora is None else lambda built: _adapt(built, lora, cluster.device),
     )
-    checkpointed = config.train.activation_checkpointing
-    standing = kept.outside + (sizes.reached * kept.states if checkpointed else max(sizes.reached, 1) * kept.block)
-    if sizes.output_trained:
-        standing += sizes.vocabulary * sizes.hidden * FLOAT  # its gradient, made beside the losses
-    outside = blocks = 0.0  # gathered: for the whole pass, and while it is in the blocks
-    if config.sharding is not None:
-        learning = sizes.block * products.itemsize if sizes.reached and not added else 0  # a block's whole gradient
-        outside, blocks = sizes.outside * products.itemsize, 2 * sizes.block * products.itemsize  # in use, on its way
-        if not config.sharding.reshard_after_forward:
-            outside, blocks = sizes.parameters * products.itemsize, 0
-        blocks += learning
-    at_output = standing + _logits(config, sizes, micro * length, cluster.device, products), outside
-    in_blocks = standing + (kept.block if checkpointed else 0), outside + blocks
-    working, gathered = max(at_output, in_blocks, key=sum)
+    away = gradients if per_rank <= micro else 0.0  # they come as activations go
+    stages = _stages(config, model, sizes, kept, micro * length, cluster.device)
+    totals = [(stage.working - (0.0 if stage.late else away), stage.gathered) for stage in stages]
+    working, gathered = max(totals, key=sum)
     found = {
         "weights": weights,
         "gradients": gradients,
@@ -371,13 +388,13 @@ def _memory(
         found["gates"] = sizes.gates * FLOAT * 4 + sizes.matrix * FLOAT
     if config.sharding is not None:
         found["gathered shards"] = gathered
+        if config.sharding.replicas > 1 and dtype.itemsize < FLOAT:
+            found["sums of groups"] = sizes.trained * FLOAT / shards
     elif cluster.gpus > 1:
         found["gradients on their way"] = sizes.trained * held
     if autocast is not None and config.sharding is None:
         working += (sizes.parameters - sizes.outside) * autocast.itemsize  # weights cast for a whole pass
-    if per_rank <= micro:  # gradients come as activations go
-        working = max(working - gradients, 0.0)
-    found["activations and logits"] = working
+    found["activations and logits"] = max(working, 0.0)
     if config.sharding is None and cluster.gpus > 1:  # before anything trains, all ranks get the weights of the first
         more = weights + min(weights, BROADCAST) - sum(found.values())
         if more > 0:
@@ -386,17 +403,95 @@ def _memory(
     return found
 
 
-def _logits(config: Config, sizes: _Sizes, tokens: int, device: str, products: torch.dtype) -> float:
+def _adapt(model: PreTrainedModel, config: LoRAConfig, device: str) -> None:
+    """Add adapters that keep what they drop as they do on the device: GPUs note it in a byte."""
+    add_adapters(model, config, 0)
+    for module in model.modules():
+        if device == "cuda" and isinstance(module, nn.Dropout):
+            module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]  # type: ignore[method-assign, misc]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A moment of a pass.
+
+    Attributes:
+        working: bytes of activations, logits and gradients on their way.
+        gathered: bytes of what FSDP2 holds for it.
+        late: whether all gradients are there by then.
+    """
+
+    working: float
+    gathered: float
+    late: bool = False
+
+
+def _products(config: Config) -> torch.dtype:
+    """The format of matrix products; FSDP2 gathers shards in that of ``train.precision``, whatever theirs is."""
+    stored = DTYPES[config.model.dtype] if config.sharding is None else torch.float32
+    return _autocast(config) or stored
+
+
+def _stages(
+    config: Config, model: PretrainedConfig, sizes: _Sizes, kept: Kept, tokens: int, device: str
+) -> list[_Stage]:
+    """The moments that may be the peak of a pass: at the output layer, in the last blocks, in the first, at its end."""
+    products, autocast, sharding = _products(config).itemsize, _autocast(config), config.sharding
+    checkpointed, distillation = config.train.activation_checkpointing, config.distillation
+    matrix = sizes.vocabulary * sizes.hidden
+    of_output = matrix if sizes.output_trained else 0  # its gradient is made beside the losses, in float32
+    standing = kept.outside + (sizes.reached * kept.states if checkpointed else max(sizes.reached, 1) * kept.block)
+    if distillation is not None and distillation.compares_states:  # the teacher's states, and their differences
+        pairs = sizes.layers if distillation.blocks is None else len(distillation.blocks)
+        standing += pairs * tokens * sizes.hidden * (DTYPES[distillation.dtype].itemsize + FLOAT)
+    at_output = standing + _logits(config, model, sizes, tokens, device) + of_output * FLOAT
+    if products < FLOAT:
+        at_output += of_output * products  # a chunk's share
+        if autocast is not None and sharding is None:
+            at_output += matrix * products  # the weight itself
+    block = kept.block + (3 * tokens * sizes.intermediate * products if checkpointed else 0)
+    in_blocks = standing + of_output * (products if sharding is not None else FLOAT) + (block if checkpointed else 0)
+    outside = teacher = blocks = leaving = 0.0
+    if sharding is not None:
+        in_use = min(2, max(sizes.reached, 1))  # the one that is gone through, and the next, on its way
+        outside, blocks = sizes.outside * products, in_use * sizes.block * products
+        if not sharding.reshard_after_forward:
+            outside, blocks = sizes.parameters * products, 0
+        # A block's whole gradient, and that of the one before it, which is on its way to all ranks in float32.
+        blocks += min(sizes.trained, sizes.block) * products
+        blocks += min(max(sizes.trained - sizes.block, 0), sizes.block) * FLOAT
+        leaving = min(sizes.trained, sizes.outside) * (products + FLOAT)
+        if sizes.teacher and distillation is not None:
+            teacher = sizes.teacher_outside * DTYPES[distillation.dtype].itemsize
+    return [
+        _Stage(at_output, outside + teacher),
+        _Stage(in_blocks, outside + blocks),
+        _Stage(kept.outside + block, outside + blocks, late=True),
+        _Stage(leaving, outside, late=True),
+    ]
+
+
+def _logits(config: Config, model: PretrainedConfig, sizes: _Sizes, tokens: int, device: str) -> float:
     """Bytes of a chunk's logits as they come, in float32, their exponentials, their gradient; of states' gradient."""
+    products, replacement = _products(config).itemsize, config.block_replacement
     chunk = min(max(CHUNKS[device] // sizes.vocabulary, LEAST), tokens) * sizes.vocabulary
-    replacement = config.block_replacement
+    softcap = family_of(model).softcap
+    capped = 2 * FLOAT if softcap is not None and getattr(model, softcap) is not None else 0
     if replacement is not None and not {"lm", "kl"} & set(replacement.weights):  # only evaluations need them
         evaluates = Time.from_timestring(config.train.eval_interval).value > 0
-        return chunk * (products.itemsize + FLOAT) if evaluates else 0.0
-    found = chunk * (2 * products.itemsize + 2 * FLOAT) + tokens * sizes.hidden * products.itemsize * 2
-    if config.distillation is not None or (replacement is not None and "kl" in replacement.weights):
-        found += chunk * (products.itemsize + 2 * FLOAT)
-    return found
+        return chunk * (max(products + FLOAT, 2 * FLOAT) + capped) if evaluates else 0.0
+    compared = config.distillation is not None or (replacement is not None and "kl" in replacement.weights)
+    each = products + 7 * FLOAT if compared else 2 * products + 2 * FLOAT
+    return chunk * (each + capped) + tokens * sizes.hidden * products * 2
+
+
+def _checkpoint(config: Config, sizes: _Sizes) -> float:
+    """Bytes of a checkpoint: weights and moments."""
+    added = config.lora is not None or config.block_replacement is not None
+    itemsize = DTYPES[config.model.dtype].itemsize
+    held = FLOAT if added else itemsize
+    moments = 1 if config.optimizer.name == "decoupled_lion" else 2
+    return sizes.parameters * itemsize + sizes.trained * held * (moments + added)
 
 
 def _flops(config: Config, model: PretrainedConfig, length: int, sizes: _Sizes) -> float:
@@ -416,8 +511,7 @@ def _network(config: Config, cluster: Cluster, sizes: _Sizes, microbatches: int)
     ranks = cluster.gpus
     if ranks == 1:
         return 0.0
-    itemsize, autocast = DTYPES[config.model.dtype].itemsize, _autocast(config)
-    products = itemsize if autocast is None else autocast.itemsize
+    itemsize, products = DTYPES[config.model.dtype].itemsize, _products(config).itemsize
 
     def seconds(size: float, group: int, within: bool) -> float:
         return size * (group - 1) / group / (cluster.bandwidth_within if within else cluster.bandwidth)
@@ -428,11 +522,11 @@ def _network(config: Config, cluster: Cluster, sizes: _Sizes, microbatches: int)
     group = ranks // config.sharding.replicas
     gathers = 2 if config.sharding.reshard_after_forward else 1
     inside = group <= cluster.per_node
-    travels = gathers * sizes.parameters * products + sizes.trained * itemsize
+    travels = gathers * sizes.parameters * products + sizes.trained * FLOAT
     sharded = microbatches * seconds(travels, group, inside)
     if sizes.teacher and config.distillation is not None:
         other = sizes.teacher * DTYPES[config.distillation.dtype].itemsize
         sharded += microbatches * seconds(other, group, inside)
     if config.sharding.replicas > 1:
-        sharded += 2 * seconds(sizes.trained * itemsize / group, config.sharding.replicas, one_node)
+        sharded += 2 * seconds(sizes.trained * FLOAT / group, config.sharding.replicas, one_node)
     return sharded

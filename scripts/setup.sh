@@ -8,16 +8,16 @@ cd "$(dirname "$0")/.."
 exec 9< scripts/setup.sh
 if command -v flock >/dev/null; then flock 9; fi
 
-current() {  # whether $1 runs and is Python 3.10 to 3.12
-  "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
+current() {  # whether $1 runs and is Python 3.11 or 3.12
+  "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
 }
 
 python=""
-for candidate in "${PYTHON:-}" python3.11 python3.12 python3.10 python3 python; do
+for candidate in "${PYTHON:-}" python3.11 python3.12 python3 python; do
   if [ -n "$candidate" ] && current "$candidate"; then python="$candidate"; break; fi
 done
 if [ -z "$python" ]; then
-  echo "error: llmprune needs Python 3.10, 3.11 or 3.12: install one, or name it with PYTHON=/path/to/python3.11" >&2
+  echo "error: llmprune needs Python 3.11 or 3.12: install one, or name it with PYTHON=/path/to/python3.11" >&2
   exit 2
 fi
 

@@ -119,14 +119,34 @@ def test_what_is_gathered_at_the_peak(config: Config, tmp_path: Path) -> None:
         return estimate(job, model, 32, replace(CLUSTER, gpus=4)).memory
 
     small, large = of("train.microbatch_size=1"), of("train.microbatch_size=8")
-    assert small["gathered shards"] == outside + 3 * block  # in use, on its way, a gradient
-    assert large["gathered shards"] == outside  # logits of 256 tokens are more than three such blocks
-    assert of("train.microbatch_size=1", "lora={rank: 2}")["gathered shards"] == outside + 2 * block
+    assert small["gathered shards"] == outside + 4 * block  # in use, on its way, a gradient, another on its way
+    assert large["gathered shards"] == outside  # logits of 256 tokens are more than four such blocks
+    adapters = 4 * 2 * (2 * (32 + 64) + 2 * (32 + 32) + 2 * (32 + 48) + (48 + 32))
+    lora = of("train.microbatch_size=1", "lora={rank: 2}")["gathered shards"]
+    assert lora == outside + 2 * block + 6 * adapters
     kept = kept_by(model, samples=1, length=32, dtype=torch.float32, autocast=None)
-    held = kept.outside + 6 * kept.states + kept.block + 4 * 300 * 32
+    held = kept.outside + 6 * kept.states + kept.block + 3 * 32 * 48 * 4 + 4 * 300 * 32
     assert small["activations and logits"] == held
     never = of("train.microbatch_size=1", "sharding={reshard_after_forward: false}")
-    assert never["gathered shards"] == outside + 6 * block  # the peak is at the output layer
+    assert never["gathered shards"] == outside + 8 * block
+    # Shards are gathered in the format of train.precision, whatever theirs is; gradients travel in float32.
+    stored = of("train.microbatch_size=1", "model.dtype=bfloat16")
+    assert stored["gathered shards"] == outside + 4 * block and stored["weights"] == small["weights"] / 2
+    halved = of("train.microbatch_size=1", "train.precision=amp_bf16")
+    assert halved["gathered shards"] == outside / 2 + 3 * block / 2 + block
+
+
+def test_adapters_keep_what_they_drop(config: Config, tmp_path: Path) -> None:
+    """With dropout every adapter keeps an input of its own, and which of its numbers were dropped."""
+
+    def of(dropout: float, device: str) -> float:
+        job = changed(config, tmp_path, f"lora={{rank: 2, dropout: {dropout}}}", "train.microbatch_size=1")
+        cluster = replace(CLUSTER, device=device)
+        return estimate(job, tiny_config(num_hidden_layers=6), 32, cluster).memory["activations and logits"]
+
+    dropped = 6 * 32 * (5 * 32 + 64 + 48)  # inputs of q, k, v, gate, up; of o; of down
+    assert of(0.1, "cpu") - of(0.1, "cuda") == 3 * dropped  # a float, or a byte
+    assert of(0.1, "cuda") - of(0.0, "cuda") > dropped
 
 
 def test_all_ranks_get_the_first_ones_weights(config: Config, tmp_path: Path) -> None:

@@ -73,6 +73,45 @@ def test_asked_to_end_both_machines_save_and_go_on(config: Path) -> None:
     assert Checkpoint.open(run).batch == batch + 2
 
 
+SRUN = """#!/usr/bin/env bash
+# As SLURM's on two nodes: a task on each, and a signal reaches every process.
+shift 2
+for number in 0 1; do SLURM_NODEID=$number "$@" & done
+code=0
+for _ in 0 1; do wait -n || code=$?; done
+exit $code
+"""
+SCONTROL = """#!/usr/bin/env bash
+[ "$1" = show ] && echo 127.0.0.1 || echo "$@" > requeued
+"""
+
+
+def test_a_slurm_job_saves_and_queues_up_again(config: Path) -> None:
+    """SIGUSR1, of which SLURM tells every process of the job's steps, however long the launcher would wait."""
+    folder = config.parent
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL.replace("requeued", f"{folder}/requeued"))):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "71", "SLURM_JOB_NODELIST": "two"}
+    environment |= {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "PORT": "29714", "SLURM_SUBMIT_DIR": str(ROOT)}
+    with subprocess.Popen(
+        ["bash", "scripts/launch/slurm.sh", str(config)], cwd=ROOT, env={**os.environ, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0,
+    ) as running:  # fmt: skip
+        try:
+            wait_for(folder / "run" / "metrics.jsonl")
+            srun = next(p for p in psutil.Process(running.pid).children() if "srun" in " ".join(p.cmdline()))
+            for process in srun.children(recursive=True):
+                process.send_signal(signal.SIGUSR1)
+            printed = running.communicate(timeout=120)[0]
+        finally:
+            if running.poll() is None:
+                os.killpg(running.pid, signal.SIGKILL)
+    assert running.returncode == 75 and "saved and left: queued up again" in printed, printed[-3000:]
+    assert (folder / "requeued").read_text() == "requeue 71\n" and Checkpoint.open(folder / "run").batch >= 1
+    assert not (ROOT / ".saved-71").exists()
+
+
 def test_a_rank_that_dies_ends_the_job_on_both_machines(config: Path) -> None:
     with launched(config, 29713) as running:
         wait_for(config.parent / "run" / "metrics.jsonl")
@@ -86,7 +125,7 @@ def test_a_rank_that_dies_ends_the_job_on_both_machines(config: Path) -> None:
 
 
 def test_usage() -> None:
-    for script in ("ssh.sh", "slurm.sh"):
+    for script in ("ssh.sh", "slurm.sh", "node.sh"):
         done = subprocess.run(
             ["bash", f"scripts/launch/{script}"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
         )

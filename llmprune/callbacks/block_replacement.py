@@ -189,6 +189,7 @@ class BlockReplacement(Callback):
 
     def _keep(self, model: ComposerCausalLM, loss: float, batch: int) -> None:
         tensors = {}
+        reshard(model)  # what the evaluation has gathered may be in another format
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -66,7 +66,10 @@ def estimate(
     gpu_memory: Annotated[str, typer.Option(help="Of each.")] = "80GB",
     gpus_per_node: Annotated[int, typer.Option(help="Of them on a node.")] = 8,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of a sample; default: the data's.")] = None,
-    tflops: Annotated[float, typer.Option(help="Of a GPU at its best (H100, bfloat16: 989).")] = 989.0,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="Of a GPU at its best; default: an H100's, 989 with train.precision=amp_*, else 67."),
+    ] = None,
     utilisation: Annotated[float, typer.Option(help="Share of them that is reached.")] = 0.4,
     bandwidth: Annotated[str, typer.Option(help="Of a GPU to other nodes, per second.")] = "50GB",
     bandwidth_within: Annotated[str, typer.Option(help="The same within a node.")] = "400GB",
@@ -78,6 +81,9 @@ def estimate(
     from llmprune.estimating import Cluster, estimate_job
     from llmprune.job_files import load_config
 
+    config = load_config(yaml, overrides or ())
+    if tflops is None:
+        tflops = 67.0 if config.train.precision == "fp32" else 989.0
     cluster = Cluster(
         gpus,
         bytes_of(gpu_memory, "--gpu-memory"),
@@ -88,7 +94,7 @@ def estimate(
         bytes_of(bandwidth_within, "--bandwidth-within"),
         price,
     )
-    found = estimate_job(load_config(yaml, overrides or ()), cluster, sequence_length)
+    found = estimate_job(config, cluster, sequence_length)
     print(json.dumps(found.as_dict()) if as_json else found)
     if not found.fits:
         raise typer.Exit(1)

@@ -1,7 +1,7 @@
 """What a model's forward pass keeps for its backward pass, counted on a model without memory."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmprune.families import family_of
 from llmprune.models.vocabulary import without_head
@@ -43,6 +43,7 @@ def kept_by(
     dtype: torch.dtype,
     autocast: torch.dtype | None,
     attention: str = "sdpa",
+    prepare: Callable[[PreTrainedModel], object] | None = None,
 ) -> Kept:
     """Count what is kept.
 
@@ -53,14 +54,15 @@ def kept_by(
         dtype: of the weights.
         autocast: the format of matrix products, if it is another one.
         attention: the kernel; flash attention keeps what SDPA does.
+        prepare: changes a model before it is looked at.
     """
-    attention = "eager" if attention == "eager" else "sdpa"
+    how = (dtype, autocast, "eager" if attention == "eager" else "sdpa", prepare)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            one, two = (_saved(_short(config, n), samples, length, dtype, autocast, attention) for n in (1, 2))
+            one, two = (_saved(_short(config, n), samples, length, *how) for n in (1, 2))
     except (DataDependentOutputException, DynamicOutputShapeException):  # masks that look, experts that are chosen
         few = min(length, _FEW)
-        one, two = (_saved(_short(config, n), samples, few, dtype, autocast, attention) for n in (1, 2))
+        one, two = (_saved(_short(config, n), samples, few, *how) for n in (1, 2))
         one, two = (round(saved * length / few) for saved in (one, two))
     hidden = family_of(config).shape(config).hidden
     return Kept(two - one, max(2 * one - two, 0), samples * length * hidden * dtype.itemsize)
@@ -81,9 +83,12 @@ def _saved(
     dtype: torch.dtype,
     autocast: torch.dtype | None,
     attention: str,
+    prepare: Callable[[PreTrainedModel], object] | None,
 ) -> int:
     with torch.random.fork_rng():
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).train()
+        if prepare is not None:
+            prepare(model)
     tokens = torch.zeros(samples, length, dtype=torch.int64)
     with (
         torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None),

@@ -28,7 +28,7 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 @contextmanager
-def visited(model: PreTrainedModel, visit: Visit) -> Iterator[None]:
+def visited(model: PreTrainedModel, visit: Visit, beside: nn.Module | None = None) -> Iterator[None]:
     """While open, ``model``'s forward pass calls ``visit(number, run, states)`` in place of every block.
 
     ``states`` [batch, length, hidden] is the block's input and what is returned goes on to the next block; ``run(x)``
@@ -38,12 +38,15 @@ def visited(model: PreTrainedModel, visit: Visit) -> Iterator[None]:
     Args:
         model: a model of a supported family.
         visit: what to do at every block.
+        beside: what else ``visit`` runs; if it is sharded, it becomes a part of the sharded model.
     """
     blocks, in_tuple = blocks_of(model), family_of(model.config).tuple_blocks
     originals = list(blocks)
     try:
         for number, block in enumerate(originals):
             blocks[number] = _Visited(number, block, visit, in_tuple)
+        if beside is not None:
+            blocks[0]._modules["beside"] = beside
         yield
     finally:
         for number, block in enumerate(originals):
@@ -65,7 +68,8 @@ class _Visited(nn.Module):
         self._modules["visited"] = block
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_modules"]["visited"], name)
+        block = self.__dict__["_modules"]["visited"]
+        return block if name == "visited" else getattr(block, name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         visited = self._modules["visited"]

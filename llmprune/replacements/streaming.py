@@ -193,7 +193,7 @@ class Streaming:
                 found.after = out if after else None
             return out if final or number < layers - 1 else _least(out)
 
-        with visited(self.model, visit), self._reading_update(found), without_head(self.model):
+        with visited(self.model, visit, self.stand_in), self._reading_update(found), without_head(self.model):
             out = run_model(self.model, batch)
         found.final = out.flatten(0, -2) if final else None
         return found
@@ -225,7 +225,7 @@ class Streaming:
             return states if final or number < layers - 1 else _least(states)
 
         reading = nullcontext() if source is not None else self._reading_update(own)
-        with visited(self.model, visit), reading, without_head(self.model):
+        with visited(self.model, visit, self.stand_in), reading, without_head(self.model):
             out = run_model(self.model, batch)
         found.final = out.flatten(0, -2) if final else None
         return found

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# One job on several nodes of a SLURM cluster: a launcher of Composer's on each. Asked to end (SIGTERM, five minutes before
-# the time is up or the node is taken), the run saves, and the job queues up again and goes on.
-#   sbatch --nodes=8 --time=24:00:00 scripts/launch/slurm.sh yamls/prune.yaml [section.key=value …]
+# One job on several nodes of a SLURM cluster: a launcher of Composer's on each. Five minutes before its time is up (and when
+# it is pre-empted, where the cluster has PreemptParameters=send_user_signal) the run saves, and the job queues up again and
+# goes on. Submit it from a checkout that all nodes see, with .venv in it:
+#   sbatch --nodes=8 --time=24:00:00 scripts/launch/slurm.sh JOB.yaml [section.key=value …]
 #SBATCH --job-name=llmprune
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
-#SBATCH --signal=TERM@300
+#SBATCH --signal=USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -uo pipefail
@@ -15,19 +16,23 @@ if [ $# -eq 0 ]; then
   echo "usage: sbatch --nodes=N scripts/launch/slurm.sh YAML [section.key=value …]" >&2
   exit 2
 fi
-ranks="${SLURM_GPUS_ON_NODE:-8}"
-export RANKS="$ranks" PORT="${PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
+export RANKS="${SLURM_GPUS_ON_NODE:-8}" PORT="${PORT:-$((20000 + SLURM_JOB_ID % 20000))}" SAVED="$PWD/.saved-$SLURM_JOB_ID"
 MAIN="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export MAIN
 
-# --kill-on-bad-exit: a rank that dies ends the job on all nodes.
-srun --kill-on-bad-exit=1 bash -c '
-  exec .venv/bin/composer -n "$RANKS" --world_size $((RANKS * SLURM_NNODES)) --node_rank "$SLURM_NODEID" \
-    --base_rank $((RANKS * SLURM_NODEID)) --master_addr "$MAIN" --master_port "$PORT" \
-    train.py "$@" run.autoresume=true' launch "$@"
+# --kill-on-bad-exit: a rank that dies ends the job on all nodes; one node that has saved does not, others may still be busy.
+srun --kill-on-bad-exit=1 --cpu-bind=none bash -c '
+  trap true USR1
+  bash scripts/launch/node.sh "$RANKS" "$SLURM_NNODES" "$SLURM_NODEID" "$MAIN" "$PORT" "$@" run.autoresume=true
+  code=$?
+  [ "$code" -eq 75 ] && touch "$SAVED" && exit 0
+  exit "$code"' launch "$@"
 code=$?
-if [ "$code" -eq 75 ]; then
+if [ -e "$SAVED" ]; then
+  rm "$SAVED"
+  [ "$code" -ne 0 ] && exit "$code"
   echo "saved and left: queued up again"
   scontrol requeue "$SLURM_JOB_ID"
+  exit 75
 fi
 exit "$code"

@@ -17,19 +17,18 @@ read -r -a reach <<< "${SSH:-ssh -o BatchMode=yes}"
 job="llmprune-$$"
 arguments="$(printf '%q ' "$@")"
 
-# The remote shell tells its process group, by which a job is ended wherever the connection has gone.
+# The remote shell tells its process, by which a job is asked and ended wherever the connection has gone.
 start() { # number of the node, its name
-  "${reach[@]}" "$2" "cd $(printf '%q' "$folder") && echo \$\$ > /tmp/$job.$1 && exec .venv/bin/composer -n $ranks \
-    --world_size $((ranks * ${#nodes[@]})) --node_rank $1 --base_rank $((ranks * $1)) --master_addr ${MAIN:-${nodes[0]}} \
-    --master_port ${PORT:-29500} train.py $arguments" &
+  "${reach[@]}" "$2" "echo \$\$ > /tmp/$job.$1 && exec bash $(printf '%q' "$folder")/scripts/launch/node.sh $ranks ${#nodes[@]} $1 \
+    ${MAIN:-${nodes[0]}} ${PORT:-29500} $arguments" &
 }
-tell() { # signal: to the ranks of every node
+tell() { # signal: to the launcher's script on every node
   for number in "${!nodes[@]}"; do
-    "${reach[@]}" "${nodes[$number]}" "pkill -$1 -P \$(cat /tmp/$job.$number 2>/dev/null || echo 0)" 2>/dev/null
+    "${reach[@]}" "${nodes[$number]}" "kill -$1 \$(cat /tmp/$job.$number)" 2>/dev/null
   done
 }
 asked=0
-trap 'asked=1; tell TERM' TERM INT
+trap 'asked=1; tell USR1' TERM INT
 
 for number in "${!nodes[@]}"; do start "$number" "${nodes[$number]}"; done
 code=0

@@ -108,6 +108,7 @@ loggers: {{console: false}}
 
 SLOW = """
 import sys, time
+from pathlib import Path
 from composer import Callback
 from composer.utils import dist
 from llmprune import training
@@ -120,6 +121,7 @@ class Slow(Callback):
     def batch_end(self, state, logger):
         if dist.get_global_rank() == 1:
             time.sleep(9 * (time.perf_counter() - self.start))
+            Path("slept").write_text(str(state.timestamp.batch.value))
 
 if __name__ == "__main__":
     training.train(load_config(sys.argv[1], ["run.folder=" + sys.argv[2]]))
@@ -146,6 +148,7 @@ loggers: {{console: false}}
         cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (tmp_path / "slept").read_text() == "5"
     even, slow = (Checkpoint.open(tmp_path / name) for name in ("even", "slow"))
     assert set(even.state) == set(slow.state) and all(torch.equal(even.state[k], slow.state[k]) for k in even.state)
     lines = [

@@ -1,12 +1,16 @@
 """What a sharded model gathers, it frees: no block stays whole behind a forward pass."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from llmprune.models.sharded import mesh_of, reshard, shard
-from llmprune.models.walking import blocks_of
+from llmprune.models.walking import Run, blocks_of, visited
 from llmprune.ranks import initialize_ranks
 from llmprune.recovery.teachers import states_of
 from tests.conftest import random_model, tiny_config
@@ -27,3 +31,27 @@ def test_blocks_that_were_visited_are_sharded_again(tokens: torch.Tensor, grad: 
     assert not isinstance(embedding, DTensor)  # a backward pass would need it next
     reshard(model)
     assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+def test_what_runs_beside_is_a_part_of_the_sharded_model(tokens: torch.Tensor) -> None:
+    """Two blocks stand in for two others, as a module of their own, which is sharded, too."""
+    initialize_ranks("cpu")
+    model, mesh = random_model(tiny_config()), init_device_mesh("cpu", (1,))
+    others = nn.ModuleList(copy.deepcopy(block) for block in list(blocks_of(model))[1:3])
+    shard(model, mesh)
+    for block in others:
+        fully_shard(block, mesh=mesh)
+
+    def visit(number: int, run: Run, states: torch.Tensor) -> torch.Tensor:
+        return run(states, others[number - 1]) if number in (1, 2) else run(states)
+
+    plain = random_model(tiny_config())(input_ids=tokens, use_cache=False).logits
+    for _ in range(2):
+        with visited(model, visit, others):
+            logits = model(input_ids=tokens, use_cache=False).logits
+        assert torch.equal(logits, plain)
+        assert all(isinstance(p, DTensor) for block in (*others, *blocks_of(model)) for p in block.parameters())
+        logits.sum().backward()
+        assert all(isinstance(p, DTensor) for p in (*others.parameters(), *model.parameters()))
+    assert all(p.grad is not None for p in others.parameters())
+    assert all(p.grad is None for block in list(blocks_of(model))[1:3] for p in block.parameters())

@@ -15,6 +15,8 @@ KINDS = {
     "gates": ["l0_pruning={target: {hidden: 384, intermediate: 1024}}"],
     "last two blocks": ["trainable={parts: [last.2]}"],
     "a teacher": ["distillation={teacher: TEACHER, dtype: float32}"],
+    "a teacher's states": ["distillation={teacher: TEACHER, dtype: float32, objectives: {kl: 1.0, mse: 1.0}}"],
+    "adapters": ["lora={}"],
 }
 # Blocks of freed memory go back to the system, so that what is resident is what is in use.
 STRICT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -58,9 +58,9 @@ def check(config: Config) -> Ingredients:
     Raises:
         UserError: something does not fit; the message says what and how to mend it.
     """
-    _check_choices(config)
+    check_words(config)
+    _check_packages(config)
     _check_numbers(config)
-    _check_times(config)
     _check_devices(config)
     _check_remote(config)
     if config.model.verify:
@@ -204,7 +204,12 @@ def _both(section: str, key: str, *found: dict[str, Any] | None) -> tuple[str, A
     return f"{section}.{key}", was, now
 
 
-def _check_choices(config: Config) -> None:
+def check_words(config: Config) -> None:
+    """Check names and durations, whatever machine the job is for.
+
+    Raises:
+        UserError: one is unknown, or none.
+    """
     for key, value, valid in (
         ("optimizer.name", config.optimizer.name, OPTIMIZERS),
         ("scheduler.name", config.scheduler.name, SCHEDULERS),
@@ -216,6 +221,10 @@ def _check_choices(config: Config) -> None:
     ):
         if value not in valid:
             raise UserError(f"{key} '{value}' is unknown; {nearest(value, valid)}")
+    _check_times(config)
+
+
+def _check_packages(config: Config) -> None:
     for wanted, package, extra in (
         (config.model.attention == "flash_attention_2", "flash_attn", "gpu"),
         (config.loggers.wandb is not None, "wandb", "wandb"),

@@ -13,7 +13,7 @@ from composer.utils import dist, get_device
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from llmprune.checks import config_from_fields
+from llmprune.checks import check_words, config_from_fields
 from llmprune.config import Config
 from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
@@ -36,6 +36,7 @@ from llmprune.replacing import given_span
 FRAGMENTATION = 0.06  # of all that is allocated: what the allocator can't use
 CONTEXT = {"cuda": 1.0e9, "cpu": 0.0}  # bytes of libraries and their buffers on the device
 FLOAT = 4  # bytes
+MOMENTS = {"decoupled_adamw": 2, "adamw": 2, "decoupled_lion": 1}  # of every parameter that learns
 BROADCAST = 250 * 2**20  # bytes that PyTorch sends at a time when ranks get the same weights
 FOUR_BITS = 0.52  # bytes of a number in nf4 with its share of the scales
 
@@ -147,6 +148,7 @@ def estimate_job(config: Config, cluster: Cluster, length: int | None = None) ->
     Raises:
         UserError: they can't, or the job is impossible on so many ranks.
     """
+    check_words(config)
     if length is None:
         length = PreparedData(config.data.path, config.data.cache).manifest.sequence_length
     if config.model.path is not None:
@@ -202,7 +204,7 @@ def estimate(config: Config, model: PretrainedConfig, length: int, cluster: Clus
     """
     cluster.check()
     train, ranks = config.train, cluster.gpus
-    if train.global_batch_size % ranks:
+    if train.global_batch_size < 1 or train.global_batch_size % ranks:
         raise UserError(f"train.global_batch_size {train.global_batch_size} is no multiple of {ranks} ranks")
     per_rank = train.global_batch_size // ranks
     micro = 1 if train.microbatch_size == "auto" else min(int(train.microbatch_size), per_rank)
@@ -342,6 +344,16 @@ def _replaced(
     return set(parameter_names_of(built, settings.also)), trained, max(behind - stands, 0)
 
 
+def _adds(config: Config) -> bool:
+    """Whether what learns is added to the model, in float32."""
+    return config.lora is not None or config.block_replacement is not None
+
+
+def _held(config: Config) -> int:
+    """Bytes of a number that learns."""
+    return FLOAT if _adds(config) else DTYPES[config.model.dtype].itemsize
+
+
 def _autocast(config: Config) -> torch.dtype | None:
     return {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(config.train.precision)
 
@@ -351,15 +363,14 @@ def _memory(
 ) -> dict[str, float]:
     """Bytes by what holds them, at the peak."""
     dtype, autocast = DTYPES[config.model.dtype], _autocast(config)
-    added = config.lora is not None or config.block_replacement is not None
-    held = FLOAT if added else dtype.itemsize  # of what learns
+    held = _held(config)
     shards = 1 if config.sharding is None else cluster.gpus // config.sharding.replicas
-    moments = 1 if config.optimizer.name == "decoupled_lion" else 2
+    moments = MOMENTS[config.optimizer.name]
     weights = sizes.parameters * dtype.itemsize / shards
     if config.lora is not None and config.lora.quantize is not None:
         weights = sizes.outside * dtype.itemsize + (sizes.parameters - sizes.outside) * FOUR_BITS
-    if added:
-        weights += sizes.trained * FLOAT
+    if _adds(config):
+        weights += sizes.trained * held
     gradients = sizes.trained * held / shards
     products = _products(config)
     in_states = products if config.sharding is not None else dtype  # as FSDP2 gathers them
@@ -487,11 +498,9 @@ def _logits(config: Config, model: PretrainedConfig, sizes: _Sizes, tokens: int,
 
 def _checkpoint(config: Config, sizes: _Sizes) -> float:
     """Bytes of a checkpoint: weights and moments."""
-    added = config.lora is not None or config.block_replacement is not None
-    itemsize = DTYPES[config.model.dtype].itemsize
-    held = FLOAT if added else itemsize
-    moments = 1 if config.optimizer.name == "decoupled_lion" else 2
-    return sizes.parameters * itemsize + sizes.trained * held * (moments + added)
+    learning = sizes.trained * _held(config)
+    found = sizes.parameters * DTYPES[config.model.dtype].itemsize + learning * MOMENTS[config.optimizer.name]
+    return found + learning if _adds(config) else found
 
 
 def _flops(config: Config, model: PretrainedConfig, length: int, sizes: _Sizes) -> float:

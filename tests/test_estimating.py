@@ -205,6 +205,11 @@ def test_the_command(data: Path, trained_folder: Path, capsys: pytest.CaptureFix
         (["--gpus", "0"], "--gpus is 0"),
         (["--gpu-memory", "lots"], "is no size: write 80GB"),
         (["train.duraton=1ba"], "did you mean 'duration'"),
+        (["optimizer.name=adam"], "optimizer.name 'adam' is unknown"),
+        (["train.precision=bf16"], "train.precision 'bf16' is unknown"),
+        (["model.dtype=int3"], "model.dtype 'int3' is unknown"),
+        (["train.duration=soon"], "train.duration 'soon' is no duration"),
+        (["train.global_batch_size=0"], "train.global_batch_size 0 is no multiple"),
     ):
         with pytest.raises(UserError, match=message):
             app([*arguments, *wrong], standalone_mode=False)

@@ -10,35 +10,18 @@ import psutil
 import torch
 from composer.core import Time, TimeUnit
 from composer.utils import dist, get_device
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from llmprune.checks import check_words, config_from_fields
 from llmprune.config import Config
 from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
-from llmprune.families import EMBEDDINGS, Role, family_of
-from llmprune.gates.gate_set import GateSet
-from llmprune.gates.settings import make_goal
-from llmprune.measurement.activations import Kept, kept_by
+from llmprune.job_memory import memory_of, samples_of
+from llmprune.job_sizes import FLOAT, Sizes, checkpoint_bytes, products_of
 from llmprune.measurement.flops import macs
 from llmprune.models.loading import load_config, load_tokenizer
-from llmprune.models.parts import parameter_names_of
 from llmprune.models.placement import DTYPES
 from llmprune.models.richer import with_richer_heads
-from llmprune.models.vocabulary import CHUNKS, LEAST
-from llmprune.recovery.lora import LoRAConfig, add_adapters
-from llmprune.replacements.settings import BlockReplacementConfig
-from llmprune.replacements.span import Span
-from llmprune.replacements.stand_ins import STAND_INS, Site
-from llmprune.replacing import given_span
-
-FRAGMENTATION = 0.06  # of all that is allocated: what the allocator can't use
-CONTEXT = {"cuda": 1.0e9, "cpu": 0.0}  # bytes of libraries and their buffers on the device
-FLOAT = 4  # bytes
-MOMENTS = {"decoupled_adamw": 2, "adamw": 2, "decoupled_lion": 1}  # of every parameter that learns
-BROADCAST = 250 * 2**20  # bytes that PyTorch sends at a time when ranks get the same weights
-FOUR_BITS = 0.52  # bytes of a number in nf4 with its share of the scales
 
 
 @dataclass(frozen=True)
@@ -206,10 +189,9 @@ def estimate(config: Config, model: PretrainedConfig, length: int, cluster: Clus
     train, ranks = config.train, cluster.gpus
     if train.global_batch_size < 1 or train.global_batch_size % ranks:
         raise UserError(f"train.global_batch_size {train.global_batch_size} is no multiple of {ranks} ranks")
-    per_rank = train.global_batch_size // ranks
-    micro = 1 if train.microbatch_size == "auto" else min(int(train.microbatch_size), per_rank)
-    sizes = _Sizes.of(config, model)
-    memory = _memory(config, model, length, cluster, sizes, micro, per_rank)
+    per_rank, micro = samples_of(config, ranks)
+    sizes = Sizes.of(config, model)
+    memory = memory_of(config, model, sizes, length=length, ranks=ranks, device=cluster.device)
     flops = _flops(config, model, length, sizes) * train.global_batch_size
     compute = flops / (cluster.flops * cluster.utilisation * ranks)
     network = _network(config, cluster, sizes, math.ceil(per_rank / micro))
@@ -236,274 +218,13 @@ def estimate(config: Config, model: PretrainedConfig, length: int, cluster: Clus
             "trained": sizes.trained,
             "flops_of_batch": flops,
             "gpu_hours": hours,
-            "checkpoint_bytes": _checkpoint(config, sizes),
+            "checkpoint_bytes": checkpoint_bytes(config, sizes),
             "checkpoints": -1 if config.checkpoint.keep == -1 else config.checkpoint.keep + 1,
         },
     )
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Numbers of parameters.
-
-    Attributes:
-        parameters: in all.
-        trained: that learn.
-        block: of a block.
-        outside: of embedding, final norm and output layer.
-        matrix: of the largest one.
-        gates: and multipliers.
-        teacher: of another model; 0 = none.
-        teacher_outside: of its embedding, final norm and output layer.
-        vocabulary: tokens.
-        hidden: dimensions.
-        intermediate: channels of an MLP.
-        output_trained: whether the output layer's weight learns.
-        layers: blocks.
-        reached: of them, those that gradients pass through: from the lowest that learns on.
-    """
-
-    parameters: int
-    trained: int
-    block: int
-    outside: int
-    matrix: int
-    gates: int
-    teacher: int
-    teacher_outside: int
-    vocabulary: int
-    hidden: int
-    intermediate: int
-    output_trained: bool
-    layers: int
-    reached: int
-
-    @classmethod
-    def of(cls, config: Config, model: PretrainedConfig) -> "_Sizes":
-        family = family_of(model)
-        shape = family.shape(model)
-        with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(model)
-        sizes = {name: parameter.numel() for name, parameter in built.named_parameters()}
-        outside = sum(n for name, n in sizes.items() if family.locate(name).block is None)
-        names = set(sizes)
-        if config.trainable is not None:
-            phases = [config.trainable.parts, *config.trainable.later.values()]
-            names = {name for parts in phases for name in parameter_names_of(built, parts)}
-        trained = sum(sizes[name] for name in names)
-        located = [family.locate(name) for name in names]
-        lowest = min(-1 if p.role in EMBEDDINGS else shape.layers if p.block is None else p.block for p in located)
-        if config.lora is not None:
-            names, lowest = set(), 0
-            with torch.device("meta"):
-                trained = sum(p.numel() for p in add_adapters(built, config.lora, 0))
-        if config.block_replacement is not None:
-            names, trained, lowest = _replaced(built, config.block_replacement, given_span(config), shape.layers)
-            trained += sum(sizes[name] for name in names)
-        gates = 0
-        if config.l0_pruning is not None:
-            gates = sum(p.numel() for p in GateSet(shape, make_goal(model, config.l0_pruning)).parameters())
-        teacher = teacher_outside = 0
-        if config.distillation is not None and config.distillation.teacher is not None:
-            with torch.device("meta"):
-                other = AutoModelForCausalLM.from_config(load_config(config.distillation.teacher))
-            teacher = sum(p.numel() for p in other.parameters())
-            locate = family_of(other.config).locate
-            teacher_outside = sum(p.numel() for name, p in other.named_parameters() if locate(name).block is None)
-        output = family.outer_name(Role.EMBEDDING if family.tied(model) else Role.OUTPUT)
-        return cls(
-            sum(sizes.values()),
-            trained,
-            (sum(sizes.values()) - outside) // shape.layers,
-            outside,
-            max(sizes.values()),
-            gates,
-            teacher,
-            teacher_outside,
-            model.vocab_size,
-            shape.hidden,
-            shape.intermediate,
-            f"{output}.weight" in names,
-            shape.layers,
-            shape.layers - max(lowest, 0),
-        )
-
-
-def _replaced(
-    built: PreTrainedModel, settings: BlockReplacementConfig, span: Span | None, layers: int
-) -> tuple[set[str], int, int]:
-    """What trains beside the stand-in, the stand-in's parameters, and the first block that gradients pass through."""
-    if span is None:  # any of that length but the first, at which not every kind can begin
-        assert settings.length is not None
-        span = Span(max(layers - settings.length, 0), settings.length)
-    with torch.device("meta"):
-        network = STAND_INS.get(settings.kind)(Site(built, span, 0), settings)
-    behind = span.end if {"lm", "kl"} & set(settings.weights) else layers
-    stands = settings.blocks if settings.kind == "blocks" else 1
-    trained = sum(p.numel() for p in network.parameters())
-    return set(parameter_names_of(built, settings.also)), trained, max(behind - stands, 0)
-
-
-def _adds(config: Config) -> bool:
-    """Whether what learns is added to the model, in float32."""
-    return config.lora is not None or config.block_replacement is not None
-
-
-def _held(config: Config) -> int:
-    """Bytes of a number that learns."""
-    return FLOAT if _adds(config) else DTYPES[config.model.dtype].itemsize
-
-
-def _autocast(config: Config) -> torch.dtype | None:
-    return {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(config.train.precision)
-
-
-def _memory(
-    config: Config, model: PretrainedConfig, length: int, cluster: Cluster, sizes: _Sizes, micro: int, per_rank: int
-) -> dict[str, float]:
-    """Bytes by what holds them, at the peak."""
-    dtype, autocast = DTYPES[config.model.dtype], _autocast(config)
-    held = _held(config)
-    shards = 1 if config.sharding is None else cluster.gpus // config.sharding.replicas
-    moments = MOMENTS[config.optimizer.name]
-    weights = sizes.parameters * dtype.itemsize / shards
-    if config.lora is not None and config.lora.quantize is not None:
-        weights = sizes.outside * dtype.itemsize + (sizes.parameters - sizes.outside) * FOUR_BITS
-    if _adds(config):
-        weights += sizes.trained * held
-    gradients = sizes.trained * held / shards
-    products = _products(config)
-    in_states = products if config.sharding is not None else dtype  # as FSDP2 gathers them
-    lora = config.lora
-    kept = kept_by(
-        model,
-        samples=micro,
-        length=length,
-        dtype=in_states,
-        autocast=autocast,
-        attention=config.model.attention,
-        prepare=None if lora is None else lambda built: _adapt(built, lora, cluster.device),
-    )
-    away = gradients if per_rank <= micro else 0.0  # they come as activations go
-    stages = _stages(config, model, sizes, kept, micro * length, cluster.device)
-    totals = [(stage.working - (0.0 if stage.late else away), stage.gathered) for stage in stages]
-    working, gathered = max(totals, key=sum)
-    found = {
-        "weights": weights,
-        "gradients": gradients,
-        f"moments of {config.optimizer.name}": sizes.trained * held * moments / shards,
-    }
-    if sizes.teacher and config.distillation is not None:
-        found["teacher"] = sizes.teacher * DTYPES[config.distillation.dtype].itemsize / shards
-    if sizes.gates:
-        found["gates"] = sizes.gates * FLOAT * 4 + sizes.matrix * FLOAT
-    if config.sharding is not None:
-        found["gathered shards"] = gathered
-        if config.sharding.replicas > 1 and dtype.itemsize < FLOAT:
-            found["sums of groups"] = sizes.trained * FLOAT / shards
-    elif cluster.gpus > 1:
-        found["gradients on their way"] = sizes.trained * held
-    if autocast is not None and config.sharding is None:
-        working += (sizes.parameters - sizes.outside) * autocast.itemsize  # weights cast for a whole pass
-    found["activations and logits"] = max(working, 0.0)
-    if config.sharding is None and cluster.gpus > 1:  # before anything trains, all ranks get the weights of the first
-        more = weights + min(weights, BROADCAST) - sum(found.values())
-        if more > 0:
-            found["weights on their way"] = more
-    found["lost to fragmentation, and libraries"] = FRAGMENTATION * sum(found.values()) + CONTEXT[cluster.device]
-    return found
-
-
-def _adapt(model: PreTrainedModel, config: LoRAConfig, device: str) -> None:
-    """Add adapters that keep what they drop as they do on the device: GPUs note it in a byte."""
-    add_adapters(model, config, 0)
-    for module in model.modules():
-        if device == "cuda" and isinstance(module, nn.Dropout):
-            module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]  # type: ignore[method-assign, misc]
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """A moment of a pass.
-
-    Attributes:
-        working: bytes of activations, logits and gradients on their way.
-        gathered: bytes of what FSDP2 holds for it.
-        late: whether all gradients are there by then.
-    """
-
-    working: float
-    gathered: float
-    late: bool = False
-
-
-def _products(config: Config) -> torch.dtype:
-    """The format of matrix products; FSDP2 gathers shards in that of ``train.precision``, whatever theirs is."""
-    stored = DTYPES[config.model.dtype] if config.sharding is None else torch.float32
-    return _autocast(config) or stored
-
-
-def _stages(
-    config: Config, model: PretrainedConfig, sizes: _Sizes, kept: Kept, tokens: int, device: str
-) -> list[_Stage]:
-    """The moments that may be the peak of a pass: at the output layer, in the last blocks, in the first, at its end."""
-    products, autocast, sharding = _products(config).itemsize, _autocast(config), config.sharding
-    checkpointed, distillation = config.train.activation_checkpointing, config.distillation
-    matrix = sizes.vocabulary * sizes.hidden
-    of_output = matrix if sizes.output_trained else 0  # its gradient is made beside the losses, in float32
-    standing = kept.outside + (sizes.reached * kept.states if checkpointed else max(sizes.reached, 1) * kept.block)
-    if distillation is not None and distillation.compares_states:  # the teacher's states, and their differences
-        pairs = sizes.layers if distillation.blocks is None else len(distillation.blocks)
-        standing += pairs * tokens * sizes.hidden * (DTYPES[distillation.dtype].itemsize + FLOAT)
-    at_output = standing + _logits(config, model, sizes, tokens, device) + of_output * FLOAT
-    if products < FLOAT:
-        at_output += of_output * products  # a chunk's share
-        if autocast is not None and sharding is None:
-            at_output += matrix * products  # the weight itself
-    block = kept.block + (3 * tokens * sizes.intermediate * products if checkpointed else 0)
-    in_blocks = standing + of_output * (products if sharding is not None else FLOAT) + (block if checkpointed else 0)
-    outside = teacher = blocks = leaving = 0.0
-    if sharding is not None:
-        in_use = min(2, max(sizes.reached, 1))  # the one that is gone through, and the next, on its way
-        outside, blocks = sizes.outside * products, in_use * sizes.block * products
-        if not sharding.reshard_after_forward:
-            outside, blocks = sizes.parameters * products, 0
-        # A block's whole gradient, and that of the one before it, which is on its way to all ranks in float32.
-        blocks += min(sizes.trained, sizes.block) * products
-        blocks += min(max(sizes.trained - sizes.block, 0), sizes.block) * FLOAT
-        leaving = min(sizes.trained, sizes.outside) * (products + FLOAT)
-        if sizes.teacher and distillation is not None:
-            teacher = sizes.teacher_outside * DTYPES[distillation.dtype].itemsize
-    return [
-        _Stage(at_output, outside + teacher),
-        _Stage(in_blocks, outside + blocks),
-        _Stage(kept.outside + block, outside + blocks, late=True),
-        _Stage(leaving, outside, late=True),
-    ]
-
-
-def _logits(config: Config, model: PretrainedConfig, sizes: _Sizes, tokens: int, device: str) -> float:
-    """Bytes of a chunk's logits as they come, in float32, their exponentials, their gradient; of states' gradient."""
-    products, replacement = _products(config).itemsize, config.block_replacement
-    chunk = min(max(CHUNKS[device] // sizes.vocabulary, LEAST), tokens) * sizes.vocabulary
-    softcap = family_of(model).softcap
-    capped = 2 * FLOAT if softcap is not None and getattr(model, softcap) is not None else 0
-    if replacement is not None and not {"lm", "kl"} & set(replacement.weights):  # only evaluations need them
-        evaluates = Time.from_timestring(config.train.eval_interval).value > 0
-        return chunk * (max(products + FLOAT, 2 * FLOAT) + capped) if evaluates else 0.0
-    compared = config.distillation is not None or (replacement is not None and "kl" in replacement.weights)
-    each = products + 7 * FLOAT if compared else 2 * products + 2 * FLOAT
-    return chunk * (each + capped) + tokens * sizes.hidden * products * 2
-
-
-def _checkpoint(config: Config, sizes: _Sizes) -> float:
-    """Bytes of a checkpoint: weights and moments."""
-    learning = sizes.trained * _held(config)
-    found = sizes.parameters * DTYPES[config.model.dtype].itemsize + learning * MOMENTS[config.optimizer.name]
-    return found + learning if _adds(config) else found
-
-
-def _flops(config: Config, model: PretrainedConfig, length: int, sizes: _Sizes) -> float:
+def _flops(config: Config, model: PretrainedConfig, length: int, sizes: Sizes) -> float:
     """Operations of a sample's training step."""
     forward = 2 * macs(model, length).total
     share = max(sizes.reached, 1) / sizes.layers
@@ -515,12 +236,12 @@ def _flops(config: Config, model: PretrainedConfig, length: int, sizes: _Sizes) 
     return total
 
 
-def _network(config: Config, cluster: Cluster, sizes: _Sizes, microbatches: int) -> float:
+def _network(config: Config, cluster: Cluster, sizes: Sizes, microbatches: int) -> float:
     """Seconds that what a rank sends and receives in a batch takes."""
     ranks = cluster.gpus
     if ranks == 1:
         return 0.0
-    itemsize, products = DTYPES[config.model.dtype].itemsize, _products(config).itemsize
+    itemsize, products = DTYPES[config.model.dtype].itemsize, products_of(config).itemsize
 
     def seconds(size: float, group: int, within: bool) -> float:
         return size * (group - 1) / group / (cluster.bandwidth_within if within else cluster.bandwidth)

@@ -19,6 +19,7 @@ fi
 export RANKS="${SLURM_GPUS_ON_NODE:-8}" PORT="${PORT:-$((20000 + SLURM_JOB_ID % 20000))}" SAVED="$PWD/.saved-$SLURM_JOB_ID"
 MAIN="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export MAIN
+rm -f "$SAVED" # of an earlier start that was cut off
 
 # --kill-on-bad-exit: a rank that dies ends the job on all nodes; one node that has saved does not, others may still be busy.
 srun --kill-on-bad-exit=1 --cpu-bind=none bash -c '

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llmprune.files import output_folder
+from llmprune.outputs import output_folder
 
 DOCUMENTED = (
     "torch",

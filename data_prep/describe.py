@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llmprune.data.format import EVAL, TRAIN, DataManifest
 from llmprune.data.order import keyed_generator
 from llmprune.data.prepared import PreparedData
 from llmprune.data.reader import NO_LOSS, SplitReader
 from llmprune.errors import UserError
+from llmprune.foreign import open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def show_samples(data: PreparedData, samples: int, *, domain: str | None = None,
 
 
 def _drawn(data: PreparedData, samples: int, domain: str | None, seed: int) -> Iterator[Shown]:
-    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
+    tokenizer = open_tokenizer(data.tokenizer)
     for place, name in enumerate(sorted(data.manifest.domains)):
         for split in (TRAIN, EVAL):
             if domain not in (None, name) or not data.manifest.samples(name, split):

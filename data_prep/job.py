@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 from data_prep.packer import Packer
 from llmprune.data.sources import BadRecord, Place
 from llmprune.errors import UserError
-from llmprune.files import read_json, refuse_existing, remove, to_json, write_json
+from llmprune.files import read_json, to_json, write_json
+from llmprune.outputs import refuse_existing, remove
 
 SCHEMA = 2
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from data_prep.encode import Tokens, encoded
 from data_prep.job import Job, Progress, opened_job
@@ -20,7 +20,9 @@ from llmprune.data.format import DataManifest
 from llmprune.data.records import find_inputs
 from llmprune.data.sources import BadRecord, DomainNames, Fields
 from llmprune.errors import UserError
-from llmprune.files import put_in_place, read_json, refuse_existing, refuse_replacing
+from llmprune.files import read_json
+from llmprune.foreign import open_tokenizer
+from llmprune.outputs import put_in_place, refuse_existing, refuse_replacing
 
 _SAVE_SECONDS = 60.0  # between two times that a job is written down
 
@@ -161,7 +163,7 @@ def merge(parts: Sequence[Path | str], out: Path | str, *, overwrite: bool = Fal
                 names.clean(original)
             for name, packer in packers.items():
                 packer.absorb(state / (name or "all"), part.data / name)
-        tokenizer = AutoTokenizer.from_pretrained(jobs[0].folder / "tokenizer")
+        tokenizer = open_tokenizer(jobs[0].folder / "tokenizer")
         return Summary(_finish(job, packers, recipe, tokenizer, out, overwrite), bad)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from streaming.base.compression import is_compression
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from data_prep.conversations import ConversationSettings, renderer
 from data_prep.encode import Tokens
@@ -16,6 +16,7 @@ from llmprune.data.format import DataManifest, token_dtype, tokenizer_fingerprin
 from llmprune.data.sources import Render, clean_name
 from llmprune.errors import UserError, first_line
 from llmprune.files import sha256_text
+from llmprune.foreign import open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def load_fast_tokenizer(tokenizer: Path | str) -> PreTrainedTokenizerFast:
         UserError: there is none, or it is not fast.
     """
     try:
-        loaded = AutoTokenizer.from_pretrained(str(tokenizer))
+        loaded = open_tokenizer(tokenizer)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{tokenizer} has no usable tokenizer: give the folder of one, or a model's name on the hub "

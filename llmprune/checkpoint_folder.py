@@ -1,22 +1,28 @@
 """The folder of a run's checkpoints: which are there, complete and undamaged."""
 
 import logging
+import os
 import re
+import secrets
 import sys
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune.checksums import compare, read_record
+from llmprune.checksums import NewerRecord, compare, read_record
 from llmprune.errors import UserError
-from llmprune.files import remove
+from llmprune.locks import is_held, locked
+from llmprune.outputs import remove
 
 LATEST = "latest-rank0.pt"  # Composer's link to the newest
 METADATA = ".metadata"  # marks a folder as a sharded checkpoint, and is written last
 READERS = 8  # files that are read at once to compare checksums
+_TAIL = 2**16  # bytes at the end of a file that hold the end of its table of contents
+_ASIDE = "unusable"  # folder of checkpoints that were complete once and could not be used
 _NAME = re.compile(r"ba(\d+)(-rank0\.pt)?$")
 _PART = re.compile(r"__(\d+)_\d+\.distcp$")
 _RECORD = re.compile(r"ba(\d+)\.sums-\d+\.json$")
@@ -49,8 +55,24 @@ def records_in(names: Iterable[str]) -> dict[int, list[str]]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether the part that is written last is there: a folder's metadata, a file's table of contents."""
-    return (checkpoint / METADATA).is_file() or zipfile.is_zipfile(checkpoint)
+    """Whether the part that is written last is there: a folder's metadata, a file's table of contents.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    if checkpoint.is_dir():
+        return (checkpoint / METADATA).is_file()
+    with checkpoint.open("rb") as file:
+        file.seek(-min(checkpoint.stat().st_size, _TAIL), os.SEEK_END)
+        file.read()  # zipfile takes what can't be read for what is not there
+        return zipfile.is_zipfile(file)
+
+
+def _unusable(folder: Path, why: str) -> UserError:
+    return UserError(
+        f"{folder} holds checkpoints, but {why}: bring it in order and try again, or pass run.overwrite=true to delete "
+        "them all and begin anew"
+    )
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,10 @@ class CheckpointFolder:
     path: Path
 
     def latest(self, *, contents: bool = False) -> Path | None:
+        """The newest complete checkpoint, if there is one; see ``newest``."""
+        return self.newest(contents=contents, careful=False)
+
+    def newest(self, *, contents: bool, careful: bool) -> Path | None:
         """The newest complete checkpoint, if there is one.
 
         Composer removes its link to it before it makes the next: after a kill in between, the newest is looked for.
@@ -71,23 +97,63 @@ class CheckpointFolder:
 
         Args:
             contents: whether its files are compared with their checksums; otherwise sizes alone.
+            careful: whether it is an error if checkpoints are there but none can be used, or if a newer one can't be
+                read now and may be read later.
+
+        Raises:
+            UserError: see ``careful``.
         """
         linked = self.path / LATEST
         first = [linked.resolve()] if linked.exists() else []
+        passed_over = ""
         for path in [*first, *(other for other in self.by_age() if other.resolve() not in first)]:
             try:
                 if not is_complete(path):
-                    raise UserError("it was not written to its end")
+                    raise UserError("it was not written to its end, or is being copied")
                 self.check(path, contents=contents)
                 return path
             except (UserError, OSError) as error:
+                if self._writing(batch_of(path)).exists():
+                    log.warning("%s is passed over: the run ended while it was written", path)
+                    continue
+                if careful and isinstance(error, OSError | NewerRecord):
+                    raise _unusable(self.path, f"{path.name} can't be read now ({error})") from None
+                passed_over = passed_over or f"{path.name} can't be used ({error})"
                 log.warning("%s is passed over: %s", path, error)
+        if careful and passed_over:
+            raise _unusable(self.path, passed_over)
         return None
 
     def by_age(self) -> list[Path]:
         """All checkpoints, complete or not, the newest first."""
         found = (path for path in self.path.glob("ba*") if _NAME.match(path.name))
         return sorted(found, key=batch_of, reverse=True)
+
+    def note_writing(self, batch: int) -> None:
+        """Note that a checkpoint is being written."""
+        self._writing(batch).touch()
+
+    def note_written(self, batch: int) -> None:
+        """Take the note back."""
+        self._writing(batch).unlink(missing_ok=True)
+
+    def _writing(self, batch: int) -> Path:
+        return self.path / f"ba{batch}.writing"
+
+    @contextmanager
+    def reading(self, batch: int) -> Iterator[None]:
+        """Keep a checkpoint from being deleted by the run that wrote it while the block reads it.
+
+        Where the folder can't be written, nothing keeps it.
+        """
+        with ExitStack() as stack:
+            with suppress(UserError):
+                stack.enter_context(locked(self.path / f"ba{batch}.{secrets.token_hex(4)}.lock", self.path))
+            yield
+
+    def is_read(self, batch: int) -> bool:
+        """Whether another process is reading a checkpoint."""
+        return any(is_held(file) for file in self.path.glob(f"ba{batch}.????????.lock"))
 
     def own_files(self, batch: int, rank: int) -> list[Path]:
         """What a rank wrote of a checkpoint; what marks it as complete comes last."""
@@ -124,7 +190,8 @@ class CheckpointFolder:
     def keep(self, newest: int, resumed: Path | None = None) -> None:
         """Delete all but the newest complete checkpoints (-1 = none of them), and what a kill left of others.
 
-        Those of earlier processes would pile up where a run is resumed often.
+        Those of earlier processes would pile up where a run is resumed often. One that is newer than the one that the
+        run goes on from, and was complete once, is moved to the folder ``unusable``.
 
         Args:
             newest: how many are kept.
@@ -132,12 +199,29 @@ class CheckpointFolder:
         """
         resumed = resumed or self.latest()
         last = sys.maxsize if resumed is None else batch_of(resumed)
-        complete = [path for path in self.by_age() if is_complete(path) and batch_of(path) <= last]
+        complete = [path for path in self.by_age() if batch_of(path) <= last and is_complete(path)]
         kept = {last, *(batch_of(path) for path in (complete if newest < 0 else complete[:newest]))}
         for path in self.by_age():
-            if batch_of(path) not in kept or not is_complete(path):
+            batch = batch_of(path)
+            if batch > last and not self._writing(batch).exists():
+                self._set_aside(path)
+            elif batch not in kept or not is_complete(path):
                 remove(path)
         for batch, records in records_in(path.name for path in self.path.iterdir()).items():
             if batch not in kept:
                 for record in records:
                     remove(self.path / record)
+        for note in self.path.glob("ba*.writing"):
+            remove(note)
+        for lock in self.path.glob("ba*.lock"):
+            if not is_held(lock):
+                remove(lock)
+
+    def _set_aside(self, checkpoint: Path) -> None:
+        """Move a checkpoint with its records to a folder of its own: nothing that was complete once is deleted."""
+        aside = self.path / _ASIDE
+        aside.mkdir(exist_ok=True)
+        for path in [checkpoint, *self.path.glob(f"ba{batch_of(checkpoint)}.sums-*.json")]:
+            remove(aside / path.name)
+            path.rename(aside / path.name)
+        log.warning("%s, which can't be used, is moved to %s", checkpoint, aside)

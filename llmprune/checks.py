@@ -105,6 +105,13 @@ def check(config: Config) -> Ingredients:
     return Ingredients(model_config, tokenizer, data)
 
 
+def inputs_of(config: Config) -> list[str]:
+    """What a job reads that may lie in folders of this machine."""
+    teacher = None if config.distillation is None else config.distillation.teacher
+    named = (config.model.path, config.model.tokenizer, config.data.path, teacher)
+    return [path for path in named if path and "://" not in path]
+
+
 def _check_replacement(config: Config, settings: BlockReplacementConfig, model_config: PretrainedConfig) -> None:
     settings.check()
     if config.l0_pruning is not None:

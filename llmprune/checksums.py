@@ -12,6 +12,10 @@ CHECKSUMS = "checksums.json"
 _PIECE = 2**22  # bytes that are read at a time
 
 
+class NewerRecord(UserError):
+    """A record of checksums that another version of llmprune wrote."""
+
+
 class Verification:
     """Whether everything that this process loads is compared with its checksums first.
 
@@ -65,7 +69,7 @@ def read_record(path: Path) -> dict[str, Any]:
     found = read_json(path)
     try:
         if found["schema"] != 1:
-            raise UserError(f"{path} has schema {found['schema']}; this version reads 1")
+            raise NewerRecord(f"{path} has schema {found['schema']}; this version reads 1")
         for name, entry in found["files"].items():
             inside(path.parent, name)
             if not isinstance(entry["bytes"], int) or len(bytes.fromhex(entry["sha256"])) != 32:

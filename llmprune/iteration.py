@@ -7,6 +7,7 @@ round-2/…
 model/                                                      the last round's result
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from llmprune.models.loading import load_config
 from llmprune.models.placement import Placement
 from llmprune.planning import make_plan, rehearse
 from llmprune.ranks import initialize_ranks, on_rank_zero, share_cores
+from llmprune.run_folder import RunFolder
 from llmprune.score import save_scores, score
 from llmprune.scoring.selection import PlanConfig
 from llmprune.scoring.settings import LayerScoringConfig
@@ -39,6 +41,11 @@ def iterate(config: IterationConfig) -> None:
     shapes = round_shapes(config.iterate, load_config(source))
     share_cores()
     initialize_ranks(config.train.device)
+    with RunFolder(Path(config.run.folder)).claimed():
+        _iterate(config, source, shapes)
+
+
+def _iterate(config: IterationConfig, source: str, shapes: Sequence[Shape]) -> None:
     folder = Path(config.run.folder)
     on_rank_zero(lambda: begin(config, "job of rounds"))
     model = source

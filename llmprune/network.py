@@ -19,7 +19,7 @@ from llmprune.data.format import DataManifest
 from llmprune.errors import UserError, first_line
 from llmprune.evaluation.suites import SUITES
 from llmprune.files import inside, read_json
-from llmprune.models.loading import WANTED, resolve_model
+from llmprune.models.source import WANTED, resolve_model
 from llmprune.stores import open_store
 
 KINDS = ("model", "dataset", "task", "data")

@@ -14,9 +14,10 @@ from llmprune.budgets.trial import Trial
 from llmprune.data.calibration import CalibrationConfig, calibration_samples, samples_fingerprint
 from llmprune.errors import UserError
 from llmprune.families import Shape, family_of
-from llmprune.models.loading import StoredWeights, fingerprint, load_config, load_model, load_tokenizer
+from llmprune.models.loading import load_config, load_model, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.placement import DTYPES
+from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans import KeptBlock, Plan
 from llmprune.scoring import merging, repeated
 from llmprune.scoring.correction import check_correction, corrected, is_correctable

@@ -26,6 +26,11 @@ from llmprune.families import RicherHeadsConfig, Shape, shape_from
 from llmprune.files import read_json, save_tensors, write_json
 
 
+def tensors_beside(path: Path) -> Path:
+    """Where the tensors of the plan at ``path`` lie, if it has any."""
+    return path.with_suffix(".safetensors")
+
+
 @dataclass(frozen=True)
 class KeptBlock:
     """One block of the cut model, and its units that stay (numbers in the source; None = all).
@@ -213,7 +218,7 @@ class Plan:
         path = Path(path)
         if self.factors or self.corrections:
             tensors = {name: t.detach().float().cpu() for name, t in {**self.factors, **self.corrections}.items()}
-            save_tensors(path.with_suffix(".safetensors"), tensors)
+            save_tensors(tensors_beside(path), tensors)
         values = {
             "schema": 1,
             "family": self.family,
@@ -221,7 +226,7 @@ class Plan:
             "source": asdict(self.source),
             "hidden": self.hidden,
             "blocks": [asdict(block) for block in self.blocks],
-            "factors": path.with_suffix(".safetensors").name if self.factors or self.corrections else None,
+            "factors": tensors_beside(path).name if self.factors or self.corrections else None,
             "stand_in": self.stand_in,
             "richer_heads": None if self.richer_heads is None else asdict(self.richer_heads),
         }

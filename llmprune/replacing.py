@@ -14,8 +14,8 @@ from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.families import family_of
 from llmprune.models.causal_lm import Batch
-from llmprune.models.loading import StoredWeights, fingerprint
 from llmprune.models.parts import parameters_behind
+from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans import Plan
 from llmprune.ranks import on_rank_zero
 from llmprune.replacements.cache import StatesCache

@@ -10,25 +10,41 @@ RUN/
     model/           Hugging Face config, tokenizer and generation config of the model as it is in the checkpoints
 """
 
+import copy
 import importlib.metadata
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llmprune.checkpoint_folder import LATEST, METADATA, CheckpointFolder, batch_of, records_in
 from llmprune.checksums import compare, describe, read_record, record
 from llmprune.errors import UserError, first_line
-from llmprune.files import inside, is_leftover, output_folder, read_json, remove, write_json, write_text
+from llmprune.files import inside, read_json, write_json
 from llmprune.gates.settings import L0PruningConfig
+from llmprune.models.companions import GENERATION, name_inputs, save_model_config
+from llmprune.outputs import (
+    MARK,
+    clear,
+    is_empty,
+    is_leftover,
+    output_folder,
+    refuse_deleting,
+    remove,
+    working_folder,
+)
+from llmprune.ranks import on_rank_zero
 from llmprune.recovery.lora import LoRAConfig
 from llmprune.recovery.partial import TrainableConfig
 from llmprune.recovery.settings import DistillationConfig
@@ -162,6 +178,17 @@ class RunFolder:
         finally:
             remove(part)
 
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep the folder for this job's ranks alone while the block runs.
+
+        Raises:
+            UserError: on all ranks, if another process works there, or llmprune did not make what stands there.
+        """
+        with ExitStack() as stack:
+            on_rank_zero(lambda: stack.enter_context(working_folder(self.path)) and None)
+            yield
+
     def find(self, *, overwrite: bool, autoresume: bool) -> Path | None:
         """See whether the folder may be used; nothing is changed.
 
@@ -169,36 +196,39 @@ class RunFolder:
             The checkpoint to resume from, if any.
 
         Raises:
-            UserError: a run is there already and neither ``overwrite`` nor ``autoresume`` is set.
+            UserError: llmprune did not make what stands there; a run is there and neither ``overwrite`` nor
+                ``autoresume`` is set; or its checkpoints can't be used and ``overwrite`` is not set.
         """
-        if autoresume and (checkpoint := self.latest_checkpoint(contents=True)) is not None:
-            return checkpoint
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run.folder {self.path} is a file: choose another folder")
-        if self.path.exists() and any(not is_leftover(path) for path in self.path.iterdir()):
-            if not self.config.exists():
-                raise UserError(f"{self.path} holds something that is no run: choose another run.folder")
-            if not (overwrite or autoresume):
-                raise UserError(
-                    f"{self.path} holds a run already: pass run.autoresume=true to go on with it, "
-                    "run.overwrite=true to delete it, or another run.folder"
-                )
-            if autoresume:
-                print(f"{self.path} holds no complete checkpoint to resume from: the run begins anew")
+        refuse_deleting(self.path)
+        if not self.path.exists() or is_empty(self.path):
+            return None
+        if autoresume:
+            checkpoints = CheckpointFolder(self.checkpoints)
+            found = checkpoints.newest(contents=True, careful=not overwrite)
+            if found is None and checkpoints.by_age():
+                print(f"{self.path} has no checkpoint that can be used; with run.overwrite the run begins anew")
+            elif found is None and self.config.exists():
+                print(f"{self.path} holds no checkpoint to resume from: the run begins anew")
+            return found
+        if not overwrite and self.config.exists():
+            raise UserError(
+                f"{self.path} holds a run already: pass run.autoresume=true to go on with it, "
+                "run.overwrite=true to delete it, or another run.folder"
+            )
+        if not overwrite and any(path.name != MARK for path in self.path.iterdir() if not is_leftover(path)):
+            raise UserError(f"{self.path} holds something that is no run: choose another run.folder")
         return None
 
     def create(self) -> None:
-        """Make the folder, empty but for what marks it as a run; what stood there is deleted.
+        """Make the folder, empty but for its mark; what stood there is deleted.
 
         Raises:
-            UserError: it can't be written.
+            UserError: llmprune did not make what stands there, or it can't be written.
         """
+        clear(self.path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.config, "")  # stays throughout: a kill leaves what is still known as a run
-            for path in [*self.path.iterdir()]:
-                if path != self.config:
-                    remove(path)
             self.checkpoints.mkdir()
         except OSError as error:
             raise UserError(f"can't write to {self.path}: {error.strerror}") from None
@@ -235,13 +265,27 @@ class Manifest:
     distillation: dict[str, Any] | None = None
     schema: int = 1
 
-    def save(self, checkpoints: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the manifest and, beside it, the model's config and tokenizer."""
+    def save(
+        self,
+        checkpoints: Path,
+        config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        source: Path | None,
+    ) -> None:
+        """Write the manifest and, beside it, what the exported model will need.
+
+        Args:
+            checkpoints: the folder.
+            config: the model's.
+            tokenizer: the run's.
+            source: folder of the model, whose generation config goes along; None = the model began with random weights.
+        """
         with output_folder(checkpoints / "model", overwrite=True) as folder:
-            model.config.save_pretrained(folder)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(folder)
+            save_model_config(copy.deepcopy(config), folder)
+            if source is not None and (source / GENERATION).is_file():
+                shutil.copy2(source / GENERATION, folder / GENERATION)
             tokenizer.save_pretrained(folder)
+            name_inputs(folder)
             record(folder)
         write_json(checkpoints / "manifest.json", asdict(self))
 

@@ -5,7 +5,8 @@ import secrets
 from composer.utils import dist
 
 from llmprune.errors import UserError
-from llmprune.files import remove
+from llmprune.outputs import is_empty, refuse_deleting, remove
+from llmprune.outputs import mark as mark_folder
 from llmprune.ranks import on_rank_zero
 from llmprune.run_folder import RunFolder
 from llmprune.stores import Store
@@ -20,9 +21,11 @@ def fetch_run(run: RunFolder, store: Store) -> None:
     mark = run.path / f".{on_rank_zero(lambda: secrets.token_hex(4))}.tmp"
 
     def leave_mark() -> None:
-        run.find(overwrite=False, autoresume=True)
+        refuse_deleting(run.path)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
+            if is_empty(run.path):
+                mark_folder(run.path)
             mark.touch()
         except OSError as error:
             raise UserError(f"can't write to {run.path}: {error.strerror}") from None

@@ -22,10 +22,11 @@ from llmprune.data.calibration import calibration_samples, samples_fingerprint
 from llmprune.errors import UserError
 from llmprune.families import family_of
 from llmprune.models.causal_lm import ComposerCausalLM
-from llmprune.models.loading import StoredWeights, fingerprint, load_config, load_model, load_tokenizer
+from llmprune.models.loading import load_config, load_model, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.offloading import OffloadedModel
 from llmprune.models.placement import DTYPES, TRAINABLE, Placement
+from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.ranks import initialize_ranks
 from llmprune.scoring.pictures import draw_scores
 from llmprune.scoring.scorer import Scorer

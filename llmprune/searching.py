@@ -50,6 +50,7 @@ from llmprune.planning import (
 from llmprune.plans import Plan
 from llmprune.ranks import initialize_ranks, on_rank_zero, share_cores
 from llmprune.report.search import picture, table
+from llmprune.run_folder import RunFolder
 from llmprune.score import save_scores, score
 from llmprune.scoring.criteria import CRITERIA
 from llmprune.scoring.criterion import Section
@@ -72,6 +73,11 @@ def search(config: SearchConfig) -> None:
     check_candidates(config, load_config(source))
     share_cores()
     initialize_ranks(config.train.device)
+    with RunFolder(Path(config.run.folder)).claimed():
+        _search(config, source)
+
+
+def _search(config: SearchConfig, source: str) -> None:
     folder = Path(config.run.folder)
     on_rank_zero(lambda: begin(config, "search"))
     if not (folder / "scores.json").exists():

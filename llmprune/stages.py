@@ -9,13 +9,13 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from llmprune.checks import check
+from llmprune.checks import check, inputs_of
 from llmprune.config import Config, SearchConfig
 from llmprune.convert.commands import convert
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.errors import UserError
-from llmprune.files import is_leftover, refuse_replacing, remove
 from llmprune.job_files import load_job, save_config
+from llmprune.outputs import clear, refuse_deleting, refuse_replacing, remove
 from llmprune.ranks import on_rank_zero
 from llmprune.training import train
 
@@ -38,18 +38,12 @@ def begin(config: Config, kind: str) -> None:
     """
     folder = Path(config.run.folder)
     known = folder / "config.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"run.folder {folder} is a file: choose another folder")
-    if folder.exists() and any(not is_leftover(path) for path in folder.iterdir()):
-        before = load_job(known) if known.is_file() else None
+    refuse_deleting(folder)
+    if known.exists() and not config.run.overwrite:
+        before = load_job(known)
         if not isinstance(before, Config) or type(before) is not type(config):
             raise UserError(f"{folder} holds something that is no {kind}: choose another run.folder")
-        if config.run.overwrite:
-            refuse_replacing(folder, _inputs(config))
-            for path in [*folder.iterdir()]:
-                if path != known:  # stays throughout: a kill leaves what is still known as a job
-                    remove(path)
-        elif not config.run.autoresume:
+        if not config.run.autoresume:
             raise UserError(f"{folder} holds a {kind}: pass run.autoresume=true to go on, or run.overwrite=true")
         else:
             was, now = _identity(before), _identity(config)
@@ -60,18 +54,9 @@ def begin(config: Config, kind: str) -> None:
                         "it began with, or use another run.folder"
                     )
             return
-    folder.mkdir(parents=True, exist_ok=True)
+    refuse_replacing(folder, inputs_of(config))
+    clear(folder)
     save_config(config, known)
-
-
-def _inputs(config: Config) -> list[str]:
-    """What the job reads, if it lies in folders."""
-    teacher = None if config.distillation is None else config.distillation.teacher
-    return [
-        path
-        for path in (config.model.path, config.model.tokenizer, config.data.path, teacher)
-        if path and "://" not in path
-    ]
 
 
 def _identity(config: Config) -> dict[str, object]:

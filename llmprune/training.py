@@ -1,6 +1,7 @@
 """From a config to a Composer trainer."""
 
 import contextlib
+import math
 from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,10 +27,12 @@ from llmprune.callbacks.low_rank_adaptation import LowRankAdaptation
 from llmprune.callbacks.metrics_file import MetricsFile, read_metrics
 from llmprune.callbacks.partial_training import PartialTraining
 from llmprune.callbacks.preemption import Preempted, Preemption
+from llmprune.callbacks.progress_bar import ProgressBar
 from llmprune.callbacks.safekeeping import Safekeeping
+from llmprune.callbacks.save_guard import SaveGuard
 from llmprune.callbacks.watchdog import Watchdog
 from llmprune.checkpoint_folder import CheckpointFolder
-from llmprune.checks import Ingredients, check, check_same_run, data_contents
+from llmprune.checks import Ingredients, check, check_same_run, data_contents, inputs_of
 from llmprune.config import Config, LiveEvaluationConfig, LoggersConfig
 from llmprune.convert.stored_state import harmless
 from llmprune.data.dataset import MixedDataset
@@ -40,7 +43,9 @@ from llmprune.job_files import save_config
 from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
 from llmprune.models.loading import empty_model, load_model, new_model
 from llmprune.models.placement import DTYPES
+from llmprune.models.source import resolve_model
 from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
+from llmprune.outputs import refuse_replacing
 from llmprune.processes import TERMINATION
 from llmprune.ranks import PATIENCE, initialize_ranks, on_rank_zero, share_cores
 from llmprune.recovering import correspondence_of
@@ -57,19 +62,35 @@ if TYPE_CHECKING:
     from llmprune.evaluation.live import LiveEvaluation
 
 
-def build_trainer(config: Config) -> Trainer:
-    """Check the config, make the run folder ready and build the trainer.
+def prepare(config: Config) -> Ingredients:
+    """Check the config and let the ranks meet.
 
     Raises:
-        UserError: see ``check`` and ``RunFolder.find``.
+        UserError: see ``check``.
     """
     inputs = check(config)
     share_cores()
     meet(config)
+    return inputs
+
+
+def build_trainer(config: Config, inputs: Ingredients | None = None) -> Trainer:
+    """Make the run folder ready and build the trainer.
+
+    Args:
+        config: of the run.
+        inputs: what ``prepare`` gave for it; None = it is called.
+
+    Raises:
+        UserError: see ``check`` and ``RunFolder.find``.
+    """
+    inputs = inputs or prepare(config)
     run = RunFolder(Path(config.run.folder))
     store = None if config.checkpoint.remote is None else open_store(config.checkpoint.remote)
     if store is not None and config.run.autoresume:
         fetch_run(run, store)
+    if config.run.overwrite:
+        refuse_replacing(run.path, inputs_of(config))
     resume = on_rank_zero(lambda: run.find(overwrite=config.run.overwrite, autoresume=config.run.autoresume))
     if store is not None and not config.run.autoresume:
         on_rank_zero(lambda: check_unused(store))
@@ -97,6 +118,7 @@ def build_trainer(config: Config) -> Trainer:
     optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
     callbacks = make_callbacks(config, run, stream, wrapped.domains.values(), live=live, resumed=resume is not None)
     writers = dist.get_world_size() // (1 if config.sharding is None else config.sharding.replicas)
+    callbacks.append(SaveGuard(CheckpointFolder(run.checkpoints)))
     callbacks.append(Safekeeping(run.path, config.checkpoint.keep, store, writers=writers, resumed=resume is not None))
     if config.block_replacement is not None and span is not None:
         callbacks.append(make_replacement(config, config.block_replacement, inputs.data, run, span, cache))
@@ -137,7 +159,7 @@ def build_trainer(config: Config) -> Trainer:
             algorithms=algorithms,
             callbacks=callbacks,
             loggers=make_loggers(config.loggers, run, config.run.name),
-            progress_bar=not config.loggers.console,
+            progress_bar=False,
             log_to_console=config.loggers.console,
             console_log_interval=config.loggers.console_interval,
             precision=config.train.precision,
@@ -166,13 +188,26 @@ def _live_evaluation(config: LiveEvaluationConfig, inputs: Ingredients) -> "Live
 
 
 def train(config: Config) -> Trainer:
-    """Run the job that ``config`` describes, to its end; a resumed run that has ended already is left as it is."""
-    trainer = build_trainer(config)
+    """Run the job that ``config`` describes, to its end; a resumed run that has ended already is left as it is.
+
+    No other process may work in the run's folder meanwhile.
+    """
+    inputs = prepare(config)
+    with RunFolder(Path(config.run.folder)).claimed():
+        return _train(config, inputs)
+
+
+def _train(config: Config, inputs: Ingredients) -> Trainer:
+    trainer = build_trainer(config, inputs)
     if config.train.eval_first and trainer.state.timestamp.batch.value == 0:
         trainer.eval()
     assert trainer.state.max_duration is not None
     if not trains(config):
         trainer.eval()
+        if not math.isfinite(loss := float(trainer.state.eval_metric_values["loss"])):
+            raise UserError(f"the held-out loss is {loss} with what was computed, so no checkpoint is written")
+        if dist.get_global_rank() == 0:
+            CheckpointFolder(RunFolder(Path(config.run.folder)).checkpoints).note_writing(0)
         trainer.save_checkpoint(f"{config.run.folder}/checkpoints/ba0-rank{{rank}}.pt")
         finish(trainer)
     elif trainer.state.timestamp < trainer.state.max_duration:
@@ -300,6 +335,8 @@ def make_callbacks(
 def make_loggers(config: LoggersConfig, run: RunFolder, name: str) -> list[LoggerDestination]:
     """Where metrics go: always metrics.jsonl, and what the config asks for."""
     loggers: list[LoggerDestination] = [MetricsFile(run.metrics)]
+    if not config.console:
+        loggers.append(ProgressBar())
     if config.tensorboard:
         loggers.append(TensorboardLogger(log_dir=str(run.path / "tensorboard"), flush_interval=100))
     if config.wandb is not None:
@@ -346,7 +383,8 @@ def _write_run(
 ) -> None:
     if resume is None:
         run.create()
-        manifest.save(run.checkpoints, model, tokenizer)
+        source = None if config.model.path is None else resolve_model(config.model.path)
+        manifest.save(run.checkpoints, model.config, tokenizer, source)
     else:
         CheckpointFolder(run.checkpoints).keep(config.checkpoint.keep, resume)
     save_config(config, run.config)

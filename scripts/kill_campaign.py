@@ -27,7 +27,8 @@ from typing import Any
 import psutil
 
 from llmprune.callbacks.metrics_file import read_metrics
-from llmprune.files import read_json, remove, write_json, write_text
+from llmprune.files import read_json, write_json, write_text
+from llmprune.outputs import remove
 from llmprune.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.errors import UserError
-from llmprune.files import read_json, remove, write_json
+from llmprune.files import read_json, write_json
+from llmprune.outputs import remove
 
 ROOT = Path(__file__).resolve().parents[1]
 SEQUENCE_LENGTH, VOCABULARY, MEGABYTES = 128, 4096, 16.0

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmprune.files import read_json, remove, write_json, write_text
+from llmprune.files import read_json, write_json, write_text
+from llmprune.outputs import remove
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, DEPTH = ("hidden", "kv_group", "intermediate"), ("layer", "attention", "mlp")

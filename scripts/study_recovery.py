@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from llmprune.data.calibration import CalibrationConfig
-from llmprune.files import read_json, remove, write_json, write_text
+from llmprune.files import read_json, write_json, write_text
+from llmprune.outputs import remove
 from llmprune.scoring.selection import PlanConfig
 
 ROOT = Path(__file__).resolve().parents[1]

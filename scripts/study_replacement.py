@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.callbacks.metrics_file import read_metrics
-from llmprune.files import read_json, remove, write_json, write_text
+from llmprune.files import read_json, write_json, write_text
+from llmprune.outputs import remove
 
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTIVES = ("mse", "lm", "kl")

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.data.calibration import CalibrationConfig
-from llmprune.files import read_json, remove, sha256_text, write_json, write_text
+from llmprune.files import read_json, sha256_text, write_json, write_text
+from llmprune.outputs import remove
 from llmprune.plans import Plan
 from llmprune.scoring.scores import Scores
 from llmprune.scoring.selection import PlanConfig

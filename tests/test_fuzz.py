@@ -23,7 +23,8 @@ from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.evaluation.continuations import read_prompts
 from llmprune.job_files import load_job
-from llmprune.models.loading import StoredWeights, fingerprint, load_config, load_model
+from llmprune.models.loading import load_config, load_model
+from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.planning import make_plan
 from llmprune.plans import Plan
 from llmprune.report.collect import collect

@@ -22,8 +22,8 @@ from llmprune import training
 from llmprune.checkpoint_folder import CheckpointFolder
 from llmprune.data.dataset import MixedDataset
 from llmprune.data.prepared import PreparedData
-from llmprune.files import remove
 from llmprune.job_files import load_config
+from llmprune.outputs import remove
 from llmprune.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from llmprune.families import Parameter, Shape, family_of
-from llmprune.models.loading import parameter_names
+from llmprune.models.stored_weights import parameter_names
 
 
 class Sizes:

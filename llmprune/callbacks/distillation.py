@@ -8,9 +8,10 @@ from composer.loggers import Logger
 from llmprune.callbacks.part_means import PartMeans
 from llmprune.errors import UserError
 from llmprune.models.causal_lm import ComposerCausalLM
-from llmprune.models.loading import StoredWeights, empty_model, load_model
+from llmprune.models.loading import empty_model, load_model
 from llmprune.models.placement import DTYPES
 from llmprune.models.sharded import fill, mesh_of, shard
+from llmprune.models.stored_weights import StoredWeights
 from llmprune.recovery.correspondence import Correspondence
 from llmprune.recovery.distilling import Distilling
 from llmprune.recovery.settings import DistillationConfig

@@ -7,8 +7,8 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 
 from llmprune.models.causal_lm import ComposerCausalLM
-from llmprune.models.loading import StoredWeights
 from llmprune.models.sharded import fill
+from llmprune.models.stored_weights import StoredWeights
 
 
 class LoadShards(Callback):

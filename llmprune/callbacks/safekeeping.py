@@ -13,7 +13,8 @@ from composer.utils import dist
 from llmprune.checkpoint_folder import LATEST, CheckpointFolder, batch_of, record_name
 from llmprune.checksums import describe
 from llmprune.errors import UserError
-from llmprune.files import is_leftover, write_json
+from llmprune.files import write_json
+from llmprune.outputs import is_leftover
 from llmprune.processes import ACTIVITY
 from llmprune.ranks import on_rank_zero
 from llmprune.stores import Store
@@ -136,6 +137,8 @@ class Safekeeping(Callback):
                 described = {path.relative_to(top).as_posix(): describe(path) for path in files}
                 ranks = self._writers if files[0].parent != top else 1
                 write_json(top / name, {"schema": 1, "ranks": ranks, "files": described})
+                if self._rank == 0:
+                    self._checkpoints.note_written(batch)
             if self._store is not None:
                 if self._rank == 0:
                     self._copy_rest(self._store)
@@ -173,6 +176,8 @@ class Safekeeping(Callback):
             return
         batches = [batch for batch in map(batch_of, self._checkpoints.by_age()) if batch <= done]
         for batch in batches[self._keep :]:
+            if self._checkpoints.is_read(batch):
+                continue  # by another process: it goes with a later one
             gone = {self._rank}
             if self._rank == 0:  # parts of ranks that the run does not have any more
                 gone |= {rank for rank in self._checkpoints.ranks_of(batch) if rank >= dist.get_world_size()}

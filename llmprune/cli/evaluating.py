@@ -69,8 +69,9 @@ def evaluate(
     from llmprune.evaluation.evaluate import evaluate as evaluate_models
     from llmprune.evaluation.perplexity import PerplexityConfig
     from llmprune.evaluation.tasks import TasksConfig
-    from llmprune.files import check_output, to_json, write_json
+    from llmprune.files import to_json, write_json
     from llmprune.models.placement import Placement
+    from llmprune.outputs import check_output
 
     if out is not None:
         check_output(out, ".json", overwrite)
@@ -144,9 +145,9 @@ def generate(
         save_continuations,
         write_continuations,
     )
-    from llmprune.files import check_output
     from llmprune.models.opened import open_model
     from llmprune.models.placement import Placement
+    from llmprune.outputs import check_output
 
     check_output(out, ".jsonl", overwrite)
     config = GenerationConfig(max_new_tokens, temperature, top_p, top_k, per_prompt, seed, batch_size)
@@ -181,8 +182,9 @@ def references(
     """Measure the loss that each domain is expected to come down to, for dynamic_loading.references."""
     from llmprune.data.prepared import PreparedData
     from llmprune.evaluation.references import references as measure_references
-    from llmprune.files import check_output, write_json
+    from llmprune.files import write_json
     from llmprune.models.placement import Placement
+    from llmprune.outputs import check_output
 
     check_output(out, ".json", overwrite)
     found = measure_references(

@@ -33,16 +33,14 @@ def measure(
     """Measure latency, throughput, memory and operations; several models run in turns."""
     from pathlib import Path
 
-    from llmprune.files import check_output, refuse_existing
     from llmprune.measurement.measure import MeasureConfig
     from llmprune.measurement.measure import measure as measure_models
     from llmprune.measurement.results import files_beside, save, table
     from llmprune.models.placement import Placement
+    from llmprune.outputs import check_output
 
     if out is not None:
-        check_output(out, ".json", overwrite)
-        for beside in files_beside(Path(out)):
-            refuse_existing(beside, overwrite)
+        check_output(out, ".json", overwrite, files_beside(Path(out)))
     config = MeasureConfig(
         numbers_in(batch_sizes, "--batch-sizes"),
         numbers_in(prompt_tokens, "--prompt-tokens"),

@@ -147,18 +147,16 @@ def score(
     from pathlib import Path
 
     from llmprune.data.calibration import CalibrationConfig
-    from llmprune.files import check_output, refuse_existing
     from llmprune.models.placement import Placement
+    from llmprune.outputs import check_output
     from llmprune.score import save_scores
     from llmprune.score import score as score_model
     from llmprune.scoring.pictures import pictures_beside
     from llmprune.scoring.settings import LayerScoringConfig
 
-    check_output(out, ".json", overwrite)
     if (Path(out).parent / "config.json").exists():
         raise UserError(f"{Path(out).parent} is a model's folder: write the scores elsewhere")
-    for picture in pictures_beside(out):
-        refuse_existing(picture, overwrite)
+    check_output(out, ".json", overwrite, pictures_beside(out))
     scores = score_model(
         model,
         LayerScoringConfig(
@@ -229,9 +227,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Choose what goes by scores; OUT is a plan for `llmprune apply`."""
+    from pathlib import Path
+
     from llmprune import planning
     from llmprune.budgets.limits import BudgetConfig
-    from llmprune.files import check_output, refuse_replacing
+    from llmprune.outputs import check_output, refuse_replacing
+    from llmprune.plans import tensors_beside
     from llmprune.scoring.scores import Scores
     from llmprune.scoring.selection import PlanConfig
 
@@ -275,7 +276,7 @@ def plan(
         return
     if out is None:
         raise UserError("name the plan to write with --out")
-    check_output(out, ".json", overwrite)
+    check_output(out, ".json", overwrite, [tensors_beside(Path(out))])
     refuse_replacing(out, [scores])
     choice = None
     if asked:

@@ -19,7 +19,7 @@ def report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT and PLOTS if they exist.")] = False,
 ) -> None:
     """Write one self-contained page about runs: plans, curves, scores, quality, speed."""
-    from llmprune.files import check_output
+    from llmprune.outputs import check_output
     from llmprune.report.page import write_report
 
     check_output(out, ".html", overwrite)

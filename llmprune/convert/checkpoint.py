@@ -2,7 +2,9 @@
 
 import re
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,18 +13,20 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from llmprune.callbacks.l0_pruning import load_gates
-from llmprune.checkpoint_folder import METADATA, CheckpointFolder
+from llmprune.checkpoint_folder import METADATA, CheckpointFolder, batch_of, is_complete
 from llmprune.checksums import VERIFICATION
 from llmprune.convert.stored_state import StoredState, open_state
 from llmprune.errors import UserError
 from llmprune.families import Family, family_of
 from llmprune.gates.gate_set import GateSet
 from llmprune.gates.settings import L0PruningConfig, make_goal
-from llmprune.models.loading import fingerprint, load_config
+from llmprune.models.loading import load_config
+from llmprune.models.stored_weights import fingerprint
 from llmprune.recovery.lora import AdaptedWeights, LoRAConfig
 from llmprune.run_folder import Manifest
 
 _PREFIX = "model."
+ATTEMPTS = 20  # to open a checkpoint that a run has not deleted meanwhile
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
@@ -67,19 +71,20 @@ class Checkpoint:
             UserError: there is none.
         """
         path = Path(path)
-        if path.is_dir() and not _is_sharded(path):
-            folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-            latest = CheckpointFolder(folder).latest(contents=VERIFICATION.asked)
-            if latest is None:
-                raise UserError(f"{path} holds no checkpoint")
-            path = latest
-        else:
-            if not path.exists():
-                raise UserError(f"{path} does not exist")
+        with ExitStack() as reading:
+            if path.is_dir() and not _is_sharded(path):
+                path = _newest(path, reading)
+            else:
+                if not path.exists():
+                    raise UserError(f"{path} does not exist")
+                path = path.resolve()
+                folder = CheckpointFolder(path.parent)
+                reading.enter_context(folder.reading(batch_of(path)))
+                folder.check(path, contents=VERIFICATION.asked)
             path = path.resolve()
-            CheckpointFolder(path.parent).check(path, contents=VERIFICATION.asked)
-        path = path.resolve()
-        return cls(path, Manifest.load(path.parent), load_config(path.parent / "model"))
+            found = cls(path, Manifest.load(path.parent), load_config(path.parent / "model"))
+            weakref.finalize(found, reading.pop_all().close)
+            return found
 
     @property
     def batch(self) -> int:
@@ -130,6 +135,30 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 over the model's parameters."""
         return fingerprint(self.weights, self.config)
+
+
+def _newest(place: Path, reading: ExitStack) -> Path:
+    """The newest complete checkpoint of a run, which may be making others and deleting old ones meanwhile.
+
+    Args:
+        place: the run's folder, or that of its checkpoints.
+        reading: keeps the run from deleting the checkpoint until it is closed.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = CheckpointFolder(place / "checkpoints" if (place / "checkpoints").is_dir() else place)
+    for _ in range(ATTEMPTS):
+        seen = folder.by_age()
+        latest = folder.latest(contents=VERIFICATION.asked)
+        if latest is not None:
+            reading.enter_context(folder.reading(batch_of(latest)))
+            if latest.exists() and is_complete(latest):
+                return latest
+            reading.close()
+        elif folder.by_age() == seen:
+            break
+    raise UserError(f"{place} holds no checkpoint")
 
 
 def is_checkpoint(path: Path | str) -> bool:

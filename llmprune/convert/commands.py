@@ -17,9 +17,12 @@ from llmprune.convert.export import export, keep_everything
 from llmprune.convert.replaced import Replaced, read_replaced
 from llmprune.errors import UserError
 from llmprune.families import RicherHeadsConfig
-from llmprune.files import output_folder, refuse_existing, refuse_replacing, save_tensors
+from llmprune.files import save_tensors
 from llmprune.gates.gate_set import GateSet
-from llmprune.models.loading import StoredWeights, fingerprint, load_config, resolve_model
+from llmprune.models.loading import load_config
+from llmprune.models.source import resolve_model
+from llmprune.models.stored_weights import StoredWeights, fingerprint
+from llmprune.outputs import output_folder, refuse_existing, refuse_replacing
 from llmprune.plans import Plan
 from llmprune.recovery.lora import LoRAConfig, adapter_tensors
 from llmprune.run_folder import RunFolder

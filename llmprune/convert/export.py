@@ -1,29 +1,26 @@
 """Writing a plain Hugging Face folder, tensor by tensor, cut by a plan on the way."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from llmprune.checksums import record
 from llmprune.convert.model_card import model_card
 from llmprune.errors import UserError
 from llmprune.families import family_of
-from llmprune.files import output_folder, save_tensors, write_json
-from llmprune.models.loading import parameter_names
+from llmprune.files import save_tensors, write_json
+from llmprune.models.companions import copy_companions, save_model_config
+from llmprune.models.finite import is_finite
 from llmprune.models.own_types import needs_code, write_code
+from llmprune.models.stored_weights import parameter_names
+from llmprune.outputs import output_folder
 from llmprune.plans import KeptBlock, Plan
 from llmprune.replacements.network import Network
 from llmprune.surgery import Surgery
-
-# What belongs to a model besides config and weights.
-_COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template*",
-)  # fmt: skip
 
 
 def keep_everything(config: PretrainedConfig, model: str) -> Plan:
@@ -84,6 +81,8 @@ def export(
             for name in names:
                 tensor = added[name] if name in added else surgery.cut(sources[name], weights)
                 tensor = tensor.to(expected[name].dtype)
+                if not is_finite(tensor):
+                    raise UserError(f"'{name}' holds NaN or infinite numbers: a model of them is not written")
                 if tensor.shape != expected[name].shape:
                     raise UserError(
                         f"'{name}' comes out as {list(tensor.shape)}, the config wants {list(expected[name].shape)}: "
@@ -95,7 +94,10 @@ def export(
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             write_json(folder / "model.safetensors.index.json", index)
-        _write_companions(folder, companions, config, next(iter(expected.values())).dtype)
+        config.use_cache = True
+        config.dtype = next(iter(expected.values())).dtype
+        save_model_config(config, folder)
+        copy_companions(companions, folder)
         if needs_code(config):
             write_code(folder)
         (folder / "llmprune").mkdir()
@@ -123,16 +125,3 @@ def _meta_tensors(
 
 def _stored_dtype(weights: Mapping[str, Tensor], sources: Mapping[str, str]) -> torch.dtype:
     return weights[next(iter(sources.values()))].dtype
-
-
-def _write_companions(folder: Path, companions: Path, config: PretrainedConfig, dtype: torch.dtype) -> None:
-    config.use_cache = True
-    config.dtype = dtype
-    config.save_pretrained(folder)
-    try:
-        GenerationConfig.from_pretrained(companions).save_pretrained(folder)
-    except OSError:
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
-    for pattern in _COMPANIONS:
-        for file in companions.glob(pattern):
-            shutil.copy2(file, folder / file.name)

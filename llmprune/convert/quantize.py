@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 from llmprune.checksums import record
 from llmprune.data.calibration import CalibrationConfig, calibration_samples
 from llmprune.errors import UserError
-from llmprune.files import make_readable, output_folder, refuse_existing, refuse_replacing
-from llmprune.models.loading import load_any_model, load_tokenizer, resolve_model
+from llmprune.files import make_readable
+from llmprune.models.loading import load_any_model, load_tokenizer
 from llmprune.models.own_types import needs_code
+from llmprune.models.source import resolve_model
+from llmprune.outputs import output_folder, refuse_existing, refuse_replacing
 
 BITS = 4
 

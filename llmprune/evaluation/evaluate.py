@@ -30,9 +30,9 @@ from llmprune.evaluation.perplexity import (
     read_streams,
 )
 from llmprune.evaluation.tasks import Tasks, TasksConfig, language_model, save_samples
-from llmprune.files import output_folder, refuse_existing, remove
 from llmprune.models.opened import FoundModel, OpenedModel, find_model
 from llmprune.models.placement import Placement
+from llmprune.outputs import mark, output_folder, refuse_existing, remove
 
 SCHEMA = 1
 LARGEST_BATCH = 64  # where ``auto`` begins
@@ -95,6 +95,8 @@ def evaluate(
     if samples is not None:
         refuse_existing(samples, overwrite)
         remove(samples)
+        samples.mkdir(parents=True)
+        mark(samples)
     results: dict[str, Any] = {"schema": SCHEMA, "models": {}}
     logged = samples is not None and bool(config.tasks.names or config.prompts)
     for each in tqdm(work, desc="models", disable=len(work) < 2):

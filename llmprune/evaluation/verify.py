@@ -12,7 +12,8 @@ from llmprune.convert.replaced import Replaced, read_replaced
 from llmprune.errors import UserError
 from llmprune.gates.attach import attach
 from llmprune.gates.from_plan import factors_of, mask_experts
-from llmprune.models.loading import has_stand_in, load_any_model, load_model, new_model
+from llmprune.models.loading import load_any_model, load_model, new_model
+from llmprune.models.source import has_stand_in
 from llmprune.plans import Plan
 from llmprune.replacements.streaming import Streaming
 from llmprune.surgery import Surgery

@@ -2,18 +2,11 @@
 
 import contextlib
 import copy
-import hashlib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -23,65 +16,23 @@ from transformers.integrations.accelerate import init_empty_weights
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmprune.checksums import VERIFICATION
 from llmprune.errors import UserError, first_line
-from llmprune.families import OWN, Role, family_of
+from llmprune.families import family_of
 from llmprune.files import read_json
-from llmprune.models.modeling_llmprune import register
+from llmprune.foreign import inspect, open_tokenizer
+from llmprune.models.finite import first_not_finite
+from llmprune.models.quantised import refuse_plain_as_quantised, refuse_quantised
+from llmprune.models.source import has_stand_in, read_config, resolve_model
+from llmprune.models.stored_weights import StoredWeights, parameter_names
 
 transformers_logging.disable_progress_bar()
 
-_LARGEST = 2**31  # of any size in a config
-WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.model"]  # of a model's files on the hub
-
-
-def resolve_model(model: str | Path) -> Path:
-    """The local folder of a model: the folder itself, or the downloaded (or cached) snapshot of a hub name.
-
-    Raises:
-        UserError: there is no such folder, no such model can be reached, or it is damaged (see ``Verification``).
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        if (folder / "checkpoints" / "manifest.json").is_file():
-            raise UserError(f"{folder} is a run, not a model: turn its checkpoint into one with `llmprune convert`")
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} is no Hugging Face model: it has no config.json")
-        return _known(folder)
-    if folder.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
-        raise UserError(f"{model} is no folder with a Hugging Face model")
-    try:
-        folder = Path(snapshot_download(str(model), allow_patterns=WANTED))
-    except Exception as error:  # the hub client raises many kinds: bad names, no network, no access
-        reason = first_line(error)
-        raise UserError(f"the model '{model}' is neither a folder nor reachable on the hub ({reason})") from None
-    return _known(folder)
-
-
-def _known(folder: Path) -> Path:
-    """Compare ``folder`` with its checksums if that was asked for, and let Transformers know llmprune's own types."""
-    VERIFICATION.look(folder)
-    config = folder / "config.json"
-    fields = read_json(config) if config.is_file() else {}
-    if not isinstance(fields, dict):
-        raise UserError(f"{config} holds no fields of a model")
-    model_type = str(fields.get("model_type"))
-    if model_type.startswith(OWN):
-        register(model_type)
-    return folder
-
-
-def has_stand_in(model: str | Path) -> bool:
-    """Whether a folder holds a model in which a network stands in for blocks."""
-    config = Path(model) / "config.json"
-    return config.is_file() and read_json(config).get("llmprune_stand_in") is not None
-
 
 def load_config(model: str | Path) -> PretrainedConfig:
-    """The config of a model of a supported family.
+    """The config of a model of a supported family, with plain weights.
 
     Raises:
-        UserError: it can't be read, or its architecture is not supported.
+        UserError: it can't be read, its architecture is not supported, or its weights are quantised.
     """
     folder = resolve_model(model)
     if has_stand_in(folder):
@@ -89,15 +40,8 @@ def load_config(model: str | Path) -> PretrainedConfig:
             f"{model} has a stand-in that no config of its family describes: it can be run and measured, but neither "
             "pruned nor trained; do so before the replacement, or replace by blocks"
         )
-    fields = read_json(folder / "config.json")
-    try:
-        if any(type(value) is int and value > _LARGEST for value in fields.values()):
-            raise ValueError("a number is too large")  # some configs make lists of such lengths
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # of as many kinds as there are things that a config may hold
-        model_type = fields.get("model_type", "unknown") if isinstance(fields, dict) else "unknown"
-        reason = first_line(error)
-        raise UserError(f"{folder}/config.json (model type '{model_type}') can't be used: {reason}") from None
+    refuse_quantised(model, folder)
+    config = read_config(model)
     family_of(config).shape(config)
     return config
 
@@ -108,24 +52,26 @@ def load_model(
     dtype: torch.dtype | str = torch.float32,
     attention: str | None = None,
     quantization: QuantizationConfigMixin | None = None,
+    finite: bool = True,
 ) -> PreTrainedModel:
-    """A causal LM with its weights, in evaluation mode.
+    """A causal LM of a supported family with its plain weights, in evaluation mode.
 
     Args:
         model: folder or hub name.
         dtype: of the weights; "auto" = as stored.
         attention: see ``load_any_model``.
         quantization: how its matrices are held; its config does not mention it.
+        finite: see ``load_any_model``.
 
     Raises:
-        UserError: it can't be read, or its architecture is not supported.
+        UserError: it can't be read, is quantised, or its architecture is not supported.
     """
     config = load_config(model)
     if (resolve_model(model) / "model.safetensors.index.json").is_file() or any(
         resolve_model(model).glob("*.safetensors")
     ):
         parameter_names(StoredWeights(model), config)
-    loaded = load_any_model(model, dtype=dtype, attention=attention, quantization=quantization)
+    loaded = load_any_model(model, dtype=dtype, attention=attention, quantization=quantization, finite=finite)
     if quantization is not None:
         for name in ("quantization_config", "_pre_quantization_dtype"):
             delattr(loaded.config, name)
@@ -140,8 +86,11 @@ def load_any_model(
     device_map: str | None = None,
     adapter: str | Path | None = None,
     quantization: QuantizationConfigMixin | None = None,
+    finite: bool = True,
 ) -> PreTrainedModel:
     """A causal LM of any architecture that Transformers knows, quantised ones too, in evaluation mode.
+
+    Code that lies in its folder is never run.
 
     Args:
         model: folder or hub name.
@@ -150,31 +99,79 @@ def load_any_model(
         device_map: how to spread the model over devices (``auto``); None = in this process's main memory.
         adapter: folder of a PEFT adapter to put on the model.
         quantization: how to hold its matrices; None = as stored.
+        finite: whether weights that are not finite are an error.
 
     Raises:
-        UserError: it can't be read.
+        UserError: it can't be read, or its weights are not finite.
     """
-    folder = resolve_model(model)
+    folder, config = resolve_model(model), read_config(model)
+    refuse_plain_as_quantised(model, folder)
     packed = {} if quantization is None else {"quantization_config": quantization}  # None would be its own config's
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             attn_implementation=attention,
             device_map=device_map,
             output_loading_info=True,
+            trust_remote_code=False,
+            # Given, so that Transformers does not look for one, and runs custom_generate/generate.py beside it.
+            generation_config=_generation_config(folder, config),
             **packed,
         )
     except Exception as error:  # of as many kinds as there are things that a config or a file may hold
+        if (misfit := _misfit(model, config)) is not None:
+            raise UserError(misfit) from None
         raise UserError(f"the model {model} can't be loaded ({type(error).__name__}: {first_line(error)})") from None
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"the weights of {model} lack {len(missing)} tensors that its config asks for: {missing[0]}, …")
     if adapter is not None:
-        try:
-            loaded.load_adapter(str(adapter))
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"the adapter {adapter} does not fit {model}: {first_line(error)}") from None
+        _add_adapter(loaded, Path(adapter), model)
+    if finite and (name := first_not_finite(loaded.named_parameters())) is not None:
+        raise UserError(f"the weights of {model} are not finite: '{name}' holds NaN or infinite numbers")
     return loaded.eval()
+
+
+def _generation_config(folder: Path, config: PretrainedConfig) -> GenerationConfig:
+    """What a folder says of generation, else what follows from the model's config."""
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
+def _add_adapter(loaded: PreTrainedModel, adapter: Path, model: str | Path) -> None:
+    """Put a PEFT adapter on a model; only safetensors are read.
+
+    Raises:
+        UserError: there is none, or it does not fit.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise UserError(f"{adapter} holds no PEFT adapter: it has no adapter_config.json")
+    inspect(adapter)
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"{adapter} has no adapter_model.safetensors: load the adapter with PEFT and save it once")
+    try:
+        loaded.load_adapter(str(adapter))
+    except Exception as error:  # of as many kinds as there are things that its config may hold
+        raise UserError(f"the adapter {adapter} does not fit {model}: {first_line(error)}") from None
+
+
+def _misfit(model: str | Path, config: PretrainedConfig) -> str | None:
+    """What of a model's stored weights does not fit its config, in words; None = nothing that can be named."""
+    with contextlib.suppress(Exception):
+        weights = StoredWeights(model)
+        with torch.device("meta"):
+            wanted = dict(AutoModelForCausalLM.from_config(config).named_parameters())
+        for name in sorted({*weights} & {*wanted}):
+            found, size = weights.shape(name), list(wanted[name].shape)
+            if found != size:
+                fields = read_json(resolve_model(model) / "config.json")
+                unsaid = [key for key in family_of(config).fields.values() if key not in fields]
+                hint = f", which does not say {' and '.join(unsaid)}" if unsaid else ""
+                return f"'{name}' in {model} has the shape {found}, but {size} by its config.json{hint}"
+    return None
 
 
 def new_model(config: PretrainedConfig, *, seed: int, attention: str = "sdpa") -> PreTrainedModel:
@@ -198,6 +195,8 @@ def empty_model(model: str | Path, *, dtype: torch.dtype, attention: str = "sdpa
     empty = unfilled_model(load_config(model), dtype=dtype, attention=attention)
     with contextlib.suppress(OSError):
         empty.generation_config = GenerationConfig.from_pretrained(resolve_model(model))
+    if (misfit := _misfit(model, empty.config)) is not None:
+        raise UserError(misfit)
     return empty
 
 
@@ -220,7 +219,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """
     folder = Path(model)
     try:
-        return AutoTokenizer.from_pretrained(folder if folder.is_dir() else resolve_model(model))
+        return open_tokenizer(folder if folder.is_dir() else resolve_model(model))
     except (OSError, ValueError, TypeError) as error:
         if folder.is_dir() and not any(folder.glob("tokeniz*")) and not any(folder.glob("*.model")):
             raise UserError(f"{model} has no tokenizer: there are no tokenizer files") from None
@@ -235,92 +234,3 @@ def count_parameters(config: PretrainedConfig) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(plain)
     return sum(p.numel() for p in model.parameters())
-
-
-class StoredWeights(Mapping[str, Tensor]):
-    """The weights of a model folder, read from its safetensors files one tensor at a time."""
-
-    def __init__(self, model: str | Path) -> None:
-        """Open the folder (or the snapshot of a hub name).
-
-        Raises:
-            UserError: no safetensors there, or a file is damaged.
-        """
-        folder = resolve_model(model)
-        index = folder / "model.safetensors.index.json"
-        try:
-            if index.is_file():
-                files: dict[str, str] = read_json(index)["weight_map"]
-                self._files = {name: folder / Path(file).name for name, file in files.items()}
-            else:
-                with safe_open(folder / "model.safetensors", framework="pt") as file:
-                    self._files = dict.fromkeys(file.keys(), folder / "model.safetensors")
-            for path in sorted(set(self._files.values())):
-                with safe_open(path, framework="pt"):
-                    pass
-        except FileNotFoundError:
-            raise UserError(
-                f"{folder} has no safetensors weights; if it has .bin files, load and save it once with Transformers"
-            ) from None
-        except SafetensorError as error:
-            raise UserError(f"the weights in {folder} are damaged ({error})") from None
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Read one tensor. Its file is opened for it alone: a file that stays mapped would stay in memory."""
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
-
-    def shape(self, name: str) -> list[int]:
-        """The shape of one tensor."""
-        with safe_open(self._files[name], framework="pt") as file:
-            return list(file.get_slice(name).get_shape())
-
-    def size(self) -> int:
-        """The bytes of all files."""
-        return sum(path.stat().st_size for path in set(self._files.values()))
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Read rows ``start`` to ``stop`` of one tensor."""
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_slice(name)[start:stop]
-
-    def __iter__(self) -> Iterator[str]:
-        """The names of all tensors."""
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        """How many tensors there are."""
-        return len(self._files)
-
-
-def parameter_names(weights: Mapping[str, Tensor], config: PretrainedConfig) -> list[str]:
-    """The sorted names of a model's own parameters: no buffers of older formats, and a tied output layer left out.
-
-    Raises:
-        UserError: there are blocks that the config does not have.
-    """
-    family = family_of(config)
-    layers, prefix = family.shape(config).layers, f"{family.blocks}."
-    for name in weights:
-        number = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
-        if number.isdecimal() and int(number) >= layers:
-            raise UserError(f"the weights hold '{name}', but the config has only {layers} blocks: one of them is wrong")
-    output_layer = family.outer_name(Role.OUTPUT) + ".weight" if family.tied(config) else None
-    return sorted(
-        name
-        for name in weights
-        if name.endswith((".weight", ".bias")) and name != output_layer and not family.is_buffer(name)
-    )
-
-
-def fingerprint(weights: Mapping[str, Tensor], config: PretrainedConfig) -> str:
-    """SHA-256 over a model's parameters: names, dtypes, shapes and bytes.
-
-    The same weights give the same hash whether they come from safetensors or from a checkpoint.
-    """
-    digest = hashlib.sha256()
-    for name in parameter_names(weights, config):
-        tensor = weights[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()

@@ -7,7 +7,7 @@ import psutil
 import torch
 
 from llmprune.errors import UserError
-from llmprune.models.loading import StoredWeights
+from llmprune.models.stored_weights import StoredWeights
 
 
 def check_memory(model: str | Path, *, dtype: torch.dtype | None, on_gpu: bool, remedy: str) -> None:

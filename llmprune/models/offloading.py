@@ -13,7 +13,8 @@ from transformers.integrations.accelerate import init_empty_weights
 
 from llmprune.errors import UserError
 from llmprune.families import family_of
-from llmprune.models.loading import StoredWeights, load_config
+from llmprune.models.loading import load_config
+from llmprune.models.stored_weights import StoredWeights
 
 PIECE = 2**21  # numbers read at a time
 

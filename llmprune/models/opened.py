@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.errors import UserError, first_line
-from llmprune.models.loading import count_parameters, load_any_model, load_tokenizer, resolve_model
+from llmprune.models.loading import count_parameters, load_any_model, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.placement import Placement
+from llmprune.models.source import read_config, resolve_model
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,7 @@ def find_model(name: str, placement: Placement) -> FoundModel:
         UserError: it is not there or is too large, or the placement is impossible.
     """
     placement.check()
-    folder = resolve_model(name)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}/config.json can't be used: {first_line(error)}") from None
-    return FoundModel(name, folder, config, load_tokenizer(name), placement)
+    return FoundModel(name, resolve_model(name), read_config(name), load_tokenizer(name), placement)
 
 
 def open_model(name: str, placement: Placement) -> OpenedModel:

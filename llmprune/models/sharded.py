@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from llmprune.models.loading import StoredWeights
+from llmprune.models.stored_weights import StoredWeights
 from llmprune.models.walking import blocks_of
 
 

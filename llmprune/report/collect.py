@@ -8,7 +8,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from transformers import AutoConfig
 from yaml import YAMLError
 
 from llmprune.callbacks.metrics_file import read_metrics
@@ -16,7 +15,9 @@ from llmprune.data.sources import clean_name
 from llmprune.errors import UserError, first_line
 from llmprune.evaluation.continuations import read_continuations
 from llmprune.files import read_json
-from llmprune.models.loading import StoredWeights, count_parameters
+from llmprune.models.loading import count_parameters
+from llmprune.models.source import read_config
+from llmprune.models.stored_weights import StoredWeights
 from llmprune.plans import Plan
 from llmprune.run_folder import RunFolder
 from llmprune.scoring.scores import Scores
@@ -202,6 +203,6 @@ def _add_folder(material: Material, path: Path) -> bool:
 def _parameters(model: Path) -> int:
     """How many a model has; those of a quantised one are packed, so that its config must tell."""
     if "quantization_config" in read_json(model / "config.json"):
-        return count_parameters(AutoConfig.from_pretrained(model))
+        return count_parameters(read_config(model))
     weights = StoredWeights(model)
     return sum(math.prod(weights.shape(name)) for name in weights)

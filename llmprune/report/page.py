@@ -13,8 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llmprune.convert.commands import last_evaluation
 from llmprune.data.sources import clean_name
-from llmprune.files import output_folder, refuse_existing, refuse_replacing, write_text
+from llmprune.files import write_text
 from llmprune.measurement.results import rows as speed_rows
+from llmprune.outputs import output_folder, refuse_existing, refuse_replacing
 from llmprune.report.collect import Material, Model, Run, collect
 from llmprune.report.figures import Picture, pictures_of_quality, pictures_of_runs, pictures_of_scores
 from llmprune.report.plan_picture import picture_of_plan

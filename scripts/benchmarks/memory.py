@@ -76,7 +76,8 @@ def apply_memory(runs: int) -> Ratio:
 def _peak_of_applying(folder: Path) -> int:
     from llmprune.convert.commands import apply
     from llmprune.families import family_of, target_shape
-    from llmprune.models.loading import StoredWeights, fingerprint, load_config
+    from llmprune.models.loading import load_config
+    from llmprune.models.stored_weights import StoredWeights, fingerprint
     from llmprune.plans import KeptBlock, Plan
 
     config = load_config(folder / "model")

@@ -135,7 +135,8 @@ def _export(folder: Path, inputs: Path, more: list[str]) -> None:
     """Cut the model by a plan."""
     from llmprune.convert.commands import apply
     from llmprune.convert.export import keep_everything
-    from llmprune.models.loading import StoredWeights, fingerprint, load_config
+    from llmprune.models.loading import load_config
+    from llmprune.models.stored_weights import StoredWeights, fingerprint
     from llmprune.plans import Plan
 
     config = load_config(inputs / "model")

@@ -18,7 +18,8 @@ from llmprune.errors import UserError
 from llmprune.evaluation.perplexity import PerplexityConfig, measure_perplexity, read_streams
 from llmprune.evaluation.verify import compare, open_for_comparison
 from llmprune.job_files import load_config
-from llmprune.models.loading import StoredWeights, load_model, load_tokenizer
+from llmprune.models.loading import load_model, load_tokenizer
+from llmprune.models.stored_weights import StoredWeights
 from llmprune.models.walking import blocks_of
 from llmprune.plans import Plan
 from llmprune.replacements.cache import CachedStates, StatesCache
@@ -226,8 +227,8 @@ def test_a_plan_names_the_span(config: Path, tmp_path: Path, trained_folder: Pat
     from dataclasses import replace
 
     from llmprune.convert.export import keep_everything
-    from llmprune.models.loading import fingerprint
     from llmprune.models.loading import load_config as load_model_config
+    from llmprune.models.stored_weights import fingerprint
     from llmprune.plans import KeptBlock
 
     model_config = load_model_config(trained_folder)

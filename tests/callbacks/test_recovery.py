@@ -17,9 +17,10 @@ from llmprune.convert.export import keep_everything
 from llmprune.errors import UserError
 from llmprune.evaluation.verify import compare, open_for_comparison
 from llmprune.job_files import load_config
-from llmprune.models.loading import StoredWeights, fingerprint, load_model
 from llmprune.models.loading import load_config as load_model_config
+from llmprune.models.loading import load_model
 from llmprune.models.parts import prime
+from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.optimizers import OPTIMIZERS, OptimizerConfig
 from llmprune.plans import KeptBlock
 from llmprune.training import build_trainer, train

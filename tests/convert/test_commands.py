@@ -15,7 +15,8 @@ from llmprune.convert.export import export, keep_everything
 from llmprune.errors import UserError
 from llmprune.evaluation.verify import compare, open_for_comparison
 from llmprune.job_files import load_config
-from llmprune.models.loading import StoredWeights, fingerprint, load_model
+from llmprune.models.loading import load_model
+from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans import Plan
 from llmprune.training import train
 

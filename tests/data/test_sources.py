@@ -17,7 +17,7 @@ from pyarrow import parquet
 from llmprune.data.records import find_inputs
 from llmprune.data.sources import BadRecord, Document, Fields, clean_name, documents
 from llmprune.errors import UserError
-from llmprune.files import refuse_replacing
+from llmprune.outputs import refuse_replacing
 
 
 def read(*inputs: Path | str, **fields: str) -> list[Document | BadRecord]:

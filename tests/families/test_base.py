@@ -10,7 +10,8 @@ from llmprune.errors import UserError
 from llmprune.families import Role, Shape, family_of, shape_from, target_shape
 from llmprune.families.llama import LLAMA, QWEN2
 from llmprune.gates.settings import L0PruningConfig, make_goal
-from llmprune.models.loading import new_model, parameter_names
+from llmprune.models.loading import new_model
+from llmprune.models.stored_weights import parameter_names
 from tests.conftest import tiny_config
 
 LLAMA_2_7B = Shape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, intermediate=11008)

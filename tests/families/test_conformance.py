@@ -14,8 +14,9 @@ from llmprune.gates.attach import attach
 from llmprune.gates.gate_set import GateSet
 from llmprune.gates.settings import L0PruningConfig, TargetShape, make_goal
 from llmprune.models.causal_lm import logits_of
-from llmprune.models.loading import fingerprint, new_model
+from llmprune.models.loading import new_model
 from llmprune.models.richer import with_richer_heads
+from llmprune.models.stored_weights import fingerprint
 from llmprune.models.walking import Run, visited
 from llmprune.plans import KeptBlock, Plan
 from llmprune.surgery import Surgery

@@ -9,7 +9,8 @@ import torch
 from transformers import GPT2Config
 
 from llmprune.errors import UserError
-from llmprune.models.loading import StoredWeights, fingerprint, load_config, load_model, new_model
+from llmprune.models.loading import load_config, load_model, new_model
+from llmprune.models.stored_weights import StoredWeights, fingerprint
 from tests.conftest import random_model, tiny_config
 
 

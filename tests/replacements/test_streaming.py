@@ -14,8 +14,9 @@ from llmprune.convert.export import export, keep_everything
 from llmprune.convert.replaced import Changed
 from llmprune.errors import UserError
 from llmprune.families import family_of, richer_heads_of
-from llmprune.models.loading import fingerprint, load_any_model, load_config
+from llmprune.models.loading import load_any_model, load_config
 from llmprune.models.objectives import forward_kl
+from llmprune.models.stored_weights import fingerprint
 from llmprune.models.walking import blocks_of
 from llmprune.replacements.network import Network
 from llmprune.replacements.settings import BlockReplacementConfig

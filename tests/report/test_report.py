@@ -14,8 +14,9 @@ import torch
 from llmprune.cli import app
 from llmprune.convert.commands import apply
 from llmprune.errors import UserError
-from llmprune.models.loading import StoredWeights, fingerprint, load_config
+from llmprune.models.loading import load_config
 from llmprune.models.placement import Placement
+from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans import KeptBlock, Plan
 from llmprune.report.collect import collect
 from llmprune.report.page import write_report

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from llmprune.convert.commands import apply
 from llmprune.errors import UserError
 from llmprune.families import family_of
-from llmprune.models.loading import fingerprint, load_model
+from llmprune.models.loading import load_model
+from llmprune.models.stored_weights import fingerprint
 from llmprune.planning import SELECTIONS
 from llmprune.plans import KeptBlock
 from llmprune.scoring.scores import Scores

@@ -1,0 +1,123 @@
+"""Locks of places that one process at a time may write.
+
+A lock is a file (see ``filelock.SoftFileLease``) that names its holder: host, process, and when that process began. The
+holder renews it every ``RENEWAL`` seconds, so it works wherever several machines see the same files.
+
+A lock whose holder is gone is taken over. On the same host the process is looked for, and the lock is free at once. A
+process of another host can't be looked for: its lock is free when it was not renewed for ``LEASE`` seconds, measured by
+the clock of the process that waits, so clocks of hosts need not agree.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
+
+from llmprune.errors import UserError
+
+RENEWAL = 2.0  # seconds between signs of life of a holder
+LEASE = 60.0  # seconds without one after which the holder counts as dead
+
+log = logging.getLogger(__name__)
+_held: dict[Path, int] = {}  # how many blocks of this process hold a lock
+
+
+@contextmanager
+def locked(file: Path, what: Path) -> Iterator[None]:
+    """Hold a lock while the block runs. A process may hold the same lock several times.
+
+    Args:
+        file: the lock; its folder exists.
+        what: the place that it protects, for messages.
+
+    Raises:
+        UserError: another process holds it, or the file can't be written.
+    """
+    file = file.resolve()
+    with ExitStack() as stack:
+        if file not in _held:
+            lease = _lease(file, what)
+            _acquire(lease, file, what)
+            stack.callback(lease.release)
+        _held[file] = _held.get(file, 0) + 1
+        try:
+            yield
+        finally:
+            _held[file] -= 1
+            if not _held[file]:
+                del _held[file]
+
+
+def is_held(file: Path) -> bool:
+    """Whether the holder of a lock has renewed it lately, as far as the clocks of two hosts agree."""
+    try:
+        return abs(time.time() - file.stat().st_mtime) < LEASE
+    except OSError:
+        return False
+
+
+def _lease(file: Path, what: Path) -> SoftFileLease:
+    def lost(loss: object) -> None:
+        reason = getattr(loss, "reason", "")
+        if reason in ("owner-changed", "evicted"):
+            print(
+                f"error: this process stood still for more than {LEASE:g} s, and another one has taken over {what}: "
+                "this one ends",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
+        log.warning("the lock of %s is gone (%s): do not start another job there", what, reason)
+
+    return SoftFileLease(
+        file, lease_duration=LEASE, heartbeat_interval=RENEWAL, on_compromise=lost, thread_local=False, timeout=0
+    )
+
+
+def _acquire(lease: SoftFileLease, file: Path, what: Path) -> None:
+    """Take a lock that is free or whose holder is dead; a holder that renews it while this process looks is alive."""
+    seen, began, told = None, time.monotonic(), False
+    while True:
+        try:
+            lease.acquire()
+            return
+        except Timeout:
+            pass
+        except LeaseSettingsMismatch:
+            raise _in_use(lease, what) from None
+        except OSError as error:
+            raise UserError(f"can't write {file}: {error.strerror}") from None
+        stamp = _stamp(file)
+        if seen is not None and stamp is not None and stamp != seen:
+            raise _in_use(lease, what)
+        seen = seen or stamp
+        if not told and time.monotonic() - began > 3 * RENEWAL:
+            told = True
+            print(
+                f"{_holder(lease)} holds {what} but gives no sign of life: waiting up to {LEASE:g} s", file=sys.stderr
+            )
+        time.sleep(RENEWAL / 8)
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """What changes when a lock is renewed; the file is opened, since shared file systems remember attributes."""
+    try:
+        with file.open("rb") as opened:
+            status = os.fstat(opened.fileno())
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino
+
+
+def _holder(lease: SoftFileLease) -> str:
+    owner = lease.owner
+    return "another process" if owner is None else f"process {owner.pid} on {owner.hostname.partition('?')[0]}"
+
+
+def _in_use(lease: SoftFileLease, what: Path) -> UserError:
+    return UserError(f"{_holder(lease)} is writing {what}: wait until it ends, or choose another place")

@@ -1,0 +1,57 @@
+"""What belongs to a model beside its weights: config, tokenizer, generation config."""
+
+import shutil
+from pathlib import Path
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+
+from llmprune.errors import UserError
+from llmprune.files import read_json, write_json
+from llmprune.models.own_types import needs_code
+
+GENERATION = "generation_config.json"
+# Files that are copied as they are.
+COMPANIONS = (
+    GENERATION, "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json",
+    "chat_template*", "additional_chat_templates/*.jinja", "*.model", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+_INPUTS = ["input_ids", "attention_mask"]  # of every family that can be pruned
+
+
+def save_model_config(config: PretrainedConfig, folder: Path) -> None:
+    """Write a model's config.json; it names the class that the folder is of, and no code that is not there."""
+    if not needs_code(config):
+        if hasattr(config, "auto_map"):
+            del config.auto_map
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    config.save_pretrained(folder)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy a model's companion files as they are, and let its tokenizer give what the model takes.
+
+    A generation config is copied, not written anew: many models have one that Transformers reads and would not save.
+
+    Args:
+        source: folder of the model.
+        folder: where to.
+    """
+    for pattern in COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():  # neither folders nor pipes of such names
+                target = folder / file.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copy2(file, target)
+    name_inputs(folder)
+
+
+def name_inputs(folder: Path) -> None:
+    """Let a tokenizer that does not say what it gives leave out token types, which no decoder takes."""
+    place = folder / "tokenizer_config.json"
+    if not place.is_file():
+        return
+    fields = read_json(place)
+    if not isinstance(fields, dict):
+        raise UserError(f"{place} holds no settings of a tokenizer")
+    if "model_input_names" not in fields:
+        write_json(place, {**fields, "model_input_names": _INPUTS})

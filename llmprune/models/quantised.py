@@ -1,0 +1,81 @@
+"""Quantised models, whose weights are packed: told from plain ones by their config, their files or their tensors."""
+
+from pathlib import Path
+from typing import Any
+
+from llmprune.errors import UserError
+from llmprune.files import read_json
+from llmprune.models.stored_weights import StoredWeights
+
+_PLAIN = {"F64", "F32", "F16", "BF16"}
+_FILES = {  # of tools that write a file of their own beside the config
+    "quantize_config.json": "GPTQ",
+    "quant_config.json": "AWQ",
+    "hf_quant_config.json": "ModelOpt",
+}
+_PACKED = (  # how the tensors of packed matrices are called
+    ".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB", ".quant_map",
+)  # fmt: skip
+
+
+def refuse_quantised(model: str | Path, folder: Path) -> None:
+    """Raise ``UserError`` for what can be run but neither scored, cut nor trained.
+
+    Args:
+        model: as the user named it.
+        folder: where it lies.
+    """
+    if (kind := quantised_as(folder)) is not None:
+        raise UserError(
+            f"{model} is quantised ({kind}): prune the model that it was made from; packed weights can be neither "
+            "scored, cut nor trained"
+        )
+    if not any(folder.glob("*.safetensors")) and (ggufs := sorted(folder.glob("*.gguf"))):
+        raise UserError(
+            f"{model} holds a GGUF file ({ggufs[0].name}) and no safetensors: dequantise it first, with Transformers' "
+            "from_pretrained(FOLDER, gguf_file=NAME) and save_pretrained"
+        )
+
+
+def refuse_plain_as_quantised(model: str | Path, folder: Path) -> None:
+    """Raise ``UserError`` if a config says that weights are packed by bitsandbytes, and they are plain."""
+    described = _described(read_json(folder / "config.json"))
+    if described is None or _method(described) != "bitsandbytes" or not any(folder.glob("*.safetensors")):
+        return
+    if _PLAIN.issuperset(StoredWeights(model).dtypes().values()):
+        raise UserError(
+            f"{folder}/config.json says that the weights are quantised by bitsandbytes, but they are plain: delete "
+            "quantization_config from it"
+        )
+
+
+def quantised_as(folder: Path) -> str | None:
+    """What the weights of a model are quantised by, as far as can be told; None if they are plain."""
+    fields = read_json(folder / "config.json")
+    if (described := _described(fields)) is not None:
+        return _method(described)
+    for name, kind in _FILES.items():
+        if (folder / name).is_file():
+            return f"{kind}, by its {name}"
+    if any(folder.glob("*.safetensors")):
+        for name, dtype in StoredWeights(folder).dtypes().items():
+            if name.endswith(_PACKED) or (name.endswith(".weight") and dtype not in _PLAIN):
+                return f"'{name}' is stored as {dtype}"
+    return None
+
+
+def _described(fields: Any) -> dict[str, Any] | None:
+    """The part of a config that describes how weights are packed, of the model or of its text model."""
+    if not isinstance(fields, dict):
+        return None
+    for config in (fields, fields.get("text_config")):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(config, dict) and isinstance(config.get(key), dict):
+                return config[key]
+    return None
+
+
+def _method(described: dict[str, Any]) -> str:
+    if "quant_method" not in described and (described.get("load_in_4bit") or described.get("load_in_8bit")):
+        return "bitsandbytes"
+    return str(described.get("quant_method") or "of an unknown kind")

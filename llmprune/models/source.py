@@ -1,0 +1,82 @@
+"""Models where they lie: found, looked at, and their configs read."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, PretrainedConfig
+
+from llmprune.checksums import VERIFICATION
+from llmprune.errors import UserError, first_line
+from llmprune.families import OWN
+from llmprune.files import read_json
+from llmprune.foreign import inspect
+from llmprune.models.modeling_llmprune import register
+
+_LARGEST = 2**31  # of any size in a config
+WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.model"]  # of a model's files on the hub
+
+
+def resolve_model(model: str | Path) -> Path:
+    """The local folder of a model: the folder itself, or the downloaded (or cached) snapshot of a hub name.
+
+    Raises:
+        UserError: there is no such folder, no such model can be reached, or it is damaged (see ``Verification``).
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if (folder / "checkpoints" / "manifest.json").is_file():
+            raise UserError(f"{folder} is a run, not a model: turn its checkpoint into one with `llmprune convert`")
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} is no Hugging Face model: it has no config.json")
+        return _known(folder)
+    if folder.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
+        raise UserError(f"{model} is no folder with a Hugging Face model")
+    try:
+        folder = Path(snapshot_download(str(model), allow_patterns=WANTED))
+    except Exception as error:  # the hub client raises many kinds: bad names, no network, no access
+        reason = first_line(error)
+        raise UserError(f"the model '{model}' is neither a folder nor reachable on the hub ({reason})") from None
+    return _known(folder)
+
+
+def _known(folder: Path) -> Path:
+    """Compare ``folder`` with its checksums if that was asked for, and let Transformers know llmprune's own types."""
+    inspect(folder)
+    VERIFICATION.look(folder)
+    config = folder / "config.json"
+    fields = read_json(config) if config.is_file() else {}
+    if not isinstance(fields, dict):
+        raise UserError(f"{config} holds no fields of a model")
+    model_type = str(fields.get("model_type"))
+    if model_type.startswith(OWN):
+        register(model_type)
+    return folder
+
+
+def has_stand_in(model: str | Path) -> bool:
+    """Whether a folder holds a model in which a network stands in for blocks."""
+    config = Path(model) / "config.json"
+    return config.is_file() and read_json(config).get("llmprune_stand_in") is not None
+
+
+def read_config(model: str | Path) -> PretrainedConfig:
+    """The config of a model of any architecture that Transformers knows.
+
+    Code that a folder brings along is never run, and what refers to it is left out of the config.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    folder = resolve_model(model)
+    fields = read_json(folder / "config.json")
+    try:
+        if any(type(value) is int and value > _LARGEST for value in fields.values()):
+            raise ValueError("a number is too large")  # some configs make lists of such lengths
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of as many kinds as there are things that a config may hold
+        model_type = fields.get("model_type", "unknown") if isinstance(fields, dict) else "unknown"
+        reason = first_line(error)
+        raise UserError(f"{folder}/config.json (model type '{model_type}') can't be used: {reason}") from None
+    if hasattr(config, "auto_map") and not str(config.model_type).startswith(OWN):
+        del config.auto_map
+    return config

@@ -1,0 +1,219 @@
+"""What llmprune makes: folders and files that it may lock, replace and delete. Nothing else is ever deleted.
+
+A folder is llmprune's if it holds ``MARK``, a file that llmprune writes into every folder that it makes. A file is
+replaced only where the user names that file and asks for it.
+"""
+
+import atexit
+import glob
+import importlib.metadata
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from llmprune.errors import UserError
+from llmprune.files import read_json, write_json
+from llmprune.locks import locked
+
+MARK = ".llmprune"
+LOCK = ".llmprune.lock"  # in a folder that a job works in
+
+_PROCESS = ExitStack()  # locks of outputs that are held until this process ends
+atexit.register(_PROCESS.close)
+
+
+def mark(folder: Path) -> None:
+    """Say that llmprune made a folder."""
+    write_json(folder / MARK, {"made_by": "llmprune", "version": importlib.metadata.version("llmprune")})
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether llmprune made a folder."""
+    try:
+        found = read_json(folder / MARK)
+    except UserError:
+        return False
+    return isinstance(found, dict) and found.get("made_by") == "llmprune"
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether something is what a killed process was about to write or to delete, or a lock."""
+    return path.name.startswith(".") and path.suffix in (".tmp", ".old", ".lock")
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but leftovers."""
+    return all(is_leftover(path) for path in folder.iterdir())
+
+
+def refuse_deleting(path: Path) -> None:
+    """Raise ``UserError`` if ``path`` is a folder that llmprune did not make, or that has become a git checkout."""
+    if not path.is_dir() or is_empty(path):
+        return
+    if not is_ours(path):
+        raise UserError(
+            f"{path} holds something that llmprune did not make, so it is not deleted: choose another place"
+        )
+    if (path / ".git").exists():
+        raise UserError(f"{path} is a git checkout, so it is not deleted: choose another place")
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raise ``UserError`` if something stands at ``path`` and may not be overwritten."""
+    path = path.resolve()
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already: choose another place, or pass --overwrite")
+    refuse_deleting(path)
+
+
+def refuse_replacing(out: Path | str, inputs: Iterable[Path | str]) -> None:
+    """Raise ``UserError`` if ``out`` is one of ``inputs`` or holds one: replacing it would delete what is read."""
+    target = Path(out).resolve()
+    for path in inputs:
+        place = Path(path).resolve()
+        if target == place or target in place.parents:
+            raise UserError(f"writing {out} would delete the input {path}: choose another --out")
+
+
+def check_output(path: Path | str, suffix: str, overwrite: bool, beside: Iterable[Path] = ()) -> None:
+    """Check, before any work, that a file can be written. Its folder is made, and no other process may write it.
+
+    Args:
+        path: the file.
+        suffix: that its name must end in.
+        overwrite: whether it may be replaced.
+        beside: files that are written with it; they are replaced only together with it.
+
+    Raises:
+        UserError: something stands there, the name or folder is impossible, or another process is writing the file.
+    """
+    path = Path(path)
+    known = path.exists()
+    refuse_existing(path, overwrite)
+    if path.suffix != suffix or path.is_dir():
+        raise UserError(f"{path} must be a file whose name ends in {suffix}")
+    for other in beside:
+        if other.exists() and not (overwrite and known):
+            raise UserError(f"{other} exists already and would be replaced with {path}: choose another place")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}") from None
+    _PROCESS.enter_context(_locked_beside(path))
+
+
+@contextmanager
+def output_folder(path: Path | str, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path`` that takes its place once the block ends well.
+
+    An error inside the block removes the temporary folder and leaves ``path`` as it was.
+
+    Raises:
+        UserError: ``path`` exists and may not be replaced, another process is making it, or its parent can't be
+            written.
+    """
+    path = Path(path).resolve()
+    refuse_existing(path, overwrite)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked_beside(path))
+            _remove_leftovers(path)
+            temporary.mkdir()
+        except OSError as error:
+            raise UserError(f"can't write beside {path}: {error.strerror}") from error
+        stack.callback(remove, temporary)
+        yield temporary
+        put_in_place(temporary, path, overwrite)
+
+
+def put_in_place(folder: Path, path: Path, overwrite: bool = False) -> None:
+    """Give a finished folder its name; what stands there is deleted.
+
+    Raises:
+        UserError: something has come to stand there, and may not be overwritten.
+    """
+    refuse_existing(path, overwrite)
+    mark(folder)
+    if path.exists():
+        discarded = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
+        try:
+            path.rename(discarded)
+            folder.rename(path)
+        except BaseException:  # also a signal's
+            if not path.exists():
+                discarded.rename(path)
+            raise
+    else:
+        folder.rename(path)
+    _remove_leftovers(path, "old")
+
+
+@contextmanager
+def working_folder(path: Path) -> Iterator[None]:
+    """Make a folder for this process alone to work in while the block runs.
+
+    Raises:
+        UserError: llmprune did not make what stands there, another process works there, or it can't be written.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"run.folder {path} is a file: choose another folder")
+    refuse_deleting(path)
+    known = path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't write to {path}: {error.strerror}") from None
+    try:
+        with locked(path / LOCK, path):
+            yield
+    finally:
+        if not known:
+            with suppress(OSError):  # something came of it
+                path.rmdir()
+
+
+def clear(folder: Path) -> None:
+    """Empty a folder that llmprune made, or make it; its mark stays throughout, so that a kill leaves it llmprune's.
+
+    Raises:
+        UserError: llmprune did not make it, or it can't be written.
+    """
+    refuse_deleting(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark(folder)
+        for path in [*folder.iterdir()]:
+            if path.name not in (MARK, LOCK):
+                remove(path)
+    except OSError as error:
+        raise UserError(f"can't write to {folder}: {error.strerror}") from None
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked_beside(path: Path) -> Iterator[None]:
+    path = Path(os.path.abspath(path))
+    with locked(path.with_name(f".{path.name}.lock"), path):
+        yield
+
+
+def _remove_leftovers(path: Path, *suffixes: str) -> None:
+    """Delete what killed processes left beside ``path``, whose lock this process holds."""
+    for suffix in suffixes or ("tmp", "old"):
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????.{suffix}"):
+            remove(leftover)

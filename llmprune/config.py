@@ -121,7 +121,8 @@ class TrainConfig:
         microbatch_size: samples per forward pass on one device; ``auto`` finds the largest that fits (GPU, neither
             sharded nor with gates).
         activation_checkpointing: keep only each block's input and compute its activations anew in the backward pass.
-        precision: fp32, amp_bf16 or amp_fp16.
+        precision: fp32, or amp_bf16 (weights in float32, matrix products in bfloat16; fast on GPUs, and on CPUs with
+            AVX512-BF16 or AMX).
         clip_norm: limit of the gradients' norm (the model's only, not the gates'); null = none.
         loss_spike_factor: a batch whose loss is so many times the mean of the last 100 is a spike; null = never.
         loss_spike: ``log`` it, or ``skip`` the batch as well.

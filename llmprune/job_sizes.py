@@ -142,7 +142,7 @@ def held_by(config: Config) -> int:
 
 def autocast_of(config: Config) -> torch.dtype | None:
     """The format of matrix products, if it is not that of the weights."""
-    return {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(config.train.precision)
+    return torch.bfloat16 if config.train.precision == "amp_bf16" else None
 
 
 def products_of(config: Config) -> torch.dtype:

@@ -25,6 +25,7 @@ from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.loading import load_config, load_model, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.offloading import OffloadedModel
+from llmprune.models.opened import check_vocabulary
 from llmprune.models.placement import DTYPES, TRAINABLE, Placement
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.ranks import initialize_ranks
@@ -121,11 +122,7 @@ def _samples(
     if limit is not None and config.data.length > limit:
         raise UserError(f"samples of {config.data.length} tokens are too long: the model takes {limit}")
     samples = calibration_samples(config.data, load_tokenizer(tokenizer))
-    vocabulary = model_config.vocab_size
-    if (largest := int(samples.max())) >= vocabulary:
-        raise UserError(
-            f"the tokenizer gives the token {largest}, the model's vocabulary ends at {vocabulary - 1}: use its own"
-        )
+    check_vocabulary(int(samples.max()), model_config, "the calibration text")
     return samples
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmprune.callbacks.distillation import Distillation
 from llmprune.callbacks.dynamic_loading import DynamicLoading
 from llmprune.callbacks.evaluation import Evaluation
-from llmprune.callbacks.l0_pruning import EVALUATIONS, L0Pruning
+from llmprune.callbacks.l0_pruning import L0Pruning
 from llmprune.callbacks.load_shards import LoadShards
 from llmprune.callbacks.loss_guard import LossGuard
 from llmprune.callbacks.low_rank_adaptation import LowRankAdaptation
@@ -39,6 +39,7 @@ from llmprune.data.dataset import MixedDataset
 from llmprune.errors import UserError
 from llmprune.estimating import check_fits
 from llmprune.families import family_of
+from llmprune.gates.chosen import save_shape
 from llmprune.job_files import save_config
 from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
 from llmprune.models.loading import empty_model, load_model, new_model
@@ -114,7 +115,10 @@ def build_trainer(config: Config, inputs: Ingredients | None = None) -> Trainer:
     if config.block_replacement is not None and config.block_replacement.cache is not None and span is not None:
         cache = make_cache(config, config.block_replacement.cache, inputs.model_config, inputs.data, run, span)
     stream, train, evaluation = make_loaders(config, inputs.data, cache)
-    wrapped = ComposerCausalLM(model, {number: evaluation.domains[number] for number in evaluation.domains_present})
+    domains = {number: evaluation.domains[number] for number in evaluation.domains_present}
+    on_cpu = get_device(config.train.device).name == "cpu"
+    own_autocast = on_cpu and config.train.precision == "amp_bf16"  # Composer has it on GPUs only
+    wrapped = ComposerCausalLM(model, domains, products=torch.bfloat16 if own_autocast else None)
     optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
     callbacks = make_callbacks(config, run, stream, wrapped.domains.values(), live=live, resumed=resume is not None)
     writers = dist.get_world_size() // (1 if config.sharding is None else config.sharding.replicas)
@@ -135,7 +139,7 @@ def build_trainer(config: Config, inputs: Ingredients | None = None) -> Trainer:
     on_rank_zero(lambda: _write_run(config, run, manifest, model, inputs.tokenizer, resume))
     per_rank = config.train.global_batch_size // dist.get_world_size()
     eval_batch = per_rank if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
-    sums = config.sharding is not None and get_device(config.train.device).name == "cpu"  # gloo does, where ranks meet
+    sums = config.sharding is not None and on_cpu  # gloo does, where ranks meet
     clipping = config.train.clip_norm
     algorithms: list[Algorithm] = []
     if clipping is not None:
@@ -162,7 +166,7 @@ def build_trainer(config: Config, inputs: Ingredients | None = None) -> Trainer:
             progress_bar=False,
             log_to_console=config.loggers.console,
             console_log_interval=config.loggers.console_interval,
-            precision=config.train.precision,
+            precision="fp32" if own_autocast else config.train.precision,
             device_train_microbatch_size=config.train.microbatch_size,
             parallelism_config=parallelism(config.sharding, config.train.activation_checkpointing),
             save_folder=str(run.checkpoints),
@@ -220,7 +224,8 @@ def _train(config: Config, inputs: Ingredients) -> Trainer:
             trainer.engine.close()  # what goes on beside the training; trainer.close() would wait for other ranks
             raise
         if config.l0_pruning is not None and config.l0_pruning.target_sparsity is not None:
-            report_rounding(trainer)
+            choose_shape(trainer, RunFolder(Path(config.run.folder)))
+            safekeeping_of(trainer).copy_rest()
     else:
         print(f"{config.run.folder} is complete: nothing is left to do until train.duration is raised")
         finish(trainer)
@@ -232,8 +237,12 @@ def _train(config: Config, inputs: Ingredients) -> Trainer:
 
 def finish(trainer: Trainer) -> None:
     """See to the newest checkpoint of a run that does not train."""
-    safe = next(callback for callback in trainer.state.callbacks if isinstance(callback, Safekeeping))
-    safe.finish(trainer.state.timestamp.batch.value)
+    safekeeping_of(trainer).finish(trainer.state.timestamp.batch.value)
+
+
+def safekeeping_of(trainer: Trainer) -> Safekeeping:
+    """What takes care of a run's checkpoints."""
+    return next(callback for callback in trainer.state.callbacks if isinstance(callback, Safekeeping))
 
 
 def trains(config: Config) -> bool:
@@ -253,22 +262,38 @@ def draw_weights(run: RunFolder) -> None:
         replace(domain_weights(found), name="weights").save(run.path)
 
 
-def report_rounding(trainer: Trainer) -> None:
-    """Print what it costs that every block of the cut model has the same shape: the loss with the gates as learned,
-    which may differ from block to block, and with those of the uniform shape that is cut.
-    """  # noqa: D205
+def choose_shape(trainer: Trainer, run: RunFolder) -> None:
+    """Choose the uniform shape that is cut, and say what it costs that every block has the same.
+
+    The shapes of the size wanted that follow from the gates are evaluated under the gates, before anything is cut. The
+    choice lies beside the checkpoints, where ``convert`` finds it.
+    """
     pruning = next(callback for callback in trainer.state.callbacks if isinstance(callback, L0Pruning))
-    losses = {}
-    for manner in EVALUATIONS:
-        pruning.evaluate_at = manner
-        trainer.eval()
-        losses[manner] = float(trainer.state.eval_metric_values["loss"])
+    gates = pruning.gates
+    learned = _held_out(trainer, pruning, "expected")
+    rivals = gates.goal.counts(gates.keep_probability())
+    losses = []
+    for gates.chosen in rivals:
+        losses.append(_held_out(trainer, pruning, "target"))
+    best = min(range(len(rivals)), key=lambda place: losses[place] if math.isfinite(losses[place]) else math.inf)
+    gates.chosen = rivals[best]
+    if best != len(rivals) - 1:
+        _held_out(trainer, pruning, "target")  # the last evaluation is that of the result
     if dist.get_global_rank() == 0:
-        shape = pruning.gates.plan("", "").shape
-        print(
-            f"the model is cut to one shape for all blocks ({shape}): its loss is {losses['target']:.4f}, with the "
-            f"gates as learned {losses['expected']:.4f}"
-        )
+        print(f"the loss is {learned:.4f} with the gates as learned, which may differ from block to block")
+        print("the model is cut to one shape for all blocks; those of the size wanted:")
+        for place, counts in enumerate(rivals):
+            gates.chosen = counts
+            mark = "chosen" if place == best else ""
+            print(f"  {gates.plan('', '').shape}: loss {losses[place]:.4f} {mark}".rstrip())
+        gates.chosen = rivals[best]
+        save_shape(run.checkpoints, trainer.state.timestamp.batch.value, rivals, losses, best)
+
+
+def _held_out(trainer: Trainer, pruning: L0Pruning, manner: str) -> float:
+    pruning.evaluate_at = manner
+    trainer.eval()
+    return float(trainer.state.eval_metric_values["loss"])
 
 
 def interval(every: str, duration: str) -> int | Time[int]:

@@ -77,7 +77,7 @@ class BlockReplacement(Callback):
         model = cast(ComposerCausalLM, state.model)
         self.span.check(len(blocks_of(model.model)))
         self.stand_in = make_stand_in(model, self.config, self.span, self._seed)
-        if state.precision != Precision.FP32:
+        if state.precision != Precision.FP32 or model.products is not None:
             self.stand_in.float()  # frozen weights may be bfloat16: what trains may not
         self.stand_in = state.device.module_to_device(self.stand_in)
         model.stand_in = self.stand_in

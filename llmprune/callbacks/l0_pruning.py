@@ -1,12 +1,13 @@
 """Learned L0 gates as a Composer callback (Sheared-LLaMA, arXiv:2310.06694, section 2.1)."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from composer.algorithms import GradientClipping
-from composer.core import Callback, Precision, State, Time, TimeUnit
+from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
@@ -75,11 +76,10 @@ class L0Pruning(Callback):
 
     def init(self, state: State, logger: Logger) -> None:
         """Make the gates and attach them, before the model is sharded."""
-        if state.precision == Precision.AMP_FP16:
-            raise UserError("gates can't be trained with precision amp_fp16 (loss scaling): use amp_bf16")
         model = cast(ComposerCausalLM, state.model)
         source = model.family.shape(model.model.config)
         gates = GateSet(source, make_goal(model.model.config, self.config), self.seed)
+        gates.clamp()  # before every draw
         self.gates = state.device.module_to_device(gates)
         self._slot = attach(model.model, model.family, set(gates.factors(gates.at_target()).trainable()))
         model.ungated = self._slot.open
@@ -202,6 +202,11 @@ class L0Pruning(Callback):
         fewest = [value.sum(-1).min() for value in keep.values()]
         numbers = torch.stack([constraint, *sparsities.values(), *fewest]).tolist()
         expected = dict(zip(sparsities, numbers[1:], strict=False))
+        if not all(map(math.isfinite, numbers)):
+            raise UserError(
+                f"the gates are not finite after batch {state.timestamp.batch.value}: the last checkpoint is kept; "
+                "resume from it with run.autoresume=true and a lower l0_pruning.gate_lr"
+            )
         logger.log_metrics(
             {
                 "l0/constraint": numbers[0],
@@ -243,8 +248,14 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def learning_rate_scale(state: State) -> float:
-    """The schedule's present multiplier of the learning rate: one schedule for everything."""
+    """What the schedule makes of learning rates in this batch: gates and multipliers follow the model's.
+
+    Composer steps schedulers before it counts the batch, so the model's learning rate is that of the batch before.
+    """
     if not state.schedulers:
         return 1.0
+    group = state.optimizers[0].param_groups[0]
+    if group.get("initial_lr"):
+        return float(group["lr"]) / float(group["initial_lr"])
     scheduler = cast(torch.optim.lr_scheduler.LambdaLR, state.schedulers[0])  # what Composer makes of any schedule
     return float(scheduler.lr_lambdas[0](scheduler.last_epoch))

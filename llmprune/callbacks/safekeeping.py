@@ -108,6 +108,16 @@ class Safekeeping(Callback):
                 "run.autoresume=true once the store can be reached"
             )
 
+    def copy_rest(self) -> None:
+        """Bring what was written after the last checkpoint to the store, if there is one.
+
+        Raises:
+            UserError: on all ranks, if it could not be brought there.
+        """
+        if self._store is not None:
+            store = self._store
+            on_rank_zero(lambda: self._copy_rest(store))
+
     def _await_oldest(self) -> None:
         while not wait([self._pending[0]], timeout=1).done:
             ACTIVITY.note()  # how long that takes is the store's affair

@@ -4,7 +4,7 @@ from typing import cast
 
 import torch
 from composer.callbacks import CheckpointSaver
-from composer.core import Callback, State
+from composer.core import Callback, State, get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 
@@ -67,7 +67,8 @@ class SaveGuard(Callback):
         assert self._batch is not None
         training = model.training
         # Also where a weight is broken already: the ranks of a sharded model wait for each other.
-        loss = model.eval().eval_forward(self._batch)["loss"]
+        with get_precision_context(state.precision, state.precision_config):
+            loss = model.eval().eval_forward(self._batch)["loss"]
         model.train(training)
         if name is not None:
             return f"the weights are not finite ('{name.removeprefix('model.')}')"

@@ -97,21 +97,26 @@ def verify(
     plan: Annotated[str | None, typer.Option(help="Leave out of A what this plan removes, without cutting.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare the logits of two models on the same tokens, in float32."""
+    """Compare the logits of two models on the same tokens, in float32; exit code 1 if any is not finite."""
     from dataclasses import asdict
 
     from llmprune.evaluation.verify import compare, open_for_comparison
+    from llmprune.files import to_json
     from llmprune.plans import Plan
 
     source = open_for_comparison(a, None if plan is None else Plan.load(plan))
     difference = compare(source, open_for_comparison(b))
     if as_json:
-        print(json.dumps(asdict(difference)))
+        print(to_json(asdict(difference)))
+    elif not difference.is_finite:
+        print("different: logits are NaN or infinite")
     else:
         print(
             f"largest difference {difference.max_abs:.3g} ({difference.max_rel:.3g} of the largest logit), "
             f"mean {difference.mean_abs:.3g}"
         )
+    if not difference.is_finite:
+        raise typer.Exit(1)
 
 
 @app.command()

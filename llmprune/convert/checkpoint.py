@@ -18,6 +18,7 @@ from llmprune.checksums import VERIFICATION
 from llmprune.convert.stored_state import StoredState, open_state
 from llmprune.errors import UserError
 from llmprune.families import Family, family_of
+from llmprune.gates.chosen import chosen_shape
 from llmprune.gates.gate_set import GateSet
 from llmprune.gates.settings import L0PruningConfig, make_goal
 from llmprune.models.loading import load_config
@@ -130,6 +131,7 @@ class Checkpoint:
         source = self.family.shape(self.config)
         gates = GateSet(source, make_goal(self.config, L0PruningConfig.from_dict(settings)))
         load_gates(gates, self._state.tensors("callbacks", "L0Pruning", "gates"))
+        gates.chosen = chosen_shape(self.path.parent, self.batch, gates.sizes)
         return gates
 
     def fingerprint(self) -> str:

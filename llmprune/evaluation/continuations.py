@@ -11,11 +11,11 @@ import sacrebleu
 import torch
 from rapidfuzz.distance import Levenshtein
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from llmprune.errors import UserError
 from llmprune.files import write_text
-from llmprune.models.opened import OpenedModel
+from llmprune.models.opened import OpenedModel, check_vocabulary
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -131,7 +131,7 @@ def _record(path: Path, number: int, line: str, name: str) -> dict[str, Any]:
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, limit: int | None
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, model: PretrainedConfig
 ) -> list[list[int]]:
     """The tokens of every prompt.
 
@@ -139,13 +139,15 @@ def encode_prompts(
         prompts: texts.
         tokenizer: the model's.
         max_new_tokens: how long an output may be.
-        limit: how many tokens the model takes at most.
+        model: config of the model that reads them.
 
     Raises:
-        UserError: a prompt has no tokens or leaves no room for an output.
+        UserError: a prompt has no tokens or some that the model does not know, or leaves no room for an output.
     """
+    limit = getattr(model, "max_position_embeddings", None)
     encoded = [tokenizer(prompt.prompt)["input_ids"] for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
+        check_vocabulary(max(ids, default=0), model, f"the prompt '{prompt.prompt[:40]}'")
         if not ids or (limit is not None and len(ids) + max_new_tokens > limit):
             raise UserError(
                 f"the prompt '{prompt.prompt[:40]}' has {len(ids)} tokens: with {max_new_tokens} new ones it must have "
@@ -170,8 +172,7 @@ def write_continuations(
     """
     config.check()
     model, tokenizer = opened.model, opened.tokenizer
-    limit = getattr(model.config, "max_position_embeddings", None)
-    encoded = encode_prompts(prompts, tokenizer, config.max_new_tokens, limit)
+    encoded = encode_prompts(prompts, tokenizer, config.max_new_tokens, model.config)
     generation = opened.generation(**config.settings)
     pad = generation["generation_config"].pad_token_id
     set_seed(config.seed)

@@ -124,7 +124,7 @@ def _prepare(found: FoundModel, config: EvaluationConfig) -> _Work:
         if streams:
             check_streams(streams, config.perplexity, found.config, bos_of(found.tokenizer))
         prompts = [] if config.prompts is None else read_prompts(config.prompts, config.prompt_share)
-        encode_prompts(prompts, found.tokenizer, config.generation.max_new_tokens, found.limit)
+        encode_prompts(prompts, found.tokenizer, config.generation.max_new_tokens, found.config)
     except UserError as error:
         raise UserError(f"{found.name}: {error}") from None
     if prompts and not any(prompt.reference for prompt in prompts):

@@ -4,19 +4,18 @@ from collections.abc import Callable
 
 import torch
 from composer.utils import dist
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.config import LiveEvaluationConfig
 from llmprune.errors import UserError
 from llmprune.evaluation.perplexity import PerplexityConfig, bos_of, check_streams, measure_perplexity, read_streams
-from llmprune.evaluation.tasks import Tasks, TasksConfig, quiet
+from llmprune.evaluation.tasks import EvaluatedModel, Tasks, TasksConfig, quiet
 
 Forward = Callable[[dict[str, Tensor]], Tensor]
 
 
-class LiveModel(HFLM):
+class LiveModel(EvaluatedModel):
     """A model in training as lm-eval sees it: every rank takes its share of the questions.
 
     All ranks run as many forward passes, since those of a sharded model wait for each other; for that lm-eval evens out

@@ -24,6 +24,7 @@ from llmprune.data.sources import Document, Fields, documents
 from llmprune.errors import UserError, nearest
 from llmprune.models.causal_lm import token_losses
 from llmprune.models.objectives import IGNORED
+from llmprune.models.opened import check_vocabulary
 
 BOS_MODES = ("none", "once", "each")
 
@@ -139,8 +140,7 @@ def check_streams(
         more = " and the BOS before each" if each else ""
         raise UserError(f"segments of {config.segment} tokens{more} are too long: the model takes {limit}")
     for name, tokens in streams.items():
-        if (largest := int(tokens.max())) >= model.vocab_size:
-            raise UserError(f"{name} has the token {largest}, the model's vocabulary ends at {model.vocab_size - 1}")
+        check_vocabulary(int(tokens.max()), model, name)
 
 
 def measure_perplexity(

@@ -19,10 +19,12 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager, get_task_dict
 from lm_eval.utils import handle_non_serializable
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.errors import UserError, nearest
 from llmprune.evaluation.suites import SUITES, expand
+from llmprune.models.opened import check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,26 @@ class Tasks:
         return float(np.mean(values))
 
 
+class EvaluatedModel(HFLM):
+    """A model as lm-eval sees it, which refuses texts with tokens that it does not know."""
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """The tokens of a text.
+
+        Raises:
+            UserError: the model does not know one.
+        """
+        tokens: list[int] = super().tok_encode(string, *args, **kwargs)
+        check_vocabulary(max(tokens, default=0), self.config, f"the text '{string[:40]}'")
+        return tokens
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The tokens of several texts, and which of them are not padding; see ``tok_encode``."""
+        tokens, mask = super().tok_batch_encode(strings, *args, **kwargs)
+        check_vocabulary(int((tokens * mask).max()), self.config, f"the text '{strings[0][:40]}'")
+        return tokens, mask
+
+
 def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int | str) -> HFLM:
     """A loaded model as lm-eval sees it.
 
@@ -165,7 +187,7 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *
         batch_size: requests per forward pass; ``auto`` finds the largest that fits.
     """
     with quiet():
-        return HFLM(model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+        return EvaluatedModel(model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
 
 
 def save_samples(samples: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Whether two models compute the same."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from llmprune.errors import UserError
 from llmprune.gates.attach import attach
 from llmprune.gates.from_plan import factors_of, mask_experts
 from llmprune.models.loading import load_any_model, load_model, new_model
-from llmprune.models.source import has_stand_in
+from llmprune.models.quantised import quantised_as
+from llmprune.models.source import has_stand_in, resolve_model
 from llmprune.plans import Plan
 from llmprune.replacements.streaming import Streaming
 from llmprune.surgery import Surgery
@@ -22,6 +24,8 @@ from llmprune.surgery import Surgery
 @dataclass(frozen=True)
 class Difference:
     """How far two models' logits lie apart.
+
+    All are NaN if any logit of either model is not finite: such models are different, whatever the others are.
 
     Attributes:
         max_abs: largest absolute difference.
@@ -32,6 +36,11 @@ class Difference:
     max_abs: float
     max_rel: float
     mean_abs: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all logits of both models are finite."""
+        return math.isfinite(self.max_abs)
 
 
 @torch.no_grad()
@@ -48,9 +57,9 @@ def open_for_comparison(path: Path | str, plan: Plan | None = None) -> PreTraine
         UserError: it can't be read, or the plan is for another shape.
     """
     if not is_checkpoint(path):
-        if has_stand_in(path) and plan is None:
-            return load_any_model(path, dtype=torch.float32)
-        model = load_model(path)
+        if plan is None and (has_stand_in(path) or quantised_as(resolve_model(path)) is not None):
+            return load_any_model(path, dtype=torch.float32, finite=False)
+        model = load_model(path, finite=False)
         return model if plan is None else _follow(model, plan)
     checkpoint = Checkpoint.open(path)
     model = new_model(checkpoint.config, seed=0).eval()
@@ -128,6 +137,8 @@ def compare(
         tokens = torch.randint(a.config.vocab_size, (1, length), generator=generator)
         x, y = a(input_ids=tokens).logits.double(), b(input_ids=tokens).logits.double()
         gap = (x - y).abs()
+        if not gap.isfinite().all():
+            return Difference(math.nan, math.nan, math.nan)
         difference, total = max(difference, gap.max().item()), total + gap.mean().item()
         largest = max(largest, x.abs().max().item(), y.abs().max().item())
     return Difference(difference, difference / largest if largest else 0.0, total / samples)

@@ -75,6 +75,11 @@ class GateSet(nn.Module):
 
     Parameters (float32): ``log_alpha.KIND`` of the kind's size; ``linear.CONSTRAINT`` and ``quadratic.CONSTRAINT`` (λ1
     and λ2) with one entry per row. They belong to no model: whoever owns the set trains it.
+
+    Attributes:
+        source: shape of the model.
+        goal: what the gates are to come to.
+        chosen: how many gates of every row stay in the model that is cut, by kind; None = what the goal says.
     """
 
     def __init__(self, source: Shape, goal: Goal, seed: int = 0) -> None:
@@ -87,6 +92,7 @@ class GateSet(nn.Module):
         """
         super().__init__()
         self.source, self.goal = source, goal
+        self.chosen: dict[str, int] | None = None
         self.sizes = {kind: gate_sizes(source)[kind] for kind in goal.kinds}
         generator = torch.Generator().manual_seed(seed)
         self.log_alpha = nn.ParameterDict()
@@ -107,8 +113,11 @@ class GateSet(nn.Module):
 
     @torch.no_grad()
     def at_target(self) -> dict[str, Tensor]:
-        """The deterministic gates with exactly the goal's number of zeros in every row."""
-        counts = self.goal.counts(self.keep_probability())
+        """The deterministic gates with exactly the goal's number of zeros in every row.
+
+        Of several shapes that the goal allows it is the one that was ``chosen``, else the first.
+        """
+        counts = self.chosen or self.goal.counts(self.keep_probability())[0]
         zeros = {kind: size[-1] - counts[kind] for kind, size in self.sizes.items()}
         log_alpha: dict[str, Tensor] = {kind: value.detach() for kind, value in self.log_alpha.items()}
         if LAYER in zeros:  # the sub-layers of removed blocks go before all others

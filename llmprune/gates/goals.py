@@ -29,8 +29,8 @@ class Goal(Protocol):
         """Expected sparsity of every constraint, of its rows' size, from each kind's probabilities to stay."""
         ...
 
-    def counts(self, keep: Mapping[str, Tensor]) -> dict[str, int]:
-        """How many gates of every row stay in the model that is cut, by kind."""
+    def counts(self, keep: Mapping[str, Tensor]) -> list[dict[str, int]]:
+        """How many gates of every row may stay in the model that is cut, by kind; the best guess first."""
         ...
 
 
@@ -84,9 +84,9 @@ class ShapeGoal:
             alive |= {kind: keep[kind] * keep[LAYER] for kind in (ATTENTION, MLP) if kind in keep}
         return {kind: 1 - alive[kind].mean(-1) for kind in self.kinds}
 
-    def counts(self, keep: Mapping[str, Tensor]) -> dict[str, int]:
+    def counts(self, keep: Mapping[str, Tensor]) -> list[dict[str, int]]:
         """The target's counts."""
-        return dict(self._keep)
+        return [dict(self._keep)]
 
     def __str__(self) -> str:
         sublayers = [f"{kind}_layers {self._keep[kind]}" for kind in (ATTENTION, MLP) if kind in self._keep]
@@ -155,8 +155,8 @@ class SizeGoal:
         """Expected share of the prunable parameters that go."""
         return {SIZE: 1 - prunable_size(self._source, self._matrices, keep) / self._full}
 
-    def counts(self, keep: Mapping[str, Tensor]) -> dict[str, int]:
-        """The uniform shape of the target's size that is nearest to what the gates have learned."""
+    def counts(self, keep: Mapping[str, Tensor]) -> list[dict[str, int]]:
+        """The uniform shapes of the target's size that follow from what the gates have learned."""
         return uniform_counts(self._source, self._matrices, keep, self.targets[SIZE], self._multiples, self._coupled)
 
     def __str__(self) -> str:

@@ -10,6 +10,8 @@ from torch import Tensor
 from llmprune.families import Shape
 from llmprune.gates.kinds import ATTENTION, DEPTH, HEAD, HIDDEN, INTERMEDIATE, KV_GROUP, LAYER, MLP, gate_sizes
 
+RIVALS = 6  # uniform shapes that are compared at most
+
 
 def prunable_size(source: Shape, matrices: Mapping[str, int], keep: Mapping[str, Tensor]) -> Tensor:
     """The number of attention and MLP parameters that stay, [].
@@ -40,11 +42,13 @@ def uniform_counts(
     sparsity: float,
     multiples: Mapping[str, int],
     coupled: bool = False,
-) -> dict[str, int]:
-    """The uniform shape nearest to what the gates have learned, at the size wanted.
+) -> list[dict[str, int]]:
+    """The uniform shapes of the size wanted that follow from what the gates have learned, the nearest first.
 
-    Among counts around the learned means it takes those whose size is nearest to the one wanted (to 1 %), and of these
-    the one that changes least. MLP channels, or else hidden dimensions, are chosen last to meet the size.
+    Every kind gives in proportion to the share of it that is expected to be closed: from the learned counts the way
+    goes on, or back, along that direction until the size is met. So a kind whose gates are all open loses next to
+    nothing while another can give. Around that point counts are rounded to both sides, and MLP channels, or else hidden
+    dimensions, are chosen last to meet the size (to 1 % where that is possible).
 
     Args:
         source: shape of the model.
@@ -55,20 +59,23 @@ def uniform_counts(
         coupled: whether hidden must be key/value groups × head size.
 
     Returns:
-        How many gates of every row stay, by kind.
+        How many gates of every row stay, by kind, for each of at most ``RIVALS`` shapes.
     """
-    sizes = gate_sizes(source)
-    full = {kind: size[-1] for kind, size in sizes.items()}
+    full = {kind: size[-1] for kind, size in gate_sizes(source).items()}
     wanted = (1 - sparsity) * _size(source, matrices, full)
-    learned = {kind: _mean_count(kind, keep) for kind in keep}
     follows = coupled and HIDDEN in keep
+    closed = {kind: 1 - _mean_count(kind, keep) / full[kind] for kind in keep}
+    if follows:
+        closed[HIDDEN] = closed[KV_GROUP] = (closed[HIDDEN] + closed[KV_GROUP]) / 2
+    centre = _at_size(source, matrices, closed, wanted)
     solved = next((kind for kind in (INTERMEDIATE, HIDDEN) if kind in keep and not (follows and kind == HIDDEN)), None)
     tried = [kind for kind in keep if kind != solved and not (follows and kind == HIDDEN)]
-    candidates = [_around(learned[kind], multiples.get(kind, 1), full[kind]) for kind in tried]
+    candidates = [_around(centre[kind], multiples.get(kind, 1), full[kind]) for kind in tried]
     if follows:
         fitting = [n for n in range(1, full[KV_GROUP] + 1) if n * source.head_dim % multiples.get(HIDDEN, 1) == 0]
-        candidates[tried.index(KV_GROUP)] = fitting
-    best: tuple[tuple[float, float], dict[str, int]] | None = None
+        near = sorted(fitting, key=lambda n: abs(n - centre[KV_GROUP]))[:2]
+        candidates[tried.index(KV_GROUP)] = near or [full[KV_GROUP]]
+    found: list[tuple[float, float, dict[str, int]]] = []
     for counts in itertools.product(*candidates):
         chosen = dict(zip(tried, counts, strict=True))
         if follows:
@@ -76,16 +83,40 @@ def uniform_counts(
         if solved is not None:
             chosen[solved] = _solve(source, matrices, {**full, **chosen}, solved, wanted, multiples.get(solved, 1))
         error = abs(_size(source, matrices, {**full, **chosen}) / wanted - 1)
-        change = sum(abs(chosen[kind] - learned[kind]) / full[kind] for kind in keep)
-        cost = (round(error, 2), change)
-        if best is None or cost < best[0]:
-            best = cost, chosen
-    assert best is not None
-    return best[1]
+        change = sum(abs(chosen[kind] - centre[kind]) / full[kind] for kind in keep)
+        found.append((round(error, 2), change, chosen))
+    found.sort(key=lambda shape: shape[:2])
+    return [chosen for error, _, chosen in found if error <= max(found[0][0], 0.01)][:RIVALS]
 
 
-def _size(source: Shape, matrices: Mapping[str, int], counts: Mapping[str, int]) -> int:
-    """The prunable size of a uniform shape."""
+def _at_size(
+    source: Shape, matrices: Mapping[str, int], closed: Mapping[str, float], wanted: float
+) -> dict[str, float]:
+    """The counts, not yet whole numbers, at which the size is ``wanted``, along the direction of ``closed``.
+
+    Args:
+        source: shape of the model.
+        matrices: see ``prunable_size``.
+        closed: share of every kind that is expected to be zero, in (0, 1).
+        wanted: the size.
+    """
+    full = {kind: size[-1] for kind, size in gate_sizes(source).items()}
+
+    def at(step: float) -> dict[str, float]:
+        return {kind: max(full[kind] * (1 - step * share), 1.0) for kind, share in closed.items()}
+
+    low, high = 0.0, 1 / max(min(closed.values()), 1e-9)  # there everything is as small as it can be
+    for _ in range(100):
+        middle = (low + high) / 2
+        if _size(source, matrices, {**full, **at(middle)}) > wanted:
+            low = middle
+        else:
+            high = middle
+    return at(high)
+
+
+def _size(source: Shape, matrices: Mapping[str, int], counts: Mapping[str, float]) -> float:
+    """The prunable size of a uniform shape, whose counts need not be whole numbers."""
     head_dim, groups = source.head_dim, counts[KV_GROUP]
     queries = groups * counts[HEAD] * head_dim
     of_attention = matrices["query"] * queries + matrices["key_value"] * groups * head_dim
@@ -107,10 +138,9 @@ def _mean_count(kind: str, keep: Mapping[str, Tensor]) -> float:
 
 
 def _around(value: float, multiple: int, limit: int) -> list[int]:
-    """The multiples next to ``value``, two on each side, from one up to ``limit``."""
+    """The multiples next to ``value`` on both sides, from one up to ``limit``."""
     near = math.floor(value / multiple) * multiple
-    steps = {near + step * multiple for step in (-1, 0, 1, 2)}
-    return sorted(n for n in steps if 0 < n <= limit) or [limit]
+    return sorted(n for n in {near, near + multiple} if 0 < n <= limit) or [limit]
 
 
 def _solve(

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from llmprune.families import family_of
+from llmprune.models.autocast import forgetting_casts, in_autocast, products_in
 from llmprune.models.objectives import IGNORED, next_token, predicting, targets_of
 from llmprune.models.vocabulary import Head, head_of, mean_loss, token_measures, without_head
 
@@ -68,7 +69,8 @@ def run_model(model: PreTrainedModel, batch: Batch) -> Tensor:
             tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
         elif family_of(model.config).document_masks:
             mask = document_mask(positions, model.dtype)
-    return model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits  # type: ignore[no-any-return]
+    with forgetting_casts(tokens.device.type):
+        return model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits  # type: ignore[no-any-return]
 
 
 def final_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Head]:
@@ -155,17 +157,22 @@ class ComposerCausalLM(ComposerModel):
     exist at a time.
     """
 
-    def __init__(self, model: PreTrainedModel, domains: Mapping[int, str] | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, domains: Mapping[int, str] | None = None, *, products: torch.dtype | None = None
+    ) -> None:
         """Wrap ``model``.
 
         Args:
             model: the model; its config's ``use_cache`` is switched off for training.
             domains: number → name of each domain whose evaluation loss is reported apart.
+            products: the dtype of matrix products, by autocast; None = that of the weights, or what Composer's
+                ``precision`` says (it knows none but fp32 on CPUs).
         """
         super().__init__()
         self.model = model
         self.family = family_of(model.config)
         self.domains = dict(domains or {})
+        self.products = products
         self.objective: Objective | None = None  # of a callback
         self.ungated: Callable[[], AbstractContextManager[None]] | None = None  # while open, gates do nothing
         model.config.use_cache = False
@@ -177,9 +184,13 @@ class ComposerCausalLM(ComposerModel):
 
     def forward(self, batch: Batch) -> Tensor:
         """Mean next-token loss of the batch (nats per token), or the objective's."""
-        if self.objective is not None:
-            return self.objective.loss(batch)
-        return next_token_loss(*final_states(self.model, batch), labels_of(batch))
+        with self._products(batch):
+            if self.objective is not None:
+                return self.objective.loss(batch)
+            return next_token_loss(*final_states(self.model, batch), labels_of(batch))
+
+    def _products(self, batch: Batch) -> AbstractContextManager[None]:
+        return products_in(self.products, batch["input_ids"].device.type)
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The loss, which the forward pass gives already."""
@@ -191,13 +202,15 @@ class ComposerCausalLM(ComposerModel):
 
     def logits(self, batch: Batch) -> Tensor:
         """Its logits, all at a time, float32 [batch, length, vocabulary]."""
-        states, head = self.final_states(batch)
-        return head.logits(states).view(*batch["input_ids"].shape, -1)
+        with self._products(batch):
+            states, head = self.final_states(batch)
+            return head.logits(in_autocast(states)).view(*batch["input_ids"].shape, -1)
 
     def eval_forward(self, batch: Batch, outputs: Any = None) -> dict[str, Tensor]:
         """Loss sums, token counts and domain of every sample, [batch] each."""
         targets = targets_of(labels_of(batch))
-        (losses,) = token_measures(*self.final_states(batch), next_token(targets.flatten()))
+        with self._products(batch):
+            (losses,) = token_measures(*self.final_states(batch), next_token(targets.flatten()))
         tokens, domain = (targets != IGNORED).sum(1), batch.get("domain")
         return {
             "loss": losses.view_as(targets).sum(1),

@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmprune.errors import UserError
 from llmprune.models.loading import count_parameters, load_any_model, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.placement import Placement
@@ -98,6 +99,21 @@ class FoundModel:
         if self.placement.device_map is None:
             remedy = "spread it over all devices with --device-map auto, or take bfloat16"
             check_memory(self.name, dtype=self.placement.torch_dtype, on_gpu=self.placement.on_gpu, remedy=remedy)
+
+
+def check_vocabulary(largest: int, config: PretrainedConfig, what: str) -> None:
+    """Raise ``UserError`` for tokens that a model does not know: tokenizers may have more of them than their models.
+
+    Args:
+        largest: the largest token of a text.
+        config: the model's.
+        what: the text, in words.
+    """
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"{what} has the token {largest}, but the model's vocabulary ends at {config.vocab_size - 1}: is this the "
+            "model's own tokenizer?"
+        )
 
 
 def find_model(name: str, placement: Placement) -> FoundModel:

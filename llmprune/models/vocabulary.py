@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from llmprune.families import family_of
+from llmprune.models.autocast import in_autocast
 
 # How many logits exist at a time: few enough for a CPU's caches, enough to keep a GPU busy (256 MB in float32).
 CHUNKS = {"cpu": 2**20, "cuda": 2**26}
@@ -47,6 +48,10 @@ class Head:
     def logits(self, states: Tensor) -> Tensor:
         """The logits of states before the output layer, float32 [tokens, vocabulary] from [tokens, hidden]."""
         return self.capped(self.raw(states))
+
+    def cast(self, dtype: torch.dtype) -> "Head":
+        """The layer with its weight in another dtype, made once for many tokens."""
+        return replace(self, weight=self.weight.to(dtype))
 
     def chunks(self, tokens: int) -> list[slice]:
         """Parts of so many tokens whose logits may exist at a time."""
@@ -95,7 +100,8 @@ def token_measures(states: Tensor, head: Head, measure: Measure) -> list[Tensor]
     Returns:
         Each loss, float32 [tokens].
     """
-    states = _in_autocast(states)
+    states = in_autocast(states)
+    head = head.cast(states.dtype)
     parts = [measure(head.logits(states[part]), part) for part in head.chunks(len(states))]
     return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
@@ -119,14 +125,9 @@ def mean_loss(states: Tensor, head: Head, measure: Measure, weights: Sequence[fl
         return states.sum() * 0.0, torch.zeros(len(weights), device=states.device)
     if not torch.is_grad_enabled():
         means = torch.stack([values.mean() for values in token_measures(states, head, measure)])
-        return means @ torch.tensor(weights, device=means.device), means
-    total, means = _MeanLoss.apply(_in_autocast(states), head.weight, head.bias, head.softcap, measure, tuple(weights))
+        return (means * torch.tensor(weights, device=means.device)).sum(), means  # a product autocast would round
+    total, means = _MeanLoss.apply(in_autocast(states), head.weight, head.bias, head.softcap, measure, tuple(weights))
     return total, means
-
-
-def _in_autocast(states: Tensor) -> Tensor:
-    device = states.device.type
-    return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
 
 
 class _MeanLoss(torch.autograd.Function):
@@ -153,7 +154,7 @@ class _MeanLoss(torch.autograd.Function):
                 with torch.enable_grad():
                     raw = head.raw(states[part]).detach().requires_grad_(any(needed[:3]))
                     losses = torch.stack([loss.sum() for loss in measure(head.capped(raw), part)])
-                    weighted = losses @ coefficients / count
+                    weighted = (losses * coefficients).sum() / count
                 sums += losses.detach()
                 if not any(needed[:3]):
                     continue
@@ -171,7 +172,7 @@ class _MeanLoss(torch.autograd.Function):
         ctx.gradients = (of_states, None if of_weight is None else of_weight.to(weight.dtype), of_bias)
         means = sums / count
         ctx.mark_non_differentiable(means)
-        return means @ coefficients, means
+        return (means * coefficients).sum(), means
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmprune.models.autocast import in_autocast
 from llmprune.models.causal_lm import Batch, run_model
 from llmprune.models.objectives import forward_kl, kl_to_likeliest
 from llmprune.models.sharded import reshard
@@ -103,7 +104,8 @@ class ModelTeacher:
             with self._alone():
                 found = states_of(self.model.eval(), batch, self._blocks)
             self.model.train(training)
-        final, head = found.final[chosen], head_of(self.model)
+        final = in_autocast(found.final[chosen])
+        head = head_of(self.model).cast(final.dtype)
 
         def divergence(logits: Tensor, part: slice) -> Tensor:
             with torch.no_grad():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.families import family_of
+from llmprune.models.autocast import in_autocast
 from llmprune.models.causal_lm import Batch, labels_of, run_model
 from llmprune.models.objectives import (
     cosine_distance,
@@ -124,14 +125,15 @@ class Streaming:
         """The part of the loss that looks at predictions."""
         head, rows = head_of(self.model), chosen.flatten()
         assert shortened.final is not None
-        wanted = None if source.final is None else source.final[rows]
+        wanted = None if source.final is None else in_autocast(source.final[rows])
+        teachers = None if wanted is None else head.cast(wanted.dtype)
         following = next_token(targets_of(labels).flatten()[rows])
 
         def measure(logits: Tensor, part: slice) -> list[Tensor]:
             found = [*following(logits, part)] if "lm" in self._weights else []
-            if wanted is not None:
+            if wanted is not None and teachers is not None:
                 with torch.no_grad():
-                    teacher = head.logits(wanted[part])
+                    teacher = teachers.logits(wanted[part])
                 found.append(forward_kl(logits, teacher, self._top_k, self._temperature))
             return found
 

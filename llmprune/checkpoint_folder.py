@@ -148,12 +148,12 @@ class CheckpointFolder:
         """
         with ExitStack() as stack:
             with suppress(UserError):
-                stack.enter_context(locked(self.path / f"ba{batch}.{secrets.token_hex(4)}.lock", self.path))
+                stack.enter_context(locked(self.path / f".ba{batch}.{secrets.token_hex(4)}.lock", self.path))
             yield
 
     def is_read(self, batch: int) -> bool:
         """Whether another process is reading a checkpoint."""
-        return any(is_held(file) for file in self.path.glob(f"ba{batch}.????????.lock"))
+        return any(is_held(file) for file in self.path.glob(f".ba{batch}.????????.lock"))
 
     def own_files(self, batch: int, rank: int) -> list[Path]:
         """What a rank wrote of a checkpoint; what marks it as complete comes last."""
@@ -213,7 +213,7 @@ class CheckpointFolder:
                     remove(self.path / record)
         for note in self.path.glob("ba*.writing"):
             remove(note)
-        for lock in self.path.glob("ba*.lock"):
+        for lock in self.path.glob(".ba*.lock"):
             if not is_held(lock):
                 remove(lock)
 

@@ -81,7 +81,12 @@ def round_shapes(rounds: RoundsConfig, model: PretrainedConfig) -> list[Shape]:
     for number, (before, after) in enumerate(zip([source, *shapes], shapes, strict=False), start=1):
         if before == after:
             raise UserError(f"round {number} of {rounds.rounds} would remove nothing: take fewer rounds")
-        rehearse(_plan_config(rounds, before, after), names, family.with_shape(model, before, range(before.layers)))
+        rehearse(
+            _plan_config(rounds, before, after),
+            names,
+            family.with_shape(model, before, range(before.layers)),
+            rounds.calibration,
+        )
     return shapes
 
 

@@ -46,8 +46,8 @@ def is_leftover(path: Path) -> bool:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but leftovers."""
-    return all(is_leftover(path) for path in folder.iterdir())
+    """Whether a folder holds nothing but leftovers and llmprune's mark; one that is not there is empty, too."""
+    return not folder.is_dir() or all(is_leftover(path) or path.name == MARK for path in folder.iterdir())
 
 
 def refuse_deleting(path: Path) -> None:

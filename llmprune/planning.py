@@ -1,14 +1,16 @@
 """From scores to a plan, and what the criteria would say side by side."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import cache
 
 import torch
 from transformers import PretrainedConfig
 
 from llmprune.budgets.choose import Choice, Chooser, Steps
 from llmprune.budgets.limits import BudgetConfig, Limit, costs_of, limits_of
+from llmprune.budgets.losses import PlanLosses
 from llmprune.budgets.sizes import Sizes
 from llmprune.budgets.trial import Trial
 from llmprune.data.calibration import CalibrationConfig, calibration_samples, samples_fingerprint
@@ -20,32 +22,61 @@ from llmprune.models.placement import DTYPES
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans import KeptBlock, Plan
 from llmprune.scoring import merging, repeated
-from llmprune.scoring.correction import check_correction, corrected, is_correctable
+from llmprune.scoring.correction import check_correction, check_tokens, corrected, is_correctable
 from llmprune.scoring.criteria import CRITERIA
 from llmprune.scoring.criterion import Section
 from llmprune.scoring.scores import Scores
-from llmprune.scoring.selection import SELECTIONS, Opened, PlanConfig, Request, blocks_of, select
+from llmprune.scoring.selection import (
+    SELECTIONS,
+    Opened,
+    PlanConfig,
+    Request,
+    blocks_of,
+    calibration_size,
+    select,
+)
 from llmprune.scoring.width import narrowed, whole
 from llmprune.surgery import Surgery
 
 __all__ = ["SELECTIONS", "compare", "make_plan", "merging", "repeated"]
 
 
-def make_plan(scores: Scores, config: PlanConfig, *, model: str | None = None, opened: Opened | None = None) -> Plan:
+def make_plan(
+    scores: Scores,
+    config: PlanConfig,
+    *,
+    model: str | None = None,
+    trial: Trial | None = None,
+    told: Callable[[PlanLosses], None] | None = None,
+) -> Plan:
     """The plan that follows from scores.
 
     Args:
         scores: of the model.
         config: how to select.
         model: where the model lies now; None = where it lay when it was scored.
-        opened: the model in memory (``open_scored``), for the ways that look at it again; None = opened if need be.
+        trial: of the model in memory, for the ways that look at it again; None = opened if need be.
+        told: is given the calibration losses of a plan with corrections.
 
     Raises:
         UserError: the request is impossible, or (for ways that look at the model again) the model is another one.
+        RuinousPlanError: the plan's corrections make it worse than it is without them.
     """
-    plan = select(_request(scores, config, model or scores.model, opened))
+    place = model or scores.model
+
+    @cache
+    def opened() -> Opened:
+        return open_scored(scores, place) if trial is None else trial.opened
+
+    plan = select(Request(scores, config, opened, _parallel(scores, config, place)))
     if config.shape is not None:
-        Surgery(load_config(model or scores.model), plan)
+        Surgery(load_config(place), plan)
+    if config.correction != "none":
+        losses = PlanLosses.of(plan, trial or Trial(opened()))
+        if told is not None:
+            told(losses)
+        if not config.force:
+            losses.check()
     return plan
 
 
@@ -76,9 +107,17 @@ def choose_plan(
     model = model or scores.model
     sizes = Sizes(load_config(model))
     check_correction(config.correction, sizes.config)
+    _check_tokens(config, sizes, scores)
     limits = limits_of(costs_of(budget, sizes, default_device()), sizes.source)
     _steps(_request(scores, config, model), sizes, budget.multiple)
     return best_under(limits, scores, config, Trial(open_scored(scores, model)), budget, model=model)
+
+
+def _check_tokens(config: PlanConfig, sizes: Sizes, scores: Scores) -> None:
+    """Refuse, before anything is searched, a correction for which the calibration samples may be too few."""
+    shape = sizes.source
+    inputs = max(shape.heads * shape.head_dim, 0 if shape.experts else shape.intermediate)
+    check_tokens(inputs, config.correction, *calibration_size(scores.data))
 
 
 def check_choice(config: PlanConfig) -> None:
@@ -122,10 +161,13 @@ def best_under(
         return narrowed(plan, shape, scores, config.unit_criterion, config.expert_criterion)
 
     choice = Chooser(sizes, steps, limits, plan_for, trial.loss, budget.tries).choose()
-    if config.correction == "none" or not is_correctable(choice.plan):
-        return choice.plan, choice
-    plan = corrected(choice.plan, config.correction, trial.opened)
-    return plan, replace(choice, plan=plan, loss=trial.loss(plan))
+    plan = choice.plan
+    if config.correction != "none" and is_correctable(plan):
+        plan = corrected(plan, config.correction, trial.opened)
+    losses = PlanLosses.of(plan, trial)
+    if not config.force:
+        losses.check()
+    return plan, replace(choice, plan=plan, losses=losses)
 
 
 def _steps(request: Request, sizes: Sizes, multiple: int | None) -> Steps:
@@ -169,13 +211,16 @@ class _Opening(Exception):
     """A rehearsal came as far as opening the model."""
 
 
-def rehearse(config: PlanConfig, criteria: Sequence[str], model_config: PretrainedConfig) -> None:
+def rehearse(
+    config: PlanConfig, criteria: Sequence[str], model_config: PretrainedConfig, data: CalibrationConfig
+) -> None:
     """See, before scoring, whether a plan can follow from the scores; whatever looks at the model again is left out.
 
     Args:
         config: how to select.
         criteria: those that will have scored.
         model_config: the model's.
+        data: the calibration samples.
 
     Raises:
         UserError: it can't.
@@ -191,7 +236,7 @@ def rehearse(config: PlanConfig, criteria: Sequence[str], model_config: Pretrain
         family=family.name,
         fingerprint="",
         source=shape,
-        data={},
+        data=asdict(data),
         settings={},
         perplexity=None,
         blocks={name: [0.0] * shape.layers for name in of[Section.BLOCKS]},
@@ -238,6 +283,8 @@ def describe(plan: Plan) -> str:
         before, after = vars(plan.source), vars(plan.shape)
         narrower = [f"{n} {after[n]} of {before[n]}" for n in before if n != "layers" and before[n] != after[n]]
         notes.append(", ".join(narrower))
+    if plan.corrections:
+        notes.append(f"{len({name.partition('.')[2] for name in plan.corrections})} matrices corrected")
     return "; ".join(notes)
 
 

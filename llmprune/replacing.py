@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from composer.core import Time
 from composer.utils import dist
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -108,6 +109,7 @@ def make_replacement(
         seed=config.run.seed,
         folder=run.checkpoints,
         fit_on=first_batches(config, data, settings.fit_samples),
+        alone=Time.from_timestring(config.train.duration).value == 0,
         cache=cache,
         cached=() if cache is None else first_batches(config, data, cache.samples, of_machine=True),
     )

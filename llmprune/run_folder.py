@@ -35,10 +35,8 @@ from llmprune.files import inside, read_json, write_json
 from llmprune.gates.settings import L0PruningConfig
 from llmprune.models.companions import GENERATION, name_inputs, save_model_config
 from llmprune.outputs import (
-    MARK,
     clear,
     is_empty,
-    is_leftover,
     output_folder,
     refuse_deleting,
     remove,
@@ -202,7 +200,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run.folder {self.path} is a file: choose another folder")
         refuse_deleting(self.path)
-        if not self.path.exists() or is_empty(self.path):
+        if is_empty(self.path):
             return None
         if autoresume:
             checkpoints = CheckpointFolder(self.checkpoints)
@@ -210,14 +208,14 @@ class RunFolder:
             if found is None and checkpoints.by_age():
                 print(f"{self.path} has no checkpoint that can be used; with run.overwrite the run begins anew")
             elif found is None and self.config.exists():
-                print(f"{self.path} holds no checkpoint to resume from: the run begins anew")
+                print(f"{self.path} holds no complete checkpoint to resume from: the run begins anew")
             return found
         if not overwrite and self.config.exists():
             raise UserError(
                 f"{self.path} holds a run already: pass run.autoresume=true to go on with it, "
                 "run.overwrite=true to delete it, or another run.folder"
             )
-        if not overwrite and any(path.name != MARK for path in self.path.iterdir() if not is_leftover(path)):
+        if not overwrite:
             raise UserError(f"{self.path} holds something that is no run: choose another run.folder")
         return None
 

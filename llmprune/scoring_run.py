@@ -24,7 +24,7 @@ def run_scoring(config: ScoringConfig) -> Scores:
         model_config = load_config(config.model.path)
         names = config.layer_scoring.names(model_config)
         for plan in config.plan.each().values():
-            rehearse(plan, names, model_config)
+            rehearse(plan, names, model_config, config.layer_scoring.data)
     share_cores()
     initialize_ranks(config.model.device)
     run, model = RunFolder(Path(config.run.folder)), config.model

@@ -24,6 +24,7 @@ from transformers import PretrainedConfig
 
 from llmprune.budgets.choose import NoShapeError, Steps
 from llmprune.budgets.limits import Latency, Limit, costs_of, limits_of
+from llmprune.budgets.losses import RuinousPlanError
 from llmprune.budgets.sizes import Sizes
 from llmprune.budgets.trial import Trial
 from llmprune.checks import check
@@ -105,7 +106,7 @@ def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
         UserError: one is not.
     """
     settings = config.search
-    names = settings.scored()
+    names, data = settings.scored(), settings.calibration
     sizes = Sizes(model)
     for candidate in settings.candidates():
         plan = candidate.config
@@ -113,13 +114,16 @@ def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
             check_choice(plan)
             if plan.criterion is not None or plan.method != "lowest":
                 rehearse(
-                    replace(plan, remove=1, unit_criterion=None, expert_criterion=None, correction="none"), names, model
+                    replace(plan, remove=1, unit_criterion=None, expert_criterion=None, correction="none"),
+                    names,
+                    model,
+                    data,
                 )
             if plan.unit_criterion is not None:
                 _check_units(plan.unit_criterion)
                 Steps.of(sizes, settings.budget.multiple, 1, depth=False, width=True)
         else:
-            rehearse(plan, names, model)
+            rehearse(plan, names, model, data)
     limits_of(costs_of(settings.budget, sizes, default_device()), sizes.source)
 
 
@@ -203,12 +207,15 @@ class _Job:
                 plan, choice = best_under(
                     limits, scores, candidate.config, trial, self._settings.budget, model=self._source
                 )
-            except NoShapeError as error:  # blocks alone, or width alone, may not lead to the budget
+            except (NoShapeError, RuinousPlanError) as error:  # blocks or width alone may not lead to the budget
                 return {**row, "impossible": str(error)}
             if choice.measured is not None:
                 row["measured_latency"] = choice.measured
         else:
-            plan = make_plan(scores, candidate.config, model=self._source, opened=trial.opened)
+            try:
+                plan = make_plan(scores, candidate.config, model=self._source, trial=trial)
+            except RuinousPlanError as error:
+                return {**row, "impossible": str(error)}
         place = self.place(number)
         place.mkdir(parents=True, exist_ok=True)
         plan.save(place / "plan.json")

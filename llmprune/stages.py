@@ -15,7 +15,7 @@ from llmprune.convert.commands import convert
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.errors import UserError
 from llmprune.job_files import load_job, save_config
-from llmprune.outputs import clear, refuse_deleting, refuse_replacing, remove
+from llmprune.outputs import clear, is_empty, refuse_deleting, refuse_replacing, remove
 from llmprune.ranks import on_rank_zero
 from llmprune.training import train
 
@@ -39,21 +39,20 @@ def begin(config: Config, kind: str) -> None:
     folder = Path(config.run.folder)
     known = folder / "config.yaml"
     refuse_deleting(folder)
-    if known.exists() and not config.run.overwrite:
-        before = load_job(known)
-        if not isinstance(before, Config) or type(before) is not type(config):
-            raise UserError(f"{folder} holds something that is no {kind}: choose another run.folder")
+    before = load_job(known) if known.is_file() else None
+    if not is_empty(folder) and type(before) is not type(config):
+        raise UserError(f"{folder} holds something that is no {kind}: choose another run.folder")
+    if isinstance(before, Config) and not config.run.overwrite:
         if not config.run.autoresume:
             raise UserError(f"{folder} holds a {kind}: pass run.autoresume=true to go on, or run.overwrite=true")
-        else:
-            was, now = _identity(before), _identity(config)
-            for key in sorted({*was, *now}):
-                if was.get(key) != now.get(key):
-                    raise UserError(
-                        f"{folder} was begun with {key} {was.get(key)}; the config asks for {now.get(key)}: keep what "
-                        "it began with, or use another run.folder"
-                    )
-            return
+        was, now = _identity(before), _identity(config)
+        for key in sorted({*was, *now}):
+            if was.get(key) != now.get(key):
+                raise UserError(
+                    f"{folder} was begun with {key} {was.get(key)}; the config asks for {now.get(key)}: keep what "
+                    "it began with, or use another run.folder"
+                )
+        return
     refuse_replacing(folder, inputs_of(config))
     clear(folder)
     save_config(config, known)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -146,7 +147,8 @@ def build_trainer(config: Config, inputs: Ingredients | None = None) -> Trainer:
         algorithms.append(GradientClipping("norm", clipping_threshold=clipping))
     if sums:
         algorithms.append(AverageGradients())  # after a batch, Composer runs the last algorithm first
-    with contextlib.nullcontext() if resume is None else harmless(resume):
+    with contextlib.nullcontext() if resume is None else harmless(resume), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Specifying the ProgressBarLogger")  # our own has no state
         return Trainer(
             model=wrapped,
             run_name=config.run.name,

@@ -297,7 +297,7 @@ def test_a_tokenizer_that_did_not_make_the_data_is_refused(yaml: Path, data: Pat
 def test_a_folder_that_is_no_run_is_not_overwritten(yaml: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="holds something that is no run"):
+    with pytest.raises(UserError, match="llmprune did not make"):
         train(load_config(yaml, ["run.overwrite=true"]))
     assert (tmp_path / "run" / "thesis.txt").exists()
 

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llmprune.budgets.limits import Latency, Limit
+from llmprune.budgets.losses import PlanLosses
 from llmprune.budgets.sizes import Sizes, of_size, prunable_dimensions
 from llmprune.errors import UserError
 from llmprune.families import Shape
@@ -37,6 +38,7 @@ class Choice:
         costs: by budget, as predicted.
         measured: share of the source's latency that a built model takes; None without such a budget, or without room.
         tried: how many shapes were compared.
+        losses: of the plan as it is written; None = as long as it is only chosen.
     """
 
     plan: Plan
@@ -44,6 +46,7 @@ class Choice:
     costs: Mapping[str, float]
     measured: float | None
     tried: int
+    losses: PlanLosses | None = None
 
     def facts(self) -> dict[str, Any]:
         """What the choice rests on, for JSON."""
@@ -53,6 +56,7 @@ class Choice:
             "costs": dict(self.costs),
             "measured_latency": self.measured,
             "tried": self.tried,
+            **({} if self.losses is None else self.losses.facts()),
         }
 
     def __str__(self) -> str:
@@ -62,7 +66,8 @@ class Choice:
             costs.append(f"a built model takes {self.measured:.3f}")
         shown = ", ".join(costs)
         return (
-            f"{self.plan.shape}: {shown}; calibration loss {self.loss:.4f} before recovery, {self.tried} shapes tried"
+            f"{self.plan.shape}: {shown}; {self.tried} shapes tried; "
+            f"{self.losses or f'calibration loss before recovery {self.loss:.4f}'}"
         )
 
 

@@ -1,6 +1,7 @@
 """A light network in the place of a span of blocks, as a Composer callback (LLM-Streamline, arXiv:2403.19135)."""
 
 import logging
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -13,16 +14,19 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from llmprune.callbacks.part_means import PartMeans
+from llmprune.errors import UserError
 from llmprune.files import save_tensors
 from llmprune.models.causal_lm import Batch, ComposerCausalLM, labels_of
+from llmprune.models.least_squares import LEAST, RIDGES, samples_fitted
 from llmprune.models.objectives import predicting
 from llmprune.models.parts import parameters_behind, train_only
 from llmprune.models.sharded import reshard
 from llmprune.models.walking import blocks_of
 from llmprune.replacements.cache import StatesCache
+from llmprune.replacements.fitting import FittedLosses, Map, Sums, best_map
 from llmprune.replacements.settings import BlockReplacementConfig
 from llmprune.replacements.span import Span
-from llmprune.replacements.stand_ins import STAND_INS, Site, StandIn, Sums
+from llmprune.replacements.stand_ins import STAND_INS, Site, StandIn
 from llmprune.replacements.streaming import Streaming
 
 BEST = "best.safetensors"
@@ -46,6 +50,7 @@ class BlockReplacement(Callback):
         seed: int,
         folder: Path | None = None,
         fit_on: Iterable[Batch] = (),
+        alone: bool = False,
         cache: StatesCache | None = None,
         cached: Iterable[Batch] = (),
     ) -> None:
@@ -57,6 +62,7 @@ class BlockReplacement(Callback):
             seed: of random weights.
             folder: where the best stand-in is kept; None = nowhere.
             fit_on: this rank's batches that stand-ins are computed from, if they are.
+            alone: whether nothing is trained after that.
             cache: of the states that are trained on.
             cached: this rank's share of its samples, of those on this machine, in batches.
 
@@ -65,7 +71,7 @@ class BlockReplacement(Callback):
         """
         config.check()
         self.config, self.span, self._seed, self._folder, self._fit_on = config, span, seed, folder, fit_on
-        self._cache, self._cached = cache, cached
+        self._cache, self._cached, self._alone = cache, cached, alone
         self.best: tuple[float, int] | None = None  # loss, batch
         self._means = PartMeans("replacement")
         self._is_new = True
@@ -116,7 +122,7 @@ class BlockReplacement(Callback):
     def after_load(self, state: State, logger: Logger) -> None:
         """Compute a stand-in that is computed, unless the run goes on from a checkpoint."""
         if self._is_new and self.stand_in.is_fitted:
-            self.stand_in.solve(self.sums(state), self.config.ridge)
+            self._fit(state)
         if self._cache is not None:
             self._fill(self._cache, state)
 
@@ -142,11 +148,64 @@ class BlockReplacement(Callback):
             cache.complete()
         dist.barrier()
 
+    def _fit(self, state: State) -> None:
+        """Compute the stand-in on most of the samples, and see on the others whether it is better than nothing.
+
+        Raises:
+            UserError: on all ranks, if the samples are too few, or it is no better and nothing is trained afterwards.
+        """
+        batches = list(self._fit_on)
+        fitted = samples_fitted(len(batches))
+        if not all(dist.all_gather_object(len(batches) > fitted)):
+            raise UserError(
+                "a stand-in is computed on some samples and tried on others: raise block_replacement.fit_samples until "
+                "every rank has two microbatches"
+            )
+        sums = self.sums(state, batches[:fitted])
+        if self.config.kind != "mean" and (tokens := int(sums.tokens)) < LEAST * len(sums.x):
+            enough = math.ceil(self.config.fit_samples * LEAST * len(sums.x) / max(tokens, 1))
+            raise UserError(
+                f"{self.config.kind} fits {len(sums.x):,} hidden dimensions on {tokens:,} tokens, which must be {LEAST} "
+                f"for each at least: set block_replacement.fit_samples={enough}"
+            )
+        ridges = RIDGES if self.config.ridge is None else (self.config.ridge,)
+        chosen = best_map(self.stand_in.ways(sums, ridges), self.sums(state, batches[fitted:]))
+        self.stand_in.take(Map())
+        nothing = self._loss(state, batches[fitted:])
+        self.stand_in.take(chosen)
+        losses = FittedLosses(
+            self._loss(state, batches[fitted:], whole=True), nothing, self._loss(state, batches[fitted:])
+        )
+        if not losses.helps and not self.config.force:
+            if self._alone:
+                raise UserError(
+                    f"{self.config.kind} is no better than nothing in the place of {self.span} ({losses}): choose "
+                    "another span, raise block_replacement.fit_samples, train it, or set block_replacement.force=true"
+                )
+            self.stand_in.take(Map())
+        if dist.get_global_rank() == 0:
+            left = "" if losses.helps or self.config.force else "; it begins as nothing"
+            print(f"{self.config.kind} on samples that it was not fitted on: {losses}{left}")
+
     @torch.no_grad()
-    def sums(self, state: State) -> Sums:
+    def _loss(self, state: State, batches: Iterable[Batch], *, whole: bool = False) -> float:
+        """The mean next-token loss over all ranks, with the stand-in or of the whole source."""
+        model = cast(ComposerCausalLM, getattr(state.model, "module", state.model))
+        total = state.device.tensor_to_device(torch.zeros(2, dtype=torch.float64))
+        model.objective = None if whole else self.streaming
+        for batch in batches:
+            found = model.eval_forward(state.device.batch_to_device(batch))
+            total += torch.stack([found["loss"].double().sum(), found["tokens"].double().sum()])
+        model.objective = self.streaming
+        reshard(state.model)
+        dist.all_reduce(total, reduce_operation="SUM")
+        return float(total[0] / total[1])
+
+    @torch.no_grad()
+    def sums(self, state: State, batches: Iterable[Batch]) -> Sums:
         """What stand-ins are computed from, over all ranks."""
         found: Sums | None = None
-        for batch in self._fit_on:
+        for batch in batches:
             batch = state.device.batch_to_device(batch)
             source = self.streaming.source(batch, after=True, final=False)
             assert source.after is not None

@@ -228,6 +228,9 @@ def plan(
     methods: Annotated[
         bool, typer.Option("--methods", help="List the ways to select.", is_eager=True, callback=_list_methods)
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write a plan although its calibration loss says that it is ruined.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -236,6 +239,7 @@ def plan(
 
     from llmprune import planning
     from llmprune.budgets.limits import BudgetConfig
+    from llmprune.budgets.losses import PlanLosses
     from llmprune.outputs import check_output, refuse_replacing
     from llmprune.plans import tensors_beside
     from llmprune.scoring.scores import Scores
@@ -258,6 +262,7 @@ def plan(
         unit_criterion=unit_criterion,
         expert_criterion=expert_criterion,
         correction=correction,
+        force=force,
     )
     given = {
         "params": budget_params,
@@ -283,16 +288,15 @@ def plan(
         raise UserError("name the plan to write with --out")
     check_output(out, ".json", overwrite, [tensors_beside(Path(out))])
     refuse_replacing(out, [scores])
-    choice = None
+    choice, losses = None, list[PlanLosses]()
     if asked:
         made, choice = planning.choose_plan(loaded, config, BudgetConfig(**asked), model=model)  # type: ignore[arg-type]
     else:
-        made = planning.make_plan(loaded, config, model=model)
+        made = planning.make_plan(loaded, config, model=model, told=losses.append)
     made.save(out)
-    facts = {"removed": planning.removed_blocks(made)} | ({} if choice is None else choice.facts())
-    print(json.dumps(facts) if as_json else f"{out}: {planning.describe(made)}")
-    if choice is not None and not as_json:
-        print(choice)
+    found = [choice] if choice is not None else losses
+    facts = {"removed": planning.removed_blocks(made)} | {k: v for one in found for k, v in one.facts().items()}
+    print(json.dumps(facts) if as_json else "\n".join([f"{out}: {planning.describe(made)}", *map(str, found)]))
 
 
 @app.command()

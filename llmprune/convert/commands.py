@@ -49,9 +49,9 @@ def convert(
     Raises:
         UserError: there is no checkpoint, it is damaged, or ``out`` exists.
     """
-    refuse_existing(Path(out), overwrite)
     opened = Checkpoint.open(checkpoint)
     refuse_replacing(out, [opened.path])
+    refuse_existing(Path(out), overwrite)
     manifest, gates = opened.manifest, opened.gates()
     weights: Mapping[str, Tensor] = opened.weights
     replaced = None
@@ -106,7 +106,6 @@ def apply(model: Path | str, plan: Plan | Path | str, out: Path | str, *, overwr
     Raises:
         UserError: the plan is for other weights, a file is missing or damaged, or ``out`` exists.
     """
-    refuse_existing(Path(out), overwrite)
     weights: Mapping[str, Tensor]
     if is_checkpoint(model):
         checkpoint = Checkpoint.open(model)
@@ -115,6 +114,7 @@ def apply(model: Path | str, plan: Plan | Path | str, out: Path | str, *, overwr
         config, weights, folder = load_config(model), StoredWeights(model), resolve_model(model)
         place = folder
     refuse_replacing(out, [place] if isinstance(plan, Plan) else [place, plan])
+    refuse_existing(Path(out), overwrite)
     if not isinstance(plan, Plan):
         plan = Plan.load(plan)
     plan.check_applicable()
@@ -154,9 +154,9 @@ def export_adapter(checkpoint: Path | str, out: Path | str, *, overwrite: bool =
     Raises:
         UserError: it has none, is damaged, or ``out`` exists.
     """
-    refuse_existing(Path(out), overwrite)
     opened = Checkpoint.open(checkpoint)
     refuse_replacing(out, [opened.path])
+    refuse_existing(Path(out), overwrite)
     if opened.manifest.lora is None:
         raise UserError(f"{opened.path} has no adapters: it was not trained with lora")
     settings = LoRAConfig(**opened.manifest.lora).peft(opened.config, opened.manifest.source)

@@ -44,7 +44,9 @@ class BlockReplacementConfig:
         temperature: with ``kl``: divides the logits of both.
         also: what trains beside the stand-in: output, final_norm, block.N behind the span.
         fit_samples: training samples that mean, linear and closed_form are computed from, before any training.
-        ridge: of those fits, over the mean square of what they read.
+        ridge: of those fits, over the mean square of what they read; null = the one that does best on the quarter of
+            the samples that they are not fitted on.
+        force: keep what was computed even if it is no better than nothing in the span's place.
         cache: of the states, with ``mse`` and ``cosine`` alone.
     """
 
@@ -61,7 +63,8 @@ class BlockReplacementConfig:
     temperature: float = 1.0
     also: list[str] = field(default_factory=list)
     fit_samples: int = 256
-    ridge: float = 1e-4
+    ridge: float | None = None
+    force: bool = False
     cache: StatesCacheConfig | None = None
 
     @property
@@ -102,12 +105,12 @@ class BlockReplacementConfig:
             raise UserError(f"{self.kind} does not learn from what block_replacement.cache holds: leave the cache out")
         if self.cache is not None and self.cache.samples < 1:
             raise UserError(f"block_replacement.cache.samples is {self.cache.samples}; it must be positive")
-        for name, least in (("score_samples", 1), ("fit_samples", 1), ("blocks", 1)):
+        for name, least in (("score_samples", 1), ("fit_samples", 2), ("blocks", 1)):
             if getattr(self, name) < least:
-                raise UserError(f"block_replacement.{name} is {getattr(self, name)}; it must be positive")
+                raise UserError(f"block_replacement.{name} is {getattr(self, name)}; it must be {least} at least")
         if self.length is not None and self.length < 1:
             raise UserError(f"block_replacement.length is {self.length}; it must be positive")
-        if not 0 <= self.ridge < float("inf"):
+        if self.ridge is not None and not 0 <= self.ridge < float("inf"):
             raise UserError(f"block_replacement.ridge is {self.ridge}; it must be zero or positive")
         if self.intermediate is not None and self.intermediate < 1:
             raise UserError(f"block_replacement.intermediate is {self.intermediate}; it must be positive")

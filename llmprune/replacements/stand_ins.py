@@ -1,7 +1,7 @@
 """What stands in for a span of blocks: plug-ins."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 
 from llmprune.errors import UserError
 from llmprune.families import Family, Role, Shape, family_of
+from llmprune.models.least_squares import least_squares
 from llmprune.models.modeling_llmprune import FFN, Linear, Mean, RicherHeads, SwiGLU
 from llmprune.models.walking import Run, blocks_of
 from llmprune.registry import Registry
+from llmprune.replacements.fitting import Map, Sums
 from llmprune.replacements.settings import BlockReplacementConfig
 from llmprune.replacements.span import Span
 
@@ -94,50 +96,16 @@ class StandIn(nn.Module):
     def begin(self, blocks: nn.ModuleList) -> None:
         """Take values from the span's blocks, once these have theirs."""
 
-    def solve(self, sums: "Sums", ridge: float) -> None:
-        """Take values from states, if it ``is_fitted``."""
+    def ways(self, sums: Sums, ridges: Sequence[float]) -> list[Map]:
+        """The maps that it may be, if it ``is_fitted``: one for each ridge, or one."""
+        return []
+
+    def take(self, chosen: Map) -> None:
+        """Become a map; an empty one adds nothing to the residual stream."""
 
     def changes(self, family: Family, span: Span, weights: Mapping[str, Tensor]) -> "Changes":
         """Weights of the source that become others on export, by Hugging Face name."""
         return {}
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums over tokens, float64, of the states X that a stand-in reads and of what Y it should add to the stream.
-
-    Attributes:
-        tokens: how many.
-        x: of X, [hidden].
-        y: of Y, [hidden].
-        xx: of XᵀX, [hidden, hidden].
-        xy: of XᵀY, [hidden, hidden].
-    """
-
-    tokens: Tensor
-    x: Tensor
-    y: Tensor
-    xx: Tensor
-    xy: Tensor
-
-    @classmethod
-    def empty(cls, hidden: int, device: torch.device) -> "Sums":
-        """Of nothing."""
-        shapes: tuple[tuple[int, ...], ...] = ((), (hidden,), (hidden,), (hidden, hidden), (hidden, hidden))
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
-
-    def add(self, read: Tensor, wanted: Tensor) -> None:
-        """Add states and what should be added to the stream, [tokens, hidden] both."""
-        x, y = read.double(), wanted.double()  # float32 would lose half of its digits in the products
-        self.tokens.add_(len(x))
-        self.x.add_(x.sum(0))
-        self.y.add_(y.sum(0))
-        self.xx.add_(x.T @ x)
-        self.xy.add_(x.T @ y)
-
-    def each(self) -> list[Tensor]:
-        """All of them."""
-        return [self.tokens, self.x, self.y, self.xx, self.xy]
 
 
 @STAND_INS.register("none")
@@ -183,8 +151,11 @@ class MeanStandIn(_Network):
     def make(self, site: Site, config: BlockReplacementConfig) -> nn.Module:
         return Mean(site.shape.hidden)
 
-    def solve(self, sums: Sums, ridge: float) -> None:
-        _assign(self.get_parameter("net.bias"), sums.y / sums.tokens)
+    def ways(self, sums: Sums, ridges: Sequence[float]) -> list[Map]:
+        return [Map(bias=sums.y / sums.tokens)]
+
+    def take(self, chosen: Map) -> None:
+        _assign(self.get_parameter("net.bias"), chosen.bias)
 
 
 @STAND_INS.register("linear")
@@ -196,11 +167,15 @@ class LinearStandIn(_Network):
     def make(self, site: Site, config: BlockReplacementConfig) -> nn.Module:
         return Linear(site.shape.hidden)
 
-    def solve(self, sums: Sums, ridge: float) -> None:
+    def ways(self, sums: Sums, ridges: Sequence[float]) -> list[Map]:
         x, y = sums.x / sums.tokens, sums.y / sums.tokens
-        weight = least_squares(sums.xx / sums.tokens - x.outer(x), sums.xy / sums.tokens - x.outer(y), ridge)
-        _assign(self.get_parameter("net.update.weight"), weight.T)
-        _assign(self.get_parameter("net.update.bias"), y - x @ weight)
+        xx, xy = sums.xx / sums.tokens - x.outer(x), sums.xy / sums.tokens - x.outer(y)
+        weights = [least_squares(xx, xy, ridge) for ridge in ridges]
+        return [Map(weight, y - x @ weight) for weight in weights]
+
+    def take(self, chosen: Map) -> None:
+        _assign(self.get_parameter("net.update.weight"), None if chosen.weight is None else chosen.weight.T)
+        _assign(self.get_parameter("net.update.bias"), chosen.bias)
 
 
 @STAND_INS.register("closed_form")
@@ -231,8 +206,11 @@ class ClosedForm(StandIn):
         found: Tensor = self(states, update)
         return found
 
-    def solve(self, sums: Sums, ridge: float) -> None:
-        _assign(self.update, least_squares(sums.xx / sums.tokens, sums.xy / sums.tokens, ridge))
+    def ways(self, sums: Sums, ridges: Sequence[float]) -> list[Map]:
+        return [Map(least_squares(sums.xx / sums.tokens, sums.xy / sums.tokens, ridge)) for ridge in ridges]
+
+    def take(self, chosen: Map) -> None:
+        _assign(self.update, chosen.weight)
 
     def changes(self, family: Family, span: Span, weights: Mapping[str, Tensor]) -> "Changes":
         inside = (name for name in weights if name.startswith(f"{family.blocks}.{span.start - 1}."))
@@ -319,21 +297,12 @@ def _local(parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _assign(parameter: Tensor, value: Tensor) -> None:
-    """Set a parameter, of which this rank may hold only a part."""
+def _assign(parameter: Tensor, value: Tensor | None) -> None:
+    """Set a parameter, of which this rank may hold only a part; None = to zero."""
+    if value is None:
+        parameter.zero_()
+        return
     value = value.to(parameter.device, parameter.dtype)
     if isinstance(parameter, DTensor):
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
     parameter.copy_(value)
-
-
-def least_squares(xx: Tensor, xy: Tensor, ridge: float) -> Tensor:
-    """The map W, [inputs, outputs], with the least ‖XW − Y‖² + ridge·mean(diag XᵀX)·‖W‖².
-
-    Args:
-        xx: XᵀX, [inputs, inputs].
-        xy: XᵀY, [inputs, outputs].
-        ridge: no unit.
-    """
-    penalty = ridge * xx.diagonal().mean()
-    return torch.linalg.solve(xx + penalty * torch.eye(len(xx), dtype=xx.dtype, device=xx.device), xy)

@@ -1,8 +1,9 @@
 """Which blocks go: plug-ins that turn scores into the blocks of a plan."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -11,7 +12,7 @@ from llmprune.errors import UserError, nearest
 from llmprune.families import PRUNED, target_shape
 from llmprune.plans import KeptBlock, Plan
 from llmprune.registry import Registry
-from llmprune.scoring.correction import CORRECTIONS, corrected, is_correctable
+from llmprune.scoring.correction import CORRECTIONS, check_samples, corrected, is_correctable
 from llmprune.scoring.scores import Scores
 from llmprune.scoring.width import narrowed, whole
 
@@ -35,6 +36,7 @@ class PlanConfig:
         threshold: with ``merge``, the mean cosine that the final hidden states must keep.
         merge_size: with ``merge``, how many blocks become one at a time.
         merge_step: with ``merge``, how many blocks to go back after a merge.
+        force: take a plan with corrections, or under a budget, even if its calibration loss says that it is ruined.
     """
 
     method: str = "lowest"
@@ -50,6 +52,7 @@ class PlanConfig:
     unit_criterion: str | None = None
     expert_criterion: str | None = None
     correction: str = "none"
+    force: bool = False
 
     def check(self) -> None:
         """Raise ``UserError`` for settings that contradict each other."""
@@ -238,8 +241,24 @@ def select(request: Request) -> Plan:
     if config.correction != "none":
         if not is_correctable(plan):
             raise UserError("nothing to correct: the plan takes no heads and no channels")
+        check_samples(plan, config.correction, *calibration_size(scores.data))
         plan = corrected(plan, config.correction, request.open())
     return plan
+
+
+def calibration_size(data: Mapping[str, Any]) -> tuple[int, int]:
+    """How many calibration samples scores were computed with, and the tokens of each.
+
+    Args:
+        data: of the scores.
+
+    Raises:
+        UserError: they do not say, or there were none.
+    """
+    samples, length = data.get("samples"), data.get("length")
+    if not isinstance(samples, int) or not isinstance(length, int):
+        raise UserError("the scores were computed without calibration text: score again with --data")
+    return samples, length
 
 
 def blocks_of(request: Request) -> tuple[KeptBlock, ...]:

@@ -1,0 +1,103 @@
+"""Stand-ins that are computed from states: what they are fitted on, and what they come to on other tokens."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Map:
+    """What is added to the residual stream: xW + b of what a stand-in reads; None = nothing.
+
+    Attributes:
+        weight: W, float64 [hidden, hidden].
+        bias: b, float64 [hidden].
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over tokens, float64, of the states X that a stand-in reads and of what Y it should add to the stream.
+
+    Attributes:
+        tokens: how many.
+        x: of X, [hidden].
+        y: of Y, [hidden].
+        xx: of XᵀX, [hidden, hidden].
+        xy: of XᵀY, [hidden, hidden].
+        yy: of ‖Y‖².
+    """
+
+    tokens: Tensor
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+
+    @classmethod
+    def empty(cls, hidden: int, device: torch.device) -> "Sums":
+        """Of nothing."""
+        shapes: tuple[tuple[int, ...], ...] = ((), (hidden,), (hidden,), (hidden, hidden), (hidden, hidden), ())
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def add(self, read: Tensor, wanted: Tensor) -> None:
+        """Add states and what should be added to the stream, [tokens, hidden] both."""
+        x, y = read.double(), wanted.double()  # float32 would lose half of its digits in the products
+        self.tokens.add_(len(x))
+        self.x.add_(x.sum(0))
+        self.y.add_(y.sum(0))
+        self.xx.add_(x.T @ x)
+        self.xy.add_(x.T @ y)
+        self.yy.add_(y.square().sum())
+
+    def each(self) -> list[Tensor]:
+        """All of them."""
+        return [self.tokens, self.x, self.y, self.xx, self.xy, self.yy]
+
+    def error(self, tried: Map) -> float:
+        """Σ ‖Y − XW − b‖² over all tokens."""
+        found = self.yy
+        if tried.weight is not None:
+            found = found - 2 * (tried.weight * self.xy).sum() + (tried.weight * (self.xx @ tried.weight)).sum()
+        if tried.bias is not None:
+            found = found - 2 * tried.bias @ self.y + self.tokens * tried.bias.square().sum()
+        if tried.weight is not None and tried.bias is not None:
+            found = found + 2 * (self.x @ tried.weight) @ tried.bias
+        return float(found)
+
+
+def best_map(ways: Sequence[Map], tried: Sums) -> Map:
+    """The map with the least error on tokens that none was fitted on; an empty one if none is better than nothing."""
+    errors = [error if math.isfinite(error := tried.error(way)) else math.inf for way in (Map(), *ways)]
+    place = errors.index(min(errors))
+    return ways[place - 1] if place else Map()
+
+
+@dataclass(frozen=True)
+class FittedLosses:
+    """Losses, nats per token, on tokens that a stand-in was not fitted on.
+
+    Attributes:
+        source: of the whole model.
+        nothing: with nothing in the span's place.
+        fitted: with the stand-in.
+    """
+
+    source: float
+    nothing: float
+    fitted: float
+
+    @property
+    def helps(self) -> bool:
+        """Whether the stand-in is better than nothing."""
+        return self.fitted < self.nothing
+
+    def __str__(self) -> str:
+        return f"loss {self.fitted:.4f}, {self.nothing:.4f} with nothing in its place, {self.source:.4f} of the source"

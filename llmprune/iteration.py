@@ -77,6 +77,10 @@ def round_shapes(rounds: RoundsConfig, model: PretrainedConfig) -> list[Shape]:
     shapes = shapes_between(source, target, rounds.rounds)
     if family.head_size_is_derived(model):
         shapes = [replace(shape, hidden=shape.heads * shape.head_dim) for shape in shapes[:-1]] + shapes[-1:]
+    if family.keeps_whole_heads(model):
+        shapes = [
+            replace(shape, hidden=-(-shape.hidden // shape.heads) * shape.heads) for shape in shapes[:-1]
+        ] + shapes[-1:]
     names = _criteria(rounds)
     for number, (before, after) in enumerate(zip([source, *shapes], shapes, strict=False), start=1):
         if before == after:

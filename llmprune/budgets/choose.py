@@ -1,6 +1,7 @@
 """The shape under a budget whose model keeps the lowest calibration loss, depth and width chosen together."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -75,7 +76,8 @@ class Choice:
 class Steps:
     """The sizes that a shape may have: by dimension, ascending.
 
-    ``inner``, MLP channels or experts, is solved for: as many as the budget has room for.
+    ``inner``, MLP channels or experts, is solved for: as many as the budget has room for. With ``whole_heads``, the
+    number of query heads in a group, hidden is a multiple of all heads.
     """
 
     layers: Sequence[int]
@@ -84,6 +86,7 @@ class Steps:
     inner: Sequence[int]
     inner_name: str
     coupled: bool
+    whole_heads: int | None = None
 
     @classmethod
     def of(cls, sizes: Sizes, multiple: int | None, least_layers: int, *, depth: bool, width: bool) -> "Steps":
@@ -104,6 +107,9 @@ class Steps:
             return cls(layers, [source.hidden], [source.kv_heads], [getattr(source, inner)], inner, coupled)
         hidden = [n for n in range(1, source.hidden + 1) if n % _multiple(source.hidden, multiple) == 0]
         groups = list(range(1, source.kv_heads + 1))
+        whole_heads = source.heads_per_group if family.keeps_whole_heads(sizes.config) else None
+        if whole_heads is not None:
+            hidden = sorted({n for g in groups for n in _whole(source.hidden, g * whole_heads, multiple)})
         if coupled:
             wanted = {n * source.head_dim * source.heads_per_group for n in groups}
             hidden = sorted(wanted) if multiple is None else [n for n in sorted(wanted) if n % multiple == 0]
@@ -118,7 +124,19 @@ class Steps:
                 raise UserError(
                     f"no size of {name} up to the model's is a multiple of {multiple}: choose a smaller one"
                 )
-        return cls(layers, hidden, groups, inners, inner, coupled)
+        return cls(layers, hidden, groups, inners, inner, coupled, whole_heads)
+
+    def fits(self, hidden: int, groups: int) -> bool:
+        """Whether places in ``hidden`` and ``groups`` go together."""
+        return self.whole_heads is None or self.hidden[hidden] % (self.groups[groups] * self.whole_heads) == 0
+
+
+def _whole(size: int, heads: int, multiple: int | None) -> Iterator[int]:
+    """Hidden sizes that are multiples of the heads, and of a power of two that leaves eight of them or more."""
+    step = multiple or _multiple(size, None)
+    while multiple is None and step > 1 and math.lcm(step, heads) > size // 8:
+        step //= 2
+    yield from range(math.lcm(step, heads), size + 1, math.lcm(step, heads))
 
 
 def _multiple(size: int, wanted: int | None) -> int:
@@ -236,19 +254,25 @@ class Chooser:
         if self._steps.coupled:
             size = self._source.head_dim * self._source.heads_per_group
             groups = self._steps.groups.index(self._steps.hidden[hidden] // size)
-        return layers, hidden, groups
+        places = (place for place in range(len(self._steps.hidden)) if self._steps.fits(place, groups))
+        return layers, min(places, key=lambda place: abs(place - hidden), default=hidden), groups
 
     def _neighbours(self, point: Point) -> Iterator[Point]:
         lengths = len(self._steps.layers), len(self._steps.hidden), len(self._steps.groups)
         for axis in range(2 if self._steps.coupled else 3):
             for step in (-1, 1):
                 moved = [place + step * (number == axis) for number, place in enumerate(point)]
+                if axis == 1:  # to the next size that goes with the groups
+                    while 0 <= moved[1] < lengths[1] and not self._steps.fits(moved[1], moved[2]):
+                        moved[1] += step
                 if all(0 <= place < length for place, length in zip(moved, lengths, strict=True)):
                     yield self._tied((moved[0], moved[1], moved[2]))
 
     def _solved(self, point: Point) -> Shape | None:
         """The largest shape at a point that keeps to every budget; None if none does."""
         steps = self._steps
+        if not steps.fits(point[1], point[2]):
+            return None
         sizes = {
             "layers": steps.layers[point[0]],
             "hidden": steps.hidden[point[1]],

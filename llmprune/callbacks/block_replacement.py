@@ -165,8 +165,8 @@ class BlockReplacement(Callback):
         if self.config.kind != "mean" and (tokens := int(sums.tokens)) < LEAST * len(sums.x):
             enough = math.ceil(self.config.fit_samples * LEAST * len(sums.x) / max(tokens, 1))
             raise UserError(
-                f"{self.config.kind} fits {len(sums.x):,} hidden dimensions on {tokens:,} tokens, which must be {LEAST} "
-                f"for each at least: set block_replacement.fit_samples={enough}"
+                f"{self.config.kind} fits {len(sums.x):,} hidden dimensions on {tokens:,} tokens; {LEAST} "
+                f"for each are needed: set block_replacement.fit_samples={enough}"
             )
         ridges = RIDGES if self.config.ridge is None else (self.config.ridge,)
         chosen = best_map(self.stand_in.ways(sums, ridges), self.sums(state, batches[fitted:]))

@@ -83,6 +83,8 @@ class Family:
         parallel: the config's field that says whether attention and MLP of a block read the same input.
         scaled_embedding: whether the model multiplies the embedding's output by the root of the hidden size.
         softcap: the config's field with the bound that the logits keep, if they do.
+        whole_heads: whether hidden must be a multiple of heads, although the config names a head size: Transformers 5
+            refuses other configs of such models.
         derived_head_size: whether this config takes hidden / heads for the head size though it has a field for it.
         refused_gates: kinds of gates that the family can't have, each with the reason.
         tuple_blocks: whether a block returns its output in a tuple.
@@ -107,6 +109,7 @@ class Family:
     scaled_embedding: bool = False
     softcap: str | None = None
     document_masks: bool = False
+    whole_heads: bool = False
     derived_head_size: Callable[[PretrainedConfig], bool] = lambda _: False
     refused_gates: Mapping[str, str] = field(default_factory=dict)
     tuple_blocks: bool = False
@@ -154,6 +157,11 @@ class Family:
         """Whether models with this config always have the head size hidden / heads."""
         return "head_dim" not in self.fields or self.derived_head_size(config)
 
+    def keeps_whole_heads(self, config: PretrainedConfig) -> bool:
+        """Whether hidden must stay a multiple of heads in a model cut from one with this config."""
+        source = self.shape(config)
+        return self.whole_heads and source.hidden % source.heads == 0
+
     def check_shape(self, config: PretrainedConfig, shape: Shape) -> None:
         """Check that a config like this one can describe ``shape``.
 
@@ -173,6 +181,14 @@ class Family:
                 f"this {self.name} config takes hidden / heads for the head size, {shape.head_dim}, so hidden and "
                 f"heads shrink together: hidden {shape.hidden} with heads {shape.heads} can't be expressed; choose "
                 f"hidden {fitting} with heads {shape.heads}, or hidden {lower * shape.head_dim} with heads {lower}"
+            )
+
+        if self.keeps_whole_heads(config) and shape.hidden % shape.heads:
+            lower = shape.hidden // shape.heads * shape.heads
+            near = [n for n in (lower, lower + shape.heads) if 0 < n <= self.shape(config).hidden]
+            raise UserError(
+                f"Transformers 5 refuses {self.name} models whose hidden size is no multiple of their heads: hidden "
+                f"{shape.hidden} with heads {shape.heads}; choose hidden {' or '.join(map(str, near))}"
             )
 
     def with_shape(self, config: PretrainedConfig, shape: Shape, blocks: Sequence[int]) -> PretrainedConfig:

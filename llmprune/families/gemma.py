@@ -11,6 +11,7 @@ GEMMA = replace(
     name="gemma",
     description="Gemma 1: as Llama, with norms that add one to their weight and scaled embeddings",
     model_types=("gemma",),
+    whole_heads=False,
     norm=Norm(epsilon="eps", offset=1.0),
     scaled_embedding=True,
 )
@@ -20,6 +21,7 @@ GEMMA2 = replace(
     name="gemma2",
     description="Gemma 2: as Gemma, with norms after attention and MLP too, and alternating sliding windows",
     model_types=("gemma2",),
+    whole_heads=True,
     block={
         "input_layernorm": Role.ATTENTION_NORM,
         "self_attn.q_proj": Role.QUERY,

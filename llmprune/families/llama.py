@@ -35,6 +35,7 @@ LLAMA = Family(
         "head_dim": "head_dim",
         "intermediate": "intermediate_size",
     },
+    whole_heads=True,
     buffers=("self_attn.rotary_emb.inv_freq",),
 )
 
@@ -43,6 +44,7 @@ MISTRAL = replace(
     name="mistral",
     description="Mistral 7B and its kin: as Llama, with sliding-window attention",
     model_types=("mistral",),
+    whole_heads=False,
 )
 
 QWEN2 = replace(
@@ -50,6 +52,7 @@ QWEN2 = replace(
     name="qwen2",
     description="Qwen1.5, Qwen2 and Qwen2.5: as Llama, with biases on queries, keys and values",
     model_types=("qwen2",),
+    whole_heads=False,
     per_block=("layer_types",),
 )
 
@@ -66,6 +69,7 @@ PHI3 = replace(
     name="phi3",
     description="Phi-3 and Phi-4: as Llama, with fused projections",
     model_types=("phi3",),
+    whole_heads=False,
     block={
         "input_layernorm": Role.ATTENTION_NORM,
         "self_attn.qkv_proj": Role.QUERY_KEY_VALUE,
@@ -82,6 +86,7 @@ OLMO2 = replace(
     name="olmo2",
     description="OLMo 2: norms after attention and MLP in place of before, and norms over all queries and all keys",
     model_types=("olmo2",),
+    whole_heads=False,
     block={
         "self_attn.q_proj": Role.QUERY,
         "self_attn.k_proj": Role.KEY_VALUE,

@@ -13,6 +13,7 @@ MIXTRAL = replace(
     name="mixtral",
     description="Mixtral: as Mistral, a mixture of experts",
     model_types=("mixtral",),
+    whole_heads=False,
     block={
         **_ATTENTION,
         "block_sparse_moe.gate": Role.ROUTER,

@@ -108,6 +108,7 @@ class SizeGoal:
         multiples: Mapping[str, int] | None = None,
         *,
         coupled: bool = False,
+        whole_heads: bool = False,
     ) -> None:
         """A goal for gates of these kinds.
 
@@ -118,6 +119,7 @@ class SizeGoal:
             sparsity: share of the prunable size that is to go.
             multiples: kind → what its count must be a multiple of in the model that is cut.
             coupled: whether the config takes hidden / heads for the head size, so that both shrink together.
+            whole_heads: whether hidden must be a multiple of the heads.
 
         Raises:
             UserError: these gates can't go together, do nothing in this model, or can't remove as much.
@@ -136,7 +138,7 @@ class SizeGoal:
         self.targets = {SIZE: sparsity}
         self.rows: dict[str, tuple[int, ...]] = {SIZE: ()}
         self._source, self._matrices = source, matrices
-        self._multiples, self._coupled = dict(multiples or {}), coupled
+        self._multiples, self._coupled, self._whole_heads = dict(multiples or {}), coupled, whole_heads
         self._full = float(prunable_size(source, matrices, {HIDDEN: torch.ones(sizes[HIDDEN])}))
         self._check_reachable(sparsity)
 
@@ -157,7 +159,9 @@ class SizeGoal:
 
     def counts(self, keep: Mapping[str, Tensor]) -> list[dict[str, int]]:
         """The uniform shapes of the target's size that follow from what the gates have learned."""
-        return uniform_counts(self._source, self._matrices, keep, self.targets[SIZE], self._multiples, self._coupled)
+        return uniform_counts(
+            self._source, self._matrices, keep, self.targets[SIZE], self._multiples, self._coupled, self._whole_heads
+        )
 
     def __str__(self) -> str:
         return f"{self.targets[SIZE]:.1%} of the attention and MLP parameters removed by {', '.join(self.kinds)}"

@@ -126,8 +126,15 @@ def make_goal(model: PretrainedConfig, config: L0PruningConfig) -> Goal:
     if config.gates is None:
         kinds = tuple(kind for kind in kinds if kind not in refused)
     _refuse_gates(family.name, kinds, refused)
-    coupled = family.head_size_is_derived(model)
-    return SizeGoal(source, family.matrices(model), kinds, config.target_sparsity, multiples, coupled=coupled)
+    return SizeGoal(
+        source,
+        family.matrices(model),
+        kinds,
+        config.target_sparsity,
+        multiples,
+        coupled=family.head_size_is_derived(model),
+        whole_heads=family.keeps_whole_heads(model),
+    )
 
 
 def _refuse_gates(family: str, kinds: Iterable[str], refused: Mapping[str, str]) -> None:

@@ -42,6 +42,7 @@ def uniform_counts(
     sparsity: float,
     multiples: Mapping[str, int],
     coupled: bool = False,
+    whole_heads: bool = False,
 ) -> list[dict[str, int]]:
     """The uniform shapes of the size wanted that follow from what the gates have learned, the nearest first.
 
@@ -57,6 +58,7 @@ def uniform_counts(
         sparsity: share of the prunable size that goes.
         multiples: kind → what its count must be a multiple of; absent = 1.
         coupled: whether hidden must be key/value groups × head size.
+        whole_heads: whether hidden must be a multiple of the heads.
 
     Returns:
         How many gates of every row stay, by kind, for each of at most ``RIVALS`` shapes.
@@ -69,7 +71,7 @@ def uniform_counts(
         closed[HIDDEN] = closed[KV_GROUP] = (closed[HIDDEN] + closed[KV_GROUP]) / 2
     centre = _at_size(source, matrices, closed, wanted)
     solved = next((kind for kind in (INTERMEDIATE, HIDDEN) if kind in keep and not (follows and kind == HIDDEN)), None)
-    tried = [kind for kind in keep if kind != solved and not (follows and kind == HIDDEN)]
+    tried = [kind for kind in keep if kind not in (solved, HIDDEN)]
     candidates = [_around(centre[kind], multiples.get(kind, 1), full[kind]) for kind in tried]
     if follows:
         fitting = [n for n in range(1, full[KV_GROUP] + 1) if n * source.head_dim % multiples.get(HIDDEN, 1) == 0]
@@ -78,15 +80,23 @@ def uniform_counts(
     found: list[tuple[float, float, dict[str, int]]] = []
     for counts in itertools.product(*candidates):
         chosen = dict(zip(tried, counts, strict=True))
+        heads = chosen.get(KV_GROUP, full[KV_GROUP]) * chosen.get(HEAD, full[HEAD]) if whole_heads else 1
+        of_hidden = math.lcm(multiples.get(HIDDEN, 1), heads)
+        hidden: list[dict[str, int]] = [{}]
         if follows:
-            chosen[HIDDEN] = chosen[KV_GROUP] * source.head_dim
-        if solved is not None:
-            chosen[solved] = _solve(source, matrices, {**full, **chosen}, solved, wanted, multiples.get(solved, 1))
-        error = abs(_size(source, matrices, {**full, **chosen}) / wanted - 1)
-        change = sum(abs(chosen[kind] - centre[kind]) / full[kind] for kind in keep)
-        found.append((round(error, 2), change, chosen))
-    found.sort(key=lambda shape: shape[:2])
-    return [chosen for error, _, chosen in found if error <= max(found[0][0], 0.01)][:RIVALS]
+            hidden = [{HIDDEN: chosen[KV_GROUP] * source.head_dim}]
+        elif HIDDEN in keep and solved != HIDDEN:
+            hidden = [{HIDDEN: count} for count in _around(centre[HIDDEN], of_hidden, full[HIDDEN])]
+        for more in hidden:
+            shape = {**chosen, **more}
+            if solved is not None:
+                multiple = of_hidden if solved == HIDDEN else multiples.get(solved, 1)
+                shape[solved] = _solve(source, matrices, {**full, **shape}, solved, wanted, multiple)
+            error = abs(_size(source, matrices, {**full, **shape}) / wanted - 1)
+            change = sum(abs(shape[kind] - centre[kind]) / full[kind] for kind in keep)
+            found.append((round(error, 2), change, shape))
+    found.sort(key=lambda one: one[:2])
+    return [shape for error, _, shape in found if error <= max(found[0][0], 0.01)][:RIVALS]
 
 
 def _at_size(

@@ -5,6 +5,7 @@ from typing import Any
 
 from llmprune.errors import UserError
 from llmprune.files import read_json
+from llmprune.models.source import DEQUANTISE
 from llmprune.models.stored_weights import StoredWeights
 
 _PLAIN = {"F64", "F32", "F16", "BF16"}
@@ -31,10 +32,7 @@ def refuse_quantised(model: str | Path, folder: Path) -> None:
             "scored, cut nor trained"
         )
     if not any(folder.glob("*.safetensors")) and (ggufs := sorted(folder.glob("*.gguf"))):
-        raise UserError(
-            f"{model} holds a GGUF file ({ggufs[0].name}) and no safetensors: dequantise it first, with Transformers' "
-            "from_pretrained(FOLDER, gguf_file=NAME) and save_pretrained"
-        )
+        raise UserError(f"{model} holds a GGUF file ({ggufs[0].name}) and no safetensors: {DEQUANTISE}")
 
 
 def refuse_plain_as_quantised(model: str | Path, folder: Path) -> None:

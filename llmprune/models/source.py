@@ -12,6 +12,7 @@ from llmprune.files import read_json
 from llmprune.foreign import inspect
 from llmprune.models.modeling_llmprune import register
 
+DEQUANTISE = "dequantise it first, with Transformers' from_pretrained(FOLDER, gguf_file=NAME) and save_pretrained"
 _LARGEST = 2**31  # of any size in a config
 WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.model"]  # of a model's files on the hub
 
@@ -29,6 +30,8 @@ def resolve_model(model: str | Path) -> Path:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is no Hugging Face model: it has no config.json")
         return _known(folder)
+    if folder.suffix == ".gguf" and folder.is_file():
+        raise UserError(f"{folder} is a GGUF file: {DEQUANTISE}")
     if folder.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise UserError(f"{model} is no folder with a Hugging Face model")
     try:

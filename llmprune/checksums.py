@@ -9,6 +9,7 @@ from llmprune.errors import UserError
 from llmprune.files import inside, read_json, write_json
 
 CHECKSUMS = "checksums.json"
+_HARMLESS = (".md", ".png", ".jpg", ".jpeg", ".svg", ".gif")
 _PIECE = 2**22  # bytes that are read at a time
 
 
@@ -82,15 +83,23 @@ def read_record(path: Path) -> dict[str, Any]:
 def verify(folder: Path) -> None:
     """Compare a folder's files with its ``checksums.json``.
 
+    Files that nobody loads may have come to it: hidden ones, pages and pictures.
+
     Raises:
-        UserError: there is none, or a file is missing or is another one.
+        UserError: there is none, a file is missing or is another one, or there are others.
     """
     if not (folder / CHECKSUMS).is_file():
         raise UserError(
             f"{folder} has no {CHECKSUMS}, so nothing says what its files should be: verify it where it was published, "
             "and load it without --verify"
         )
-    compare(folder, read_record(folder / CHECKSUMS)["files"])
+    files = read_record(folder / CHECKSUMS)["files"]
+    compare(folder, files)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        hidden = any(part.startswith(".") for part in Path(name).parts)
+        if name not in {*files, CHECKSUMS} and path.is_file() and not hidden and path.suffix not in _HARMLESS:
+            raise UserError(f"{path} is not in {CHECKSUMS}: whoever put it there did not publish {folder}")
 
 
 def compare(folder: Path, files: Mapping[str, Mapping[str, Any]], *, contents: bool = True) -> None:

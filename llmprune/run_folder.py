@@ -15,7 +15,6 @@ import importlib.metadata
 import logging
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -281,7 +280,7 @@ class Manifest:
         with output_folder(checkpoints / "model", overwrite=True) as folder:
             save_model_config(copy.deepcopy(config), folder)
             if source is not None and (source / GENERATION).is_file():
-                shutil.copy2(source / GENERATION, folder / GENERATION)
+                (folder / GENERATION).write_bytes((source / GENERATION).read_bytes())
             tokenizer.save_pretrained(folder)
             name_inputs(folder)
             record(folder)

@@ -41,7 +41,7 @@ iterate:
   criterion: block_influence
   unit_criterion: unit_taylor
   correction: refit
-  calibration: {{samples: 6, length: 24}}
+  calibration: {{samples: 16, length: 24}}
 optimizer: {{lr: 1.0e-3}}
 scheduler: {{warmup: 1ba}}
 train: {{duration: 4ba, global_batch_size: 8, microbatch_size: 4, eval_interval: 2ba}}

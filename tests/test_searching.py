@@ -45,7 +45,7 @@ search:
   correction: refit
   budget: {{params: "0.75", context: 64, dtype: float32, tries: 5, multiple: 8}}
   best: 2
-  calibration: {{samples: 6, length: 24}}
+  calibration: {{samples: 16, length: 24}}
 optimizer: {{lr: 1.0e-3}}
 scheduler: {{warmup: 1ba}}
 train: {{duration: 4ba, global_batch_size: 8, microbatch_size: 4, eval_interval: 0ba}}

@@ -1,5 +1,6 @@
 """Looking at a model before it is saved: a checkpoint that can't be gone on with is not written."""
 
+import math
 from typing import cast
 
 import torch
@@ -13,12 +14,14 @@ from llmprune.errors import UserError
 from llmprune.models.causal_lm import Batch, ComposerCausalLM
 from llmprune.models.finite import first_not_finite
 
+EXPLODED = 10  # loss over that of a uniform guess, which no model that learns comes near
+
 
 class SaveGuard(Callback):
-    """Ends the run instead of saving weights that are not finite, or with which the loss is not.
+    """Ends the run instead of saving weights that are not finite, or with which the loss has exploded.
 
     The loss is that of the last microbatch, computed once more with the weights that are to be saved: after a step with
-    far too large a learning rate weights may be finite, and still no number comes out of the model. A checkpoint that
+    far too large a learning rate weights may be finite, and nothing of use comes out of the model. A checkpoint that
     is being written has a note beside it, so that one which a kill has cut off is known as such.
     """
 
@@ -68,8 +71,11 @@ class SaveGuard(Callback):
         training = model.training
         # Also where a weight is broken already: the ranks of a sharded model wait for each other.
         with get_precision_context(state.precision, state.precision_config):
-            loss = model.eval().eval_forward(self._batch)["loss"]
+            found = model.eval().eval_forward(self._batch)
         model.train(training)
         if name is not None:
             return f"the weights are not finite ('{name.removeprefix('model.')}')"
-        return "" if loss.isfinite().all() else "the loss of the last samples is not finite"
+        loss, uniform = float(found["loss"].sum() / found["tokens"].sum()), math.log(model.model.config.vocab_size)
+        if loss < EXPLODED * uniform or not found["tokens"].any():
+            return ""
+        return f"the loss of the last samples is {loss:.3g} (a uniform guess has {uniform:.3g})"

@@ -69,7 +69,7 @@ def test_weights_that_do_not_fill_the_config_are_refused(model_folder: Path, tmp
     for field, value, message in (
         ("num_hidden_layers", 6, "lack .* tensors that its config asks for: model.layers.4"),
         ("num_hidden_layers", 3, "model.layers.3.* only 3 blocks"),
-        ("intermediate_size", 64, "can't be loaded .*size mismatch"),
+        ("intermediate_size", 64, "has the shape .*, but .* by its config.json"),
     ):
         folder = tmp_path / f"{field}{value}"
         shutil.copytree(model_folder, folder)

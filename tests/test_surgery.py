@@ -1,9 +1,12 @@
 """Cutting single tensors, against indexing by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llmprune.errors import UserError
+from llmprune.families import family_of
 from llmprune.families.llama import LLAMA
 from llmprune.plans import KeptBlock, Plan
 from llmprune.surgery import Surgery
@@ -21,9 +24,9 @@ def plan() -> Plan:
             KeptBlock.whole(1, heads=(2, 3, 6, 7), channels=(0, 7)),
             KeptBlock.whole(3, heads=(0, 1, 4, 5), channels=(5, 9)),
         ),
-        hidden=(0, 10, 31),
+        hidden=(0, 10, 20, 31),
         factors={
-            "hidden": torch.tensor([1.0, 0.5, 2.0]),
+            "hidden": torch.tensor([1.0, 0.5, 4.0, 2.0]),
             "attention": torch.tensor([1.0, 3.0]),
             "heads.3": torch.tensor([1.0, 2.0, 4.0, 8.0]),
         },
@@ -36,7 +39,7 @@ def test_the_attention_output_loses_rows_and_columns_and_takes_all_factors() -> 
     name = "model.layers.3.self_attn.o_proj.weight"
     assert surgery.new_name(name) == "model.layers.1.self_attn.o_proj.weight"
     found = surgery.cut(name, {name: weight})
-    for row, (hidden, factor) in enumerate(((0, 1.0), (10, 0.5), (31, 2.0))):
+    for row, (hidden, factor) in enumerate(((0, 1.0), (10, 0.5), (20, 4.0), (31, 2.0))):
         for column, (head, gate) in enumerate(((0, 1.0), (1, 2.0), (4, 4.0), (5, 8.0))):
             expected = weight[hidden, head * 8 : head * 8 + 8] * factor * 3.0 * gate
             torch.testing.assert_close(found[row, column * 8 : column * 8 + 8], expected)
@@ -47,10 +50,10 @@ def test_keys_follow_their_groups_and_norms_the_hidden_dimensions() -> None:
     weight = torch.randn(32, 32)
     found = surgery.cut(name := "model.layers.1.self_attn.k_proj.weight", {name: weight})
     kept = [*range(8, 16), *range(24, 32)]  # groups 1 and 3
-    torch.testing.assert_close(found, weight[kept][:, [0, 10, 31]])
+    torch.testing.assert_close(found, weight[kept][:, [0, 10, 20, 31]])
     norm = torch.randn(32)
     found = surgery.cut("model.norm.weight", {"model.norm.weight": norm})
-    torch.testing.assert_close(found, norm[[0, 10, 31]] * torch.tensor([1, 0.5, 2]))
+    torch.testing.assert_close(found, norm[[0, 10, 20, 31]] * torch.tensor([1, 0.5, 4, 2]))
 
 
 def test_removed_blocks_have_no_name() -> None:
@@ -83,7 +86,7 @@ def test_factors_keep_the_dtype() -> None:
 
 def test_the_config_describes_the_cut_model() -> None:
     config = Surgery(CONFIG, plan()).config
-    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (2, 3, 4)
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (2, 4, 4)
     assert (config.num_key_value_heads, config.head_dim, config.intermediate_size) == (2, 8, 2)
     assert CONFIG.num_hidden_layers == 4
 
@@ -91,3 +94,21 @@ def test_the_config_describes_the_cut_model() -> None:
 def test_a_plan_for_another_shape_is_refused() -> None:
     with pytest.raises(UserError, match="the plan is for a llama model with layers 4"):
         Surgery(tiny_config(num_hidden_layers=5), plan())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text"])
+def test_shapes_that_transformers_5_refuses_are_refused(model_type: str) -> None:
+    """Such as hidden 512 with 9 heads: its configs ask for a multiple, although they name a head size."""
+    config = tiny_config(model_type, hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+    family = family_of(config)
+    shape = family.shape(config)
+    family.check_shape(config, replace(shape, hidden=24))
+    with pytest.raises(UserError, match="hidden 32 with heads 6; choose hidden 30 or 36"):
+        family.check_shape(config, replace(shape, hidden=32))
+    config.hidden_size = 44  # a model that only Transformers 4 loads stays what it is
+    family.check_shape(config, replace(shape, hidden=32))
+
+
+def test_other_families_have_no_such_rule() -> None:
+    config = tiny_config("qwen3", hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+    family_of(config).check_shape(config, replace(family_of(config).shape(config), hidden=32))

@@ -51,11 +51,11 @@ def of(scores: Scores, **settings: Any) -> Plan:
 def test_what_stays_has_the_highest_scores(scores: Scores) -> None:
     plan = of(
         scores,
-        shape={"layers": 4, "hidden": 20, "heads": 6, "intermediate": 30},
+        shape={"layers": 4, "hidden": 24, "heads": 6, "intermediate": 30},
         criterion="block_influence",
         unit_criterion="unit_taylor",
     )
-    assert plan.shape == Shape(layers=4, hidden=20, heads=6, kv_heads=3, head_dim=8, intermediate=30)
+    assert plan.shape == Shape(layers=4, hidden=24, heads=6, kv_heads=3, head_dim=8, intermediate=30)
     found = scores.of_units("unit_taylor")
     for block in plan.blocks:
         channels, groups = found["channels"][block.mlp], found["kv_groups"][block.attention]
@@ -66,7 +66,7 @@ def test_what_stays_has_the_highest_scores(scores: Scores) -> None:
         assert groups[gone_group] == min(groups)
     kept = [block.attention for block in plan.blocks]
     totals = [sum(found["hidden"][block][d] for block in kept) for d in range(32)]
-    assert plan.hidden == tuple(sorted(sorted(range(32), key=lambda d: -totals[d])[:20]))
+    assert plan.hidden == tuple(sorted(sorted(range(32), key=lambda d: -totals[d])[:24]))
 
 
 def test_queries_within_groups(scores: Scores) -> None:

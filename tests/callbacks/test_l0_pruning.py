@@ -1,10 +1,12 @@
 """Pruning as a callback: its gradients, its ranks, its state."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from composer.core import Callback, State
 from composer.loggers import Logger
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -175,3 +177,49 @@ def test_clipping_says_that_it_leaves_gates_out(config: Path, clip: str, monkeyp
     monkeypatch.setattr(Logger, "log_hyperparameters", lambda _, facts: told.update(facts))
     build_trainer(load_config(config, [f"train.clip_norm={clip}"])).close()
     assert ("gates are not clipped" in told.get("l0/clipping", "")) == (clip != "null")
+
+
+def test_gates_follow_the_schedule_of_the_model_and_are_clamped_before_the_first_draw(config: Path) -> None:
+    """One schedule for all, by hand: warm-up, then cosine to a tenth. Composer's learning rate is a batch behind it."""
+
+    class Rates(Callback):
+        def __init__(self) -> None:
+            self.of_model: list[float] = []
+            self.of_gates: list[list[float]] = []
+            self.drawn: list[torch.Tensor] = []
+
+        def before_forward(self, state: State, logger: Logger) -> None:
+            self.drawn.append(torch.cat([value.detach().flatten() for value in pruning.gates.log_alpha.values()]))
+
+        def after_train_batch(self, state: State, logger: Logger) -> None:
+            self.of_model.append(state.optimizers[0].param_groups[0]["lr"])
+            self.of_gates.append([one.param_groups[0]["lr"] for one in pruning._optimizers])
+
+    overrides = ["optimizer.lr=0.002", "l0_pruning.gate_lr=0.5", "scheduler.warmup=3ba", "train.duration=8ba"]
+    trainer = build_trainer(load_config(config, overrides))
+    pruning = next(one for one in trainer.state.callbacks if isinstance(one, L0Pruning))
+    rates = Rates()
+    trainer.state.callbacks.append(rates)
+    trainer.fit()
+    trainer.close()
+
+    def schedule(batch: int) -> float:
+        share = (batch - 3) / (8 - 3)
+        return batch / 3 if batch < 3 else 0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2
+
+    wanted = [schedule(max(batch - 1, 0)) for batch in range(8)]
+    assert rates.of_model == pytest.approx([0.002 * scale for scale in wanted])
+    assert [gates for gates, _ in rates.of_gates] == pytest.approx([0.5 * scale for scale in wanted])
+    assert [multipliers for _, multipliers in rates.of_gates] == pytest.approx(wanted)
+    assert all(drawn.abs().max() <= math.log(100) + 1e-6 for drawn in rates.drawn)
+    assert torch.equal(rates.drawn[0], torch.full_like(rates.drawn[0], math.log(100)))  # they start at N(5, 0.01)
+
+
+def test_gates_that_are_not_finite_end_the_run(config: Path) -> None:
+    trainer = build_trainer(load_config(config))
+    pruning = next(one for one in trainer.state.callbacks if isinstance(one, L0Pruning))
+    with torch.no_grad():
+        pruning.gates.log_alpha["hidden"][3] = float("nan")
+    with pytest.raises(UserError, match="the gates are not finite after batch 0|the loss is nan at batch 0"):
+        trainer.fit()
+    trainer.engine.close()

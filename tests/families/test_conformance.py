@@ -77,7 +77,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
 }
 TARGETS = {
-    "hidden": {"hidden": 20},
+    "hidden": {"hidden": 24},
     "layers": {"layers": 2},
     "intermediate": {"intermediate": 30},
     "half the heads": {"heads": 4},

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -27,12 +26,12 @@ from llmprune.checksums import VERIFICATION
 from llmprune.errors import UserError, first_line
 from llmprune.families import OWN, Role, family_of
 from llmprune.files import read_json
+from llmprune.models.hub import fetch_model
 from llmprune.models.modeling_llmprune import register
 
 transformers_logging.disable_progress_bar()
 
 _LARGEST = 2**31  # of any size in a config
-WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.model"]  # of a model's files on the hub
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -50,12 +49,7 @@ def resolve_model(model: str | Path) -> Path:
         return _known(folder)
     if folder.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise UserError(f"{model} is no folder with a Hugging Face model")
-    try:
-        folder = Path(snapshot_download(str(model), allow_patterns=WANTED))
-    except Exception as error:  # the hub client raises many kinds: bad names, no network, no access
-        reason = first_line(error)
-        raise UserError(f"the model '{model}' is neither a folder nor reachable on the hub ({reason})") from None
-    return _known(folder)
+    return _known(fetch_model(str(model)))
 
 
 def _known(folder: Path) -> Path:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from llmprune.checksums import record
 from llmprune.data.calibration import CalibrationConfig, calibration_samples
-from llmprune.errors import UserError
+from llmprune.errors import UserError, first_line
 from llmprune.files import make_readable, output_folder, refuse_existing, refuse_replacing
 from llmprune.models.loading import load_any_model, load_tokenizer, resolve_model
 from llmprune.models.own_types import needs_code
@@ -32,12 +32,15 @@ class QuantizeConfig:
         group_size: weights of a row that share a scale.
         activation_order: quantise the columns with the largest activations first.
         dampening: added to the Hessian's diagonal, as a share of its mean.
+        dtype: of what stays unquantised (embeddings, output layer, norms) and of the scales; None = as stored, but
+            bfloat16 where that is float32, in which they would outweigh all the rest.
     """
 
     data: CalibrationConfig = field(default_factory=lambda: CalibrationConfig(samples=128, length=2048))
     group_size: int = 128
     activation_order: bool = True
     dampening: float = 0.01
+    dtype: torch.dtype | None = None
 
 
 def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, overwrite: bool = False) -> int:
@@ -67,18 +70,14 @@ def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, over
     refuse_existing(Path(out), overwrite)
     folder = resolve_model(model)
     refuse_replacing(out, [folder, *filter(None, [config.data.path])])
+    source = _read_config(folder)
+    _check(source, config)
     tokenizer = load_tokenizer(model)
-    loaded = load_any_model(model)
-    if needs_code(loaded.config):
-        raise UserError(
-            f"{model} has a modelling file of its own, which llm-compressor can't trace: quantise the model without "
-            "richer heads or stand-in"
-        )
-    _check(loaded, config)
     samples = calibration_samples(config.data, tokenizer)
-    limit = getattr(loaded.config, "max_position_embeddings", None)
+    limit = getattr(source, "max_position_embeddings", None)
     if limit is not None and samples.shape[1] > limit:
         raise UserError(f"samples of {samples.shape[1]} tokens are too long: the model takes {limit}")
+    loaded = load_any_model(model, dtype=config.dtype or _sixteen_bits(source))
     last = loaded.get_output_embeddings()
     output = [name for name, module in loaded.named_modules() if module is last]
     weights = QuantizationArgs(
@@ -116,16 +115,39 @@ def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, over
         return sum(file.stat().st_size for file in files)
 
 
-def _check(model: PreTrainedModel, config: QuantizeConfig) -> None:
-    """Refuse groups that do not fit the rows of every matrix, and models that are quantised already."""
-    if getattr(model.config, "quantization_config", None) is not None:
+def _read_config(folder: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of as many kinds as there are things that a config may hold
+        raise UserError(f"{folder}/config.json can't be used: {first_line(error)}") from None
+
+
+def _sixteen_bits(source: PretrainedConfig) -> torch.dtype:
+    """The 16-bit format that a model is stored in, bfloat16 if it is in none."""
+    return source.dtype if source.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+
+def _check(source: PretrainedConfig, config: QuantizeConfig) -> None:
+    """What a model's config alone tells: whether it can be quantised, and in such groups. No weights are read.
+
+    Raises:
+        UserError: it is quantised already, has no linear layers or code of its own, or the groups do not fit its rows.
+    """
+    if getattr(source, "quantization_config", None) is not None:
         raise UserError("the model is quantised already")
+    if needs_code(source):
+        raise UserError(
+            "the model has a modelling file of its own, which llm-compressor can't trace: quantise the model without "
+            "richer heads or stand-in"
+        )
     if config.group_size < 1 or config.dampening <= 0:
         raise UserError("the group size and the dampening must be positive")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source, trust_remote_code=False)
     output = model.get_output_embeddings()
     rows = {m.in_features for m in model.modules() if isinstance(m, nn.Linear) and m is not output}
     if not rows:
-        raise UserError(f"the model ({model.config.model_type}) has no linear layers that could be quantised")
+        raise UserError(f"the model ({source.model_type}) has no linear layers that could be quantised")
     if any(length % config.group_size for length in rows):
         fitting = math.gcd(*rows, config.group_size)
         raise UserError(

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from llmprune.callbacks.l0_pruning import load_gates
 from llmprune.checkpoint_folder import METADATA, CheckpointFolder
 from llmprune.checksums import VERIFICATION
+from llmprune.convert.foreign import checkpoint_in, what_it_is
 from llmprune.convert.stored_state import StoredState, open_state
 from llmprune.errors import UserError
 from llmprune.families import Family, family_of
@@ -69,14 +70,18 @@ class Checkpoint:
         path = Path(path)
         if path.is_dir() and not _is_sharded(path):
             folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+            _refuse_foreign(folder, checkpoint_in(folder))
             latest = CheckpointFolder(folder).latest(contents=VERIFICATION.asked)
             if latest is None:
+                if (path / "config.json").is_file():
+                    raise UserError(f"{path} is a Hugging Face model, not a checkpoint: it needs no conversion")
                 raise UserError(f"{path} holds no checkpoint")
             path = latest
         else:
             if not path.exists():
                 raise UserError(f"{path} does not exist")
             path = path.resolve()
+            _refuse_foreign(path.parent, path)
             CheckpointFolder(path.parent).check(path, contents=VERIFICATION.asked)
         path = path.resolve()
         return cls(path, Manifest.load(path.parent), load_config(path.parent / "model"))
@@ -136,6 +141,12 @@ def is_checkpoint(path: Path | str) -> bool:
     """Whether ``path`` names a Composer checkpoint rather than a Hugging Face model."""
     path = Path(path)
     return path.suffix == ".pt" or (path.is_dir() and not (path / "config.json").is_file())
+
+
+def _refuse_foreign(folder: Path, checkpoint: Path | None) -> None:
+    """Raise ``UserError`` if a checkpoint lies in a folder that is none of llmprune's."""
+    if checkpoint is not None and not (folder / "manifest.json").is_file():
+        raise UserError(what_it_is(checkpoint))
 
 
 def _is_sharded(path: Path) -> bool:

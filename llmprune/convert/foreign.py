@@ -1,7 +1,7 @@
 """Checkpoints that other projects wrote with Composer: what they are, and how their models come here.
 
-They are told by the names of their tensors. These are read as text from the pickle that describes the checkpoint: nothing
-is unpickled.
+They are told by the names of their tensors. These are read as text from the pickle that describes the checkpoint:
+nothing is unpickled.
 """
 
 import io
@@ -56,7 +56,7 @@ def what_it_is(path: Path) -> str:
 
 
 def _names(path: Path) -> Iterator[str]:
-    """Every text in the pickle that describes a checkpoint, the names of its tensors among them; none if there is none."""
+    """Every text in the pickle that describes a checkpoint, the names of its tensors among them."""
     with suppress(OSError, ValueError, StopIteration, zipfile.BadZipFile, NotImplementedError):
         pickles = io.BytesIO(_description(path))
         for _ in range(_PICKLES):

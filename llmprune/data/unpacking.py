@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable
 from typing import IO, Any
 
-import brotli
+import brotli  # type: ignore[import-untyped]
 import zstandard
 from streaming.base.compression import decompress
 

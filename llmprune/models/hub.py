@@ -5,7 +5,8 @@ card: files of the top level (and further chat templates), in one format of weig
 weights in other formats.
 
 Weights in ``pytorch_model.bin`` are taken where there are no safetensors. A process of its own turns them into
-safetensors, in a folder of the cache beside the snapshot, ``models--ORG--NAME/llmprune/COMMIT``, which is then the model.
+safetensors, in a folder of the cache beside the snapshot, ``models--ORG--NAME/llmprune/COMMIT``, which is then the
+model.
 """
 
 import glob

@@ -43,11 +43,11 @@ def state(names: list[str], **more: Any) -> dict[str, Any]:
     ("saved", "message"),
     [
         (state(SHEARED), rf"of Sheared-LLaMA's own code: .* \(save_composer_to_hf of its composer_to_hf\), {HF}"),
-        (state(MASKED), r"Sheared-LLaMA's own code: .* \(prune_and_save_model of its post_pruning_processing, then save_"),
+        (state(MASKED), r"Sheared-LLaMA's own code: .* \(prune_and_save_model of its post_pruning_processing, then "),
         ({name: torch.zeros(2) for name in SHEARED}, "Sheared-LLaMA's own code"),  # what prune_and_save_model writes
         (state(MPT), f"a checkpoint of llm-foundry: .*convert_composer_to_hf.py, {HF}"),
         (state(PLAIN, callbacks={"HuggingFaceCheckpointer": {}}), "a checkpoint of llm-foundry"),
-        (state(PLAIN), "a Composer checkpoint, but has no manifest.json .* if llmprune did, put manifest.json and model/"),
+        (state(PLAIN), "a Composer checkpoint, but has no manifest.json .* if llmprune did, put manifest.json"),
         ({"weights": Payload()}, "has no manifest.json: it holds no checkpoints of llmprune"),
     ],
 )  # fmt: skip

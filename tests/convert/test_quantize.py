@@ -122,7 +122,12 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(
     ],
 )
 def test_the_format_of_what_stays(
-    trained_folder: Path, tmp_path: Path, data: Path, stored: torch.dtype, asked: torch.dtype | None, written: torch.dtype
+    trained_folder: Path,
+    tmp_path: Path,
+    data: Path,
+    stored: torch.dtype,
+    asked: torch.dtype | None,
+    written: torch.dtype,
 ) -> None:
     source = load_model(trained_folder, dtype=stored)
     source.save_pretrained(tmp_path / "model")

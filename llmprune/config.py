@@ -157,7 +157,7 @@ class LiveEvaluationConfig:
         tasks: of lm-eval, or suites; those that generate text are not possible here.
         num_fewshot: examples in the prompt; null = the tasks' own.
         limit: questions of each task, or a share below 1; null = all.
-        include_path: folder with task files of your own.
+        include_path: folder with task files of your own; Python code that they name is run.
         texts: files or prepared folders to measure perplexity on, a BOS before each segment.
         segment: tokens of a segment.
         batch_size: samples per forward pass on a rank.

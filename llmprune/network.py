@@ -12,6 +12,7 @@ import huggingface_hub
 import transformers
 from huggingface_hub import snapshot_download
 from streaming.base.format.base.reader import FileInfo
+from transformers import AutoConfig
 
 from llmprune.config import Config, ScoringConfig
 from llmprune.data.cache import check_file
@@ -19,10 +20,14 @@ from llmprune.data.format import DataManifest
 from llmprune.errors import UserError, first_line
 from llmprune.evaluation.suites import SUITES
 from llmprune.files import inside, read_json
-from llmprune.models.source import WANTED, resolve_model
+from llmprune.models.hub import fetch_model
+from llmprune.models.loading import load_tokenizer
+from llmprune.models.source import resolve_model
+from llmprune.models.stored_weights import StoredWeights
 from llmprune.stores import open_store
 
 KINDS = ("model", "dataset", "task", "data")
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -87,13 +92,32 @@ def fetch(need: Need, out: Path) -> Path:
     if need.kind == "task":
         _load_task(need)
         return out / "datasets"
+    if need.kind == "model":
+        folder = fetch_model(need.name, out / "hub")
+        _check_model(folder)
+        return folder
     try:
-        wanted = WANTED if need.kind == "model" else None
-        kind = need.kind
-        place = snapshot_download(need.name, repo_type=kind, allow_patterns=wanted, cache_dir=out / "hub")
+        place = snapshot_download(need.name, repo_type=need.kind, cache_dir=out / "hub")
     except Exception as error:  # the hub client raises many kinds: bad names, no network, no access
         raise UserError(f"the {need} can't be fetched ({first_line(error)})") from None
     return Path(place)
+
+
+def _check_model(folder: Path) -> None:
+    """See that what was fetched can be loaded where there is no network: its tokenizer, its config, its weights.
+
+    Raises:
+        UserError: something can't.
+    """
+    if any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+        load_tokenizer(folder)
+    if not any(folder.glob("model*.safetensors")):  # somebody named a tokenizer, or an adapter
+        return
+    StoredWeights(folder)
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of as many kinds as there are things that a config may hold
+        raise UserError(f"{folder} was fetched, but can't be loaded: {first_line(error)}") from None
 
 
 def _load_task(need: Need) -> None:

@@ -10,10 +10,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from llmprune.checks import check, inputs_of
+from llmprune.checksums import CHECKSUMS, describe
 from llmprune.config import Config, SearchConfig
 from llmprune.convert.commands import convert
 from llmprune.data.calibration import CalibrationConfig
+from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
+from llmprune.files import read_json, write_json
 from llmprune.job_files import load_job, save_config
 from llmprune.outputs import clear, is_empty, refuse_deleting, refuse_replacing, remove
 from llmprune.ranks import on_rank_zero
@@ -24,6 +27,8 @@ _FREE = (  # what may change when a job goes on: where it runs, and what it show
     "train.device", "train.microbatch_size", "train.eval_interval", "train.eval_first", "data.cache", "data.workers",
     "data.prefetch", "data.eval_samples_per_domain",
 )  # fmt: skip
+
+_INPUTS = "inputs.json"  # of a job's folder: what its inputs held when it was begun
 
 
 def begin(config: Config, kind: str) -> None:
@@ -45,17 +50,53 @@ def begin(config: Config, kind: str) -> None:
     if isinstance(before, Config) and not config.run.overwrite:
         if not config.run.autoresume:
             raise UserError(f"{folder} holds a {kind}: pass run.autoresume=true to go on, or run.overwrite=true")
-        was, now = _identity(before), _identity(config)
-        for key in sorted({*was, *now}):
-            if was.get(key) != now.get(key):
-                raise UserError(
-                    f"{folder} was begun with {key} {was.get(key)}; the config asks for {now.get(key)}: keep what "
-                    "it began with, or use another run.folder"
-                )
+        _refuse_other(folder, before, config)
         return
     refuse_replacing(folder, inputs_of(config))
     clear(folder)
     save_config(config, known)
+    write_json(folder / _INPUTS, {"schema": 1, "contents": _contents(config)})
+
+
+def _refuse_other(folder: Path, before: Config, config: Config) -> None:
+    """Raise ``UserError`` if a job is not the one that its folder was begun with.
+
+    What it reads is told by its contents where these are known: data that were moved or renamed are the same data.
+    """
+    record = folder / _INPUTS
+    known = read_json(record) if record.is_file() else {}  # a job that was stopped at once: its paths are compared
+    known = known.get("contents", {}) if isinstance(known, dict) else {}
+    now = _contents(config)
+    was, asked = _identity(before), _identity(config)
+    for key in sorted({*was, *asked}):
+        one, other = was.get(key), asked.get(key)
+        same = one == other
+        if isinstance(one, str) and isinstance(other, str) and one in known and other in now:
+            same = known[one] == now[other]
+        if not same:
+            changed = f"{key} {one}" if one != other else f"other contents of {key}"
+            raise UserError(
+                f"{folder} was begun with {changed}; the config asks for {other}: keep what it began with, or use "
+                "another run.folder"
+            )
+
+
+def _contents(config: Config) -> dict[str, str]:
+    """What tells the contents of everything that the job reads, by its path; what only its path tells is left out."""
+    calibration = (section.get("calibration") or {} for section in asdict(config).values() if isinstance(section, dict))
+    paths = [*inputs_of(config), config.data.path, *(settings.get("path") for settings in calibration)]
+    found = {path: _content(path) for path in dict.fromkeys(paths) if path}
+    return {path: content for path, content in found.items() if content is not None}
+
+
+def _content(path: str) -> str | None:
+    """The hash of a data set's manifest, of the checksums of a model of llmprune's, or of a file; None = unknown."""
+    place = Path(path)
+    if "://" in path or (place / "manifest.json").is_file():
+        return PreparedData(path).manifest.fingerprint()
+    if (place / CHECKSUMS).is_file():
+        place = place / CHECKSUMS
+    return str(describe(place)["sha256"]) if place.is_file() else None
 
 
 def _identity(config: Config) -> dict[str, object]:
@@ -70,6 +111,8 @@ def _identity(config: Config) -> dict[str, object]:
     found: dict[str, object] = {}
     for section, value in asdict(config).items():
         values = {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
+        if isinstance(calibration := values.pop(f"{section}.calibration", None), dict):
+            values |= {f"{section}.calibration.{key}": v for key, v in calibration.items()}
         found |= {key: v for key, v in values.items() if section not in free and key not in free}
     return found
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmprune import iteration, stages, training
+from llmprune.checksums import record
 from llmprune.config import IterationConfig
 from llmprune.errors import UserError
 from llmprune.evaluation.verify import compare, open_for_comparison
@@ -203,3 +204,55 @@ def test_another_job_is_not_gone_on_with(yaml: Path, once: Path, tmp_path: Path)
     shutil.copytree(once / "round-1" / "recover", tmp_path / "run")
     with pytest.raises(UserError, match="holds something that is no job of rounds"):
         iterate(job(yaml, f"run.folder={tmp_path}/run", "run.overwrite=true"))
+
+
+def test_data_that_were_moved_are_the_same_data(yaml: Path, once: Path, data: Path, tmp_path: Path) -> None:
+    """The last round is recovered again, from the data's new place."""
+    moved, copy = shutil.copytree(data, tmp_path / "moved"), shutil.copytree(once, tmp_path / "job")
+    shutil.rmtree(copy / "round-2" / "recovered")
+    shutil.rmtree(copy / "model")
+    iterate(job(yaml, f"run.folder={copy}", "run.autoresume=true", f"data.path={moved}"))
+    expected, found = weights(once / "model"), weights(copy / "model")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("key", ["data.path", "iterate.calibration.path", "model.path", "distillation.teacher"])
+def test_what_a_job_reads_is_told_by_its_contents(
+    yaml: Path, corpus: Path, data: Path, trained_folder: Path, tmp_path: Path, key: str
+) -> None:
+    text, model = tmp_path / "text.jsonl", tmp_path / "model"
+    shutil.copyfile(corpus / "numbers" / "part.jsonl", text)
+    shutil.copytree(trained_folder, model)
+    record(model)  # as llmprune's own models have it
+    own = {
+        "data.path": shutil.copytree(data, tmp_path / "data"),
+        "iterate.calibration.path": text,
+        "model.path": model,
+        "distillation.teacher": model,
+    }
+    config = job(yaml, "distillation={teacher: x}", f"run.folder={tmp_path}/job", "run.autoresume=true")
+
+    def put(moved: Path | None = None) -> IterationConfig:
+        paths = {name: str(moved if moved and path == own[key] else path) for name, path in own.items()}
+        config.data.path, config.model.path = paths["data.path"], paths["model.path"]
+        config.iterate.calibration.path, config.distillation.teacher = (
+            paths["iterate.calibration.path"],
+            paths["distillation.teacher"],
+        )
+        return config
+
+    stages.begin(put(), "job of rounds")
+    place = own[key].rename(tmp_path / "renamed.jsonl")
+    stages.begin(put(place), "job of rounds")
+    if key == "data.path":
+        (place / "manifest.json").write_text((place / "manifest.json").read_text().replace('"seed": ', '"seed": 1'))
+    elif key == "iterate.calibration.path":
+        place.write_text(place.read_text() + "{}\n")
+    else:
+        (place / "another.json").write_text("{}")
+        record(place)
+    with pytest.raises(UserError, match=r"was begun with .* the config asks for .*renamed"):
+        stages.begin(put(place), "job of rounds")
+    place.rename(own[key])
+    with pytest.raises(UserError, match="was begun with other contents of"):
+        stages.begin(put(), "job of rounds")

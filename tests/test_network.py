@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,13 +12,14 @@ from pathlib import Path
 import boto3
 import huggingface_hub
 import pytest
+import torch
 from flask import Flask, Response, abort, jsonify, send_file
 from werkzeug.serving import make_server
 
 from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.job_files import load_job
-from llmprune.models.loading import load_model
+from llmprune.models.loading import load_model, load_tokenizer
 from llmprune.network import Need, check_offline, fetch, need_named, needs_of
 from tests.evaluation.local_task import make_task
 
@@ -25,22 +27,38 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def hub(model_folder: Path) -> Iterator[str]:
-    """A hub that knows one model, and one data set of the same files."""
+def pickled(model_folder: Path, tmp_path: Path) -> Path:
+    """A model whose weights are pickled alone, with companions, code and other formats beside them."""
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    for path in model_folder.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copyfile(path, folder / path.name)
+    torch.save(load_model(model_folder).state_dict(), folder / "pytorch_model.bin")
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    for name in ("merges.txt", "modeling_foreign.py", "tf_model.h5", "model.gguf", "optimizer.bin"):
+        (folder / name).write_text(name)
+    return folder
+
+
+@pytest.fixture
+def hub(model_folder: Path, pickled: Path) -> Iterator[str]:
+    """A hub that knows two models, and one data set of the first one's files."""
     app = Flask("hub")
+    folders = {"tiny": model_folder, "texts": model_folder, "pickled": pickled}
 
     @app.get("/api/<kind>/org/<name>/revision/main")
     def info(kind: str, name: str) -> Response:
-        if name not in ("tiny", "texts"):
+        if name not in folders:
             abort(404)
-        files = [{"rfilename": path.name} for path in model_folder.iterdir()]
+        files = [{"rfilename": path.name} for path in folders[name].iterdir()]
         return jsonify(id=f"org/{name}", sha=COMMIT, siblings=[*files, {"rfilename": "pickle.bin"}])
 
-    @app.route("/org/tiny/resolve/<revision>/<name>", methods=["GET", "HEAD"])
-    @app.route("/datasets/org/texts/resolve/<revision>/<name>", methods=["GET", "HEAD"])
-    def file(revision: str, name: str) -> Response:
+    @app.route("/org/<model>/resolve/<revision>/<name>", methods=["GET", "HEAD"])
+    @app.route("/datasets/org/<model>/resolve/<revision>/<name>", methods=["GET", "HEAD"])
+    def file(model: str, revision: str, name: str) -> Response:
         assert name != "pickle.bin" or revision == COMMIT
-        content = model_folder / name
+        content = folders[model] / name
         if not content.is_file():
             return Response(b"junk", headers={"X-Repo-Commit": COMMIT, "ETag": '"junk"'})
         found = send_file(content.resolve(), conditional=False)
@@ -82,7 +100,7 @@ def test_a_model_is_fetched_and_found_offline(
 ) -> None:
     home = tmp_path / "home"
     command = [str(Path(sys.executable).parent / "llmprune"), "download", "--out", str(home), "--for", str(job)]
-    command += ["--set", "distillation=null", "dataset:org/texts"]
+    command += ["--set", "distillation=null", "dataset:org/texts", "model:org/pickled"]
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -91,6 +109,13 @@ def test_a_model_is_fetched_and_found_offline(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
     assert load_model("org/tiny").config.model_type == "llama"
     assert not [*home.rglob("models--*/**/pickle.bin")]
+    for name, tensor in load_model("org/tiny").state_dict().items():
+        assert torch.equal(load_model("org/pickled").state_dict()[name], tensor)
+    messages = [{"role": "user", "content": "one"}]
+    assert load_tokenizer("org/pickled").apply_chat_template(messages, tokenize=False) == "one!"
+    suffixes = {path.suffix for path in home.rglob("models--org--pickled/**/*") if path.is_file() or path.is_symlink()}
+    assert suffixes.isdisjoint({".py", ".h5", ".gguf"}) and not [*home.rglob("optimizer.bin")]
+    assert [*home.rglob("models--org--pickled/llmprune/*/merges.txt")]
     with pytest.raises(UserError, match=r"these are not here: model org/other\. On a machine with a network run"):
         check_offline(load_job(job), str(job))
     check_offline(load_job(job, ["distillation=null"]), str(job))

@@ -282,3 +282,10 @@ def test_another_job_is_not_gone_on_with(yaml: Path, once: Path) -> None:
     changed = replace(job(yaml, "run.autoresume=true").search, best=3)
     with pytest.raises(UserError, match="was begun with search.best 2; the config asks for 3"):
         search(replace(job(yaml, "run.autoresume=true"), search=changed))
+
+
+def test_data_that_were_moved_are_the_same_data(yaml: Path, once: Path, data: Path, tmp_path: Path) -> None:
+    moved, copy = shutil.copytree(data, tmp_path / "moved"), shutil.copytree(once, tmp_path / "job")
+    (copy / "table.md").unlink()
+    search(job(yaml, f"run.folder={copy}", "run.autoresume=true", f"data.path={moved}"))
+    assert (copy / "table.md").read_text() == (once / "table.md").read_text()

@@ -42,7 +42,9 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval or suites, separated by commas.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Tasks: examples in the prompt.")] = None,
     limit: Annotated[float | None, typer.Option(help="Tasks: questions of each, or a share below 1.")] = None,
-    include_path: Annotated[str | None, typer.Option(help="Tasks: folder with task files of your own.")] = None,
+    include_path: Annotated[
+        str | None, typer.Option(help="Tasks: folder with task files of your own; Python code that they name is run.")
+    ] = None,
     prompts: Annotated[str | None, typer.Option(help="Continuations: prompts with references.")] = None,
     prompt_share: Share = None,
     generated: Annotated[list[str] | None, typer.Option(help="Score what `llmprune generate` wrote.")] = None,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from llmprune.cli.evaluating import Adapter, Attention, Device, DeviceMap, DTypeToRun, Models
-from llmprune.cli.options import Json, Out, Overwrite, app, command_line, numbers_in
+from llmprune.cli.options import DType, Json, Out, Overwrite, app, command_line, numbers_in
 
 
 @app.command()
@@ -109,13 +109,24 @@ def quantize(
     text_field: Annotated[str, typer.Option(help="Field of a JSON record that holds the text.")] = "text",
     group_size: Annotated[int, typer.Option(help="Weights of a row that share a scale.")] = 128,
     activation_order: Annotated[bool, typer.Option(help="Columns with the largest activations first.")] = True,
+    dtype: Annotated[
+        DType | None,
+        typer.Option(help="Of embeddings, output layer, norms and scales; default: as stored, bfloat16 for float32."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Quantise a model's linear layers to four bits by GPTQ."""
+    import torch
+
     from llmprune.convert.quantize import QuantizeConfig
     from llmprune.convert.quantize import quantize as quantize_model
     from llmprune.data.calibration import CalibrationConfig
 
-    config = QuantizeConfig(CalibrationConfig(data, samples, seq_len, bos, text_field), group_size, activation_order)
+    config = QuantizeConfig(
+        CalibrationConfig(data, samples, seq_len, bos, text_field),
+        group_size,
+        activation_order,
+        dtype=None if dtype is None else getattr(torch, dtype.value),
+    )
     size = quantize_model(model, out, config, overwrite=overwrite)
     print(f"{out}: {size / 1e6:,.1f} MB")

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from llmprune.callbacks.l0_pruning import load_gates
 from llmprune.checkpoint_folder import METADATA, CheckpointFolder, batch_of, is_complete
 from llmprune.checksums import VERIFICATION
+from llmprune.convert.foreign import checkpoint_in, what_it_is
 from llmprune.convert.stored_state import StoredState, open_state
 from llmprune.errors import UserError
 from llmprune.families import Family, family_of
@@ -79,6 +80,7 @@ class Checkpoint:
                 if not path.exists():
                     raise UserError(f"{path} does not exist")
                 path = path.resolve()
+                _refuse_foreign(path.parent, path)
                 folder = CheckpointFolder(path.parent)
                 reading.enter_context(folder.reading(batch_of(path)))
                 folder.check(path, contents=VERIFICATION.asked)
@@ -150,6 +152,7 @@ def _newest(place: Path, reading: ExitStack) -> Path:
         UserError: there is none.
     """
     folder = CheckpointFolder(place / "checkpoints" if (place / "checkpoints").is_dir() else place)
+    _refuse_foreign(folder.path, checkpoint_in(folder.path))
     for _ in range(ATTEMPTS):
         seen = folder.by_age()
         latest = folder.latest(contents=VERIFICATION.asked)
@@ -160,6 +163,8 @@ def _newest(place: Path, reading: ExitStack) -> Path:
             reading.close()
         elif folder.by_age() == seen:
             break
+    if (place / "config.json").is_file():
+        raise UserError(f"{place} is a Hugging Face model, not a checkpoint: it needs no conversion")
     raise UserError(f"{place} holds no checkpoint")
 
 
@@ -167,6 +172,12 @@ def is_checkpoint(path: Path | str) -> bool:
     """Whether ``path`` names a Composer checkpoint rather than a Hugging Face model."""
     path = Path(path)
     return path.suffix == ".pt" or (path.is_dir() and not (path / "config.json").is_file())
+
+
+def _refuse_foreign(folder: Path, checkpoint: Path | None) -> None:
+    """Raise ``UserError`` if a checkpoint lies in a folder that is none of llmprune's."""
+    if checkpoint is not None and not (folder / "manifest.json").is_file():
+        raise UserError(what_it_is(checkpoint))
 
 
 def _is_sharded(path: Path) -> bool:

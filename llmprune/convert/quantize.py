@@ -11,15 +11,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from llmprune.checksums import record
 from llmprune.data.calibration import CalibrationConfig, calibration_samples
 from llmprune.errors import UserError
 from llmprune.files import make_readable
+from llmprune.models.companions import GENERATION, copy_companions
 from llmprune.models.loading import load_any_model, load_tokenizer
 from llmprune.models.own_types import needs_code
-from llmprune.models.source import resolve_model
+from llmprune.models.source import read_config, resolve_model
 from llmprune.outputs import output_folder, refuse_existing, refuse_replacing
 
 BITS = 4
@@ -34,12 +35,15 @@ class QuantizeConfig:
         group_size: weights of a row that share a scale.
         activation_order: quantise the columns with the largest activations first.
         dampening: added to the Hessian's diagonal, as a share of its mean.
+        dtype: of what stays unquantised (embeddings, output layer, norms) and of the scales; None = as stored, but
+            bfloat16 where that is float32, in which they would outweigh all the rest.
     """
 
     data: CalibrationConfig = field(default_factory=lambda: CalibrationConfig(samples=128, length=2048))
     group_size: int = 128
     activation_order: bool = True
     dampening: float = 0.01
+    dtype: torch.dtype | None = None
 
 
 def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, overwrite: bool = False) -> int:
@@ -69,18 +73,14 @@ def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, over
     refuse_existing(Path(out), overwrite)
     folder = resolve_model(model)
     refuse_replacing(out, [folder, *filter(None, [config.data.path])])
+    source = read_config(model)
+    _check(source, config)
     tokenizer = load_tokenizer(model)
-    loaded = load_any_model(model)
-    if needs_code(loaded.config):
-        raise UserError(
-            f"{model} has a modelling file of its own, which llm-compressor can't trace: quantise the model without "
-            "richer heads or stand-in"
-        )
-    _check(loaded, config)
     samples = calibration_samples(config.data, tokenizer)
-    limit = getattr(loaded.config, "max_position_embeddings", None)
+    limit = getattr(source, "max_position_embeddings", None)
     if limit is not None and samples.shape[1] > limit:
         raise UserError(f"samples of {samples.shape[1]} tokens are too long: the model takes {limit}")
+    loaded = load_any_model(model, dtype=config.dtype or _sixteen_bits(source))
     last = loaded.get_output_embeddings()
     output = [name for name, module in loaded.named_modules() if module is last]
     weights = QuantizationArgs(
@@ -107,8 +107,10 @@ def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, over
             num_calibration_samples=len(samples),
             pipeline="sequential",
         )
+        loaded.generation_config = GenerationConfig()  # Transformers would refuse to save many; the file is copied
         loaded.save_pretrained(written, save_compressed=True)
-        tokenizer.save_pretrained(written)
+        (written / GENERATION).unlink(missing_ok=True)
+        copy_companions(folder, written)
         if (folder / "llmprune").is_dir():
             shutil.copytree(folder / "llmprune", written / "llmprune")
         files = list(written.glob("*.safetensors"))
@@ -118,16 +120,32 @@ def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, over
         return sum(file.stat().st_size for file in files)
 
 
-def _check(model: PreTrainedModel, config: QuantizeConfig) -> None:
-    """Refuse groups that do not fit the rows of every matrix, and models that are quantised already."""
-    if getattr(model.config, "quantization_config", None) is not None:
+def _sixteen_bits(source: PretrainedConfig) -> torch.dtype:
+    """The 16-bit format that a model is stored in, bfloat16 if it is in none."""
+    return source.dtype if source.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+
+def _check(source: PretrainedConfig, config: QuantizeConfig) -> None:
+    """What a model's config alone tells: whether it can be quantised, and in such groups. No weights are read.
+
+    Raises:
+        UserError: it is quantised already, has no linear layers or code of its own, or the groups do not fit its rows.
+    """
+    if getattr(source, "quantization_config", None) is not None:
         raise UserError("the model is quantised already")
+    if needs_code(source):
+        raise UserError(
+            "the model has a modelling file of its own, which llm-compressor can't trace: quantise the model without "
+            "richer heads or stand-in"
+        )
     if config.group_size < 1 or config.dampening <= 0:
         raise UserError("the group size and the dampening must be positive")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source, trust_remote_code=False)
     output = model.get_output_embeddings()
     rows = {m.in_features for m in model.modules() if isinstance(m, nn.Linear) and m is not output}
     if not rows:
-        raise UserError(f"the model ({model.config.model_type}) has no linear layers that could be quantised")
+        raise UserError(f"the model ({source.model_type}) has no linear layers that could be quantised")
     if any(length % config.group_size for length in rows):
         fitting = math.gcd(*rows, config.group_size)
         raise UserError(

@@ -9,12 +9,12 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from filelock import FileLock
-from streaming.base.compression import decompress
 from streaming.base.format.base.reader import FileInfo
 from streaming.base.hashing import get_hash
 from streaming.base.storage.download import CloudDownloader
 from streaming.base.util import bytes_to_int
 
+from llmprune.data.unpacking import unpack
 from llmprune.errors import UserError, first_line
 from llmprune.stores import persist
 
@@ -114,7 +114,7 @@ class ShardCache:
                 self._download(url, part)
                 check_file(part, stored, url)
                 if file.packed is not None:
-                    part.write_bytes(decompress(file.algorithm, part.read_bytes()))
+                    part.write_bytes(unpack(file.algorithm, part.read_bytes(), file.raw.bytes, url))
                     check_file(part, file.raw, url)
         return self.folder / file.name
 
@@ -208,9 +208,11 @@ def check_file(path: Path, wanted: FileInfo, name: object) -> None:
     Raises:
         UserError: they differ; the message calls the file ``name``.
     """
+    size = path.stat().st_size
+    if size != wanted.bytes:  # seen before the file is read: it may be larger than memory
+        wrong = "is cut short" if size < wanted.bytes else "is another file than its index describes"
+        raise UserError(f"{name} {wrong} ({size:,} bytes, not {wanted.bytes:,}): prepare the data again")
     content = path.read_bytes()
-    if len(content) != wanted.bytes:
-        raise UserError(f"{name} is cut short: prepare the data again")
     for algorithm, checksum in wanted.hashes.items():
         if get_hash(algorithm, content) != checksum:
             raise UserError(f"{name} is damaged (its {algorithm} is not that of the index): prepare the data again")

@@ -17,6 +17,7 @@ from llmprune.errors import UserError
 NO_LOSS = -100  # what PyTorch's losses pass over
 # What an index that does not fit its shards leads to.
 _ODD = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, AssertionError)
+_LARGEST = 2**32  # bytes of a shard: MDS counts them in 32 bits
 _ATTEMPTS = 3  # to read what other processes may take out of the cache
 
 Sample = dict[str, torch.Tensor]
@@ -57,7 +58,7 @@ class SplitReader:
         for file in self._files if cache is None else []:
             path = root / file.name
             if not path.is_file() or path.stat().st_size != file.raw.bytes:
-                raise UserError(f"{path} is missing or cut short: prepare the data again")
+                raise UserError(f"{path} is missing, cut short or another one: prepare the data again")
         self.shard_sizes = [shard.samples for shard in self._shards]
         self.shard_bytes = [file.raw.bytes for file in self._files]
         self._checked: set[int] = set()
@@ -68,6 +69,8 @@ class SplitReader:
             name = PurePosixPath(info.basename)
             if name.is_absolute() or ".." in name.parts:
                 raise ValueError(f"a shard lies outside, at {name}")
+            if not 0 < info.bytes <= _LARGEST:
+                raise ValueError(f"{name} can't have {info.bytes} bytes")
         return ShardFile(f"{self._below}/{raw.basename}", raw, packed, shard.compression)
 
     def read(self, shard: int, index: int) -> Sample:

@@ -1,12 +1,12 @@
 """Stability: how far a smaller model still gives the answers of the original (LLM-Streamline, arXiv:2403.19135).
 
 Of a subject's questions, Σ_i w_i · 1[both models right or both wrong], with w = softmax over the questions of σ_i, and
-σ_i the population standard deviation of the perplexities of question i's options under the original model: questions on
-which the original has an opinion count more. The overall figure is the mean over subjects.
+σ_i the population standard deviation of the losses of question i's options under the original model: questions on which
+the original has an opinion count more. An option's loss is the mean over its tokens, in nats per token: OpenCompass's
+logs, which the paper's figures come from, call it ``PPL``. The overall figure is the mean over subjects.
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ class Answer:
 
     Attributes:
         correct: whether its choice was right.
-        perplexities: of each option, per token of the option; empty where only the choice is known.
+        losses: of each option, in nats per token of the option; empty where only the choice is known.
     """
 
     correct: bool
-    perplexities: Sequence[float]
+    losses: Sequence[float]
 
 
 Subjects = dict[str, dict[str, Answer]]
@@ -46,7 +46,7 @@ class Stability:
 
 def subject_stability(before: Sequence[Answer], after: Sequence[Answer]) -> float:
     """The stability of one subject, in [0, 1]; ``before`` and ``after`` answer the same questions in the same order."""
-    spreads = np.array([np.std(answer.perplexities) for answer in before])
+    spreads = np.array([np.std(answer.losses) for answer in before])
     weights = np.exp(spreads - spreads.max())
     agree = np.array([a.correct == b.correct for a, b in zip(before, after, strict=True)])
     return float((weights / weights.sum())[agree].sum())
@@ -97,6 +97,9 @@ def read_answers(path: Path | str, tokenizer: PreTrainedTokenizerBase | None = N
             answers = dict(read)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"{log} is no log of answers ({type(error).__name__}: {error})") from None
+        for question, answer in answers.items():
+            if not np.isfinite(answer.losses).all():
+                raise UserError(f"{log}: question {question} has options whose loss is no finite number")
         name = _subject(log)
         if answers and name in subjects:
             raise UserError(f"{path} has several logs of {name}: name a folder with one run")
@@ -129,8 +132,8 @@ def _read_lm_eval(log: Path, tokenizer: PreTrainedTokenizerBase | None) -> Itera
             half = len(contexts) // 2
             # likelihoods without the question (acc_mutual_info) follow behind the options' own
             options = range(half if contexts[0] and not any(contexts[half:]) else len(likelihoods))
-            perplexities = [_perplexity(likelihoods[i] / max(counts[i], 1)) for i in options]
-            yield sample.get("doc_hash") or str(sample["doc_id"]), Answer(sample["acc"] == 1, perplexities)
+            losses = [-likelihoods[i] / max(counts[i], 1) for i in options]
+            yield sample.get("doc_hash") or str(sample["doc_id"]), Answer(sample["acc"] == 1, losses)
 
 
 def _count(sample: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, log: Path) -> list[int]:
@@ -150,7 +153,7 @@ def _count(sample: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None,
 
 
 def _read_opencompass(log: Path) -> Iterator[tuple[str, Answer]]:
-    """OpenCompass stores the mean negative log-likelihood per token of every option as ``PPL``."""
+    """OpenCompass stores the mean loss per token of every option as ``PPL``."""
     predictions = json.loads(log.read_text(encoding="utf-8"))
     for number, entry in predictions.items():
         losses = {
@@ -164,8 +167,4 @@ def _read_opencompass(log: Path) -> Iterator[tuple[str, Answer]]:
             raise UserError(f"{log} does not hold the right answers ('gold'): run OpenCompass with its PPL inferencer")
         gold = entry["gold"]
         chosen = entry.get("prediction", min(losses, key=lambda label: losses[label]))
-        yield number, Answer(str(chosen) == str(gold), [_perplexity(-loss) for loss in losses.values()])
-
-
-def _perplexity(mean_log_likelihood: float) -> float:
-    return math.exp(min(-mean_log_likelihood, 700.0))
+        yield number, Answer(str(chosen) == str(gold), list(losses.values()))

@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,10 @@ from llmprune.errors import UserError, nearest
 from llmprune.evaluation.suites import SUITES, expand
 from llmprune.models.opened import check_vocabulary
 
+_FUNCTION = re.compile(r"!function\s+(\S+)")  # how a task file names Python code
+
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class TasksConfig:
@@ -35,7 +40,7 @@ class TasksConfig:
         names: tasks of lm-eval, or suites: commonsense7, reassessing8, streamline7, sheared.
         num_fewshot: examples in the prompt, in place of the suites' and the tasks' own.
         limit: so many questions of each task, or a share below 1; None = all.
-        include_path: folder with further task files (YAML), whose data may be local.
+        include_path: folder with further task files (YAML), whose data may be local; functions that they name are run.
     """
 
     names: Sequence[str] = ()
@@ -61,7 +66,16 @@ class TaskResults:
 
 @lru_cache
 def task_manager(include_path: str | None) -> TaskManager:
-    """lm-eval's index of all tasks; making it takes seconds."""
+    """lm-eval's index of all tasks; making it takes seconds.
+
+    Task files of a user's own may name Python functions, which lm-eval runs: that there are some is said once.
+    """
+    if include_path is not None and (named := _functions_in(Path(include_path))):
+        log.warning(
+            "%s holds task files that name Python code, which runs when their tasks are loaded: %s",
+            include_path,
+            ", ".join(named[:5]) + (", …" if len(named) > 5 else ""),
+        )
     return TaskManager(include_path=include_path)
 
 
@@ -205,6 +219,15 @@ def save_samples(samples: Mapping[str, Sequence[Mapping[str, Any]]], folder: Pat
                     ensure_ascii=False,
                 )
                 file.write(dumped + "\n")
+
+
+def _functions_in(folder: Path) -> list[str]:
+    """The functions that a folder's task files name, as FILE: MODULE.FUNCTION."""
+    return [
+        f"{path.relative_to(folder)}: {name}"
+        for path in sorted(folder.rglob("*.yaml"))
+        for name in dict.fromkeys(_FUNCTION.findall(path.read_text(encoding="utf-8", errors="replace")))
+    ]
 
 
 def _parts(loaded: Mapping[Any, Any]) -> Iterator[Any]:

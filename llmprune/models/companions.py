@@ -13,7 +13,8 @@ GENERATION = "generation_config.json"
 # Files that are copied as they are.
 COMPANIONS = (
     GENERATION, "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json",
-    "chat_template*", "additional_chat_templates/*.jinja", "*.model", "LICENSE*", "NOTICE*",
+    "chat_template*", "additional_chat_templates/*.jinja", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.codes",
+    "LICENSE*", "NOTICE*",
 )  # fmt: skip
 _INPUTS = ["input_ids", "attention_mask"]  # of every family that can be pruned
 

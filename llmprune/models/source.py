@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PretrainedConfig
 
 from llmprune.checksums import VERIFICATION
@@ -10,11 +9,11 @@ from llmprune.errors import UserError, first_line
 from llmprune.families import OWN
 from llmprune.files import read_json
 from llmprune.foreign import inspect
+from llmprune.models.hub import fetch_model
 from llmprune.models.modeling_llmprune import register
 
 DEQUANTISE = "dequantise it first, with Transformers' from_pretrained(FOLDER, gguf_file=NAME) and save_pretrained"
 _LARGEST = 2**31  # of any size in a config
-WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.model"]  # of a model's files on the hub
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -34,12 +33,7 @@ def resolve_model(model: str | Path) -> Path:
         raise UserError(f"{folder} is a GGUF file: {DEQUANTISE}")
     if folder.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise UserError(f"{model} is no folder with a Hugging Face model")
-    try:
-        folder = Path(snapshot_download(str(model), allow_patterns=WANTED))
-    except Exception as error:  # the hub client raises many kinds: bad names, no network, no access
-        reason = first_line(error)
-        raise UserError(f"the model '{model}' is neither a folder nor reachable on the hub ({reason})") from None
-    return _known(folder)
+    return _known(fetch_model(str(model)))
 
 
 def _known(folder: Path) -> Path:

@@ -37,7 +37,7 @@ def rounded(weight: Tensor, group: int) -> Tensor:
 
 def test_it_computes_nearly_the_same(quantised: Path, trained_folder: Path, data: Path) -> None:
     """Nearer to the whole model than plain rounding, on the text that it was calibrated on."""
-    opened = open_model(str(quantised), Placement(device="cpu"))
+    opened = open_model(str(quantised), Placement("float32", device="cpu"))
     tokens = calibration_samples(CalibrationConfig(str(data), 16, 32), opened.tokenizer)
     whole, nearest = load_model(trained_folder), load_model(trained_folder)
     with torch.no_grad():
@@ -63,7 +63,9 @@ def test_what_is_written(quantised: Path, trained_folder: Path) -> None:
     stored, before = load_file(quantised / "model.safetensors"), load_file(trained_folder / "model.safetensors")
     name = "model.layers.0.mlp.down_proj"
     assert stored[f"{name}.weight_packed"].numel() * 8 == before[f"{name}.weight"].numel()
-    assert torch.equal(stored["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert torch.equal(stored["model.embed_tokens.weight"], before["model.embed_tokens.weight"].bfloat16())
+    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.bfloat16}
+    assert json.loads((quantised / "config.json").read_text())["dtype"] == "bfloat16"
     assert (quantised / "model.safetensors").stat().st_mode & 0o044 == 0o044
 
 
@@ -96,6 +98,45 @@ def test_mistakes(trained_folder: Path, tmp_path: Path, changes: dict, message: 
     with pytest.raises(UserError, match=message):
         quantize(trained_folder, tmp_path / "out", QuantizeConfig(**{"group_size": 16, **changes}))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_is_refused_before_weights_are_read(
+    trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Default groups do not fit this model, and its config says so."""
+    shutil.copytree(trained_folder, tmp_path / "model")
+    for path in (tmp_path / "model").glob("*.safetensors"):
+        path.write_bytes(b"no weights")
+    monkeypatch.setattr("llmprune.convert.quantize.load_any_model", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(UserError, match="groups of 128 do not fit rows of 32, 48, 64 weights"):
+        quantize(tmp_path / "model", tmp_path / "out", QuantizeConfig())
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "written"),
+    [
+        (torch.float32, None, torch.bfloat16),
+        (torch.float16, None, torch.float16),
+        (torch.bfloat16, torch.float16, torch.float16),
+        (torch.float32, torch.float32, torch.float32),
+    ],
+)
+def test_the_format_of_what_stays(
+    trained_folder: Path,
+    tmp_path: Path,
+    data: Path,
+    stored: torch.dtype,
+    asked: torch.dtype | None,
+    written: torch.dtype,
+) -> None:
+    source = load_model(trained_folder, dtype=stored)
+    source.save_pretrained(tmp_path / "model")
+    load_tokenizer(trained_folder).save_pretrained(tmp_path / "model")
+    settings = QuantizeConfig(CalibrationConfig(str(data), 2, 16), 16, dtype=asked)
+    quantize(tmp_path / "model", tmp_path / "out", settings)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {written}
+    assert torch.equal(tensors["model.embed_tokens.weight"], source.get_input_embeddings().weight.to(written))
 
 
 def test_calibration_data_are_not_replaced(trained_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -1,15 +1,18 @@
 """Data behind a URL, in another folder, or compressed: read through a cache."""
 
 import contextlib
+import json
 import os
 import shutil
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
+from streaming.base.compression import compress
 from streaming.base.storage.download import CloudDownloader
 from torch.utils.data import DataLoader
 
@@ -20,6 +23,7 @@ from llmprune.data import cache as caching
 from llmprune.data.cache import CacheConfig
 from llmprune.data.dataset import EvalDataset, MixedDataset
 from llmprune.data.prepared import PreparedData
+from llmprune.data.unpacking import unpack
 from llmprune.errors import UserError
 
 WEIGHTS = {"numbers": 0.6, "letters": 0.4}
@@ -171,6 +175,73 @@ def test_damage_at_the_source_is_named_and_damage_on_this_machine_is_mended(shar
     with pytest.raises(UserError, match="shard.00001.mds can't be fetched"):
         data.reader("letters", "train").read(1, 0)
     assert len(list((tmp_path / "cache").rglob("*.mds"))) == 1
+
+
+@pytest.mark.parametrize("location", ["folder", "s3"])
+def test_a_shard_of_another_size_than_its_index_says(
+    shards: Path, s3: str, bucket: str, tmp_path: Path, location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Larger or smaller at its source: it is refused unread, and nothing of it stays in the cache."""
+    copy, client = shutil.copytree(shards, tmp_path / "copy"), boto3.client("s3", endpoint_url=s3)
+    remote = bucket if location == "s3" else str(copy)
+    data = PreparedData(remote, CacheConfig(str(tmp_path / "cache")))
+    data.reader("letters", "train").read(0, 0)  # the index is here
+    whole = (copy / "letters" / "train" / "shard.00001.mds").read_bytes()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} is read"))
+    for content, message in ((whole + b"x" * 1000, "is another file than its index"), (whole[:-1], "is cut short")):
+        (copy / "letters" / "train" / "shard.00001.mds").write_bytes(content)
+        client.put_object(Bucket="corpora", Key="prepared/letters/train/shard.00001.mds", Body=content)
+        with pytest.raises(UserError, match=rf"shard.00001.mds {message} .*{len(content):,} bytes, not {len(whole):,}"):
+            data.reader("letters", "train").read(1, 0)
+    assert not list((tmp_path / "cache").rglob("*00001.mds")) and not list((tmp_path / "cache").rglob("*.part"))
+
+
+@pytest.mark.parametrize("size", [10**15, 0, -1])
+def test_an_index_may_not_announce_what_no_shard_can_be(shards: Path, tmp_path: Path, size: int) -> None:
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    index = copy / "letters" / "train" / "index.json"
+    described = json.loads(index.read_text())
+    described["shards"][0]["raw_data"]["bytes"] = size
+    index.write_text(json.dumps(described))
+    with pytest.raises(UserError, match=rf"is damaged \(.* can't have {size} bytes"):
+        PreparedData(copy, CacheConfig(str(tmp_path / "cache"))).reader("letters", "train")
+
+
+def test_a_compressed_shard_that_holds_more_than_its_index_says(
+    corpus: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_prep.shards._SHARD_BYTES", 4 * 32 * 2)
+    packed = tmp_path / "packed"
+    prepare([corpus], data / "tokenizer", packed, PackSettings(32, compression="zstd"), processes=1)
+    index = packed / "letters" / "train" / "index.json"
+    described = json.loads(index.read_text())
+    shard = described["shards"][0]
+    bomb = compress("zstd:3", bytes(2**28))
+    (index.parent / shard["zip_data"]["basename"]).write_bytes(bomb)
+    shard["zip_data"].update(bytes=len(bomb), hashes={})
+    index.write_text(json.dumps(described))
+    reader = PreparedData(packed, CacheConfig(str(tmp_path / "cache"))).reader("letters", "train")
+    with pytest.raises(UserError, match="holds more than the .* bytes that its index says"):
+        reader.read(0, 0)
+
+
+@pytest.mark.parametrize("algorithm", ["br:3", "bz2:1", "gz:1", "snappy", "zstd:3"])
+def test_no_more_is_unpacked_than_was_announced(algorithm: str) -> None:
+    content = os.urandom(1000) * 100
+    assert unpack(algorithm, compress(algorithm, content), len(content), "x") == content
+    if algorithm == "zstd:3":  # several frames are one content
+        assert unpack(algorithm, compress(algorithm, content) * 2, 2 * len(content), "x") == content * 2
+    with pytest.raises(UserError, match="x holds 100,000 of the 100,001 bytes"):
+        unpack(algorithm, compress(algorithm, content), 100_001, "x")
+    with pytest.raises(UserError, match="x can't be decompressed|x holds more"):
+        unpack(algorithm, b"\x80junk" * 10, 100, "x")
+    bomb = compress(algorithm, bytes(2**26))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="x holds more than the 1,000 bytes"):
+        unpack(algorithm, bomb, 1000, "x")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**24
 
 
 def test_what_a_killed_process_left_is_in_nobodys_way(shards: Path, tmp_path: Path) -> None:

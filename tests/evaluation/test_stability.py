@@ -2,6 +2,9 @@
 
 import json
 import math
+import random
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,10 +28,10 @@ def test_by_hand() -> None:
 def test_invariances() -> None:
     before = answers((True, [3.0, 8.0]), (False, [2.0, 4.5]), (True, [900.0, 5.0]))
     assert subject_stability(before, before) == pytest.approx(1)
-    flipped = [Answer(not a.correct, a.perplexities) for a in before]
+    flipped = [Answer(not a.correct, a.losses) for a in before]
     assert subject_stability(before, flipped) == 0
     after = answers((True, []), (True, []), (False, []))
-    shifted = [Answer(a.correct, [p + 7 for p in a.perplexities]) for a in before]
+    shifted = [Answer(a.correct, [loss + 7 for loss in a.losses]) for a in before]
     assert subject_stability(before, after) == pytest.approx(subject_stability(shifted, after))
     order = [2, 0, 1]
     assert subject_stability([before[i] for i in order], [after[i] for i in order]) == pytest.approx(
@@ -56,9 +59,9 @@ def test_lm_eval_logs(tmp_path: Path) -> None:
     log(tmp_path / "after", "samples_arc.jsonl", list(reversed(questions)))
     log(tmp_path / "after", "samples_boolq.jsonl", [("q1", False, [-1.0, -1.0]), ("q2", False, [-1.0, -1.0])])
     before = read_answers(tmp_path / "before")
-    assert before["arc"]["q1"].perplexities == pytest.approx([math.exp(1), math.exp(2)])
+    assert before["arc"]["q1"].losses == [1, 2]
     found = stability(before, read_answers(tmp_path / "after"))
-    sigma = [(math.exp(2) - math.exp(1)) / 2, (math.exp(3) - math.exp(0.5)) / 2]
+    sigma = [(2 - 1) / 2, (3 - 0.5) / 2]
     weights = [math.exp(s) for s in sigma]
     assert found.subjects == pytest.approx({"arc": 100, "boolq": 100 * weights[1] / sum(weights)})
     assert found.overall == pytest.approx((found.subjects["arc"] + found.subjects["boolq"]) / 2)
@@ -72,8 +75,8 @@ def test_tokens_of_options_are_counted(tmp_path: Path, model_folder: Path) -> No
         read_answers(tmp_path / "before")
     tokenizer = load_tokenizer(model_folder)
     number = len(tokenizer("a b c d")["input_ids"]) - len(tokenizer("a b")["input_ids"])
-    found = read_answers(tmp_path / "before", tokenizer)["arc"]["q1"].perplexities
-    assert found == pytest.approx([math.exp(2 / number), math.exp(4 / number)])
+    found = read_answers(tmp_path / "before", tokenizer)["arc"]["q1"].losses
+    assert found == pytest.approx([2 / number, 4 / number])
 
 
 def test_likelihoods_without_the_question_do_not_count(tmp_path: Path) -> None:
@@ -83,27 +86,76 @@ def test_likelihoods_without_the_question_do_not_count(tmp_path: Path) -> None:
         "arguments": {f"gen_args_{i}": {"arg_0": "a" if i < 2 else "", "arg_1": "c"} for i in range(4)},
     }  # fmt: skip
     (tmp_path / "samples_arc.jsonl").write_text(json.dumps(line) + "\n")
-    assert len(read_answers(tmp_path)["arc"]["q"].perplexities) == 2
+    assert len(read_answers(tmp_path)["arc"]["q"].losses) == 2
 
 
-def test_opencompass(tmp_path: Path) -> None:
+# Six questions: the options' losses in nats per token under the original, and whether each model was right.
+SIX = [
+    ([1.0, 2.5, 3.0], True, True),
+    ([2.0, 2.1, 2.2], False, True),
+    ([0.5, 4.0, 4.5], True, False),
+    ([3.0, 1.0, 2.0], False, False),
+    ([1.5, 1.6, 5.0], True, True),
+    ([2.7, 2.6, 2.5], True, False),
+]
+
+
+def naive() -> float:
+    """The figure in percent, line by line."""
+    weights = []
+    for losses, _, _ in SIX:
+        mean = sum(losses) / len(losses)
+        sigma = math.sqrt(sum((loss - mean) ** 2 for loss in losses) / len(losses))
+        weights.append(math.exp(sigma))
+    agreeing = 0.0
+    for weight, (_, before, after) in zip(weights, SIX, strict=True):
+        if before == after:
+            agreeing += weight
+    return 100 * agreeing / sum(weights)
+
+
+def write_opencompass(folder: Path, right: list[bool]) -> None:
     """Its ``PPL`` is the mean loss per token."""
-    for folder, second in (("before", "A"), ("after", "B")):
-        (tmp_path / folder / "model").mkdir(parents=True)
-        options = {"label: A": {"PPL": 1.0}, "label: B": {"PPL": 2.0}}
-        predictions = {
-            "0": {**options, "prediction": "A", "gold": "A"},
-            "1": {**options, "label: B": {"PPL": 1.5}, "prediction": second, "gold": "A"},
+    (folder / "model").mkdir(parents=True)
+    predictions = {
+        str(i): {
+            **{f"label: {letter}": {"PPL": loss} for letter, loss in zip("ABC", losses, strict=True)},
+            "prediction": "A" if right[i] else "B",
+            "gold": "A",
         }
-        (tmp_path / folder / "model" / "ceval.json").write_text(json.dumps(predictions))
-    sigma = [(math.e**2 - math.e) / 2, (math.e**1.5 - math.e) / 2]
+        for i, (losses, _, _) in enumerate(SIX)
+    }
+    (folder / "model" / "ceval.json").write_text(json.dumps(predictions))
+
+
+def write_lm_eval(folder: Path, right: list[bool]) -> None:
+    """Its logs hold the sum of the log-likelihoods of an option's tokens, here two of each."""
+    log(folder, "samples_ceval.jsonl", [(f"q{i}", right[i], [-2 * loss for loss in SIX[i][0]]) for i in range(6)])
+
+
+@pytest.mark.parametrize("write", [write_opencompass, write_lm_eval])
+def test_six_questions(tmp_path: Path, write: Callable[[Path, list[bool]], None]) -> None:
+    write(tmp_path / "before", [before for _, before, _ in SIX])
+    write(tmp_path / "after", [after for _, _, after in SIX])
     found = stability(read_answers(tmp_path / "before"), read_answers(tmp_path / "after"))
-    assert found.overall == pytest.approx(100 / (1 + math.exp(sigma[1] - sigma[0])))
+    assert found.overall == pytest.approx(naive())
+
+
+def test_no_question_decides_alone() -> None:
+    """Of a thousand questions with losses as models have them, hundreds count."""
+    draw = random.Random(1)
+    before = [Answer(True, [draw.gauss(3, 0.5) for _ in range(4)]) for _ in range(1000)]
+    heaviest = max(range(1000), key=lambda i: statistics.pstdev(before[i].losses))
+    after = [Answer(i != heaviest, []) for i in range(1000)]
+    assert 0.99 < subject_stability(before, after) < 0.999  # 1 − its weight
 
 
 def test_mistakes(tmp_path: Path) -> None:
     log(tmp_path / "before", "samples_arc.jsonl", [("q1", True, [-2.0, -4.0])])
     log(tmp_path / "other", "samples_arc.jsonl", [("q2", True, [-2.0, -4.0])])
+    log(tmp_path / "nan", "samples_arc.jsonl", [("q1", True, [math.nan, -4.0])])
+    with pytest.raises(UserError, match="samples_arc.jsonl: question q1 has options whose loss is no finite number"):
+        read_answers(tmp_path / "nan")
     log(tmp_path / "task", "samples_piqa.jsonl", [("q1", True, [-2.0, -4.0])])
     before = read_answers(tmp_path / "before")
     for folder, message in (("other", "different questions"), ("task", "different subjects")):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_equals_the_harness_itself(tasks: Path, trained_folder: Path, model_fold
     own, harness = read_answers(logs[trained_folder]), read_answers(tmp_path / "theirs", tokenizer)
     for question, answer in own["counting"].items():
         assert answer.correct == harness["counting"][question].correct
-        assert answer.perplexities == pytest.approx(harness["counting"][question].perplexities, rel=1e-5)
+        assert answer.losses == pytest.approx(harness["counting"][question].losses, rel=1e-5)
     assert stability(own, own).overall == pytest.approx(100)
     assert stability(own, after).overall == pytest.approx(stability(harness, after).overall, rel=1e-6)
 
@@ -142,6 +143,27 @@ def test_what_can_not_be_run_is_refused_before_any_work(tmp_path: Path) -> None:
         Tasks(TasksConfig(["both"], include_path=str(tasks)), generate=False)
     with pytest.raises(UserError, match="'running' runs code that the model wrote"):
         Tasks(TasksConfig(["running"], include_path=str(tasks)))
+
+
+def test_code_of_task_files_runs_only_when_their_folder_is_named(
+    tmp_path: Path, trained_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(trained_folder, tmp_path / "model")
+    make_task(model, "doubling")  # as a downloaded folder might hold it
+    task = model / "doubling.yaml"
+    task.write_text(task.read_text() + "process_docs: !function payload.run\n")
+    (model / "payload.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef run(docs):\n    return docs\n"
+    )
+    monkeypatch.chdir(model)
+    with pytest.raises(UserError, match="there is no task or suite 'doubling'"):
+        app(["evaluate", str(model), "--tasks", "doubling"], standalone_mode=False)
+    assert not (tmp_path / "ran").exists() and "Python code" not in caplog.text
+    for _ in range(2):
+        Tasks(TasksConfig(["doubling"], include_path=str(model)))
+    assert (tmp_path / "ran").exists()
+    said = [record.getMessage() for record in caplog.records if "Python code" in record.getMessage()]
+    assert len(said) == 1 and "doubling.yaml: payload.run" in said[0]
 
 
 def test_more_shots_than_there_are(tasks: Path, trained_folder: Path) -> None:

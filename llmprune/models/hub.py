@@ -1,0 +1,180 @@
+"""Models of the Hugging Face hub: which files of a repository are fetched, and weights that come as pickles.
+
+What is fetched is what Transformers reads of a model, its tokenizer and its generation config, with licence and model
+card: files of the top level (and further chat templates), in one format of weights. Never code, and never the same
+weights in other formats.
+
+Weights in ``pytorch_model.bin`` are taken where there are no safetensors. A process of its own turns them into
+safetensors, in a folder of the cache beside the snapshot, ``models--ORG--NAME/llmprune/COMMIT``, which is then the
+model.
+"""
+
+import glob
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Collection
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+
+from llmprune.errors import UserError, first_line
+from llmprune.files import inside, make_readable, read_json
+from llmprune.foreign import inspect
+from llmprune.outputs import output_folder
+
+SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+_INDEX = ".index.json"  # behind the name of either: the index of its shards
+_TEMPLATES = "additional_chat_templates/"
+_COMPANIONS = (
+    "*.json", "*.jinja",  # configs, vocabularies, chat templates
+    "*.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.codes",  # vocabularies of other kinds
+    "README*", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*",
+    "adapter_model.safetensors",
+)  # fmt: skip
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
+
+log = logging.getLogger(__name__)
+
+
+def fetch_model(name: str, cache: Path | None = None) -> Path:
+    """The local folder of a hub's model: fetched, or from the cache where the hub can't be reached.
+
+    Args:
+        name: on the hub.
+        cache: of the hub's files; None = the usual one.
+
+    Raises:
+        UserError: it can't be had, or has no weights that can be read.
+    """
+    try:
+        snapshot = _snapshot(name, Path(constants.HF_HUB_CACHE) if cache is None else cache)
+    except UserError:
+        raise
+    except Exception as error:  # the hub client raises many kinds: bad names, no network, no access
+        reason = first_line(error)
+        raise UserError(f"the model '{name}' is neither a folder nor reachable on the hub ({reason})") from None
+    inspect(snapshot)
+    return snapshot if _weights(snapshot, SAFETENSORS) else _converted(name, snapshot)
+
+
+def _snapshot(name: str, cache: Path) -> Path:
+    try:
+        info = HfApi().model_info(name, revision=constants.DEFAULT_REVISION)
+    except Exception as error:
+        try:
+            return Path(snapshot_download(name, cache_dir=cache, local_files_only=True))
+        except Exception:  # that it is not here either says less
+            raise error from None
+
+    def read(file: str) -> Any:
+        return read_json(hf_hub_download(name, file, revision=info.sha, cache_dir=cache))
+
+    wanted = wanted_files(name, [file.rfilename for file in info.siblings or ()], read)
+    return Path(snapshot_download(name, allow_patterns=[glob.escape(file) for file in wanted], cache_dir=cache))
+
+
+def wanted_files(name: str, files: Collection[str], read: Callable[[str], Any]) -> list[str]:
+    """Which files of a repository are fetched.
+
+    Args:
+        name: the repository's, for messages.
+        files: all that it has.
+        read: gives the contents of one of its JSON files.
+
+    Raises:
+        UserError: it has weights, but none that can be read, or not all of them.
+    """
+    companions = [file for file in files if _is_companion(file)]
+    for single in (SAFETENSORS, PICKLE):
+        weights = [file for file in (single, single + _INDEX) if file in files]
+        if single + _INDEX in weights:
+            shards = _shards(read(single + _INDEX), single, name)
+            if missing := sorted(shards - set(files)):
+                raise UserError(f"{name} lacks {missing[0]}, which its {single}{_INDEX} names: use another repository")
+            weights += sorted(shards - {single})
+        if weights:
+            return companions + weights
+    others = [file for file in files if file.endswith(_OTHER_WEIGHTS) and file not in companions]
+    if others:
+        raise UserError(
+            f"{name} has no {SAFETENSORS} and no {PICKLE}, whole or in shards, but {', '.join(others[:3])}: find a "
+            "repository that has the model in Transformers' format"
+        )
+    return companions
+
+
+def _is_companion(file: str) -> bool:
+    if file.startswith(_TEMPLATES):
+        return file.count("/") == 1 and file.endswith(".jinja")
+    if "/" in file or file.startswith("consolidated") or file.endswith(_INDEX):
+        return False
+    return any(fnmatchcase(file, pattern) for pattern in _COMPANIONS)
+
+
+def _shards(index: Any, single: str, of: object) -> set[str]:
+    """The files that an index of weights names, each in the format of ``single``.
+
+    Raises:
+        UserError: it is no such index.
+    """
+    try:
+        found = {str(inside(Path(), file)) for file in index["weight_map"].values()}
+        if odd := sorted(file for file in found if Path(file).suffix != Path(single).suffix):
+            raise ValueError(odd[0])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{single}{_INDEX} of {of} is no index of weights ({reason})") from None
+    return found
+
+
+def _weights(folder: Path, single: str) -> list[Path]:
+    """The files of a folder's weights in one format, as Transformers finds them; none where they are not in it."""
+    if (folder / single).is_file():
+        return [folder / single]
+    index = folder / (single + _INDEX)
+    return [folder / file for file in sorted(_shards(read_json(index), single, folder))] if index.is_file() else []
+
+
+def _converted(name: str, snapshot: Path) -> Path:
+    """The snapshot with safetensors in place of pickles; itself if it has no weights at all, such as a tokenizer's.
+
+    Raises:
+        UserError: a pickle holds something else than tensors, or the cache can't be written.
+    """
+    pickles = _weights(snapshot, PICKLE)
+    place = snapshot.parents[1] / "llmprune" / snapshot.name
+    if not pickles or place.is_dir():
+        return place if pickles else snapshot
+    if missing := [path for path in pickles if not path.is_file()]:
+        raise UserError(f"{missing[0]} is missing: fetch {name} again where there is a network")
+    try:
+        place.parent.mkdir(exist_ok=True)
+        with FileLock(f"{place}.lock"):
+            if not place.is_dir():
+                log.info("the weights of %s are pickles: they are turned into safetensors in %s", name, place)
+                with output_folder(place) as folder:
+                    _convert(name, snapshot, pickles, folder)
+    except OSError as error:
+        raise UserError(f"can't write the cache {place}: {error.strerror or error}") from None
+    return place
+
+
+def _convert(name: str, snapshot: Path, pickles: list[Path], out: Path) -> None:
+    for path in snapshot.rglob("*"):
+        file = path.relative_to(snapshot).as_posix()
+        if _is_companion(file):
+            (out / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, out / file)
+    script = Path(__file__).with_name("bin_weights.py")
+    command = [sys.executable, "-P", str(script), str(out), *map(str, pickles)]  # -P: nothing comes from where we are
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        raise UserError(f"the .bin weights of {name} can't be turned into safetensors: {reason}")
+    for path in out.glob("*.safetensors"):
+        make_readable(path)

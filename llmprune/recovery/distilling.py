@@ -71,19 +71,14 @@ class Distilling:
         for name in self.weights:
             if name in _OF_STATES:
                 assert self._correspondence is not None
-                wanted = {own: self._target(targets[other], labels) for own, other in pairs.items()}
+                wanted = {own: self._correspondence.target(targets[other]) for own, other in pairs.items()}
                 each = [
-                    mean_over(_OF_STATES[name](_unrolled(found.behind[own], labels), target), chosen)
-                    for own, target in wanted.items()
+                    mean_over(_OF_STATES[name](found.behind[own], target), chosen) for own, target in wanted.items()
                 ]
                 part = torch.stack(each).mean()
                 self.parts[name] = part.detach()
                 loss = loss + self.weights[name] * part
         return loss
-
-    def _target(self, states: Tensor, labels: Tensor) -> Tensor:
-        assert self._correspondence is not None
-        return self._correspondence.target(_unrolled(states, labels))
 
     def final_states(self, batch: Batch) -> tuple[Tensor, Head]:
         """The student's."""
@@ -92,8 +87,3 @@ class Distilling:
     def flops(self, batch: Batch) -> int:
         """Operations of the student's step and of the teacher."""
         return self._student.own_flops(batch) + self._teacher.flops(batch)
-
-
-def _unrolled(states: Tensor, labels: Tensor) -> Tensor:
-    """States as [batch, length, hidden]: flash attention gets a batch as one row."""
-    return states.view(*labels.shape, -1)

@@ -1,4 +1,4 @@
-"""Block replacement and distillation with flash attention and documents that begin anew: as with any other attention."""
+"""Block replacement and distillation with flash attention and packed documents: as with any other attention."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -84,7 +84,7 @@ def build_trainer(config: Config) -> Trainer:
     if config.block_replacement is not None and span is None:
         samples = first_batches(config, inputs.data, config.block_replacement.score_samples)
         assert config.block_replacement.length is not None
-        span = most_alike(model, samples, config.block_replacement.length)
+        span = most_alike(model, samples, config.block_replacement.length, get_device(config.train.device))
         check_replacement(config.block_replacement, inputs.model_config, span)
         manifest = _manifest(config, inputs, span)
         if dist.get_global_rank() == 0:

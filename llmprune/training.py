@@ -38,6 +38,7 @@ from llmprune.estimating import check_fits
 from llmprune.families import family_of
 from llmprune.job_files import save_config
 from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
+from llmprune.models.halving import Halving
 from llmprune.models.loading import empty_model, load_model, new_model
 from llmprune.models.placement import DTYPES
 from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
@@ -94,6 +95,8 @@ def build_trainer(config: Config) -> Trainer:
         cache = make_cache(config, config.block_replacement.cache, inputs.model_config, inputs.data, run, span)
     stream, train, evaluation = make_loaders(config, inputs.data, cache)
     wrapped = ComposerCausalLM(model, {number: evaluation.domains[number] for number in evaluation.domains_present})
+    if config.train.microbatch_size == "auto":
+        wrapped.halving = Halving()
     optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
     callbacks = make_callbacks(config, run, stream, wrapped.domains.values(), live=live, resumed=resume is not None)
     writers = dist.get_world_size() // (1 if config.sharding is None else config.sharding.replicas)

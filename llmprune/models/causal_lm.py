@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from llmprune.families import family_of
+from llmprune.models.halving import Halving
 from llmprune.models.objectives import IGNORED, next_token, predicting, targets_of
 from llmprune.models.vocabulary import Head, head_of, mean_loss, token_measures, without_head
 
@@ -181,6 +182,7 @@ class ComposerCausalLM(ComposerModel):
         self.family = family_of(model.config)
         self.domains = dict(domains or {})
         self.objective: Objective | None = None  # of a callback
+        self.halving: Halving | None = None  # of batches that are evaluated, when memory runs out
         self.ungated: Callable[[], AbstractContextManager[None]] | None = None  # while open, gates do nothing
         model.config.use_cache = False
         # What Composer shards and whose activations it checkpoints: the blocks (wrapped, once they are checkpointed).
@@ -210,6 +212,9 @@ class ComposerCausalLM(ComposerModel):
 
     def eval_forward(self, batch: Batch, outputs: Any = None) -> dict[str, Tensor]:
         """Loss sums, token counts and domain of every sample, [batch] each."""
+        return self._measured(batch) if self.halving is None else self.halving(self._measured, batch)
+
+    def _measured(self, batch: Batch) -> dict[str, Tensor]:
         targets = targets_of(labels_of(batch))
         (losses,) = token_measures(*self.final_states(batch), next_token(targets.flatten()))
         tokens, domain = (targets != IGNORED).sum(1), batch.get("domain")

@@ -54,9 +54,10 @@ def packed_attention(
     softcap: float = 0.0,
 ) -> Tensor:
     """As ``flash_attn.flash_attn_varlen_func``: [tokens, heads, head size], document after document."""
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
-    assert cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(q) == len(k) and causal and dropout_p == 0
-    assert int(cu_seqlens_q.diff().min()) > 0 and int(cu_seqlens_q.diff().max()) <= min(max_seqlen_q, max_seqlen_k)
+    assert cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q is cu_seqlens_k and causal and dropout_p == 0
+    bounds = getattr(cu_seqlens_q, "held", cu_seqlens_q)  # of the pretended device: checked without waiting for it
+    assert bounds[0] == 0 and bounds[-1] == len(q) == len(k)
+    assert bounds.diff().min() > 0 and bounds.diff().max() <= min(max_seqlen_q, max_seqlen_k)
     place = torch.arange(len(q), device=q.device)
     document = torch.bucketize(place, cu_seqlens_q, right=True)
     distance = place[:, None] - place

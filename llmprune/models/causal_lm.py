@@ -64,9 +64,14 @@ def run_model(model: PreTrainedModel, batch: Batch) -> Tensor:
     tokens, positions = batch["input_ids"], batch.get("position_ids")
     mask: Tensor | None = None
     bounds: dict[str, Any] = {}
-    if positions is not None and model.config._attn_implementation.startswith("flash"):
+    attention = model.config._attn_implementation
+    if positions is None:
+        if attention == "sdpa" and tokens.device.type != "cpu":
+            # Without one, Transformers makes a mask, with which a GPU's causal kernels can't be used.
+            mask = torch.ones_like(tokens)
+    elif attention.startswith("flash"):
         bounds = document_bounds(positions)
-    elif positions is not None and family_of(model.config).document_masks:
+    elif family_of(model.config).document_masks:
         mask = document_mask(positions, model.dtype)
     return model(  # type: ignore[no-any-return]
         input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False, **bounds

@@ -10,6 +10,7 @@ from llmprune.models.objectives import (
     cosine_distance,
     mean_over,
     next_token,
+    places,
     predicting,
     relative_error,
     targets_of,
@@ -52,10 +53,11 @@ class Distilling:
         """The weighted sum of the objectives, each a mean over the positions that predict a token."""
         labels = labels_of(batch)
         chosen = predicting(labels)
-        divergence, targets = self._teacher.lesson(batch, chosen.flatten())
+        rows = places(chosen)
+        divergence, targets = self._teacher.lesson(batch, rows)
         pairs = {} if self._correspondence is None else self._correspondence.blocks
         found = states_of(self._student.model, batch, pairs)
-        following = next_token(targets_of(labels)[chosen])
+        following = next_token(targets_of(labels).flatten()[rows])
         names = [name for name in ("kl", "lm") if name in self.weights]
 
         def measure(logits: Tensor, part: slice) -> list[Tensor]:
@@ -64,7 +66,7 @@ class Distilling:
 
         loss, self.parts = found.final.sum() * 0.0, {}
         if names:
-            states, weights = found.final[chosen.flatten()], [self.weights[name] for name in names]
+            states, weights = found.final[rows], [self.weights[name] for name in names]
             loss, means = mean_loss(states, head_of(self._student.model), measure, weights)
             self.parts = dict(zip(names, means, strict=True))
         self._teacher.done()

@@ -16,6 +16,7 @@ from llmprune.models.objectives import (
     forward_kl,
     mean_over,
     next_token,
+    places,
     predicting,
     squared_error,
     targets_of,
@@ -122,7 +123,7 @@ class Streaming:
 
     def _of_predictions(self, source: Source, shortened: Shortened, labels: Tensor, chosen: Tensor) -> Tensor:
         """The part of the loss that looks at predictions."""
-        head, rows = head_of(self.model), chosen.flatten()
+        head, rows = head_of(self.model), places(chosen)
         assert shortened.final is not None
         wanted = None if source.final is None else source.final[rows]
         following = next_token(targets_of(labels).flatten()[rows])

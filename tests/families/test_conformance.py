@@ -252,3 +252,12 @@ def test_documents_of_a_sample_do_not_see_each_other(config: PretrainedConfig, a
     for row, documents in enumerate(sizes):
         for document, found in zip(tokens[row].split(list(documents)), packed[row].split(list(documents)), strict=True):
             torch.testing.assert_close(found, logits(model, document[None])[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_mask_of_ones_changes_nothing(config: PretrainedConfig, tokens: torch.Tensor) -> None:
+    """It is what models on a GPU are given, so that their attention needs no mask at all."""
+    model = random_model(config)
+    with torch.no_grad():
+        found = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+        torch.testing.assert_close(found, logits_of(model, {"input_ids": tokens}), rtol=1e-5, atol=1e-5)

@@ -232,7 +232,23 @@ def check_words(config: Config) -> None:
     ):
         if value not in valid:
             raise UserError(f"{key} '{value}' is unknown; {nearest(value, valid)}")
+    _check_attention(config)
     _check_times(config)
+
+
+def _check_attention(config: Config) -> None:
+    """Flash attention takes half precisions only; shards are gathered in the format of ``train.precision``."""
+    if config.model.attention != "flash_attention_2" or config.train.precision != "fp32":
+        return
+    if config.model.dtype == "float32" or config.sharding is not None:
+        other = "" if config.sharding is not None else ", or model.dtype=bfloat16"
+        raise UserError(
+            f"model.attention=flash_attention_2 computes in half precision only: take train.precision=amp_bf16{other}"
+        )
+    if config.distillation is not None and config.distillation.teacher and config.distillation.dtype == "float32":
+        raise UserError(
+            "model.attention=flash_attention_2 computes in half precision only: take distillation.dtype=bfloat16"
+        )
 
 
 def _check_packages(config: Config) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from composer.core import Time
+from composer.devices import Device
 from composer.utils import dist
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -77,14 +78,16 @@ def check_replacement(settings: BlockReplacementConfig, model_config: Pretrained
 
 
 @torch.no_grad()
-def most_alike(model: PreTrainedModel, batches: Iterable[Batch], length: int) -> Span:
+def most_alike(model: PreTrainedModel, batches: Iterable[Batch], length: int, device: Device) -> Span:
     """The span of ``length`` blocks whose input and output have the highest mean cosine (arXiv:2403.19135).
 
     Args:
         model: the source, whole on every rank.
         batches: this rank's share of the samples.
         length: blocks of the span.
+        device: where the job computes and its ranks add up; the model is moved there.
     """
+    model = device.module_to_device(model)
     job = ScoringJob(model.config, next(model.parameters()).device)
     Span(0, length).check(job.layers)
     scorer = Scorer(model, ["cosine"], job, batch_size=1)

@@ -43,6 +43,7 @@ from llmprune.families import family_of
 from llmprune.gates.chosen import save_shape
 from llmprune.job_files import save_config
 from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
+from llmprune.models.halving import Halving
 from llmprune.models.loading import empty_model, load_model, new_model
 from llmprune.models.placement import DTYPES
 from llmprune.models.source import resolve_model
@@ -107,7 +108,7 @@ def build_trainer(config: Config, inputs: Ingredients | None = None) -> Trainer:
     if config.block_replacement is not None and span is None:
         samples = first_batches(config, inputs.data, config.block_replacement.score_samples)
         assert config.block_replacement.length is not None
-        span = most_alike(model, samples, config.block_replacement.length)
+        span = most_alike(model, samples, config.block_replacement.length, get_device(config.train.device))
         check_replacement(config.block_replacement, inputs.model_config, span)
         manifest = _manifest(config, inputs, span)
         if dist.get_global_rank() == 0:
@@ -120,6 +121,8 @@ def build_trainer(config: Config, inputs: Ingredients | None = None) -> Trainer:
     on_cpu = get_device(config.train.device).name == "cpu"
     own_autocast = on_cpu and config.train.precision == "amp_bf16"  # Composer has it on GPUs only
     wrapped = ComposerCausalLM(model, domains, products=torch.bfloat16 if own_autocast else None)
+    if config.train.microbatch_size == "auto":
+        wrapped.halving = Halving()
     optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
     callbacks = make_callbacks(config, run, stream, wrapped.domains.values(), live=live, resumed=resume is not None)
     writers = dist.get_world_size() // (1 if config.sharding is None else config.sharding.replicas)

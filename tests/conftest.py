@@ -16,6 +16,7 @@ from data_prep.pack import prepare
 from data_prep.recipe import PackSettings
 from data_prep.tokenizer import train_tokenizer
 from llmprune.models.loading import new_model
+from tests.harness.flash import acted_flash as acted_flash  # a fixture
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 

@@ -184,7 +184,8 @@ def test_a_nan_loss_stops_and_keeps_the_last_checkpoint(yaml: Path, tmp_path: Pa
         ("l0_pruning.multiples.hidden=99", "must lie between 1 and"),
         ("l0_pruning.lagrangian_warmup=1ep", "ba, sp, tok or dur"),
         ("l0_pruning.gate_lr=-1", "zero or positive"),
-        ("model.attention=flash_attention_2", r"pip install -e '.\[gpu\]'"),
+        ("model={attention: flash_attention_2, dtype: bfloat16}", r"pip install -e '.\[gpu\]'"),
+        ("model.attention=flash_attention_2", "take train.precision=amp_bf16, or model.dtype=bfloat16"),
         ("loggers.wandb={project: x}", r"pip install -e '.\[wandb\]'"),
         ("model.dtype=float8", "did you mean .float32"),
     ],
@@ -195,6 +196,16 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=message) as error:
         train(load_config(yaml, [override]))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", ["auto", "2"])
+def test_with_automatic_microbatches_evaluation_fits_itself_to_memory(
+    yaml: Path, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    monkeypatch.setattr("llmprune.checks._check_devices", lambda config: None)  # they are for GPUs
+    monkeypatch.setattr("llmprune.training.Trainer", lambda **settings: settings["model"])
+    model = build_trainer(load_config(yaml, [f"train.microbatch_size={size}"]))
+    assert (model.halving is not None) == (size == "auto")  # type: ignore[attr-defined]
 
 
 def test_a_mistake_found_late_leaves_the_old_run_alone(yaml: Path, tmp_path: Path) -> None:

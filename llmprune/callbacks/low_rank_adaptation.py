@@ -33,7 +33,8 @@ class LowRankAdaptation(Callback):
         model = cast(ComposerCausalLM, state.model)
         adapters = add_adapters(model.model, self.config, self._seed)
         train_only(model, state.optimizers, adapters)
-        state.device.module_to_device(model)
+        if state.fsdp_config is None:  # otherwise the shards are moved, adapters among them
+            state.device.module_to_device(model)
         logger.log_hyperparameters({"trainable/parameters": sum(parameter.numel() for parameter in adapters)})
 
     def before_train_batch(self, state: State, logger: Logger) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from llmprune.families import family_of
 from llmprune.models.autocast import forgetting_casts, in_autocast, products_in
+from llmprune.models.halving import Halving
 from llmprune.models.objectives import IGNORED, next_token, predicting, targets_of
 from llmprune.models.vocabulary import Head, head_of, mean_loss, token_measures, without_head
 
@@ -52,25 +53,31 @@ def count_tokens(batch: Batch) -> dict[str, int]:
 
 def logits_of(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The logits of a batch, [batch, length, vocabulary]; see ``run_model``."""
-    return run_model(model, batch).view(*batch["input_ids"].shape, -1)
+    return run_model(model, batch)
 
 
 def run_model(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """What a model's forward pass makes of a batch: its logits, however it shapes them.
+    """What a model's forward pass makes of a batch: its logits, [batch, length, vocabulary].
 
-    Where ``position_ids`` begin anew, attention does. Transformers makes the masks from them, with the windows of
-    sliding-window models; a few families need a mask. Flash attention finds documents in a single row only, so it gets
-    the whole batch as one.
+    Where ``position_ids`` begin anew, attention does. Flash attention is told where; for other attentions Transformers
+    makes the masks from the positions, with the windows of sliding-window models; a few families need a mask.
     """
     tokens, positions = batch["input_ids"], batch.get("position_ids")
-    mask = None
-    if positions is not None:
-        if model.config._attn_implementation.startswith("flash"):
-            tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
-        elif family_of(model.config).document_masks:
-            mask = document_mask(positions, model.dtype)
+    mask: Tensor | None = None
+    bounds: dict[str, Any] = {}
+    attention = model.config._attn_implementation
+    if positions is None:
+        if attention == "sdpa" and tokens.device.type != "cpu":
+            # Without one, Transformers makes a mask, with which a GPU's causal kernels can't be used.
+            mask = torch.ones_like(tokens)
+    elif attention.startswith("flash"):
+        bounds = document_bounds(positions)
+    elif family_of(model.config).document_masks:
+        mask = document_mask(positions, model.dtype)
     with forgetting_casts(tokens.device.type):
-        return model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits  # type: ignore[no-any-return]
+        return model(  # type: ignore[no-any-return]
+            input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False, **bounds
+        ).logits
 
 
 def final_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Head]:
@@ -100,6 +107,19 @@ def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
     document = (positions == 0).cumsum(1)
     seen = (document[:, :, None] == document[:, None, :]).tril()
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def document_bounds(positions: Tensor) -> dict[str, Any]:
+    """Where documents begin and end, as flash attention is told (see Transformers' ``FlashAttentionKwargs``).
+
+    Args:
+        positions: int64 [batch, length], which begin anew with every document; samples are documents of their own.
+    """
+    begins = positions == 0
+    begins[:, 0] = True
+    bounds = F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel()).int()
+    length = positions.shape[1]  # none is longer; to ask for the longest would make the host wait
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
 
 
 class DomainLoss(Metric):
@@ -174,6 +194,7 @@ class ComposerCausalLM(ComposerModel):
         self.domains = dict(domains or {})
         self.products = products
         self.objective: Objective | None = None  # of a callback
+        self.halving: Halving | None = None  # of batches that are evaluated, when memory runs out
         self.ungated: Callable[[], AbstractContextManager[None]] | None = None  # while open, gates do nothing
         model.config.use_cache = False
         # What Composer shards and whose activations it checkpoints: the blocks (wrapped, once they are checkpointed).
@@ -208,6 +229,9 @@ class ComposerCausalLM(ComposerModel):
 
     def eval_forward(self, batch: Batch, outputs: Any = None) -> dict[str, Tensor]:
         """Loss sums, token counts and domain of every sample, [batch] each."""
+        return self._measured(batch) if self.halving is None else self.halving(self._measured, batch)
+
+    def _measured(self, batch: Batch) -> dict[str, Tensor]:
         targets = targets_of(labels_of(batch))
         with self._products(batch):
             (losses,) = token_measures(*self.final_states(batch), next_token(targets.flatten()))

@@ -21,6 +21,15 @@ def predicting(labels: Tensor) -> Tensor:
     return targets_of(labels) != IGNORED
 
 
+def places(chosen: Tensor) -> Tensor:
+    """The chosen positions one behind the other, int64 [chosen] of [batch · length], from bool [batch, length].
+
+    To index by a mask makes the host wait for a GPU every time, and once more in the backward pass; by places it does
+    not.
+    """
+    return chosen.flatten().nonzero().flatten()
+
+
 def next_token(targets: Tensor) -> Measure:
     """The negative log-likelihood (nats) of each token's target, int64 [tokens]; 0 where it is ``IGNORED``."""
 

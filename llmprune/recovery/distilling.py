@@ -10,6 +10,7 @@ from llmprune.models.objectives import (
     cosine_distance,
     mean_over,
     next_token,
+    places,
     predicting,
     relative_error,
     targets_of,
@@ -52,10 +53,11 @@ class Distilling:
         """The weighted sum of the objectives, each a mean over the positions that predict a token."""
         labels = labels_of(batch)
         chosen = predicting(labels)
-        divergence, targets = self._teacher.lesson(batch, chosen.flatten())
+        rows = places(chosen)
+        divergence, targets = self._teacher.lesson(batch, rows)
         pairs = {} if self._correspondence is None else self._correspondence.blocks
         found = states_of(self._student.model, batch, pairs)
-        following = next_token(targets_of(labels)[chosen])
+        following = next_token(targets_of(labels).flatten()[rows])
         names = [name for name in ("kl", "lm") if name in self.weights]
 
         def measure(logits: Tensor, part: slice) -> list[Tensor]:
@@ -64,26 +66,21 @@ class Distilling:
 
         loss, self.parts = found.final.sum() * 0.0, {}
         if names:
-            states, weights = found.final[chosen.flatten()], [self.weights[name] for name in names]
+            states, weights = found.final[rows], [self.weights[name] for name in names]
             loss, means = mean_loss(states, head_of(self._student.model), measure, weights)
             self.parts = dict(zip(names, means, strict=True))
         self._teacher.done()
         for name in self.weights:
             if name in _OF_STATES:
                 assert self._correspondence is not None
-                wanted = {own: self._target(targets[other], labels) for own, other in pairs.items()}
+                wanted = {own: self._correspondence.target(targets[other]) for own, other in pairs.items()}
                 each = [
-                    mean_over(_OF_STATES[name](_unrolled(found.behind[own], labels), target), chosen)
-                    for own, target in wanted.items()
+                    mean_over(_OF_STATES[name](found.behind[own], target), chosen) for own, target in wanted.items()
                 ]
                 part = torch.stack(each).mean()
                 self.parts[name] = part.detach()
                 loss = loss + self.weights[name] * part
         return loss
-
-    def _target(self, states: Tensor, labels: Tensor) -> Tensor:
-        assert self._correspondence is not None
-        return self._correspondence.target(_unrolled(states, labels))
 
     def final_states(self, batch: Batch) -> tuple[Tensor, Head]:
         """The student's."""
@@ -92,8 +89,3 @@ class Distilling:
     def flops(self, batch: Batch) -> int:
         """Operations of the student's step and of the teacher."""
         return self._student.own_flops(batch) + self._teacher.flops(batch)
-
-
-def _unrolled(states: Tensor, labels: Tensor) -> Tensor:
-    """States as [batch, length, hidden]: flash attention gets a batch as one row."""
-    return states.view(*labels.shape, -1)

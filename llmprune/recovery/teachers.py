@@ -56,7 +56,7 @@ class Teacher(Protocol):
 
         Args:
             batch: see ``ComposerCausalLM``.
-            chosen: which tokens count, bool [batch · length].
+            chosen: the places of the tokens that count, int64 [chosen] of [batch · length].
 
         Returns:
             How far from its predictions those of the chosen tokens are, and its states behind the blocks that it was

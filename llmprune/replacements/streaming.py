@@ -17,6 +17,7 @@ from llmprune.models.objectives import (
     forward_kl,
     mean_over,
     next_token,
+    places,
     predicting,
     squared_error,
     targets_of,
@@ -123,7 +124,7 @@ class Streaming:
 
     def _of_predictions(self, source: Source, shortened: Shortened, labels: Tensor, chosen: Tensor) -> Tensor:
         """The part of the loss that looks at predictions."""
-        head, rows = head_of(self.model), chosen.flatten()
+        head, rows = head_of(self.model), places(chosen)
         assert shortened.final is not None
         wanted = None if source.final is None else in_autocast(source.final[rows])
         teachers = None if wanted is None else head.cast(wanted.dtype)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer.devices import DeviceCPU
 from safetensors import safe_open
 
 from llmprune.convert.checkpoint import Checkpoint
@@ -60,6 +61,7 @@ RUNS = {
     "linear": "sharding={};block_replacement.kind=linear;train.duration=3ba",
     "cached-two": ";".join(CACHED),
     "cached-killed": ";".join(["sharding={}", *CACHED, "checkpoint.interval=4ba", "kill=5"]),
+    "found": "block_replacement.start=null;block_replacement.score_samples=8;train.duration=1ba",
     "bfloat16": "model.dtype=bfloat16;train.duration=3ba",
     "swiglu": "sharding={};block_replacement.kind=swiglu;block_replacement.objectives={lm: 1.0};"
     "block_replacement.also=[final_norm, block.5];train.duration=3ba",
@@ -198,7 +200,8 @@ def test_computed_stand_ins_are_least_squares(config: Path, tmp_path: Path) -> N
     assert torch.allclose(update @ found["closed_form"]["update"], update @ wanted, atol=2e-3)
 
 
-def test_the_span_is_found_on_the_spot(config: Path, tmp_path: Path) -> None:
+def test_the_span_is_found_on_the_spot(config: Path, runs: Path, tmp_path: Path) -> None:
+    """By one rank, and by two."""
     changes = ["block_replacement.start=null", "block_replacement.score_samples=8", "train.duration=1ba"]
     settings = load_config(config, [f"run.folder={tmp_path}/run", *changes])
     model = load_model(str(settings.model.path)).eval()
@@ -213,9 +216,10 @@ def test_the_span_is_found_on_the_spot(config: Path, tmp_path: Path) -> None:
     ends = [states[2 * place] for place in range(6)] + [states[-1]]
     distances = [one_minus_cosine(ends[start], ends[start + 3]).mean().item() for start in range(4)]
     start = distances.index(min(distances))
-    assert most_alike(model, iter(batches), 3).start == start
+    assert most_alike(model, iter(batches), 3, DeviceCPU()).start == start
     train(settings)
-    assert Checkpoint.open(tmp_path / "run").manifest.block_replacement["start"] == start  # type: ignore[index]
+    for run in (tmp_path / "run", runs / "found"):
+        assert Checkpoint.open(run).manifest.block_replacement["start"] == start  # type: ignore[index]
     again = load_config(
         config, [f"run.folder={tmp_path}/run", *changes[:2], "train.duration=2ba", "run.autoresume=true"]
     )

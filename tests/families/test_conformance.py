@@ -21,6 +21,7 @@ from llmprune.models.walking import Run, visited
 from llmprune.plans import KeptBlock, Plan
 from llmprune.surgery import Surgery
 from tests.conftest import random_model, tiny_config
+from tests.harness.flash import flashed
 
 # One entry per family: small configs that cover its variants.
 CONFIGS: dict[str, PretrainedConfig] = {
@@ -237,11 +238,13 @@ def test_a_tied_output_layer_is_stored_once(tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_file(tmp_path / "cut" / "model.safetensors")
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.usefixtures("acted_flash")
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_documents_of_a_sample_do_not_see_each_other(config: PretrainedConfig, attention: str) -> None:
     """Longer than the windows of models that have one, so that both masks are at work."""
-    model = random_model(config, attention=attention)
+    on_flash = attention == "flash_attention_2"
+    model = flashed(random_model(config)) if on_flash else random_model(config, attention=attention)
     tokens = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(2))
     sizes = ((11, 13), (1, 15, 8))
     positions = torch.stack([torch.cat([torch.arange(size) for size in row]) for row in sizes])
@@ -250,3 +253,12 @@ def test_documents_of_a_sample_do_not_see_each_other(config: PretrainedConfig, a
     for row, documents in enumerate(sizes):
         for document, found in zip(tokens[row].split(list(documents)), packed[row].split(list(documents)), strict=True):
             torch.testing.assert_close(found, logits(model, document[None])[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_mask_of_ones_changes_nothing(config: PretrainedConfig, tokens: torch.Tensor) -> None:
+    """It is what models on a GPU are given, so that their attention needs no mask at all."""
+    model = random_model(config)
+    with torch.no_grad():
+        found = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+        torch.testing.assert_close(found, logits_of(model, {"input_ids": tokens}), rtol=1e-5, atol=1e-5)

@@ -1,17 +1,14 @@
 """The Composer model computes what Hugging Face computes."""
 
 import math
-from collections.abc import Callable
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
-from llmprune.models.causal_lm import ComposerCausalLM, logits_of, token_losses
+from llmprune.models.causal_lm import ComposerCausalLM, document_bounds, logits_of, token_losses
 from llmprune.models.objectives import IGNORED
 from tests.conftest import random_model, tiny_config
+from tests.harness.flash import flashed
 
 
 def test_same_logits_names_and_loss_as_hugging_face(tokens: torch.Tensor) -> None:
@@ -67,29 +64,13 @@ def test_flops_are_those_counted_by_hand(tied: bool) -> None:
     assert model.flops_per_batch({"input_ids": torch.zeros(2, 16)}) == expected
 
 
-def test_flash_attention_gets_a_batch_as_one_row(tokens: torch.Tensor) -> None:
-    """Its kernels are not at hand: another attention, under its name, must compute the same from the one row."""
-    model = random_model(tiny_config("mistral", sliding_window=8))
-    rows: list[tuple[int, ...]] = []
-
-    def flash(**inputs: torch.Tensor) -> object:
-        rows.append(tuple(inputs["input_ids"].shape))
-        return model(**inputs)
-
-    named = SimpleNamespace(_attn_implementation="flash_attention_2", model_type="mistral")
-    stand_in = cast(PreTrainedModel, _Called(flash, named))
-    positions = torch.arange(17) - torch.tensor([0] * 5 + [5] * 12)
-    batch = {"input_ids": tokens, "position_ids": positions.expand(3, -1)}
+@pytest.mark.usefixtures("acted_flash")
+def test_flash_attention_is_told_where_documents_begin(tokens: torch.Tensor) -> None:
+    """Shapes stay [batch, length], and a sample that goes on with a document does not see the sample before."""
+    positions = torch.stack([torch.arange(17), torch.arange(5, 22), torch.arange(17)])
+    positions[0, 7:] -= 7
+    batch = {"input_ids": tokens, "position_ids": positions}
     with torch.no_grad():
-        torch.testing.assert_close(logits_of(stand_in, batch), logits_of(model, batch), rtol=1e-4, atol=1e-5)
-    assert rows == [(1, 51)]
-
-
-class _Called:
-    """A model that is a function and a config."""
-
-    def __init__(self, function: Callable[..., object], config: object) -> None:
-        self.config, self._function = config, function
-
-    def __call__(self, **inputs: torch.Tensor) -> object:
-        return self._function(**inputs)
+        found = logits_of(flashed(random_model(tiny_config())), batch)
+        torch.testing.assert_close(found, logits_of(random_model(tiny_config()), batch), rtol=1e-4, atol=1e-5)
+    assert document_bounds(positions)["cu_seq_lens_q"].tolist() == [0, 7, 17, 34, 51]

@@ -1,0 +1,56 @@
+"""Smaller batches once memory runs out."""
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+Work = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""From a batch to results, both with the samples along the first axis."""
+
+log = logging.getLogger(__name__)
+
+
+class Halving:
+    """Does work on whole batches, and on halves of them once memory runs out; the size that fits is kept.
+
+    Not for sharded models: their ranks wait for each other in every forward pass.
+    """
+
+    def __init__(self) -> None:
+        """Begin with whole batches."""
+        self._most: int | None = None
+
+    def __call__(self, work: Work, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What ``work`` makes of a batch.
+
+        Raises:
+            RuntimeError: memory does not even suffice for one sample.
+        """
+        samples = len(next(iter(batch.values())))
+        while True:
+            size = min(samples, self._most or samples)
+            parts = self._tried(work, batch, size, samples)
+            if parts is not None:
+                return parts[0] if len(parts) == 1 else {key: torch.cat([p[key] for p in parts]) for key in parts[0]}
+            self._most = -(-size // 2)
+            log.warning("out of memory with batches of %d samples: going on with %d", size, self._most)
+
+    def _tried(
+        self, work: Work, batch: Mapping[str, Tensor], size: int, samples: int
+    ) -> list[dict[str, Tensor]] | None:
+        """The results of parts of so many samples; None if memory ran out."""
+        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+        try:
+            return [
+                work({key: value[first : first + size] for key, value in batch.items()})
+                for first in range(0, samples, size)
+            ]
+        except RuntimeError as error:
+            ran_out = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+            if size == 1 or not ran_out:
+                raise
+        clear_device_cache(garbage_collection=True)  # after the error: it holds what had been computed
+        return None

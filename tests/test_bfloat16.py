@@ -36,7 +36,7 @@ JOBS: dict[str, list[str]] = {
     ],
     "distillation": ["distillation={teacher: MODEL, objectives: {kl: 1.0, lm: 0.5}}"],
     "distillation of states": ["distillation={teacher: MODEL, objectives: {kl: 1.0, mse: 0.5, cosine: 0.5}}"],
-    "parts": ["trainable={parts: [final_norm, last_blocks.1]}"],
+    "parts": ["trainable={parts: [final_norm, last.1]}"],
     "adapters": ["lora={}"],
     "replacement by states": [REPLACE % "{mse: 1.0, cosine: 1.0}"],
     "replacement by predictions": [REPLACE % "{kl: 1.0, lm: 1.0}"],

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from llmprune.budgets.losses import PlanLosses
 from llmprune.cli import app
 from llmprune.convert.commands import apply
 from llmprune.data.calibration import CalibrationConfig, calibration_samples
@@ -179,7 +180,7 @@ def test_a_refit_is_the_least_squares_solution(scores: Scores, trained: PreTrain
 
     best = min(solved, key=error)
     torch.testing.assert_close(plan.corrections["linear.mlp.0"].double(), best, rtol=1e-3, atol=1e-4)
-    assert error(best) < 0.2 * error(torch.zeros(36, 12))
+    assert error(best) < 0.2 * error(torch.zeros(36, 12, dtype=torch.float64))
 
 
 def test_means_join_the_bias(data: Path, tmp_path: Path) -> None:
@@ -321,14 +322,15 @@ def test_losses_of_a_plan_are_told_and_ruinous_ones_refused(
     with pytest.raises(UserError, match="the correction makes the plan worse: .*; leave it out, .* or pass --force"):
         run(*command, "--shape", "intermediate=24", *out)
     run(*command, "--shape", "intermediate=24", "--force", *out)
-    monkeypatch.undo()
-    with pytest.raises(UserError, match="ruins the model: calibration loss .*, a uniform guess has 5.70"):
-        run(
-            "plan",
-            str(tmp_path / "scores.json"),
-            "--unit-criterion",
-            "unit_magnitude_l1",
-            "--budget-params",
-            "0.3",
-            *out,
-        )
+
+
+def test_a_plan_that_is_worse_than_guessing_is_refused() -> None:
+    """Unless the source is, too: then a guess says nothing."""
+    with pytest.raises(
+        UserError, match="ruins the model: calibration loss 6.0000, a uniform guess has 5.7000"
+    ):
+        PlanLosses(source=2.0, uncorrected=None, plan=6.0, uniform=5.7).check()
+    with pytest.raises(UserError, match="ruins the model"):
+        PlanLosses(source=2.0, uncorrected=None, plan=float("nan"), uniform=5.7).check()
+    PlanLosses(source=5.9, uncorrected=None, plan=6.0, uniform=5.7).check()
+    PlanLosses(source=2.0, uncorrected=4.0, plan=3.9, uniform=5.7).check()

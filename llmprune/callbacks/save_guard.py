@@ -12,13 +12,14 @@ from composer.utils import dist
 from llmprune.checkpoint_folder import CheckpointFolder
 from llmprune.errors import UserError
 from llmprune.models.causal_lm import Batch, ComposerCausalLM
-from llmprune.models.finite import first_not_finite
+from llmprune.models.finite import first_beyond
 
+LARGEST = 1e10  # of a weight
 EXPLODED = 10  # loss over that of a uniform guess, which no model that learns comes near
 
 
 class SaveGuard(Callback):
-    """Ends the run instead of saving weights that are not finite, or with which the loss has exploded.
+    """Ends the run instead of saving weights that are not finite or absurdly large, or with which the loss is.
 
     The loss is that of the last microbatch, computed once more with the weights that are to be saved: after a step with
     far too large a learning rate weights may be finite, and nothing of use comes out of the model. A checkpoint that
@@ -66,7 +67,7 @@ class SaveGuard(Callback):
     def _broken(self, state: State) -> str:
         """What is wrong with this rank's part of the model; nothing = empty."""
         model = cast(ComposerCausalLM, getattr(state.model, "module", state.model))
-        name = first_not_finite(model.named_parameters())
+        name = first_beyond(model.named_parameters(), LARGEST)
         assert self._batch is not None
         training = model.training
         # Also where a weight is broken already: the ranks of a sharded model wait for each other.
@@ -74,7 +75,7 @@ class SaveGuard(Callback):
             found = model.eval().eval_forward(self._batch)
         model.train(training)
         if name is not None:
-            return f"the weights are not finite ('{name.removeprefix('model.')}')"
+            return f"the weights have exploded ('{name.removeprefix('model.')}' is not below {LARGEST:g})"
         loss, uniform = float(found["loss"].sum() / found["tokens"].sum()), math.log(model.model.config.vocab_size)
         if loss < EXPLODED * uniform or not found["tokens"].any():
             return ""

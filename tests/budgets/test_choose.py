@@ -41,7 +41,7 @@ def scored(folder: Path, data: Path) -> Scores:
     names = CRITERIA if mixture else CRITERIA[:2]
     return score(
         str(folder),
-        LayerScoringConfig(CalibrationConfig(str(data), samples=6, length=24), names),
+        LayerScoringConfig(CalibrationConfig(str(data), samples=9, length=24), names),
         Placement("float32", "cpu"),
     )
 
@@ -134,7 +134,7 @@ class Known:
     def loss(self, plan: Plan) -> float:
         self.tried += 1
         shape = plan.shape
-        return (shape.layers - 7) ** 2 + ((shape.hidden - 48) / 4) ** 2 + (shape.kv_heads - 5) ** 2
+        return (shape.layers - 7) ** 2 + ((shape.hidden - 48) / 4) ** 2 + (shape.kv_heads - 6) ** 2
 
 
 def test_the_best_shape_is_found() -> None:
@@ -145,7 +145,7 @@ def test_the_best_shape_is_found() -> None:
     steps, known = Steps.of(sizes, 4, 1, depth=True, width=True), Known(sizes)
     choice = Chooser(sizes, steps, [Parameters(sizes, "0.6")], known.plan, known.loss, 100).choose()
     shape = choice.plan.shape
-    assert (shape.layers, shape.hidden, shape.kv_heads, choice.loss) == (7, 48, 5, 0)
+    assert (shape.layers, shape.hidden, shape.kv_heads, choice.loss) == (7, 48, 6, 0)
     assert choice.tried == known.tried <= 100
     larger = replace(shape, intermediate=shape.intermediate + 4)
     assert shape.intermediate == 160 or sizes.parameters(larger) > 0.6 * sizes.parameters(sizes.source)

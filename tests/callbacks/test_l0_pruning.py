@@ -136,7 +136,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, object], message:
 @pytest.mark.parametrize(
     "goal",
     [
-        ["target={layers: 3, hidden: 20, heads: 3, kv_heads: 3, intermediate: 32}"],
+        ["target={layers: 3, hidden: 21, heads: 3, kv_heads: 3, intermediate: 32}"],
         ["target={attention_layers: 3, mlp_layers: 2}"],
     ],
 )

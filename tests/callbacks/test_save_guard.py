@@ -55,7 +55,7 @@ def test_an_exploded_model_is_not_saved(yaml: Path, tmp_path: Path, duration: st
 def test_the_checkpoint_before_stays_and_is_gone_on_with(yaml: Path, tmp_path: Path, value: float) -> None:
     trainer = build_trainer(load_config(yaml, ["checkpoint.keep=1"]))
     trainer.state.callbacks.insert(0, Explode(3, value))
-    with pytest.raises(UserError, match=r"not finite \('model.embed_tokens.weight'\) after batch 3"):
+    with pytest.raises(UserError, match=r"exploded \('model.embed_tokens.weight' .*after batch 3"):
         trainer.fit()
     trainer.engine.close()
     folder = CheckpointFolder(tmp_path / "run" / "checkpoints")

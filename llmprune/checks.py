@@ -20,7 +20,7 @@ from llmprune.data.updates import check_updates, read_references
 from llmprune.errors import UserError, first_line, nearest
 from llmprune.families import FAMILIES, family_of, richer_heads_of
 from llmprune.gates.settings import make_goal
-from llmprune.job_files import load_config
+from llmprune.job_files import load_recorded
 from llmprune.models.loading import load_config as load_model_config
 from llmprune.models.loading import load_tokenizer
 from llmprune.models.placement import ATTENTIONS, TRAINABLE
@@ -165,7 +165,7 @@ def check_same_run(run: RunFolder, manifest: Manifest, config: Config, model_con
     Raises:
         UserError: the model, the target, the data, their order, the seed or the batch size is another one.
     """
-    saved, before = Manifest.load(run.checkpoints), load_config(run.config)
+    saved, before = Manifest.load(run.checkpoints), load_recorded(run.config)
     family = family_of(model_config)
     saved_config = load_model_config(run.checkpoints / "model")
     if saved.family != family.name or family.shape(saved_config) != family.shape(model_config):

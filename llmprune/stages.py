@@ -15,8 +15,9 @@ from llmprune.convert.commands import convert
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.errors import UserError
 from llmprune.files import is_leftover, refuse_replacing, remove
-from llmprune.job_files import load_job, save_config
+from llmprune.job_files import load_recorded, save_config
 from llmprune.ranks import on_rank_zero
+from llmprune.recorded import as_typed
 from llmprune.training import train
 
 _FREE = (  # what may change when a job goes on: where it runs, and what it shows
@@ -41,7 +42,7 @@ def begin(config: Config, kind: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.folder {folder} is a file: choose another folder")
     if folder.exists() and any(not is_leftover(path) for path in folder.iterdir()):
-        before = load_job(known) if known.is_file() else None
+        before = load_recorded(known) if known.is_file() else None
         if not isinstance(before, Config) or type(before) is not type(config):
             raise UserError(f"{folder} holds something that is no {kind}: choose another run.folder")
         if config.run.overwrite:
@@ -84,7 +85,7 @@ def _identity(config: Config) -> dict[str, object]:
     if config.lora is not None:
         free.discard("train.microbatch_size")  # what is dropped goes by it
     found: dict[str, object] = {}
-    for section, value in asdict(config).items():
+    for section, value in as_typed(asdict(config)).items():
         values = {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
         found |= {key: v for key, v in values.items() if section not in free and key not in free}
     return found

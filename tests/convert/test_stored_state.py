@@ -96,6 +96,8 @@ def test_another_pickle_is_refused(sharded: Path, content: bytes) -> None:
 
 
 def test_a_part_that_can_not_be_loaded_is_told_in_one_line(sharded: Path) -> None:
-    failure: Any = CheckpointException("loading", {0: (pickle.UnpicklingError("Weights only load failed\nand more"), [])})  # type: ignore[dict-item]
+    failure: Any = CheckpointException(
+        "loading", {0: (pickle.UnpicklingError("Weights only load failed\nand more"), [])}
+    )  # type: ignore[dict-item]
     with pytest.raises(UserError, match=r"can't be gone on with \(Weights only load failed\)"), harmless(sharded):
         raise failure

@@ -194,8 +194,6 @@ def read_bytes(path: Path | str, limit: int) -> bytes:
             content = file.read(limit + 1)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: name a file") from None
     except (OSError, ValueError) as error:  # ValueError: a name that holds NUL
         raise UserError(f"{path!s:.300} can't be read: {getattr(error, 'strerror', None) or error}") from None
     if len(content) > limit:

@@ -87,8 +87,18 @@ def test_what_is_not_true_of_the_files_is_refused(sharded: Path, damage: Callabl
     assert str(resuming.value) == str(converting.value) and "\n" not in str(converting.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x05", pickle.dumps([1]), pickle.dumps({}), b"\x80\x04\x8e" + b"\xff" * 8,
-                                     b"(" * 9 + b"t" * 9, b"cos\nsystem\n."])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x05",
+        pickle.dumps([1]),
+        pickle.dumps({}),
+        b"\x80\x04\x8e" + b"\xff" * 8,
+        b"(" * 9 + b"t" * 9,
+        b"cos\nsystem\n.",
+    ],
+)
 def test_another_pickle_is_refused(sharded: Path, content: bytes) -> None:
     (sharded / METADATA).write_bytes(content)
     with pytest.raises(UserError, match="no readable checkpoint"):

@@ -1,7 +1,6 @@
 """Everything about a run that can be checked before weights are loaded or anything is written."""
 
 import importlib.util
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ TEACHER_KEPT = ("teacher", "objectives", "final_objectives", "temperature", "top
 REPLACEMENT_KEPT = (
     "start", "length", "kind", "blocks", "take", "intermediate", "objectives", "top_k", "temperature", "also", "cache",
 )  # fmt: skip
+LONGEST = 2**53  # of a duration, whatever its unit: floats count so far
 _STREAM_UNITS = {TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN}
 
 
@@ -239,7 +239,7 @@ def _check_numbers(config: Config) -> None:
     batch, microbatch = train.global_batch_size, train.microbatch_size
     for key, value, good, wanted in (
         ("run.seed", config.run.seed, 0 <= config.run.seed < 2**32, "lie between 0 and 2**32 - 1"),
-        ("optimizer.lr", optimizer.lr, 0 <= optimizer.lr < math.inf, "be zero or positive"),
+        ("optimizer.lr", optimizer.lr, optimizer.lr >= 0, "be zero or positive"),
         ("optimizer.eps", optimizer.eps, optimizer.eps > 0, "be positive"),
         ("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "be zero or positive"),
         (
@@ -271,8 +271,8 @@ def _check_numbers(config: Config) -> None:
         (
             "train.hang_timeout",
             train.hang_timeout,
-            train.hang_timeout is None or train.hang_timeout > 0,
-            "be positive, or null for never",
+            train.hang_timeout is None or 0 < train.hang_timeout <= 1e7,
+            "be positive and at most 10,000,000 seconds, or null for never",
         ),
         ("data.workers", data.workers, data.workers >= 0, "be zero or positive"),
         ("data.prefetch", data.prefetch, data.prefetch >= 1, "be positive"),
@@ -311,8 +311,10 @@ def _check_times(config: Config) -> None:
     ):
         try:
             times[key] = time = Time.from_timestring(text)
-        except (ValueError, TypeError):
-            raise UserError(f"{key} '{text}' is no duration: write 100ba, 1000000tok or 0.1dur") from None
+        except (ValueError, TypeError, OverflowError):
+            raise UserError(f"{key} '{text:.80}' is no duration: write 100ba, 1000000tok or 0.1dur") from None
+        if not time.value < LONGEST:
+            raise UserError(f"{key} '{text:.80}' is longer than any run")
         if time.value < least and not (time.unit == TimeUnit.DURATION and time.value > 0):
             raise UserError(f"{key} '{text}' must be {'positive' if least else 'zero or positive'}")
         if key != "train.duration" and time.unit not in _STREAM_UNITS | {TimeUnit.DURATION}:

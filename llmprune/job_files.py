@@ -128,8 +128,9 @@ def _built(merged: Any, schema: type[J], path: str | Path) -> J:
         config = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         raise UserError(f"{path}: {error.full_key or 'a key'} must be set") from None
-    except (OmegaConfBaseException, RecursionError) as error:
-        raise UserError(f"{path}: {first_line(error)}") from None
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{path}: {where}{first_line(error)}") from None
     assert isinstance(config, schema)
     return config
 

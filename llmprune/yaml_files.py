@@ -15,6 +15,7 @@ from llmprune.files import read_bytes
 BYTES = 2**22
 VALUES = 100_000
 DEPTH = 40
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -46,11 +47,13 @@ def check_yaml(text: str) -> None:
         ValueError: it is nested too deeply, or its aliases make too much of it, or something part of itself.
     """
     deep = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for number, event in enumerate(yaml.parse(text, Loader=_LOADER)):
         deep += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if deep > DEPTH:
             raise ValueError(f"it is nested more than {DEPTH} deep")
-    size, depth = _extent(yaml.compose(text, Loader=yaml.SafeLoader), {})
+        if number > 2 * VALUES:
+            raise ValueError(f"it holds more than {VALUES:,} values")
+    size, depth = _extent(yaml.compose(text, Loader=_LOADER), {})
     if depth > DEPTH + 1:
         raise ValueError(f"with its aliases it is nested more than {DEPTH} deep")
     if size > VALUES:

@@ -11,6 +11,7 @@ which a person can read and edit, and a safetensors file beside it with the fact
 """
 
 import math
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -218,7 +219,12 @@ class Plan:
         self._check_finite(path)
         if self.factors or self.corrections:
             tensors = {name: t.detach().float().cpu() for name, t in {**self.factors, **self.corrections}.items()}
-            save_tensors(path.with_suffix(".safetensors"), tensors)
+            temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp")
+            try:
+                save_tensors(temporary, tensors)
+                temporary.replace(path.with_suffix(".safetensors"))
+            finally:
+                temporary.unlink(missing_ok=True)
         values = {
             "schema": 1,
             "family": self.family,

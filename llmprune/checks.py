@@ -166,6 +166,8 @@ def check_same_run(run: RunFolder, manifest: Manifest, config: Config, model_con
         UserError: the model, the target, the data, their order, the seed or the batch size is another one.
     """
     saved, before = Manifest.load(run.checkpoints), load_recorded(run.config)
+    if not isinstance(before, Config):
+        raise UserError(f"{run.config} is of no run that trains: use another run.folder")
     family = family_of(model_config)
     saved_config = load_model_config(run.checkpoints / "model")
     if saved.family != family.name or family.shape(saved_config) != family.shape(model_config):
@@ -301,13 +303,14 @@ def _check_numbers(config: Config) -> None:
 
 
 def _check_times(config: Config) -> None:
-    times = {}
+    times, gates = {}, config.l0_pruning
     for key, text, least in (
         ("train.duration", config.train.duration, 0 if config.block_replacement is not None else 1),
         ("train.eval_interval", config.train.eval_interval, 0),
         ("checkpoint.interval", config.checkpoint.interval, 1),
         ("scheduler.warmup", config.scheduler.warmup, 0),
         ("loggers.console_interval", config.loggers.console_interval, 1),
+        *([("l0_pruning.lagrangian_warmup", gates.lagrangian_warmup, 0)] if gates is not None else []),
     ):
         try:
             times[key] = time = Time.from_timestring(text)

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from llmprune.errors import UserError, disk_error
+from llmprune.errors import UserError, check_surroundings, one_line
 from llmprune.processes import TERMINATION, end_with_launcher
 
 SAVED_AND_LEFT = 75  # the exit code of a run that was asked to end and can go on: "try again", EX_TEMPFAIL
@@ -21,15 +21,36 @@ def main(arguments: list[str]) -> int:
         print(f"usage: {USAGE}", file=sys.stderr)
         return 2
     try:
-        from llmprune.callbacks.preemption import Preempted
-        from llmprune.config import IterationConfig, ScoringConfig, SearchConfig
-        from llmprune.job_files import describe, load_job
+        check_surroundings(arguments)
+        return _carry_out(arguments)
+    except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            # The launcher kills all ranks when one ends: let rank 0 tell the mistake and set the exit code.
+            time.sleep(5)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if (told := one_line(error)) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return 2
+    finally:
+        # Gloo's threads drop what the ranks exchanged last, for which they need the interpreter: were it being torn
+        # down by then, they would abort the process.
+        time.sleep(0.2)
 
-        TERMINATION.listen()  # again: Composer ends the process at once
-        if arguments[0] in ("-h", "--help"):
-            print(f"{USAGE}\n\n{describe()}")
-            return 0
-        job = load_job(arguments[0], arguments[1:])
+
+def _carry_out(arguments: list[str]) -> int:
+    from llmprune.callbacks.preemption import Preempted
+    from llmprune.config import IterationConfig, ScoringConfig, SearchConfig
+    from llmprune.job_files import describe, load_job
+
+    TERMINATION.listen()  # again: Composer ends the process at once
+    if arguments[0] in ("-h", "--help"):
+        print(f"{USAGE}\n\n{describe()}")
+        return 0
+    job = load_job(arguments[0], arguments[1:])
+    try:
         if job.run.offline:
             from llmprune.network import check_offline
 
@@ -54,21 +75,6 @@ def main(arguments: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(left, file=sys.stderr)
         return SAVED_AND_LEFT
-    except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            # The launcher kills all ranks when one ends: let rank 0 tell the mistake and set the exit code.
-            time.sleep(5)
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        if (told := disk_error(error)) is None:
-            raise
-        print(f"error: {told}", file=sys.stderr)
-        return 2
-    finally:
-        # Gloo's threads drop what the ranks exchanged last, for which they need the interpreter: were it being torn
-        # down by then, they would abort the process.
-        time.sleep(0.2)
     return 0
 
 

@@ -1,16 +1,15 @@
 """The command ``python -m data_prep``: it only delegates."""
 
 import os
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmprune.data.sources import BadRecord, Fields
-from llmprune.errors import UserError
+from llmprune.errors import UserError, check_surroundings, one_line
+from llmprune.processes import end_on_signals, stopped_by
 
 if TYPE_CHECKING:
     from data_prep.pack import Summary
@@ -229,18 +228,33 @@ def describe(
 
 
 def main() -> None:
-    """Run the command; a mistake of the user's is one line on standard error and exit code 2."""
-    signal.signal(signal.SIGTERM, _terminate)
+    """Run the command; a mistake of the user's is one line on standard error and exit code 2.
+
+    A command that is stopped (Ctrl-C, SIGTERM) ends with 130 or 143; workers and unfinished output go with it.
+    """
     try:
+        end_on_signals()
+        check_surroundings(sys.argv)
         app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error.filename or 'the output'}: {error.strerror or error}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.exit(2)
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if (code := stopped_by(ended)) is None:
+            raise
+        _end("stopped; the same command goes on or begins anew", code)
+    except (UserError, OSError) as error:
+        told = one_line(error)
+        if told is None and isinstance(error, OSError):
+            told = f"{error.filename or 'the output'}: {error.strerror or error}"
+        _end(str(told), 2)
+    except Exception as error:
+        if (told := one_line(error)) is None:
+            raise
+        _end(told, 2)
+
+
+def _end(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.exit(code)
 
 
 def _prepare(
@@ -313,11 +327,6 @@ def _print_skipped(bad: list[BadRecord]) -> None:
         print(f"skipped {record.place}: {record.reason}", file=sys.stderr)
     if len(bad) > 10:
         print(f"… {len(bad)} records skipped in all", file=sys.stderr)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """End on a signal as on Ctrl-C: workers and unfinished output go with the command."""
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

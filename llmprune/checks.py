@@ -1,7 +1,6 @@
 """Everything about a run that can be checked before weights are loaded or anything is written."""
 
 import importlib.util
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from llmprune.data.updates import check_updates, read_references
 from llmprune.errors import UserError, first_line, nearest
 from llmprune.families import FAMILIES, family_of, richer_heads_of
 from llmprune.gates.settings import make_goal
-from llmprune.job_files import load_config
+from llmprune.job_files import load_recorded
 from llmprune.models.loading import load_config as load_model_config
 from llmprune.models.loading import load_tokenizer
 from llmprune.models.placement import ATTENTIONS, TRAINABLE
@@ -40,6 +39,7 @@ TEACHER_KEPT = ("teacher", "objectives", "final_objectives", "temperature", "top
 REPLACEMENT_KEPT = (
     "start", "length", "kind", "blocks", "take", "intermediate", "objectives", "top_k", "temperature", "also", "cache",
 )  # fmt: skip
+LONGEST = 2**53  # of a duration, whatever its unit: floats count so far
 _STREAM_UNITS = {TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN}
 
 
@@ -172,7 +172,9 @@ def check_same_run(run: RunFolder, manifest: Manifest, config: Config, model_con
     Raises:
         UserError: the model, the target, the data, their order, the seed or the batch size is another one.
     """
-    saved, before = Manifest.load(run.checkpoints), load_config(run.config)
+    saved, before = Manifest.load(run.checkpoints), load_recorded(run.config)
+    if not isinstance(before, Config):
+        raise UserError(f"{run.config} is of no run that trains: use another run.folder")
     family = family_of(model_config)
     saved_config = load_model_config(run.checkpoints / "model")
     if saved.family != family.name or family.shape(saved_config) != family.shape(model_config):
@@ -266,7 +268,7 @@ def _check_numbers(config: Config) -> None:
     batch, microbatch = train.global_batch_size, train.microbatch_size
     for key, value, good, wanted in (
         ("run.seed", config.run.seed, 0 <= config.run.seed < 2**32, "lie between 0 and 2**32 - 1"),
-        ("optimizer.lr", optimizer.lr, 0 <= optimizer.lr < math.inf, "be zero or positive"),
+        ("optimizer.lr", optimizer.lr, optimizer.lr >= 0, "be zero or positive"),
         ("optimizer.eps", optimizer.eps, optimizer.eps > 0, "be positive"),
         ("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "be zero or positive"),
         (
@@ -298,8 +300,8 @@ def _check_numbers(config: Config) -> None:
         (
             "train.hang_timeout",
             train.hang_timeout,
-            train.hang_timeout is None or train.hang_timeout > 0,
-            "be positive, or null for never",
+            train.hang_timeout is None or 0 < train.hang_timeout <= 1e7,
+            "be positive and at most 10,000,000 seconds, or null for never",
         ),
         ("data.workers", data.workers, data.workers >= 0, "be zero or positive"),
         ("data.prefetch", data.prefetch, data.prefetch >= 1, "be positive"),
@@ -328,18 +330,21 @@ def _check_numbers(config: Config) -> None:
 
 
 def _check_times(config: Config) -> None:
-    times = {}
+    times, gates = {}, config.l0_pruning
     for key, text, least in (
         ("train.duration", config.train.duration, 0 if config.block_replacement is not None else 1),
         ("train.eval_interval", config.train.eval_interval, 0),
         ("checkpoint.interval", config.checkpoint.interval, 1),
         ("scheduler.warmup", config.scheduler.warmup, 0),
         ("loggers.console_interval", config.loggers.console_interval, 1),
+        *([("l0_pruning.lagrangian_warmup", gates.lagrangian_warmup, 0)] if gates is not None else []),
     ):
         try:
             times[key] = time = Time.from_timestring(text)
-        except (ValueError, TypeError):
-            raise UserError(f"{key} '{text}' is no duration: write 100ba, 1000000tok or 0.1dur") from None
+        except (ValueError, TypeError, OverflowError):
+            raise UserError(f"{key} '{text:.80}' is no duration: write 100ba, 1000000tok or 0.1dur") from None
+        if not time.value < LONGEST:
+            raise UserError(f"{key} '{text:.80}' is longer than any run")
         if time.value < least and not (time.unit == TimeUnit.DURATION and time.value > 0):
             raise UserError(f"{key} '{text}' must be {'positive' if least else 'zero or positive'}")
         if key != "train.duration" and time.unit not in _STREAM_UNITS | {TimeUnit.DURATION}:

@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import os
 from collections.abc import Iterable
 
 
@@ -47,6 +48,58 @@ def disk_error(error: BaseException) -> str | None:
             where = f" ({name})" if name else ""
             return f"{reason}{where}: what was complete before stays; make room, and run the same again"
     return None
+
+
+_PATHS = {
+    errno.ELOOP: "its symbolic links lead in a circle",
+    errno.ENAMETOOLONG: "the name is longer than the file system takes",
+    errno.EILSEQ: "the file system takes no such characters in a name",
+    errno.ENOTDIR: "a file stands where a folder belongs",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "the system does not permit it",
+}
+
+
+def path_error(error: BaseException) -> str | None:
+    """What to tell the user about a path that can't be used; None = it is another error."""
+    links: list[BaseException | None] = [error, error.__cause__, error.__context__]
+    for link in filter(None, links):
+        if isinstance(link, RuntimeError) and str(link).startswith("Symlink loop from"):  # pathlib's
+            return _PATHS[errno.ELOOP]
+        if isinstance(link, UnicodeEncodeError) and link.reason == "surrogates not allowed":
+            return "a name of a file, or a text, holds what is not UTF-8: rename or mend it"
+        if isinstance(link, OSError) and link.errno in _PATHS:
+            where = "" if link.filename is None else f"{_printable(link.filename)}: "
+            return f"{where}{_PATHS[link.errno]}"
+    return None
+
+
+def one_line(error: BaseException) -> str | None:
+    """What to tell the user about an error in place of a traceback; None = it may be our own."""
+    return str(error) if isinstance(error, UserError) else disk_error(error) or path_error(error)
+
+
+def check_surroundings(arguments: Iterable[str]) -> None:
+    """Check what no command can do without: a working directory, and arguments in UTF-8.
+
+    Raises:
+        UserError: it was deleted, or one is in another encoding.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"'{_printable(argument)}' is not UTF-8: rename the file or folder") from None
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the working directory is gone: cd to another one") from None
+
+
+def _printable(name: object) -> str:
+    """A name of a file, with bytes that are not UTF-8 written as numbers; of a long one, the beginning."""
+    shown = os.fsencode(name).decode("utf-8", "backslashreplace") if isinstance(name, str | bytes) else str(name)
+    return shown if len(shown) <= 200 else shown[:200] + "…"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import secrets
+import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,6 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmprune.errors import UserError
+
+JSON_LIMIT = 2**29  # bytes: scores of every unit of the largest models take a quarter of it
+_DIGITS = 300  # of a whole number at most: with more it is none that a float can hold
 
 
 def inside(folder: Path, name: object) -> Path:
@@ -79,19 +83,73 @@ def make_readable(path: Path | str) -> None:
     os.chmod(path, 0o666 & ~umask)
 
 
-def read_json(path: Path | str) -> Any:
-    """Read a JSON file.
+def read_bytes(path: Path | str, limit: int) -> bytes:
+    """The content of a file of at most ``limit`` bytes.
 
     Raises:
-        UserError: the file is missing or is not JSON.
+        UserError: there is none, it is a folder, a pipe or a device, it is larger, or it can't be read.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe that nobody writes to is no wait
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{path} is no file but a folder, a pipe or a device: name a file")
+            content = file.read(limit + 1)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that holds NUL
+        raise UserError(f"{path!s:.300} can't be read: {getattr(error, 'strerror', None) or error}") from None
+    if len(content) > limit:
+        raise UserError(
+            f"{path} has more than {limit:,} bytes, the most that is read of such a file: is it the right one?"
+        )
+    return content
+
+
+def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: JSON, bytes in UTF-8.
+        finite: whether NaN and infinite numbers are refused, which JSON has no word for but some programs write.
+
+    Raises:
+        ValueError: it is none, it is nested too deeply, or a number in it is none that can be computed with.
+    """
+    hooks: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _finite_number} if finite else {}
+    try:
+        return json.loads(text.decode() if isinstance(text, bytes) else text, parse_int=_whole_number, **hooks)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
+
+
+def _finite_number(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return number
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"a number has {len(text):,} digits")
+    return int(text)
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file of at most ``JSON_LIMIT`` bytes.
+
+    Raises:
+        UserError: the file is missing, is larger, or is not JSON.
+    """
+    content = read_bytes(path, JSON_LIMIT)
+    try:
+        return parse_json(content)
+    except MemoryError:
+        raise UserError(f"{path} holds more than fits in memory: is it the right file?") from None
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): restore it or make it anew") from None
 
 

@@ -12,20 +12,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from llmprune.config import Config, IterationConfig, ScoringConfig, SearchConfig
 from llmprune.errors import UserError, first_line, nearest
 from llmprune.files import write_text
+from llmprune.recorded import as_typed, literal, remember
+from llmprune.secrets_in_jobs import refuse_secrets
+from llmprune.yaml_files import check_yaml, read_yaml
 
 J = TypeVar("J")
-# user:password@ in a URL, signed URLs, keys of AWS, tokens of the hub, keys of Weights & Biases
-_SECRET = re.compile(
-    r"://[^/@]*:[^/@]*@|[?&](X-Amz-Signature|sig|token|api_key|password)=|\b(AKIA|ASIA)[0-9A-Z]{16}\b"
-    r"|\bhf_[A-Za-z0-9]{30,}\b|\A[0-9a-f]{40}\Z"
-)
+MOST = 1e30  # of a setting: what float32 holds, and no run needs
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Config | ScoringConfig:
@@ -37,14 +36,13 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Config | Scorin
     Raises:
         UserError: see ``load_config``.
     """
-    sections = _read(Path(path))
+    return _load(path, overrides, _schema_of(_read(Path(path))))
+
+
+def _schema_of(sections: dict[str, Any]) -> type[Config] | type[ScoringConfig]:
     if "layer_scoring" in sections:
-        return _load(path, overrides, ScoringConfig)
-    if "iterate" in sections:
-        return _load(path, overrides, IterationConfig)
-    if "search" in sections:
-        return _load(path, overrides, SearchConfig)
-    return _load(path, overrides, Config)
+        return ScoringConfig
+    return IterationConfig if "iterate" in sections else SearchConfig if "search" in sections else Config
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -60,65 +58,116 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _load(path, overrides, Config)
 
 
+def load_recorded(path: Path) -> Config | ScoringConfig:
+    """Read the config.yaml of a run, whoever wrote it: nothing in it is looked up, and no other file is read.
+
+    Raises:
+        UserError: see ``load_config``.
+    """
+    sections = read_yaml(path)
+    schema = _schema_of(sections)
+    merged = _merge(schema, literal(sections), str(path))
+    return _built(merged, schema, path)
+
+
 def _load(path: str | Path, overrides: Sequence[str], schema: type[J]) -> J:
     loaded = _read(Path(path))
+    refuse_secrets(loaded)
     _merge(schema, loaded, str(path))
     for override in overrides:
-        key, separator, _ = override.partition("=")
+        key, separator, text = override.partition("=")
+        refuse_secrets(text, key)
+        refuse_secrets(override, "an override")
         if not separator:
             raise UserError(f"'{override}' is not of the form section.key=value")
-        try:
-            given = OmegaConf.from_dotlist([override])
-        except YAMLError:
-            raise UserError(f"'{override}' is no valid value: put quotes around the whole ('{key}={{…}}')") from None
+        given = _given(override, key, text)
         _merge(schema, given, f"'{override}'")
-        OmegaConf.update(loaded, key, OmegaConf.select(given, key), merge=False)
+        _lay_over(loaded, given, len(_parts(key)))
     merged = _merge(schema, loaded, str(path))
+    config = _built(merged, schema, path)
+    values = dataclasses.asdict(config)  # type: ignore[call-overload]
+    refuse_secrets(values)
+    _check_numbers(values)
+    remember(OmegaConf.to_container(merged, resolve=False), values)
+    return config
+
+
+def _given(override: str, key: str, text: str) -> Any:
+    """The sections with nothing but an override, in which interpolations stay as they are typed."""
+    try:
+        check_yaml(text)
+        return OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
+    except YAMLError:
+        raise UserError(f"'{override}' is no valid value: put quotes around the whole ('{key}={{…}}')") from None
+    except (OmegaConfBaseException, ValueError, LookupError) as error:
+        raise UserError(f"'{key}' can't be set: {first_line(error)}") from None
+
+
+def _parts(key: str) -> list[Any]:
+    """The names in a dotted key."""
+    parts, sections = [], OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}=null"]))
+    while isinstance(sections, dict):
+        ((name, sections),) = sections.items()
+        parts.append(name)
+    return parts
+
+
+def _lay_over(sections: dict[str, Any], given: Any, depth: int) -> None:
+    """Give the value in ``given``, so many names below, the place of what stands there in ``sections``."""
+    for _ in range(depth - 1):
+        ((name, given),) = given.items()
+        if not isinstance(sections.get(name), dict):
+            sections[name] = {}
+        sections = sections[name]
+    sections.update(given)
+
+
+def _built(merged: Any, schema: type[J], path: str | Path) -> J:
     try:
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         config = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         raise UserError(f"{path}: {error.full_key or 'a key'} must be set") from None
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {first_line(error)}") from None
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{path}: {where}{first_line(error)}") from None
     assert isinstance(config, schema)
-    _refuse_secrets(dataclasses.asdict(config))  # type: ignore[call-overload]
     return config
 
 
-def _refuse_secrets(values: Any, key: str = "") -> None:
-    """Raise ``UserError`` for what looks like a password or a token: config.yaml keeps and shows every value."""
+def _check_numbers(values: Any, key: str = "") -> None:
+    """Raise ``UserError`` for numbers that can't be computed with."""
     if isinstance(values, dict | list):
         for name, value in values.items() if isinstance(values, dict) else enumerate(values):
-            _refuse_secrets(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(values, str) and _SECRET.search(values):
-        raise UserError(
-            f"{key} holds what looks like a password or a token, which everyone who sees the run would see: set it in "
-            "the environment (AWS_SECRET_ACCESS_KEY, HF_TOKEN, WANDB_API_KEY, …)"
-        )
+            _check_numbers(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, int) and abs(values) >= 2**63:
+        raise UserError(f"{key} has {len(str(abs(values)))} digits: it must be smaller than 2**63")
+    elif isinstance(values, float) and not abs(values) <= MOST:  # also NaN
+        raise UserError(f"{key} is {values}; it must be a number of at most {MOST:g}")
 
 
-def _read(path: Path) -> DictConfig:
+def _read(path: Path) -> dict[str, Any]:
     """A YAML file, laid over the one that its key ``base`` names (a path beside it)."""
-    try:
-        loaded = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} can't be read: {' '.join(str(error).split())}") from None
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path} must hold sections such as run:, model: and data:")
-    base = loaded.pop("base", None)
-    if base is None:
-        return loaded
-    merged = OmegaConf.merge(_read(path.parent / base), loaded)
-    assert isinstance(merged, DictConfig)
-    return merged
+    layers: list[dict[str, Any]] = []
+    seen: set[Path] = set()
+    while True:
+        layers.append(read_yaml(path))
+        base = layers[-1].pop("base", None)
+        if base is None:
+            break
+        if not isinstance(base, str) or "\0" in base:
+            raise UserError(f"{path}: base must be the name of a YAML file; got {str(base)[:80]!r}")
+        seen.add(path.resolve())
+        path = path.parent / base
+        if path.resolve() in seen:
+            raise UserError(f"{path} is a base of itself: leave out its key base")
+    merged = OmegaConf.merge(*reversed(layers))
+    return {str(key): value for key, value in OmegaConf.to_container(merged, resolve=False).items()}  # type: ignore[union-attr]
 
 
 def save_config(config: Config | ScoringConfig, path: Path) -> None:
-    """Write the resolved config as YAML."""
-    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
+    """Write the config as YAML; of texts from the environment, how they were typed."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(as_typed(literal(dataclasses.asdict(config))))))
 
 
 def describe() -> str:

@@ -10,12 +10,11 @@ import importlib.metadata
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from llmprune.errors import UserError
+from llmprune.errors import UserError, first_line, path_error
 from llmprune.files import read_json, write_json
 from llmprune.locks import locked
 
@@ -92,20 +91,21 @@ def check_output(path: Path | str, suffix: str, overwrite: bool, beside: Iterabl
         UserError: something stands there, the name or folder is impossible, or another process is writing the file.
     """
     path = Path(path)
-    known = path.exists()
-    refuse_existing(path, overwrite)
-    if path.suffix != suffix or path.is_dir():
-        raise UserError(f"{path} must be a file whose name ends in {suffix}")
-    for other in beside:
-        if other.exists() and not (overwrite and known):
-            raise UserError(f"{other} exists already and would be replaced with {path}: choose another place")
     try:
+        known = path.exists()
+        refuse_existing(path, overwrite)
+        if path.suffix != suffix or path.is_dir():
+            raise UserError(f"{path} must be a file whose name ends in {suffix}")
+        for other in beside:
+            if other.exists() and not (overwrite and known):
+                raise UserError(f"{other} exists already and would be replaced with {path}: choose another place")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}") from None
-    _PROCESS.enter_context(_locked_beside(path))
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # the name that it is written under
+        temporary.touch(exist_ok=False)
+        temporary.unlink()
+        _PROCESS.enter_context(_locked_beside(path))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"can't write {path!s:.300}: {path_error(error) or first_line(error)}") from None
 
 
 @contextmanager

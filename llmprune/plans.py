@@ -11,6 +11,7 @@ which a person can read and edit, and a safetensors file beside it with the fact
 """
 
 import math
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -214,11 +215,21 @@ class Plan:
             )
 
     def save(self, path: Path | str) -> None:
-        """Write the plan to ``path`` (.json) and its factors beside it (.safetensors)."""
+        """Write the plan to ``path`` (.json) and its factors beside it (.safetensors).
+
+        Raises:
+            UserError: a factor or a correction holds what is no finite number.
+        """
         path = Path(path)
+        self._check_finite(path)
         if self.factors or self.corrections:
             tensors = {name: t.detach().float().cpu() for name, t in {**self.factors, **self.corrections}.items()}
-            save_tensors(tensors_beside(path), tensors)
+            temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp")
+            try:
+                save_tensors(temporary, tensors)
+                temporary.replace(tensors_beside(path))
+            finally:
+                temporary.unlink(missing_ok=True)
         values = {
             "schema": 1,
             "family": self.family,
@@ -231,6 +242,11 @@ class Plan:
             "richer_heads": None if self.richer_heads is None else asdict(self.richer_heads),
         }
         write_json(path, values)
+
+    def _check_finite(self, path: Path) -> None:
+        for name, tensor in {**self.factors, **self.corrections}.items():
+            if not tensor.float().isfinite().all():
+                raise UserError(f"{path}: '{name}' holds NaN or infinite numbers: the plan can't be carried out")
 
     @classmethod
     def load(cls, path: Path | str) -> "Plan":
@@ -255,9 +271,9 @@ class Plan:
                 )
                 for block in values["blocks"]
             )
-            tensors = load_file(path.parent / Path(values["factors"]).name) if values["factors"] else {}
+            tensors = _tensors(path.parent / Path(values["factors"]).name) if values["factors"] else {}
             corrections = {name: t for name, t in tensors.items() if name.startswith(("mean.", "linear."))}
-            return cls(
+            plan = cls(
                 family=values["family"],
                 model=values["model"],
                 source=shape_from(values["source"]),
@@ -272,6 +288,14 @@ class Plan:
             raise UserError(f"{path} is not a plan ({type(error).__name__}: {error})") from None
         except (OSError, SafetensorError) as error:
             raise UserError(f"the factors of {path} can't be read ({error})") from None
+        plan._check_finite(path)
+        return plan
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file but a folder, a pipe or a device")
+    return load_file(path)
 
 
 def _indices(values: Any) -> tuple[int, ...] | None:

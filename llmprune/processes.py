@@ -31,6 +31,25 @@ class Termination:
 TERMINATION = Termination()  # of this process
 
 
+def end_on_signals() -> None:
+    """Let SIGTERM end this process as Ctrl-C does: unfinished output goes with it. Composer's import does the same.
+
+    To be called by the main thread. ``stopped_by`` tells such an end from others.
+    """
+    signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # what is under way now is tidying up
+    raise SystemExit(128 + number)
+
+
+def stopped_by(end: BaseException) -> int | None:
+    """The exit code of a command that a signal ended; None = it ended for another reason."""
+    code = 130 if isinstance(end, KeyboardInterrupt) else getattr(end, "code", None)
+    return code if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) else None
+
+
 def outlast_one_termination(worker: int = 0) -> None:
     """Let a loader worker go on feeding its rank, which saves and leaves, when all processes are asked to end.
 

@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -42,6 +41,7 @@ from llmprune.outputs import (
     working_folder,
 )
 from llmprune.ranks import on_rank_zero
+from llmprune.recorded import settings_from
 from llmprune.recovery.lora import LoRAConfig
 from llmprune.recovery.partial import TrainableConfig
 from llmprune.recovery.settings import DistillationConfig
@@ -300,10 +300,8 @@ class Manifest:
             values = dict(read_json(path))
             for name, schema in SECTIONS.items():
                 if values.get(name) is not None:
-                    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values[name]))
-                    values[name] = asdict(settings)  # type: ignore[arg-type]
-            manifest = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
-            assert isinstance(manifest, cls)
+                    values[name] = asdict(settings_from(schema, values[name]))
+            manifest = settings_from(cls, values)
         except (TypeError, ValueError, OmegaConfBaseException) as error:
             raise UserError(f"{path} is no manifest of this version ({first_line(error)})") from None
         if manifest.schema != cls.schema:

@@ -17,9 +17,10 @@ from llmprune.data.calibration import CalibrationConfig
 from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.files import read_json, write_json
-from llmprune.job_files import load_job, save_config
+from llmprune.job_files import load_recorded, save_config
 from llmprune.outputs import clear, is_empty, refuse_deleting, refuse_replacing, remove
 from llmprune.ranks import on_rank_zero
+from llmprune.recorded import as_typed
 from llmprune.training import train
 
 _FREE = (  # what may change when a job goes on: where it runs, and what it shows
@@ -44,7 +45,7 @@ def begin(config: Config, kind: str) -> None:
     folder = Path(config.run.folder)
     known = folder / "config.yaml"
     refuse_deleting(folder)
-    before = load_job(known) if known.is_file() else None
+    before = load_recorded(known) if known.is_file() else None
     if not is_empty(folder) and type(before) is not type(config):
         raise UserError(f"{folder} holds something that is no {kind}: choose another run.folder")
     if isinstance(before, Config) and not config.run.overwrite:
@@ -109,7 +110,7 @@ def _identity(config: Config) -> dict[str, object]:
     if config.lora is not None:
         free.discard("train.microbatch_size")  # what is dropped goes by it
     found: dict[str, object] = {}
-    for section, value in asdict(config).items():
+    for section, value in as_typed(asdict(config)).items():
         values = {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
         if isinstance(calibration := values.pop(f"{section}.calibration", None), dict):
             values |= {f"{section}.calibration.{key}": v for key, v in calibration.items()}

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from composer import Callback, Trainer
@@ -51,6 +51,7 @@ from llmprune.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.outputs import refuse_replacing
 from llmprune.processes import TERMINATION
 from llmprune.ranks import PATIENCE, initialize_ranks, on_rank_zero, share_cores
+from llmprune.recorded import as_typed
 from llmprune.recovering import correspondence_of
 from llmprune.recovery.four_bits import quantization
 from llmprune.replacements.span import Span
@@ -387,20 +388,26 @@ def make_loggers(config: LoggersConfig, run: RunFolder, name: str) -> list[Logge
 def _manifest(config: Config, inputs: Ingredients, span: Span | None = None) -> Manifest:
     replacement = None
     if config.block_replacement is not None and span is not None:
-        replacement = {**asdict(config.block_replacement), **asdict(span)}
+        replacement = {**_section(config, "block_replacement"), **asdict(span)}
     return Manifest(
         family=family_of(inputs.model_config).name,
         l0_pruning=None if config.l0_pruning is None else asdict(config.l0_pruning),
-        source=config.model.path or RANDOM,
-        data=data_contents(config.data.path, inputs.data.manifest),
+        source=as_typed(config.model.path or RANDOM, "model.path"),
+        data=data_contents(as_typed(config.data.path, "data.path"), inputs.data.manifest),
         seed=config.run.seed,
         versions=versions(),
         git_commit=git_commit(),
         block_replacement=replacement,
         trainable=None if config.trainable is None else asdict(config.trainable),
         lora=None if config.lora is None else asdict(config.lora),
-        distillation=None if config.distillation is None else asdict(config.distillation),
+        distillation=None if config.distillation is None else _section(config, "distillation"),
     )
+
+
+def _section(config: Config, name: str) -> dict[str, Any]:
+    """A section with the places in it as they were typed; checkpoints are read by its words."""
+    values = asdict(getattr(config, name))
+    return {k: as_typed(v, f"{name}.{k}") if k in ("plan", "teacher", "cache") else v for k, v in values.items()}
 
 
 def _write_run(

@@ -1,6 +1,7 @@
 """Plans: what is possible, and that they survive the disk."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from llmprune.errors import UserError
 from llmprune.families import Shape
+from llmprune.files import save_tensors
 from llmprune.plans import KeptBlock, Plan
 
 SOURCE = Shape(layers=4, hidden=32, heads=8, kv_heads=4, head_dim=8, intermediate=48)
@@ -65,6 +67,14 @@ def test_impossible_plans_are_refused(build: object, message: str) -> None:
         lambda v: v.update(blocks=7),
         lambda v: v.update(source={"layers": 4}),
         lambda v: v.update(factors="plan.safetensors"),
+        lambda v: v["source"].update(intermediate=10**12),
+        lambda v: v["source"].update(intermediate=10**12, layers=10**12),
+        lambda v: v["source"].update(layers=10**6, hidden=10**6),
+        lambda v: v["source"].update(head_dim=10**200),
+        lambda v: v["source"].update(experts=10**12),
+        lambda v: v["source"].update(heads=10**12, kv_heads=10**12),
+        lambda v: v.update(factors="."),
+        lambda v: v.update(factors="pipe"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, damage: object) -> None:
@@ -72,5 +82,23 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: object) -> None:
     values = json.loads((tmp_path / "plan.json").read_text())
     damage(values)  # type: ignore[operator]
     (tmp_path / "plan.json").write_text(json.dumps(values))
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError):
+        Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("kind", "name", "size"), [("factors", "hidden", 32), ("factors", "mlp", 1), ("corrections", "mean.mlp.2", 46)]
+)
+def test_numbers_that_are_none_are_refused(kind: str, name: str, size: int, number: float, tmp_path: Path) -> None:
+    tensor = torch.ones(size)
+    good = plan(KeptBlock.whole(2, channels=(0, 1)), **{kind: {name: tensor}})
+    good.save(tmp_path / "plan.json")
+    tensor[-1] = number
+    with pytest.raises(UserError, match=f"'{name}' holds NaN or infinite numbers"):
+        good.save(tmp_path / "other.json")
+    assert not (tmp_path / "other.safetensors").exists()
+    save_tensors(tmp_path / "plan.safetensors", {name: tensor})
+    with pytest.raises(UserError, match=f"plan.json: '{name}' holds NaN or infinite numbers"):
         Plan.load(tmp_path / "plan.json")

@@ -194,7 +194,7 @@ def test_mistakes(scores: Scores, trained_folder: Path, model_folder: Path, data
         (lambda text: text[: len(text) // 2], "not valid JSON"),
         (lambda text: json.dumps({**json.loads(text), "num_blocks": 5}), "is damaged"),
         (lambda text: text.replace('"taylor": [', '"taylor": [1.0, '), "is damaged"),
-        (lambda text: text.replace('"mlp": [', '"mlp": [NaN, '), "is damaged"),
+        (lambda text: text.replace('"mlp": [', '"mlp": [NaN, '), "NaN is no number"),
         (lambda text: json.dumps({"schema": 1}), "holds no scores"),
         (lambda text: json.dumps({**json.loads(text), "schema": 2}), "has schema 2"),
     ],

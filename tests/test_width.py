@@ -326,9 +326,7 @@ def test_losses_of_a_plan_are_told_and_ruinous_ones_refused(
 
 def test_a_plan_that_is_worse_than_guessing_is_refused() -> None:
     """Unless the source is, too: then a guess says nothing."""
-    with pytest.raises(
-        UserError, match="ruins the model: calibration loss 6.0000, a uniform guess has 5.7000"
-    ):
+    with pytest.raises(UserError, match="ruins the model: calibration loss 6.0000, a uniform guess has 5.7000"):
         PlanLosses(source=2.0, uncorrected=None, plan=6.0, uniform=5.7).check()
     with pytest.raises(UserError, match="ruins the model"):
         PlanLosses(source=2.0, uncorrected=None, plan=float("nan"), uniform=5.7).check()

@@ -9,18 +9,36 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
-from llmprune.files import write_text
+from llmprune.errors import UserError
+from llmprune.files import parse_json, write_text
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; none if there is no file. A last line that a crash has torn is left out."""
+    """The lines of a ``metrics.jsonl``; none if there is no file. A last line that a crash has torn is left out.
+
+    Raises:
+        UserError: another line is damaged.
+    """
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError:
-        return [json.loads(line) for line in lines[:-1]]
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(_numbers(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}:{number} is no line of metrics ({error}): take it out") from None
+    return found
+
+
+def _numbers(line: str) -> dict[str, Any]:
+    values = parse_json(line, finite=False)
+    if not isinstance(values, dict) or type(values.get("batch")) is not int:
+        raise ValueError("it has no batch")
+    if not all(isinstance(value, int | float) for value in values.values()):
+        raise ValueError("a metric is no number")
+    return values
 
 
 class MetricsFile(LoggerDestination):

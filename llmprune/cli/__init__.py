@@ -6,20 +6,33 @@ import typer
 
 from llmprune.cli import downloading, evaluating, measuring, pruning, showing  # noqa: F401  # their commands
 from llmprune.cli.options import app
-from llmprune.errors import UserError, disk_error
+from llmprune.errors import check_surroundings, one_line
+from llmprune.processes import end_on_signals, stopped_by
 
 
 def main() -> None:
-    """Run the command; a mistake of the user's is one line on standard error and exit code 2."""
+    """Run the command; a mistake of the user's is one line on standard error and exit code 2.
+
+    A command that is stopped (Ctrl-C, SIGTERM) leaves nothing half-written, and ends with 130 or 143.
+    """
     try:
+        end_on_signals()
+        check_surroundings(sys.argv)
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
-    except (UserError, typer.TyperException) as error:
-        print(f"error: {getattr(error, 'format_message', error.__str__)()}", file=sys.stderr)
-        sys.exit(2)
+    except typer.TyperException as error:
+        _end(error.format_message(), 2)
     except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
-    except Exception as error:
-        if (told := disk_error(error)) is None:
+        _end("stopped; nothing unfinished is left", 130)
+    except SystemExit as ended:
+        if (code := stopped_by(ended)) is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
-        sys.exit(2)
+        _end("stopped; nothing unfinished is left", code)
+    except Exception as error:
+        if (told := one_line(error)) is None:
+            raise
+        _end(told, 2)
+
+
+def _end(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,6 +1,7 @@
 """Reading tensors from Composer's checkpoints, whole or sharded, one at a time and without unpickling anything else."""
 
 import datetime
+import math
 import os
 import pickle
 import warnings
@@ -15,13 +16,19 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.torch_version import TorchVersion
 
 from llmprune.checkpoint_folder import METADATA
 from llmprune.errors import UserError, first_line
+from llmprune.files import inside
 
+# What reading bytes that anybody may have written can raise.
+_UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, LookupError, EOFError, OSError, AttributeError, TypeError, ValueError,
+    ArithmeticError, MemoryError,
+)  # fmt: skip
 _SMALL = 2**20  # bytes of a tensor that is read at once
 
 # What Composer keeps in a whole checkpoint beside tensors and plain types: durations, the torch version, numpy's
@@ -72,9 +79,8 @@ def open_state(path: Path) -> StoredState:
     """
     try:
         return _Sharded(path) if path.is_dir() else _Whole(path)
-    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, OSError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is no readable checkpoint ({reason}): use another one") from None
+    except _UNREADABLE as error:
+        raise UserError(f"{path} is no readable checkpoint ({first_line(error)}): use another one") from None
 
 
 @contextmanager
@@ -85,7 +91,9 @@ def harmless(path: Path) -> Iterator[None]:
         UserError: it holds something else than tensors, plain types, and what Composer keeps beside them.
     """
     if path.is_dir():
-        open_state(path)  # its description refers to known classes only: whoever unpickles it again does no harm
+        # Its description refers to known classes, and to parts of its own files only: whoever reads it again does no
+        # harm.
+        open_state(path)
     forced = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
@@ -93,6 +101,8 @@ def harmless(path: Path) -> Iterator[None]:
             yield
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} can't be gone on with ({first_line(error)}): use another checkpoint") from None
+    except CheckpointException as error:
+        raise UserError(f"{path} can't be gone on with ({_failure(error)}): use another checkpoint") from None
     finally:
         if forced is None:
             del os.environ[_FORCE]
@@ -151,6 +161,7 @@ class _Sharded(FileSystemReader):
         with (path / METADATA).open("rb") as file:
             self._metadata: Metadata = _MetadataUnpickler(file).load()
         self._metadata.storage_meta = StorageMeta()
+        _check_parts(path, self._metadata)
 
     def read_metadata(self) -> Metadata:
         return self._metadata
@@ -176,8 +187,9 @@ class _ShardedTensors(Mapping[str, Tensor]):
                 warnings.simplefilter("ignore")  # that there are no other ranks
                 load({self._prefix + name: tensor}, storage_reader=self._reader, no_dist=True)
         except CheckpointException as error:
-            reason = str(next(iter(error.failures.values()))[0]).strip().splitlines()[0]
-            raise UserError(f"{self._reader.path} is damaged or incomplete ({reason}): use another one") from None
+            raise UserError(
+                f"{self._reader.path} is damaged or incomplete ({_failure(error)}): use another one"
+            ) from None
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -185,6 +197,45 @@ class _ShardedTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._found)
+
+
+def _failure(error: CheckpointException) -> str:
+    """What the first rank that failed says."""
+    return first_line(Exception(str(next(iter(error.failures.values()))[0])))
+
+
+def _check_parts(folder: Path, metadata: Metadata) -> None:
+    """Check that what a sharded checkpoint says of itself is true of its files.
+
+    Raises:
+        UserError: a part lies outside the folder or beyond its file's end, or a tensor is larger than its parts.
+    """
+    sizes: dict[str, int] = {}
+    for part in metadata.storage_data.values():
+        name = part.relative_path
+        if name not in sizes:
+            place = inside(folder, name)
+            sizes[name] = place.stat().st_size if place.is_file() else -1
+        if not _whole(part.offset, part.length) or part.offset + part.length > sizes[name]:
+            raise UserError(f"{folder} is damaged or incomplete ({name} is cut short or missing): use another one")
+        if getattr(part, "transform_descriptors", None):
+            raise UserError(f"{folder} is packed in a way that is not read: use another one")
+    available = sum(sizes.values())
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        bytes_each = entry.properties.dtype.itemsize
+        fits = _whole(*entry.size) and math.prod(entry.size) * bytes_each <= available
+        for chunk in entry.chunks:
+            part = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            fits = fits and len(chunk.offsets) == len(chunk.sizes) == len(entry.size)
+            fits = fits and _whole(*chunk.offsets, *chunk.sizes) and math.prod(chunk.sizes) * bytes_each <= part.length
+        if not fits:
+            raise UserError(f"{folder} is damaged ('{name!s:.80}' is larger than its file): use another one")
+
+
+def _whole(*numbers: Any) -> bool:
+    return all(isinstance(number, int) and number >= 0 for number in numbers)
 
 
 def _member(of: Any, name: str) -> Any:

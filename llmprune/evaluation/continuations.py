@@ -14,7 +14,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from llmprune.errors import UserError
-from llmprune.files import write_text
+from llmprune.files import JSON_LIMIT, parse_json, read_bytes, write_text
 from llmprune.models.opened import OpenedModel, check_vocabulary
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -110,9 +110,9 @@ def read_prompts(path: Path | str, share: float | None = None) -> list[Prompt]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a file that are not blank, with their numbers."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
+        lines = read_bytes(path, JSON_LIMIT).decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} can't be read: {error}") from None
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
@@ -120,8 +120,8 @@ def _record(path: Path, number: int, line: str, name: str) -> dict[str, Any]:
     if path.suffix not in (".jsonl", ".ndjson"):
         return {name: line}
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        record = parse_json(line, finite=False)
+    except ValueError as error:
         raise UserError(f"{path}:{number} is no JSON ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get(name), str):
         raise UserError(f"{path}:{number} has no field '{name}' with a text")

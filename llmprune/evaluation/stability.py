@@ -6,7 +6,6 @@ the original has an opinion count more. An option's loss is the mean over its to
 logs, which the paper's figures come from, call it ``PPL``. The overall figure is the mean over subjects.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llmprune.errors import UserError
+from llmprune.files import parse_json, read_json
+
+_LINE = 2**26  # bytes of a sample in a log at most
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,11 @@ def _subject(log: Path) -> str:
 
 
 def _read_lm_eval(log: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[tuple[str, Answer]]:
-    with log.open(encoding="utf-8") as file:
-        for line in file:
-            sample = json.loads(line)
+    with log.open("rb") as file:
+        while line := file.readline(_LINE + 1):
+            if len(line) > _LINE:
+                raise UserError(f"{log} has a line of more than {_LINE:,} bytes: is it the right file?")
+            sample = parse_json(line, finite=False)
             responses = sample["filtered_resps"]
             if "acc" not in sample or len(responses) < 2:
                 continue
@@ -154,7 +158,7 @@ def _count(sample: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None,
 
 def _read_opencompass(log: Path) -> Iterator[tuple[str, Answer]]:
     """OpenCompass stores the mean loss per token of every option as ``PPL``."""
-    predictions = json.loads(log.read_text(encoding="utf-8"))
+    predictions = read_json(log)
     for number, entry in predictions.items():
         losses = {
             label.removeprefix("label: "): float(value["PPL"])

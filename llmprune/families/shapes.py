@@ -6,6 +6,8 @@ from typing import Any
 
 from llmprune.errors import UserError, nearest
 
+LARGEST = 2**20  # of a size in a file; no model comes near
+MOST = 2**26  # rows of the widest matrices of all blocks together
 PRUNED = ("layers", "hidden", "heads", "kv_heads", "intermediate", "experts")
 
 
@@ -118,7 +120,7 @@ def shape_from(values: Mapping[str, int | None]) -> Shape:
     """A ``Shape`` from plain numbers, as read from JSON.
 
     Raises:
-        UserError: a field is missing, unknown or not a positive whole number.
+        UserError: a field is missing, unknown, not a positive whole number, or beyond ``LARGEST``.
     """
     names = {field.name for field in fields(Shape)}
     given: dict[str, Any] = {name: value for name, value in values.items() if (name, value) != ("experts", None)}
@@ -127,6 +129,9 @@ def shape_from(values: Mapping[str, int | None]) -> Shape:
     ):
         raise UserError(f"a shape needs positive whole numbers for {', '.join(sorted(names))}; got {dict(values)}")
     shape = Shape(**given)
+    widest = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
+    if max(widest, shape.layers, shape.experts or 1) > LARGEST or shape.layers * widest > MOST:
+        raise UserError(f"no model has a shape such as {str(shape)[:200]}: the file is damaged")
     if shape.heads % shape.kv_heads:
         raise UserError(f"a shape's heads must be a multiple of its kv_heads; got {shape.heads} and {shape.kv_heads}")
     return shape

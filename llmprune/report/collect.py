@@ -1,14 +1,10 @@
 """What there is to report: runs, models, scores and measurements, found in the folders that a user names."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from typing import Any, TypeVar
 
 from llmprune.callbacks.metrics_file import read_metrics
 from llmprune.data.sources import clean_name
@@ -21,6 +17,13 @@ from llmprune.models.stored_weights import StoredWeights
 from llmprune.plans import Plan
 from llmprune.run_folder import RunFolder
 from llmprune.scoring.scores import Scores
+from llmprune.yaml_files import read_yaml
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+# What a file with something else in it than llmprune writes can lead to.
+ODD = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Run:
                     done += 1
                 elif self.batches:
                     done *= 1 + 1 / self.batches  # a line is written before its batch is counted
-                return min(done / int(text.removesuffix(unit)), 1.0)
+                return min(done / float(text.removesuffix(unit)), 1.0)
         return 1.0
 
 
@@ -102,6 +105,16 @@ class Material:
     speeds: dict[Path, dict[str, Any]] = field(default_factory=dict)
     continuations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     left_out: dict[Path, str] = field(default_factory=dict)
+
+    def made(self, found: Mapping[Path, T], make: Callable[[Path, T], Iterable[U]]) -> list[U]:
+        """What ``make`` makes of everything found; what it can't make anything of is noted in ``left_out``."""
+        whole: list[U] = []
+        for path, content in found.items():
+            try:
+                whole += [*make(path, content)]
+            except ODD as error:
+                self.left_out.setdefault(path, f"{type(error).__name__}: {first_line(error)}")
+        return whole
 
     def __bool__(self) -> bool:
         """Whether there is anything."""
@@ -151,7 +164,7 @@ def _try(material: Material, path: Path) -> tuple[bool, str | None]:
         return _add(material, path), None
     except UserError as error:
         return False, str(error)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, YAMLError, OmegaConfBaseException) as error:
+    except ODD as error:
         return False, f"{type(error).__name__}: {first_line(error)}"
 
 
@@ -183,13 +196,14 @@ def _add(material: Material, path: Path) -> bool:
 def _add_folder(material: Material, path: Path) -> bool:
     folder = RunFolder(path)
     if folder.config.is_file() and (folder.metrics.is_file() or folder.checkpoints.is_dir()):
-        config = OmegaConf.to_container(OmegaConf.load(folder.config))
-        if not isinstance(config, dict) or "train" not in config:
+        config = read_yaml(folder.config)
+        if "train" not in config:
             return False
-        if "duration" not in config["train"] or not isinstance(config.get("model"), dict):
+        needed = [config["train"], config.get("model")]
+        optional = [config.get(name) or {} for name in ("l0_pruning", "dynamic_loading")]
+        if not all(isinstance(section, dict) for section in needed + optional) or "duration" not in needed[0]:
             raise UserError("its config.yaml is of no run of llmprune")
-        settings = {str(key): value for key, value in config.items()}
-        material.runs.append(Run(path.name, path, settings, read_metrics(folder.metrics)))
+        material.runs.append(Run(path.name, path, config, read_metrics(folder.metrics)))
         return True
     if (path / "config.json").is_file():
         plan = path / "llmprune" / "plan.json"

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from llmprune.data.sources import clean_name
 from llmprune.measurement.results import as_csv
-from llmprune.report.collect import Material, Run, short_names
+from llmprune.report.collect import Run
 from llmprune.scoring.pictures import heat_map, similarity, span_landscape
+from llmprune.scoring.scores import Scores
 
 INK = "#010203"  # what becomes the page's own text colour
 STYLE: Any = {
@@ -25,6 +27,7 @@ STYLE: Any = {
     "svg.hashsalt": "llmprune",
     "font.size": 9,
     "font.family": "sans-serif",
+    "text.parse_math": False,  # a name with $ in it is no formula
     "axes.spines.top": False,
     "axes.spines.right": False,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
@@ -50,6 +53,7 @@ class Picture:
     figure: Figure
     rows: Sequence[Mapping[str, Any]] = field(default=())
 
+    @cached_property
     def svg(self) -> str:
         """The drawing as an ``<svg>`` element in the page's text colour."""
         file = io.StringIO()
@@ -59,26 +63,27 @@ class Picture:
         text = file.getvalue()
         return text[text.index("<svg") :].replace(INK, "currentColor")
 
-    def save(self, folder: Path) -> None:
-        """Write NAME.png, on white, and NAME.csv."""
-        name = clean_name(self.name)
+    def save(self, folder: Path, name: str | None = None) -> None:
+        """Write NAME.png, on white, and NAME.csv; by default under its own name."""
+        name = name or clean_name(self.name)
         with mpl.rc_context(STYLE):
             FigureCanvasAgg(self.figure)
             self.figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight", facecolor="white")
-        (folder / f"{name}.csv").write_text(as_csv([dict(row) for row in self.rows]), encoding="utf-8")
+        (folder / f"{name}.csv").write_text(
+            as_csv([dict(row) for row in self.rows]), encoding="utf-8", errors="replace"
+        )
 
 
-def pictures_of_runs(material: Material) -> Iterator[Picture]:
-    """Losses of every run; of a pruning run, its sparsity."""
-    for run in material.runs:
-        if any("loss/train/total" in line for line in run.metrics):
-            yield training_curve(run)
-        if run.prunes and any(_named(line, "l0/", "/expected_sparsity") for line in run.metrics):
-            yield sparsity(run)
-        if any(_named(line, "metrics/eval/loss/") for line in run.metrics):
-            yield domain_losses(run)
-        if any(_named(line, "mixing/weight/") for line in run.metrics):
-            yield domain_weights(run)
+def pictures_of_run(run: Run) -> Iterator[Picture]:
+    """Its losses; of a pruning run, its sparsity."""
+    if any("loss/train/total" in line for line in run.metrics):
+        yield training_curve(run)
+    if run.prunes and any(_named(line, "l0/", "/expected_sparsity") for line in run.metrics):
+        yield sparsity(run)
+    if any(_named(line, "metrics/eval/loss/") for line in run.metrics):
+        yield domain_losses(run)
+    if any(_named(line, "mixing/weight/") for line in run.metrics):
+        yield domain_weights(run)
 
 
 @mpl.rc_context(STYLE)
@@ -155,17 +160,15 @@ def domain_weights(run: Run) -> Picture:
     return Picture(f"{run.name}-weights", f"Weights of domains in {run.name}", figure, rows)
 
 
-def pictures_of_scores(material: Material) -> Iterator[Picture]:
-    """Heat maps of every scores.json."""
-    names = short_names([path.parent if path.stem == "scores" else path.with_suffix("") for path in material.scores])
-    for name, scores in zip(names.values(), material.scores.values(), strict=True):
-        blocks = {**scores.blocks, **{f"{sub} alone": values for sub, values in scores.subblocks.items()}}
-        if blocks:
-            yield importance(blocks, name)
-        for criterion, lengths in scores.spans.items():
-            yield spans(criterion, lengths, name)
-        if "cka" in scores.pairs:
-            yield likeness(scores.pairs["cka"], name)
+def pictures_of_scores(name: str, scores: Scores) -> Iterator[Picture]:
+    """Heat maps of a scores.json."""
+    blocks = {**scores.blocks, **{f"{sub} alone": values for sub, values in scores.subblocks.items()}}
+    if blocks:
+        yield importance(blocks, name)
+    for criterion, lengths in scores.spans.items():
+        yield spans(criterion, lengths, name)
+    if "cka" in scores.pairs:
+        yield likeness(scores.pairs["cka"], name)
 
 
 @mpl.rc_context(STYLE)
@@ -194,20 +197,20 @@ def likeness(pairs: Sequence[Sequence[float]], name: str) -> Picture:
     return Picture(f"{name}-cka", f"{name}: CKA of block outputs", similarity(pairs, ""), rows)
 
 
-def pictures_of_quality(material: Material) -> Iterator[Picture]:
-    """Perplexity against size, and against speed where it was measured."""
-    speeds = {model: entry for speed in material.speeds.values() for model, entry in speed["models"].items()}
-    names = short_names([path.with_suffix("") for path in material.results])
-    for place, results in zip(names.values(), material.results.values(), strict=True):
-        quality = {model: value for model, entry in results["models"].items() if (value := _perplexity(entry))}
-        if not quality:
-            continue
-        for name, label, values in (
-            ("size", "million parameters", {m: results["models"][m].get("parameters", 0) / 1e6 for m in quality}),
-            ("speed", "tokens per second", {m: speed for m in quality if (speed := _fastest(speeds.get(m)))}),
-        ):
-            if not values:
-                continue
+def pictures_of_quality(place: str, results: Mapping[str, Any], speeds: Mapping[str, float]) -> Iterator[Picture]:
+    """Perplexity against size, and against speed where it was measured.
+
+    Args:
+        place: what the results are called.
+        results: a results.json.
+        speeds: tokens per second by model.
+    """
+    quality = {model: value for model, entry in results["models"].items() if (value := _perplexity(entry))}
+    for name, label, values in (
+        ("size", "million parameters", {m: results["models"][m].get("parameters", 0) / 1e6 for m in quality}),
+        ("speed", "tokens per second", {m: speeds[m] for m in quality if m in speeds}),
+    ):
+        if values:
             yield trade_off(f"{place}-quality-{name}", f"Perplexity against {label} ({place})", label, values, quality)
 
 
@@ -219,6 +222,8 @@ def trade_off(name: str, title: str, label: str, values: Mapping[str, float], qu
     axes.yaxis.set_major_formatter(ScalarFormatter())
     if max(quality.values()) < 3 * min(quality.values()):  # else labels between the decades would overlap
         axes.yaxis.set_minor_formatter(ScalarFormatter())
+    else:
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.margins(0.25)
     for model, value in values.items():
         axes.plot(value, quality[model], "o", markersize=7)
@@ -230,18 +235,19 @@ def trade_off(name: str, title: str, label: str, values: Mapping[str, float], qu
 def _perplexity(entry: Mapping[str, Any]) -> float | None:
     """The geometric mean over texts of the first BOS mode's perplexity."""
     found = [
-        next(value for mode, value in text.items() if mode.startswith("bos_"))
+        next((value for mode, value in text.items() if mode.startswith("bos_")), None)
         for text in entry.get("perplexity", {}).values()
     ]
-    if None in found:  # no number: the model is broken
+    numbers = [value for value in found if value is not None and value > 0]
+    if not found or len(numbers) < len(found):  # no number: the model is broken
         return None
-    return float(np.exp(np.mean(np.log(found)))) if found else None
+    return float(np.exp(np.mean(np.log(numbers))))
 
 
-def _fastest(entry: Mapping[str, Any] | None) -> float | None:
-    """Tokens per second of generation at the smallest batch."""
-    measured = [e for e in (entry or {}).get("generation", ()) if "tokens_per_s" in e]
-    return min(measured, key=lambda e: e["batch"])["tokens_per_s"] if measured else None
+def fastest(entry: Mapping[str, Any]) -> float | None:
+    """Tokens per second of generation at the smallest batch, of a model in a speed.json."""
+    measured = [e for e in entry["generation"] if "tokens_per_s" in e]
+    return float(min(measured, key=lambda e: e["batch"])["tokens_per_s"]) if measured else None
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:

@@ -1,9 +1,10 @@
 """The report: one HTML file that needs nothing else."""
 
 import datetime
+import itertools
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +17,12 @@ from llmprune.data.sources import clean_name
 from llmprune.files import write_text
 from llmprune.measurement.results import rows as speed_rows
 from llmprune.outputs import output_folder, refuse_existing, refuse_replacing
-from llmprune.report.collect import Material, Model, Run, collect
-from llmprune.report.figures import Picture, pictures_of_quality, pictures_of_runs, pictures_of_scores
+from llmprune.report.collect import Material, Model, Run, collect, short_names
+from llmprune.report.figures import Picture, fastest, pictures_of_quality, pictures_of_run, pictures_of_scores
 from llmprune.report.plan_picture import picture_of_plan
 from llmprune.run_folder import RunFolder
 
+Table = tuple[str, Sequence[str], list[list[str]]]  # heading, column names, rows of cells
 SAMPLES = 3  # prompts whose continuations are shown
 
 
@@ -41,7 +43,7 @@ class Section:
     title: str
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    tables: list[tuple[str, Sequence[str], list[list[str]]]] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     texts: list[tuple[str, str, str]] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
@@ -70,13 +72,11 @@ def write_report(
         refuse_replacing(plots, [*paths, out])
     material = collect(paths)
     sections = [section for section in _sections(material) if section]
-    names = [clean_name(picture.name) for section in sections for picture in section.pictures]
-    assert len(set(names)) == len(names)
     if plots is not None:
         with output_folder(plots, overwrite) as folder:
-            for section in sections:
-                for picture in section.pictures:
-                    picture.save(folder)
+            pictures = [picture for section in sections for picture in section.pictures]
+            for picture, name in zip(pictures, _file_names(pictures), strict=True):
+                picture.save(folder, name)
     environment = Environment(loader=PackageLoader("llmprune.report"), autoescape=True, undefined=StrictUndefined)
     environment.tests["number"] = lambda cell: re.match(r"[\d.,]+(?= |$)", cell) is not None
     page = environment.get_template("page.html").render(
@@ -85,34 +85,70 @@ def write_report(
         version=version("llmprune"),
         sections=sections,
     )
-    write_text(out, page)
+    write_text(out, page.encode(errors="replace").decode())  # names in files may hold what is no text
     return Path(out)
 
 
+def _file_names(pictures: Sequence[Picture]) -> list[str]:
+    """A name for each picture's files; of two that would be the same, the second has a number."""
+    names: list[str] = []
+    for picture in pictures:
+        name = clean_name(picture.name)
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        names.append(name if name not in names else next(other for other in numbered if other not in names))
+    return names
+
+
 def _sections(material: Material) -> list[Section]:
-    left_out = [f"{path} is left out: {reason}" for path, reason in material.left_out.items()]
-    return [
-        Section("Left out", warnings=left_out),
+    sections = [
         _quality(material),
         _speed(material),
         _models(material),
         _training(material),
-        Section("Scores", pictures=list(pictures_of_scores(material))),
+        _scores(material),
         _samples(material),
         _commands(material),
     ]
+    left_out = [f"{path} is left out: {reason}" for path, reason in material.left_out.items()]
+    return [Section("Left out", warnings=left_out), *sections]
+
+
+def _drawn(pictures: Iterable[Picture]) -> list[Picture]:
+    """The pictures, each drawn once: what can't be drawn is known now."""
+    found = [*pictures]
+    for picture in found:
+        _ = picture.svg
+    return found
 
 
 def _quality(material: Material) -> Section:
-    section = Section("Quality", pictures=list(pictures_of_quality(material)))
-    for path, results in material.results.items():
-        section.tables += _result_tables(str(path), {**results["models"], **results.get("generated", {})})
-    return section
+    def measured(path: Path, speed: dict[str, Any]) -> Iterable[tuple[str, float]]:
+        return [(m, found) for m, entry in speed["models"].items() if (found := fastest(entry)) is not None]
+
+    speeds = dict(material.made(material.speeds, measured))
+    names = short_names([path.with_suffix("") for path in material.results])
+
+    def pictures(path: Path, results: dict[str, Any]) -> list[Picture]:
+        return _drawn(pictures_of_quality(names[path.with_suffix("")], results, speeds))
+
+    def tables(path: Path, results: dict[str, Any]) -> list[Table]:
+        return _result_tables(str(path), {**results["models"], **results.get("generated", {})})
+
+    return Section(
+        "Quality", pictures=material.made(material.results, pictures), tables=material.made(material.results, tables)
+    )
 
 
-def _result_tables(place: str, models: dict[str, Any]) -> list[tuple[str, Sequence[str], list[list[str]]]]:
+def _scores(material: Material) -> Section:
+    names = short_names([path.parent if path.stem == "scores" else path.with_suffix("") for path in material.scores])
+    named = dict(zip(material.scores, names.values(), strict=True))
+    pictures = material.made(material.scores, lambda path, scores: _drawn(pictures_of_scores(named[path], scores)))
+    return Section("Scores", pictures=pictures)
+
+
+def _result_tables(place: str, models: dict[str, Any]) -> list[Table]:
     """Perplexity, tasks and continuations: what was measured by models."""
-    tables: list[tuple[str, Sequence[str], list[list[str]]]] = []
+    tables: list[Table] = []
     for heading, kind in (
         ("Perplexity", "perplexity"),
         ("Tasks", "tasks"),
@@ -148,45 +184,48 @@ def _short(models: list[str]) -> list[str]:
 
 
 def _speed(material: Material) -> Section:
-    section = Section("Speed and memory")
-    for path, speed in material.speeds.items():
-        names = dict(zip(speed["models"], _short(list(speed["models"])), strict=True))
-        cells = []
-        for row in speed_rows(speed):
-            work = f"{row['kind']}, batch {row['batch']}, {row['prompt_tokens']} tokens"
-            work += f" → {row['output_tokens']}" if "output_tokens" in row else ""
-            latency = (
-                f"{row['latency_s_mean'] * 1e3:.1f} ± {row['latency_s_std'] * 1e3:.1f}"
-                if "latency_s_mean" in row
-                else "out of memory"
-            )
-            ratio = (
-                f"{row['speedup_p50']:.2f} ({row['speedup_p10']:.2f}–{row['speedup_p90']:.2f})"
-                if "speedup_p50" in row
-                else ""
-            )
-            memory = row.get("peak_memory_bytes")
-            cells.append(
-                [
-                    names[row["model"]],
-                    work,
-                    latency,
-                    _number(row.get("tokens_per_s")),
-                    ratio,
-                    f"{memory / 1e6:.0f}" if memory else "",
-                ]
-            )
-        heads = ["model", "work", "latency, ms", "tokens/s", "times as fast as the first", "memory, MB"]
-        section.tables.append((f"{path} ({speed['device']}, {speed['dtype']})", heads, cells))
-    return section
+    return Section("Speed and memory", tables=material.made(material.speeds, lambda *found: [_speed_table(*found)]))
+
+
+def _speed_table(path: Path, speed: dict[str, Any]) -> Table:
+    names = dict(zip(speed["models"], _short(list(speed["models"])), strict=True))
+    cells = []
+    for row in speed_rows(speed):
+        work = f"{row['kind']}, batch {row['batch']}, {row['prompt_tokens']} tokens"
+        work += f" → {row['output_tokens']}" if "output_tokens" in row else ""
+        latency = (
+            f"{row['latency_s_mean'] * 1e3:.1f} ± {row['latency_s_std'] * 1e3:.1f}"
+            if "latency_s_mean" in row
+            else "out of memory"
+        )
+        ratio = (
+            f"{row['speedup_p50']:.2f} ({row['speedup_p10']:.2f}–{row['speedup_p90']:.2f})"
+            if "speedup_p50" in row
+            else ""
+        )
+        memory = row.get("peak_memory_bytes")
+        cells.append(
+            [
+                names[row["model"]],
+                work,
+                latency,
+                _number(row.get("tokens_per_s")),
+                ratio,
+                f"{memory / 1e6:.0f}" if memory else "",
+            ]
+        )
+    heads = ["model", "work", "latency, ms", "tokens/s", "times as fast as the first", "memory, MB"]
+    return f"{path} ({speed['device']}, {speed['dtype']})", heads, cells
 
 
 def _models(material: Material) -> Section:
-    section = Section("Models")
+    def pictures(path: Path, model: Model) -> list[Picture]:
+        return _drawn([picture_of_plan(model.plan, model.name)] if model.plan is not None and model.cut else [])
+
+    section = Section("Models", pictures=material.made({m.path: m for m in material.models}, pictures))
     if material.models:
         rows = [[model.name, f"{model.parameters:,}", _shape(model)] for model in material.models]
         section.tables.append(("", ["model", "parameters", "shape (of the source)"], rows))
-    section.pictures = [picture_of_plan(m.plan, m.name) for m in material.models if m.plan is not None and m.cut]
     return section
 
 
@@ -201,19 +240,27 @@ def _shape(model: Model) -> str:
 
 
 def _training(material: Material) -> Section:
-    section = Section("Training", pictures=list(pictures_of_runs(material)))
-    rows = []
-    for run in material.runs:
-        if run.progress < 1:
-            section.warnings.append(
-                f"{run.name} is not finished: {run.progress:.0%} of {run.config['train']['duration']} are done; what "
-                "follows is what there is."
-            )
-        found = last_evaluation(RunFolder(run.path).metrics, run.batches + 1)
-        rows.append([run.name, _kind(run), str(run.config["train"]["duration"]), _number(found.get("loss"))])
+    runs = {run.path: run for run in material.runs}
+    section = Section("Training", pictures=material.made(runs, lambda _, run: _drawn(pictures_of_run(run))))
+    section.warnings = material.made(runs, _unfinished)
+    rows = material.made(runs, _training_row)
     if rows:
         section.tables.append(("", ["run", "job", "duration", "last evaluation loss, nats per token"], rows))
     return section
+
+
+def _unfinished(path: Path, run: Run) -> list[str]:
+    if run.progress >= 1:
+        return []
+    return [
+        f"{run.name} is not finished: {run.progress:.0%} of {run.config['train']['duration']} are done; what follows "
+        "is what there is."
+    ]
+
+
+def _training_row(path: Path, run: Run) -> list[list[str]]:
+    found = last_evaluation(RunFolder(path).metrics, run.batches + 1)
+    return [[run.name, _kind(run), str(run.config["train"]["duration"]), _number(found.get("loss"))]]
 
 
 def _kind(run: Run) -> str:
@@ -226,10 +273,10 @@ def _kind(run: Run) -> str:
 
 def _samples(material: Material) -> Section:
     section = Section("Samples of text")
-    prompts = list(dict.fromkeys(r["prompt"] for records in material.continuations.values() for r in records))
-    for prompt in prompts[:SAMPLES]:
+    given = (r.get("prompt") for records in material.continuations.values() for r in records)
+    for prompt in [*dict.fromkeys(prompt for prompt in given if isinstance(prompt, str))][:SAMPLES]:
         for model, records in material.continuations.items():
-            written = next((r["output"] for r in records if r["prompt"] == prompt), None)
+            written = next((r["output"] for r in records if r.get("prompt") == prompt), None)
             if written is not None:
                 section.texts.append((Path(model).name, prompt, written))
     return section

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ def pictures_beside(out: Path | str) -> list[Path]:
     return [Path(out).with_suffix(suffix) for suffix in (".png", ".spans.png", ".cka.png")]
 
 
+@mpl.rc_context({"text.parse_math": False})  # a name with $ in it is no formula
 def draw_scores(scores: Scores, folder: Path | str, stem: str) -> list[Path]:
     """Draw what the scores hold, as PNG files in ``folder``.
 

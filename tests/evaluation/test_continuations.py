@@ -86,7 +86,7 @@ def test_prompts(tmp_path: Path) -> None:
         ("c.jsonl", "no field 'prompt'"),
         ("d.jsonl", ":1 is no JSON"),
         ("e.txt", "no prompts"),
-        ("f", "No such"),
+        ("f", "does not exist"),
     ):
         with pytest.raises(UserError, match=message):
             read_prompts(tmp_path / name)

@@ -78,7 +78,7 @@ def _texts(files: Sequence[Input], characters_per_file: int, fields: Fields, bad
     """The beginning of every file's documents; unreadable records go to ``bad``."""
     for file in files:
         left = characters_per_file
-        for item in documents([file], fields):
+        for item in documents([file], fields, text_bytes=4 * left):  # a character has four bytes at most
             if left <= 0:
                 break
             if isinstance(item, Document):

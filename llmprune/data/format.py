@@ -48,12 +48,14 @@ class SplitCounts:
         tokens: in its samples, padding included.
         samples: of the data's sequence length.
         duplicates: documents left out because their text is kept for evaluation already.
+        empty: documents left out because they have no text.
     """
 
     documents: int = 0
     tokens: int = 0
     samples: int = 0
     duplicates: int = 0
+    empty: int = 0
 
 
 @dataclass

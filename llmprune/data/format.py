@@ -20,6 +20,7 @@ from llmprune.files import inside, read_json, sha256_text, write_json
 
 TOKENS, STARTS, LEARNED = "tokens", "starts", "learned"  # columns
 TEACHER_TOKENS, TEACHER_LOGS = "teacher_tokens", "teacher_logs"  # further ones, of training splits
+COLUMNS = {TOKENS, STARTS, LEARNED, TEACHER_TOKENS, TEACHER_LOGS}
 TRAIN, EVAL = "train", "eval"
 
 

@@ -33,6 +33,8 @@ from llmprune.checks import Ingredients, check, check_same_run, data_contents
 from llmprune.config import Config, LiveEvaluationConfig, LoggersConfig
 from llmprune.convert.stored_state import harmless
 from llmprune.data.dataset import MixedDataset
+from llmprune.data.format import EVAL
+from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.estimating import check_fits
 from llmprune.families import family_of
@@ -64,6 +66,7 @@ def build_trainer(config: Config) -> Trainer:
         UserError: see ``check`` and ``RunFolder.find``.
     """
     inputs = check(config)
+    check_evaluation(config, inputs.data)
     share_cores()
     meet(config)
     run = RunFolder(Path(config.run.folder))
@@ -93,7 +96,8 @@ def build_trainer(config: Config) -> Trainer:
     if config.block_replacement is not None and config.block_replacement.cache is not None and span is not None:
         cache = make_cache(config, config.block_replacement.cache, inputs.model_config, inputs.data, run, span)
     stream, train, evaluation = make_loaders(config, inputs.data, cache)
-    wrapped = ComposerCausalLM(model, {number: evaluation.domains[number] for number in evaluation.domains_present})
+    present = [] if evaluation is None else evaluation.domains_present
+    wrapped = ComposerCausalLM(model, {number: stream.domains[number] for number in present})
     optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
     callbacks = make_callbacks(config, run, stream, wrapped.domains.values(), live=live, resumed=resume is not None)
     writers = dist.get_world_size() // (1 if config.sharding is None else config.sharding.replicas)
@@ -128,7 +132,7 @@ def build_trainer(config: Config) -> Trainer:
             device=config.train.device,
             train_dataloader=DataSpec(train, get_num_tokens_in_batch=count_tokens),
             accumulate_train_batch_on_tokens=True,
-            eval_dataloader=eval_loader(evaluation, eval_batch),
+            eval_dataloader=None if evaluation is None else eval_loader(evaluation, eval_batch),
             max_duration=config.train.duration if trains(config) else "1ba",
             eval_interval=interval(config.train.eval_interval, config.train.duration),
             optimizers=optimizer,
@@ -205,6 +209,28 @@ def trains(config: Config) -> bool:
     """Whether anything is trained: a stand-in may only be computed, or be none."""
     replaced = config.block_replacement
     return replaced is None or (Time.from_timestring(config.train.duration).value > 0 and replaced.trains)
+
+
+def check_evaluation(config: Config, data: PreparedData) -> None:
+    """Check that there is something to evaluate on, if the job asks for it.
+
+    Raises:
+        UserError: there is nothing.
+    """
+    pruning, interval = config.l0_pruning, config.train.eval_interval
+    asking = {
+        "a job that does not train": not trains(config),
+        "the last report of l0_pruning.target_sparsity": pruning is not None and pruning.target_sparsity is not None,
+        "train.eval_first": config.train.eval_first,
+        f"train.eval_interval={interval}": Time.from_timestring(interval).value > 0,
+    }
+    asked = [what for what, asks in asking.items() if asks]
+    if asked and not data.domains_with(EVAL):
+        instead = ", or train without evaluation (train.eval_interval=0ba)" if asked[0].endswith(interval) else ""
+        raise UserError(
+            f"{data.location} has no evaluation samples, and {asked[0]} needs them: prepare it with a larger "
+            f"--eval-fraction{instead}"
+        )
 
 
 def draw_weights(run: RunFolder) -> None:

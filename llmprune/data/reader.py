@@ -34,7 +34,9 @@ def _of_numbers(shard: Reader) -> MDSReader:
         raise ValueError("a shard is not of the format mds")
     for name, encoding in zip(shard.column_names, shard.column_encodings, strict=True):
         if name not in COLUMNS or encoding.partition(":")[0] != "ndarray":
-            raise ValueError(f"the column '{name}' of the encoding '{encoding}' is none of prepared data, it is not read")
+            raise ValueError(
+                f"the column '{name}' of the encoding '{encoding}' is none of prepared data, it is not read"
+            )
     if not (shard.compression is None or is_compression(shard.compression)):
         raise ValueError(f"there is no compression '{shard.compression}'")
     return shard

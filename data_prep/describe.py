@@ -36,12 +36,14 @@ def table(manifest: DataManifest) -> list[str]:
         f"{'domain':20} {'split':6} {'documents':>12} {'tokens':>15} {'samples':>12} {'share':>7} {'tokens/doc':>11} "
         f"{'left out':>9} {'empty':>8}"
     ]
+    whole = {
+        split: max(sum(manifest.samples(domain, split) for domain in manifest.domains), 1) for split in (TRAIN, EVAL)
+    }
     for name, splits in manifest.domains.items():
         for split, counts in splits.items():
-            whole = sum(inner[split].samples for inner in manifest.domains.values() if split in inner)
             lines.append(
                 f"{name:20} {split:6} {counts.documents:12,} {counts.tokens:15,} {counts.samples:12,} "
-                f"{counts.samples / max(whole, 1):7.1%} {counts.tokens / max(counts.documents, 1):11,.0f} "
+                f"{counts.samples / whole[split]:7.1%} {counts.tokens / max(counts.documents, 1):11,.0f} "
                 f"{counts.duplicates:9,} {counts.empty:8,}"
             )
     return lines

@@ -1,7 +1,7 @@
 """From a config to a Composer trainer."""
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.callbacks.distillation import Distillation
+from llmprune.callbacks.domain_losses import DomainLosses
 from llmprune.callbacks.dynamic_loading import DynamicLoading
 from llmprune.callbacks.evaluation import Evaluation
 from llmprune.callbacks.l0_pruning import EVALUATIONS, L0Pruning
@@ -99,7 +100,7 @@ def build_trainer(config: Config) -> Trainer:
     present = [] if evaluation is None else evaluation.domains_present
     wrapped = ComposerCausalLM(model, {number: stream.domains[number] for number in present})
     optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
-    callbacks = make_callbacks(config, run, stream, wrapped.domains.values(), live=live, resumed=resume is not None)
+    callbacks = make_callbacks(config, run, stream, wrapped.domains, live=live, resumed=resume is not None)
     writers = dist.get_world_size() // (1 if config.sharding is None else config.sharding.replicas)
     callbacks.append(Safekeeping(run.path, config.checkpoint.keep, store, writers=writers, resumed=resume is not None))
     if config.block_replacement is not None and span is not None:
@@ -298,7 +299,7 @@ def make_callbacks(
     config: Config,
     run: RunFolder,
     stream: MixedDataset,
-    evaluated: Collection[str],
+    evaluated: Mapping[int, str],
     *,
     live: "LiveEvaluation | None" = None,
     resumed: bool,
@@ -310,10 +311,11 @@ def make_callbacks(
         callbacks.insert(0, Watchdog(config.train.hang_timeout))
     if config.sharding is not None and config.model.path is not None and not resumed:
         callbacks.append(LoadShards(config.model.path))
+    callbacks.append(DomainLosses(evaluated))
     if live is not None:
         callbacks.append(Evaluation(live.measure))
     if config.block_replacement is None or config.block_replacement.cache is None:
-        callbacks.append(DynamicLoading(config.dynamic_loading, stream, evaluated))
+        callbacks.append(DynamicLoading(config.dynamic_loading, stream, evaluated.values()))
     if config.l0_pruning is not None:
         callbacks.append(L0Pruning(config.l0_pruning, seed=config.run.seed, folder=run.gates))
     if config.trainable is not None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_prep.job import sole_writer
 from llmprune.files import output_folder
 
 DOCUMENTED = (
@@ -97,7 +98,7 @@ def build_corpus(
     """
     left = int(megabytes * 1e6)
     written: dict[str, int] = {}
-    with output_folder(out, overwrite) as folder:
+    with sole_writer(out), output_folder(out, overwrite) as folder:
         for name, domain in DOMAINS.items():
             (folder / name).mkdir()
             share = left // (len(DOMAINS) - len(written))

@@ -102,6 +102,29 @@ class Job:
 
 
 @contextmanager
+def sole_writer(out: Path | str) -> Iterator[None]:
+    """Let no other process write ``out`` meanwhile.
+
+    Raises:
+        UserError: one does already, or the place can't be written.
+    """
+    out = Path(out).resolve()
+    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is writing {out}") from None
+    except OSError as error:
+        raise UserError(f"can't write beside {out}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
 def opened_job(out: Path | str, description: Mapping[str, Any], *, overwrite: bool) -> Iterator[Job]:
     """The job that writes ``out``: a new one, or the one of this description that was stopped.
 
@@ -124,6 +147,9 @@ def opened_job(out: Path | str, description: Mapping[str, Any], *, overwrite: bo
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"another process is writing {out}") from None
+    if not Path(lock.lock_file).exists():  # another process has ended the job between these lines
+        lock.release()
+        raise UserError(f"another process has just written {out}")
     try:
         if job.has_progress and read_json(job.folder / "job.json") != described:
             raise UserError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from data_prep.job import sole_writer
 from llmprune.data.records import Input, find_inputs
 from llmprune.data.sources import BadRecord, Document, Fields, documents
 from llmprune.errors import UserError
@@ -53,7 +54,14 @@ def train_tokenizer(
         raise UserError(
             f"{megabytes} megabytes leave nothing to read of {len(files)} files: choose a larger --megabytes"
         )
-    texts = _texts(files, characters, Fields(text_field), bad)
+    with sole_writer(out):
+        return _train(_texts(files, characters, Fields(text_field), bad), out, vocab_size, overwrite, bad)
+
+
+def _train(
+    texts: Iterator[str], out: Path | str, vocab_size: int, overwrite: bool, bad: list[BadRecord]
+) -> PreTrainedTokenizerFast:
+    refuse_existing(Path(out), overwrite)  # another process may have been faster
     first = next(texts, None)
     if first is None:
         reason = f" ({len(bad)} records can't be read; {bad[0].place}: {bad[0].reason})" if bad else ""

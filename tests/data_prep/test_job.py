@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,22 @@ import pytest
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
+from data_prep.builtin import build_corpus, reference
+from data_prep.conversations import ConversationSettings
 from data_prep.describe import lacking, table
 from data_prep.job import Job
 from data_prep.join import Encoded
 from data_prep.pack import merge, prepare
 from data_prep.packer import Arrival, Layout, Packer
 from data_prep.recipe import PackSettings
+from data_prep.tokenizer import train_tokenizer
 from llmprune.data.dataset import MixedDataset
 from llmprune.data.format import DataManifest
 from llmprune.data.prepared import PreparedData
 from llmprune.data.records import Input
 from llmprune.data.sources import Document, Fields, documents
 from llmprune.errors import UserError
+from llmprune.files import put_in_place
 
 LENGTH = 32
 
@@ -475,3 +479,43 @@ def test_empty_documents_are_counted(data: Path, tmp_path: Path, monkeypatch: py
     assert [merged.domains[domain]["train"].empty for domain in ("few", "void")] == [33, 2]
     with pytest.raises(UserError, match="the inputs hold no text"):
         prepare([tmp_path / "in" / "void"], data / "tokenizer", tmp_path / "none", PackSettings(LENGTH), processes=1)
+
+
+@pytest.mark.parametrize("command", ["tokenizer", "corpus", "merge", "conversations"])
+def test_of_two_writers_of_an_output_one_is_told(
+    many: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The second comes while the first is at its last step."""
+    out = tmp_path / "out"
+    monkeypatch.setattr("data_prep.builtin.DOMAINS", {"reference": reference})
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"prompt": "one two", "response": "three four five six"}\n' * 30)
+    if command == "merge":
+        prepare([many], data / "tokenizer", tmp_path / "part", PackSettings(LENGTH), shard=(0, 1), processes=1)
+    talk = PackSettings(LENGTH, eval_fraction=0, conversations=ConversationSettings("none"))
+    calls: dict[str, Callable[[], Any]] = {
+        "tokenizer": lambda: train_tokenizer([many], out, vocab_size=280),
+        "corpus": lambda: build_corpus(out, megabytes=0.01),
+        "merge": lambda: merge([tmp_path / "part"], out),
+        "conversations": lambda: prepare([chats], data / "tokenizer", out, talk, processes=1),
+    }
+    told: list[str] = []
+
+    def during(place: Callable[..., Any]) -> Callable[..., Any]:
+        def placed(*arguments: Any, **options: Any) -> None:
+            if not told:
+                told.append("")
+                with pytest.raises(UserError, match="^another process is writing") as error:
+                    calls[command]()
+                told.append(str(error.value))
+            place(*arguments, **options)
+
+        return placed
+
+    monkeypatch.setattr("llmprune.files.put_in_place", during(put_in_place))
+    monkeypatch.setattr("data_prep.pack.put_in_place", during(put_in_place))
+    calls[command]()
+    assert told[1].endswith(str(out)) and out.is_dir()
+    assert not list(tmp_path.glob(".out*"))
+    with pytest.raises(UserError, match="exists already"):
+        calls[command]()

@@ -1,6 +1,7 @@
 """Prompts and responses, or chat messages, as text of which only the responses are learned."""
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 
+from data_prep.confined import Confined
+from llmprune.data.records import RECORD_BYTES
 from llmprune.data.sources import field_text, field_value
 from llmprune.errors import UserError, first_line
 
@@ -24,6 +27,7 @@ ALPACA = (
 )
 NAMED = {"alpaca": (ALPACA, ALPACA_WITH_INPUT), "none": ("{prompt}", "{prompt}\n{input}")}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_TOOLS = ("tool_calls", "tool_call_id", "name")  # fields of messages that templates may look at
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class ConversationSettings:
         input: field with what the prompt is about; records without it, or with an empty one, have none.
         response: field with the response.
         messages: field with a list of messages, used where a record has it: each with ``role`` and ``content``, or
-            with ``from`` and ``value``.
+            with ``from`` and ``value``; content may be a list of parts with text.
     """
 
     template: str = "chat"
@@ -82,8 +86,17 @@ def renderer(
             raise UserError("the tokenizer has no chat template: choose --template alpaca, none, or a file of your own")
         added = tokenizer.added_tokens_decoder.values()
         special = [*tokenizer.all_special_tokens, *(token.content for token in added if token.special)]
-        _check_syntax(tokenizer)
-        return lambda record: _chat(_messages(record, settings), tokenizer, special)
+        confined = Confined(
+            lambda messages: _syntax_error(tokenizer) if messages is None else _chat(messages, tokenizer, special),
+            "the chat template",
+        )
+        try:
+            wrong = confined(None)
+        except ValueError as error:
+            wrong = str(error)
+        if wrong is not None:
+            raise UserError(f"the tokenizer's chat template is no valid one: {wrong}")
+        return lambda record: tuple((text, learned) for text, learned in confined(_messages(record, settings)))
     if settings.template in NAMED:
         templates = NAMED[settings.template]
     elif (own := settings.own_template()) is not None:
@@ -125,8 +138,8 @@ def _asked(record: Mapping[str, Any], settings: ConversationSettings) -> tuple[s
     return field_text(record, settings.prompt), context, field_text(record, settings.response)
 
 
-def _messages(record: Mapping[str, Any], settings: ConversationSettings) -> list[dict[str, str]]:
-    """The messages of a record, with the roles that chat templates know."""
+def _messages(record: Mapping[str, Any], settings: ConversationSettings) -> list[dict[str, Any]]:
+    """The messages of a record."""
     try:
         raw = field_value(record, settings.messages)
     except KeyError:
@@ -140,52 +153,99 @@ def _messages(record: Mapping[str, Any], settings: ConversationSettings) -> list
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
         raise TypeError(f"field '{settings.messages}' is no list of messages")
-    found = []
-    for message in raw:
-        if not isinstance(message, Mapping):
-            raise TypeError("a message is no mapping")
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if role not in _ROLES or not isinstance(content, str):
-            raise ValueError(f"a message of the role {role!r} can't be used")
-        found.append({"role": _ROLES[role], "content": content})
-    return found
+    return [_message(message) for message in raw]
 
 
-def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast, special: Sequence[str]) -> Pieces:
-    """A conversation in the tokenizer's chat template; what answers a prompt is learned, with the mark of its end."""
+def _message(message: Any) -> dict[str, Any]:
+    """A message with the role that chat templates know, its text, and what belongs to calls of tools."""
+    if not isinstance(message, Mapping):
+        raise TypeError("a message is no mapping")
+    given = {key: value for key, value in message.items() if value is not None}  # a table has all fields in all rows
+    role = given.get("role", given.get("from"))
+    if not isinstance(role, str):
+        raise ValueError("a message has no role")
+    kept = {key: given[key] for key in _TOOLS if key in given}
+    content = given.get("content", given.get("value", "" if "tool_calls" in kept else None))
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        content = "".join(map(_part, content))
+    if not isinstance(content, str):
+        raise ValueError(f"a message of the role '{role}' has no text")
+    return {"role": _ROLES.get(role, role), "content": content, **kept}
+
+
+def _part(part: Any) -> str:
+    """The text of a part of a message."""
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    text = part.get("text") if isinstance(part, Mapping) else part
+    if kind not in ("text", "str") or not isinstance(text, str):
+        raise ValueError(f"a message has a part of the type '{kind}', and only text can be learned")
+    return text
+
+
+def _chat(messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, special: Sequence[str]) -> Pieces:
+    """A conversation in the tokenizer's chat template; what answers a prompt is learned, with the mark of its end.
+
+    An assistant who begins answers nothing: that is part of the first prompt.
+    """
     for message in messages:
-        found = next((token for token in special if token in message["content"]), None)
+        said = message["content"] + json.dumps(message.get("tool_calls", ""), ensure_ascii=False)
+        found = next((token for token in special if token in said), None)
         if found is not None:
             raise ValueError(f"a message holds the special token {found}")
-    pieces: list[tuple[str, bool]] = []
+    try:
+        return tuple(_answers(messages, tokenizer))
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:  # a template is a program
+        begin = "it begins with the assistant, and " if messages[0]["role"] == "assistant" else ""
+        raise ValueError(f"{begin}the chat template refuses it: {first_line(error)}") from None
+
+
+def _answers(messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, bool]]:
+    """The prompts and the answers of a conversation, in turn."""
+    begin = next((place for place, message in enumerate(messages) if message["role"] != "assistant"), len(messages))
+    answers = [place for place in range(begin, len(messages)) if messages[place]["role"] == "assistant"]
+    if not answers:
+        raise ValueError("there is no response: no message of the role 'assistant' follows another one")
     done = ""
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if not message["content"].strip():
+    for place in answers:
+        message = messages[place]
+        if not message["content"].strip() and not message.get("tool_calls"):
             raise ValueError("a response is empty")
-        try:
-            asked = _render(tokenizer, messages[:number], ask=True)
-            answered = _render(tokenizer, messages[: number + 1], ask=False)
-        except Exception as error:  # a template is a program
-            raise ValueError(f"the chat template refuses it: {first_line(error)}") from None
+        asked = _render(tokenizer, messages[:place], ask=True)
+        answered = _render(tokenizer, messages[: place + 1], ask=False)
         if not asked.startswith(done) or not answered.startswith(asked):
             raise ValueError("the chat template changes what it said before")
-        pieces += [(asked[len(done) :], False), (answered[len(asked) :], True)]
+        yield asked[len(done) :], False
+        yield answered[len(asked) :], True
         done = answered
-    if not pieces:
-        raise ValueError("there is no response")
-    return tuple(pieces)
+    for place in range(answers[-1]):
+        _check_shown(tokenizer, messages[: place + 1])
 
 
-def _check_syntax(tokenizer: PreTrainedTokenizerFast) -> None:
+def _check_shown(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, Any]]) -> None:
+    """Raise ``ValueError`` if the last message is of a role that the template silently leaves out."""
+    *before, last = messages
+    other = {**last, "content": f"{last['content']} other"}
+    if last["role"] not in _ROLES.values() and (
+        _render(tokenizer, messages, ask=False) == _render(tokenizer, [*before, other], ask=False)
+    ):
+        raise ValueError(f"the chat template leaves out messages of the role '{last['role']}'")
+
+
+def _syntax_error(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """What makes a chat template no valid one."""
     try:
         _render(tokenizer, [{"role": "user", "content": ""}], ask=True)
     except TemplateSyntaxError as error:
-        raise UserError(f"the tokenizer's chat template is no valid one: {first_line(error)}") from None
+        return first_line(error)
     except Exception:  # this conversation may be one that it refuses
-        return
+        return None
+    return None
 
 
-def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], *, ask: bool) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+def _render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, Any]], *, ask: bool) -> str:
+    text = str(tokenizer.apply_chat_template([*messages], tokenize=False, add_generation_prompt=ask))
+    if len(text) > RECORD_BYTES:
+        raise ValueError(f"the chat template makes more than {RECORD_BYTES >> 20} MiB of it")
+    return text

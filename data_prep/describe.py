@@ -35,26 +35,35 @@ def table(manifest: DataManifest) -> list[str]:
     """Documents, tokens and samples of every domain and split, as lines of text."""
     lines = [
         f"{'domain':20} {'split':6} {'documents':>12} {'tokens':>15} {'samples':>12} {'share':>7} {'tokens/doc':>11} "
-        f"{'left out':>9}"
+        f"{'left out':>9} {'empty':>8}"
     ]
+    whole = {
+        split: max(sum(manifest.samples(domain, split) for domain in manifest.domains), 1) for split in (TRAIN, EVAL)
+    }
     for name, splits in manifest.domains.items():
         for split, counts in splits.items():
-            whole = sum(inner[split].samples for inner in manifest.domains.values() if split in inner)
             lines.append(
                 f"{name:20} {split:6} {counts.documents:12,} {counts.tokens:15,} {counts.samples:12,} "
-                f"{counts.samples / max(whole, 1):7.1%} {counts.tokens / max(counts.documents, 1):11,.0f} "
-                f"{counts.duplicates:9,}"
+                f"{counts.samples / whole[split]:7.1%} {counts.tokens / max(counts.documents, 1):11,.0f} "
+                f"{counts.duplicates:9,} {counts.empty:8,}"
             )
     return lines
 
 
 def lacking(manifest: DataManifest) -> list[str]:
-    """What a user should know about domains without samples, as lines of text."""
+    """What a user should know about empty documents and domains without samples, as lines of text."""
     lines = []
+    empty = sum(counts.empty for splits in manifest.domains.values() for counts in splits.values())
+    if empty:
+        lines.append(f"{empty:,} empty documents are left out")
     for name, splits in manifest.domains.items():
         if TRAIN in splits and not splits[TRAIN].samples:
-            some = splits[TRAIN].documents
-            reason = f"its {some} documents do not fill one" if some else "all its texts are kept for evaluation"
+            train = splits[TRAIN]
+            reason = "all its texts are kept for evaluation"
+            if train.documents:
+                reason = f"its {train.documents} documents do not fill one"
+            elif train.empty and not train.duplicates and EVAL not in splits:
+                reason = f"its {train.empty} documents are empty"
             lines.append(f"{name:20} has no training sample: {reason}")
         elif not manifest.samples(name, EVAL):
             lines.append(f"{name:20} has no evaluation sample")

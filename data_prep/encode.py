@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -24,12 +24,14 @@ class Batch:
     Attributes:
         documents: to be tokenised.
         bad: records between them that could not be read.
-        place: of the last document.
+        empty: how many between them have no text, by domain and split.
+        place: of the last of all these.
         position: bytes of all inputs that had been read by then.
     """
 
     documents: list[Document] = field(default_factory=list)
     bad: list[BadRecord] = field(default_factory=list)
+    empty: Counter[tuple[str, str]] = field(default_factory=Counter)
     place: Place = (0, 0)
     position: int = 0
 

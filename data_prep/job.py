@@ -5,18 +5,16 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from data_prep.packer import Packer
 from llmprune.data.sources import BadRecord, Place
 from llmprune.errors import UserError
 from llmprune.files import read_json, to_json, write_json
-from llmprune.outputs import refuse_existing, remove
+from llmprune.outputs import locked_output, mark, refuse_deleting, refuse_existing, remove
 
 SCHEMA = 2
 
@@ -116,28 +114,28 @@ def opened_job(out: Path | str, description: Mapping[str, Any], *, overwrite: bo
     refuse_existing(out, overwrite)
     job = Job(out.with_name(f".{out.name}.partial"))
     described = json.loads(to_json({"schema": SCHEMA, **description}))
-    try:
-        job.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"can't write beside {out}: {error.strerror}") from None
-    lock = FileLock(job.folder / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another process is writing {out}") from None
-    try:
-        if job.has_progress and read_json(job.folder / "job.json") != described:
-            raise UserError(
-                f"{job.folder} is what is left of a job with other settings or inputs: go on with those, or delete it"
-            )
-        write_json(job.folder / "job.json", described)
-        yield job
-        remove(job.folder)
-    except BaseException:
-        if not job.has_progress:
+    with ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked_output(out))
+            refuse_existing(out, overwrite)  # another process may have been faster
+            refuse_deleting(job.folder)
+            job.folder.mkdir(exist_ok=True)
+            mark(job.folder)
+        except OSError as error:
+            raise UserError(f"can't write beside {out}: {error.strerror}") from None
+        try:
+            if job.has_progress and read_json(job.folder / "job.json") != described:
+                raise UserError(
+                    f"{job.folder} is what is left of a job with other settings or inputs: go on with those, or "
+                    "delete it"
+                )
+            write_json(job.folder / "job.json", described)
+            yield job
             remove(job.folder)
-        elif lock.is_locked:
-            print(f"{job.folder} keeps what is done: the same command goes on from there", file=sys.stderr)
-        raise
-    finally:
-        lock.release()
+        except BaseException:
+            if not job.has_progress:
+                remove(job.folder)
+            elif job.folder.exists():
+                print(f"{job.folder} keeps what is done: the same command goes on from there", file=sys.stderr)
+            raise

@@ -197,6 +197,8 @@ def _pack(
                         arrivals[name].append(arrival)
             for name, packer in packers.items():
                 packer.add(arrivals[name])
+                for (domain, split), documents in batch.empty.items():
+                    packer.pass_over(domain, split, documents)
             done.place = batch.place
             done.documents += len(batch.documents)
             done.names = reading.names.originals

@@ -14,6 +14,7 @@ from data_prep.join import Encoded, FittedConversations, Join, JoinedText
 from data_prep.shards import ShardWriter
 from data_prep.split import exceptions_for, split_of
 from llmprune.data.format import EVAL, LEARNED, STARTS, TOKENS, TRAIN, SplitCounts, columns
+from llmprune.data.sources import folded
 from llmprune.errors import UserError
 from llmprune.files import read_json, write_json
 
@@ -110,8 +111,13 @@ class Packer:
         self._domain(domain)
         self._counted(domain, TRAIN).duplicates += 1
 
+    def pass_over(self, domain: str, split: str, documents: int) -> None:
+        """Count documents that are left out because they have no text."""
+        self._domain(domain)
+        self._counted(domain, split).empty += documents
+
     def _domain(self, name: str) -> _Domain:
-        if name in _TAKEN_NAMES:
+        if folded(name) in _TAKEN_NAMES:
             raise UserError(f"a domain can't be named '{name}', the output has another use for it: pass --domain")
         return self._domains.setdefault(
             name, _Domain(settled=self._layout.eval_fraction == 0 or not self._layout.settle)
@@ -199,7 +205,7 @@ class Packer:
         for name, domain in self._domains.items():
             if not domain.settled:
                 self._settle(name)
-        if not self._domains:
+        if not any(counts.documents or counts.duplicates for counts in self._counts.values()):
             raise UserError("the inputs hold no text: give files with text, or name its field with --text-field")
         for (name, split), (join, writer) in self._streams.items():
             self._write(name, split, join.close(), writer)

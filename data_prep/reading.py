@@ -8,7 +8,7 @@ from data_prep.join import Encoded
 from data_prep.packer import Arrival
 from data_prep.recipe import PackSettings
 from data_prep.split import rank_of, set_of, split_of
-from llmprune.data.format import EVAL
+from llmprune.data.format import EVAL, TRAIN
 from llmprune.data.records import Input
 from llmprune.data.sources import BadRecord, Document, DomainNames, Fields, Place, Render, documents
 
@@ -43,12 +43,14 @@ class Reading:
     def leave_out(self, held_out: list[Input]) -> None:
         """Leave the texts of these inputs out of training."""
         for item in self._documents(held_out, (0, 0)):
-            if isinstance(item, Document):
+            if isinstance(item, Document) and item.text.strip():
                 self._left_out.add(rank_of(item.text, self.settings.seed))
 
     def _documents(self, inputs: list[Input], after: Place) -> Iterator[Document | BadRecord]:
         rendered = self.settings.conversations.fields if self.settings.conversations else ()
-        return documents(inputs, self.fields, after=after, render=self._render, rendered=rendered, names=self.names)
+        return documents(
+            inputs, self.fields, after=after, render=self._render, rendered=rendered, names=self.names, empty=True
+        )
 
     def batches(self, after: Place) -> Iterator[Batch]:
         """Documents and bad records behind a place."""
@@ -58,19 +60,25 @@ class Reading:
                 batch.bad.append(item)
                 batch.place = item.after
             else:
-                batch.documents.append(item)
                 batch.place, batch.position = item.place, item.position
-                characters += len(item.text)
+                if item.text.strip():
+                    batch.documents.append(item)
+                    characters += len(item.text)
+                else:
+                    batch.empty[item.domain, EVAL if self._is_held_out(item) else TRAIN] += 1
             if characters >= _BATCH_CHARACTERS or len(batch.bad) > EARLY_STOP:
                 yield batch
                 batch, characters = Batch(place=batch.place, position=batch.position), 0
         yield batch
 
+    def _is_held_out(self, document: Document) -> bool:
+        return document.place[0] < len(self.inputs) - len(self.training)
+
     def sort(self, document: Document, content: Encoded) -> Iterator[tuple[str, Arrival | None]]:
         """The sets that a document goes into; with None, those that it is left out of."""
         settings = self.settings
         rank = rank_of(document.text, settings.seed)
-        evaluation = document.place[0] < len(self.inputs) - len(self.training)
+        evaluation = self._is_held_out(document)
         sets: Iterable[str] = settings.sets or ("",)
         if settings.sets and not evaluation and split_of(rank, settings.eval_fraction, {}) != EVAL:
             sets = filter(None, [set_of(rank, settings.eval_fraction, settings.sets)])

@@ -13,7 +13,7 @@ from data_prep.encode import Tokens
 from data_prep.job import Job
 from data_prep.packer import Layout, Packer
 from llmprune.data.format import DataManifest, token_dtype, tokenizer_fingerprint
-from llmprune.data.sources import Render, clean_name
+from llmprune.data.sources import Render, clean_name, folded
 from llmprune.errors import UserError, first_line
 from llmprune.files import sha256_text
 from llmprune.foreign import open_tokenizer
@@ -65,6 +65,11 @@ class PackSettings:
         for name, share in self.sets.items():
             if clean_name(name) != name or not 0 < share <= 1:
                 raise UserError(f"the set '{name}={share}' needs a name good for a folder and a share in (0, 1]")
+        if len({folded(name) for name in self.sets}) < len(self.sets):
+            raise UserError(
+                f"the sets {', '.join(self.sets)} must not differ in upper and lower case alone: some file systems "
+                "don't tell such names apart"
+            )
         if sum(self.sets.values()) > 1 + 1e-9:
             raise UserError(f"the sets take {sum(self.sets.values()):g} of the documents: at most 1 can be given out")
 

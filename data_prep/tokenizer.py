@@ -53,7 +53,11 @@ def train_tokenizer(
         raise UserError(
             f"{megabytes} megabytes leave nothing to read of {len(files)} files: choose a larger --megabytes"
         )
-    texts = _texts(files, characters, Fields(text_field), bad)
+    with output_folder(out, overwrite) as folder:
+        return _train(_texts(files, characters, Fields(text_field), bad), folder, vocab_size, bad)
+
+
+def _train(texts: Iterator[str], folder: Path, vocab_size: int, bad: list[BadRecord]) -> PreTrainedTokenizerFast:
     first = next(texts, None)
     if first is None:
         reason = f" ({len(bad)} records can't be read; {bad[0].place}: {bad[0].reason})" if bad else ""
@@ -68,9 +72,14 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(chain([first], texts), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS)
-    with output_folder(out, overwrite) as folder:
-        fast.save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        model_input_names=["input_ids", "attention_mask"],  # decoders take no token types
+    )
+    fast.save_pretrained(folder)
     return fast
 
 
@@ -78,7 +87,7 @@ def _texts(files: Sequence[Input], characters_per_file: int, fields: Fields, bad
     """The beginning of every file's documents; unreadable records go to ``bad``."""
     for file in files:
         left = characters_per_file
-        for item in documents([file], fields):
+        for item in documents([file], fields, text_bytes=4 * left):  # a character has four bytes at most
             if left <= 0:
                 break
             if isinstance(item, Document):

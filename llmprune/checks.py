@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBa
 
 from llmprune.checksums import VERIFICATION
 from llmprune.config import Config
+from llmprune.data.changes import WORKERS
 from llmprune.data.format import EVAL, TRAIN, DataManifest, tokenizer_fingerprint
 from llmprune.data.mixing import PARTS, domain_weights
 from llmprune.data.prepared import PreparedData
@@ -40,6 +41,7 @@ REPLACEMENT_KEPT = (
     "start", "length", "kind", "blocks", "take", "intermediate", "objectives", "top_k", "temperature", "also", "cache",
 )  # fmt: skip
 LONGEST = 2**53  # of a duration, whatever its unit: floats count so far
+_PREFETCH = 1024  # batches of a worker: far more than any loader needs
 _STREAM_UNITS = {TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN}
 
 
@@ -96,6 +98,7 @@ def check(config: Config) -> Ingredients:
     length = data.manifest.sequence_length
     if limit is not None and length > limit:
         raise UserError(f"the data's samples have {length} tokens, the model takes {limit}")
+    _check_batch(config.train.global_batch_size, data.manifest)
     _check_mixing(config, data.manifest)
     if config.l0_pruning is not None:
         make_goal(model_config, config.l0_pruning)
@@ -303,8 +306,8 @@ def _check_numbers(config: Config) -> None:
             train.hang_timeout is None or 0 < train.hang_timeout <= 1e7,
             "be positive and at most 10,000,000 seconds, or null for never",
         ),
-        ("data.workers", data.workers, data.workers >= 0, "be zero or positive"),
-        ("data.prefetch", data.prefetch, data.prefetch >= 1, "be positive"),
+        ("data.workers", data.workers, 0 <= data.workers <= WORKERS, f"lie between 0 and {WORKERS}, for each rank"),
+        ("data.prefetch", data.prefetch, 1 <= data.prefetch <= _PREFETCH, f"lie between 1 and {_PREFETCH} batches"),
         (
             "data.lanes",
             data.lanes,
@@ -327,6 +330,16 @@ def _check_numbers(config: Config) -> None:
     ):
         if not good:
             raise UserError(f"{key} is {value}; it must {wanted}")
+
+
+def _check_batch(batch: int, data: DataManifest) -> None:
+    """Refuse a batch that would hold every sample more than once, before anything of its size is made."""
+    samples = sum(data.samples(domain, TRAIN) for domain in data.domains)
+    if batch > samples:
+        raise UserError(
+            f"train.global_batch_size is {batch:,}, but the data have {samples:,} training samples in all: choose a "
+            "smaller batch, or prepare more data"
+        )
 
 
 def _check_times(config: Config) -> None:

@@ -28,17 +28,20 @@ _held: dict[Path, int] = {}  # how many blocks of this process hold a lock
 
 
 @contextmanager
-def locked(file: Path, what: Path) -> Iterator[None]:
-    """Hold a lock while the block runs. A process may hold the same lock several times.
+def locked(file: Path, what: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold a lock while the block runs.
 
     Args:
         file: the lock; its folder exists.
         what: the place that it protects, for messages.
+        shared: whether this process may hold the lock already.
 
     Raises:
-        UserError: another process holds it, or the file can't be written.
+        UserError: another process holds it, or this one and it is not shared; or the file can't be written.
     """
     file = file.resolve()
+    if file in _held and not shared:
+        raise UserError(f"this process is writing {what} already: choose another place")
     with ExitStack() as stack:
         if file not in _held:
             lease = _lease(file, what)

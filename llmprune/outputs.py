@@ -103,9 +103,17 @@ def check_output(path: Path | str, suffix: str, overwrite: bool, beside: Iterabl
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # the name that it is written under
         temporary.touch(exist_ok=False)
         temporary.unlink()
-        _PROCESS.enter_context(_locked_beside(path))
+        _PROCESS.enter_context(locked_output(path, shared=True))
     except (OSError, RuntimeError) as error:
         raise UserError(f"can't write {path!s:.300}: {path_error(error) or first_line(error)}") from None
+
+
+@contextmanager
+def locked_output(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Let no other process make ``path`` while the block runs; see ``locked``."""
+    path = Path(os.path.abspath(path))
+    with locked(path.with_name(f".{path.name}.lock"), path, shared=shared):
+        yield
 
 
 @contextmanager
@@ -124,7 +132,7 @@ def output_folder(path: Path | str, overwrite: bool = False) -> Iterator[Path]:
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked_beside(path))
+            stack.enter_context(locked_output(path))
             _remove_leftovers(path)
             temporary.mkdir()
         except OSError as error:
@@ -203,13 +211,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked_beside(path: Path) -> Iterator[None]:
-    path = Path(os.path.abspath(path))
-    with locked(path.with_name(f".{path.name}.lock"), path):
-        yield
 
 
 def _remove_leftovers(path: Path, *suffixes: str) -> None:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from llmprune.config import Config
 from llmprune.data.dataset import EvalDataset, MixedDataset
+from llmprune.data.format import EVAL
 from llmprune.data.prepared import PreparedData
 from llmprune.data.updates import first_weights
 from llmprune.models.causal_lm import Batch
@@ -41,8 +42,8 @@ def make_stream(
 
 def make_loaders(
     config: Config, data: PreparedData, cache: StatesCache | None = None
-) -> tuple[MixedDataset, DataLoader[Any], EvalDataset]:
-    """The training stream of this rank with its loader (or that of a cache), and the evaluation samples."""
+) -> tuple[MixedDataset, DataLoader[Any], EvalDataset | None]:
+    """The training stream of this rank with its loader (or that of a cache), and the evaluation samples, if any."""
     stream = make_stream(config, data)
     cached = None
     if cache is not None:
@@ -62,11 +63,10 @@ def make_loaders(
         prefetch_factor=config.data.prefetch if config.data.workers else None,
         worker_init_fn=outlast_one_termination,
     )
-    return (
-        stream,
-        loader,
-        EvalDataset(data, config.data.eval_samples_per_domain, boundaries=config.data.document_boundaries),
-    )
+    evaluation = None
+    if data.domains_with(EVAL):
+        evaluation = EvalDataset(data, config.data.eval_samples_per_domain, boundaries=config.data.document_boundaries)
+    return stream, loader, evaluation
 
 
 def first_batches(config: Config, data: PreparedData, samples: int, *, of_machine: bool = False) -> Iterator[Batch]:

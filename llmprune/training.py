@@ -3,7 +3,7 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.callbacks.distillation import Distillation
+from llmprune.callbacks.domain_losses import DomainLosses
 from llmprune.callbacks.dynamic_loading import DynamicLoading
 from llmprune.callbacks.evaluation import Evaluation
 from llmprune.callbacks.l0_pruning import L0Pruning
@@ -37,6 +38,8 @@ from llmprune.checks import Ingredients, check, check_same_run, data_contents, i
 from llmprune.config import Config, LiveEvaluationConfig, LoggersConfig
 from llmprune.convert.stored_state import harmless
 from llmprune.data.dataset import MixedDataset
+from llmprune.data.format import EVAL
+from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.estimating import check_fits
 from llmprune.families import family_of
@@ -73,6 +76,7 @@ def prepare(config: Config) -> Ingredients:
         UserError: see ``check``.
     """
     inputs = check(config)
+    check_evaluation(config, inputs.data)
     share_cores()
     meet(config)
     return inputs
@@ -118,14 +122,15 @@ def build_trainer(config: Config, inputs: Ingredients | None = None) -> Trainer:
     if config.block_replacement is not None and config.block_replacement.cache is not None and span is not None:
         cache = make_cache(config, config.block_replacement.cache, inputs.model_config, inputs.data, run, span)
     stream, train, evaluation = make_loaders(config, inputs.data, cache)
-    domains = {number: evaluation.domains[number] for number in evaluation.domains_present}
+    present = [] if evaluation is None else evaluation.domains_present
+    domains = {number: stream.domains[number] for number in present}
     on_cpu = get_device(config.train.device).name == "cpu"
     own_autocast = on_cpu and config.train.precision == "amp_bf16"  # Composer has it on GPUs only
     wrapped = ComposerCausalLM(model, domains, products=torch.bfloat16 if own_autocast else None)
     if config.train.microbatch_size == "auto":
         wrapped.halving = Halving()
     optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
-    callbacks = make_callbacks(config, run, stream, wrapped.domains.values(), live=live, resumed=resume is not None)
+    callbacks = make_callbacks(config, run, stream, wrapped.domains, live=live, resumed=resume is not None)
     writers = dist.get_world_size() // (1 if config.sharding is None else config.sharding.replicas)
     callbacks.append(SaveGuard(CheckpointFolder(run.checkpoints)))
     callbacks.append(Safekeeping(run.path, config.checkpoint.keep, store, writers=writers, resumed=resume is not None))
@@ -160,7 +165,7 @@ def build_trainer(config: Config, inputs: Ingredients | None = None) -> Trainer:
             device=config.train.device,
             train_dataloader=DataSpec(train, get_num_tokens_in_batch=count_tokens),
             accumulate_train_batch_on_tokens=True,
-            eval_dataloader=eval_loader(evaluation, eval_batch),
+            eval_dataloader=None if evaluation is None else eval_loader(evaluation, eval_batch),
             max_duration=config.train.duration if trains(config) else "1ba",
             eval_interval=interval(config.train.eval_interval, config.train.duration),
             optimizers=optimizer,
@@ -257,6 +262,28 @@ def trains(config: Config) -> bool:
     return replaced is None or (Time.from_timestring(config.train.duration).value > 0 and replaced.trains)
 
 
+def check_evaluation(config: Config, data: PreparedData) -> None:
+    """Check that there is something to evaluate on, if the job asks for it.
+
+    Raises:
+        UserError: there is nothing.
+    """
+    pruning, interval = config.l0_pruning, config.train.eval_interval
+    asking = {
+        "a job that does not train": not trains(config),
+        "the last report of l0_pruning.target_sparsity": pruning is not None and pruning.target_sparsity is not None,
+        "train.eval_first": config.train.eval_first,
+        f"train.eval_interval={interval}": Time.from_timestring(interval).value > 0,
+    }
+    asked = [what for what, asks in asking.items() if asks]
+    if asked and not data.domains_with(EVAL):
+        instead = ", or train without evaluation (train.eval_interval=0ba)" if asked[0].endswith(interval) else ""
+        raise UserError(
+            f"{data.location} has no evaluation samples, and {asked[0]} needs them: prepare it with a larger "
+            f"--eval-fraction{instead}"
+        )
+
+
 def draw_weights(run: RunFolder) -> None:
     """Draw the weights of domains over the run, as weights.png and weights.csv in its folder."""
     from llmprune.report.collect import Run
@@ -338,7 +365,7 @@ def make_callbacks(
     config: Config,
     run: RunFolder,
     stream: MixedDataset,
-    evaluated: Collection[str],
+    evaluated: Mapping[int, str],
     *,
     live: "LiveEvaluation | None" = None,
     resumed: bool,
@@ -350,10 +377,11 @@ def make_callbacks(
         callbacks.insert(0, Watchdog(config.train.hang_timeout))
     if config.sharding is not None and config.model.path is not None and not resumed:
         callbacks.append(LoadShards(config.model.path))
+    callbacks.append(DomainLosses(evaluated))
     if live is not None:
         callbacks.append(Evaluation(live.measure))
     if config.block_replacement is None or config.block_replacement.cache is None:
-        callbacks.append(DynamicLoading(config.dynamic_loading, stream, evaluated))
+        callbacks.append(DynamicLoading(config.dynamic_loading, stream, evaluated.values()))
     if config.l0_pruning is not None:
         callbacks.append(L0Pruning(config.l0_pruning, seed=config.run.seed, folder=run.gates))
     if config.trainable is not None:

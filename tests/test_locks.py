@@ -85,11 +85,13 @@ def test_a_holder_whose_lock_was_taken_over_ends(tmp_path: Path) -> None:
             assert process.wait(timeout=10) == 1
 
 
-def test_a_process_may_hold_a_lock_several_times(tmp_path: Path) -> None:
+def test_a_process_may_share_a_lock_with_itself(tmp_path: Path) -> None:
     file = tmp_path / "lock"
     with locked(file, tmp_path):
-        with locked(file, tmp_path):
+        with locked(file, tmp_path, shared=True):
             assert file.exists()
+        with pytest.raises(UserError, match="this process is writing"), locked(file, tmp_path):
+            pass
         assert file.exists() and is_held(file)
     assert not file.exists() and not is_held(file)
 

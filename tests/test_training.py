@@ -13,6 +13,9 @@ from composer.core import State
 from composer.loggers import Logger
 from transformers import AutoModelForCausalLM
 
+from data_prep.conversations import ConversationSettings
+from data_prep.pack import prepare
+from data_prep.recipe import PackSettings
 from llmprune.callbacks.l0_pruning import L0Pruning
 from llmprune.checks import check
 from llmprune.config import Config
@@ -101,6 +104,46 @@ def test_a_run_learns_and_leaves_a_folder_that_explains_itself(yaml: Path, tmp_p
     assert AutoModelForCausalLM.from_config(Checkpoint.open(run).config) is not None
 
 
+@pytest.fixture
+def unevaluated(data: Path, tmp_path: Path) -> Path:
+    """Ten conversations, none of which is kept for evaluation."""
+    lines = [json.dumps({"prompt": f"{n} one two", "response": "three four five"}) for n in range(10)]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    settings = PackSettings(64, eval_fraction=0, conversations=ConversationSettings("none"))
+    prepare([tmp_path / "few.jsonl"], data / "tokenizer", tmp_path / "few", settings, processes=1)
+    assert not PreparedData(tmp_path / "few").domains_with("eval")
+    return tmp_path / "few"
+
+
+def test_what_does_not_evaluate_needs_no_evaluation_samples(yaml: Path, unevaluated: Path, tmp_path: Path) -> None:
+    few = [f"data.path={unevaluated}", "train.global_batch_size=2", "train.microbatch_size=2", "train.duration=2ba"]
+    trained = train(load_config(yaml, [*few, "l0_pruning=null", "train.eval_interval=0ba"]))
+    assert trained.state.timestamp.batch.value == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["train.eval_interval=1ba"], r"train.eval_interval=1ba needs them: .*or train without evaluation"),
+        (["train.eval_first=true"], r"train.eval_first needs them: prepare it with a larger --eval-fraction$"),
+        (
+            ["~l0", "l0_pruning.target_sparsity=0.5", "l0_pruning.target=null", "train.duration=6ba"],
+            r"the last report of l0_pruning.target_sparsity needs them",
+        ),
+        (["block_replacement={start: 1, length: 1, kind: none}", "train.duration=0ba"], "a job that does not train"),
+    ],
+)
+def test_what_evaluates_needs_evaluation_samples(
+    yaml: Path, unevaluated: Path, tmp_path: Path, changes: list[str], message: str
+) -> None:
+    few = [f"data.path={unevaluated}", "train.global_batch_size=2", "train.microbatch_size=2", "train.duration=2ba"]
+    pruned = changes[0] == "~l0"
+    overrides = [*few, "train.eval_interval=0ba", *([] if pruned else ["l0_pruning=null"]), *changes[pruned:]]
+    with pytest.raises(UserError, match=f"has no evaluation samples, and {message}"):
+        train(load_config(yaml, overrides))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_resumed_run_must_be_the_same_model_and_target(yaml: Path) -> None:
     run_killed(load_config(yaml), batch=4)
     with pytest.raises(UserError, match="keep what the run began with"):
@@ -161,7 +204,10 @@ def test_a_nan_loss_stops_and_keeps_the_last_checkpoint(yaml: Path, tmp_path: Pa
         ("optimizer.lr=-1", "zero or positive"),
         ("optimizer.betas=[0.9]", "two numbers"),
         ("run.seed=-1", "lie between 0"),
-        ("data.workers=-1", "zero or positive"),
+        ("data.workers=-1", "lie between 0 and 64, for each rank"),
+        ("data.workers=100000", "data.workers is 100000; it must lie between 0 and 64, for each rank"),
+        ("data.prefetch=1000000000", "lie between 1 and 1024 batches"),
+        ("train.global_batch_size=1000000000", r"is 1,000,000,000, but the data have 1?\d\d training samples in all"),
         ("data.shuffle_window=0", "must be positive"),
         ("data.eval_samples_per_domain=0", "null for all"),
         ("train.device=gpu", "there is none"),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 ROWS = 1024  # changes that may be under way at a time; each takes effect within a few dozen batches
-WORKERS = 64
+WORKERS = 64  # of a rank
 
 
 class WeightChanges:
@@ -48,4 +48,4 @@ class WeightChanges:
 
     def reach(self, worker: int, slot: int) -> None:
         """A worker begins the batch that ends before ``slot``."""
-        self._reached[worker % WORKERS] = slot
+        self._reached[worker] = slot

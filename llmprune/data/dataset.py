@@ -58,9 +58,9 @@ class MixedDataset(IterableDataset[Sample]):
         self.manifest = data.manifest
         self.domains = sorted(self.manifest.domains)
         self._batch, self._rank, self._world_size, self._lanes = global_batch_size, rank, world_size, lanes
+        numbers = {domain: number for number, domain in enumerate(self.domains)}
         self._readers = {
-            self.domains.index(domain): data.reader(domain, TRAIN, boundaries=boundaries)
-            for domain in data.domains_with(TRAIN)
+            numbers[domain]: data.reader(domain, TRAIN, boundaries=boundaries) for domain in data.domains_with(TRAIN)
         }
         sizes = {domain: self.manifest.samples(domain, TRAIN) for domain in self.domains}
         parts = domain_weights(sizes, weights)
@@ -181,8 +181,9 @@ class EvalDataset(Dataset[Sample]):
         self.domains = sorted(self.manifest.domains)
         self._readers: dict[int, SplitReader] = {}
         self._samples: list[tuple[int, int, int]] = []
+        numbers = {domain: number for number, domain in enumerate(self.domains)}
         for domain in data.domains_with(EVAL):
-            number = self.domains.index(domain)
+            number = numbers[domain]
             reader = self._readers[number] = data.reader(domain, EVAL, boundaries=boundaries)
             places = [(number, shard, i) for shard, size in enumerate(reader.shard_sizes) for i in range(size)]
             take = min(samples_per_domain or len(places), len(places))

@@ -20,6 +20,7 @@ from llmprune.files import inside, read_json, sha256_text, write_json
 
 TOKENS, STARTS, LEARNED = "tokens", "starts", "learned"  # columns
 TEACHER_TOKENS, TEACHER_LOGS = "teacher_tokens", "teacher_logs"  # further ones, of training splits
+COLUMNS = {TOKENS, STARTS, LEARNED, TEACHER_TOKENS, TEACHER_LOGS}
 TRAIN, EVAL = "train", "eval"
 
 
@@ -48,12 +49,14 @@ class SplitCounts:
         tokens: in its samples, padding included.
         samples: of the data's sequence length.
         duplicates: documents left out because their text is kept for evaluation already.
+        empty: documents left out because they have no text.
     """
 
     documents: int = 0
     tokens: int = 0
     samples: int = 0
     duplicates: int = 0
+    empty: int = 0
 
 
 @dataclass

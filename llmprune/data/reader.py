@@ -6,12 +6,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from streaming.base.compression import is_compression
 from streaming.base.format import Reader
+from streaming.base.format.mds import MDSReader
 from streaming.base.stream import Stream
 from streaming.base.world import World
 
 from llmprune.data.cache import ShardCache, ShardFile, check_file
-from llmprune.data.format import LEARNED, STARTS, TEACHER_LOGS, TEACHER_TOKENS, TOKENS
+from llmprune.data.format import COLUMNS, LEARNED, STARTS, TEACHER_LOGS, TEACHER_TOKENS, TOKENS
 from llmprune.errors import UserError
 
 NO_LOSS = -100  # what PyTorch's losses pass over
@@ -21,6 +23,24 @@ _LARGEST = 2**32  # bytes of a shard: MDS counts them in 32 bits
 _ATTEMPTS = 3  # to read what other processes may take out of the cache
 
 Sample = dict[str, torch.Tensor]
+
+
+def _of_numbers(shard: Reader) -> MDSReader:
+    """A shard that holds what this package writes and nothing else: other encodings run decoders, or code.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not isinstance(shard, MDSReader):
+        raise ValueError("a shard is not of the format mds")
+    for name, encoding in zip(shard.column_names, shard.column_encodings, strict=True):
+        if name not in COLUMNS or encoding.partition(":")[0] != "ndarray":
+            raise ValueError(
+                f"the column '{name}' of the encoding '{encoding}' is none of prepared data, it is not read"
+            )
+    if not (shard.compression is None or is_compression(shard.compression)):
+        raise ValueError(f"there is no compression '{shard.compression}'")
+    return shard
 
 
 class SplitReader:
@@ -49,7 +69,8 @@ class SplitReader:
             raise UserError(f"{index} does not exist: the domain '{domain}' was moved or never prepared")
         stream = Stream(local=str(root / domain), split=split)
         try:
-            self._shards: list[Reader] = stream.get_shards(World.detect(), allow_unsafe_types=False)
+            found: list[Reader] = stream.get_shards(World.detect(), allow_unsafe_types=False)
+            self._shards = [_of_numbers(shard) for shard in found]
             self._files = [self._file(shard) for shard in self._shards]
             if not self._files or not all(type(s.samples) is int and s.samples > 0 for s in self._shards):
                 raise ValueError("it lists no shards with samples")

@@ -24,9 +24,22 @@ KNOWN = f"{', '.join(FORMATS)}; text and JSON lines also .gz or .zst; hf:NAME:CO
 _COMPRESSED = {".gz", ".zst"}
 _HUB = "hf:"
 
+RECORD_BYTES = 64 << 20  # of a record, and of its text
+_BATCH_ROWS = 32  # of a Parquet file: few, since a value that is stored once may fill many rows
+_PAGE_BYTES = 1 << 20  # of a Parquet file's columns, read at a time
+_SLICE = 1 << 10  # of a zstd stream, decompressed at a time: it becomes 32 MiB at most
+
 
 class DamagedInput(Exception):
     """What can't be read from some record on."""
+
+
+class TooLarge(ValueError):
+    """A record, or its text, beyond ``RECORD_BYTES``."""
+
+    def __init__(self, remedy: str = "leave it out, or cut it") -> None:
+        """Say so, with what the user can do."""
+        super().__init__(f"it is larger than {RECORD_BYTES >> 20} MiB, the limit of a record: {remedy}")
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Input]:
     is the last part of its name. A file that is reached in several ways, by links too, counts where it is found first.
 
     Raises:
-        UserError: an input does not exist, or no file is of a known format.
+        UserError: an input does not exist, is neither a file nor a folder, or no file is of a known format.
     """
     found: dict[str | Path, Input] = {}
     for name in map(str, inputs):
@@ -87,8 +100,12 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Input]:
                 raise UserError(f"{path} is of no known format; known: {KNOWN}")
             found.setdefault(root, _file(path, root.parent.name))
             continue
+        if not path.is_dir():
+            raise UserError(f"{path} is neither a file nor a folder: write what it gives into a file")
         for file in sorted(_files(path)):
             if _format(file) in FORMATS:
+                if not file.is_file():
+                    raise UserError(f"{file} is no file (a pipe, a device or a link to nothing): take it away")
                 inner = file.relative_to(path).parts
                 found.setdefault(file.resolve(), _file(file, inner[0] if len(inner) > 1 else root.name))
     if not found:
@@ -106,7 +123,7 @@ def _files(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(here.resolve())
-        yield from (here / file for file in files if (here / file).is_file())
+        yield from (here / file for file in files)
 
 
 def _file(path: Path, folder: str) -> Input:
@@ -116,10 +133,11 @@ def _file(path: Path, folder: str) -> Input:
 
 def records(
     source: Input, *, after: int = 0, fields: Collection[str] | None = None, text_bytes: int | None = None
-) -> Iterator[tuple[int, bytes | Mapping[str, Any], int]]:
+) -> Iterator[tuple[int, bytes | Mapping[str, Any] | TooLarge, int]]:
     """The records of an input: (number, content, bytes of the input read by then).
 
-    The content is text, a line of JSON, or a mapping. Numbers begin at 1; a text file is one record.
+    The content is text, a line of JSON, or a mapping; or what is wrong with one that is too large to be read, of which
+    no more than the limit is ever held. Numbers begin at 1; a text file is one record.
 
     Args:
         source: which input.
@@ -142,14 +160,31 @@ def records(
         with path.open("rb") as raw:
             stream = _decompressed(raw, path.suffix)
             if not source.is_text:
-                for number, line in enumerate(stream, 1):
-                    if number > after and line.strip():
+                for number, line in enumerate(_lines(stream), 1):
+                    if number > after and (isinstance(line, TooLarge) or line.strip()):
                         yield number, line, raw.tell()
             elif not after:
-                text = stream.read(-1 if text_bytes is None else text_bytes)
-                yield 1, text if text_bytes is None else _whole_characters(text), raw.tell()
+                yield 1, _text(stream, text_bytes), raw.tell()
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise DamagedInput(str(error)) from None
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes | TooLarge]:
+    while line := stream.readline(RECORD_BYTES + 1):
+        if len(line) <= RECORD_BYTES:
+            yield line
+            continue
+        while not line.endswith(b"\n") and (line := stream.readline(1 << 17)):
+            pass
+        yield TooLarge()
+
+
+def _text(stream: BinaryIO, first: int | None) -> bytes | TooLarge:
+    """A whole text, or its ``first`` bytes up to a whole character."""
+    if first is not None:
+        return _whole_characters(stream.read(min(first, RECORD_BYTES)))
+    text = stream.read(RECORD_BYTES + 1)
+    return text if len(text) <= RECORD_BYTES else TooLarge("part it into several files, or make it JSON lines")
 
 
 def _parquet_records(
@@ -159,16 +194,20 @@ def _parquet_records(
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            columns = None if fields is None else [name for name in file.schema_arrow.names if name in fields]
+        with parquet.ParquetFile(path, buffer_size=_PAGE_BYTES, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            columns = names if fields is None else [name for name in names if name in fields]
             number = read = 0
             for group in range(file.metadata.num_row_groups):
                 described = file.metadata.row_group(group)
-                read += sum(described.column(place).total_compressed_size for place in range(described.num_columns))
+                chunks = [described.column(place) for place in range(described.num_columns)]
+                read += sum(chunk.total_compressed_size for chunk in chunks)
                 if number + described.num_rows <= after:
                     number += described.num_rows
                     continue
-                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
+                row = sum(chunk.total_uncompressed_size for chunk in chunks) // max(described.num_rows, 1)
+                rows = min(max(RECORD_BYTES // max(row, 1), 1), _BATCH_ROWS)
+                for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
                     for place in range(batch.num_rows):
                         number += 1
                         if number > after:
@@ -242,7 +281,7 @@ def _format(path: Path) -> str:
 
 def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
     if suffix.lower() == ".gz":
-        return cast(BinaryIO, gzip.open(raw))
+        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, gzip.open(raw)), 1 << 17))
     if suffix.lower() == ".zst":
         return cast(BinaryIO, io.BufferedReader(_ZstdReader(raw), 1 << 17))
     return raw
@@ -255,6 +294,7 @@ class _ZstdReader(io.RawIOBase):
         self._raw = raw
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._in_frame = False
+        self._packed = memoryview(b"")
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:
@@ -265,7 +305,9 @@ class _ZstdReader(io.RawIOBase):
             data = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame, self._in_frame = zstandard.ZstdDecompressor().decompressobj(), False
-            data = data or self._raw.read(1 << 17)
+            if not data:
+                self._packed = self._packed or memoryview(self._raw.read(1 << 17))
+                data, self._packed = bytes(self._packed[:_SLICE]), self._packed[_SLICE:]
             if not data:
                 if self._in_frame:
                     raise EOFError("Compressed file ended before the end-of-stream marker was reached")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmprune.data.records import DamagedInput, Input, records
+from llmprune.data.records import RECORD_BYTES, DamagedInput, Input, TooLarge, records
 from llmprune.errors import UserError
 
 Place = tuple[int, int]  # number of the input, and of the record in it
@@ -18,7 +18,7 @@ class Document:
     """A text and its domain.
 
     Attributes:
-        text: all of it.
+        text: all of it; blank = an empty document.
         domain: a name that is good for a folder.
         place: where it was found.
         position: bytes of all inputs that had been read when it was found.
@@ -69,11 +69,16 @@ def clean_name(name: str) -> str:
     return cleaned.encode()[:100].decode(errors="ignore") or "unnamed"
 
 
+def folded(name: str) -> str:
+    """A name as file systems that ignore case compare it."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 class DomainNames:
-    """The clean names of domains, of which no two are the same.
+    """The clean names of domains, of which no two are the same, upper and lower case being one.
 
     Attributes:
-        originals: by clean name.
+        originals: by clean name, folded.
     """
 
     def __init__(self, originals: Mapping[str, str] | None = None) -> None:
@@ -90,12 +95,12 @@ class DomainNames:
         name = unicodedata.normalize("NFC", name)  # file systems spell the same name in different ways
         if name not in self._cleaned:
             cleaned = clean_name(name)
-            original = self.originals.setdefault(cleaned, name)
+            original = self.originals.setdefault(folded(cleaned), name)
             if original != name:
-                raise UserError(
-                    f"the domains '{original}' and '{name}' would both be named '{cleaned}': "
-                    "rename one of them, or pass --domain"
-                )
+                both = f"would both be named '{cleaned}'"
+                if clean_name(original) != cleaned:
+                    both = "differ in upper and lower case alone, which some file systems don't tell apart"
+                raise UserError(f"the domains '{original}' and '{name}' {both}: rename one of them, or pass --domain")
             self._cleaned[name] = cleaned
         return self._cleaned[name]
 
@@ -112,8 +117,9 @@ def documents(
     render: Render | None = None,
     rendered: Sequence[str] = (),
     names: DomainNames | None = None,
+    empty: bool = False,
 ) -> Iterator[Document | BadRecord]:
-    """Every document of ``inputs``, and every record that could not be read.
+    """Every document of ``inputs``, and every record that could not be read or is too large.
 
     Args:
         inputs: see ``find_inputs``.
@@ -124,6 +130,7 @@ def documents(
             ``KeyError`` or ``TypeError`` for one that it can't use.
         rendered: the top-level fields that it uses.
         names: those of domains found elsewhere; what is found here joins them.
+        empty: whether documents without text are given too.
 
     Raises:
         UserError: two domains would get the same name.
@@ -145,7 +152,7 @@ def documents(
                     yield BadRecord(f"{source.name}:{record}", _reason(error), (number, record))
                     continue
                 text = "".join(piece for piece, _ in pieces)
-                if text.strip():
+                if empty or text.strip():
                     name = names.clean(fields.domain or domain or source.folder)
                     yield Document(text, name, (number, record), before + read, pieces if render else ())
         except DamagedInput as error:
@@ -156,9 +163,11 @@ def documents(
 
 
 def _content(
-    content: bytes | Mapping[str, Any], source: Input, fields: Fields, render: Render | None
+    content: bytes | Mapping[str, Any] | TooLarge, source: Input, fields: Fields, render: Render | None
 ) -> tuple[tuple[tuple[str, bool], ...], str | None]:
     """A record's pieces and the domain that it names."""
+    if isinstance(content, TooLarge):
+        raise content
     if source.is_text:
         assert isinstance(content, bytes)
         if render:
@@ -166,8 +175,9 @@ def _content(
         return ((content.decode("utf-8-sig"), True),), None
     value = json.loads(content.decode("utf-8-sig")) if isinstance(content, bytes) else content
     pieces = render(value) if render else ((field_text(value, fields.text), True),)
-    for piece, _ in pieces:
-        piece.encode("utf-8")  # an escaped lone surrogate is JSON but no text; this raises a ValueError
+    # An escaped lone surrogate is JSON but no text: encoding it raises a ValueError.
+    if sum(len(piece.encode("utf-8")) for piece, _ in pieces) > RECORD_BYTES:
+        raise TooLarge()
     return pieces, None if fields.domain_field is None else field_text(value, fields.domain_field)
 
 

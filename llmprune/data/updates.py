@@ -226,7 +226,8 @@ def check_updates(
             raise UserError(f"dynamic_loading.{name} must be a number, or numbers by domain; got '{named}'")
     free, share = list(domains if config.update == "schedule" else drawn), 1.0
     if config.update in NEEDS_LOSSES:
-        free = [domain for domain in drawn if domain in evaluated]
+        measured = set(evaluated)
+        free = [domain for domain in drawn if domain in measured]
         share = sum(drawn[domain] for domain in free)
         lacking, remedy = "that are drawn from", "give them weights"
         if len(drawn) > 1:

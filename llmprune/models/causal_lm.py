@@ -122,23 +122,19 @@ def document_bounds(positions: Tensor) -> dict[str, Any]:
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
 
 
-class DomainLoss(Metric):
-    """Mean next-token loss (nats per token) over all samples, or over those of one domain."""
+class MeanLoss(Metric):
+    """Mean next-token loss (nats per token) over all samples."""
 
     full_state_update = False
 
-    def __init__(self, domain: int | None = None, **kwargs: Any) -> None:
-        """Measure the domain with this number; None = everything."""
+    def __init__(self, **kwargs: Any) -> None:
+        """Begin without tokens."""
         super().__init__(**kwargs)
-        self.domain = domain
         self.add_state("loss", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, tokens: Tensor, domain: Tensor) -> None:
         """Add a batch: loss sums, token counts and domain numbers, [batch] each."""
-        if self.domain is not None:
-            chosen = domain == self.domain
-            loss, tokens = loss[chosen], tokens[chosen]
         self.loss += loss.double().sum()
         self.tokens += tokens.sum()
 
@@ -147,7 +143,35 @@ class DomainLoss(Metric):
         return self.loss / self.tokens
 
 
-class Perplexity(DomainLoss):
+class DomainLoss(MeanLoss):
+    """The mean over all samples, and those of each domain.
+
+    Attributes:
+        means: nats per token of each domain (NaN without tokens), by number, as of the last ``compute``.
+    """
+
+    def __init__(self, domains: int, **kwargs: Any) -> None:
+        """Measure domains with numbers below ``domains``."""
+        super().__init__(**kwargs)
+        self.means: list[float] = []
+        self.add_state("losses", torch.zeros(domains, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(domains, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, tokens: Tensor, domain: Tensor) -> None:
+        """Add a batch: loss sums, token counts and domain numbers, [batch] each."""
+        super().update(loss, tokens, domain)
+        place = domain.cpu()  # there, unlike on GPUs, sums are the same every time
+        for total, values in ((self.losses, loss), (self.counts, tokens)):
+            sums = torch.zeros(total.shape, dtype=total.dtype).index_add_(0, place, values.to("cpu", total.dtype))
+            total += sums.to(total.device)
+
+    def compute(self) -> Tensor:
+        """Nats per token over all samples."""
+        self.means = (self.losses / self.counts).tolist()
+        return super().compute()
+
+
+class Perplexity(MeanLoss):
     """exp of the mean next-token loss."""
 
     def compute(self) -> Tensor:
@@ -184,7 +208,7 @@ class ComposerCausalLM(ComposerModel):
 
         Args:
             model: the model; its config's ``use_cache`` is switched off for training.
-            domains: number → name of each domain whose evaluation loss is reported apart.
+            domains: number → name of each domain that is evaluated.
             products: the dtype of matrix products, by autocast; None = that of the weights, or what Composer's
                 ``precision`` says (it knows none but fp32 on CPUs).
         """
@@ -243,11 +267,8 @@ class ComposerCausalLM(ComposerModel):
         }
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
-        """The evaluation metrics: ``loss``, ``perplexity`` and ``loss/DOMAIN``; none in training."""
-        if is_train:
-            return {}
-        per_domain = {f"loss/{name}": DomainLoss(number) for number, name in self.domains.items()}
-        return {"loss": DomainLoss(), "perplexity": Perplexity(), **per_domain}
+        """The evaluation metrics: ``loss``, with that of each domain in it, and ``perplexity``; none in training."""
+        return {} if is_train else {"loss": DomainLoss(max(self.domains, default=0) + 1), "perplexity": Perplexity()}
 
     def update_metric(self, batch: Batch, outputs: dict[str, Tensor], metric: Metric) -> None:
         """Add one batch to a metric."""

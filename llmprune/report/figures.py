@@ -21,6 +21,8 @@ from llmprune.report.collect import Run
 from llmprune.scoring.pictures import heat_map, similarity, span_landscape
 from llmprune.scoring.scores import Scores
 
+LEGEND = 60  # lines at most
+
 INK = "#010203"  # what becomes the page's own text colour
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -259,7 +261,9 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def _legend(axes: Axes, title: str | None = None) -> None:
-    """A legend below the axes, where it hides nothing."""
+    """A legend below the axes, where it hides nothing; none of more lines than can be told apart."""
+    if len(axes.get_lines()) > LEGEND:
+        return
     axes.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.17), ncol=4, title=title, handlelength=1.2, columnspacing=1.2
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from streaming import JSONWriter, MDSWriter
 from torch.utils.data import DataLoader
 
 from llmprune.data.changes import WeightChanges
@@ -224,3 +225,60 @@ def test_mistakes_are_named(data: Path, tmp_path: Path) -> None:
     (copy / "manifest.json").write_text('{"schema": 2, "domains": {"a": 3}}')
     with pytest.raises(UserError, match="not a data manifest"):
         DataManifest.load(copy)
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+@pytest.mark.parametrize("encoding", ["pkl", "pkl:x", "json", "jpeg", "list[pil]", "str", "unheard", "ndarrayx", 7])
+def test_shards_of_other_encodings_are_refused_unread(data: Path, tmp_path: Path, encoding: Any) -> None:
+    """None of their decoders runs, whatever an index says."""
+    copy = shutil.copytree(data, tmp_path / "copy")
+    folder = copy / "letters" / "train"
+    shutil.rmtree(folder)
+    with MDSWriter(out=str(folder), columns={"tokens": "pkl"}, hashes=["xxh64"]) as writer:
+        for _ in range(9):
+            writer.write({"tokens": Payload(tmp_path / "executed")})
+    assert not (tmp_path / "executed").exists()
+    index = json.loads((folder / "index.json").read_text())
+    for shard in index["shards"]:
+        shard["column_encodings"] = [encoding]
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"letters/train/index.json is damaged \(.*prepare the data again$"):
+        stream(copy, 1)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"column_names": ["other", "starts"]}, "the column 'other'"),
+        ({"compression": "rar"}, "no compression 'rar'"),
+    ],
+)
+def test_shards_that_are_otherwise_strange_are_refused(
+    data: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    copy = shutil.copytree(data, tmp_path / "copy")
+    path = copy / "letters" / "train" / "index.json"
+    index = json.loads(path.read_text())
+    index["shards"][0] |= change
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=f"letters/train/index.json is damaged .*({message})"):
+        stream(copy, 1)
+
+
+def test_shards_of_other_formats_are_refused(data: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(data, tmp_path / "copy")
+    shutil.rmtree(copy / "letters" / "train")
+    with JSONWriter(out=str(copy / "letters" / "train"), columns={"tokens": "int"}) as writer:
+        writer.write({"tokens": 3})
+    with pytest.raises(UserError, match=r"index.json is damaged \(a shard is not of the format mds\)"):
+        stream(copy, 1)

@@ -2,10 +2,14 @@
 
 import gzip
 import json
+import os
 import random
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -14,7 +18,7 @@ from datasets import Dataset as HuggingFaceDataset
 from datasets import DatasetDict
 from pyarrow import parquet
 
-from llmprune.data.records import find_inputs
+from llmprune.data.records import RECORD_BYTES, find_inputs
 from llmprune.data.sources import BadRecord, Document, Fields, clean_name, documents
 from llmprune.errors import UserError
 from llmprune.outputs import refuse_replacing
@@ -86,6 +90,20 @@ def test_domains_that_would_share_a_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
     with pytest.raises(UserError, match=r"'\?' and '!' would both be named '_'"):
         read(tmp_path / "x.jsonl", domain_field="set")
+
+
+@pytest.mark.parametrize(("one", "other"), [("A", "a"), ("Prose", "prosE"), ("\u00c9", "e\u0301")])
+def test_domains_that_differ_in_case_alone_are_refused(tmp_path: Path, one: str, other: str) -> None:
+    """On file systems that ignore case they would be one folder."""
+    records = [{"text": "one", "set": one}, {"text": "two", "set": other}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
+    with pytest.raises(UserError, match="differ in upper and lower case alone.*rename one of them, or pass --domain"):
+        read(tmp_path / "x.jsonl", domain_field="set")
+    for domain in (one, other):
+        (tmp_path / "in" / domain).mkdir(parents=True)
+        (tmp_path / "in" / domain / "x.txt").write_text(domain)
+    with pytest.raises(UserError, match="differ in upper and lower case alone"):
+        next(iter(documents(find_inputs([tmp_path / "in"]), Fields())))
 
 
 def test_one_name_spelt_in_two_ways_is_one_domain(tmp_path: Path) -> None:
@@ -167,6 +185,94 @@ def test_an_archive_that_is_no_deflate_stream_is_damaged(tmp_path: Path) -> None
     packed[10] |= 0b110  # the first block, after the header of ten bytes, is of the reserved type
     (tmp_path / "x.txt.gz").write_bytes(packed)
     assert [type(item) for item in read(tmp_path / "x.txt.gz")] == [BadRecord]
+
+
+@pytest.fixture
+def limit(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A limit for records that tests reach soon."""
+    monkeypatch.setattr("llmprune.data.records.RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr("llmprune.data.sources.RECORD_BYTES", 1 << 20)
+    return 1 << 20
+
+
+def packed(path: Path, pieces: Iterator[bytes]) -> Path:
+    """A file of these pieces, compressed as its name says."""
+    kinds: dict[str, Any] = {".gz": partial(gzip.open, compresslevel=1), ".zst": zstandard.open}
+    with kinds.get(path.suffix, open)(path, "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_record_beyond_the_limit_is_skipped(tmp_path: Path, limit: int, suffix: str) -> None:
+    def line(size: int) -> bytes:
+        return json.dumps({"text": "x" * (size - len('{"text": ""}') - 1)}).encode() + b"\n"
+
+    sizes = (20, limit, limit + 1, 3 * limit, 30)
+    path = packed(tmp_path / f"x.jsonl{suffix}", map(line, sizes))
+    found = [len(item.text) if isinstance(item, Document) else item.reason for item in read(path)]
+    refused = "it is larger than 1 MiB, the limit of a record: leave it out, or cut it"
+    assert found == [7, limit - 13, refused, refused, 17]
+    path = packed(tmp_path / f"y.txt{suffix}", iter([b"x" * (limit + 1)]))
+    (item,) = read(path)
+    assert isinstance(item, BadRecord) and item.reason.endswith("part it into several files, or make it JSON lines")
+    (item,) = documents(find_inputs([path]), Fields(), text_bytes=2 * limit)
+    assert isinstance(item, Document) and len(item.text) == limit
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_a_small_archive_of_a_huge_record_takes_little_memory(tmp_path: Path, kind: str, suffix: str) -> None:
+    """A quarter of a gigabyte in one line."""
+    path = packed(tmp_path / f"x.{kind}{suffix}", (bytes(1 << 22) for _ in range(64)))
+    assert path.stat().st_size < 1 << 22
+    inputs = find_inputs([path])
+    tracemalloc.start()
+    (item,) = documents(inputs, Fields())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert isinstance(item, BadRecord) and "64 MiB" in item.reason
+    assert peak < 3 * RECORD_BYTES
+
+
+def test_a_text_of_parquet_beyond_the_limit_is_skipped(tmp_path: Path, limit: int) -> None:
+    texts = ["one", "x" * (limit + 1), "two"]
+    parquet.write_table(pa.table({"text": texts}), tmp_path / "x.parquet")
+    found = read(tmp_path / "x.parquet")
+    assert [item.text if isinstance(item, Document) else item.reason[:23] for item in found] == [
+        "one",
+        "it is larger than 1 MiB",
+        "two",
+    ]
+
+
+def test_rows_of_parquet_that_are_large_are_read_few_at_a_time(tmp_path: Path, limit: int) -> None:
+    """All of a row group at a time would be 40 MB here, and gigabytes elsewhere."""
+    texts = [random.Random(n).randbytes(limit // 4).hex() for n in range(80)]
+    table = pa.table({"text": texts})
+    parquet.write_table(table, tmp_path / "x.parquet", use_dictionary=False, write_batch_size=1)  # a page for each
+    del table
+    before, peak = pa.total_allocated_bytes(), 0
+    for item, text in zip(documents(find_inputs([tmp_path / "x.parquet"]), Fields()), texts, strict=True):
+        assert isinstance(item, Document) and item.text == text
+        peak = max(peak, pa.total_allocated_bytes() - before)
+    assert peak < 10 * limit
+
+
+def test_what_is_neither_file_nor_folder_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in (Path("/dev/zero"), Path("/dev/null"), tmp_path / "pipe.jsonl"):
+        with pytest.raises(UserError, match=f"^{path} is neither a file nor a folder"):
+            find_inputs([path])
+    (tmp_path / "x.txt").write_text("text")
+    with pytest.raises(UserError, match=r"pipe\.jsonl is no file"):
+        find_inputs([tmp_path])
+    (tmp_path / "pipe.jsonl").rename(tmp_path / "socket")  # of no known format
+    assert len(find_inputs([tmp_path])) == 1
+    (tmp_path / "gone.jsonl").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"gone\.jsonl is no file \(a pipe, a device or a link to nothing\)"):
+        find_inputs([tmp_path])
 
 
 def test_inputs_that_hold_nothing_are_refused(tmp_path: Path) -> None:

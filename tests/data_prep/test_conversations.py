@@ -1,6 +1,7 @@
 """Prompts and responses: what is learned, how they fill samples, and training on them."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,17 @@ def test_every_response_of_a_chat_is_learned(chat: PreTrainedTokenizerFast) -> N
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "there is no response: no message of the role 'assistant'"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "there is no response"),
+        ({"messages": [{"content": "x"}]}, "a message has no role"),
+        ({"messages": [{"role": "user", "content": None}]}, "a message of the role 'user' has no text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "part of the type 'image'"),
         ({"messages": "x"}, "no list of messages"),
         ({"messages": [{"role": "user", "content": "x"}]}, "there is no response"),
-        ({"messages": [{"role": "assistant", "content": " "}]}, "a response is empty"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]},
+            "a response is empty",
+        ),
         ({"messages": [{"role": "user", "content": "a</s>b"}, {"role": "assistant", "content": "c"}]}, "special token"),
         ({"prompt": "x"}, "no field 'messages', and no field 'response'"),
     ],
@@ -77,6 +85,93 @@ def test_every_response_of_a_chat_is_learned(chat: PreTrainedTokenizerFast) -> N
 def test_records_that_are_no_conversations(chat: PreTrainedTokenizerFast, record: dict[str, Any], reason: str) -> None:
     with pytest.raises((ValueError, KeyError, TypeError), match=reason):
         renderer(ConversationSettings(), chat)(record)
+
+
+USER, ANSWER = {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}
+TOOL = {"role": "tool", "content": "42", "tool_call_id": "1"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {}}}]}
+
+
+def test_parts_of_a_message_are_joined(chat: PreTrainedTokenizerFast) -> None:
+    parts = [{"type": "text", "text": "on", "image": None}, {"type": "text", "text": "e"}]
+    render = renderer(ConversationSettings(), chat)
+    assert render({"messages": [{"role": "user", "content": parts}, ANSWER]}) == render({"messages": [USER, ANSWER]})
+
+
+def test_an_assistant_who_begins_answers_nothing(chat: PreTrainedTokenizerFast) -> None:
+    hello = {"role": "assistant", "content": "hello"}
+    pieces = renderer(ConversationSettings(), chat)({"messages": [hello, USER, ANSWER]})
+    assert pieces == (("<s>[assistant] hello</s>\n[user] one\n[assistant] ", False), ("two</s>\n", True))
+    chat.chat_template = "{% if messages[0].role != 'user' %}{{ raise_exception('start with the user') }}{% endif %}x"
+    words = "it begins with the assistant, and the chat template refuses it: start with the user"
+    with pytest.raises(ValueError, match=words):
+        renderer(ConversationSettings(), chat)({"messages": [hello, USER, ANSWER]})
+
+
+def test_tools_are_for_templates_that_take_them(chat: PreTrainedTokenizerFast) -> None:
+    taken = "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}(){% endif %}{{ m['content'] }}"
+    chat.chat_template = CHAT.replace("{{ m['content'] }}", taken)
+    pieces = renderer(ConversationSettings(), chat)({"messages": [USER, CALL, TOOL, ANSWER]})
+    assert [text for text, learned in pieces if learned] == ["f()</s>\n", "two</s>\n"]
+    assert pieces[2] == ("[tool] 42\n[assistant] ", False)
+    record = {"messages": [USER, ANSWER, TOOL, ANSWER]}
+    chat.chat_template = CHAT.replace("%}[{{", "if m.role != 'tool' %}[{{")
+    with pytest.raises(ValueError, match="leaves out messages of the role 'tool'"):
+        renderer(ConversationSettings(), chat)(record)
+    chat.chat_template = CHAT.replace(
+        "%}[{{", "%}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}[{{"
+    )
+    with pytest.raises(ValueError, match="the chat template refuses it: no tools"):
+        renderer(ConversationSettings(), chat)(record)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for i in range(1000000) %}x{% endfor %}", "Range too big"),  # the sandbox's own limit is 100,000
+        ("{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}", "longer than 1 seconds"),
+        ("{{ messages|length ** (9 ** (9 ** 9)) }}", "longer than 1 seconds|Exceeds the limit"),
+        ("{{ 'x' * (messages|length * 65 * 2 ** 20) }}", "makes more than 64 MiB"),
+        ("{{ 'x' * (messages|length * 2 ** 40) }}", "more than 256 MiB of memory"),
+        (
+            "{% set n = namespace(t='x') %}{% for i in range(40) %}{% set n.t = n.t ~ n.t %}{% endfor %}{{ n.t }}",
+            "memory",
+        ),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__.os.system('touch PATH') }}", "unsafe"),
+        ("{{ raise_exception.__globals__['open']('PATH', 'w') }}", "unsafe"),
+        ("{{ messages.append(messages) }}", "unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{% import 'os' as os %}{{ os.system('touch PATH') }}", "no loader"),
+        ("{{ raise_exception('no\nmore') }}", "refuses it: no$"),
+    ],
+)
+def test_hostile_chat_templates(
+    chat: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
+) -> None:
+    """They execute nothing, end soon, and cost one record or, if no conversation can be rendered, the job."""
+    monkeypatch.setattr("data_prep.confined.SECONDS", 1.0)
+    monkeypatch.setattr("data_prep.confined.MEMORY", 1 << 28)
+    chat.chat_template = template.replace("PATH", str(tmp_path / "executed"))
+    with pytest.raises((ValueError, UserError), match=reason) as refused:
+        renderer(ConversationSettings(), chat)({"messages": [USER, ANSWER]})
+    assert "\n" not in str(refused.value) and not (tmp_path / "executed").exists()
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+
+
+def test_a_record_over_which_a_template_loops_costs_itself_alone(
+    chat: PreTrainedTokenizerFast, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_prep.confined.SECONDS", 1.0)
+    loop = "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}"
+    chat.chat_template = "{% if messages[0]['content'] == '7' %}" + loop + "{% endif %}" + CHAT
+    chat.save_pretrained(tmp_path / "tokenizer")
+    source = write(tmp_path / "in" / "x.jsonl", [{"prompt": str(n), "response": "two " * 9} for n in range(20)])
+    settings = PackSettings(32, eval_fraction=0, max_bad=0.1, conversations=ConversationSettings())
+    made = prepare([source], tmp_path / "tokenizer", tmp_path / "out", settings, processes=1)
+    assert [record.reason for record in made.bad] == ["the chat template takes longer than 1 seconds for it"]
+    assert made.bad[0].place.endswith("x.jsonl:8") and made.manifest.domains["in"]["train"].documents == 19
 
 
 def test_templates(chat: PreTrainedTokenizerFast, tmp_path: Path) -> None:

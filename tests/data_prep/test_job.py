@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,22 @@ import pytest
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
-from data_prep.describe import lacking
+from data_prep.builtin import build_corpus, reference
+from data_prep.conversations import ConversationSettings
+from data_prep.describe import lacking, table
 from data_prep.job import Job
 from data_prep.join import Encoded
 from data_prep.pack import merge, prepare
 from data_prep.packer import Arrival, Layout, Packer
 from data_prep.recipe import PackSettings
+from data_prep.tokenizer import train_tokenizer
 from llmprune.data.dataset import MixedDataset
 from llmprune.data.format import DataManifest
 from llmprune.data.prepared import PreparedData
 from llmprune.data.records import Input
 from llmprune.data.sources import Document, Fields, documents
 from llmprune.errors import UserError
+from llmprune.files import put_in_place
 
 LENGTH = 32
 
@@ -248,6 +252,10 @@ def test_sets_share_no_document(many: Path, data: Path, tmp_path: Path) -> None:
         PreparedData(tmp_path / "out")
     with pytest.raises(UserError, match="take 1.1 of the documents"):
         prepare([many], data / "tokenizer", tmp_path / "x", PackSettings(16, sets={"a": 0.6, "b": 0.5}))
+    with pytest.raises(UserError, match="a, A must not differ in upper and lower case alone"):
+        prepare([many], data / "tokenizer", tmp_path / "x", PackSettings(16, sets={"a": 0.6, "A": 0.4}))
+    with pytest.raises(UserError, match="a domain can't be named 'Tokenizer'"):
+        prepare([many], data / "tokenizer", tmp_path / "x", PackSettings(16), fields=Fields(domain="Tokenizer"))
 
 
 def test_compressed_data_give_the_same_samples(many: Path, data: Path, tmp_path: Path) -> None:
@@ -279,7 +287,7 @@ def test_only_one_process_writes_an_output(
     many: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def again(*arguments: Any, **options: Any) -> Iterator[Document]:
-        with pytest.raises(UserError, match="another process is writing"):
+        with pytest.raises(UserError, match="this process is writing"):
             prepare([many], data / "tokenizer", tmp_path / "out", PackSettings(LENGTH), processes=1)
         yield from ()
 
@@ -416,3 +424,98 @@ def test_a_text_without_tokens_is_named(data: Path, tmp_path: Path) -> None:
     settings = PackSettings(16, eos=False, max_bad=0.5)
     made = prepare([tmp_path / "x.jsonl"], tmp_path / "tokenizer", tmp_path / "out", settings, processes=1)
     assert [record.reason for record in made.bad] == ["the tokenizer leaves nothing of it"]
+
+
+@pytest.mark.usefixtures("small")
+def test_empty_documents_are_counted(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By domain and split, in parts and after stops too; and they are no bad records."""
+    for domain in ("few", "void"):
+        (tmp_path / "in" / domain).mkdir(parents=True)
+    empty = ("", " \n\t", "\u00a0")
+    texts = [empty[n % 9 // 3] if n % 3 == 0 else f"{n} a house and a tree " * 3 for n in range(99)]
+    (tmp_path / "in" / "few" / "x.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    for name in "ab":
+        (tmp_path / "in" / "void" / f"{name}.txt").write_text(" \n")
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "y.jsonl").write_text('{"text": "kept for evaluation, all of it"}\n{"text": ""}\n' * 9)
+
+    def prepared(out: str, **options: Any) -> DataManifest:
+        held = [tmp_path / "held"]
+        settings = PackSettings(LENGTH, max_bad=0)
+        made = prepare(
+            [tmp_path / "in"], data / "tokenizer", tmp_path / out, settings, eval_inputs=held, processes=1, **options
+        )
+        assert not made.bad
+        return made.manifest
+
+    def counted(manifest: DataManifest) -> list[int]:
+        domains = manifest.domains
+        return [domains["few"]["train"].empty, domains["void"]["train"].empty, domains["held"]["eval"].empty]
+
+    whole = prepared("whole")
+    assert counted(whole) == [33, 2, 9] and whole.domains["few"]["train"].documents == 66
+    assert lacking(whole)[0] == "44 empty documents are left out"
+    assert "has no training sample: its 2 documents are empty" in lacking(whole)[-1]
+    assert table(whole)[1].split()[-1] == "33"
+    assert DataManifest.load(tmp_path / "whole") == whole
+
+    def stopping(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for number, item in enumerate(documents(*arguments, **options)):
+            if number == 70:
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr("data_prep.reading.documents", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        prepared("out")
+    monkeypatch.setattr("data_prep.reading.documents", documents)
+    assert prepared("out") == whole
+    for number in range(2):
+        settings = PackSettings(LENGTH)
+        prepare(
+            [tmp_path / "in"], data / "tokenizer", tmp_path / f"p{number}", settings, shard=(number, 2), processes=1
+        )
+    merged = merge([tmp_path / "p0", tmp_path / "p1"], tmp_path / "merged").manifest
+    assert [merged.domains[domain]["train"].empty for domain in ("few", "void")] == [33, 2]
+    with pytest.raises(UserError, match="the inputs hold no text"):
+        prepare([tmp_path / "in" / "void"], data / "tokenizer", tmp_path / "none", PackSettings(LENGTH), processes=1)
+
+
+@pytest.mark.parametrize("command", ["tokenizer", "corpus", "merge", "conversations"])
+def test_of_two_writers_of_an_output_one_is_told(
+    many: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The second comes while the first is at its last step."""
+    out = tmp_path / "out"
+    monkeypatch.setattr("data_prep.builtin.DOMAINS", {"reference": reference})
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"prompt": "one two", "response": "three four five six"}\n' * 30)
+    if command == "merge":
+        prepare([many], data / "tokenizer", tmp_path / "part", PackSettings(LENGTH), shard=(0, 1), processes=1)
+    talk = PackSettings(LENGTH, eval_fraction=0, conversations=ConversationSettings("none"))
+    calls: dict[str, Callable[[], Any]] = {
+        "tokenizer": lambda: train_tokenizer([many], out, vocab_size=280),
+        "corpus": lambda: build_corpus(out, megabytes=0.01),
+        "merge": lambda: merge([tmp_path / "part"], out),
+        "conversations": lambda: prepare([chats], data / "tokenizer", out, talk, processes=1),
+    }
+    told: list[str] = []
+
+    def during(place: Callable[..., Any]) -> Callable[..., Any]:
+        def placed(*arguments: Any, **options: Any) -> None:
+            if not told:
+                told.append("")
+                with pytest.raises(UserError, match="^this process is writing") as error:
+                    calls[command]()
+                told.append(str(error.value))
+            place(*arguments, **options)
+
+        return placed
+
+    monkeypatch.setattr("llmprune.outputs.put_in_place", during(put_in_place))
+    monkeypatch.setattr("data_prep.pack.put_in_place", during(put_in_place))
+    calls[command]()
+    assert str(out) in told[1] and out.is_dir()
+    assert not list(tmp_path.glob(".out*"))
+    with pytest.raises(UserError, match="exists already"):
+        calls[command]()

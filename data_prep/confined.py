@@ -1,0 +1,98 @@
+"""Work on what strangers wrote, in a process of its own with limits on time and memory.
+
+Jinja's sandbox keeps a chat template from files and from the internals of Python, but not from loops and output without
+end.
+"""
+
+import json
+import multiprocessing
+import resource
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from llmprune.processes import end_with
+
+SECONDS = 10.0  # for one piece of work
+MEMORY = 1 << 30  # bytes beyond those that the process begins with
+
+
+class Confined:
+    """A function that is called in another process. One that goes beyond its limits is ended, and begun anew next time.
+
+    What it takes and gives must be plain values, as in JSON.
+    """
+
+    def __init__(self, work: Callable[[Any], Any], name: str) -> None:
+        """Confine ``work``, whose ``ValueError`` reach the caller; messages call it ``name``."""
+        self._work, self._name = work, name
+        self._process: BaseProcess | None = None
+        self._line: Connection
+
+    def __call__(self, given: Any) -> Any:
+        """What the function makes of it.
+
+        Raises:
+            ValueError: the function's own, or what it needs too much of.
+        """
+        asked = json.dumps(given).encode()
+        if self._process is None:
+            self._begin()
+        try:
+            self._line.send_bytes(asked)
+            if not self._line.poll(SECONDS):
+                raise ValueError(f"{self._name} takes longer than {SECONDS:g} seconds for it")
+            answer = json.loads(self._line.recv_bytes())
+        except (EOFError, OSError):
+            self.close()
+            raise ValueError(f"{self._name} ends its process over it") from None
+        except BaseException:
+            self.close()
+            raise
+        if "refusal" in answer:
+            raise ValueError(answer["refusal"])
+        return answer["result"]
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._line.close()
+            self._process = None
+
+    def _begin(self) -> None:
+        context = multiprocessing.get_context("fork")
+        self._line, other = context.Pipe()
+        self._process = context.Process(target=self._serve, args=(other,), daemon=True)
+        self._process.start()
+        other.close()
+
+    def _serve(self, line: Connection) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        parent = multiprocessing.parent_process()
+        assert parent is not None and parent.pid is not None
+        end_with(parent.pid)
+        _limit_memory()
+        while True:
+            line.send_bytes(json.dumps(self._answer(json.loads(line.recv_bytes()))).encode())
+
+    def _answer(self, given: Any) -> dict[str, Any]:
+        try:
+            return {"result": self._work(given)}
+        except ValueError as error:
+            return {"refusal": str(error)}
+        except MemoryError:
+            return {"refusal": f"{self._name} needs more than {MEMORY >> 20} MiB of memory for it"}
+
+
+def _limit_memory() -> None:
+    """Let this process take so much more; where the system does not say what it has, without a limit."""
+    statistics = Path("/proc/self/statm")
+    if statistics.exists():
+        held = int(statistics.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))

@@ -69,7 +69,7 @@ def main() -> None:
     if chosen.run is not None:
         run(chosen.run)
         return
-    print("| domains | seconds to the first batch | seconds in all |\n|---|---|---|")
+    print("| domains | seconds until training begins | seconds in all |\n|---|---|---|")
     for domains in chosen.domains:
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder), domains)

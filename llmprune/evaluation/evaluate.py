@@ -92,13 +92,14 @@ def evaluate(
     _check(models, config)
     work = [_prepare(find_model(name, placement), config) for name in models]
     tasks = Tasks(config.tasks) if config.tasks.names else None
+    logged = samples is not None and bool(config.tasks.names or config.prompts)
     if samples is not None:
         refuse_existing(samples, overwrite)
         remove(samples)
+    if samples is not None and logged:
         samples.mkdir(parents=True)
         mark(samples)
     results: dict[str, Any] = {"schema": SCHEMA, "models": {}}
-    logged = samples is not None and bool(config.tasks.names or config.prompts)
     for each in tqdm(work, desc="models", disable=len(work) < 2):
         name = each.found.name
         with output_folder(samples / clean_name(name.strip("/"))) if samples and logged else nullcontext() as logs:

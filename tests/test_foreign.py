@@ -12,12 +12,20 @@ import pytest
 from jinja2.exceptions import SecurityError
 from safetensors.torch import load_file, save_file
 
+from llmprune.checksums import record, verify
+from llmprune.data.calibration import CalibrationConfig
 from llmprune.errors import UserError
+from llmprune.evaluation.continuations import GenerationConfig, read_prompts, write_continuations
+from llmprune.evaluation.evaluate import EvaluationConfig, evaluate
+from llmprune.evaluation.perplexity import PerplexityConfig
+from llmprune.evaluation.tasks import language_model
 from llmprune.foreign import inspect, open_tokenizer
 from llmprune.models.loading import load_any_model, load_model, load_tokenizer
 from llmprune.models.opened import open_model
 from llmprune.models.placement import Placement
 from llmprune.models.source import read_config, resolve_model
+from llmprune.score import score
+from llmprune.scoring.settings import LayerScoringConfig
 
 CPU = Placement(device="cpu")
 
@@ -202,3 +210,40 @@ def test_weights_that_are_not_finite_are_named(model: Path) -> None:
             with pytest.raises(UserError, match=f"not finite: '{name}'"):
                 use(model)
     assert load_model(model, finite=False) is not None
+
+
+def test_files_that_no_checksum_vouches_for_are_refused_when_asked(model: Path) -> None:
+    record(model)
+    for name in ("README.md", ".gitattributes", "images/loss.png"):  # what a hub or a reader may add
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("text")
+    verify(model)
+    for name in ("custom_generate/generate.py", "chat_template.jinja", "model-00002-of-00002.safetensors"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("text")
+        with pytest.raises(UserError, match=f"{name} is not in checksums.json"):
+            verify(model)
+        (model / name).unlink()
+
+
+def test_tokens_that_the_model_does_not_know_are_named(model: Path, tmp_path: Path) -> None:
+    """Tokenizers may have more than their models: such a text would end in an IndexError, on a GPU in worse."""
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(model)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one <new> two\n")
+    text = tmp_path / "text.txt"
+    text.write_text("one <new> two " * 40)
+    data = CalibrationConfig(str(text), samples=1, length=16)
+    opened = open_model(str(model), CPU)
+    model_of_harness = language_model(opened.model, opened.tokenizer, batch_size=1)
+    for use in (
+        lambda: write_continuations(opened, read_prompts(prompts), GenerationConfig(max_new_tokens=2)),
+        lambda: score(str(model), LayerScoringConfig(data, ["block_influence"]), CPU),
+        lambda: evaluate([str(model)], EvaluationConfig([str(text)], PerplexityConfig(16, bos=("none",))), CPU),
+        lambda: model_of_harness.tok_encode("one <new> two"),
+        lambda: model_of_harness.tok_batch_encode(["one <new> two"]),
+    ):
+        with pytest.raises(UserError, match="has the token 300, but the model's vocabulary ends at 299"):
+            use()

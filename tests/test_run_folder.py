@@ -243,3 +243,10 @@ def test_conversion_beside_a_run_that_deletes_its_checkpoints(yaml: Path, tmp_pa
         reader.join()
     assert not failed and converted > 3
     assert sorted(path.name for path in tmp_path.iterdir() if ".out." in path.name) == []
+
+
+def test_a_sharded_run_with_a_progress_bar_goes_on(yaml: Path, tmp_path: Path) -> None:
+    """Composer's own bar has a state, which a sharded checkpoint would have to hold before there is a bar."""
+    train(load_config(yaml, ["sharding={}", "train.duration=2ba"]))
+    trainer = train(load_config(yaml, ["sharding={}", "run.autoresume=true"]))
+    assert trainer.state.timestamp.batch.value == 4

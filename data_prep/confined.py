@@ -6,6 +6,7 @@ end.
 
 import json
 import multiprocessing
+import os
 import resource
 import signal
 from collections.abc import Callable
@@ -31,6 +32,7 @@ class Confined:
         self._work, self._name = work, name
         self._process: BaseProcess | None = None
         self._line: Connection
+        self._owner = os.getpid()
 
     def __call__(self, given: Any) -> Any:
         """What the function makes of it.
@@ -63,6 +65,11 @@ class Confined:
             self._process.join()
             self._line.close()
             self._process = None
+
+    def __del__(self) -> None:
+        """End the process with the object, but not with a copy of it in a forked process."""
+        if os.getpid() == self._owner:
+            self.close()
 
     def _begin(self) -> None:
         context = multiprocessing.get_context("fork")

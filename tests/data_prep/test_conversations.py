@@ -1,7 +1,10 @@
 """Prompts and responses: what is learned, how they fill samples, and training on them."""
 
+import gc
 import json
+import multiprocessing
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,14 @@ TURNS = [
     {"role": "user", "content": "four"},
     {"role": "assistant", "content": "five six"},
 ]
+
+
+@pytest.fixture(autouse=True)
+def _no_processes() -> Iterator[None]:
+    """The processes of templates end with what holds them, be it an error's traceback."""
+    yield
+    gc.collect()
+    assert not [child for child in multiprocessing.active_children() if child.daemon]
 
 
 @pytest.fixture
@@ -151,7 +162,8 @@ def test_hostile_chat_templates(
     chat: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
 ) -> None:
     """They execute nothing, end soon, and cost one record or, if no conversation can be rendered, the job."""
-    monkeypatch.setattr("data_prep.confined.SECONDS", 1.0)
+    if "longer" in reason:
+        monkeypatch.setattr("data_prep.confined.SECONDS", 1.0)
     monkeypatch.setattr("data_prep.confined.MEMORY", 1 << 28)
     chat.chat_template = template.replace("PATH", str(tmp_path / "executed"))
     with pytest.raises((ValueError, UserError), match=reason) as refused:
@@ -163,14 +175,15 @@ def test_hostile_chat_templates(
 def test_a_record_over_which_a_template_loops_costs_itself_alone(
     chat: PreTrainedTokenizerFast, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_prep.confined.SECONDS", 1.0)
+    monkeypatch.setattr("data_prep.confined.SECONDS", 3.0)
     loop = "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}"
     chat.chat_template = "{% if messages[0]['content'] == '7' %}" + loop + "{% endif %}" + CHAT
     chat.save_pretrained(tmp_path / "tokenizer")
     source = write(tmp_path / "in" / "x.jsonl", [{"prompt": str(n), "response": "two " * 9} for n in range(20)])
     settings = PackSettings(32, eval_fraction=0, max_bad=0.1, conversations=ConversationSettings())
     made = prepare([source], tmp_path / "tokenizer", tmp_path / "out", settings, processes=1)
-    assert [record.reason for record in made.bad] == ["the chat template takes longer than 1 seconds for it"]
+    assert [record.reason for record in made.bad] == ["the chat template takes longer than 3 seconds for it"]
+    assert not multiprocessing.active_children()  # the template's process ends with the job
     assert made.bad[0].place.endswith("x.jsonl:8") and made.manifest.domains["in"]["train"].documents == 19
 
 

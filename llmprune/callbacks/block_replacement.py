@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -154,14 +154,13 @@ class BlockReplacement(Callback):
         Raises:
             UserError: on all ranks, if the samples are too few, or it is no better and nothing is trained afterwards.
         """
-        batches = list(self._fit_on)
-        fitted = samples_fitted(len(batches))
-        if not all(dist.all_gather_object(len(batches) > fitted)):
+        fitted, tried = _parted(list(self._fit_on))
+        if not all(dist.all_gather_object(bool(tried))):
             raise UserError(
                 "a stand-in is computed on some samples and tried on others: raise block_replacement.fit_samples until "
-                "every rank has two microbatches"
+                "every rank has two of them"
             )
-        sums = self.sums(state, batches[:fitted])
+        sums = self.sums(state, fitted)
         if self.config.kind != "mean" and (tokens := int(sums.tokens)) < LEAST * len(sums.x):
             enough = math.ceil(self.config.fit_samples * LEAST * len(sums.x) / max(tokens, 1))
             raise UserError(
@@ -169,13 +168,11 @@ class BlockReplacement(Callback):
                 f"for each are needed: set block_replacement.fit_samples={enough}"
             )
         ridges = RIDGES if self.config.ridge is None else (self.config.ridge,)
-        chosen = best_map(self.stand_in.ways(sums, ridges), self.sums(state, batches[fitted:]))
+        chosen = best_map(self.stand_in.ways(sums, ridges), self.sums(state, tried))
         self.stand_in.take(Map())
-        nothing = self._loss(state, batches[fitted:])
+        nothing = self._loss(state, tried)
         self.stand_in.take(chosen)
-        losses = FittedLosses(
-            self._loss(state, batches[fitted:], whole=True), nothing, self._loss(state, batches[fitted:])
-        )
+        losses = FittedLosses(self._loss(state, tried, whole=True), nothing, self._loss(state, tried))
         if not losses.helps and not self.config.force:
             if self._alone:
                 raise UserError(
@@ -266,6 +263,19 @@ class BlockReplacement(Callback):
         """Go on from a saved state."""
         self.best = None if state["best"] is None else (state["best"][0], int(state["best"][1]))
         self._is_new = False
+
+
+def _parted(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """What of this rank's batches a stand-in is computed on, and what it is tried on; a single batch is parted itself."""
+    if len(batches) == 1:
+        samples = len(batches[0]["input_ids"])
+        place = samples_fitted(samples)
+        parts = [
+            {name: value[part] for name, value in batches[0].items()} for part in (slice(place), slice(place, None))
+        ]
+        return parts[:1], parts[1:] if place < samples else []
+    place = samples_fitted(len(batches))
+    return batches[:place], batches[place:]
 
 
 def make_stand_in(model: ComposerCausalLM, config: BlockReplacementConfig, span: Span, seed: int) -> StandIn:

@@ -15,9 +15,11 @@ from data_prep import __main__ as data_prep
 from llmprune import cli
 from llmprune.convert.export import keep_everything
 from llmprune.errors import UserError, check_surroundings, one_line
-from llmprune.files import check_output, write_text
+from llmprune.files import write_text
 from llmprune.job_files import load_job
-from llmprune.models.loading import StoredWeights, fingerprint, load_config
+from llmprune.models.loading import load_config
+from llmprune.models.stored_weights import StoredWeights, fingerprint
+from llmprune.outputs import check_output
 from llmprune.scoring.scores import Scores
 from llmprune.training import train as fit
 

@@ -266,16 +266,20 @@ class BlockReplacement(Callback):
 
 
 def _parted(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
-    """What of this rank's batches a stand-in is computed on, and what it is tried on; a single batch is parted itself."""
-    if len(batches) == 1:
-        samples = len(batches[0]["input_ids"])
-        place = samples_fitted(samples)
-        parts = [
-            {name: value[part] for name, value in batches[0].items()} for part in (slice(place), slice(place, None))
-        ]
-        return parts[:1], parts[1:] if place < samples else []
-    place = samples_fitted(len(batches))
-    return batches[:place], batches[place:]
+    """Of this rank's batches those that a stand-in is computed on, and those that it is tried on.
+
+    A single batch is parted itself.
+    """
+    if len(batches) != 1:
+        place = samples_fitted(len(batches))
+        return batches[:place], batches[place:]
+    (batch,) = batches
+    samples = len(batch["input_ids"])
+    place = samples_fitted(samples)
+    fitted, tried = (
+        {name: value[part] for name, value in batch.items()} for part in (slice(place), slice(place, None))
+    )
+    return [fitted], [tried] if place < samples else []
 
 
 def make_stand_in(model: ComposerCausalLM, config: BlockReplacementConfig, span: Span, seed: int) -> StandIn:

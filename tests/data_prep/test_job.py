@@ -31,7 +31,7 @@ from llmprune.data.prepared import PreparedData
 from llmprune.data.records import Input
 from llmprune.data.sources import Document, Fields, documents
 from llmprune.errors import UserError
-from llmprune.files import put_in_place
+from llmprune.outputs import put_in_place
 
 LENGTH = 32
 

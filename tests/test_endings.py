@@ -160,7 +160,7 @@ def test_errors_of_paths_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "inside"), [
     ("apply", "llmprune.convert.export.save_tensors"),
     ("plan", "llmprune.files.os.replace"),
-    ("tokenizer", "llmprune.files.put_in_place"),
+    ("tokenizer", "llmprune.outputs.put_in_place"),
     ("corpus", "data_prep.builtin.json.dumps"),
 ])  # fmt: skip
 def test_a_stopped_command_leaves_nothing(

@@ -5,7 +5,7 @@ import sys
 import time
 
 from llmprune.errors import UserError, check_surroundings, one_line
-from llmprune.processes import TERMINATION, end_with_launcher
+from llmprune.processes import TERMINATION, end_on_signals, end_with_launcher, stopped_by
 
 SAVED_AND_LEFT = 75  # the exit code of a run that was asked to end and can go on: "try again", EX_TEMPFAIL
 USAGE = "composer [-n RANKS] train.py yamls/NAME.yaml [section.key=value …]"
@@ -15,7 +15,8 @@ def main(arguments: list[str]) -> int:
     """Train as the YAML says.
 
     Returns:
-        0 = done, 2 = a mistake of the user's, told in one line, 75 = asked to end (SIGTERM), saved and left.
+        0 = done, 2 = a mistake of the user's, told in one line, 75 = asked to end (SIGTERM), saved and left, 130 or
+        143 = stopped (Ctrl-C; SIGTERM of a job that saves nothing on the way).
     """
     if not arguments:
         print(f"usage: {USAGE}", file=sys.stderr)
@@ -29,6 +30,12 @@ def main(arguments: list[str]) -> int:
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (KeyboardInterrupt, SystemExit) as error:
+        if (code := stopped_by(error)) is None:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print("error: stopped; what was complete before stays: run.autoresume=true goes on", file=sys.stderr)
+        return code
     except Exception as error:
         if (told := one_line(error)) is None:
             raise
@@ -56,6 +63,7 @@ def _carry_out(arguments: list[str]) -> int:
 
             check_offline(job, arguments[0])
         if isinstance(job, ScoringConfig):
+            end_on_signals()  # there is nothing to be saved before the end
             from llmprune.scoring_run import run_scoring
 
             run_scoring(job)

@@ -113,11 +113,11 @@ class CheckpointFolder:
                 self.check(path, contents=contents)
                 return path
             except (UserError, OSError) as error:
+                if careful and isinstance(error, OSError | NewerRecord):
+                    raise _unusable(self.path, f"{path.name} can't be read now ({error})") from None
                 if self._writing(batch_of(path)).exists():
                     log.warning("%s is passed over: the run ended while it was written", path)
                     continue
-                if careful and isinstance(error, OSError | NewerRecord):
-                    raise _unusable(self.path, f"{path.name} can't be read now ({error})") from None
                 passed_over = passed_over or f"{path.name} can't be used ({error})"
                 log.warning("%s is passed over: %s", path, error)
         if careful and passed_over:
@@ -191,7 +191,7 @@ class CheckpointFolder:
         """Delete all but the newest complete checkpoints (-1 = none of them), and what a kill left of others.
 
         Those of earlier processes would pile up where a run is resumed often. One that is newer than the one that the
-        run goes on from, and was complete once, is moved to the folder ``unusable``.
+        run goes on from, and was complete once, is moved to the folder ``unusable``. One that is being read stays.
 
         Args:
             newest: how many are kept.
@@ -204,7 +204,9 @@ class CheckpointFolder:
         for path in self.by_age():
             batch = batch_of(path)
             if batch > last and not self._writing(batch).exists():
-                self._set_aside(path)
+                self.set_aside(path)
+            elif batch not in kept and self.is_read(batch):
+                kept.add(batch)
             elif batch not in kept or not is_complete(path):
                 remove(path)
         for batch, records in records_in(path.name for path in self.path.iterdir()).items():
@@ -217,7 +219,7 @@ class CheckpointFolder:
             if not is_held(lock):
                 remove(lock)
 
-    def _set_aside(self, checkpoint: Path) -> None:
+    def set_aside(self, checkpoint: Path) -> None:
         """Move a checkpoint with its records to a folder of its own: nothing that was complete once is deleted."""
         aside = self.path / _ASIDE
         aside.mkdir(exist_ok=True)

@@ -110,8 +110,11 @@ def check(config: Config) -> Ingredients:
 
 def inputs_of(config: Config) -> list[str]:
     """What a job reads that may lie in folders of this machine."""
-    teacher = None if config.distillation is None else config.distillation.teacher
-    named = (config.model.path, config.model.tokenizer, config.data.path, teacher)
+    named = [config.model.path, config.model.tokenizer, config.data.path]
+    if config.distillation is not None:
+        named += [config.distillation.teacher, config.distillation.plan]
+    if config.block_replacement is not None:
+        named.append(config.block_replacement.plan)
     return [path for path in named if path and "://" not in path]
 
 

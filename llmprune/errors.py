@@ -20,6 +20,10 @@ class UserError(Exception):
         super().__init__(message)
 
 
+class BrokenModelError(UserError):
+    """Training has broken the model; it is raised on all ranks at once."""
+
+
 _DISK = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota of the disk is used up",

@@ -31,10 +31,15 @@ def inside(folder: Path, name: object) -> Path:
     return folder / str(name)
 
 
+def temporary_for(path: Path, ending: str = "tmp") -> Path:
+    """A name beside ``path`` for what is not finished or about to be deleted; nobody but llmprune gives such names."""
+    return path.with_name(f".{path.name}.llmprune-{secrets.token_hex(4)}.{ending}")
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write ``text`` so that a reader sees the old file or the new one, never a part."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_for(path)
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)

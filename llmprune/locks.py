@@ -5,20 +5,23 @@ holder renews it every ``RENEWAL`` seconds, so it works wherever several machine
 
 A lock whose holder is gone is taken over. On the same host the process is looked for, and the lock is free at once. A
 process of another host can't be looked for: its lock is free when it was not renewed for ``LEASE`` seconds, measured by
-the clock of the process that waits, so clocks of hosts need not agree.
+the clock of the process that waits, so clocks of hosts need not agree. So is one that names nobody (its machine fell
+while it was written), and one on a file system that can't exchange two files at once, as NFS can't.
 """
 
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from llmprune.errors import UserError
+from llmprune.files import temporary_for
 
 RENEWAL = 2.0  # seconds between signs of life of a holder
 LEASE = 60.0  # seconds without one after which the holder counts as dead
@@ -68,18 +71,37 @@ def _lease(file: Path, what: Path) -> SoftFileLease:
     def lost(loss: object) -> None:
         reason = getattr(loss, "reason", "")
         if reason in ("owner-changed", "evicted"):
-            print(
-                f"error: this process stood still for more than {LEASE:g} s, and another one has taken over {what}: "
-                "this one ends",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(1)
+            _end(what)
         log.warning("the lock of %s is gone (%s): do not start another job there", what, reason)
+        # filelock gives up here; a store that did not answer for a while may be there again.
+        threading.Thread(target=_renew, args=(lease, file, what), name="renew", daemon=True).start()
 
-    return SoftFileLease(
+    lease = SoftFileLease(
         file, lease_duration=LEASE, heartbeat_interval=RENEWAL, on_compromise=lost, thread_local=False, timeout=0
     )
+    return lease
+
+
+def _end(what: Path) -> None:
+    print(
+        f"error: this process gave no sign of life for more than {LEASE:g} s, and another one has taken over {what}: "
+        "this one ends",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+def _renew(lease: SoftFileLease, file: Path, what: Path) -> None:
+    """Renew a lock as long as it is held, and end the process if it has become another's."""
+    while lease.is_locked:
+        with suppress(OSError, ValueError):
+            owner = lease.owner
+            if owner is not None and getattr(owner, "token", None) != lease.token and lease.is_locked:
+                _end(what)
+            if owner is not None:
+                os.utime(file)
+        time.sleep(RENEWAL)
 
 
 def _acquire(lease: SoftFileLease, file: Path, what: Path) -> None:
@@ -104,7 +126,20 @@ def _acquire(lease: SoftFileLease, file: Path, what: Path) -> None:
             print(
                 f"{_holder(lease)} holds {what} but gives no sign of life: waiting up to {LEASE:g} s", file=sys.stderr
             )
+        if seen is not None and time.monotonic() - began > LEASE + 2 * RENEWAL:
+            _take_away(file, seen)
+            seen, began = None, time.monotonic()
         time.sleep(RENEWAL / 8)
+
+
+def _take_away(file: Path, seen: tuple[int, int]) -> None:
+    """Remove a lock that is still the one that was ``seen``; another one that has come to stand there is put back."""
+    aside = temporary_for(file, "old")
+    with suppress(OSError):
+        file.rename(aside)
+        if _stamp(aside) != seen:
+            os.link(aside, file)
+        aside.unlink()
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:

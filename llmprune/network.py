@@ -19,7 +19,7 @@ from llmprune.data.cache import check_file
 from llmprune.data.format import DataManifest
 from llmprune.errors import UserError, first_line
 from llmprune.evaluation.suites import SUITES
-from llmprune.files import inside, read_json
+from llmprune.files import inside, read_json, temporary_for
 from llmprune.models.hub import fetch_model
 from llmprune.models.loading import load_tokenizer
 from llmprune.models.source import resolve_model
@@ -137,9 +137,12 @@ def _fetch_data(url: str, out: Path) -> Path:
         place = inside(folder, name)
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
-            part = place.with_name(f".{place.name}.tmp")
-            store.get(name, part)
-            part.replace(place)
+            part = temporary_for(place)
+            try:
+                store.get(name, part)
+                part.replace(place)
+            finally:
+                part.unlink(missing_ok=True)
     DataManifest.load(folder)
     for index in sorted(folder.rglob("index.json")):
         _check_shards(index)

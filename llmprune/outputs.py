@@ -8,18 +8,20 @@ import atexit
 import glob
 import importlib.metadata
 import os
-import secrets
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from llmprune.errors import UserError, first_line, path_error
-from llmprune.files import read_json, write_json
+from llmprune.files import read_json, temporary_for, write_json
 from llmprune.locks import locked
 
 MARK = ".llmprune"
 LOCK = ".llmprune.lock"  # in a folder that a job works in
+# What ``temporary_for`` names, and locks, also those that filelock was taking over.
+_LEFTOVER = re.compile(r"\..*(\.llmprune-[0-9a-f]{8}\.(tmp|old)|\.lock(\.(break|restore)\..*)?)")
 
 _PROCESS = ExitStack()  # locks of outputs that are held until this process ends
 atexit.register(_PROCESS.close)
@@ -41,7 +43,7 @@ def is_ours(folder: Path) -> bool:
 
 def is_leftover(path: Path) -> bool:
     """Whether something is what a killed process was about to write or to delete, or a lock."""
-    return path.name.startswith(".") and path.suffix in (".tmp", ".old", ".lock")
+    return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def is_empty(folder: Path) -> bool:
@@ -100,7 +102,7 @@ def check_output(path: Path | str, suffix: str, overwrite: bool, beside: Iterabl
             if other.exists() and not (overwrite and known):
                 raise UserError(f"{other} exists already and would be replaced with {path}: choose another place")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # the name that it is written under
+        temporary = temporary_for(path)  # the name that it is written under
         temporary.touch(exist_ok=False)
         temporary.unlink()
         _PROCESS.enter_context(locked_output(path, shared=True))
@@ -128,7 +130,7 @@ def output_folder(path: Path | str, overwrite: bool = False) -> Iterator[Path]:
     """
     path = Path(path).resolve()
     refuse_existing(path, overwrite)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_for(path)
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +153,7 @@ def put_in_place(folder: Path, path: Path, overwrite: bool = False) -> None:
     refuse_existing(path, overwrite)
     mark(folder)
     if path.exists():
-        discarded = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
+        discarded = temporary_for(path, "old")
         try:
             path.rename(discarded)
             folder.rename(path)
@@ -216,5 +218,5 @@ def remove(path: Path) -> None:
 def _remove_leftovers(path: Path, *suffixes: str) -> None:
     """Delete what killed processes left beside ``path``, whose lock this process holds."""
     for suffix in suffixes or ("tmp", "old"):
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????.{suffix}"):
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.llmprune-????????.{suffix}"):
             remove(leftover)

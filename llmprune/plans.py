@@ -11,7 +11,6 @@ which a person can read and edit, and a safetensors file beside it with the fact
 """
 
 import math
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -24,7 +23,7 @@ from safetensors.torch import load_file
 
 from llmprune.errors import UserError
 from llmprune.families import RicherHeadsConfig, Shape, shape_from
-from llmprune.files import read_json, save_tensors, write_json
+from llmprune.files import read_json, save_tensors, temporary_for, write_json
 
 
 def tensors_beside(path: Path) -> Path:
@@ -224,7 +223,7 @@ class Plan:
         self._check_finite(path)
         if self.factors or self.corrections:
             tensors = {name: t.detach().float().cpu() for name, t in {**self.factors, **self.corrections}.items()}
-            temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp")
+            temporary = temporary_for(path)
             try:
                 save_tensors(temporary, tensors)
                 temporary.replace(tensors_beside(path))

@@ -29,7 +29,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from llmprune.checkpoint_folder import LATEST, METADATA, CheckpointFolder, batch_of, records_in
 from llmprune.checksums import compare, describe, read_record, record
 from llmprune.errors import UserError, first_line
-from llmprune.files import inside, read_json, write_json
+from llmprune.files import inside, read_json, temporary_for, write_json
 from llmprune.gates.settings import L0PruningConfig
 from llmprune.models.companions import GENERATION, name_inputs, save_model_config
 from llmprune.outputs import (
@@ -99,10 +99,11 @@ class RunFolder:
         Args:
             store: where the run's checkpoints go.
             shared: whether all machines see this folder. Then nothing is done if it has a checkpoint as new; else all
-                go on from what the store has, and what is newer here is deleted: others do not have it.
+                go on from what the store has, and what is newer here is put aside: others do not have it.
 
         Raises:
-            UserError: the store can't be reached, holds another run, or all that it has is damaged.
+            UserError: the store can't be reached, holds another run, or all that it has is damaged; or it has nothing
+                and a machine that does not share the folder has a checkpoint.
         """
         names = store.names("")
         self._check_same(store, names)
@@ -123,9 +124,14 @@ class RunFolder:
             batch = -1
         if not shared and self.checkpoints.is_dir():
             folder = CheckpointFolder(self.checkpoints)
-            for path in folder.by_age():
-                if batch_of(path) > batch:
-                    remove(path)
+            newer = [path for path in folder.by_age() if batch_of(path) > batch]
+            if newer and batch < 0:
+                raise UserError(
+                    f"{store.url} has no checkpoint, and {newer[0]} lies on this machine alone, which does not share "
+                    "the folder with others: copy it to all of them, or pass run.overwrite=true to begin anew"
+                )
+            for path in newer:
+                folder.set_aside(path)
 
     def _check_same(self, store: Store, names: list[str]) -> None:
         """Refuse to mix a store's files with those of another run."""
@@ -167,7 +173,7 @@ class RunFolder:
 
     def _get(self, store: Store, name: str) -> None:
         place = inside(self.path, name)
-        part = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+        part = temporary_for(place)
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             store.get(name, part)
@@ -204,11 +210,15 @@ class RunFolder:
         if autoresume:
             checkpoints = CheckpointFolder(self.checkpoints)
             found = checkpoints.newest(contents=True, careful=not overwrite)
-            if found is None and checkpoints.by_age():
+            if found is not None:
+                return found
+            if not overwrite and not self.checkpoints.is_dir():  # what every run has from the start
+                raise UserError(f"{self.path} holds something that is no training run: choose another run.folder")
+            if checkpoints.by_age():
                 print(f"{self.path} has no checkpoint that can be used; with run.overwrite the run begins anew")
-            elif found is None and self.config.exists():
+            elif self.config.exists():
                 print(f"{self.path} holds no complete checkpoint to resume from: the run begins anew")
-            return found
+            return None
         if not overwrite and self.config.exists():
             raise UserError(
                 f"{self.path} holds a run already: pass run.autoresume=true to go on with it, "

@@ -1,10 +1,9 @@
 """Runs whose checkpoints lie in a store."""
 
-import secrets
-
 from composer.utils import dist
 
 from llmprune.errors import UserError
+from llmprune.files import temporary_for
 from llmprune.outputs import is_empty, refuse_deleting, remove
 from llmprune.outputs import mark as mark_folder
 from llmprune.ranks import on_rank_zero
@@ -18,7 +17,7 @@ def fetch_run(run: RunFolder, store: Store) -> None:
     Raises:
         UserError: on all ranks, if any machine could not get it, or the folder holds something else.
     """
-    mark = run.path / f".{on_rank_zero(lambda: secrets.token_hex(4))}.tmp"
+    mark = on_rank_zero(lambda: temporary_for(run.path / "seen"))
 
     def leave_mark() -> None:
         refuse_deleting(run.path)

@@ -6,7 +6,7 @@ from llmprune.config import ScoringConfig
 from llmprune.job_files import save_config
 from llmprune.models.loading import load_config
 from llmprune.models.placement import Placement
-from llmprune.outputs import clear
+from llmprune.outputs import clear, refuse_replacing
 from llmprune.planning import make_plan, rehearse
 from llmprune.ranks import initialize_ranks, on_rank_zero, share_cores
 from llmprune.run_folder import RunFolder
@@ -30,6 +30,8 @@ def run_scoring(config: ScoringConfig) -> Scores:
     run, model = RunFolder(Path(config.run.folder)), config.model
     with run.claimed():
         on_rank_zero(lambda: run.find(overwrite=config.run.overwrite, autoresume=False))
+        inputs = (model.path, model.tokenizer, config.layer_scoring.data.path)
+        refuse_replacing(run.path, [path for path in inputs if path and "://" not in path])
         placement = Placement(model.dtype, model.device, attention=model.attention)
         scores = score(model.path, config.layer_scoring, placement, tokenizer=model.tokenizer)
         on_rank_zero(lambda: _write(config, scores, run.path))

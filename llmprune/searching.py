@@ -32,7 +32,7 @@ from llmprune.config import SearchConfig
 from llmprune.convert.commands import apply
 from llmprune.data.prepared import PreparedData
 from llmprune.data.sources import clean_name
-from llmprune.errors import UserError
+from llmprune.errors import BrokenModelError, UserError
 from llmprune.evaluation.losses import Losses, evaluate_losses
 from llmprune.families import Shape, shape_from
 from llmprune.files import read_json, sha256_text, write_json, write_text
@@ -93,7 +93,7 @@ def _search(config: SearchConfig, source: str) -> None:
         failed = None
         try:
             recover(config, job.place(number), name=job.run_name(number), seed=config.run.seed)
-        except UserError as error:  # the loss is no number any more: the others go on
+        except BrokenModelError as error:  # on all ranks: the others go on
             failed = str(error)
         on_rank_zero(lambda number=number, failed=failed: job.measure(number, failed))  # type: ignore[misc]
     on_rank_zero(job.finish)
@@ -285,7 +285,8 @@ class _Job:
             row["failed"] = failed
             self._save()
             return
-        if "recovered" in row or "failed" in row:
+        row.pop("failed", None)  # of an earlier try
+        if "recovered" in row:
             return
         found = self._held_out(number, "recovered")
         if not math.isfinite(found.loss):

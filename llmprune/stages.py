@@ -16,7 +16,7 @@ from llmprune.convert.commands import convert
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
-from llmprune.files import read_json, write_json
+from llmprune.files import read_json, temporary_for, write_json
 from llmprune.job_files import load_recorded, save_config
 from llmprune.outputs import clear, is_empty, refuse_deleting, refuse_replacing, remove
 from llmprune.ranks import on_rank_zero
@@ -48,12 +48,16 @@ def begin(config: Config, kind: str) -> None:
     before = load_recorded(known) if known.is_file() else None
     if not is_empty(folder) and type(before) is not type(config):
         raise UserError(f"{folder} holds something that is no {kind}: choose another run.folder")
-    if isinstance(before, Config) and not config.run.overwrite:
-        if not config.run.autoresume:
-            raise UserError(f"{folder} holds a {kind}: pass run.autoresume=true to go on, or run.overwrite=true")
-        _refuse_other(folder, before, config)
-        return
-    refuse_replacing(folder, inputs_of(config))
+    if isinstance(before, Config) and not (config.run.overwrite or config.run.autoresume):
+        raise UserError(f"{folder} holds a {kind}: pass run.autoresume=true to go on, or run.overwrite=true")
+    if isinstance(before, Config) and config.run.autoresume:
+        try:
+            _refuse_other(folder, before, config)
+            return
+        except UserError:
+            if not config.run.overwrite:
+                raise
+    refuse_replacing(folder, [*inputs_of(config), *_calibration(config)])
     clear(folder)
     save_config(config, known)
     write_json(folder / _INPUTS, {"schema": 1, "contents": _contents(config)})
@@ -84,10 +88,15 @@ def _refuse_other(folder: Path, before: Config, config: Config) -> None:
 
 def _contents(config: Config) -> dict[str, str]:
     """What tells the contents of everything that the job reads, by its path; what only its path tells is left out."""
-    calibration = (section.get("calibration") or {} for section in asdict(config).values() if isinstance(section, dict))
-    paths = [*inputs_of(config), config.data.path, *(settings.get("path") for settings in calibration)]
-    found = {path: _content(path) for path in dict.fromkeys(paths) if path}
+    paths = dict.fromkeys([*inputs_of(config), config.data.path, *_calibration(config)])
+    found = {path: _content(path) for path in paths if path}
     return {path: content for path, content in found.items() if content is not None}
+
+
+def _calibration(config: Config) -> list[str]:
+    """The calibration texts that a job names."""
+    sections = (section.get("calibration") or {} for section in asdict(config).values() if isinstance(section, dict))
+    return [path for settings in sections if (path := settings.get("path"))]
 
 
 def _content(path: str) -> str | None:
@@ -179,9 +188,10 @@ def check_pruning_job(config: Config, kind: str, calibration: CalibrationConfig)
 def keep_result(folder: Path, result: Path) -> None:
     """Copy the model that a job ends with to ``folder``/model, if it is not there yet."""
     final = folder / "model"
+    if final.exists() and read_json(final / CHECKSUMS) != read_json(result / CHECKSUMS):
+        remove(final)  # of a candidate that was the best before this one could be recovered
     if not final.exists():
-        temporary = folder / ".model.tmp"
-        remove(temporary)
+        temporary = temporary_for(final)
         shutil.copytree(result, temporary)
         temporary.rename(final)
     print(f"{final}: the result of {result}")

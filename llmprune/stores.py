@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 from composer.utils import ObjectStore, maybe_create_object_store_from_uri, parse_uri
 
 from llmprune.errors import UserError, first_line
+from llmprune.files import temporary_for
 
 T = TypeVar("T")
 
@@ -89,7 +90,7 @@ class _Folder:
         def copy() -> None:
             target = self._root / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+            part = temporary_for(target)
             try:
                 shutil.copyfile(path, part)
                 os.replace(part, target)

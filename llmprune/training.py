@@ -43,7 +43,7 @@ from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.estimating import check_fits
 from llmprune.families import family_of
-from llmprune.gates.chosen import save_shape
+from llmprune.gates.chosen import is_chosen, save_shape
 from llmprune.job_files import save_config
 from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
 from llmprune.models.halving import Halving
@@ -97,9 +97,9 @@ def build_trainer(config: Config, inputs: Ingredients | None = None) -> Trainer:
     store = None if config.checkpoint.remote is None else open_store(config.checkpoint.remote)
     if store is not None and config.run.autoresume:
         fetch_run(run, store)
-    if config.run.overwrite:
-        refuse_replacing(run.path, inputs_of(config))
     resume = on_rank_zero(lambda: run.find(overwrite=config.run.overwrite, autoresume=config.run.autoresume))
+    if resume is None:
+        refuse_replacing(run.path, inputs_of(config))
     if store is not None and not config.run.autoresume:
         on_rank_zero(lambda: check_unused(store))
     if config.train.check_memory:
@@ -234,12 +234,15 @@ def _train(config: Config, inputs: Ingredients) -> Trainer:
         except UserError:
             trainer.engine.close()  # what goes on beside the training; trainer.close() would wait for other ranks
             raise
-        if config.l0_pruning is not None and config.l0_pruning.target_sparsity is not None:
+        if _is_to_be_shaped(config, trainer):
             choose_shape(trainer, RunFolder(Path(config.run.folder)))
             safekeeping_of(trainer).copy_rest()
     else:
         print(f"{config.run.folder} is complete: nothing is left to do until train.duration is raised")
         finish(trainer)
+        if _is_to_be_shaped(config, trainer):  # it was killed in between
+            choose_shape(trainer, RunFolder(Path(config.run.folder)))
+            safekeeping_of(trainer).copy_rest()
     trainer.close()
     if config.dynamic_loading is not None:
         on_rank_zero(lambda: draw_weights(RunFolder(Path(config.run.folder))))
@@ -293,6 +296,14 @@ def draw_weights(run: RunFolder) -> None:
     if any(name.startswith("mixing/weight/") for line in metrics for name in line):
         found = Run(run.path.name, run.path, OmegaConf.to_container(OmegaConf.load(run.config)), metrics)  # type: ignore[arg-type]
         replace(domain_weights(found), name="weights").save(run.path)
+
+
+def _is_to_be_shaped(config: Config, trainer: Trainer) -> bool:
+    """Whether a run that has come to its end was pruned to a size, and no shape is chosen yet."""
+    if config.l0_pruning is None or config.l0_pruning.target_sparsity is None:
+        return False
+    checkpoints, batch = RunFolder(Path(config.run.folder)).checkpoints, trainer.state.timestamp.batch.value
+    return on_rank_zero(lambda: not is_chosen(checkpoints, batch))
 
 
 def choose_shape(trainer: Trainer, run: RunFolder) -> None:

@@ -71,12 +71,12 @@ def test_what_llmprune_made_is_replaced_when_asked(tmp_path: Path) -> None:
 
 
 def test_what_killed_processes_left_goes_with_the_next(tmp_path: Path) -> None:
-    for name in (".out.0123abcd.tmp", ".out.0123abcd.old"):
+    for name in (".out.llmprune-0123abcd.tmp", ".out.llmprune-0123abcd.old"):
         (tmp_path / name).mkdir()
-    (tmp_path / ".other.0123abcd.tmp").mkdir()
+    (tmp_path / ".other.llmprune-0123abcd.tmp").mkdir()
     with output_folder(tmp_path / "out"):
         pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.0123abcd.tmp", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.llmprune-0123abcd.tmp", "out"]
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_nothing_that_is_read_is_deleted(yaml: Path, once: Path, tmp_path: Path)
     with pytest.raises(UserError, match="is a file"):
         search(job(yaml, f"run.folder={tmp_path}/file"))
     (tmp_path / "killed").mkdir()
-    (tmp_path / "killed" / ".config.yaml.0123.tmp").touch()  # as a kill leaves it
+    (tmp_path / "killed" / ".config.yaml.llmprune-01234567.tmp").touch()  # as a kill leaves it
     with pytest.raises(UserError, match="no candidate keeps"):
         search(job(yaml, f"run.folder={tmp_path}/killed", "search.budget={params: 0.2}", "search.under_budget=false"))
 

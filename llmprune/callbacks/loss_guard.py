@@ -10,7 +10,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
-from llmprune.errors import UserError
+from llmprune.errors import BrokenModelError
 
 WINDOW, LEAST = 100, 20  # batches that a jump is measured against: at most, and at least
 
@@ -57,7 +57,7 @@ class LossGuard(Callback):
         batch, first = state.timestamp.batch.value, state.timestamp.sample.value
         named = f"batch {batch} (samples {first} to {first + round(total[1].item()) - 1})"
         if not math.isfinite(loss):
-            raise UserError(
+            raise BrokenModelError(
                 f"the loss is {loss} at {named}: the last checkpoint before it is kept; resume from it with "
                 "run.autoresume=true and a lower optimizer.lr"
             )

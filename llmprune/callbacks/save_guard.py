@@ -10,7 +10,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from llmprune.checkpoint_folder import CheckpointFolder
-from llmprune.errors import UserError
+from llmprune.errors import BrokenModelError
 from llmprune.models.causal_lm import Batch, ComposerCausalLM
 from llmprune.models.finite import first_beyond
 
@@ -50,12 +50,12 @@ class SaveGuard(Callback):
         """Check the model and note that its checkpoint is being written.
 
         Raises:
-            UserError: on all ranks, if the model is broken.
+            BrokenModelError: on all ranks, if the model is broken.
         """
         batch = state.timestamp.batch.value
         found = [reason for reason in dist.all_gather_object(self._broken(state)) if reason]
         if found:
-            raise UserError(
+            raise BrokenModelError(
                 f"{found[0]} after batch {batch}, so no checkpoint is written: the one before it is kept; resume from "
                 "it with run.autoresume=true and a lower optimizer.lr"
             )

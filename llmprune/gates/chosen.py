@@ -25,6 +25,13 @@ def save_shape(
     write_json(checkpoints / _FILE, {"schema": 1, "batch": batch, "counts": dict(rivals[best]), "compared": compared})
 
 
+def is_chosen(checkpoints: Path, batch: int) -> bool:
+    """Whether a shape was chosen for the checkpoint after ``batch`` batches."""
+    path = checkpoints / _FILE
+    found = read_json(path) if path.is_file() else None
+    return isinstance(found, dict) and found.get("batch") == batch
+
+
 def chosen_shape(checkpoints: Path, batch: int, sizes: Mapping[str, Sequence[int]]) -> dict[str, int] | None:
     """How many gates of every row stay, by kind, as it was chosen for a checkpoint; None if nothing was.
 

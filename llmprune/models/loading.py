@@ -116,6 +116,7 @@ def load_any_model(
             device_map=device_map,
             output_loading_info=True,
             trust_remote_code=False,
+            use_safetensors=True,  # nothing is unpickled
             # Given, so that Transformers does not look for one, and runs custom_generate/generate.py beside it.
             generation_config=_generation_config(folder, config),
             **packed,
@@ -136,9 +137,11 @@ def load_any_model(
 def _generation_config(folder: Path, config: PretrainedConfig) -> GenerationConfig:
     """What a folder says of generation, else what follows from the model's config."""
     try:
-        return GenerationConfig.from_pretrained(folder)
+        found = GenerationConfig.from_pretrained(folder)
     except OSError:
-        return GenerationConfig.from_model_config(config)
+        found = GenerationConfig.from_model_config(config)
+    found._from_model_config = False  # otherwise Transformers looks for later changes of the model's config
+    return found
 
 
 def _add_adapter(loaded: PreTrainedModel, adapter: Path, model: str | Path) -> None:
@@ -160,8 +163,11 @@ def _add_adapter(loaded: PreTrainedModel, adapter: Path, model: str | Path) -> N
 
 def _misfit(model: str | Path, config: PretrainedConfig) -> str | None:
     """What of a model's stored weights does not fit its config, in words; None = nothing that can be named."""
-    with contextlib.suppress(Exception):
+    try:
         weights = StoredWeights(model)
+    except UserError as error:
+        return str(error)
+    with contextlib.suppress(Exception):
         with torch.device("meta"):
             wanted = dict(AutoModelForCausalLM.from_config(config).named_parameters())
         for name in sorted({*weights} & {*wanted}):

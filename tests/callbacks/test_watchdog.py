@@ -138,7 +138,7 @@ run: {{name: test, folder: nowhere, seed: 3}}
 model: {{path: {model_folder}}}
 data: {{path: {data}, eval_samples_per_domain: 2}}
 dynamic_loading: {{references: {{letters: 1.0, numbers: 3.0}}, update_delay: 1}}
-l0_pruning: {{target: {{layers: 3, hidden: 20}}, lagrangian_warmup: 2ba}}
+l0_pruning: {{target: {{layers: 3, hidden: 24}}, lagrangian_warmup: 2ba}}
 sharding: {{}}
 train: {{duration: 5ba, global_batch_size: 4, microbatch_size: 2, eval_interval: 2ba, hang_timeout: 60}}
 loggers: {{console: false}}

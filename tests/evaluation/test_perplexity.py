@@ -100,7 +100,7 @@ def test_impossible(
 
 
 def test_tokens_that_the_model_lacks(trained: PreTrainedModel) -> None:
-    with pytest.raises(UserError, match="text has the token 5000, the model's vocabulary ends at"):
+    with pytest.raises(UserError, match="has the token 5000, but the model's vocabulary ends at"):
         check_streams({"text": torch.tensor([1, 5000])}, PerplexityConfig(8), trained.config, 0)
 
 

@@ -110,6 +110,12 @@ def test_no_code_of_a_model_folder_runs(
         assert not proof.exists()
 
 
+def test_pickled_weights_are_named(model: Path, tmp_path: Path) -> None:
+    pickled_weights(model, tmp_path / "proof")
+    with pytest.raises(UserError, match="has no safetensors weights; if it has .bin files"):
+        load_any_model(model)
+
+
 def test_chat_templates_run_in_a_sandbox(model: Path, tmp_path: Path) -> None:
     escape = "{{ cycler.__init__.__globals__.os.system('touch " + str(tmp_path / "proof") + "') }}"
     (model / "chat_template.jinja").write_text(escape)
@@ -240,7 +246,7 @@ def test_tokens_that_the_model_does_not_know_are_named(model: Path, tmp_path: Pa
     model_of_harness = language_model(opened.model, opened.tokenizer, batch_size=1)
     for use in (
         lambda: write_continuations(opened, read_prompts(prompts), GenerationConfig(max_new_tokens=2)),
-        lambda: score(str(model), LayerScoringConfig(data, ["block_influence"]), CPU),
+        lambda: score(str(model), LayerScoringConfig(data, ["block_influence"]), Placement("float32", "cpu")),
         lambda: evaluate([str(model)], EvaluationConfig([str(text)], PerplexityConfig(16, bos=("none",))), CPU),
         lambda: model_of_harness.tok_encode("one <new> two"),
         lambda: model_of_harness.tok_batch_encode(["one <new> two"]),

@@ -4,11 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import filelock
 import pytest
 
 from llmprune import locks
@@ -83,6 +86,39 @@ def test_a_holder_whose_lock_was_taken_over_ends(tmp_path: Path) -> None:
         with locked(tmp_path / "lock", tmp_path):
             process.send_signal(signal.SIGCONT)
             assert process.wait(timeout=10) == 1
+
+
+def test_a_file_system_without_exchange_has_no_eternal_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS, SMB and some others can't exchange two files at once, which is how filelock takes a lock over."""
+    monkeypatch.setattr(filelock._soft, "exchange_names", lambda *_: False)
+    with holder(tmp_path / "lock", "node2") as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with locked(tmp_path / "lock", tmp_path):
+            assert (tmp_path / "lock").exists()
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_lock_that_names_nobody_is_free_after_the_lease(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    began = time.monotonic()
+    with locked(tmp_path / "lock", tmp_path):
+        assert time.monotonic() - began >= LEASE
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_lock_is_renewed_when_the_store_answers_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, ended = tmp_path / "lock", threading.Event()
+    monkeypatch.setattr(locks, "_end", lambda what: ended.set() or sys.exit())
+    lease = locks._lease(file, tmp_path)
+    lease.acquire()
+    lease._on_compromise(SimpleNamespace(reason="refresh-failed"))  # type: ignore[misc, arg-type]
+    os.utime(file, (0, 0))
+    time.sleep(3 * RENEWAL)
+    assert is_held(file) and not ended.is_set()
+    file.write_text(file.read_text().replace(str(lease.token), "another"))
+    assert ended.wait(timeout=5)
+    file.unlink()
 
 
 def test_a_process_may_share_a_lock_with_itself(tmp_path: Path) -> None:

@@ -79,6 +79,18 @@ def test_what_killed_processes_left_goes_with_the_next(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.llmprune-0123abcd.tmp", "out"]
 
 
+def test_hidden_files_of_others_are_no_leftovers(tmp_path: Path) -> None:
+    for name in (".notes.old", ".backup.tmp", ".model.20240101.old"):
+        (tmp_path / "project" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match="did not make"):
+        clear(tmp_path / "project")
+    (tmp_path / ".model.20240101.old").mkdir()
+    with output_folder(tmp_path / "model"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.20240101.old", "model", "project"]
+    assert len([*(tmp_path / "project").iterdir()]) == 3
+
+
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="within"), output_folder(tmp_path / "out"):
         raise ValueError("within")

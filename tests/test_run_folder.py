@@ -20,7 +20,7 @@ from llmprune.convert.commands import convert
 from llmprune.errors import UserError
 from llmprune.iteration import iterate
 from llmprune.job_files import load_config, load_job
-from llmprune.outputs import LOCK, is_ours, mark
+from llmprune.outputs import LOCK, is_ours, mark, output_folder
 from llmprune.run_folder import RunFolder
 from llmprune.scoring_run import run_scoring
 from llmprune.searching import search
@@ -113,6 +113,39 @@ def test_a_folder_that_is_no_run_stays(
     assert tree(project) == before
 
 
+@pytest.mark.parametrize("kind", ["train", "iterate", "search"])
+def test_what_llmprune_made_and_is_no_such_job_stays(
+    kind: str, jobs: dict[str, Callable[..., Any]], tmp_path: Path
+) -> None:
+    """A model, scores or the work of another job: resuming never begins anew over them."""
+    with output_folder(tmp_path / "run") as folder:
+        (folder / "model.safetensors").write_text("days of work")
+    before = tree(tmp_path / "run")
+    with pytest.raises(UserError, match="holds something that is no"):
+        jobs[kind]("run.autoresume=true")
+    assert tree(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("flags", [["run.overwrite=true"], ["run.overwrite=true", "run.autoresume=true"]])
+@pytest.mark.parametrize("kind", ["train", "score", "iterate", "search"])
+def test_no_job_deletes_what_it_reads(
+    kind: str, flags: list[str], jobs: dict[str, Callable[..., Any]], model_folder: Path, tmp_path: Path
+) -> None:
+    with output_folder(tmp_path / "run") as folder:
+        shutil.copytree(model_folder, folder / "model")
+    before = tree(tmp_path / "run")
+    with pytest.raises(UserError, match="would delete the input|holds something that is no"):
+        jobs[kind](*flags, f"model.path={tmp_path}/run/model")
+    assert tree(tmp_path / "run") == before
+
+
+def test_rounds_go_on_though_they_may_be_overwritten(jobs: dict[str, Callable[..., Any]], tmp_path: Path) -> None:
+    jobs["iterate"]()
+    before = (tmp_path / "run" / "round-1" / "scores.json").stat().st_mtime_ns
+    jobs["iterate"]("run.overwrite=true", "run.autoresume=true")
+    assert (tmp_path / "run" / "round-1" / "scores.json").stat().st_mtime_ns == before
+
+
 def renew(folder: Path) -> None:
     """Records of checksums that a newer version wrote."""
     for path in (folder / "checkpoints").glob("*.sums-*.json"):
@@ -148,6 +181,7 @@ def test_a_checkpoint_that_the_disk_does_not_give_is_kept(
     number: int, yaml: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even if an older one could be read: the newer one may be there again in a moment."""
+    CheckpointFolder(run / "checkpoints").note_writing(4)  # the kill came before its checksums, not before its end
     before = tree(run)
     opened = Path.open
 
@@ -175,13 +209,20 @@ def test_a_newer_checkpoint_that_is_damaged_is_set_aside(yaml: Path, run: Path) 
 def test_a_checkpoint_that_a_kill_has_cut_off_hinders_nobody(yaml: Path, run: Path) -> None:
     """Its note says that it was being written: it was never complete."""
     folder = RunFolder(run).checkpoints
-    for path in [*folder.glob("*.sums-*"), *folder.glob("ba2*")]:
+    for path in {*folder.glob("*.sums-*"), *folder.glob("ba2*")}:
         path.unlink()
     checkpoint = folder / "ba4-rank0.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     CheckpointFolder(folder).note_writing(4)
     train(load_config(yaml, ["run.autoresume=true", "train.duration=2ba"]))
     assert not list(folder.glob("*.writing"))
+
+
+def test_a_checkpoint_that_is_being_read_stays_on_resume(yaml: Path, run: Path) -> None:
+    (run / "checkpoints" / ".ba2.0123abcd.lock").touch()
+    train(load_config(yaml, ["run.autoresume=true", "checkpoint.keep=1", "train.duration=5ba"]))
+    assert {path.name for path in (run / "checkpoints").glob("ba*.pt")} == {"ba2-rank0.pt", "ba5-rank0.pt"}
+    assert [*(run / "checkpoints").glob("ba2.sums-*")]
 
 
 @contextmanager

@@ -235,6 +235,12 @@ def test_a_machine_of_its_own_takes_what_all_can_have(config: Path, tmp_path: Pa
     assert folder.latest_checkpoint().name == "ba8-rank0.pt"  # type: ignore[union-attr]
     folder.fetch(store, shared=False)
     assert folder.latest_checkpoint().name == "ba6-rank0.pt"  # type: ignore[union-attr]
+    assert (tmp_path / "run/checkpoints/unusable/ba8-rank0.pt").is_file()
+    for path in (tmp_path / "elsewhere/checkpoints").glob("ba*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"has no checkpoint, and .*ba6-rank0.pt lies on this machine alone"):
+        folder.fetch(store, shared=False)
+    assert folder.latest_checkpoint().name == "ba6-rank0.pt"  # type: ignore[union-attr]
 
 
 def test_the_good_copy_takes_the_place_of_a_damaged_checkpoint(config: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_nothing_else_is_unpickled(snapshot: Path, tmp_path: Path) -> None:
 
 def test_a_pointer_is_called_one(snapshot: Path) -> None:
     (snapshot / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
-    with pytest.raises(UserError, match=r"model.safetensors is a pointer of Git LFS"):
+    with pytest.raises(UserError, match=r"model.safetensors is a Git LFS pointer"):
         load_model("org/pickled")
 
 

@@ -28,9 +28,9 @@ SAMPLES, LENGTH = 3, 17
 OBJECTIVES = ("mse", "cosine", "lm", "kl")
 
 
-def batch_of_documents() -> Batch:
+def batch_of_documents(seed: int = 5) -> Batch:
     """Two documents in every sample."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(300, (SAMPLES, LENGTH), generator=generator)
     positions, labels = torch.arange(LENGTH).repeat(SAMPLES, 1), tokens.clone()
     positions[:, 7:] -= 7
@@ -50,10 +50,10 @@ def replaced(model: PreTrainedModel, cache: StatesCache | None = None, **setting
     parts = {"model": wrapped, "device": DeviceCPU(), "precision": Precision.FP32, "optimizers": optimizers}
     state, logger = cast(State, SimpleNamespace(**parts)), Logger(cast(State, None))
     callback = BlockReplacement(
-        BlockReplacementConfig(start=1, length=2, **settings),
+        BlockReplacementConfig(start=1, length=2, force=True, **settings),
         Span(1, 2),
         seed=1,
-        fit_on=[batch],
+        fit_on=[batch_of_documents(seed) for seed in range(4)],
         cache=cache,
         cached=[batch],
     )

@@ -180,12 +180,12 @@ def test_same_names_in_two_places(place: Path, tmp_path: Path) -> None:
         shutil.copytree(place, tmp_path / name)
     write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "report.html", plots=tmp_path / "plots")
     write_report([tmp_path / "a"], tmp_path / "one.html", plots=tmp_path / "plots of one")
-    assert len(list((tmp_path / "plots").iterdir())) == 2 * len(list((tmp_path / "plots of one").iterdir()))
+    assert len(list((tmp_path / "plots").glob("[!.]*"))) == 2 * len(list((tmp_path / "plots of one").glob("[!.]*")))
 
 
 def test_what_is_reported_on_is_not_replaced(place: Path, tmp_path: Path) -> None:
     for plots in (place, place / "prune", place.parent):
-        with pytest.raises(UserError, match="would delete the input"):
+        with pytest.raises(UserError, match="would delete the input|llmprune did not make"):
             write_report([place / "prune"], tmp_path / "r.html", plots=plots, overwrite=True)
     assert (place / "prune/metrics.jsonl").is_file()
 

@@ -139,13 +139,18 @@ def teach(data: str, teacher: str, out: Path, config: TeachConfig, *, overwrite:
             while work.is_open and not work.is_done:  # or another process has ended the job
                 if not work.do_some(model, progress):
                     time.sleep(_WAIT)  # others are at the last pieces
-    with FileLock(folder.with_suffix(".lock")):
+    with FileLock(_lock(folder)):
         if work.is_done:
             _finish(prepared, work, facts, out, overwrite)
             ended = folder.with_suffix(f".{secrets.token_hex(4)}")
             folder.rename(ended)  # all at once, for the others
             shutil.rmtree(ended)
-    folder.with_suffix(".lock").unlink(missing_ok=True)
+    _lock(folder).unlink(missing_ok=True)
+
+
+def _lock(folder: Path) -> Path:
+    """Beside the folder of the job; the output has a lock of its own, which is another's matter."""
+    return folder.with_name(f"{folder.name}.lock")
 
 
 def _open(out: Path, description: Mapping[str, Any]) -> Path:
@@ -156,7 +161,7 @@ def _open(out: Path, description: Mapping[str, Any]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"can't write beside {out}: {error.strerror}") from None
-    with FileLock(folder.with_suffix(".lock")):
+    with FileLock(_lock(folder)):
         known = folder / "job.json"
         if known.is_file() and read_json(known) != json.loads(json.dumps(dict(description))):
             raise UserError(

@@ -57,7 +57,8 @@ def refuse_deleting(path: Path) -> None:
         return
     if not is_ours(path):
         raise UserError(
-            f"{path} holds something that llmprune did not make, so it is not deleted: choose another place"
+            f"{path} holds something that llmprune did not make (there is no file {MARK}), so it is neither used nor "
+            "deleted: choose another place"
         )
     if (path / ".git").exists():
         raise UserError(f"{path} is a git checkout, so it is not deleted: choose another place")

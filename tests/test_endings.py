@@ -12,7 +12,7 @@ import pytest
 
 import train
 from data_prep import __main__ as data_prep
-from llmprune import cli
+from llmprune import cli, outputs
 from llmprune.convert.export import keep_everything
 from llmprune.errors import UserError, check_surroundings, one_line
 from llmprune.files import write_text
@@ -181,6 +181,7 @@ def test_a_stopped_command_leaves_nothing(
     assert run([part.replace("OUT", str(tmp_path / f"out{suffix}")) for part in text.split()], monkeypatch) == code
     error = capsys.readouterr().err
     assert error.strip().startswith("error: stopped") and error.strip().count("\n") == 0
+    outputs._PROCESS.close()  # as at the end of a process of its own
     assert [*tmp_path.iterdir()] == []
 
 
@@ -191,9 +192,49 @@ def wait(*arguments, **options):
     print("ready", flush=True)
     time.sleep(100)
 setattr(importlib.import_module(module), name, wait)
+if sys.argv[1] == "train.py":
+    import train
+    sys.exit(train.main(sys.argv[2:]))
 from llmprune.cli import main
 main()
 """
+
+
+@pytest.mark.parametrize(
+    ("number", "job", "inside"),
+    [
+        (signal.SIGTERM, "score.yaml", "llmprune.scoring_run.score"),
+        (signal.SIGINT, "job.yaml", "llmprune.training.build_trainer"),
+    ],
+)
+def test_a_stopped_job(number: signal.Signals, job: str, inside: str, inputs: Path, tmp_path: Path) -> None:
+    if not (inputs / "score.yaml").exists():
+        (inputs / "score.yaml").write_text(
+            f"run: {{name: test}}\nmodel: {{path: {inputs}/model}}\nlayer_scoring: {{criteria: [magnitude_l1]}}\n"
+        )
+    code, error = stopped(number, inside, ["train.py", job, f"run.folder={tmp_path}/run"], inputs)
+    assert code == 128 + number
+    assert error.strip().splitlines()[-1].startswith("error: stopped; what was complete") and "Traceback" not in error
+
+
+def stopped(
+    number: signal.Signals, inside: str, arguments: list[str], folder: Path, before: Callable[[], object] = lambda: None
+) -> tuple[int, str]:
+    """The exit code and the words of a process that gets a signal when it has come to ``inside``."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, inside, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert any("ready" in line for line in process.stdout)
+    before()
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    return process.returncode, error
 
 
 @pytest.mark.parametrize(
@@ -207,19 +248,11 @@ def test_a_stopped_process(number: signal.Signals, command: str, inside: str, in
     if "convert" in command and not (inputs / "run").exists():
         fit(load_job(inputs / "job.yaml", [f"run.folder={inputs}/run"]))  # type: ignore[arg-type]
     arguments = command.replace("OUT", str(tmp_path / "out")).split()
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, inside, *arguments],
-        cwd=inputs,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert "ready" in iter(process.stdout.readline, "").__next__()
-    assert len([*tmp_path.iterdir()]) == ("convert" in command)  # the unfinished folder
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+
+    def unfinished() -> None:
+        assert len([*tmp_path.iterdir()]) == 1 + ("convert" in command)  # the lock, and the unfinished folder
+
+    code, error = stopped(number, inside, arguments, inputs, unfinished)
+    assert code == 128 + number
     assert error.strip().splitlines()[-1] == "error: stopped; nothing unfinished is left" and "Traceback" not in error
     assert [*tmp_path.iterdir()] == []

@@ -18,7 +18,7 @@ from llmprune import searching, stages, training
 from llmprune.config import SearchConfig
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData
-from llmprune.errors import UserError
+from llmprune.errors import BrokenModelError, UserError
 from llmprune.evaluation.verify import compare, open_for_comparison
 from llmprune.job_files import load_job
 from llmprune.plans import Plan
@@ -196,7 +196,7 @@ def test_a_candidate_that_fails_is_left_out(
 
     def failing(config: Any) -> Any:
         if f"{best[0]:02}_" in config.run.folder:
-            raise UserError("the loss is nan at batch 3")
+            raise BrokenModelError("the loss is nan at batch 3")
         return train(config)
 
     def broken(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -211,6 +211,26 @@ def test_a_candidate_that_fails_is_left_out(
         assert "batch 3" in rows[best[0]]["failed"] and "no number" in rows[best[1]]["failed"]
         (winner,) = (row for row in rows.values() if "recovered" in row)
         assert (tmp_path / "job" / "table.md").read_text().splitlines()[2].startswith(f"| {winner['decided_by']} |")
+
+
+def test_an_error_of_the_place_condemns_no_candidate(
+    yaml: Path, once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that can't be reached says nothing of a candidate: the job ends, and goes on when it is there again."""
+
+    def failing(config: Any) -> Any:
+        raise UserError("the store can't be reached")
+
+    settings = [f"run.folder={tmp_path}/job", "run.autoresume=true"]
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "train", failing)
+        with pytest.raises(UserError, match="store"):
+            search(job(yaml, *settings))
+    assert not any("failed" in row for row in rows_of(tmp_path / "job"))
+    search(job(yaml, *settings))
+    assert [row["number"] for row in rows_of(tmp_path / "job") if "recovered" in row] == [
+        row["number"] for row in rows_of(once) if "recovered" in row
+    ]
 
 
 def test_nothing_that_is_read_is_deleted(yaml: Path, once: Path, tmp_path: Path) -> None:

@@ -329,6 +329,11 @@ def test_pruning_to_a_size_prints_what_uniform_blocks_cost(
     rivals = re.findall(r"^  (layers .*): loss ([\d.]+)( chosen)?$", printed, re.MULTILINE)
     (found,) = [rival for rival in rivals if rival[2]]
     assert len(rivals) > 1 and float(found[1]) == min(float(loss) for _, loss, _ in rivals)
+    chosen = tmp_path / "run/checkpoints/shape.json"
+    once = chosen.read_bytes()
+    chosen.unlink()  # as a kill behind the last checkpoint would leave it
+    train(load_config(yaml, ["l0_pruning={target_sparsity: 0.5}", "train.duration=40ba", "run.autoresume=true"]))
+    assert chosen.read_bytes() == once
     plan = convert(tmp_path / "run", tmp_path / "out")
     assert str(plan.shape) == found[0]
     loss = evaluate_losses(

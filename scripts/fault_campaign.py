@@ -19,7 +19,7 @@ from typing import Any
 
 from faults.cases import CASES, Bench
 
-from llmprune.callbacks.metrics_file import read_metrics
+from llmprune.callbacks.metrics_file import read_lines
 from llmprune.files import write_text
 
 
@@ -63,7 +63,7 @@ def main() -> int:
     arguments = parser.parse_args()
     bench = Bench(arguments.out.resolve())
     results = bench.out / "faults.jsonl"
-    lines = read_metrics(results)
+    lines = read_lines(results)
     write_text(results, "".join(json.dumps(line) + "\n" for line in lines))  # without a torn last line
     done = {(line["fault"], line["job"], line["number"]) for line in lines if line["seed"] == arguments.seed}
     for number in range(max(arguments.tries, arguments.kills or 0)):

@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from llmprune.callbacks.metrics_file import read_metrics
+from llmprune.callbacks.metrics_file import read_lines, read_metrics
 from llmprune.files import read_json, write_json, write_text
 from llmprune.outputs import remove
 from llmprune.run_folder import RunFolder
@@ -235,7 +235,7 @@ class Run:
         for attempt in sorted(self.folder.glob("attempt-*")):
             batches: dict[int, list[str]] = {}
             for path in sorted(attempt.glob("rank-*.jsonl")):
-                for line in read_metrics(path):
+                for line in read_lines(path):
                     if line["event"] == "batch":
                         batches.setdefault(line["batch"], []).extend(line["samples"])
             found |= batches
@@ -258,7 +258,7 @@ class _Attempt:
         """Wait for an event at or after a batch, or for the run's end."""
         path, until = self.record / "rank-0.jsonl", time.monotonic() + LIMIT
         while self.process.poll() is None and time.monotonic() < until:
-            passed = (line["batch"] for line in read_metrics(path) if line["event"] == event)
+            passed = (line["batch"] for line in read_lines(path) if line["event"] == event)
             if any(now >= batch and (event != "checkpoint" or now % CHECKPOINTS == 0) for now in passed):
                 return
             time.sleep(0.005)
@@ -388,7 +388,7 @@ def main() -> int:
     out, seed = arguments.out.resolve(), arguments.seed
     out.mkdir(parents=True, exist_ok=True)
     results = out / "kills.jsonl"
-    lines = read_metrics(results)
+    lines = read_lines(results)
     write_text(results, "".join(json.dumps(line) + "\n" for line in lines))  # without a torn last line
     done = {line["number"] for line in lines if line["seed"] == seed}
     for number in sorted(set(range(arguments.kills)) - done):

@@ -89,7 +89,7 @@ run: {{name: test, folder: {folder}/run, seed: 3}}
 model: {{path: {model_folder}}}
 data: {{path: {data}, eval_samples_per_domain: 2, weights: {{letters: 0.5, numbers: 0.5}}}}
 dynamic_loading: {{references: {{letters: 1.0, numbers: 3.0}}, update_delay: 2}}
-l0_pruning: {{target: {{layers: 3, hidden: 20}}, lagrangian_warmup: 1ba}}
+l0_pruning: {{target: {{layers: 3, hidden: 24}}, lagrangian_warmup: 1ba}}
 optimizer: {{lr: 1.0e-3, betas: [0.9, 0.95]}}
 train: {{duration: 2ba, global_batch_size: 2, microbatch_size: 2, eval_interval: 1ba}}
 checkpoint: {{interval: 1ba}}

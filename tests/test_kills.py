@@ -175,6 +175,7 @@ def test_resumes_do_not_pile_up_checkpoints(tmp_path: Path) -> None:
         (run.checkpoints / f"ba{batch}" / ".metadata").touch()
     torch.save([1.0] * 100, run.checkpoints / "ba7-rank0.pt")
     (run.checkpoints / "ba200-rank0.pt").write_bytes(b"cut short")
+    CheckpointFolder(run.checkpoints).note_writing(200)
     for keep, left in ((-1, {"ba7-rank0.pt", "ba9", "ba10", "ba100"}), (2, {"ba10", "ba100"}), (1, {"ba100"})):
         CheckpointFolder(run.checkpoints).keep(keep)
         assert {path.name for path in run.checkpoints.iterdir()} == left
@@ -190,10 +191,10 @@ def test_a_run_half_deleted_is_still_one(tmp_path: Path, monkeypatch: pytest.Mon
         remove(path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llmprune.run_folder.remove", killed)
+    monkeypatch.setattr("llmprune.outputs.remove", killed)
     with pytest.raises(KeyboardInterrupt):
         run.create()
     monkeypatch.undo()
     assert run.find(overwrite=True, autoresume=False) is None
     run.create()
-    assert {path.name for path in run.path.iterdir()} == {"config.yaml", "checkpoints"}
+    assert {path.name for path in run.path.iterdir()} == {".llmprune", "checkpoints"}

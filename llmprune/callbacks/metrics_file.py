@@ -1,6 +1,7 @@
 """The run's metrics as JSON lines."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from llmprune.files import parse_json, write_text
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; none if there is no file. A last line that a crash has torn is left out.
+    """The lines of a ``metrics.jsonl``; see ``read_lines``."""
+    return read_lines(path, _numbers)
+
+
+def read_lines(path: Path, parse: Callable[[str], dict[str, Any]] = parse_json) -> list[dict[str, Any]]:
+    """The lines of JSON of a file; none if there is no file. A last line that a crash has torn is left out.
+
+    Args:
+        path: of the file.
+        parse: reads a line; what it can't read is a ``ValueError``.
 
     Raises:
         UserError: another line is damaged.
@@ -25,7 +35,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(_numbers(line))
+            found.append(parse(line))
         except ValueError as error:
             if number < len(lines):
                 raise UserError(f"{path}:{number} is no line of metrics ({error}): take it out") from None

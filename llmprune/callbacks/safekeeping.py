@@ -10,7 +10,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from llmprune.checkpoint_folder import LATEST, CheckpointFolder, batch_of, record_name
+from llmprune.checkpoint_folder import LATEST, CheckpointFolder, batch_of, is_complete, record_name
 from llmprune.checksums import describe
 from llmprune.errors import UserError
 from llmprune.files import write_json
@@ -126,9 +126,12 @@ class Safekeeping(Callback):
     def _notice(self, batch: int) -> None:
         if batch == self._noticed or not (files := self._checkpoints.own_files(batch, self._rank)):
             return
+        top = self._checkpoints.path
+        if self._rank == 0 and not is_complete(files[0] if files[0].parent == top else files[0].parent):
+            return  # its writing has failed: nobody vouches for what is left
         self._noticed = batch
         name = record_name(batch, self._rank)
-        known = (self._checkpoints.path / name).is_file()
+        known = (top / name).is_file()
         if batch == self._loaded:
             if known and (self._store is None or f"checkpoints/{name}" in self._there):
                 return

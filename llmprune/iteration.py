@@ -14,6 +14,7 @@ from pathlib import Path
 from composer.utils import dist
 from transformers import PretrainedConfig
 
+from llmprune.budgets.losses import HarmfulCorrectionError
 from llmprune.config import IterationConfig, RoundsConfig
 from llmprune.convert.commands import apply
 from llmprune.errors import UserError
@@ -132,7 +133,13 @@ def _prune(config: IterationConfig, model: str, shape: Shape, place: Path) -> No
         def decide() -> None:
             place.mkdir(exist_ok=True)
             save_scores(scores, place / "scores.json")
-            make_plan(scores, _plan_config(rounds, scores.source, shape)).save(plan_file)
+            chosen = _plan_config(rounds, scores.source, shape)
+            try:
+                plan = make_plan(scores, chosen)
+            except HarmfulCorrectionError:
+                print(f"{place.name}: the correction makes the plan worse, so this round goes on without it")
+                plan = make_plan(scores, replace(chosen, correction="none"))
+            plan.save(plan_file)
 
         on_rank_zero(decide)
 

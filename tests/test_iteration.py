@@ -42,7 +42,7 @@ iterate:
   criterion: block_influence
   unit_criterion: unit_taylor
   correction: refit
-  calibration: {{samples: 16, length: 24}}
+  calibration: {{samples: 64, length: 24}}
 optimizer: {{lr: 1.0e-3}}
 scheduler: {{warmup: 1ba}}
 train: {{duration: 4ba, global_batch_size: 8, microbatch_size: 4, eval_interval: 2ba}}
@@ -158,7 +158,7 @@ def test_shapes_of_every_family(name: str) -> None:
 
 def test_a_round_that_takes_no_heads_and_no_channels_has_nothing_to_correct() -> None:
     loaded = IterationConfig()
-    loaded.iterate.shape, loaded.iterate.rounds, loaded.iterate.correction = {"hidden": 24, "heads": 6}, 3, "refit"
+    loaded.iterate.shape, loaded.iterate.rounds, loaded.iterate.correction = {"hidden": 16, "heads": 6}, 3, "refit"
     loaded.iterate.unit_criterion = "unit_activation_l2"
     shapes = round_shapes(loaded.iterate, tiny_config())
     assert [shape.kv_heads for shape in shapes] == [4, 3, 3]  # the first round is narrower in hidden dimensions alone

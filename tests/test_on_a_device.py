@@ -111,10 +111,10 @@ def test_gates(waits: Waits, goal: str, manner: str) -> None:
 @pytest.mark.parametrize("kind", sorted({*STAND_INS.names()} - {"none"}))
 def test_block_replacement(waits: Waits, kind: str, objectives: dict[str, float]) -> None:
     callback = BlockReplacement(
-        BlockReplacementConfig(start=1, length=2, kind=kind, objectives=objectives),
+        BlockReplacementConfig(start=1, length=2, kind=kind, objectives=objectives, force=True),
         Span(1, 2),
         seed=1,
-        fit_on=[a_batch(), a_batch(documents=True)],
+        fit_on=[a_batch(), a_batch(documents=True)] * 8,
     )
     steps(Loop(wrapped(), [callback], waits), 4 if "lm" in objectives else 2, 1)
 
@@ -241,7 +241,8 @@ def test_perplexity(waits: Waits, bos: str) -> None:
 
 
 def test_correction_and_trial(waits: Waits) -> None:
-    opened = Opened(random_model(tiny_config()).to(DEVICE), a_batch()["input_ids"].to(DEVICE), 2)
+    tokens = torch.randint(300, (32, LENGTH), generator=torch.Generator().manual_seed(1))
+    opened = Opened(random_model(tiny_config()).to(DEVICE), tokens.to(DEVICE), 32)
     blocks = tuple(KeptBlock(n, n, heads=(0, 1, 2, 3), channels=tuple(range(40))) for n in (0, 1, 3))
     plan = Plan(family="llama", model="", source=shape_of(4), blocks=blocks, hidden=None, factors={})
     trial, better = Trial(opened), corrected(plan, "refit", opened)

@@ -277,6 +277,7 @@ def test_recoveries_pass_the_checks_before_a_run(name: str, data: Path, tmp_path
         saved.save_pretrained(tmp_path / folder)
         load_tokenizer(data / "tokenizer").save_pretrained(tmp_path / folder)
     job = recipe(name, f"data.path={data}", f"model.path={tmp_path}/pruned", "train.precision=fp32")
+    job.train.global_batch_size = job.train.microbatch_size = 1  # the data have few samples
     if job.distillation is not None:
         assert job.distillation.teacher == "meta-llama/Llama-3.1-8B"
         job.distillation.teacher = str(tmp_path / "source")

@@ -223,7 +223,7 @@ def test_a_nan_loss_stops_and_keeps_the_last_checkpoint(yaml: Path, tmp_path: Pa
         ("l0_pruning.target_sparsity=0.5", "not both"),
         ("l0_pruning.gates=[hidden]", "goes with target_sparsity"),
         ("l0_pruning.target={attention_layers: 9}", "must lie between 1 and the 4 blocks"),
-        ("l0_pruning.target={attention_layers: 2, hidden: 20}", "choose layer, or attention and mlp"),
+        ("l0_pruning.target={attention_layers: 2, hidden: 24}", "choose layer, or attention and mlp"),
         ("l0_pruning={target_sparsity: 0.9, gates: [kv_group]}", "the most that gates on kv_group can remove"),
         ("l0_pruning={target_sparsity: 0.3, gates: [hiden]}", "did you mean 'hidden'"),
         ("l0_pruning={}", "give either l0_pruning.target"),

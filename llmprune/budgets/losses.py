@@ -12,6 +12,10 @@ class RuinousPlanError(UserError):
     """A plan that costs more than it could."""
 
 
+class HarmfulCorrectionError(RuinousPlanError):
+    """A plan that is better without its corrections."""
+
+
 @dataclass(frozen=True)
 class PlanLosses:
     """Calibration losses, nats per token.
@@ -45,10 +49,11 @@ class PlanLosses:
         """Refuse a plan that nobody can want.
 
         Raises:
-            RuinousPlanError: its corrections make it worse, or it is worse than guessing though the source is not.
+            HarmfulCorrectionError: its corrections make it worse.
+            RuinousPlanError: it is worse than guessing though the source is not.
         """
         if self.uncorrected is not None and not self.plan <= self.uncorrected:
-            raise RuinousPlanError(
+            raise HarmfulCorrectionError(
                 f"the correction makes the plan worse: calibration loss {self.plan:.4f}, without it "
                 f"{self.uncorrected:.4f}; leave it out, score more samples, or pass --force"
             )

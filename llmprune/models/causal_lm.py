@@ -160,9 +160,10 @@ class DomainLoss(MeanLoss):
     def update(self, loss: Tensor, tokens: Tensor, domain: Tensor) -> None:
         """Add a batch: loss sums, token counts and domain numbers, [batch] each."""
         super().update(loss, tokens, domain)
-        place = domain.cpu()  # there, unlike on GPUs, sums are the same every time
-        for total, values in ((self.losses, loss), (self.counts, tokens)):
-            sums = torch.zeros(total.shape, dtype=total.dtype).index_add_(0, place, values.to("cpu", total.dtype))
+        # On the CPU, unlike on GPUs, sums are the same every time; together, so that it waits once.
+        place, *parts = torch.stack([domain.double(), loss.double(), tokens.double()]).cpu()
+        for total, values in zip((self.losses, self.counts), parts, strict=True):
+            sums = torch.zeros(total.shape, dtype=total.dtype).index_add_(0, place.long(), values.to(total.dtype))
             total += sums.to(total.device)
 
     def compute(self) -> Tensor:

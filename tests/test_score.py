@@ -245,7 +245,7 @@ def test_a_model_that_is_no_longer_one(trained_folder: Path, data: Path, tmp_pat
     model.save_pretrained(tmp_path / "model")
     load_tokenizer(data / "tokenizer").save_pretrained(tmp_path / "model")
     refused(
-        "no number",
+        "not finite",
         "score",
         str(tmp_path / "model"),
         "--data",

@@ -52,6 +52,7 @@ def second_rank() -> Iterator[None]:
     with (
         mock.patch.object(dist, "get_world_size", return_value=2),
         mock.patch.object(dist, "all_reduce", all_reduce),
+        mock.patch.object(dist, "all_gather_object", lambda value: [value, value]),
         mock.patch.object(dist, "barrier", return_value=None),
     ):
         yield

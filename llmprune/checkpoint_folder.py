@@ -191,7 +191,8 @@ class CheckpointFolder:
         """Delete all but the newest complete checkpoints (-1 = none of them), and what a kill left of others.
 
         Those of earlier processes would pile up where a run is resumed often. One that is newer than the one that the
-        run goes on from, and was complete once, is moved to the folder ``unusable``. One that is being read stays.
+        run goes on from, and was complete once, is moved to the folder ``unusable``. One that is being read stays,
+        and so does the one before a checkpoint that nobody has vouched for.
 
         Args:
             newest: how many are kept.
@@ -200,7 +201,8 @@ class CheckpointFolder:
         resumed = resumed or self.latest()
         last = sys.maxsize if resumed is None else batch_of(resumed)
         complete = [path for path in self.by_age() if batch_of(path) <= last and is_complete(path)]
-        kept = {last, *(batch_of(path) for path in (complete if newest < 0 else complete[:newest]))}
+        spare = int(self._writing(last).exists())  # its checksums were never written, so its contents are not known
+        kept = {last, *(batch_of(path) for path in (complete if newest < 0 else complete[: newest + spare]))}
         for path in self.by_age():
             batch = batch_of(path)
             if batch > last and not self._writing(batch).exists():

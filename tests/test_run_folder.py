@@ -225,6 +225,15 @@ def test_a_checkpoint_that_is_being_read_stays_on_resume(yaml: Path, run: Path) 
     assert [*(run / "checkpoints").glob("ba2.sums-*")]
 
 
+def test_the_one_before_stays_until_the_newest_is_vouched_for(run: Path) -> None:
+    folder = CheckpointFolder(run / "checkpoints")
+    folder.note_writing(4)
+    folder.keep(1, folder.path / "ba4-rank0.pt")
+    assert {path.name for path in folder.path.glob("ba*.pt")} == {"ba2-rank0.pt", "ba4-rank0.pt"}
+    folder.keep(1, folder.path / "ba4-rank0.pt")
+    assert {path.name for path in folder.path.glob("ba*.pt")} == {"ba4-rank0.pt"}
+
+
 @contextmanager
 def busy(folder: Path) -> Iterator[None]:
     """Another process works in a folder."""

@@ -234,15 +234,12 @@ def _train(config: Config, inputs: Ingredients) -> Trainer:
         except UserError:
             trainer.engine.close()  # what goes on beside the training; trainer.close() would wait for other ranks
             raise
-        if _is_to_be_shaped(config, trainer):
-            choose_shape(trainer, RunFolder(Path(config.run.folder)))
-            safekeeping_of(trainer).copy_rest()
     else:
         print(f"{config.run.folder} is complete: nothing is left to do until train.duration is raised")
         finish(trainer)
-        if _is_to_be_shaped(config, trainer):  # it was killed in between
-            choose_shape(trainer, RunFolder(Path(config.run.folder)))
-            safekeeping_of(trainer).copy_rest()
+    if _is_to_be_shaped(config, trainer):  # also if it was killed between its last checkpoint and this
+        choose_shape(trainer, RunFolder(Path(config.run.folder)))
+        safekeeping_of(trainer).copy_rest()
     trainer.close()
     if config.dynamic_loading is not None:
         on_rank_zero(lambda: draw_weights(RunFolder(Path(config.run.folder))))

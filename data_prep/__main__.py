@@ -182,7 +182,9 @@ def teach(
         bool | None, typer.Option(help="Attention restarts at each document; default: for conversations.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples of a forward pass.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Of the teacher's weights: bfloat16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Of the teacher's weights: bfloat16 or float32; auto = bfloat16 where it is fast.")
+    ] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Write data anew with a teacher's predictions in them, to learn from it without it.

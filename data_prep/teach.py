@@ -35,13 +35,13 @@ from llmprune.data.format import (
 )
 from llmprune.data.prepared import PreparedData
 from llmprune.data.reader import SplitReader
-from llmprune.errors import UserError
+from llmprune.errors import UserError, nearest
 from llmprune.files import read_json, sha256_text, write_json
 from llmprune.models.causal_lm import final_states
 from llmprune.models.loading import load_config, load_model, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.objectives import likeliest
-from llmprune.models.placement import DTYPES
+from llmprune.models.placement import TEACHER, dtype_for_inference
 from llmprune.outputs import output_folder, refuse_existing
 
 _PIECE_BYTES = 1 << 27
@@ -57,14 +57,14 @@ class TeachConfig:
         temperature: divides the logits.
         boundaries: whether attention restarts at each document; None = for conversations.
         batch_size: samples of a forward pass.
-        dtype: of the teacher's weights: bfloat16 or float32.
+        dtype: of the teacher's weights: bfloat16 or float32; auto = bfloat16 on GPUs and on processors that have it.
     """
 
     top_k: int = 64
     temperature: float = 1.0
     boundaries: bool | None = None
     batch_size: int = 8
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
 
     def check(self, vocabulary: int) -> None:
         """Raise ``UserError`` for what is out of range."""
@@ -76,8 +76,8 @@ class TeachConfig:
             raise UserError(f"--temperature is {self.temperature}; it must be positive")
         if self.batch_size < 1:
             raise UserError(f"--batch-size is {self.batch_size}; it must be positive")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"--dtype '{self.dtype}' is unknown: choose float32 or bfloat16")
+        if self.dtype not in TEACHER:
+            raise UserError(f"--dtype '{self.dtype}' is unknown; {nearest(self.dtype, TEACHER)}")
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,8 @@ def teach(data: str, teacher: str, out: Path, config: TeachConfig, *, overwrite:
     if tokenizer_fingerprint(load_tokenizer(teacher)) != manifest.tokenizer:
         raise UserError(f"the tokenizer of {teacher} did not make the data in {data}: take another teacher")
     boundaries = manifest.conversations if config.boundaries is None else config.boundaries
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype_for_inference(config.dtype, on_gpu=device.type == "cuda")
     facts = {
         "data": manifest.fingerprint(),
         "model": teacher,
@@ -123,15 +125,13 @@ def teach(data: str, teacher: str, out: Path, config: TeachConfig, *, overwrite:
         "top_k": config.top_k,
         "temperature": config.temperature,
         "boundaries": boundaries,
-        "dtype": config.dtype,
+        "dtype": str(dtype).removeprefix("torch."),
     }
     if not overwrite and (out / "manifest.json").is_file() and DataManifest.load(out).teacher == facts:
         return  # the others were faster
     refuse_existing(out, overwrite)
     folder = _open(out, facts)
     work = _Work(prepared, folder, config, boundaries, token_dtype(model_config.vocab_size))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = DTYPES[config.dtype]
     if not work.is_done:
         check_memory(teacher, dtype=dtype, on_gpu=device.type == "cuda", remedy="use a larger machine")
         model = load_model(teacher, dtype=dtype).to(device).eval()

@@ -17,7 +17,7 @@ from llmprune.config import Config
 from llmprune.data.prepared import PreparedData
 from llmprune.errors import UserError
 from llmprune.job_memory import memory_of, samples_of
-from llmprune.job_sizes import FLOAT, Sizes, checkpoint_bytes, products_of
+from llmprune.job_sizes import FLOAT, Sizes, checkpoint_bytes, products_of, teacher_itemsize
 from llmprune.measurement.flops import macs
 from llmprune.models.loading import load_config, load_tokenizer
 from llmprune.models.placement import DTYPES
@@ -255,7 +255,7 @@ def _network(config: Config, cluster: Cluster, sizes: Sizes, microbatches: int) 
     travels = gathers * sizes.parameters * products + sizes.trained * FLOAT
     sharded = microbatches * seconds(travels, group, inside)
     if sizes.teacher and config.distillation is not None:
-        other = sizes.teacher * DTYPES[config.distillation.dtype].itemsize
+        other = sizes.teacher * teacher_itemsize(config, cluster.device)
         sharded += microbatches * seconds(other, group, inside)
     if config.sharding.replicas > 1:
         sharded += 2 * seconds(sizes.trained * FLOAT / group, config.sharding.replicas, one_node)

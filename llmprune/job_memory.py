@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.config import Config
 from llmprune.families import family_of
-from llmprune.job_sizes import FLOAT, MOMENTS, Sizes, adds, autocast_of, held_by, products_of
+from llmprune.job_sizes import FLOAT, MOMENTS, Sizes, adds, autocast_of, held_by, products_of, teacher_itemsize
 from llmprune.measurement.activations import Kept, kept_by
 from llmprune.models.placement import DTYPES
 from llmprune.models.vocabulary import CHUNKS, LEAST
@@ -67,7 +67,7 @@ def memory_of(
         f"moments of {config.optimizer.name}": sizes.trained * held * moments / shards,
     }
     if sizes.teacher and config.distillation is not None:
-        found["teacher"] = sizes.teacher * DTYPES[config.distillation.dtype].itemsize / shards
+        found["teacher"] = sizes.teacher * teacher_itemsize(config, device) / shards
     if sizes.gates:
         found["gates"] = sizes.gates * FLOAT * 4 + sizes.matrix * FLOAT
     if config.sharding is not None:
@@ -128,7 +128,7 @@ def _stages(
     standing = kept.outside + (sizes.reached * kept.states if checkpointed else max(sizes.reached, 1) * kept.block)
     if distillation is not None and distillation.compares_states:  # the teacher's states, and their differences
         pairs = sizes.layers if distillation.blocks is None else len(distillation.blocks)
-        standing += pairs * tokens * sizes.hidden * (DTYPES[distillation.dtype].itemsize + FLOAT)
+        standing += pairs * tokens * sizes.hidden * (teacher_itemsize(config, device) + FLOAT)
     at_output = standing + _logits(config, model, sizes, tokens, device) + of_output * FLOAT
     if products < FLOAT:
         at_output += of_output * products  # a chunk's share
@@ -147,7 +147,7 @@ def _stages(
         blocks += min(max(sizes.trained - sizes.block, 0), sizes.block) * FLOAT
         leaving = min(sizes.trained, sizes.outside) * (products + FLOAT)
         if sizes.teacher and distillation is not None:
-            teacher = sizes.teacher_outside * DTYPES[distillation.dtype].itemsize
+            teacher = sizes.teacher_outside * teacher_itemsize(config, device)
     return [
         _Stage(at_output, outside + teacher),
         _Stage(in_blocks, outside + blocks),

@@ -11,7 +11,7 @@ from llmprune.gates.gate_set import GateSet
 from llmprune.gates.settings import make_goal
 from llmprune.models.loading import load_config
 from llmprune.models.parts import parameter_names_of
-from llmprune.models.placement import DTYPES
+from llmprune.models.placement import DTYPES, dtype_for_inference
 from llmprune.recovery.lora import add_adapters
 from llmprune.replacements.settings import BlockReplacementConfig
 from llmprune.replacements.span import Span
@@ -149,6 +149,12 @@ def products_of(config: Config) -> torch.dtype:
     """The format of matrix products; FSDP2 gathers shards in that of ``train.precision``, whatever theirs is."""
     stored = DTYPES[config.model.dtype] if config.sharding is None else torch.float32
     return autocast_of(config) or stored
+
+
+def teacher_itemsize(config: Config, device: str) -> int:
+    """Bytes of a number of the teacher on a device, cuda or cpu."""
+    assert config.distillation is not None
+    return dtype_for_inference(config.distillation.dtype, on_gpu=device == "cuda").itemsize
 
 
 def checkpoint_bytes(config: Config, sizes: Sizes) -> float:

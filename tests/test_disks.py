@@ -54,7 +54,7 @@ checkpoint: {{interval: 1ba}}
 """)
     for name, section in (
         ("iterate", "iterate: {rounds: 1, shape: {layers: 3}, criterion: tail}"),
-        ("search", "search: {criteria: [tail], remove: [1], budget: {params: '0.9'}}"),
+        ("search", "search: {criteria: [tail], remove: [1], budget: {params: '0.9'}, calibration: {length: 32}}"),
     ):
         (folder / f"{name}.yaml").write_text(f"{job.read_text()}{section}\n")
     (folder / "score.yaml").write_text(f"""

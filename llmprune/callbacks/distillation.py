@@ -9,7 +9,7 @@ from llmprune.callbacks.part_means import PartMeans
 from llmprune.errors import UserError
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.loading import empty_model, load_model
-from llmprune.models.placement import DTYPES
+from llmprune.models.placement import dtype_for_inference
 from llmprune.models.sharded import fill, mesh_of, shard
 from llmprune.models.stored_weights import StoredWeights
 from llmprune.recovery.correspondence import Correspondence
@@ -66,7 +66,8 @@ class Distillation(Callback):
                 raise UserError("name distillation.teacher: only a model with gates can learn from itself")
             model, alone = student.model, student.ungated
         else:
-            dtype, mesh = DTYPES[config.dtype], mesh_of(student.parameters())
+            mesh = mesh_of(student.parameters())
+            dtype = dtype_for_inference(config.dtype, on_gpu=state.device.name == "gpu")
             if mesh is None:
                 model = load_model(config.teacher, dtype=dtype, attention=self._attention)
                 state.device.module_to_device(model)

@@ -114,13 +114,13 @@ class _Whole:
     """One file."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self.below(())  # to know that it can be read
 
     def below(self, path: tuple[str, ...]) -> Any:
         """What lies at ``path`` of the state; tensors are mapped from the file, not read."""
         with torch.serialization.safe_globals(_SAFE_IN_WHOLE):
-            found = torch.load(self._path, map_location="cpu", mmap=True, weights_only=True)["state"]
+            found = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)["state"]
         for key in path:
             found = found[key]
         return found
@@ -143,7 +143,12 @@ class _WholeTensors(Mapping[str, Tensor]):
             raise KeyError(name)
         if name in self._small:
             return self._small[name]
-        tensor: Tensor = self._whole.below((*self._path, name))
+        try:
+            tensor: Tensor = self._whole.below((*self._path, name))
+        except _UNREADABLE as error:
+            raise UserError(
+                f"{self._whole.path} could be read and now can't ({first_line(error)}): is it being deleted?"
+            ) from None
         return tensor.clone()
 
     def __iter__(self) -> Iterator[str]:

@@ -10,7 +10,22 @@ from llmprune.errors import UserError, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TRAINABLE = ("float32", "bfloat16")  # formats in which gradients neither vanish nor overflow
+TEACHER = ("auto", *TRAINABLE)  # of a model that does not learn, see ``dtype_for_inference``
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+
+
+def dtype_for_inference(name: str, *, on_gpu: bool) -> torch.dtype:
+    """The format of the weights of a model that does not learn.
+
+    Args:
+        name: ``float32`` or ``bfloat16``; ``auto`` = bfloat16 where the device multiplies it fast: GPUs, and processors
+            with AVX512-BF16 or AMX. Others need many times as long for it as for float32.
+        on_gpu: whether a GPU holds it.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    fast = on_gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llmprune.errors import UserError, nearest
+from llmprune.models.placement import TEACHER
 from llmprune.replacements.settings import HIDDEN_OBJECTIVES, OBJECTIVES
 
 
@@ -22,7 +23,7 @@ class DistillationConfig:
         plan: by which the model was cut out of the teacher: says which blocks and hidden dimensions are compared; null
             = the one in the model's folder, if there is one.
         blocks: of the model, whose states are compared; null = all.
-        dtype: of the teacher's weights: bfloat16 or float32.
+        dtype: of the teacher's weights: bfloat16 or float32; auto = bfloat16 on GPUs and on processors that have it.
     """
 
     teacher: str | None = None
@@ -32,7 +33,7 @@ class DistillationConfig:
     top_k: int | None = None
     plan: str | None = None
     blocks: list[int] | None = None
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
 
     def check(self) -> None:
         """Raise ``UserError`` for what is wrong whatever the models."""
@@ -50,8 +51,8 @@ class DistillationConfig:
             raise UserError(f"distillation.top_k is {self.top_k}; it must be positive")
         if "kl" not in self.names and (self.top_k is not None or self.temperature != 1):
             raise UserError("distillation.temperature and top_k belong to the objective kl")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"distillation.dtype '{self.dtype}' is unknown: choose float32 or bfloat16")
+        if self.dtype not in TEACHER:
+            raise UserError(f"distillation.dtype '{self.dtype}' is unknown; {nearest(self.dtype, TEACHER)}")
         if self.blocks is not None and not self.compares_states:
             raise UserError("distillation.blocks belongs to the objectives mse and cosine")
         if not self.names - {"lm"}:

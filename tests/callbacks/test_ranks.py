@@ -20,6 +20,7 @@ from tests.callbacks.fixed_noise import History
 
 ROOT = Path(__file__).parents[2]
 BATCHES = 20
+ROUNDED = "train.precision=amp_bf16;distillation={};train.duration=4ba;checkpoint.interval=4ba"
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,9 @@ RUNS = {
     "killed": "sharding={};train.activation_checkpointing=true;kill=13",
     "sparsity": "sharding={};l0_pruning.target=null;l0_pruning.target_sparsity=0.4;train.duration=3ba",
     "whole": "sharding.checkpoints=whole",
+    # Gates that learn from the same model with open gates, products in bfloat16: one set of weights in two passes.
+    "rounded": ROUNDED,
+    "rounded and sharded": f"{ROUNDED};sharding={{}}",
 }
 
 
@@ -54,6 +58,7 @@ RUNS = {
 def runs(config: Path) -> Path:
     """All runs on two ranks, one after the other, beside one on a single rank."""
     fixed_noise.run(config)
+    fixed_noise.run(config, f"run.folder={config.parent}/one rounded", *ROUNDED.split(";"))
     command = [str(Path(sys.executable).parent / "composer"), "-n", "2", "tests/callbacks/fixed_noise.py", str(config)]
     arguments = [f"{name}={overrides}" for name, overrides in {**RUNS, "hybrid": "sharding.replicas=2"}.items()]
     done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -77,6 +82,13 @@ def test_losses_equal_those_of_one_rank(runs: Path, name: str) -> None:
     one, two = losses(runs / "one"), losses(runs / name)
     assert len(one) == len(two) == BATCHES + 2
     assert two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rounded", "rounded and sharded"])
+def test_losses_in_bfloat16_are_near_those_of_one_rank(runs: Path, name: str) -> None:
+    one, two = losses(runs / "one rounded"), losses(runs / name)
+    assert len(one) == len(two) == 5
+    assert two == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -1,6 +1,7 @@
 """Sharded checkpoints from anybody: read, or refused in one line, by ``convert`` and before Composer reads them."""
 
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -111,3 +112,18 @@ def test_a_part_that_can_not_be_loaded_is_told_in_one_line(sharded: Path) -> Non
     )  # type: ignore[dict-item]
     with pytest.raises(UserError, match=r"can't be gone on with \(Weights only load failed\)"), harmless(sharded):
         raise failure
+
+
+@pytest.mark.parametrize("kind", ["whole", "sharded"])
+def test_a_checkpoint_that_vanishes_while_it_is_read_is_told_in_one_line(
+    kind: str, sharded: Path, tmp_path: Path
+) -> None:
+    path = sharded
+    if kind == "whole":
+        path = tmp_path / "ba1-rank0.pt"
+        torch.save({"state": {"model": {"a": torch.zeros(2**19)}}}, path)
+    found = open_state(path).tensors("model")
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(UserError, match=f"{path.name} ") as told:
+        found["a"]
+    assert "\n" not in str(told.value)

@@ -11,7 +11,7 @@ from llmprune.cli import app
 from llmprune.errors import UserError
 from llmprune.models.loading import load_model
 from llmprune.models.opened import FoundModel, OpenedModel, open_model
-from llmprune.models.placement import Placement
+from llmprune.models.placement import Placement, dtype_for_inference
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +122,22 @@ def test_results_stay_when_a_later_model_fails(
     text = str(corpus / "letters/part.jsonl")
     app([*command, "--perplexity", text, "--segment", "32", "--overwrite"], standalone_mode=False)
     assert not (tmp_path / "r.samples").exists()  # nothing of the older results stays
+
+
+@pytest.mark.parametrize(
+    ("name", "on_gpu", "processor", "expected"),
+    [
+        ("auto", True, (), torch.bfloat16),
+        ("auto", False, (), torch.float32),
+        ("auto", False, ("avx512_bf16",), torch.bfloat16),
+        ("auto", False, ("amx_tile",), torch.bfloat16),
+        ("bfloat16", False, (), torch.bfloat16),
+        ("float32", True, ("amx_tile",), torch.float32),
+    ],
+)
+def test_models_that_do_not_learn_are_in_bfloat16_where_it_is_fast(
+    name: str, on_gpu: bool, processor: tuple[str, ...], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for feature in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda found=feature in processor: found)
+    assert dtype_for_inference(name, on_gpu=on_gpu) is expected

@@ -22,12 +22,13 @@ from llmprune.families import Shape, family_of, shapes_between, target_shape
 from llmprune.models.loading import load_config
 from llmprune.models.placement import Placement
 from llmprune.planning import make_plan, rehearse
+from llmprune.processes import TERMINATION
 from llmprune.ranks import initialize_ranks, on_rank_zero, share_cores
 from llmprune.run_folder import RunFolder
 from llmprune.score import save_scores, score
 from llmprune.scoring.selection import PlanConfig
 from llmprune.scoring.settings import LayerScoringConfig
-from llmprune.stages import begin, check_pruning_job, keep_result, recover
+from llmprune.stages import asked_to_end, begin, check_pruning_job, keep_result, recover
 
 
 def iterate(config: IterationConfig) -> None:
@@ -42,7 +43,7 @@ def iterate(config: IterationConfig) -> None:
     shapes = round_shapes(config.iterate, load_config(source))
     share_cores()
     initialize_ranks(config.train.device)
-    with RunFolder(Path(config.run.folder)).claimed():
+    with TERMINATION.ending(asked_to_end), RunFolder(Path(config.run.folder)).claimed():
         _iterate(config, source, shapes)
 
 

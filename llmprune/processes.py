@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 LEAVE = 600.0  # seconds that a rank which was asked to end may go on without its launcher, to save
@@ -24,8 +26,40 @@ class Termination:
         """From now on only note it; to be called by the main thread, and again behind imports that listen, too."""
         signal.signal(signal.SIGTERM, self._note)
 
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Within, it is only noted, wherever that is."""
+        with _handling(self._note):
+            yield
+
+    @contextmanager
+    def ending(self, leave: Callable[[], BaseException]) -> Iterator[None]:
+        """Within, but for where it is ``noted``, it ends the work at once: what ``leave`` gives is raised."""
+
+        def end(number: int, frame: FrameType | None) -> None:
+            self.asked = True
+            raise leave()
+
+        if self.asked:
+            raise leave()
+        with _handling(end):
+            yield
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let a handler take SIGTERM; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 TERMINATION = Termination()  # of this process

@@ -49,6 +49,7 @@ from llmprune.planning import (
     rehearse,
 )
 from llmprune.plans import Plan
+from llmprune.processes import TERMINATION
 from llmprune.ranks import initialize_ranks, on_rank_zero, share_cores
 from llmprune.report.search import picture, table
 from llmprune.run_folder import RunFolder
@@ -57,7 +58,7 @@ from llmprune.scoring.criteria import CRITERIA
 from llmprune.scoring.criterion import Section
 from llmprune.scoring.scores import Scores
 from llmprune.scoring.settings import LayerScoringConfig
-from llmprune.stages import begin, check_pruning_job, keep_result, recover, recovery_of
+from llmprune.stages import asked_to_end, begin, check_pruning_job, keep_result, recover, recovery_of
 
 Row = dict[str, Any]
 
@@ -74,7 +75,7 @@ def search(config: SearchConfig) -> None:
     check_candidates(config, load_config(source))
     share_cores()
     initialize_ranks(config.train.device)
-    with RunFolder(Path(config.run.folder)).claimed():
+    with TERMINATION.ending(asked_to_end), RunFolder(Path(config.run.folder)).claimed():
         _search(config, source)
 
 

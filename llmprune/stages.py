@@ -9,6 +9,7 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from llmprune.callbacks.preemption import Preempted
 from llmprune.checks import check, inputs_of
 from llmprune.checksums import CHECKSUMS, describe
 from llmprune.config import Config, SearchConfig
@@ -19,6 +20,7 @@ from llmprune.errors import UserError
 from llmprune.files import read_json, temporary_for, write_json
 from llmprune.job_files import load_recorded, save_config
 from llmprune.outputs import clear, is_empty, refuse_deleting, refuse_replacing, remove
+from llmprune.processes import TERMINATION
 from llmprune.ranks import on_rank_zero
 from llmprune.recorded import as_typed
 from llmprune.training import train
@@ -127,6 +129,11 @@ def _identity(config: Config) -> dict[str, object]:
     return found
 
 
+def asked_to_end() -> Preempted:
+    """What ends a job that is asked to end between or within its steps."""
+    return Preempted("the steps that are done are kept")
+
+
 def recover(config: Config, place: Path, *, name: str, seed: int) -> None:
     """Train ``place``/pruned as the job's sections say, in ``place``/recover, and export it to ``place``/recovered.
 
@@ -134,7 +141,8 @@ def recover(config: Config, place: Path, *, name: str, seed: int) -> None:
     """
     if (place / "recovered").exists():
         return
-    train(recovery_of(config, place, name=name, seed=seed))
+    with TERMINATION.noted():  # the run saves itself and leaves
+        train(recovery_of(config, place, name=name, seed=seed))
 
     def export() -> None:
         convert(place / "recover", place / "recovered")

@@ -20,6 +20,7 @@ from llmprune.job_files import load_job
 from llmprune.models.loading import load_config
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.outputs import check_output
+from llmprune.processes import Termination
 from llmprune.scoring.scores import Scores
 from llmprune.training import train as fit
 
@@ -215,6 +216,55 @@ def test_a_stopped_job(number: signal.Signals, job: str, inside: str, inputs: Pa
     code, error = stopped(number, inside, ["train.py", job, f"run.folder={tmp_path}/run"], inputs)
     assert code == 128 + number
     assert error.strip().splitlines()[-1].startswith("error: stopped; what was complete") and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("kind", "section", "inside"),
+    [
+        (
+            "iterate",
+            "iterate: {rounds: 1, shape: {layers: 3}, criterion: tail, calibration: CALIBRATION}",
+            "iteration.score",
+        ),
+        (
+            "search",
+            "search: {criteria: [tail], remove: [1], budget: {params: '0.9'}, calibration: CALIBRATION}",
+            "searching.open_scored",
+        ),
+    ],
+)
+def test_a_job_of_steps_that_is_asked_to_end_leaves_at_once(
+    kind: str, section: str, inside: str, inputs: Path, tmp_path: Path
+) -> None:
+    yaml = inputs / f"{kind}.yaml"
+    yaml.write_text(
+        (inputs / "job.yaml").read_text() + section.replace("CALIBRATION", "{samples: 2, length: 32}") + "\n"
+    )
+    arguments = ["train.py", str(yaml), f"run.folder={tmp_path}/run"]
+    code, error = stopped(signal.SIGTERM, f"llmprune.{inside}", arguments, inputs)
+    assert code == train.SAVED_AND_LEFT and "Traceback" not in error
+    assert error.strip().splitlines()[-1] == (
+        "asked to end: the steps that are done are kept; run.autoresume=true goes on"
+    )
+
+
+def test_only_what_saves_itself_notes_that_it_is_asked_to_end() -> None:
+    termination = Termination()
+    came: list[str] = []
+
+    def work() -> None:
+        with termination.ending(KeyError):
+            came.append("begun")
+            with termination.noted():
+                os.kill(os.getpid(), signal.SIGTERM)
+            came.append("saved")
+            os.kill(os.getpid(), signal.SIGTERM)
+            came.append("went on")
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            work()
+    assert termination.asked and came == ["begun", "saved"]
 
 
 def stopped(

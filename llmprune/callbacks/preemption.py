@@ -10,11 +10,11 @@ from llmprune.processes import Termination
 
 
 class Preempted(BaseException):
-    """The run was asked to end and is saved; it is no error of the run's, so nothing else should catch it."""
+    """The job was asked to end and can go on; it is no error of the job's, so nothing else should catch it."""
 
-    def __init__(self, batch: int) -> None:
-        """It is saved after ``batch`` batches."""
-        super().__init__(f"asked to end: the run is saved after batch {batch}; run.autoresume=true goes on")
+    def __init__(self, kept: str) -> None:
+        """Say what is kept."""
+        super().__init__(f"asked to end: {kept}; run.autoresume=true goes on")
 
 
 class Preemption(Callback):
@@ -42,7 +42,7 @@ class Preemption(Callback):
         """Leave, if the last batch was the last."""
         if self._leaving:
             dist.barrier()  # the launcher ends all ranks as soon as one has ended: none may still be writing
-            raise Preempted(state.timestamp.batch.value)
+            raise Preempted(f"the run is saved after batch {state.timestamp.batch.value}")
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Agree with the other ranks on whether to leave."""

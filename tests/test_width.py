@@ -24,7 +24,7 @@ from llmprune.models.placement import Placement
 from llmprune.planning import make_plan
 from llmprune.plans import Plan
 from llmprune.score import score
-from llmprune.scoring.correction import corrected
+from llmprune.scoring.correction import check_tokens, corrected
 from llmprune.scoring.scores import Scores
 from llmprune.scoring.selection import Opened, PlanConfig
 from llmprune.scoring.settings import LayerScoringConfig
@@ -285,6 +285,19 @@ def test_a_fit_on_too_few_tokens_is_refused(scores: Scores) -> None:
     one = replace(scores, data={**scores.data, "samples": 1})
     with pytest.raises(UserError, match="score at least two"):
         of(one, shape={"intermediate": 30}, unit_criterion="unit_taylor", correction="refit")
+
+
+@pytest.mark.parametrize("inputs", [12, 30, 100, 1088])
+@pytest.mark.parametrize("length", [8, 24, 512])
+def test_the_number_of_samples_that_is_named_is_the_least_that_will_do(inputs: int, length: int) -> None:
+    for samples in range(2, 9):
+        try:
+            check_tokens(inputs, "refit", samples, length)
+        except UserError as error:
+            named = int(re.search(r"--samples (\d+)", str(error))[1])  # type: ignore[index]
+            check_tokens(inputs, "refit", named, length)
+            with pytest.raises(UserError):
+                check_tokens(inputs, "refit", named - 1, length)
 
 
 def test_a_matrix_that_a_fit_makes_worse_is_left_as_it_is(

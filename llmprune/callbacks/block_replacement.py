@@ -17,7 +17,7 @@ from llmprune.callbacks.part_means import PartMeans
 from llmprune.errors import UserError
 from llmprune.files import save_tensors
 from llmprune.models.causal_lm import Batch, ComposerCausalLM, labels_of
-from llmprune.models.least_squares import LEAST, RIDGES, samples_fitted
+from llmprune.models.least_squares import LEAST, RIDGES, samples_fitted, samples_for
 from llmprune.models.objectives import predicting
 from llmprune.models.parts import parameters_behind, train_only
 from llmprune.models.sharded import reshard
@@ -154,7 +154,8 @@ class BlockReplacement(Callback):
         Raises:
             UserError: on all ranks, if the samples are too few, or it is no better and nothing is trained afterwards.
         """
-        fitted, tried = _parted(list(self._fit_on))
+        batches = list(self._fit_on)
+        fitted, tried = _parted(batches)
         if not all(dist.all_gather_object(bool(tried))):
             raise UserError(
                 "a stand-in is computed on some samples and tried on others: raise block_replacement.fit_samples until "
@@ -162,7 +163,7 @@ class BlockReplacement(Callback):
             )
         sums = self.sums(state, fitted)
         if self.config.kind != "mean" and (tokens := int(sums.tokens)) < LEAST * len(sums.x):
-            enough = math.ceil(self.config.fit_samples * LEAST * len(sums.x) / max(tokens, 1))
+            enough = _enough(batches, LEAST * len(sums.x), tokens)
             raise UserError(
                 f"{self.config.kind} fits {len(sums.x):,} hidden dimensions on {tokens:,} tokens; {LEAST} "
                 f"for each are needed: set block_replacement.fit_samples={enough}"
@@ -280,6 +281,13 @@ def _parted(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]
         {name: value[part] for name, value in batch.items()} for part in (slice(place), slice(place, None))
     )
     return [fitted], [tried] if place < samples else []
+
+
+def _enough(batches: Sequence[Batch], needed: int, tokens: int) -> int:
+    """The samples of all ranks of which so many tokens are fitted on; of ``batches`` on every rank ``tokens`` are."""
+    samples = len(batches[0]["input_ids"])
+    fitted = samples_fitted(len(batches)) if len(batches) > 1 else samples_fitted(samples) / samples
+    return samples_for(math.ceil(needed * fitted / max(tokens, 1))) * samples * dist.get_world_size()
 
 
 def make_stand_in(model: ComposerCausalLM, config: BlockReplacementConfig, span: Span, seed: int) -> StandIn:

@@ -3,6 +3,8 @@
 A fit says nothing of tokens that it has not seen: with too few of them it reproduces their noise.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,11 @@ LEAST = 2  # tokens to fit on, over what a map reads
 def samples_fitted(samples: int) -> int:
     """How many of so many samples are fitted on."""
     return max(int(FITTED * samples), 1)
+
+
+def samples_for(fitted: int) -> int:
+    """How many samples there must be so that so many are fitted on, and some are left to try on."""
+    return max(math.ceil(fitted / FITTED), 2)
 
 
 def least_squares(xx: Tensor, xy: Tensor, ridge: float) -> Tensor:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from llmprune.errors import UserError
 from llmprune.families import family_of
-from llmprune.models.least_squares import FITTED, LEAST, RIDGES, least_squares, samples_fitted
+from llmprune.models.least_squares import LEAST, RIDGES, least_squares, samples_fitted, samples_for
 from llmprune.models.walking import Run, blocks_of, visited
 from llmprune.plans import KeptBlock, Plan
 from llmprune.scoring.removals import in_batches
@@ -178,7 +178,7 @@ def check_tokens(inputs: int, kind: str, samples: int, length: int) -> None:
     if samples < 2:
         raise UserError("a correction is fitted on some samples and tried on others: score at least two (--samples)")
     if kind == "refit" and (tokens := samples_fitted(samples) * length) < LEAST * inputs:
-        enough = math.ceil(LEAST * inputs / length / FITTED)
+        enough = samples_for(math.ceil(LEAST * inputs / length))
         raise UserError(
             f"the correction refit fits {inputs:,} inputs on {tokens:,} calibration tokens, which must be {LEAST} for "
             f"each input at least: score again with --samples {enough} (of {length} tokens)"

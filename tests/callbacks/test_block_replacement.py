@@ -175,6 +175,20 @@ def test_microbatches_change_nothing(config: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(pieces[name], whole[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("samples", [2, 5, 8, 9])
+def test_the_number_of_samples_that_is_named_will_do(
+    samples: int, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmprune.callbacks.block_replacement.LEAST", 11)  # about a dozen samples
+    settings = [f"run.folder={tmp_path}/run", "train.duration=0ba", "block_replacement.kind=linear"]
+    settings += ["block_replacement.force=true"]
+    with pytest.raises(UserError, match="fit_samples=") as told:
+        train(load_config(config, [*settings, f"block_replacement.fit_samples={samples}"]))
+    named = str(told.value).rpartition(": set ")[2]
+    assert int(named.rpartition("=")[2]) < 40
+    train(load_config(config, [*settings, named, "run.overwrite=true"]))
+
+
 def test_computed_stand_ins_are_least_squares(config: Path, tmp_path: Path) -> None:
     """Against numpy, from all states stored."""
     settings = ["train.duration=0ba", "block_replacement.fit_samples=16", "block_replacement.ridge=0.0"]

@@ -1,5 +1,6 @@
 """Shapes, targets, and what a family says of a config."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,40 @@ def test_heads_of_a_target(target: dict[str, int | None], expected: tuple[int, i
 def test_impossible_targets_say_what_to_do(target: dict[str, int | None], message: str) -> None:
     with pytest.raises(UserError, match=message):
         target_shape(GROUPED, target)
+
+
+def named(told: str) -> list[dict[str, int]]:
+    """The changes of a target that a refusal proposes."""
+    proposed = told.rpartition("choose ")[2]
+    if pairs := re.findall(r"hidden (\d+) with heads (\d+)", proposed):
+        return [{"hidden": int(hidden), "heads": int(heads)} for hidden, heads in pairs]
+    kind = "hidden" if proposed.startswith("hidden") else "heads"
+    return [{kind: int(number)} for number in re.findall(r"\d+", proposed.partition(",")[0])]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "opt", "gemma2", "qwen3"])
+def test_the_sizes_that_a_refusal_names_are_possible(model_type: str) -> None:
+    config = tiny_config(model_type)
+    family = family_of(config)
+    source = family.shape(config)
+
+    def refused(target: dict[str, int]) -> str | None:
+        try:
+            family.check_shape(config, target_shape(source, target))
+        except UserError as error:
+            return str(error)
+        return None
+
+    refusals = 0
+    for heads in range(1, source.heads + 1):
+        for hidden in range(1, source.hidden + 1):
+            targets = [{"heads": heads, "hidden": hidden}]
+            for _ in range(3):  # one refusal for heads, one for hidden
+                found = [(target, refused(target)) for target in targets]
+                targets = [{**target, **change} for target, told in found if told for change in named(told)]
+                refusals += len(targets)
+            assert not targets, (heads, hidden, targets)
+    assert refusals > 0 or model_type == "qwen3"
 
 
 def test_an_unknown_architecture_names_the_supported_ones() -> None:

@@ -67,9 +67,9 @@ def refuse_deleting(path: Path) -> None:
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raise ``UserError`` if something stands at ``path`` and may not be overwritten."""
     path = path.resolve()
+    refuse_deleting(path)  # whatever is passed
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already: choose another place, or pass --overwrite")
-    refuse_deleting(path)
 
 
 def refuse_replacing(out: Path | str, inputs: Iterable[Path | str]) -> None:

@@ -284,7 +284,9 @@ def describe(plan: Plan) -> str:
         narrower = [f"{n} {after[n]} of {before[n]}" for n in before if n != "layers" and before[n] != after[n]]
         notes.append(", ".join(narrower))
     if plan.corrections:
-        notes.append(f"{len({name.partition('.')[2] for name in plan.corrections})} matrices corrected")
+        narrowed = [plan.inputs(block, sublayer)[1] for block in plan.blocks for sublayer in ("attention", "mlp")]
+        corrected = {name.partition(".")[2] for name in plan.corrections}
+        notes.append(f"{len(corrected)} of {sum(map(bool, narrowed))} narrowed matrices corrected")
     return "; ".join(notes)
 
 

@@ -1,6 +1,7 @@
 """Calibration samples: a few sequences of text that show which parts of a model matter."""
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +17,8 @@ from llmprune.data.prepared import PreparedData
 from llmprune.data.records import find_inputs
 from llmprune.data.sources import Document, Fields, documents
 from llmprune.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
 
 BYTES_PER_TOKEN = 32  # more than any text has, but for long runs of blanks
 BOS_MODES = ("none", "first", "each")
@@ -115,11 +118,19 @@ def _tokens(
     assert config.path is not None
     tokens: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for document in documents(find_inputs([Path(config.path)]), Fields(config.text_field), text_bytes=text_bytes):
+    inputs = find_inputs([Path(config.path)])
+    read = documents(inputs, Fields(config.text_field), text_bytes=text_bytes)
+    for number, document in enumerate(read):
         if not isinstance(document, Document):
             raise UserError(f"{document.place} can't be read: {document.reason}")
         tokens += tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"] + end
         if len(tokens) >= wanted:
+            if number == 0 and (len(inputs) > 1 or next(read, None) is not None):
+                log.warning(
+                    "all calibration samples are of the first document of %s: prepared data (python -m data_prep "
+                    "tokenize) give samples of all",
+                    config.path,
+                )
             break
     return tokens
 

@@ -74,3 +74,17 @@ def test_only_the_beginning_of_a_long_text_is_read(data: Path, tmp_path: Path, m
     for size in range(31, 47):
         monkeypatch.setattr("llmprune.data.calibration.BYTES_PER_TOKEN", size)
         assert torch.equal(calibration_samples(config, tokenizer), found)
+
+
+def test_samples_of_one_document_of_many_are_told(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = load_tokenizer(data / "tokenizer")
+    (tmp_path / "a.jsonl").write_text('{"text": "' + "one two three " * 100 + '"}\n{"text": "four"}\n')
+    (tmp_path / "b.txt").write_text("one two three " * 100)
+    few, all_of_it = (CalibrationConfig(str(tmp_path / "a.jsonl"), samples, 8) for samples in (2, 10**6))
+    calibration_samples(few, tokenizer)
+    assert "all calibration samples are of the first document of" in caplog.text
+    caplog.clear()
+    calibration_samples(CalibrationConfig(str(tmp_path / "b.txt"), 2, 8), tokenizer)  # there is no other
+    with pytest.raises(UserError, match="has text for"):
+        calibration_samples(all_of_it, tokenizer)
+    assert not caplog.text

@@ -140,7 +140,7 @@ def test_mistakes(place: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ([str(tmp_path / "empty")], "no run, model, scores"),
         ([str(tmp_path / "nothing")], "does not exist"),
-        ([str(place), "--plots", str(place)], "exists already"),
+        ([str(place), "--plots", str(place)], "llmprune did not make"),
     ):
         with pytest.raises(UserError, match=message):
             app(["report", *arguments, "--out", str(tmp_path / "r.html")], standalone_mode=False)

@@ -5,6 +5,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Page
 
 from llmprune.demo import answer, check_request, serve
 from llmprune.errors import UserError
@@ -16,6 +17,23 @@ from tests.browser import chromium
 HERE = Placement(device="cpu")
 
 
+def ask(view: Page, prompt: str, settings: dict[str, str]) -> None:
+    """Fill the page in and press the button; anew if the page, still being built, did not take what was typed."""
+    for _ in range(5):
+        for label, value in settings.items():
+            field = view.get_by_label(f"number input for {label}")
+            field.fill(value)
+            field.press("Tab")  # takes effect when the field is left
+        view.get_by_label("Prompt", exact=True).fill(prompt)
+        with view.expect_request(lambda request: "/queue/join" in request.url) as sent:
+            view.get_by_role("button", name="Generate").click()
+        taken = sent.value.post_data_json["data"]
+        if taken[0] == prompt and all(float(value) in taken[1:] for value in settings.values()):
+            return
+        view.reload(wait_until="networkidle")
+    raise AssertionError(f"the page sent {taken}")
+
+
 def test_start_use_and_stop(trained_folder: Path, model_folder: Path) -> None:
     page = serve([str(trained_folder), str(model_folder)], HERE, host="127.0.0.1", port=0, wait=False)
     address = page.local_url
@@ -23,13 +41,8 @@ def test_start_use_and_stop(trained_folder: Path, model_folder: Path) -> None:
     try:
         with chromium() as browser:
             view = browser.new_page(viewport={"width": 1200, "height": 900})
-            view.goto(address)
-            view.get_by_label("Prompt", exact=True).fill("3: one two")
-            for label, value in (("Temperature (0 = greedy)", "0"), ("Output tokens", "5")):
-                field = view.get_by_label(f"number input for {label}")
-                field.fill(value)
-                field.press("Tab")  # takes effect when the field is left
-            view.get_by_role("button", name="Generate").click()
+            view.goto(address, wait_until="networkidle")
+            ask(view, "3: one two", {"Temperature (0 = greedy)": "0", "Output tokens": "5"})
             view.get_by_text("tokens/s").nth(1).wait_for(timeout=30_000)
             config = GenerationConfig(max_new_tokens=5, temperature=0, batch_size=1)
             for folder in (trained_folder, model_folder):
@@ -38,8 +51,7 @@ def test_start_use_and_stop(trained_folder: Path, model_folder: Path) -> None:
                 assert shown == wanted[0]["output"]
             lines = view.get_by_text("tokens/s").all_text_contents()
             assert re.match(r"0\.\d M parameters · [\d.]+ s · [\d.]+ tokens/s · \d+ MB", lines[0])
-            view.get_by_label("Prompt", exact=True).fill("")
-            view.get_by_role("button", name="Generate").click()
+            ask(view, "", {})
             view.get_by_text("must have between 1 and").first.wait_for(timeout=30_000)
             view.set_viewport_size({"width": 400, "height": 900})
             assert view.evaluate("document.documentElement.scrollWidth") <= 400

@@ -4,8 +4,8 @@ import os
 import sys
 import time
 
-from llmprune.errors import UserError, check_surroundings, one_line
-from llmprune.processes import TERMINATION, end_on_signals, end_with_launcher, stopped_by
+from llmprune.utils.errors import UserError, check_surroundings, one_line
+from llmprune.utils.processes import TERMINATION, end_on_signals, end_with_launcher, stopped_by
 
 SAVED_AND_LEFT = 75  # the exit code of a run that was asked to end and can go on: "try again", EX_TEMPFAIL
 USAGE = "composer [-n RANKS] train.py yamls/NAME.yaml [section.key=value …]"
@@ -49,8 +49,8 @@ def main(arguments: list[str]) -> int:
 
 def _carry_out(arguments: list[str]) -> int:
     from llmprune.callbacks.preemption import Preempted
-    from llmprune.config import IterationConfig, ScoringConfig, SearchConfig
-    from llmprune.job_files import describe, load_job
+    from llmprune.config.job_files import describe, load_job
+    from llmprune.config.schema import IterationConfig, ScoringConfig, SearchConfig
 
     TERMINATION.listen()  # again: Composer ends the process at once
     if arguments[0] in ("-h", "--help"):
@@ -59,24 +59,24 @@ def _carry_out(arguments: list[str]) -> int:
     job = load_job(arguments[0], arguments[1:])
     try:
         if job.run.offline:
-            from llmprune.network import check_offline
+            from llmprune.jobs.offline import check_offline
 
             check_offline(job, arguments[0])
         if isinstance(job, ScoringConfig):
             end_on_signals()  # there is nothing to be saved before the end
-            from llmprune.scoring_run import run_scoring
+            from llmprune.jobs.scoring_run import run_scoring
 
             run_scoring(job)
         elif isinstance(job, IterationConfig):
-            from llmprune.iteration import iterate
+            from llmprune.jobs.iterate import iterate
 
             iterate(job)
         elif isinstance(job, SearchConfig):
-            from llmprune.searching import search
+            from llmprune.jobs.search import search
 
             search(job)
         else:
-            from llmprune.training import train
+            from llmprune.jobs.train import train
 
             train(job)
     except Preempted as left:

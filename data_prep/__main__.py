@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmprune.data.sources import BadRecord, Fields
-from llmprune.errors import UserError, check_surroundings, one_line
-from llmprune.processes import end_on_signals, stopped_by
+from llmprune.utils.errors import UserError, check_surroundings, one_line
+from llmprune.utils.processes import end_on_signals, stopped_by
 
 if TYPE_CHECKING:
     from data_prep.pack import Summary

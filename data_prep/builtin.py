@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llmprune.outputs import output_folder
+from llmprune.utils.outputs import output_folder
 
 DOCUMENTED = (
     "torch",

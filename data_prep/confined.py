@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from llmprune.processes import end_with
+from llmprune.utils.processes import end_with
 
 SECONDS = 10.0  # for one piece of work
 MEMORY = 1 << 30  # bytes beyond those that the process begins with

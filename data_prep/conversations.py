@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from data_prep.confined import Confined
 from llmprune.data.records import RECORD_BYTES
 from llmprune.data.sources import field_text, field_value
-from llmprune.errors import UserError, first_line
+from llmprune.utils.errors import UserError, first_line
 
 Pieces = tuple[tuple[str, bool], ...]
 

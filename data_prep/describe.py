@@ -10,8 +10,8 @@ from llmprune.data.format import EVAL, TRAIN, DataManifest
 from llmprune.data.order import keyed_generator
 from llmprune.data.prepared import PreparedData
 from llmprune.data.reader import NO_LOSS, SplitReader
-from llmprune.errors import UserError
-from llmprune.foreign import open_tokenizer
+from llmprune.utils.errors import UserError
+from llmprune.utils.untrusted import open_tokenizer
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from data_prep.join import Encoded
 from llmprune.data.sources import BadRecord, Document, Place
-from llmprune.processes import end_with
+from llmprune.utils.processes import end_with
 
 
 @dataclass

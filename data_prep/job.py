@@ -12,9 +12,9 @@ from typing import Any
 
 from data_prep.packer import Packer
 from llmprune.data.sources import BadRecord, Place
-from llmprune.errors import UserError
-from llmprune.files import read_json, to_json, write_json
-from llmprune.outputs import locked_output, mark, refuse_deleting, refuse_existing, remove
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import read_json, to_json, write_json
+from llmprune.utils.outputs import locked_output, mark, refuse_deleting, refuse_existing, remove
 
 SCHEMA = 2
 

@@ -19,10 +19,10 @@ from data_prep.recipe import PackSettings, Recipe, load_fast_tokenizer, tokens_o
 from llmprune.data.format import DataManifest
 from llmprune.data.records import find_inputs
 from llmprune.data.sources import BadRecord, DomainNames, Fields
-from llmprune.errors import UserError
-from llmprune.files import read_json
-from llmprune.foreign import open_tokenizer
-from llmprune.outputs import put_in_place, refuse_existing, refuse_replacing
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import read_json
+from llmprune.utils.outputs import put_in_place, refuse_existing, refuse_replacing
+from llmprune.utils.untrusted import open_tokenizer
 
 _SAVE_SECONDS = 60.0  # between two times that a job is written down
 

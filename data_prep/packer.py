@@ -15,8 +15,8 @@ from data_prep.shards import ShardWriter
 from data_prep.split import exceptions_for, split_of
 from llmprune.data.format import EVAL, LEARNED, STARTS, TOKENS, TRAIN, SplitCounts, columns
 from llmprune.data.sources import folded
-from llmprune.errors import UserError
-from llmprune.files import read_json, write_json
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import read_json, write_json
 
 _HELD_TOKENS = 1 << 24  # of a domain whose split is not settled; 64 MiB
 _TAKEN_NAMES = {"manifest.json", "tokenizer"}  # of files and folders that stand beside the domains

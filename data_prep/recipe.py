@@ -14,9 +14,9 @@ from data_prep.job import Job
 from data_prep.packer import Layout, Packer
 from llmprune.data.format import DataManifest, token_dtype, tokenizer_fingerprint
 from llmprune.data.sources import Render, clean_name, folded
-from llmprune.errors import UserError, first_line
-from llmprune.files import sha256_text
-from llmprune.foreign import open_tokenizer
+from llmprune.utils.errors import UserError, first_line
+from llmprune.utils.files import sha256_text
+from llmprune.utils.untrusted import open_tokenizer
 
 
 @dataclass(frozen=True)

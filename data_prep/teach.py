@@ -35,14 +35,14 @@ from llmprune.data.format import (
 )
 from llmprune.data.prepared import PreparedData
 from llmprune.data.reader import SplitReader
-from llmprune.errors import UserError, nearest
-from llmprune.files import read_json, sha256_text, write_json
 from llmprune.models.causal_lm import final_states
 from llmprune.models.loading import load_config, load_model, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.objectives import likeliest
 from llmprune.models.placement import TEACHER, dtype_for_inference
-from llmprune.outputs import output_folder, refuse_existing
+from llmprune.utils.errors import UserError, nearest
+from llmprune.utils.files import read_json, sha256_text, write_json
+from llmprune.utils.outputs import output_folder, refuse_existing
 
 _PIECE_BYTES = 1 << 27
 _WAIT = 2.0  # seconds between looks at what others do

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from llmprune.data.records import Input, find_inputs
 from llmprune.data.sources import BadRecord, Document, Fields, documents
-from llmprune.errors import UserError
-from llmprune.outputs import output_folder, refuse_existing, refuse_replacing
+from llmprune.utils.errors import UserError
+from llmprune.utils.outputs import output_folder, refuse_existing, refuse_replacing
 
 BOS, EOS = "<s>", "</s>"
 

@@ -19,7 +19,7 @@ from benchmarks.ratios import Ratio
 from benchmarks.replacing import replacement_memory, replacement_step
 from benchmarks.scoring import all_criteria, removal_perplexity, unit_scores
 
-from llmprune.files import write_json
+from llmprune.utils.files import write_json
 
 BENCHMARKS: dict[str, Callable[[int], Ratio]] = {
     "gated_step": gated_step,

@@ -18,9 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import UserError
-from llmprune.files import read_json, write_json
-from llmprune.outputs import remove
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import read_json, write_json
+from llmprune.utils.outputs import remove
 
 ROOT = Path(__file__).resolve().parents[1]
 SEQUENCE_LENGTH, VOCABULARY, MEGABYTES = 128, 4096, 16.0
@@ -61,8 +61,8 @@ class Stages:
 
 def train_here(yaml: str, overrides: list[str]) -> None:
     """Train in this process: starting another costs more than small stages do."""
-    from llmprune.job_files import load_config
-    from llmprune.training import train
+    from llmprune.config.job_files import load_config
+    from llmprune.jobs.train import train
 
     train(load_config(ROOT / "yamls" / yaml, overrides))
 
@@ -150,7 +150,7 @@ def journey(out: Path, seed: int) -> dict[str, Any]:
 
 def scratch_overrides(pruned: Path, out: Path) -> list[str]:
     """The pruned model's shape, and as many batches as pruning and recovery had together."""
-    from llmprune.job_files import load_config
+    from llmprune.config.job_files import load_config
 
     config = read_json(pruned / "config.json")
     fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")

@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 source .venv/bin/activate
 ruff format --check .
 ruff check .
-mypy llmprune data_prep train.py scripts/*.py
+mypy llmprune data_prep train.py scripts/*.py studies/*.py studies/heads/*.py
 lint-imports
 # Two files at a time, the longest first, each on one core: small models are no faster on more.
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive

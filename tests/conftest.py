@@ -107,7 +107,7 @@ def s3(_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
         ("S3_ENDPOINT_URL", _server),
     ):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("llmprune.stores.WAIT", 0.01)
+    monkeypatch.setattr("llmprune.utils.object_store.WAIT", 0.01)
     return _server
 
 

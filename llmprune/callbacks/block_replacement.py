@@ -13,23 +13,22 @@ from composer.utils import dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from llmprune.callbacks.part_means import PartMeans
-from llmprune.errors import UserError
-from llmprune.files import save_tensors
+from llmprune.callbacks.loss_terms import PartMeans
+from llmprune.checkpoints.checkpoint_folder import BEST
+from llmprune.models.block_hooks import blocks_of
 from llmprune.models.causal_lm import Batch, ComposerCausalLM, labels_of
 from llmprune.models.least_squares import LEAST, RIDGES, samples_fitted, samples_for
 from llmprune.models.objectives import predicting
-from llmprune.models.parts import parameters_behind, train_only
+from llmprune.models.parameters import parameters_behind, train_only
 from llmprune.models.sharded import reshard
-from llmprune.models.walking import blocks_of
-from llmprune.replacements.cache import StatesCache
-from llmprune.replacements.fitting import FittedLosses, Map, Sums, best_map
-from llmprune.replacements.settings import BlockReplacementConfig
-from llmprune.replacements.span import Span
-from llmprune.replacements.stand_ins import STAND_INS, Site, StandIn
-from llmprune.replacements.streaming import Streaming
-
-BEST = "best.safetensors"
+from llmprune.pruning.replacements.cache import StatesCache
+from llmprune.pruning.replacements.fitting import FittedLosses, Map, Sums, best_map
+from llmprune.pruning.replacements.modules import STAND_INS, Site, StandIn
+from llmprune.pruning.replacements.settings import BlockReplacementConfig
+from llmprune.pruning.replacements.span import Span
+from llmprune.pruning.replacements.streaming import Streaming
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import save_tensors
 
 log = logging.getLogger(__name__)
 

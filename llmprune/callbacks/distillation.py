@@ -5,8 +5,7 @@ from typing import cast
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from llmprune.callbacks.part_means import PartMeans
-from llmprune.errors import UserError
+from llmprune.callbacks.loss_terms import PartMeans
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.loading import empty_model, load_model
 from llmprune.models.placement import dtype_for_inference
@@ -16,6 +15,7 @@ from llmprune.recovery.correspondence import Correspondence
 from llmprune.recovery.distilling import Distilling
 from llmprune.recovery.settings import DistillationConfig
 from llmprune.recovery.teachers import KeptPredictions, ModelTeacher
+from llmprune.utils.errors import UserError
 
 
 class Distillation(Callback):

@@ -13,14 +13,14 @@ from composer.utils import dist
 from torch import Tensor
 
 from llmprune.data.order import keyed_generator
-from llmprune.errors import UserError
-from llmprune.files import save_tensors
-from llmprune.gates.alarms import GateAlarms
-from llmprune.gates.attach import GateSlot, attach
-from llmprune.gates.gate_set import Factors, GateSet
-from llmprune.gates.settings import L0PruningConfig, make_goal
 from llmprune.models.causal_lm import ComposerCausalLM
-from llmprune.models.parts import prime
+from llmprune.models.parameters import prime
+from llmprune.pruning.gates.alarms import GateAlarms
+from llmprune.pruning.gates.attach import GateSlot, attach
+from llmprune.pruning.gates.gate_set import Factors, GateSet, load_gates
+from llmprune.pruning.gates.settings import L0PruningConfig, make_goal
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import save_tensors
 
 EVALUATIONS = ("expected", "target")
 WARMUP_UNITS = (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.DURATION)
@@ -217,23 +217,6 @@ class L0Pruning(Callback):
         if dist.get_global_rank() == 0:
             left = dict(zip(keep, numbers[1 + len(sparsities) :], strict=True))
             self._alarms.look(state.timestamp.batch.value, self._warmup_progress(state), expected, targets, left)
-
-
-def load_gates(gates: GateSet, saved: Mapping[str, Tensor]) -> None:
-    """Load gates from the ``gates`` in the state of an ``L0Pruning`` callback.
-
-    Raises:
-        UserError: they were saved by a run with another target or from another model.
-    """
-    own = {name: tuple(value.shape) for name, value in gates.state_dict().items()}
-    found = {name: tuple(saved[name].shape) for name in saved}
-    if found != own:
-        differing = sorted(set(found.items()) ^ set(own.items()))
-        raise UserError(
-            f"the checkpoint's gates are of another shape ({differing[0][0]}): "
-            "resume with the target shape and the model of the run that saved it"
-        )
-    gates.load_state_dict({name: saved[name] for name in saved})
 
 
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:

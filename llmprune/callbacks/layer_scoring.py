@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llmprune.models.causal_lm import ComposerCausalLM
-from llmprune.scoring.scorer import Scorer
-from llmprune.scoring.settings import LayerScoringConfig
+from llmprune.pruning.scoring.scorer import Scorer
+from llmprune.pruning.scoring.settings import LayerScoringConfig
 
 CALIBRATION = "calibration"
 

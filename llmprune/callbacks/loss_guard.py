@@ -10,7 +10,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
-from llmprune.errors import BrokenModelError
+from llmprune.utils.errors import BrokenModelError
 
 WINDOW, LEAST = 100, 20  # batches that a jump is measured against: at most, and at least
 

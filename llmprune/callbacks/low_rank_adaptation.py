@@ -9,7 +9,7 @@ from composer.utils import dist
 
 from llmprune.data.order import keyed_generator
 from llmprune.models.causal_lm import ComposerCausalLM
-from llmprune.models.parts import train_only
+from llmprune.models.parameters import train_only
 from llmprune.recovery.lora import LoRAConfig, add_adapters
 
 

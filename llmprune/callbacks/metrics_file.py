@@ -1,7 +1,6 @@
 """The run's metrics as JSON lines."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,45 +9,8 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
-from llmprune.errors import UserError
-from llmprune.files import parse_json, write_text
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; see ``read_lines``."""
-    return read_lines(path, _numbers)
-
-
-def read_lines(path: Path, parse: Callable[[str], dict[str, Any]] = parse_json) -> list[dict[str, Any]]:
-    """The lines of JSON of a file; none if there is no file. A last line that a crash has torn is left out.
-
-    Args:
-        path: of the file.
-        parse: reads a line; what it can't read is a ``ValueError``.
-
-    Raises:
-        UserError: another line is damaged.
-    """
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(parse(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"{path}:{number} is no line of metrics ({error}): take it out") from None
-    return found
-
-
-def _numbers(line: str) -> dict[str, Any]:
-    values = parse_json(line, finite=False)
-    if not isinstance(values, dict) or type(values.get("batch")) is not int:
-        raise ValueError("it has no batch")
-    if not all(isinstance(value, int | float) for value in values.values()):
-        raise ValueError("a metric is no number")
-    return values
+from llmprune.checkpoints.metrics import read_metrics
+from llmprune.utils.files import write_text
 
 
 class MetricsFile(LoggerDestination):

@@ -8,8 +8,8 @@ from composer.loggers import Logger
 from torch.nn.parallel import DistributedDataParallel
 
 from llmprune.models.causal_lm import ComposerCausalLM
-from llmprune.models.parts import prime, train_only
-from llmprune.recovery.partial import Phase, TrainableConfig, phases
+from llmprune.models.parameters import prime, train_only
+from llmprune.recovery.trainable import Phase, TrainableConfig, phases
 
 
 class PartialTraining(Callback):

@@ -6,7 +6,7 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from llmprune.processes import Termination
+from llmprune.utils.processes import Termination
 
 
 class Preempted(BaseException):

@@ -9,10 +9,10 @@ from composer.core import Callback, State, get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 
-from llmprune.checkpoint_folder import CheckpointFolder
-from llmprune.errors import BrokenModelError
+from llmprune.checkpoints.checkpoint_folder import CheckpointFolder
 from llmprune.models.causal_lm import Batch, ComposerCausalLM
 from llmprune.models.finite import first_beyond
+from llmprune.utils.errors import BrokenModelError
 
 LARGEST = 1e10  # of a weight
 EXPLODED = 10  # loss over that of a uniform guess, which no model that learns comes near

@@ -16,7 +16,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from llmprune.processes import ACTIVITY
+from llmprune.utils.processes import ACTIVITY
 
 BEAT = 5.0  # seconds between the reports of a rank, unless patience is short
 GRACE = 30.0  # seconds that other ranks leave rank 0 to judge

@@ -6,8 +6,8 @@ import typer
 
 from llmprune.cli import downloading, evaluating, measuring, pruning, showing  # noqa: F401  # their commands
 from llmprune.cli.options import app
-from llmprune.errors import check_surroundings, one_line
-from llmprune.processes import end_on_signals, stopped_by
+from llmprune.utils.errors import check_surroundings, one_line
+from llmprune.utils.processes import end_on_signals, stopped_by
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llmprune.cli.options import app
-from llmprune.errors import UserError
+from llmprune.utils.errors import UserError
 
 
 @app.command()
@@ -32,8 +32,8 @@ def download(
     os.environ["HF_HOME"] = str(folder)  # before the hub's library is imported
     for variable in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HUGGINGFACE_HUB_CACHE"):
         os.environ.pop(variable, None)
-    from llmprune.job_files import load_job
-    from llmprune.network import KINDS, fetch, need_named, needs_of
+    from llmprune.config.job_files import load_job
+    from llmprune.jobs.offline import KINDS, fetch, need_named, needs_of
 
     needs = [] if for_yaml is None else [*needs_of(load_job(for_yaml, set_ or ()))]
     if names:

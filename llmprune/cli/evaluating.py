@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from llmprune.cli.options import Json, app, command_line, names_in
-from llmprune.errors import UserError
+from llmprune.utils.errors import UserError
 
 Models = Annotated[list[str], typer.Argument(metavar="MODEL…", help="Hugging Face folders or hub names.")]
 DTypeToRun = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16; auto = as stored.")]
@@ -71,9 +71,9 @@ def evaluate(
     from llmprune.evaluation.evaluate import evaluate as evaluate_models
     from llmprune.evaluation.perplexity import PerplexityConfig
     from llmprune.evaluation.tasks import TasksConfig
-    from llmprune.files import to_json, write_json
     from llmprune.models.placement import Placement
-    from llmprune.outputs import check_output
+    from llmprune.utils.files import to_json, write_json
+    from llmprune.utils.outputs import check_output
 
     if out is not None:
         check_output(out, ".json", overwrite)
@@ -149,7 +149,7 @@ def generate(
     )
     from llmprune.models.opened import open_model
     from llmprune.models.placement import Placement
-    from llmprune.outputs import check_output
+    from llmprune.utils.outputs import check_output
 
     check_output(out, ".jsonl", overwrite)
     config = GenerationConfig(max_new_tokens, temperature, top_p, top_k, per_prompt, seed, batch_size)
@@ -184,9 +184,9 @@ def references(
     """Measure the loss that each domain is expected to come down to, for dynamic_loading.references."""
     from llmprune.data.prepared import PreparedData
     from llmprune.evaluation.references import references as measure_references
-    from llmprune.files import write_json
     from llmprune.models.placement import Placement
-    from llmprune.outputs import check_output
+    from llmprune.utils.files import write_json
+    from llmprune.utils.outputs import check_output
 
     check_output(out, ".json", overwrite)
     found = measure_references(

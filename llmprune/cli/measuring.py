@@ -37,7 +37,7 @@ def measure(
     from llmprune.measurement.measure import measure as measure_models
     from llmprune.measurement.results import files_beside, save, table
     from llmprune.models.placement import Placement
-    from llmprune.outputs import check_output
+    from llmprune.utils.outputs import check_output
 
     if out is not None:
         check_output(out, ".json", overwrite, files_beside(Path(out)))
@@ -75,9 +75,9 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """What a job will take: memory of every rank, time, cost. Nothing is loaded. Exit code 1: it does not fit."""
-    from llmprune.budgets.limits import bytes_of
-    from llmprune.estimating import Cluster, estimate_job
-    from llmprune.job_files import load_config
+    from llmprune.config.job_files import load_config
+    from llmprune.estimate.job import Cluster, estimate_job
+    from llmprune.pruning.budgets.limits import bytes_of
 
     config = load_config(yaml, overrides or ())
     if tflops is None:

@@ -2,12 +2,12 @@
 
 import shlex
 import sys
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-from llmprune.errors import UserError
+from llmprune.utils.errors import UserError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -17,7 +17,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 PushToHub = Annotated[str | None, typer.Option(help="Also upload OUT to the Hugging Face hub under this name.")]
 
 
-class DType(str, Enum):
+class DType(StrEnum):
     """Number formats that weights can be written in."""
 
     float32 = "float32"
@@ -72,6 +72,6 @@ def llmprune(
 ) -> None:
     """Prune large language models and train them back."""
     if verify:
-        from llmprune.checksums import VERIFICATION
+        from llmprune.utils.checksums import VERIFICATION
 
         VERIFICATION.asked = True

@@ -6,19 +6,19 @@ from typing import Annotated
 import typer
 
 from llmprune.cli.options import DType, Json, Out, Overwrite, PushToHub, app, names_in, sizes_in
-from llmprune.errors import UserError
+from llmprune.utils.errors import UserError
 
 
 def _list_criteria(wanted: bool) -> None:
     if wanted:
-        from llmprune.scoring.criteria import CRITERIA
+        from llmprune.pruning.scoring.criteria import CRITERIA
 
         _describe(CRITERIA.describe())
 
 
 def _list_methods(wanted: bool) -> None:
     if wanted:
-        from llmprune.planning import SELECTIONS
+        from llmprune.pruning.planning import SELECTIONS
 
         _describe(SELECTIONS.describe())
 
@@ -83,7 +83,7 @@ def enrich(
 ) -> None:
     """Give a model richer attention heads that begin as the identity, to be trained (yamls/continue.yaml)."""
     from llmprune.convert import commands
-    from llmprune.families import RicherHeadsConfig
+    from llmprune.models.families import RicherHeadsConfig
 
     heads = RicherHeadsConfig(shared=not per_head, activation=activation, residual=True)
     commands.enrich(model, heads, out, overwrite=overwrite)
@@ -101,8 +101,8 @@ def verify(
     from dataclasses import asdict
 
     from llmprune.evaluation.verify import compare, open_for_comparison
-    from llmprune.files import to_json
-    from llmprune.plans import Plan
+    from llmprune.plans.plan import Plan
+    from llmprune.utils.files import to_json
 
     source = open_for_comparison(a, None if plan is None else Plan.load(plan))
     difference = compare(source, open_for_comparison(b))
@@ -152,12 +152,12 @@ def score(
     from pathlib import Path
 
     from llmprune.data.calibration import CalibrationConfig
+    from llmprune.jobs.score import save_scores
+    from llmprune.jobs.score import score as score_model
     from llmprune.models.placement import Placement
-    from llmprune.outputs import check_output
-    from llmprune.score import save_scores
-    from llmprune.score import score as score_model
-    from llmprune.scoring.pictures import pictures_beside
-    from llmprune.scoring.settings import LayerScoringConfig
+    from llmprune.pruning.scoring.pictures import pictures_beside
+    from llmprune.pruning.scoring.settings import LayerScoringConfig
+    from llmprune.utils.outputs import check_output
 
     if (Path(out).parent / "config.json").exists():
         raise UserError(f"{Path(out).parent} is a model's folder: write the scores elsewhere")
@@ -237,13 +237,13 @@ def plan(
     """Choose what goes by scores; OUT is a plan for `llmprune apply`."""
     from pathlib import Path
 
-    from llmprune import planning
-    from llmprune.budgets.limits import BudgetConfig
-    from llmprune.budgets.losses import PlanLosses
-    from llmprune.outputs import check_output, refuse_replacing
-    from llmprune.plans import tensors_beside
-    from llmprune.scoring.scores import Scores
-    from llmprune.scoring.selection import PlanConfig
+    from llmprune.plans.plan import tensors_beside
+    from llmprune.pruning import planning
+    from llmprune.pruning.budgets.limits import BudgetConfig
+    from llmprune.pruning.budgets.losses import PlanLosses
+    from llmprune.pruning.scoring.scores import Scores
+    from llmprune.pruning.selection.methods import PlanConfig
+    from llmprune.utils.outputs import check_output, refuse_replacing
 
     ways = [way for way, chosen in ((method, method), ("span", span), ("list", drop)) if chosen]
     if len(set(ways)) > 1:
@@ -305,9 +305,9 @@ def search(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE…]", help="Of the YAML.")] = None,
 ) -> None:
     """Find the best way to prune under a budget: score, compare, recover the best few. Several ranks: train.py."""
-    from llmprune.config import SearchConfig
-    from llmprune.job_files import load_job
-    from llmprune.searching import search as run_search
+    from llmprune.config.job_files import load_job
+    from llmprune.config.schema import SearchConfig
+    from llmprune.jobs.search import search as run_search
 
     job = load_job(yaml, overrides or ())
     if not isinstance(job, SearchConfig):
@@ -318,8 +318,8 @@ def search(
 @app.command()
 def families(as_json: Json = False) -> None:
     """List the model families that can be pruned, and what can be pruned of each."""
-    from llmprune.families import FAMILIES
-    from llmprune.gates.kinds import DEPTH, WIDTH
+    from llmprune.models.families import FAMILIES
+    from llmprune.pruning.gates.kinds import DEPTH, WIDTH
 
     gates = {name: [k for k in (*DEPTH, *WIDTH) if k not in family.refused_gates] for name, family in FAMILIES.items()}
     if as_json:

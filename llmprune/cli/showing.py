@@ -19,8 +19,8 @@ def report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT and PLOTS if they exist.")] = False,
 ) -> None:
     """Write one self-contained page about runs: plans, curves, scores, quality, speed."""
-    from llmprune.outputs import check_output
     from llmprune.report.page import write_report
+    from llmprune.utils.outputs import check_output
 
     check_output(out, ".html", overwrite)
     print(write_report(runs, out, plots=plots, overwrite=overwrite))
@@ -40,7 +40,7 @@ def demo(
     attention: Attention = None,
 ) -> None:
     """Serve a page on which models answer side by side."""
-    from llmprune.demo import serve
     from llmprune.models.placement import Placement
+    from llmprune.report.demo import serve
 
     serve(models, Placement(dtype, device, device_map, attention, adapter), host=host, port=port)

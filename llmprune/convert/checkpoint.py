@@ -12,20 +12,19 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from llmprune.callbacks.l0_pruning import load_gates
-from llmprune.checkpoint_folder import METADATA, CheckpointFolder, batch_of, is_complete
-from llmprune.checksums import VERIFICATION
+from llmprune.checkpoints.checkpoint_folder import METADATA, CheckpointFolder, batch_of, is_complete
+from llmprune.checkpoints.run_folder import Manifest
 from llmprune.convert.foreign import checkpoint_in, what_it_is
 from llmprune.convert.stored_state import StoredState, open_state
-from llmprune.errors import UserError
-from llmprune.families import Family, family_of
-from llmprune.gates.chosen import chosen_shape
-from llmprune.gates.gate_set import GateSet
-from llmprune.gates.settings import L0PruningConfig, make_goal
+from llmprune.models.families import Family, family_of
 from llmprune.models.loading import load_config
 from llmprune.models.stored_weights import fingerprint
+from llmprune.pruning.gates.chosen_shape import chosen_shape
+from llmprune.pruning.gates.gate_set import GateSet, load_gates
+from llmprune.pruning.gates.settings import L0PruningConfig, make_goal
 from llmprune.recovery.lora import AdaptedWeights, LoRAConfig
-from llmprune.run_folder import Manifest
+from llmprune.utils.checksums import VERIFICATION
+from llmprune.utils.errors import UserError
 
 _PREFIX = "model."
 ATTEMPTS = 20  # to open a checkpoint that a run has not deleted meanwhile

@@ -10,22 +10,22 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
-from llmprune.callbacks.metrics_file import read_metrics
-from llmprune.checksums import record
+from llmprune.checkpoints.metrics import read_metrics
+from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.convert.checkpoint import Checkpoint, CheckpointWeights, is_checkpoint
 from llmprune.convert.export import export, keep_everything
 from llmprune.convert.replaced import Replaced, read_replaced
-from llmprune.errors import UserError
-from llmprune.families import RicherHeadsConfig
-from llmprune.files import save_tensors
-from llmprune.gates.gate_set import GateSet
+from llmprune.models.families import RicherHeadsConfig
 from llmprune.models.loading import load_config
 from llmprune.models.source import resolve_model
 from llmprune.models.stored_weights import StoredWeights, fingerprint
-from llmprune.outputs import output_folder, refuse_existing, refuse_replacing
-from llmprune.plans import Plan
+from llmprune.plans.plan import Plan
+from llmprune.pruning.gates.gate_set import GateSet
 from llmprune.recovery.lora import LoRAConfig, adapter_tensors
-from llmprune.run_folder import RunFolder
+from llmprune.utils.checksums import record
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import save_tensors
+from llmprune.utils.outputs import output_folder, refuse_existing, refuse_replacing
 
 UNFINISHED = 0.02  # distance from the target sparsity that is worth a warning
 

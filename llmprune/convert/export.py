@@ -8,19 +8,19 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from llmprune.checksums import record
 from llmprune.convert.model_card import model_card
-from llmprune.errors import UserError
-from llmprune.families import family_of
-from llmprune.files import save_tensors, write_json
 from llmprune.models.companions import copy_companions, save_model_config
+from llmprune.models.custom_code import needs_code, write_code
+from llmprune.models.families import family_of
 from llmprune.models.finite import is_finite
-from llmprune.models.own_types import needs_code, write_code
 from llmprune.models.stored_weights import parameter_names
-from llmprune.outputs import output_folder
-from llmprune.plans import KeptBlock, Plan
-from llmprune.replacements.network import Network
-from llmprune.surgery import Surgery
+from llmprune.plans.plan import KeptBlock, Plan
+from llmprune.plans.surgery import Surgery
+from llmprune.pruning.replacements.custom_block import Network
+from llmprune.utils.checksums import record
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import save_tensors, write_json
+from llmprune.utils.outputs import output_folder
 
 
 def keep_everything(config: PretrainedConfig, model: str) -> Plan:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from llmprune.checkpoint_folder import LATEST, METADATA
+from llmprune.checkpoints.checkpoint_folder import LATEST, METADATA
 
 _MOST = 2**24  # bytes that are looked at: descriptions of very large models have some megabytes
 _PICKLES = 5  # in a file of PyTorch's older format, of which the fourth describes the tensors

@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 import yaml
 
-from llmprune.plans import Plan
-from llmprune.run_folder import RANDOM
+from llmprune.checkpoints.run_folder import RANDOM
+from llmprune.plans.plan import Plan
 
 
 def model_card(

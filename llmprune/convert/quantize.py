@@ -13,15 +13,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
-from llmprune.checksums import record
 from llmprune.data.calibration import CalibrationConfig, calibration_samples
-from llmprune.errors import UserError
-from llmprune.files import make_readable
 from llmprune.models.companions import GENERATION, copy_companions
+from llmprune.models.custom_code import needs_code
 from llmprune.models.loading import load_any_model, load_tokenizer
-from llmprune.models.own_types import needs_code
 from llmprune.models.source import read_config, resolve_model
-from llmprune.outputs import output_folder, refuse_existing, refuse_replacing
+from llmprune.utils.checksums import record
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import make_readable
+from llmprune.utils.outputs import output_folder, refuse_existing, refuse_replacing
 
 BITS = 4
 

@@ -8,14 +8,14 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmprune.callbacks.block_replacement import BEST
+from llmprune.checkpoints.checkpoint_folder import BEST
 from llmprune.convert.checkpoint import Checkpoint
-from llmprune.errors import UserError
-from llmprune.plans import KeptBlock
-from llmprune.replacements.network import Network
-from llmprune.replacements.settings import BlockReplacementConfig
-from llmprune.replacements.span import Span
-from llmprune.replacements.stand_ins import STAND_INS, Site, StandIn
+from llmprune.plans.plan import KeptBlock
+from llmprune.pruning.replacements.custom_block import Network
+from llmprune.pruning.replacements.modules import STAND_INS, Site, StandIn
+from llmprune.pruning.replacements.settings import BlockReplacementConfig
+from llmprune.pruning.replacements.span import Span
+from llmprune.utils.errors import UserError
 
 _STAND_IN, _MODEL = "stand_in.", "model."
 

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.torch_version import TorchVersion
 
-from llmprune.checkpoint_folder import METADATA
-from llmprune.errors import UserError, first_line
-from llmprune.files import inside
+from llmprune.checkpoints.checkpoint_folder import METADATA
+from llmprune.utils.errors import UserError, first_line
+from llmprune.utils.files import inside
 
 # What reading bytes that anybody may have written can raise.
 _UNREADABLE = (

@@ -15,8 +15,8 @@ from streaming.base.storage.download import CloudDownloader
 from streaming.base.util import bytes_to_int
 
 from llmprune.data.unpacking import unpack
-from llmprune.errors import UserError, first_line
-from llmprune.stores import persist
+from llmprune.utils.errors import UserError, first_line
+from llmprune.utils.object_store import persist
 
 _READ_TIMEOUT = 60.0  # seconds without a byte
 

@@ -16,7 +16,7 @@ from llmprune.data.format import TRAIN, tokenizer_fingerprint
 from llmprune.data.prepared import PreparedData
 from llmprune.data.records import find_inputs
 from llmprune.data.sources import Document, Fields, documents
-from llmprune.errors import UserError, nearest
+from llmprune.utils.errors import UserError, nearest
 
 log = logging.getLogger(__name__)
 

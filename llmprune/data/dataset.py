@@ -7,13 +7,13 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from llmprune.data.changes import WeightChanges
-from llmprune.data.course import Course
 from llmprune.data.format import EVAL, TRAIN
 from llmprune.data.mixing import PARTS, domain_weights
 from llmprune.data.order import domain_order
 from llmprune.data.prepared import PreparedData
 from llmprune.data.reader import Sample, SplitReader
-from llmprune.errors import UserError
+from llmprune.data.sampler_state import Course
+from llmprune.utils.errors import UserError
 
 
 class MixedDataset(IterableDataset[Sample]):

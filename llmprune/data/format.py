@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llmprune.errors import UserError
-from llmprune.files import inside, read_json, sha256_text, write_json
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import inside, read_json, sha256_text, write_json
 
 TOKENS, STARTS, LEARNED = "tokens", "starts", "learned"  # columns
 TEACHER_TOKENS, TEACHER_LOGS = "teacher_tokens", "teacher_logs"  # further ones, of training splits

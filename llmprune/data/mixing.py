@@ -7,7 +7,7 @@ of the stream holds, of each domain, less than one sample more or fewer than its
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmprune.errors import UserError, nearest
+from llmprune.utils.errors import UserError, nearest
 
 PARTS = 1_000_000
 

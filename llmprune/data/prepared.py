@@ -8,7 +8,7 @@ from pathlib import Path
 from llmprune.data.cache import CacheConfig, ShardCache, connect, download
 from llmprune.data.format import DataManifest
 from llmprune.data.reader import SplitReader
-from llmprune.errors import UserError
+from llmprune.utils.errors import UserError
 
 
 class PreparedData:

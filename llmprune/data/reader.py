@@ -14,7 +14,7 @@ from streaming.base.world import World
 
 from llmprune.data.cache import ShardCache, ShardFile, check_file
 from llmprune.data.format import COLUMNS, LEARNED, STARTS, TEACHER_LOGS, TEACHER_TOKENS, TOKENS
-from llmprune.errors import UserError
+from llmprune.utils.errors import UserError
 
 NO_LOSS = -100  # what PyTorch's losses pass over
 # What an index that does not fit its shards leads to.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import zstandard
 
-from llmprune.errors import UserError, first_line
+from llmprune.utils.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmprune.data.records import RECORD_BYTES, DamagedInput, Input, TooLarge, records
-from llmprune.errors import UserError
+from llmprune.utils.errors import UserError
 
 Place = tuple[int, int]  # number of the input, and of the record in it
 

@@ -10,7 +10,7 @@ import brotli  # type: ignore[import-untyped]
 import zstandard
 from streaming.base.compression import decompress
 
-from llmprune.errors import UserError, first_line
+from llmprune.utils.errors import UserError, first_line
 
 _STREAMS: dict[str, Callable[[IO[bytes]], Any]] = {
     "zstd": lambda file: zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True),

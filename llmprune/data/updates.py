@@ -7,9 +7,9 @@ from itertools import pairwise
 from typing import Any
 
 from llmprune.data.mixing import PARTS
-from llmprune.errors import UserError
-from llmprune.files import read_json
-from llmprune.registry import Registry
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import read_json
+from llmprune.utils.registry import Registry
 
 TINY = 1e-100  # a weight below it is none
 

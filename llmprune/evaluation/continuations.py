@@ -13,9 +13,9 @@ from rapidfuzz.distance import Levenshtein
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
-from llmprune.errors import UserError
-from llmprune.files import JSON_LIMIT, parse_json, read_bytes, write_text
 from llmprune.models.opened import OpenedModel, check_vocabulary
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import JSON_LIMIT, parse_json, read_bytes, write_text
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llmprune.data.sources import clean_name
-from llmprune.errors import UserError
 from llmprune.evaluation.continuations import (
     GenerationConfig,
     Prompt,
@@ -32,7 +31,8 @@ from llmprune.evaluation.perplexity import (
 from llmprune.evaluation.tasks import Tasks, TasksConfig, language_model, save_samples
 from llmprune.models.opened import FoundModel, OpenedModel, find_model
 from llmprune.models.placement import Placement
-from llmprune.outputs import mark, output_folder, refuse_existing, remove
+from llmprune.utils.errors import UserError
+from llmprune.utils.outputs import mark, output_folder, refuse_existing, remove
 
 SCHEMA = 1
 LARGEST_BATCH = 64  # where ``auto`` begins

@@ -7,10 +7,10 @@ from composer.utils import dist
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.config import LiveEvaluationConfig
-from llmprune.errors import UserError
+from llmprune.config.schema import LiveEvaluationConfig
 from llmprune.evaluation.perplexity import PerplexityConfig, bos_of, check_streams, measure_perplexity, read_streams
 from llmprune.evaluation.tasks import EvaluatedModel, Tasks, TasksConfig, quiet
+from llmprune.utils.errors import UserError
 
 Forward = Callable[[dict[str, Tensor]], Tensor]
 

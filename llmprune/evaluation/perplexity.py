@@ -21,10 +21,10 @@ from llmprune.data.format import tokenizer_fingerprint
 from llmprune.data.prepared import PreparedData
 from llmprune.data.records import find_inputs
 from llmprune.data.sources import Document, Fields, documents
-from llmprune.errors import UserError, nearest
 from llmprune.models.causal_lm import token_losses
 from llmprune.models.objectives import IGNORED
 from llmprune.models.opened import check_vocabulary
+from llmprune.utils.errors import UserError, nearest
 
 BOS_MODES = ("none", "once", "each")
 

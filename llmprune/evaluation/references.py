@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from llmprune.data.format import tokenizer_fingerprint
 from llmprune.data.prepared import PreparedData
-from llmprune.errors import UserError
 from llmprune.evaluation.losses import evaluate_losses
 from llmprune.models.loading import count_parameters
 from llmprune.models.opened import find_model
 from llmprune.models.placement import Placement
+from llmprune.utils.errors import UserError
 
 SCHEMA = 1
 EXPONENTS = np.geomspace(1e-3, 3.0, 200)  # between which the fit looks

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from llmprune.errors import UserError
-from llmprune.files import parse_json, read_json
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import parse_json, read_json
 
 _LINE = 2**26  # bytes of a sample in a log at most
 

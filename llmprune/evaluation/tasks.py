@@ -23,9 +23,9 @@ from lm_eval.utils import handle_non_serializable
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.errors import UserError, nearest
 from llmprune.evaluation.suites import SUITES, expand
 from llmprune.models.opened import check_vocabulary
+from llmprune.utils.errors import UserError, nearest
 
 _FUNCTION = re.compile(r"!function\s+(\S+)")  # how a task file names Python code
 

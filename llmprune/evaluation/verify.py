@@ -10,15 +10,15 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from llmprune.convert.checkpoint import Checkpoint, is_checkpoint
 from llmprune.convert.replaced import Replaced, read_replaced
-from llmprune.errors import UserError
-from llmprune.gates.attach import attach
-from llmprune.gates.from_plan import factors_of, mask_experts
 from llmprune.models.loading import load_any_model, load_model, new_model
 from llmprune.models.quantised import quantised_as
 from llmprune.models.source import has_stand_in, resolve_model
-from llmprune.plans import Plan
-from llmprune.replacements.streaming import Streaming
-from llmprune.surgery import Surgery
+from llmprune.plans.plan import Plan
+from llmprune.plans.surgery import Surgery
+from llmprune.pruning.gates.attach import attach
+from llmprune.pruning.gates.from_plan import factors_of, mask_experts
+from llmprune.pruning.replacements.streaming import Streaming
+from llmprune.utils.errors import UserError
 
 
 @dataclass(frozen=True)

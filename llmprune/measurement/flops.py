@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from llmprune.errors import UserError
-from llmprune.families import family_of, richer_heads_of
+from llmprune.models.families import family_of, richer_heads_of
+from llmprune.utils.errors import UserError
 
 
 @dataclass(frozen=True)

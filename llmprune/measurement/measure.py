@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llmprune.errors import UserError
 from llmprune.measurement.flops import macs
 from llmprune.measurement.monitor import UtilisationWatch, peak_memory
 from llmprune.models.opened import OpenedModel, find_model
 from llmprune.models.placement import Placement
+from llmprune.utils.errors import UserError
 
 SCHEMA = 1
 

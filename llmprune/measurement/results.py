@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmprune.files import write_json, write_text
 from llmprune.measurement.monitor import UtilisationWatch
+from llmprune.utils.files import write_json, write_text
 
 
 def save(results: dict[str, Any], watch: UtilisationWatch, out: Path) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from llmprune.families import family_of
 from llmprune.models.autocast import forgetting_casts, in_autocast, products_in
-from llmprune.models.halving import Halving
+from llmprune.models.batch_halving import Halving
+from llmprune.models.families import family_of
 from llmprune.models.objectives import IGNORED, next_token, predicting, targets_of
 from llmprune.models.vocabulary import Head, head_of, mean_loss, token_measures, without_head
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
-from llmprune.errors import UserError
-from llmprune.files import read_json, write_json
-from llmprune.models.own_types import needs_code
+from llmprune.models.custom_code import needs_code
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import read_json, write_json
 
 GENERATION = "generation_config.json"
 # Files that are copied as they are.

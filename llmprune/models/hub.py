@@ -22,10 +22,10 @@ from typing import Any
 from filelock import FileLock
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
-from llmprune.errors import UserError, first_line
-from llmprune.files import inside, make_readable, read_json
-from llmprune.foreign import inspect
-from llmprune.outputs import output_folder
+from llmprune.utils.errors import UserError, first_line
+from llmprune.utils.files import inside, make_readable, read_json
+from llmprune.utils.outputs import output_folder
+from llmprune.utils.untrusted import inspect
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 _INDEX = ".index.json"  # behind the name of either: the index of its shards
@@ -170,7 +170,7 @@ def _convert(name: str, snapshot: Path, pickles: list[Path], out: Path) -> None:
         if _is_companion(file):
             (out / file).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, out / file)
-    script = Path(__file__).with_name("bin_weights.py")
+    script = Path(__file__).with_name("pickled_weights.py")
     command = [sys.executable, "-P", str(script), str(out), *map(str, pickles)]  # -P: nothing comes from where we are
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -16,14 +16,14 @@ from transformers.integrations.accelerate import init_empty_weights
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmprune.errors import UserError, first_line
-from llmprune.families import family_of
-from llmprune.files import read_json
-from llmprune.foreign import inspect, open_tokenizer
+from llmprune.models.families import family_of
 from llmprune.models.finite import first_not_finite
 from llmprune.models.quantised import refuse_plain_as_quantised, refuse_quantised
 from llmprune.models.source import has_stand_in, read_config, resolve_model
 from llmprune.models.stored_weights import StoredWeights, parameter_names
+from llmprune.utils.errors import UserError, first_line
+from llmprune.utils.files import read_json
+from llmprune.utils.untrusted import inspect, open_tokenizer
 
 transformers_logging.disable_progress_bar()
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from llmprune.errors import UserError
 from llmprune.models.stored_weights import StoredWeights
+from llmprune.utils.errors import UserError
 
 
 def check_memory(model: str | Path, *, dtype: torch.dtype | None, on_gpu: bool, remedy: str) -> None:

@@ -9,6 +9,13 @@ from torch import Tensor
 from llmprune.models.vocabulary import Measure
 
 IGNORED = -100  # what PyTorch's losses pass over
+OBJECTIVES = {
+    "mse": "mean squared error of the span's output",
+    "cosine": "1 − cosine to the span's output",
+    "lm": "next-token loss of the shortened model",
+    "kl": "forward KL divergence from the source model's predictions",
+}
+HIDDEN_OBJECTIVES = ("mse", "cosine")
 
 
 def targets_of(labels: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.accelerate import init_empty_weights
 
-from llmprune.errors import UserError
-from llmprune.families import family_of
+from llmprune.models.families import family_of
 from llmprune.models.loading import load_config
 from llmprune.models.stored_weights import StoredWeights
+from llmprune.utils.errors import UserError
 
 PIECE = 2**21  # numbers read at a time
 

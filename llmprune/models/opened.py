@@ -7,11 +7,11 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.errors import UserError
 from llmprune.models.loading import count_parameters, load_any_model, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.placement import Placement
 from llmprune.models.source import read_config, resolve_model
+from llmprune.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from llmprune.errors import UserError, nearest
+from llmprune.utils.errors import UserError, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TRAINABLE = ("float32", "bfloat16")  # formats in which gradients neither vanish nor overflow

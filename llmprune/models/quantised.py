@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import UserError
-from llmprune.files import read_json
 from llmprune.models.source import DEQUANTISE
 from llmprune.models.stored_weights import StoredWeights
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import read_json
 
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 _FILES = {  # of tools that write a file of their own beside the config

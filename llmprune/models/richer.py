@@ -4,9 +4,9 @@ from dataclasses import asdict
 
 from transformers import PretrainedConfig
 
-from llmprune.errors import UserError
-from llmprune.families import RicherHeadsConfig, attention_output, family_of, richer_heads_of
-from llmprune.models.own_types import own_config
+from llmprune.models.custom_code import own_config
+from llmprune.models.families import RicherHeadsConfig, attention_output, family_of, richer_heads_of
+from llmprune.utils.errors import UserError
 
 
 def with_richer_heads(plain: PretrainedConfig, heads: RicherHeadsConfig) -> PretrainedConfig:

@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
+from llmprune.models.block_hooks import blocks_of
 from llmprune.models.stored_weights import StoredWeights
-from llmprune.models.walking import blocks_of
 
 
 def mesh_of(parameters: Iterable[nn.Parameter]) -> DeviceMesh | None:

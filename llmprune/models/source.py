@@ -4,13 +4,13 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
-from llmprune.checksums import VERIFICATION
-from llmprune.errors import UserError, first_line
-from llmprune.families import OWN
-from llmprune.files import read_json
-from llmprune.foreign import inspect
+from llmprune.models.families import OWN
 from llmprune.models.hub import fetch_model
 from llmprune.models.modeling_llmprune import register
+from llmprune.utils.checksums import VERIFICATION
+from llmprune.utils.errors import UserError, first_line
+from llmprune.utils.files import read_json
+from llmprune.utils.untrusted import inspect
 
 DEQUANTISE = "dequantise it first, with Transformers' from_pretrained(FOLDER, gguf_file=NAME) and save_pretrained"
 _LARGEST = 2**31  # of any size in a config

@@ -9,10 +9,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from llmprune.errors import UserError
-from llmprune.families import Role, family_of
-from llmprune.files import read_json
+from llmprune.models.families import Role, family_of
 from llmprune.models.source import resolve_model
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import read_json
 
 
 class StoredWeights(Mapping[str, Tensor]):

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from llmprune.families import family_of
 from llmprune.models.autocast import in_autocast
+from llmprune.models.families import family_of
 
 # How many logits exist at a time: few enough for a CPU's caches, enough to keep a GPU busy (256 MB in float32).
 CHUNKS = {"cpu": 2**20, "cuda": 2**26}

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.errors import UserError
-from llmprune.families import Shape
-from llmprune.plans import Plan
+from llmprune.models.families import Shape
+from llmprune.plans.plan import Plan
+from llmprune.utils.errors import UserError
 
 
 @dataclass(frozen=True)

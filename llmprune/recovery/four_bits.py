@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
-from llmprune.families import Role, family_of
+from llmprune.models.families import Role, family_of
 
 MARK = "four_bits__"  # of the buffers that describe a packed matrix
 _DOT = "__dot__"

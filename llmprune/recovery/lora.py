@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llmprune.errors import UserError, nearest
-from llmprune.families import MATRICES, SUBLAYERS, Role, family_of
+from llmprune.models.families import MATRICES, SUBLAYERS, Role, family_of
 from llmprune.recovery.four_bits import MARK, describe_packed, written_out
+from llmprune.utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftConfig

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llmprune.errors import UserError, nearest
+from llmprune.models.objectives import HIDDEN_OBJECTIVES, OBJECTIVES
 from llmprune.models.placement import TEACHER
-from llmprune.replacements.settings import HIDDEN_OBJECTIVES, OBJECTIVES
+from llmprune.utils.errors import UserError, nearest
 
 
 @dataclass

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.models.autocast import in_autocast
+from llmprune.models.block_hooks import Run, visited
 from llmprune.models.causal_lm import Batch, run_model
 from llmprune.models.objectives import forward_kl, kl_to_likeliest
 from llmprune.models.sharded import reshard
 from llmprune.models.vocabulary import head_of, without_head
-from llmprune.models.walking import Run, visited
 
 Divergence = Callable[[Tensor, slice], Tensor]
 """The divergence from the teacher of some tokens' logits, [tokens] from float32 [tokens, vocabulary]."""

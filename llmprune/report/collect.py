@@ -6,18 +6,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llmprune.callbacks.metrics_file import read_metrics
+from llmprune.checkpoints.metrics import read_metrics
+from llmprune.checkpoints.run_folder import RunFolder
+from llmprune.config.yaml_files import read_yaml
 from llmprune.data.sources import clean_name
-from llmprune.errors import UserError, first_line
 from llmprune.evaluation.continuations import read_continuations
-from llmprune.files import read_json
 from llmprune.models.loading import count_parameters
 from llmprune.models.source import read_config
 from llmprune.models.stored_weights import StoredWeights
-from llmprune.plans import Plan
-from llmprune.run_folder import RunFolder
-from llmprune.scoring.scores import Scores
-from llmprune.yaml_files import read_yaml
+from llmprune.plans.plan import Plan
+from llmprune.pruning.scoring.scores import Scores
+from llmprune.utils.errors import UserError, first_line
+from llmprune.utils.files import read_json
 
 T = TypeVar("T")
 U = TypeVar("U")

@@ -17,9 +17,9 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from llmprune.data.sources import clean_name
 from llmprune.measurement.results import as_csv
+from llmprune.pruning.scoring.pictures import heat_map, similarity, span_landscape
+from llmprune.pruning.scoring.scores import Scores
 from llmprune.report.collect import Run
-from llmprune.scoring.pictures import heat_map, similarity, span_landscape
-from llmprune.scoring.scores import Scores
 
 LEGEND = 60  # lines at most
 

@@ -12,15 +12,15 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.convert.commands import last_evaluation
 from llmprune.data.sources import clean_name
-from llmprune.files import write_text
 from llmprune.measurement.results import rows as speed_rows
-from llmprune.outputs import output_folder, refuse_existing, refuse_replacing
 from llmprune.report.collect import Material, Model, Run, collect, short_names
 from llmprune.report.figures import Picture, fastest, pictures_of_quality, pictures_of_run, pictures_of_scores
 from llmprune.report.plan_picture import picture_of_plan
-from llmprune.run_folder import RunFolder
+from llmprune.utils.files import write_text
+from llmprune.utils.outputs import output_folder, refuse_existing, refuse_replacing
 
 Table = tuple[str, Sequence[str], list[list[str]]]  # heading, column names, rows of cells
 SAMPLES = 3  # prompts whose continuations are shown
@@ -81,7 +81,7 @@ def write_report(
     environment.tests["number"] = lambda cell: re.match(r"[\d.,]+(?= |$)", cell) is not None
     page = environment.get_template("page.html").render(
         title=", ".join(Path(path).name for path in paths),
-        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=version("llmprune"),
         sections=sections,
     )

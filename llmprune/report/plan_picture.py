@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from llmprune.plans import Plan
+from llmprune.plans.plan import Plan
 from llmprune.report.figures import STYLE, Picture
 
 CELLS = 64  # at most so many cells stand for heads, channels or hidden dimensions

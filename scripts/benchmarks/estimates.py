@@ -73,9 +73,9 @@ def _config(blocks: int):  # type: ignore[no-untyped-def] # transformers is not 
 
 def measured_over_estimated(folder: Path, kind: str) -> float:
     """The ratio of one kind of job, in a process that has done a small one of the same kind."""
-    from llmprune.estimating import Cluster, estimate_job
-    from llmprune.job_files import load_config
-    from llmprune.training import build_trainer
+    from llmprune.config.job_files import load_config
+    from llmprune.estimate.job import Cluster, estimate_job
+    from llmprune.training.trainer import build_trainer
 
     def job(model: str):  # type: ignore[no-untyped-def]
         overrides = [

@@ -14,10 +14,10 @@ def _blocks(shared: bool) -> tuple[nn.Module, nn.Module, dict[str, Tensor], Tens
     """A richer block and a plain one, what they are called with, and states."""
     from transformers import LlamaConfig
 
-    from llmprune.families import RicherHeadsConfig
+    from llmprune.models.block_hooks import blocks_of
+    from llmprune.models.families import RicherHeadsConfig
     from llmprune.models.loading import new_model
     from llmprune.models.richer import with_richer_heads
-    from llmprune.models.walking import blocks_of
 
     config = LlamaConfig(
         vocab_size=64,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.ratios import Ratio, in_fresh_process, peak_of
-from llmprune.files import write_json
+from llmprune.utils.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,8 +32,8 @@ def _pruning_run(folder: Path, kind: str) -> int:
     from data_prep.pack import prepare
     from data_prep.recipe import PackSettings
     from data_prep.tokenizer import train_tokenizer
-    from llmprune.job_files import load_config
-    from llmprune.training import train
+    from llmprune.config.job_files import load_config
+    from llmprune.jobs.train import train
 
     if not (folder / "data").exists():
         build_corpus(folder / "corpus", megabytes=1)
@@ -75,10 +75,10 @@ def apply_memory(runs: int) -> Ratio:
 
 def _peak_of_applying(folder: Path) -> int:
     from llmprune.convert.commands import apply
-    from llmprune.families import family_of, target_shape
+    from llmprune.models.families import family_of, target_shape
     from llmprune.models.loading import load_config
     from llmprune.models.stored_weights import StoredWeights, fingerprint
-    from llmprune.plans import KeptBlock, Plan
+    from llmprune.plans.plan import KeptBlock, Plan
 
     config = load_config(folder / "model")
     source = family_of(config).shape(config)
@@ -141,8 +141,8 @@ def _model_of_gigabytes(folder: Path) -> tuple[int, int, int]:
 def _peak_of_offloading(folder: Path, samples: int, length: int) -> tuple[int, int]:
     """The peak of scoring by perplexity and block influence, and the limit on the process's data meanwhile."""
     from llmprune.models.offloading import OffloadedModel
-    from llmprune.scoring.criterion import ScoringJob
-    from llmprune.scoring.scorer import Scorer
+    from llmprune.pruning.scoring.criterion import ScoringJob
+    from llmprune.pruning.scoring.scorer import Scorer
 
     limit = 3 * 2**30
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

@@ -13,12 +13,12 @@ def training_step(gated: bool) -> tuple[Callable[[], None], str]:
     """A training step of a Llama, with all gates or with none, and what it is in words."""
     from transformers import LlamaConfig
 
-    from llmprune.families import FAMILIES, target_shape
-    from llmprune.gates.attach import attach
-    from llmprune.gates.gate_set import GateSet
-    from llmprune.gates.goals import ShapeGoal
     from llmprune.models.causal_lm import ComposerCausalLM
+    from llmprune.models.families import FAMILIES, target_shape
     from llmprune.models.loading import new_model
+    from llmprune.pruning.gates.attach import attach
+    from llmprune.pruning.gates.gate_set import GateSet
+    from llmprune.pruning.gates.goals import ShapeGoal
 
     config = LlamaConfig(
         vocab_size=8192,

@@ -13,13 +13,13 @@ def replacement_steps(hidden: int, samples: int) -> tuple[Callable[[], None], Ca
     """A training step of a stand-in, the least that it could be, both in words, and the bytes that it must hold."""
     from transformers import LlamaConfig
 
+    from llmprune.models.block_hooks import blocks_of
     from llmprune.models.causal_lm import ComposerCausalLM
     from llmprune.models.loading import new_model
-    from llmprune.models.walking import blocks_of
-    from llmprune.replacements.settings import BlockReplacementConfig
-    from llmprune.replacements.span import Span
-    from llmprune.replacements.stand_ins import STAND_INS, Site
-    from llmprune.replacements.streaming import Streaming
+    from llmprune.pruning.replacements.modules import STAND_INS, Site
+    from llmprune.pruning.replacements.settings import BlockReplacementConfig
+    from llmprune.pruning.replacements.span import Span
+    from llmprune.pruning.replacements.streaming import Streaming
 
     config = LlamaConfig(
         vocab_size=8192,
@@ -108,7 +108,7 @@ def _peak_after(steps: int) -> tuple[int, int]:
     # What the libraries take for themselves is not counted.
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    import llmprune.replacements.streaming  # noqa: F401
+    import llmprune.pruning.replacements.streaming  # noqa: F401
 
     layer = torch.nn.Linear(1024, 1024)
     layer(torch.ones(1024, 1024)).sum().backward()

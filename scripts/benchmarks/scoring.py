@@ -30,8 +30,8 @@ def scoring_model() -> tuple[PreTrainedModel, torch.Tensor, str]:
 
 def score_by(model: PreTrainedModel, tokens: torch.Tensor, names: Sequence[str]) -> None:
     """Score a model by some criteria."""
-    from llmprune.scoring.criterion import ScoringJob
-    from llmprune.scoring.scorer import Scorer
+    from llmprune.pruning.scoring.criterion import ScoringJob
+    from llmprune.pruning.scoring.scorer import Scorer
 
     job = ScoringJob(model.config, torch.device("cpu"))
     scorer = Scorer(model, names, job, batch_size=len(tokens))
@@ -41,8 +41,8 @@ def score_by(model: PreTrainedModel, tokens: torch.Tensor, names: Sequence[str])
 
 def removal_perplexity(runs: int) -> Ratio:
     """Perplexity of every single removal, together, over one pass for each with its block skipped."""
+    from llmprune.models.block_hooks import shortened
     from llmprune.models.causal_lm import token_losses
-    from llmprune.models.walking import shortened
 
     model, tokens, words = scoring_model()
     layers = model.config.num_hidden_layers
@@ -75,7 +75,7 @@ def all_criteria(runs: int) -> Ratio:
 
 def unit_scores(runs: int) -> Ratio:
     """All criteria of blocks and of units over those of blocks alone."""
-    from llmprune.scoring.settings import LayerScoringConfig
+    from llmprune.pruning.scoring.settings import LayerScoringConfig
 
     model, tokens, words = scoring_model()
     blocks, everything = of_blocks(), LayerScoringConfig().names(model.config)
@@ -90,7 +90,7 @@ def unit_scores(runs: int) -> Ratio:
 
 def of_blocks() -> list[str]:
     """The criteria that score blocks, sub-layers or spans."""
-    from llmprune.scoring.criteria import CRITERIA
-    from llmprune.scoring.criterion import Section
+    from llmprune.pruning.scoring.criteria import CRITERIA
+    from llmprune.pruning.scoring.criterion import Section
 
     return [name for name in CRITERIA.names() if CRITERIA.get(name).section is not Section.UNITS]

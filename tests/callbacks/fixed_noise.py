@@ -17,10 +17,11 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch.distributed.tensor import DTensor
 
-from llmprune import checks, training
 from llmprune.callbacks.l0_pruning import L0Pruning
-from llmprune.gates.gate_set import GateSet
-from llmprune.job_files import load_config
+from llmprune.config.job_files import load_config
+from llmprune.pruning.gates.gate_set import GateSet
+from llmprune.training import checks
+from llmprune.training import trainer as training
 
 History = list[dict[str, torch.Tensor]]
 

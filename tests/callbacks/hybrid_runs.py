@@ -12,9 +12,10 @@ import torch
 from composer.utils import dist
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
 
-from llmprune import checks, training
-from llmprune.job_files import load_config
-from llmprune.sharding import AverageGradients
+from llmprune.config.job_files import load_config
+from llmprune.config.sharding import AverageGradients
+from llmprune.training import checks
+from llmprune.training import trainer as training
 from tests.callbacks import fixed_noise, plain_runs
 
 

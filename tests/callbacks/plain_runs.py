@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from llmprune import training
-from llmprune.job_files import load_config
+from llmprune.config.job_files import load_config
+from llmprune.training import trainer as training
 from tests.callbacks.fixed_noise import KillAt, Killed, named_runs
 
 

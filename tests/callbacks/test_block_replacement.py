@@ -11,23 +11,24 @@ import torch
 from composer.devices import DeviceCPU
 from safetensors import safe_open
 
+from llmprune.config.job_files import load_config
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import apply, convert
 from llmprune.convert.replaced import read_replaced
 from llmprune.data.prepared import PreparedData
-from llmprune.errors import UserError
 from llmprune.evaluation.perplexity import PerplexityConfig, measure_perplexity, read_streams
 from llmprune.evaluation.verify import compare, open_for_comparison
-from llmprune.job_files import load_config
+from llmprune.jobs.train import train
+from llmprune.models.block_hooks import blocks_of
 from llmprune.models.loading import load_model, load_tokenizer
 from llmprune.models.stored_weights import StoredWeights
-from llmprune.models.walking import blocks_of
-from llmprune.plans import Plan
-from llmprune.replacements.cache import CachedStates, StatesCache
-from llmprune.replacing import most_alike
-from llmprune.scoring.states import one_minus_cosine
-from llmprune.streams import first_batches
-from llmprune.training import build_trainer, train
+from llmprune.plans.plan import Plan
+from llmprune.pruning.replacements.cache import CachedStates, StatesCache
+from llmprune.pruning.scoring.hidden_states import one_minus_cosine
+from llmprune.training.loaders import first_batches
+from llmprune.training.replacement import most_alike
+from llmprune.training.trainer import build_trainer
+from llmprune.utils.errors import UserError
 from tests.callbacks import plain_runs
 
 ROOT = Path(__file__).parents[2]
@@ -249,7 +250,7 @@ def test_a_plan_names_the_span(config: Path, tmp_path: Path, trained_folder: Pat
     from llmprune.convert.export import keep_everything
     from llmprune.models.loading import load_config as load_model_config
     from llmprune.models.stored_weights import fingerprint
-    from llmprune.plans import KeptBlock
+    from llmprune.plans.plan import KeptBlock
 
     model_config = load_model_config(trained_folder)
     whole = keep_everything(model_config, fingerprint(StoredWeights(trained_folder), model_config))

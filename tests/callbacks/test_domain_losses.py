@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from composer.loggers import progress_bar_logger
 
+from llmprune.config.job_files import load_config
 from llmprune.data.format import DataManifest
 from llmprune.data.prepared import PreparedData
 from llmprune.data.reader import SplitReader
 from llmprune.evaluation.losses import evaluate_losses
-from llmprune.job_files import load_config
+from llmprune.jobs.train import train
 from llmprune.models.causal_lm import MeanLoss
 from llmprune.models.loading import load_model
-from llmprune.training import train
 
 DOMAINS = 40
 

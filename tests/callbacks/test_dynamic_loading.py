@@ -11,11 +11,12 @@ from composer.core import State
 from composer.loggers import Logger
 
 from llmprune.callbacks.dynamic_loading import DynamicLoading
-from llmprune.checks import check
-from llmprune.config import Config
-from llmprune.errors import UserError
-from llmprune.job_files import load_config
-from llmprune.training import build_trainer, train
+from llmprune.config.job_files import load_config
+from llmprune.config.schema import Config
+from llmprune.jobs.train import train
+from llmprune.training.checks import check
+from llmprune.training.trainer import build_trainer
+from llmprune.utils.errors import UserError
 from tests.callbacks.fixed_noise import KillAt, Killed
 
 Samples = list[list[int]]

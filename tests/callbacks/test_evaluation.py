@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from llmprune.callbacks.metrics_file import read_metrics
-from llmprune.config import LiveEvaluationConfig
+from llmprune.checkpoints.metrics import read_metrics
+from llmprune.config.job_files import load_config
+from llmprune.config.schema import LiveEvaluationConfig
 from llmprune.convert.commands import convert
-from llmprune.errors import UserError
 from llmprune.evaluation.evaluate import EvaluationConfig, evaluate
 from llmprune.evaluation.live import LiveEvaluation
 from llmprune.evaluation.perplexity import PerplexityConfig
 from llmprune.evaluation.tasks import TasksConfig
-from llmprune.job_files import load_config
+from llmprune.jobs.train import train
 from llmprune.models.loading import load_tokenizer
 from llmprune.models.placement import Placement
-from llmprune.training import train
+from llmprune.utils.errors import UserError
 from tests.conftest import tiny_config
 from tests.evaluation.local_task import make_task
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmprune.checkpoint_folder import records_in
+from llmprune.checkpoints.checkpoint_folder import records_in
+from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import convert
-from llmprune.run_folder import RunFolder
-from llmprune.stores import open_store
+from llmprune.utils.object_store import open_store
 from tests.callbacks import fixed_noise, plain_runs
 
 ROOT = Path(__file__).parents[2]

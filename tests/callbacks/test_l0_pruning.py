@@ -12,20 +12,20 @@ from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llmprune.callbacks.l0_pruning import L0Pruning
+from llmprune.config.job_files import load_config
 from llmprune.data.order import keyed_generator
 from llmprune.data.prepared import PreparedData
-from llmprune.errors import UserError
-from llmprune.families import family_of, target_shape
-from llmprune.gates import hard_concrete
-from llmprune.gates.alarms import GateAlarms
-from llmprune.gates.gate_set import GateSet
-from llmprune.gates.goals import ShapeGoal
-from llmprune.gates.settings import L0PruningConfig, TargetShape
-from llmprune.job_files import load_config
 from llmprune.models.causal_lm import token_losses
+from llmprune.models.families import family_of, target_shape
 from llmprune.models.loading import load_model
-from llmprune.streams import make_loaders
-from llmprune.training import build_trainer
+from llmprune.pruning.gates import hard_concrete
+from llmprune.pruning.gates.alarms import GateAlarms
+from llmprune.pruning.gates.gate_set import GateSet
+from llmprune.pruning.gates.goals import ShapeGoal
+from llmprune.pruning.gates.settings import L0PruningConfig, TargetShape
+from llmprune.training.loaders import make_loaders
+from llmprune.training.trainer import build_trainer
+from llmprune.utils.errors import UserError
 from tests.callbacks import fixed_noise
 
 ROOT = Path(__file__).parents[2]

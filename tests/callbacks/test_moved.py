@@ -8,8 +8,8 @@ from composer.devices import DeviceCPU
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from llmprune.job_files import load_config
-from llmprune.training import build_trainer
+from llmprune.config.job_files import load_config
+from llmprune.training.trainer import build_trainer
 
 SECTIONS = {
     "plain": "scheduler.warmup=0ba",

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -17,12 +16,11 @@ from composer import Callback
 from composer.core import State
 from composer.loggers import Logger
 
-from llmprune import training
 from llmprune.callbacks.preemption import Preempted
+from llmprune.config.job_files import load_config
 from llmprune.convert.checkpoint import Checkpoint
-from llmprune.job_files import load_config
-from llmprune.processes import TERMINATION
-from llmprune.training import train
+from llmprune.jobs.train import train
+from llmprune.utils.processes import TERMINATION
 
 ROOT = Path(__file__).parents[2]
 BATCHES, ASKED = 10, 4
@@ -76,19 +74,13 @@ def losses(run: Path) -> list[tuple[str, float]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_ends_as_the_undisturbed_run(
-    config: Path, trained_folder: Path, tmp_path: Path, listening: None, kind: str, monkeypatch: pytest.MonkeyPatch
+    config: Path, trained_folder: Path, tmp_path: Path, listening: None, kind: str
 ) -> None:
     changes = KINDS[kind].replace("TEACHER", str(trained_folder))
     train(load_config(config, [f"run.folder={tmp_path}/once", changes]))
-    make = training.make_callbacks
-
-    def asking(*args: Any, **kwargs: Any) -> list[Callback]:
-        return [*make(*args, **kwargs), *([] if kwargs["resumed"] else [Asking()])]
-
-    monkeypatch.setattr(training, "make_callbacks", asking)
     settings = [f"run.folder={tmp_path}/asked", "run.autoresume=true", changes]
     with pytest.raises(Preempted, match=f"saved after batch {ASKED + 1}; run.autoresume=true goes on"):
-        train(load_config(config, settings))
+        train(load_config(config, settings), [Asking()])
     assert Checkpoint.open(tmp_path / "asked").path.name == f"ba{ASKED + 1}-rank0.pt"
     TERMINATION.asked = False
     train(load_config(config, settings))

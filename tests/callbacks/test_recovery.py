@@ -11,19 +11,20 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from llmprune.config.job_files import load_config
+from llmprune.config.optimizers import OPTIMIZERS, OptimizerConfig
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import apply, convert, export_adapter
 from llmprune.convert.export import keep_everything
-from llmprune.errors import UserError
 from llmprune.evaluation.verify import compare, open_for_comparison
-from llmprune.job_files import load_config
+from llmprune.jobs.train import train
 from llmprune.models.loading import load_config as load_model_config
 from llmprune.models.loading import load_model
-from llmprune.models.parts import prime
+from llmprune.models.parameters import prime
 from llmprune.models.stored_weights import StoredWeights, fingerprint
-from llmprune.optimizers import OPTIMIZERS, OptimizerConfig
-from llmprune.plans import KeptBlock
-from llmprune.training import build_trainer, train
+from llmprune.plans.plan import KeptBlock
+from llmprune.training.trainer import build_trainer
+from llmprune.utils.errors import UserError
 from tests.callbacks import plain_runs
 from tests.callbacks.test_block_replacement import metrics
 

@@ -12,19 +12,19 @@ import boto3
 import pytest
 import torch
 
-from llmprune import stores
-from llmprune.callbacks.safekeeping import Safekeeping
-from llmprune.checksums import VERIFICATION, Verification
+from llmprune.callbacks.checkpoint_uploading import Safekeeping
+from llmprune.checkpoints.run_folder import RunFolder
+from llmprune.config.job_files import load_config
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import convert
-from llmprune.errors import UserError
-from llmprune.files import inside
-from llmprune.job_files import load_config
+from llmprune.jobs.stages import recovery_of
+from llmprune.jobs.train import train
 from llmprune.report.page import write_report
-from llmprune.run_folder import RunFolder
-from llmprune.stages import recovery_of
-from llmprune.stores import open_store
-from llmprune.training import train
+from llmprune.utils import object_store as stores
+from llmprune.utils.checksums import VERIFICATION, Verification
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import inside
+from llmprune.utils.object_store import open_store
 from tests.callbacks import plain_runs
 
 ROOT = Path(__file__).parents[2]

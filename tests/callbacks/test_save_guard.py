@@ -8,10 +8,11 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from llmprune.checkpoint_folder import CheckpointFolder
-from llmprune.errors import UserError
-from llmprune.job_files import load_config
-from llmprune.training import build_trainer, train
+from llmprune.checkpoints.checkpoint_folder import CheckpointFolder
+from llmprune.config.job_files import load_config
+from llmprune.jobs.train import train
+from llmprune.training.trainer import build_trainer
+from llmprune.utils.errors import UserError
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmprune.callbacks.metrics_file import read_metrics
 from llmprune.callbacks.watchdog import judge
+from llmprune.checkpoints.metrics import read_metrics
 from llmprune.convert.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -58,8 +58,8 @@ import sys, time
 from pathlib import Path
 from composer import Callback
 from composer.utils import dist
-from llmprune import training
-from llmprune.job_files import load_config
+from llmprune.jobs.train import train
+from llmprune.config.job_files import load_config
 
 class Sleeper(Callback):
     def before_loss(self, state, logger):
@@ -70,9 +70,7 @@ class Sleeper(Callback):
         time.sleep(10000)
 
 if __name__ == "__main__":
-    make = training.make_callbacks
-    training.make_callbacks = lambda *args, **kwargs: [*make(*args, **kwargs), Sleeper()]
-    training.train(load_config(sys.argv[1], sys.argv[2:]))
+    train(load_config(sys.argv[1], sys.argv[2:]), [Sleeper()])
 """
 
 
@@ -111,8 +109,8 @@ import sys, time
 from pathlib import Path
 from composer import Callback
 from composer.utils import dist
-from llmprune import training
-from llmprune.job_files import load_config
+from llmprune.jobs.train import train
+from llmprune.config.job_files import load_config
 
 class Slow(Callback):
     def batch_start(self, state, logger):
@@ -124,10 +122,8 @@ class Slow(Callback):
             Path("slept").write_text(str(state.timestamp.batch.value))
 
 if __name__ == "__main__":
-    training.train(load_config(sys.argv[1], ["run.folder=" + sys.argv[2]]))
-    make = training.make_callbacks
-    training.make_callbacks = lambda *args, **kwargs: [*make(*args, **kwargs), Slow()]
-    training.train(load_config(sys.argv[1], ["run.folder=" + sys.argv[3]]))
+    train(load_config(sys.argv[1], ["run.folder=" + sys.argv[2]]))
+    train(load_config(sys.argv[1], ["run.folder=" + sys.argv[3]]), [Slow()])
 """
 
 

@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmprune.config.job_files import load_config
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import apply, convert, push_to_hub
 from llmprune.convert.export import export, keep_everything
-from llmprune.errors import UserError
 from llmprune.evaluation.verify import compare, open_for_comparison
-from llmprune.job_files import load_config
+from llmprune.jobs.train import train
 from llmprune.models.loading import load_model
 from llmprune.models.stored_weights import StoredWeights, fingerprint
-from llmprune.plans import Plan
-from llmprune.training import train
+from llmprune.plans.plan import Plan
+from llmprune.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import convert
 from llmprune.convert.foreign import _MOST
-from llmprune.errors import UserError
+from llmprune.utils.errors import UserError
 
 HF = "then `llmprune score`, `apply` and train.py go on from that folder"
 SHEARED = ["model.transformer.wte.weight", "model.transformer.blocks.0.attn.wq.weight"]

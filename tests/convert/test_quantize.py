@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from llmprune.cli import app
 from llmprune.convert.quantize import QuantizeConfig, quantize
 from llmprune.data.calibration import CalibrationConfig, calibration_samples
-from llmprune.errors import UserError
 from llmprune.models.loading import load_model, load_tokenizer
 from llmprune.models.opened import open_model
 from llmprune.models.placement import Placement
+from llmprune.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from llmprune.checkpoint_folder import METADATA
+from llmprune.checkpoints.checkpoint_folder import METADATA
 from llmprune.convert.stored_state import harmless, open_state
-from llmprune.errors import UserError
+from llmprune.utils.errors import UserError
 
 WEIGHT = torch.arange(12.0).reshape(3, 4)
 

@@ -9,8 +9,8 @@ import torch
 from llmprune.data.calibration import CalibrationConfig, calibration_samples
 from llmprune.data.dataset import MixedDataset
 from llmprune.data.prepared import PreparedData
-from llmprune.errors import UserError
 from llmprune.models.loading import load_tokenizer
+from llmprune.utils.errors import UserError
 
 
 def test_text_is_cut_into_samples_in_order(data: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from llmprune.data.changes import WeightChanges
 from llmprune.data.dataset import EvalDataset, MixedDataset
 from llmprune.data.format import DataManifest
 from llmprune.data.prepared import PreparedData
-from llmprune.errors import UserError
+from llmprune.utils.errors import UserError
 
 BATCH = 8
 DELAY = 6  # two workers load four batches ahead, three six

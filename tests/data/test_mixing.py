@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprune.data.lanes import Lanes
 from llmprune.data.mixing import PARTS, Mixer, domain_weights, integer_weights
+from llmprune.data.partitions import Lanes
 
 weights = st.lists(st.just(0.0) | st.floats(1e-4, 1), min_size=1, max_size=9).filter(any)
 

@@ -24,7 +24,7 @@ from llmprune.data.cache import CacheConfig
 from llmprune.data.dataset import EvalDataset, MixedDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.data.unpacking import unpack
-from llmprune.errors import UserError
+from llmprune.utils.errors import UserError
 
 WEIGHTS = {"numbers": 0.6, "letters": 0.4}
 

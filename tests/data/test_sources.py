@@ -20,8 +20,8 @@ from pyarrow import parquet
 
 from llmprune.data.records import RECORD_BYTES, find_inputs
 from llmprune.data.sources import BadRecord, Document, Fields, clean_name, documents
-from llmprune.errors import UserError
-from llmprune.outputs import refuse_replacing
+from llmprune.utils.errors import UserError
+from llmprune.utils.outputs import refuse_replacing
 
 
 def read(*inputs: Path | str, **fields: str) -> list[Document | BadRecord]:

@@ -20,7 +20,7 @@ from llmprune.data.updates import (
     new_weights,
     read_references,
 )
-from llmprune.errors import UserError
+from llmprune.utils.errors import UserError
 
 DOMAINS = ["a", "b", "c"]
 EVEN = dict.fromkeys(DOMAINS, 1 / len(DOMAINS))

@@ -11,7 +11,7 @@ from data_prep.builtin import DOMAINS
 from data_prep.tokenizer import train_tokenizer
 from llmprune.data.format import DataManifest
 from llmprune.data.sources import BadRecord
-from llmprune.errors import UserError
+from llmprune.utils.errors import UserError
 
 
 def test_from_nothing_to_shards(tmp_path: Path) -> None:

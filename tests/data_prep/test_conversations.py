@@ -15,14 +15,14 @@ from data_prep.conversations import ConversationSettings, renderer
 from data_prep.describe import show_samples
 from data_prep.pack import prepare
 from data_prep.recipe import PackSettings
+from llmprune.config.job_files import load_config
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.data.reader import NO_LOSS
-from llmprune.errors import UserError
 from llmprune.evaluation.losses import evaluate_losses
-from llmprune.job_files import load_config
+from llmprune.jobs.train import train
 from llmprune.models.loading import load_model
-from llmprune.training import train
+from llmprune.utils.errors import UserError
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"

@@ -30,8 +30,8 @@ from llmprune.data.format import DataManifest
 from llmprune.data.prepared import PreparedData
 from llmprune.data.records import Input
 from llmprune.data.sources import Document, Fields, documents
-from llmprune.errors import UserError
-from llmprune.outputs import put_in_place
+from llmprune.utils.errors import UserError
+from llmprune.utils.outputs import put_in_place
 
 LENGTH = 32
 
@@ -512,7 +512,7 @@ def test_of_two_writers_of_an_output_one_is_told(
 
         return placed
 
-    monkeypatch.setattr("llmprune.outputs.put_in_place", during(put_in_place))
+    monkeypatch.setattr("llmprune.utils.outputs.put_in_place", during(put_in_place))
     monkeypatch.setattr("data_prep.pack.put_in_place", during(put_in_place))
     calls[command]()
     assert str(out) in told[1] and out.is_dir()

@@ -17,7 +17,7 @@ from data_prep.tokenizer import train_tokenizer
 from llmprune.data.format import DataManifest
 from llmprune.data.prepared import PreparedData
 from llmprune.data.sources import Fields
-from llmprune.errors import UserError
+from llmprune.utils.errors import UserError
 
 TEXTS = [
     f"document {n}: " + " ".join(random.Random(n).choices(["tree", "house", "bird", "é", "</s>"], k=n))

@@ -14,12 +14,13 @@ import torch
 from data_prep import teach as module
 from data_prep.teach import TeachConfig, teach
 from data_prep.tokenizer import train_tokenizer
+from llmprune.config.job_files import load_config
 from llmprune.data.format import EVAL, TRAIN
 from llmprune.data.prepared import PreparedData
-from llmprune.errors import UserError
-from llmprune.job_files import load_config
+from llmprune.jobs.train import train
 from llmprune.models.loading import load_model, load_tokenizer
-from llmprune.training import build_trainer, train
+from llmprune.training.trainer import build_trainer
+from llmprune.utils.errors import UserError
 from tests.callbacks.test_block_replacement import metrics
 
 CONFIG = TeachConfig(top_k=7, batch_size=5, dtype="float32")

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from llmprune.cli import app
-from llmprune.errors import UserError
 from llmprune.evaluation.continuations import (
     GenerationConfig,
     Prompt,
@@ -21,6 +20,7 @@ from llmprune.evaluation.continuations import (
 )
 from llmprune.models.opened import OpenedModel, open_model
 from llmprune.models.placement import Placement
+from llmprune.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

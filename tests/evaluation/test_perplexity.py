@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.data.prepared import PreparedData
-from llmprune.errors import UserError
 from llmprune.evaluation.losses import evaluate_losses
 from llmprune.evaluation.perplexity import PerplexityConfig, check_streams, measure_perplexity, read_streams, segments
 from llmprune.models.loading import load_tokenizer
+from llmprune.utils.errors import UserError
 
 
 @pytest.fixture

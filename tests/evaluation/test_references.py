@@ -7,10 +7,10 @@ import pytest
 
 from llmprune.cli import app
 from llmprune.data.prepared import PreparedData
-from llmprune.errors import UserError
 from llmprune.evaluation.losses import evaluate_losses
 from llmprune.evaluation.references import fit_scaling_law
 from llmprune.models.loading import load_model
+from llmprune.utils.errors import UserError
 
 LLAMA2 = [6738415616, 13015864320, 68976648192]
 

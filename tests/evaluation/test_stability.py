@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llmprune.errors import UserError
 from llmprune.evaluation.stability import Answer, read_answers, stability, subject_stability
+from llmprune.utils.errors import UserError
 
 
 def answers(*given: tuple[bool, list[float]]) -> list[Answer]:

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from llmprune.cli.options import app
-from llmprune.errors import UserError
+from llmprune.utils.errors import UserError
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ _PRELOADED = [
     "streaming",
     "transformers",
     "llmprune.cli",
-    "llmprune.training",
+    "llmprune.training.trainer",
 ]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(_PRELOADED)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llmprune.measurement.flops import Macs, macs
 from llmprune.models.loading import new_model
 from tests.conftest import tiny_config
-from tests.families.test_conformance import CONFIGS
+from tests.models.families.test_conformance import CONFIGS
 
 
 @pytest.mark.parametrize("name", CONFIGS)

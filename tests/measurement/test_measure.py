@@ -14,7 +14,6 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from llmprune.cli import app
-from llmprune.errors import UserError
 from llmprune.evaluation.continuations import GenerationConfig, Prompt, write_continuations
 from llmprune.measurement import measure as module
 from llmprune.measurement.measure import MeasureConfig, Setting, _measure_setting, _runner, measure, spread
@@ -22,6 +21,7 @@ from llmprune.measurement.monitor import UtilisationWatch, peak_memory
 from llmprune.models.loading import load_tokenizer
 from llmprune.models.opened import open_model
 from llmprune.models.placement import Placement
+from llmprune.utils.errors import UserError
 
 QUICK = ("--warmups", "1", "--repeats", "3")
 

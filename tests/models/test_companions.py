@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmprune.config.job_files import load_config as load_job
 from llmprune.convert.commands import apply, convert, enrich
 from llmprune.convert.export import keep_everything
-from llmprune.families import RicherHeadsConfig
-from llmprune.job_files import load_config as load_job
+from llmprune.jobs.train import train
+from llmprune.models.families import RicherHeadsConfig
 from llmprune.models.loading import load_config
 from llmprune.models.stored_weights import StoredWeights, fingerprint
-from llmprune.training import train
 
 UNSAVEABLE: dict[str, dict[str, Any]] = {
     "temperature without sampling": {"temperature": 0.9, "top_p": 0.6},  # as Vicuna v1.5 has it

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from llmprune.models.batch_halving import Halving
 from llmprune.models.causal_lm import Batch, ComposerCausalLM
-from llmprune.models.halving import Halving
 from tests.conftest import random_model, tiny_config
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmprune.errors import UserError
-from llmprune.models import bin_weights
+from llmprune.models import pickled_weights
 from llmprune.models.hub import fetch_model, wanted_files
 from llmprune.models.loading import load_model, load_tokenizer
+from llmprune.utils.errors import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ARRIVE = [
@@ -120,7 +120,7 @@ def test_nothing_else_is_unpickled(snapshot: Path, tmp_path: Path) -> None:
         load_model("org/pickled")
     torch.save([torch.zeros(1)], snapshot / "pytorch_model.bin")
     with pytest.raises(SystemExit, match="something else than tensors by name"):
-        bin_weights.read(str(snapshot / "pytorch_model.bin"))
+        pickled_weights.read(str(snapshot / "pytorch_model.bin"))
     assert not (tmp_path / "ran").exists() and not (snapshot.parents[1] / "llmprune" / COMMIT).exists()
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from llmprune.errors import UserError
 from llmprune.models.loading import load_config, load_model, new_model
 from llmprune.models.stored_weights import StoredWeights, fingerprint
+from llmprune.utils.errors import UserError
 from tests.conftest import random_model, tiny_config
 
 

@@ -8,10 +8,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from llmprune.cli import app
-from llmprune.errors import UserError
 from llmprune.models.loading import load_model
 from llmprune.models.opened import FoundModel, OpenedModel, open_model
 from llmprune.models.placement import Placement, dtype_for_inference
+from llmprune.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from llmprune.errors import UserError
-from llmprune.models.parts import parameter_names_of
+from llmprune.models.parameters import parameter_names_of
+from llmprune.utils.errors import UserError
 from tests.conftest import random_model, tiny_config
-from tests.families.test_conformance import CONFIGS
+from tests.models.families.test_conformance import CONFIGS
 
 
 @pytest.mark.parametrize("name", CONFIGS)

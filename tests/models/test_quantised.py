@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from llmprune.convert.commands import apply, enrich
 from llmprune.convert.export import keep_everything
-from llmprune.errors import UserError
-from llmprune.families import RicherHeadsConfig
+from llmprune.jobs.score import score
+from llmprune.models.families import RicherHeadsConfig
 from llmprune.models.loading import load_any_model, load_config, load_model
 from llmprune.models.quantised import quantised_as
-from llmprune.score import score
-from llmprune.scoring.settings import LayerScoringConfig
+from llmprune.pruning.scoring.settings import LayerScoringConfig
+from llmprune.utils.errors import UserError
 from tests.conftest import tiny_config
 
 

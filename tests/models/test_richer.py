@@ -11,16 +11,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmprune.convert.commands import enrich
-from llmprune.errors import UserError
 from llmprune.evaluation.verify import compare, open_for_comparison
-from llmprune.families import RicherHeadsConfig, family_of, module_name
+from llmprune.models.block_hooks import blocks_of
+from llmprune.models.families import RicherHeadsConfig, family_of, module_name
 from llmprune.models.loading import count_parameters, load_config, load_model, new_model
 from llmprune.models.modeling_llmprune import RicherHeads
 from llmprune.models.richer import with_richer_heads
-from llmprune.models.walking import blocks_of
-from llmprune.plans import Plan
+from llmprune.plans.plan import Plan
+from llmprune.utils.errors import UserError
 from tests.conftest import random_model, tiny_config
-from tests.families.test_conformance import CONFIGS, logits, relative
+from tests.models.families.test_conformance import CONFIGS, logits, relative
 
 HEADS, SIZE = 4, 6
 ACTIVATIONS = {"silu": nn.SiLU(), "gelu": nn.GELU(), "tanh": nn.Tanh(), "relu": nn.ReLU()}

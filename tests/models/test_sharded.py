@@ -9,10 +9,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from llmprune.models.block_hooks import Run, blocks_of, visited
 from llmprune.models.sharded import mesh_of, reshard, shard
-from llmprune.models.walking import Run, blocks_of, visited
-from llmprune.ranks import initialize_ranks
 from llmprune.recovery.teachers import states_of
+from llmprune.utils.ranks import initialize_ranks
 from tests.conftest import random_model, tiny_config
 
 

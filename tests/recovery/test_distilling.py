@@ -6,17 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmprune.errors import UserError
-from llmprune.families import family_of
+from llmprune.models.block_hooks import blocks_of
 from llmprune.models.causal_lm import ComposerCausalLM
-from llmprune.models.walking import blocks_of
-from llmprune.plans import KeptBlock, Plan
+from llmprune.models.families import family_of
+from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.recovery.correspondence import Correspondence, corresponding
 from llmprune.recovery.distilling import Distilling
 from llmprune.recovery.settings import DistillationConfig
 from llmprune.recovery.teachers import ModelTeacher
+from llmprune.utils.errors import UserError
 from tests.conftest import random_model
-from tests.families.test_conformance import CONFIGS
+from tests.models.families.test_conformance import CONFIGS
 
 WEIGHTS = {"kl": 1.0, "lm": 0.5, "mse": 0.25, "cosine": 2.0}
 PAIRS = {0: 1, 2: 2}

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from llmprune.errors import UserError
 from llmprune.recovery.lora import AdaptedWeights, LoRAConfig, add_adapters, targets_of
+from llmprune.utils.errors import UserError
 from tests.conftest import random_model
-from tests.families.test_conformance import CONFIGS
+from tests.models.families.test_conformance import CONFIGS
 
 LLAMA = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}, {
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from llmprune.errors import UserError
 from llmprune.report.page import write_report
-from tests.test_fuzz import damaged_values
+from llmprune.utils.errors import UserError
+from tests.faults.test_fuzz import damaged_values
 
 LATENCY = {"mean": 0.5, "std": 0.1}
 PREFILL = {"batch": 1, "prompt_tokens": 8, "latency_s": LATENCY, "tokens_per_s": 9.5, "peak_memory_bytes": 10**6}

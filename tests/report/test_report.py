@@ -13,17 +13,17 @@ import torch
 
 from llmprune.cli import app
 from llmprune.convert.commands import apply
-from llmprune.errors import UserError
+from llmprune.jobs.score import save_scores, score
 from llmprune.models.loading import load_config
 from llmprune.models.placement import Placement
 from llmprune.models.stored_weights import StoredWeights, fingerprint
-from llmprune.plans import KeptBlock, Plan
+from llmprune.plans.plan import KeptBlock, Plan
+from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.report.collect import collect
 from llmprune.report.page import write_report
 from llmprune.report.plan_picture import picture_of_plan
-from llmprune.score import save_scores, score
-from llmprune.scoring.settings import LayerScoringConfig
-from tests.browser import chromium
+from llmprune.utils.errors import UserError
+from tests.harness.browser import chromium
 
 RESULTS = {
     "schema": 1,

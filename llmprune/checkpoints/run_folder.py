@@ -1,0 +1,345 @@
+"""A run is a folder: resolved config, metrics, gates, checkpoints and the manifest that explains them.
+
+RUN/
+  config.yaml        the resolved config
+  metrics.jsonl      everything logged
+  gates/             gate values at every evaluation (pruning)
+  checkpoints/       Composer checkpoints; ``latest-rank0.pt`` points to the newest complete one
+    manifest.json    what the checkpoints are: read before anything of theirs is loaded
+    baN.sums-R.json  checksums of the part of checkpoint baN that rank R wrote
+    model/           Hugging Face config, tokenizer and generation config of the model as it is in the checkpoints
+"""
+
+import copy
+import importlib.metadata
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf.errors import OmegaConfBaseException
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from llmprune.checkpoints.checkpoint_folder import LATEST, METADATA, CheckpointFolder, batch_of, records_in
+from llmprune.models.companions import GENERATION, name_inputs, save_model_config
+from llmprune.pruning.gates.settings import L0PruningConfig
+from llmprune.pruning.replacements.settings import BlockReplacementConfig
+from llmprune.recovery.lora import LoRAConfig
+from llmprune.recovery.settings import DistillationConfig
+from llmprune.recovery.trainable import TrainableConfig
+from llmprune.utils.checksums import compare, describe, read_record, record
+from llmprune.utils.errors import UserError, first_line
+from llmprune.utils.files import inside, read_json, temporary_for, write_json
+from llmprune.utils.object_store import Store
+from llmprune.utils.outputs import (
+    clear,
+    is_empty,
+    output_folder,
+    refuse_deleting,
+    remove,
+    working_folder,
+)
+from llmprune.utils.ranks import on_rank_zero
+from llmprune.utils.recorded_settings import settings_from
+
+log = logging.getLogger(__name__)
+
+RANDOM = "random"  # the source of a model that was not trained before
+SECTIONS = {  # of a manifest, as a job's YAML has them
+    "l0_pruning": L0PruningConfig,
+    "block_replacement": BlockReplacementConfig,
+    "trainable": TrainableConfig,
+    "lora": LoRAConfig,
+    "distillation": DistillationConfig,
+}
+PACKAGES = ("llmprune", "torch", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of what lies in a run folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """Everything logged, as JSON lines."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def gates(self) -> Path:
+        """Gate values at every evaluation."""
+        return self.path / "gates"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Composer checkpoints and their manifest."""
+        return self.path / "checkpoints"
+
+    def latest_checkpoint(self, *, contents: bool = False) -> Path | None:
+        """The newest complete checkpoint, if there is one; see ``CheckpointFolder.latest``."""
+        return CheckpointFolder(self.checkpoints).latest(contents=contents)
+
+    def fetch(self, store: Store, *, shared: bool = True) -> None:
+        """Bring the newest complete checkpoint of a store, and what belongs to it, here.
+
+        One that does not arrive as it was brought there is passed over, and named.
+
+        Args:
+            store: where the run's checkpoints go.
+            shared: whether all machines see this folder. Then nothing is done if it has a checkpoint as new; else all
+                go on from what the store has, and what is newer here is put aside: others do not have it.
+
+        Raises:
+            UserError: the store can't be reached, holds another run, or all that it has is damaged; or it has nothing
+                and a machine that does not share the folder has a checkpoint.
+        """
+        names = store.names("")
+        self._check_same(store, names)
+        here, failed = self.latest_checkpoint(contents=True) if shared else None, None
+        for batch, records in records_in(names).items():
+            if here is not None and batch_of(here) >= batch:
+                return
+            try:
+                if self._fetch_checkpoint(store, records, names):
+                    print(f"{self.path}: the checkpoint after batch {batch} comes from {store.url}")
+                    break
+            except UserError as error:
+                log.warning("the checkpoint after batch %d in %s is passed over: %s", batch, store.url, error)
+                failed = error
+        else:
+            if failed is not None:
+                raise failed
+            batch = -1
+        if not shared and self.checkpoints.is_dir():
+            folder = CheckpointFolder(self.checkpoints)
+            newer = [path for path in folder.by_age() if batch_of(path) > batch]
+            if newer and batch < 0:
+                raise UserError(
+                    f"{store.url} has no checkpoint, and {newer[0]} lies on this machine alone, which does not share "
+                    "the folder with others: copy it to all of them, or pass run.overwrite=true to begin anew"
+                )
+            for path in newer:
+                folder.set_aside(path)
+
+    def _check_same(self, store: Store, names: list[str]) -> None:
+        """Refuse to mix a store's files with those of another run."""
+        mine = self.checkpoints / "manifest.json"
+        theirs = "checkpoints/manifest.json"
+        if theirs not in names or not mine.is_file():
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            store.get(theirs, Path(folder) / "manifest.json")
+            if read_json(Path(folder) / "manifest.json") != read_json(mine):
+                raise UserError(
+                    f"{store.url} holds checkpoints of another run than {self.path}: choose another checkpoint.remote, "
+                    "or another run.folder"
+                )
+
+    def _fetch_checkpoint(self, store: Store, records: list[str], names: list[str]) -> bool:
+        """Fetch one checkpoint unless some rank had not brought its part; what is here already stays."""
+        files: dict[str, Any] = {}
+        ranks: set[Any] = set()
+        with tempfile.TemporaryDirectory() as folder:
+            for name in records:
+                place = Path(folder) / Path(name).name
+                store.get(name, place)
+                found = read_record(place)
+                files, ranks = files | found["files"], ranks | {found["ranks"]}
+        if ranks != {len(records)}:
+            return False
+        rest = [name for name in names if not name.startswith(("checkpoints/ba", f"checkpoints/{LATEST}"))]
+        for name in sorted(rest, key=lambda name: name != self.config.name):  # what marks a run comes first
+            self._get(store, name)
+        for name in records:
+            self._get(store, name)
+        for name in sorted(files, key=lambda name: name.endswith(METADATA)):  # and last what marks a checkpoint
+            place = inside(self.checkpoints, name)
+            if not place.is_file() or describe(place) != files[name]:
+                self._get(store, f"checkpoints/{name}")
+        compare(self.checkpoints, files)
+        return True
+
+    def _get(self, store: Store, name: str) -> None:
+        place = inside(self.path, name)
+        part = temporary_for(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            store.get(name, part)
+            os.replace(part, place)
+        finally:
+            remove(part)
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep the folder for this job's ranks alone while the block runs.
+
+        Raises:
+            UserError: on all ranks, if another process works there, or llmprune did not make what stands there.
+        """
+        with ExitStack() as stack:
+            on_rank_zero(lambda: stack.enter_context(working_folder(self.path)) and None)
+            yield
+
+    def find(self, *, overwrite: bool, autoresume: bool) -> Path | None:
+        """See whether the folder may be used; nothing is changed.
+
+        Returns:
+            The checkpoint to resume from, if any.
+
+        Raises:
+            UserError: llmprune did not make what stands there; a run is there and neither ``overwrite`` nor
+                ``autoresume`` is set; or its checkpoints can't be used and ``overwrite`` is not set.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"run.folder {self.path} is a file: choose another folder")
+        refuse_deleting(self.path)
+        if is_empty(self.path):
+            return None
+        if autoresume:
+            checkpoints = CheckpointFolder(self.checkpoints)
+            found = checkpoints.newest(contents=True, careful=not overwrite)
+            if found is not None:
+                return found
+            if not overwrite and not self.checkpoints.is_dir():  # what every run has from the start
+                raise UserError(f"{self.path} holds something that is no training run: choose another run.folder")
+            if checkpoints.by_age():
+                print(f"{self.path} has no checkpoint that can be used; with run.overwrite the run begins anew")
+            elif self.config.exists():
+                print(f"{self.path} holds no complete checkpoint to resume from: the run begins anew")
+            return None
+        if not overwrite and self.config.exists():
+            raise UserError(
+                f"{self.path} holds a run already: pass run.autoresume=true to go on with it, "
+                "run.overwrite=true to delete it, or another run.folder"
+            )
+        if not overwrite:
+            raise UserError(f"{self.path} holds something that is no run: choose another run.folder")
+        return None
+
+    def create(self) -> None:
+        """Make the folder, empty but for its mark; what stood there is deleted.
+
+        Raises:
+            UserError: llmprune did not make what stands there, or it can't be written.
+        """
+        clear(self.path)
+        try:
+            self.checkpoints.mkdir()
+        except OSError as error:
+            raise UserError(f"can't write to {self.path}: {error.strerror}") from None
+
+
+@dataclass
+class Manifest:
+    """``manifest.json``: what a folder of checkpoints holds.
+
+    Attributes:
+        family: the model's family.
+        l0_pruning: the settings of ``L0Pruning``, if gates were trained.
+        source: the model that the run started from (folder, hub name, or "random").
+        data: the data folder, the hash of its tokenizer and that of its description.
+        seed: the run's.
+        versions: of Python and the packages that matter.
+        git_commit: of llmprune's checkout, if it is one.
+        block_replacement: the settings of ``BlockReplacement`` with the span's start and length, if any.
+        trainable: the settings of ``PartialTraining``, if any.
+        lora: the settings of ``LowRankAdaptation``, if any.
+        distillation: the settings of ``Distillation``, if any.
+    """
+
+    family: str
+    l0_pruning: dict[str, Any] | None
+    source: str
+    data: dict[str, str]
+    seed: int
+    versions: dict[str, str]
+    git_commit: str | None
+    block_replacement: dict[str, Any] | None = None
+    trainable: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
+    distillation: dict[str, Any] | None = None
+    schema: int = 1
+
+    def save(
+        self,
+        checkpoints: Path,
+        config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        source: Path | None,
+    ) -> None:
+        """Write the manifest and, beside it, what the exported model will need.
+
+        Args:
+            checkpoints: the folder.
+            config: the model's.
+            tokenizer: the run's.
+            source: folder of the model, whose generation config goes along; None = the model began with random weights.
+        """
+        with output_folder(checkpoints / "model", overwrite=True) as folder:
+            save_model_config(copy.deepcopy(config), folder)
+            if source is not None and (source / GENERATION).is_file():
+                (folder / GENERATION).write_bytes((source / GENERATION).read_bytes())
+            tokenizer.save_pretrained(folder)
+            name_inputs(folder)
+            record(folder)
+        write_json(checkpoints / "manifest.json", asdict(self))
+
+    @classmethod
+    def load(cls, checkpoints: Path) -> "Manifest":
+        """Read the manifest of a folder of checkpoints.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        path = checkpoints / "manifest.json"
+        if not path.is_file():
+            raise UserError(f"{checkpoints} has no manifest.json: it holds no checkpoints of llmprune")
+        try:
+            values = dict(read_json(path))
+            for name, schema in SECTIONS.items():
+                if values.get(name) is not None:
+                    values[name] = asdict(settings_from(schema, values[name]))
+            manifest = settings_from(cls, values)
+        except (TypeError, ValueError, OmegaConfBaseException) as error:
+            raise UserError(f"{path} is no manifest of this version ({first_line(error)})") from None
+        if manifest.schema != cls.schema:
+            raise UserError(f"{path} has schema {manifest.schema}; this version reads {cls.schema}")
+        return manifest
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this code runs from; a trailing + marks changes."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None

@@ -1,0 +1,241 @@
+"""Jobs as YAML files: reading, writing, describing.
+
+A job is one YAML file, which may name another as its ``base``, and ``key=value`` overrides.
+"""
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
+
+from llmprune.config.schema import Config, IterationConfig, ScoringConfig, SearchConfig
+from llmprune.config.secrets import refuse_secrets
+from llmprune.config.yaml_files import check_yaml, read_yaml
+from llmprune.utils.errors import UserError, first_line, nearest
+from llmprune.utils.files import write_text
+from llmprune.utils.recorded_settings import as_typed, literal, remember
+
+J = TypeVar("J")
+MOST = 1e30  # of a setting: what float32 holds, and no run needs
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Config | ScoringConfig:
+    """Read the YAML of any job and apply overrides.
+
+    One with ``layer_scoring`` scores, one with ``iterate`` prunes in rounds, one with ``search`` searches, all others
+    train.
+
+    Raises:
+        UserError: see ``load_config``.
+    """
+    return _load(path, overrides, _schema_of(_read(Path(path))))
+
+
+def _schema_of(sections: dict[str, Any]) -> type[Config] | type[ScoringConfig]:
+    if "layer_scoring" in sections:
+        return ScoringConfig
+    return IterationConfig if "iterate" in sections else SearchConfig if "search" in sections else Config
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the YAML of a job that trains and apply overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: ``section.key=value``, later ones win; a value in braces replaces the whole mapping.
+
+    Raises:
+        UserError: the file can't be read, a key is unknown, a value has the wrong type or is missing.
+    """
+    return _load(path, overrides, Config)
+
+
+def load_recorded(path: Path) -> Config | ScoringConfig:
+    """Read the config.yaml of a run, whoever wrote it: nothing in it is looked up, and no other file is read.
+
+    Raises:
+        UserError: see ``load_config``.
+    """
+    sections = read_yaml(path)
+    schema = _schema_of(sections)
+    merged = _merge(schema, literal(sections), str(path))
+    return _built(merged, schema, path)
+
+
+def _load(path: str | Path, overrides: Sequence[str], schema: type[J]) -> J:
+    loaded = _read(Path(path))
+    refuse_secrets(loaded)
+    _merge(schema, loaded, str(path))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        refuse_secrets(text, key)
+        refuse_secrets(override, "an override")
+        if not separator:
+            raise UserError(f"'{override}' is not of the form section.key=value")
+        given = _given(override, key, text)
+        _merge(schema, given, f"'{override}'")
+        _lay_over(loaded, given, len(_parts(key)))
+    merged = _merge(schema, loaded, str(path))
+    config = _built(merged, schema, path)
+    values = dataclasses.asdict(config)  # type: ignore[call-overload]
+    refuse_secrets(values)
+    _check_numbers(values)
+    remember(OmegaConf.to_container(merged, resolve=False), values)
+    return config
+
+
+def _given(override: str, key: str, text: str) -> Any:
+    """The sections with nothing but an override, in which interpolations stay as they are typed."""
+    try:
+        check_yaml(text)
+        return OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
+    except YAMLError:
+        raise UserError(f"'{override}' is no valid value: put quotes around the whole ('{key}={{…}}')") from None
+    except (OmegaConfBaseException, ValueError, LookupError) as error:
+        raise UserError(f"'{key}' can't be set: {first_line(error)}") from None
+
+
+def _parts(key: str) -> list[Any]:
+    """The names in a dotted key."""
+    parts, sections = [], OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}=null"]))
+    while isinstance(sections, dict):
+        ((name, sections),) = sections.items()
+        parts.append(name)
+    return parts
+
+
+def _lay_over(sections: dict[str, Any], given: Any, depth: int) -> None:
+    """Give the value in ``given``, so many names below, the place of what stands there in ``sections``."""
+    for _ in range(depth - 1):
+        ((name, given),) = given.items()
+        if not isinstance(sections.get(name), dict):
+            sections[name] = {}
+        sections = sections[name]
+    sections.update(given)
+
+
+def _built(merged: Any, schema: type[J], path: str | Path) -> J:
+    try:
+        OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+        config = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{path}: {error.full_key or 'a key'} must be set") from None
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{path}: {where}{first_line(error)}") from None
+    assert isinstance(config, schema)
+    return config
+
+
+def _check_numbers(values: Any, key: str = "") -> None:
+    """Raise ``UserError`` for numbers that can't be computed with."""
+    if isinstance(values, dict | list):
+        for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+            _check_numbers(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, int) and abs(values) >= 2**63:
+        raise UserError(f"{key} has {len(str(abs(values)))} digits: it must be smaller than 2**63")
+    elif isinstance(values, float) and not abs(values) <= MOST:  # also NaN
+        raise UserError(f"{key} is {values}; it must be a number of at most {MOST:g}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A YAML file, laid over the one that its key ``base`` names (a path beside it)."""
+    layers: list[dict[str, Any]] = []
+    seen: set[Path] = set()
+    while True:
+        layers.append(read_yaml(path))
+        base = layers[-1].pop("base", None)
+        if base is None:
+            break
+        if not isinstance(base, str) or "\0" in base:
+            raise UserError(f"{path}: base must be the name of a YAML file; got {str(base)[:80]!r}")
+        seen.add(path.resolve())
+        path = path.parent / base
+        if path.resolve() in seen:
+            raise UserError(f"{path} is a base of itself: leave out its key base")
+    merged = OmegaConf.merge(*reversed(layers))
+    return {str(key): value for key, value in OmegaConf.to_container(merged, resolve=False).items()}  # type: ignore[union-attr]
+
+
+def save_config(config: Config | ScoringConfig, path: Path) -> None:
+    """Write the config as YAML; of texts from the environment, how they were typed."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(as_typed(literal(dataclasses.asdict(config))))))
+
+
+def describe() -> str:
+    """Every section and key of every job's YAML with its default and its meaning, as text."""
+    lines: list[str] = []
+    for schema in (Config, ScoringConfig, IterationConfig, SearchConfig):
+        lines += [f"## {inspect.cleandoc(schema.__doc__ or '').splitlines()[0]}"]
+        known = (
+            {section.name for section in dataclasses.fields(Config)}
+            if schema in (IterationConfig, SearchConfig)
+            else set()
+        )
+        for section in dataclasses.fields(schema):
+            if section.name in known:
+                continue
+            cls = _dataclass_in(typing.get_type_hints(schema)[section.name])
+            optional = " (optional)" if section.default is None else ""
+            lines += ["", f"{section.name}:{optional}  # {inspect.cleandoc(cls.__doc__).splitlines()[0]}"]
+            lines += _describe_fields(cls, "  ")
+        lines += [""]
+    return "\n".join(lines[:-1])
+
+
+def _describe_fields(cls: Any, indent: str) -> list[str]:
+    lines, meanings = [], _attributes(cls)
+    for key in dataclasses.fields(cls):
+        hint = typing.get_type_hints(cls)[key.name]
+        meaning = f"  # {meanings[key.name]}" if key.name in meanings else ""
+        nested = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
+        if nested is not None:
+            lines += [f"{indent}{key.name}:{meaning}", *_describe_fields(nested, indent + "  ")]
+            continue
+        default = key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
+        shown = "(required)" if default is MISSING else "null" if default is None else str(default)
+        lines.append(f"{indent}{key.name}: {shown}{meaning}")
+    return lines
+
+
+def _attributes(cls: Any) -> dict[str, str]:
+    """What a dataclass's docstring says of each attribute."""
+    _, _, section = inspect.cleandoc(cls.__doc__).partition("Attributes:\n")
+    entries = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _merge(schema: Any, update: Any, source: str) -> Any:
+    try:
+        return OmegaConf.merge(OmegaConf.structured(schema), update)
+    except ConfigKeyError as error:
+        key = error.full_key or ""
+        section, _, name = key.rpartition(".")
+        raise UserError(f"{source}: unknown key '{key}'; {nearest(name, _fields_of(schema, section))}") from None
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{source}: {where}{first_line(error)}") from None
+    except TypeError:  # omegaconf's own for a list where fields by name belong
+        raise UserError(f"{source}: a list stands where names with values belong, such as {{name: value}}") from None
+
+
+def _fields_of(schema: Any, section: str) -> Iterator[str]:
+    """Names of the fields of the section with this dotted name."""
+    cls: Any = schema
+    for part in filter(None, section.split(".")):
+        cls = _dataclass_in(typing.get_type_hints(cls)[re.sub(r"\[.*", "", part)])
+    return (f.name for f in dataclasses.fields(cls))
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """The dataclass of ``X`` or ``X | None``."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next(option for option in options if dataclasses.is_dataclass(option))

@@ -1,0 +1,322 @@
+"""The YAML of a job as a typed schema.
+
+Every key is a field of a dataclass below; a section that configures a component is declared beside it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from llmprune.config.optimizers import OptimizerConfig, SchedulerConfig
+from llmprune.config.sharding import ShardingConfig
+from llmprune.data.cache import CacheConfig
+from llmprune.data.calibration import CalibrationConfig
+from llmprune.data.updates import DynamicLoadingConfig
+from llmprune.models.families import RicherHeadsConfig
+from llmprune.pruning.budgets.candidates import CandidatesConfig
+from llmprune.pruning.gates.settings import L0PruningConfig
+from llmprune.pruning.replacements.settings import BlockReplacementConfig
+from llmprune.pruning.scoring.settings import LayerScoringConfig
+from llmprune.pruning.selection.methods import PlansConfig
+from llmprune.recovery.lora import LoRAConfig
+from llmprune.recovery.settings import DistillationConfig
+from llmprune.recovery.trainable import TrainableConfig
+
+
+@dataclass
+class FolderConfig:
+    """The folder of what a job writes.
+
+    Attributes:
+        name: of the run, in loggers and in the default folder.
+        folder: everything the run writes goes here.
+        overwrite: delete what stands in the folder.
+        offline: use no network, and name what is missing before any work (``llmprune download`` gets it).
+    """
+
+    name: str = MISSING
+    folder: str = "runs/${run.name}"
+    overwrite: bool = False
+    offline: bool = False
+
+
+@dataclass
+class RunConfig(FolderConfig):
+    """The run folder.
+
+    Attributes:
+        name: of the run, in loggers and in the default folder.
+        folder: everything the run writes goes here.
+        overwrite: delete what stands in the folder.
+        offline: use no network, and name what is missing before any work (``llmprune download`` gets it).
+        seed: of weights, order of the data and gates.
+        autoresume: go on from the folder's newest checkpoint, if there is one.
+    """
+
+    seed: int = 17
+    autoresume: bool = False
+
+
+@dataclass
+class ModelConfig:
+    """The model to start from: either ``path``, or ``config`` for random weights.
+
+    Attributes:
+        path: a Hugging Face folder or hub name.
+        config: fields of a Hugging Face config, ``model_type`` among them; the vocabulary size and the special tokens
+            come from the tokenizer unless given.
+        tokenizer: folder or hub name; default: that of ``path``, or of the data.
+        richer_heads: with ``config``: a non-linear layer for the output of every attention head; null = none.
+        attention: ``sdpa``, ``eager`` or ``flash_attention_2`` (GPU).
+        dtype: of the weights in training: float32 or bfloat16.
+        verify: compare the files of ``path`` (and of a teacher) with the checksums that llmprune wrote beside them.
+    """
+
+    path: str | None = None
+    config: dict[str, Any] | None = None
+    richer_heads: RicherHeadsConfig | None = None
+    tokenizer: str | None = None
+    attention: str = "sdpa"
+    dtype: str = "float32"
+    verify: bool = False
+
+
+@dataclass
+class DataConfig:
+    """The data to train and evaluate on.
+
+    Attributes:
+        path: a folder prepared by ``python -m data_prep tokenize``, or a URL where it lies (``s3://…``).
+        cache: of remote or compressed data.
+        document_boundaries: attention and positions restart at each document, and its first token is not learned; null
+            = for conversations.
+        weights: share of each domain in training; null = in proportion to its samples.
+        workers: loader processes per rank.
+        prefetch: batches that each of them loads ahead.
+        lanes: disjoint parts of every domain. With a multiple of the number of machines each reads its own shards; a
+            run keeps its lanes.
+        shuffle_window: shards of a lane whose samples are shuffled together.
+        eval_samples_per_domain: null = all.
+    """
+
+    path: str = MISSING
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    document_boundaries: bool | None = None
+    weights: dict[str, float] | None = None
+    workers: int = 0
+    prefetch: int = 2
+    lanes: int = 1
+    shuffle_window: int = 8
+    eval_samples_per_domain: int | None = None
+
+
+@dataclass
+class TrainConfig:
+    """The course of training.
+
+    Attributes:
+        duration: ``3200ba`` (batches) or ``400000000tok``.
+        global_batch_size: samples per step over all ranks.
+        microbatch_size: samples per forward pass on one device; ``auto`` finds the largest that fits (GPU, neither
+            sharded nor with gates).
+        activation_checkpointing: keep only each block's input and compute its activations anew in the backward pass.
+        precision: fp32, or amp_bf16 (weights in float32, matrix products in bfloat16; fast on GPUs, and on CPUs with
+            AVX512-BF16 or AMX).
+        clip_norm: limit of the gradients' norm (the model's only, not the gates'); null = none.
+        loss_spike_factor: a batch whose loss is so many times the mean of the last 100 is a spike; null = never.
+        loss_spike: ``log`` it, or ``skip`` the batch as well.
+        eval_interval: ``50ba``; ``0ba`` = never.
+        eval_first: evaluate before the first batch.
+        device: cpu or gpu; null = what is there.
+        hang_timeout: seconds in which a rank does nothing (no event, no forward pass) after which the job ends, and the
+            rank that the others wait for is named; null = never.
+        check_memory: refuse a job that by ``llmprune estimate`` does not fit.
+    """
+
+    duration: str = MISSING
+    global_batch_size: int = MISSING
+    microbatch_size: Any = 1
+    activation_checkpointing: bool = False
+    precision: str = "fp32"
+    clip_norm: float | None = 1.0
+    loss_spike_factor: float | None = 2.0
+    loss_spike: str = "log"
+    eval_interval: str = "1dur"
+    eval_first: bool = False
+    device: str | None = None
+    hang_timeout: float | None = 1800.0
+    check_memory: bool = True
+
+
+@dataclass
+class LiveEvaluationConfig:
+    """Tasks and texts measured beside the losses, at every evaluation (``train.eval_interval``).
+
+    Attributes:
+        tasks: of lm-eval, or suites; those that generate text are not possible here.
+        num_fewshot: examples in the prompt; null = the tasks' own.
+        limit: questions of each task, or a share below 1; null = all.
+        include_path: folder with task files of your own; Python code that they name is run.
+        texts: files or prepared folders to measure perplexity on, a BOS before each segment.
+        segment: tokens of a segment.
+        batch_size: samples per forward pass on a rank.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    num_fewshot: int | None = None
+    limit: float | None = None
+    include_path: str | None = None
+    texts: list[str] = field(default_factory=list)
+    segment: int = 128
+    batch_size: int = 8
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints go to ``run.folder``/checkpoints.
+
+    Attributes:
+        interval: ``3200ba``, ``0.1dur``; the last batch is always saved.
+        keep: how many of the newest are kept; -1 = all.
+        remote: a URL (``s3://BUCKET/FOLDER``, …) or folder that every checkpoint is copied to beside the training, and
+            that ``run.autoresume`` goes on from on machines which have none; null = none. Nothing is deleted there.
+    """
+
+    interval: str = "0.1dur"
+    keep: int = 2
+    remote: str | None = None
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases."""
+
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    offline: bool = False
+
+
+@dataclass
+class LoggersConfig:
+    """Where metrics go besides metrics.jsonl.
+
+    Attributes:
+        console: print them every ``console_interval``; otherwise a progress bar is shown.
+        tensorboard: write event files to ``run.folder``/tensorboard.
+        wandb: settings of Weights & Biases; null = off.
+        others: registered loggers by name, each with its arguments: ``{mlflow: {experiment_name: prune}}``.
+    """
+
+    console: bool = True
+    console_interval: str = "10ba"
+    tensorboard: bool = False
+    wandb: WandbConfig | None = None
+    others: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Config:
+    """One run of ``train.py``: ``l0_pruning`` prunes, ``block_replacement`` replaces blocks, else it trains.
+
+    Attributes:
+        callbacks: registered callbacks of other packages by name, each with its arguments; see docs/extending.md.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    dynamic_loading: DynamicLoadingConfig | None = None
+    l0_pruning: L0PruningConfig | None = None
+    block_replacement: BlockReplacementConfig | None = None
+    trainable: TrainableConfig | None = None
+    lora: LoRAConfig | None = None
+    distillation: DistillationConfig | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: LiveEvaluationConfig | None = None
+    sharding: ShardingConfig | None = None
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    loggers: LoggersConfig = field(default_factory=LoggersConfig)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ScoredModelConfig:
+    """The model to score.
+
+    Attributes:
+        path: a Hugging Face folder or hub name.
+        tokenizer: folder or hub name; default: that of ``path``.
+        attention: ``sdpa``, ``eager`` or ``flash_attention_2`` (GPU).
+        dtype: of the weights in memory: float32 or bfloat16.
+        device: cpu or gpu; null = what is there.
+    """
+
+    path: str = MISSING
+    tokenizer: str | None = None
+    attention: str = "sdpa"
+    dtype: str = "float32"
+    device: str | None = None
+
+
+@dataclass
+class ScoringConfig:
+    """A job that scores the blocks of a model, and writes plans if there is a ``plan``.
+
+    Attributes:
+        plan: the plans that follow; one for each number in ``plan.remove``.
+    """
+
+    run: FolderConfig = field(default_factory=FolderConfig)
+    model: ScoredModelConfig = field(default_factory=ScoredModelConfig)
+    layer_scoring: LayerScoringConfig = field(default_factory=LayerScoringConfig)
+    plan: PlansConfig | None = None
+
+
+@dataclass
+class RoundsConfig:
+    """Rounds of scoring, cutting and recovery that end in one shape.
+
+    Attributes:
+        rounds: how many; every size shrinks by the same share in each.
+        shape: what comes out of the last one, any of layers, hidden, heads, kv_heads, intermediate and experts.
+        method: a registered way to select blocks.
+        criterion: of blocks, if any go.
+        unit_criterion: of heads, channels and hidden dimensions, if any go.
+        expert_criterion: of experts; null = unit_criterion.
+        correction: of output matrices, on the calibration samples: none, mean or refit.
+        protect_first: so many blocks at the start stay.
+        protect_last: so many at the end.
+        calibration: the samples; without a path, of the data's training part.
+        batch_size: samples that go through a block at a time.
+    """
+
+    rounds: int = 2
+    shape: dict[str, int] = field(default_factory=dict)
+    method: str = "lowest"
+    criterion: str | None = None
+    unit_criterion: str | None = None
+    expert_criterion: str | None = None
+    correction: str = "none"
+    protect_first: int | None = None
+    protect_last: int | None = None
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    batch_size: int = 8
+
+
+@dataclass
+class IterationConfig(Config):
+    """A job that prunes in rounds and recovers after each as a training run would."""
+
+    iterate: RoundsConfig = field(default_factory=RoundsConfig)
+
+
+@dataclass
+class SearchConfig(Config):
+    """A job that looks for the best way to prune under a budget, and recovers candidates as a training run would."""
+
+    search: CandidatesConfig = field(default_factory=CandidatesConfig)

@@ -1,0 +1,81 @@
+"""What can be checked of a config without a machine, a model or data: names and durations."""
+
+from composer.core import Time, TimeUnit
+
+from llmprune.config.optimizers import OPTIMIZERS, SCHEDULERS
+from llmprune.config.schema import Config
+from llmprune.models.placement import ATTENTIONS, TRAINABLE
+from llmprune.utils.errors import UserError, nearest
+
+LONGEST = 2**53  # of a duration, whatever its unit: floats count so far
+_STREAM_UNITS = {TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN}
+
+
+def check_config(config: Config) -> None:
+    """Check names and durations, whatever machine the job is for.
+
+    Raises:
+        UserError: one is unknown, or none.
+    """
+    if config.train.precision == "amp_fp16":
+        raise UserError(
+            "train.precision amp_fp16 is not offered: gradients would fall below its smallest number; take amp_bf16"
+        )
+    for key, value, valid in (
+        ("optimizer.name", config.optimizer.name, OPTIMIZERS),
+        ("scheduler.name", config.scheduler.name, SCHEDULERS),
+        ("model.dtype", config.model.dtype, TRAINABLE),
+        ("train.precision", config.train.precision, ("fp32", "amp_bf16")),
+        ("train.loss_spike", config.train.loss_spike, ("log", "skip")),
+        ("train.device", config.train.device or "cpu", ("cpu", "gpu")),
+        ("model.attention", config.model.attention, ATTENTIONS),
+    ):
+        if value not in valid:
+            raise UserError(f"{key} '{value}' is unknown; {nearest(value, valid)}")
+    _check_attention(config)
+    _check_times(config)
+
+
+def _check_attention(config: Config) -> None:
+    """Flash attention takes half precisions only; shards are gathered in the format of ``train.precision``."""
+    if config.model.attention != "flash_attention_2" or config.train.precision != "fp32":
+        return
+    if config.model.dtype == "float32" or config.sharding is not None:
+        other = "" if config.sharding is not None else ", or model.dtype=bfloat16"
+        raise UserError(
+            f"model.attention=flash_attention_2 computes in half precision only: take train.precision=amp_bf16{other}"
+        )
+    if config.distillation is not None and config.distillation.teacher and config.distillation.dtype == "float32":
+        raise UserError(
+            "model.attention=flash_attention_2 computes in half precision only: take distillation.dtype=bfloat16"
+        )
+
+
+def _check_times(config: Config) -> None:
+    times, gates = {}, config.l0_pruning
+    for key, text, least in (
+        ("train.duration", config.train.duration, 0 if config.block_replacement is not None else 1),
+        ("train.eval_interval", config.train.eval_interval, 0),
+        ("checkpoint.interval", config.checkpoint.interval, 1),
+        ("scheduler.warmup", config.scheduler.warmup, 0),
+        ("loggers.console_interval", config.loggers.console_interval, 1),
+        *([("l0_pruning.lagrangian_warmup", gates.lagrangian_warmup, 0)] if gates is not None else []),
+    ):
+        try:
+            times[key] = time = Time.from_timestring(text)
+        except (ValueError, TypeError, OverflowError):
+            raise UserError(f"{key} '{text:.80}' is no duration: write 100ba, 1000000tok or 0.1dur") from None
+        if not time.value < LONGEST:
+            raise UserError(f"{key} '{text:.80}' is longer than any run")
+        if time.value < least and not (time.unit == TimeUnit.DURATION and time.value > 0):
+            raise UserError(f"{key} '{text}' must be {'positive' if least else 'zero or positive'}")
+        if key != "train.duration" and time.unit not in _STREAM_UNITS | {TimeUnit.DURATION}:
+            raise UserError(f"{key} '{text}' must be in ba, sp, tok or dur: the stream has no end")
+    duration, warmup = times["train.duration"], times["scheduler.warmup"]
+    if duration.unit not in _STREAM_UNITS:
+        raise UserError(f"train.duration '{config.train.duration}' must be in ba, sp or tok: the stream has no end")
+    if warmup.value and warmup.unit not in (TimeUnit.DURATION, duration.unit):
+        raise UserError(
+            f"scheduler.warmup '{config.scheduler.warmup}' must have the unit of train.duration "
+            f"('{config.train.duration}') or be a share such as 0.03dur"
+        )

@@ -1,0 +1,1 @@
+"""What a job will need, known before anything is loaded."""

@@ -1,0 +1,117 @@
+"""What a model's forward pass keeps for its backward pass, counted on a model without memory."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from llmprune.models.families import family_of
+from llmprune.models.vocabulary import without_head
+
+_FEW = 64  # tokens of a sample where the pass must be real, because it depends on its values
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a microbatch's forward pass keeps.
+
+    Attributes:
+        block: of one block.
+        outside: of what lies around the blocks, without the output layer.
+        states: the residual stream between two blocks, which checkpointed blocks keep alone.
+    """
+
+    block: int
+    outside: int
+    states: int
+
+
+def kept_by(
+    config: PretrainedConfig,
+    *,
+    samples: int,
+    length: int,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+    attention: str = "sdpa",
+    prepare: Callable[[PreTrainedModel], object] | None = None,
+) -> Kept:
+    """Count what is kept.
+
+    Args:
+        config: of a supported family.
+        samples: of a microbatch.
+        length: tokens of each.
+        dtype: of the weights.
+        autocast: the format of matrix products, if it is another one.
+        attention: the kernel; flash attention keeps what SDPA does.
+        prepare: changes a model before it is looked at.
+    """
+    how = (dtype, autocast, "eager" if attention == "eager" else "sdpa", prepare)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            one, two = (_saved(_short(config, n), samples, length, *how) for n in (1, 2))
+    except (DataDependentOutputException, DynamicOutputShapeException):  # masks that look, experts that are chosen
+        few = min(length, _FEW)
+        one, two = (_saved(_short(config, n), samples, few, *how) for n in (1, 2))
+        one, two = (round(saved * length / few) for saved in (one, two))
+    hidden = family_of(config).shape(config).hidden
+    return Kept(two - one, max(2 * one - two, 0), samples * length * hidden * dtype.itemsize)
+
+
+def _short(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
+    family = family_of(config)
+    shape = family.shape(config)
+    short = family.with_shape(copy.deepcopy(config), replace(shape, layers=blocks), range(blocks))
+    short.use_cache = False
+    return short
+
+
+def _saved(
+    config: PretrainedConfig,
+    samples: int,
+    length: int,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+    attention: str,
+    prepare: Callable[[PreTrainedModel], object] | None,
+) -> int:
+    with torch.random.fork_rng():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).train()
+        if prepare is not None:
+            prepare(model)
+    tokens = torch.zeros(samples, length, dtype=torch.int64)
+    with (
+        torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None),
+        _counting(model) as kept,
+        without_head(model),
+    ):
+        model(input_ids=tokens, use_cache=False)
+    return sum(kept.values())
+
+
+@contextmanager
+def _counting(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes of every storage that is kept and is no part of the model, by its identity."""
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    held: list[Tensor] = []  # an identity is free for another as soon as its tensor is gone
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept

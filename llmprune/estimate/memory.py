@@ -1,0 +1,170 @@
+"""What a rank holds at the peak of a training job."""
+
+from dataclasses import dataclass
+
+import torch
+from composer.core import Time
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from llmprune.config.schema import Config
+from llmprune.estimate.activations import Kept, kept_by
+from llmprune.estimate.sizes import FLOAT, MOMENTS, Sizes, adds, autocast_of, held_by, products_of, teacher_itemsize
+from llmprune.models.families import family_of
+from llmprune.models.placement import DTYPES
+from llmprune.models.vocabulary import CHUNKS, LEAST
+from llmprune.recovery.lora import LoRAConfig, add_adapters
+
+FRAGMENTATION = 0.06  # of all that is allocated: what the allocator can't use
+CONTEXT = {"cuda": 1.0e9, "cpu": 0.0}  # bytes of libraries and their buffers on the device
+BROADCAST = 250 * 2**20  # bytes that PyTorch sends at a time when ranks get the same weights
+FOUR_BITS = 0.52  # bytes of a number in nf4 with its share of the scales
+
+
+def memory_of(
+    config: Config, model: PretrainedConfig, sizes: Sizes, *, length: int, ranks: int, device: str
+) -> dict[str, float]:
+    """Bytes of a rank by what holds them, at the peak.
+
+    Args:
+        config: of the job.
+        model: of the model that trains.
+        sizes: of the job.
+        length: tokens of a sample.
+        ranks: in all.
+        device: cuda or cpu.
+    """
+    per_rank, micro = samples_of(config, ranks)
+    dtype, autocast = DTYPES[config.model.dtype], autocast_of(config)
+    held = held_by(config)
+    shards = 1 if config.sharding is None else ranks // config.sharding.replicas
+    moments = MOMENTS[config.optimizer.name]
+    weights = sizes.parameters * dtype.itemsize / shards
+    if config.lora is not None and config.lora.quantize is not None:
+        weights = sizes.outside * dtype.itemsize + (sizes.parameters - sizes.outside) * FOUR_BITS
+    if adds(config):
+        weights += sizes.trained * held
+    gradients = sizes.trained * held / shards
+    products = products_of(config)
+    in_states = products if config.sharding is not None else dtype  # as FSDP2 gathers them
+    lora = config.lora
+    kept = kept_by(
+        model,
+        samples=micro,
+        length=length,
+        dtype=in_states,
+        autocast=autocast,
+        attention=config.model.attention,
+        prepare=None if lora is None else lambda built: _adapt(built, lora, device),
+    )
+    away = gradients if per_rank <= micro else 0.0  # they come as activations go
+    stages = _stages(config, model, sizes, kept, micro * length, device)
+    totals = [(stage.working - (0.0 if stage.late else away), stage.gathered) for stage in stages]
+    working, gathered = max(totals, key=sum)
+    found = {
+        "weights": weights,
+        "gradients": gradients,
+        f"moments of {config.optimizer.name}": sizes.trained * held * moments / shards,
+    }
+    if sizes.teacher and config.distillation is not None:
+        found["teacher"] = sizes.teacher * teacher_itemsize(config, device) / shards
+    if sizes.gates:
+        found["gates"] = sizes.gates * FLOAT * 4 + sizes.matrix * FLOAT
+    if config.sharding is not None:
+        found["gathered shards"] = gathered
+        if config.sharding.replicas > 1 and dtype.itemsize < FLOAT:
+            found["sums of groups"] = sizes.trained * FLOAT / shards
+    elif ranks > 1:
+        found["gradients on their way"] = sizes.trained * held
+    if autocast is not None and config.sharding is None:
+        working += (sizes.parameters - sizes.outside) * autocast.itemsize  # weights cast for a whole pass
+    found["activations and logits"] = max(working, 0.0)
+    if config.sharding is None and ranks > 1:  # before anything trains, all ranks get the weights of the first
+        more = weights + min(weights, BROADCAST) - sum(found.values())
+        if more > 0:
+            found["weights on their way"] = more
+    found["lost to fragmentation, and libraries"] = FRAGMENTATION * sum(found.values()) + CONTEXT[device]
+    return found
+
+
+def samples_of(config: Config, ranks: int) -> tuple[int, int]:
+    """Samples of a batch that a rank has, and those of a microbatch."""
+    per_rank = config.train.global_batch_size // ranks
+    micro = config.train.microbatch_size
+    return per_rank, 1 if micro == "auto" else min(int(micro), per_rank)
+
+
+def _adapt(model: PreTrainedModel, config: LoRAConfig, device: str) -> None:
+    """Add adapters that keep what they drop as they do on the device: GPUs note it in a byte."""
+    add_adapters(model, config, 0)
+    for module in model.modules():
+        if device == "cuda" and isinstance(module, nn.Dropout):
+            module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]  # type: ignore[method-assign, misc]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A moment of a pass.
+
+    Attributes:
+        working: bytes of activations, logits and gradients on their way.
+        gathered: bytes of what FSDP2 holds for it.
+        late: whether all gradients are there by then.
+    """
+
+    working: float
+    gathered: float
+    late: bool = False
+
+
+def _stages(
+    config: Config, model: PretrainedConfig, sizes: Sizes, kept: Kept, tokens: int, device: str
+) -> list[_Stage]:
+    """The moments that may be the peak of a pass: at the output layer, in the last blocks, in the first, at its end."""
+    products, autocast, sharding = products_of(config).itemsize, autocast_of(config), config.sharding
+    checkpointed, distillation = config.train.activation_checkpointing, config.distillation
+    matrix = sizes.vocabulary * sizes.hidden
+    of_output = matrix if sizes.output_trained else 0  # its gradient is made beside the losses, in float32
+    standing = kept.outside + (sizes.reached * kept.states if checkpointed else max(sizes.reached, 1) * kept.block)
+    if distillation is not None and distillation.compares_states:  # the teacher's states, and their differences
+        pairs = sizes.layers if distillation.blocks is None else len(distillation.blocks)
+        standing += pairs * tokens * sizes.hidden * (teacher_itemsize(config, device) + FLOAT)
+    at_output = standing + _logits(config, model, sizes, tokens, device) + of_output * FLOAT
+    if products < FLOAT:
+        at_output += of_output * products  # a chunk's share
+        if autocast is not None and sharding is None:
+            at_output += matrix * products  # the weight itself
+    block = kept.block + (3 * tokens * sizes.intermediate * products if checkpointed else 0)
+    in_blocks = standing + of_output * (products if sharding is not None else FLOAT) + (block if checkpointed else 0)
+    outside = teacher = blocks = leaving = 0.0
+    if sharding is not None:
+        in_use = min(2, max(sizes.reached, 1))  # the one that is gone through, and the next, on its way
+        outside, blocks = sizes.outside * products, in_use * sizes.block * products
+        if not sharding.reshard_after_forward:
+            outside, blocks = sizes.parameters * products, 0
+        # A block's whole gradient, and that of the one before it, which is on its way to all ranks in float32.
+        blocks += min(sizes.trained, sizes.block) * products
+        blocks += min(max(sizes.trained - sizes.block, 0), sizes.block) * FLOAT
+        leaving = min(sizes.trained, sizes.outside) * (products + FLOAT)
+        if sizes.teacher and distillation is not None:
+            teacher = sizes.teacher_outside * teacher_itemsize(config, device)
+    return [
+        _Stage(at_output, outside + teacher),
+        _Stage(in_blocks, outside + blocks),
+        _Stage(kept.outside + block, outside + blocks, late=True),
+        _Stage(leaving, outside, late=True),
+    ]
+
+
+def _logits(config: Config, model: PretrainedConfig, sizes: Sizes, tokens: int, device: str) -> float:
+    """Bytes of a chunk's logits as they come, in float32, their exponentials, their gradient; of states' gradient."""
+    products, replacement = products_of(config).itemsize, config.block_replacement
+    chunk = min(max(CHUNKS[device] // sizes.vocabulary, LEAST), tokens) * sizes.vocabulary
+    softcap = family_of(model).softcap
+    capped = 2 * FLOAT if softcap is not None and getattr(model, softcap) is not None else 0
+    if replacement is not None and not {"lm", "kl"} & set(replacement.weights):  # only evaluations need them
+        evaluates = Time.from_timestring(config.train.eval_interval).value > 0
+        return chunk * (max(products + FLOAT, 2 * FLOAT) + capped) if evaluates else 0.0
+    compared = config.distillation is not None or (replacement is not None and "kl" in replacement.weights)
+    each = products + 7 * FLOAT if compared else 2 * products + 2 * FLOAT
+    return chunk * (each + capped) + tokens * sizes.hidden * products * 2

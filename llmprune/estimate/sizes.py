@@ -1,0 +1,165 @@
+"""How many parameters a training job has, which of them learn, and the bytes of each."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from llmprune.config.schema import Config
+from llmprune.models.families import EMBEDDINGS, Role, family_of
+from llmprune.models.loading import load_config
+from llmprune.models.parameters import parameter_names_of
+from llmprune.models.placement import DTYPES, dtype_for_inference
+from llmprune.pruning.gates.gate_set import GateSet
+from llmprune.pruning.gates.settings import make_goal
+from llmprune.pruning.replacements.modules import STAND_INS, Site
+from llmprune.pruning.replacements.settings import BlockReplacementConfig
+from llmprune.pruning.replacements.span import Span, given_span
+from llmprune.recovery.lora import add_adapters
+
+FLOAT = 4  # bytes
+MOMENTS = {"decoupled_adamw": 2, "adamw": 2, "decoupled_lion": 1}  # of every parameter that learns
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters.
+
+    Attributes:
+        parameters: in all.
+        trained: that learn.
+        block: of a block.
+        outside: of embedding, final norm and output layer.
+        matrix: of the largest one.
+        gates: and multipliers.
+        teacher: of another model; 0 = none.
+        teacher_outside: of its embedding, final norm and output layer.
+        vocabulary: tokens.
+        hidden: dimensions.
+        intermediate: channels of an MLP.
+        output_trained: whether the output layer's weight learns.
+        layers: blocks.
+        reached: of them, those that gradients pass through: from the lowest that learns on.
+    """
+
+    parameters: int
+    trained: int
+    block: int
+    outside: int
+    matrix: int
+    gates: int
+    teacher: int
+    teacher_outside: int
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    output_trained: bool
+    layers: int
+    reached: int
+
+    @classmethod
+    def of(cls, config: Config, model: PretrainedConfig) -> "Sizes":
+        """Those of a job.
+
+        Args:
+            config: of the job.
+            model: of the model that trains.
+        """
+        family = family_of(model)
+        shape = family.shape(model)
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(model)
+        sizes = {name: parameter.numel() for name, parameter in built.named_parameters()}
+        outside = sum(n for name, n in sizes.items() if family.locate(name).block is None)
+        names = set(sizes)
+        if config.trainable is not None:
+            phases = [config.trainable.parts, *config.trainable.later.values()]
+            names = {name for parts in phases for name in parameter_names_of(built, parts)}
+        trained = sum(sizes[name] for name in names)
+        located = [family.locate(name) for name in names]
+        lowest = min(-1 if p.role in EMBEDDINGS else shape.layers if p.block is None else p.block for p in located)
+        if config.lora is not None:
+            names, lowest = set(), 0
+            with torch.device("meta"):
+                trained = sum(p.numel() for p in add_adapters(built, config.lora, 0))
+        if config.block_replacement is not None:
+            names, trained, lowest = _replaced(
+                built, config.block_replacement, given_span(config.block_replacement), shape.layers
+            )
+            trained += sum(sizes[name] for name in names)
+        gates = 0
+        if config.l0_pruning is not None:
+            gates = sum(p.numel() for p in GateSet(shape, make_goal(model, config.l0_pruning)).parameters())
+        teacher = teacher_outside = 0
+        if config.distillation is not None and config.distillation.teacher is not None:
+            with torch.device("meta"):
+                other = AutoModelForCausalLM.from_config(load_config(config.distillation.teacher))
+            teacher = sum(p.numel() for p in other.parameters())
+            locate = family_of(other.config).locate
+            teacher_outside = sum(p.numel() for name, p in other.named_parameters() if locate(name).block is None)
+        output = family.outer_name(Role.EMBEDDING if family.tied(model) else Role.OUTPUT)
+        return cls(
+            sum(sizes.values()),
+            trained,
+            (sum(sizes.values()) - outside) // shape.layers,
+            outside,
+            max(sizes.values()),
+            gates,
+            teacher,
+            teacher_outside,
+            model.vocab_size,
+            shape.hidden,
+            shape.intermediate,
+            f"{output}.weight" in names,
+            shape.layers,
+            shape.layers - max(lowest, 0),
+        )
+
+
+def _replaced(
+    built: PreTrainedModel, settings: BlockReplacementConfig, span: Span | None, layers: int
+) -> tuple[set[str], int, int]:
+    """What trains beside the stand-in, the stand-in's parameters, and the first block that gradients pass through."""
+    if span is None:  # any of that length but the first, at which not every kind can begin
+        assert settings.length is not None
+        span = Span(max(layers - settings.length, 0), settings.length)
+    with torch.device("meta"):
+        network = STAND_INS.get(settings.kind)(Site(built, span, 0), settings)
+    behind = span.end if {"lm", "kl"} & set(settings.weights) else layers
+    stands = settings.blocks if settings.kind == "blocks" else 1
+    trained = sum(p.numel() for p in network.parameters())
+    return set(parameter_names_of(built, settings.also)), trained, max(behind - stands, 0)
+
+
+def adds(config: Config) -> bool:
+    """Whether what learns is added to the model, in float32."""
+    return config.lora is not None or config.block_replacement is not None
+
+
+def held_by(config: Config) -> int:
+    """Bytes of a number that learns."""
+    return FLOAT if adds(config) else DTYPES[config.model.dtype].itemsize
+
+
+def autocast_of(config: Config) -> torch.dtype | None:
+    """The format of matrix products, if it is not that of the weights."""
+    return torch.bfloat16 if config.train.precision == "amp_bf16" else None
+
+
+def products_of(config: Config) -> torch.dtype:
+    """The format of matrix products; FSDP2 gathers shards in that of ``train.precision``, whatever theirs is."""
+    stored = DTYPES[config.model.dtype] if config.sharding is None else torch.float32
+    return autocast_of(config) or stored
+
+
+def teacher_itemsize(config: Config, device: str) -> int:
+    """Bytes of a number of the teacher on a device, cuda or cpu."""
+    assert config.distillation is not None
+    return dtype_for_inference(config.distillation.dtype, on_gpu=device == "cuda").itemsize
+
+
+def checkpoint_bytes(config: Config, sizes: Sizes) -> float:
+    """Bytes of a checkpoint: weights and moments."""
+    learning = sizes.trained * held_by(config)
+    found = sizes.parameters * DTYPES[config.model.dtype].itemsize + learning * MOMENTS[config.optimizer.name]
+    return found + learning if adds(config) else found

@@ -1,0 +1,1 @@
+"""What can be run from a YAML, one file for each job."""

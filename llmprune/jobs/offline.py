@@ -1,0 +1,209 @@
+"""What a job takes from a network: naming it, fetching it beforehand, and doing without."""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import transformers
+from huggingface_hub import snapshot_download
+from streaming.base.format.base.reader import FileInfo
+from transformers import AutoConfig
+
+from llmprune.config.schema import Config, ScoringConfig
+from llmprune.data.cache import check_file
+from llmprune.data.format import DataManifest
+from llmprune.evaluation.suites import SUITES
+from llmprune.models.hub import fetch_model
+from llmprune.models.loading import load_tokenizer
+from llmprune.models.source import resolve_model
+from llmprune.models.stored_weights import StoredWeights
+from llmprune.utils.errors import UserError, first_line
+from llmprune.utils.files import inside, read_json, temporary_for
+from llmprune.utils.object_store import open_store
+
+KINDS = ("model", "dataset", "task", "data")
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something that is fetched.
+
+    Attributes:
+        kind: ``model`` or ``dataset`` (of the hub), ``task`` (of lm-eval, or a suite) or ``data`` (prepared, at a URL).
+        name: the hub's, lm-eval's, or the URL.
+        include_path: folder with task files of one's own.
+    """
+
+    kind: str
+    name: str
+    include_path: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+def needs_of(job: Config | ScoringConfig) -> Iterator[Need]:
+    """What a job takes from a network unless it is there already."""
+    named: list[str | None] = [job.model.path, job.model.tokenizer]
+    if isinstance(job, Config):
+        named.append(None if job.distillation is None else job.distillation.teacher)
+        if "://" in job.data.path:
+            yield Need("data", job.data.path)
+        if job.evaluation is not None:
+            for task in job.evaluation.tasks:
+                yield Need("task", task, job.evaluation.include_path)
+    for name in dict.fromkeys(named):
+        if name is not None and not Path(name).exists():
+            yield Need("model", name)
+
+
+def need_named(name: str, tasks: Iterable[str]) -> Need:
+    """What somebody means by a name, which may say its kind: ``dataset:NAME``."""
+    kind, separator, rest = name.partition(":")
+    if separator and kind in KINDS:
+        return Need(kind, rest)
+    if "://" in name:
+        return Need("data", name)
+    if name in SUITES or name in tasks:
+        return Need("task", name)
+    return Need("model", name)
+
+
+def fetch(need: Need, out: Path) -> Path:
+    """Fetch something into a folder laid out as Hugging Face's own (``HF_HOME``), going on where it was cut off.
+
+    What comes from the hub or for a task goes where this process was told to keep it, which is ``out`` if ``HF_HOME``
+    named it from the start.
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        UserError: it can't be had.
+    """
+    if need.kind == "data":
+        return _fetch_data(need.name, out / "data")
+    if need.kind == "task":
+        _load_task(need)
+        return out / "datasets"
+    if need.kind == "model":
+        folder = fetch_model(need.name, out / "hub")
+        _check_model(folder)
+        return folder
+    try:
+        place = snapshot_download(need.name, repo_type=need.kind, cache_dir=out / "hub")
+    except Exception as error:  # the hub client raises many kinds: bad names, no network, no access
+        raise UserError(f"the {need} can't be fetched ({first_line(error)})") from None
+    return Path(place)
+
+
+def _check_model(folder: Path) -> None:
+    """See that what was fetched can be loaded where there is no network: its tokenizer, its config, its weights.
+
+    Raises:
+        UserError: something can't.
+    """
+    if any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+        load_tokenizer(folder)
+    if not any(folder.glob("model*.safetensors")):  # somebody named a tokenizer, or an adapter
+        return
+    StoredWeights(folder)
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of as many kinds as there are things that a config may hold
+        raise UserError(f"{folder} was fetched, but can't be loaded: {first_line(error)}") from None
+
+
+def _load_task(need: Need) -> None:
+    from llmprune.evaluation.tasks import Tasks, TasksConfig  # lm-eval takes seconds to import
+
+    Tasks(TasksConfig([need.name], include_path=need.include_path))
+
+
+def _fetch_data(url: str, out: Path) -> Path:
+    """Copy prepared data; files that are there already stay."""
+    store = open_store(url)
+    folder = out / url.rstrip("/").rpartition("/")[2]
+    names = store.names("")
+    if "manifest.json" not in names:
+        raise UserError(f"{url} holds no prepared data (no manifest.json)")
+    for name in sorted(names, key=lambda name: name == "manifest.json"):  # last what makes it whole
+        place = inside(folder, name)
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            part = temporary_for(place)
+            try:
+                store.get(name, part)
+                part.replace(place)
+            finally:
+                part.unlink(missing_ok=True)
+    DataManifest.load(folder)
+    for index in sorted(folder.rglob("index.json")):
+        _check_shards(index)
+    return folder
+
+
+def _check_shards(index: Path) -> None:
+    """Compare shards with their index; what is damaged is removed, so that the next call fetches it."""
+    try:
+        described = [FileInfo(**(shard["zip_data"] or shard["raw_data"])) for shard in read_json(index)["shards"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{index} is no index of shards ({error})") from None
+    for info in described:
+        path = inside(index.parent, info.basename)
+        try:
+            check_file(path, info, path)
+        except (UserError, OSError):
+            path.unlink(missing_ok=True)
+            raise UserError(f"{path} did not arrive whole: run the same command again") from None
+
+
+def go_offline() -> None:
+    """Let every library of this process, and of those it starts, do without a network."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ[name] = "1"
+    # They have read their environment already.
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = True
+    hub: Any = sys.modules["transformers.utils.hub"]
+    hub._is_offline_mode = True
+    assert transformers.utils.is_offline_mode()
+
+
+def check_offline(job: Config | ScoringConfig, yaml: str) -> None:
+    """Go offline, and see that everything which a job takes from a network is here.
+
+    Raises:
+        UserError: something is missing, or the job would need a network while it runs; all of it is named.
+    """
+    go_offline()
+    missing, online = [], []
+    for need in needs_of(job):
+        try:
+            if need.kind == "data":
+                missing.append(f"{need} (name the folder that it was copied to in data.path)")
+            elif need.kind == "task":
+                _load_task(need)
+            else:
+                resolve_model(need.name)
+        except UserError:
+            missing.append(str(need))
+    if isinstance(job, Config):
+        if job.checkpoint.remote is not None and "://" in job.checkpoint.remote:
+            online.append("checkpoint.remote is a URL")
+        if job.loggers.wandb is not None and not job.loggers.wandb.offline:
+            online.append("loggers.wandb.offline is false")
+    if online:
+        raise UserError(f"run.offline is true, but {' and '.join(online)}")
+    if missing:
+        home = huggingface_hub.constants.HF_HOME
+        raise UserError(
+            f"offline, these are not here: {', '.join(missing)}. On a machine with a network run `llmprune download "
+            f"--for {yaml} --out DIR`, and set HF_HOME=DIR where the job runs (now {home})"
+        )

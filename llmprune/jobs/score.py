@@ -1,0 +1,205 @@
+"""Scoring the blocks of a model: through Composer's trainer, or block by block from disk."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.core import DataSpec, Evaluator
+from composer.utils import dist, get_device
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+from transformers import PretrainedConfig
+
+from llmprune.callbacks.layer_scoring import CALIBRATION, LayerScoring
+from llmprune.data.calibration import calibration_samples, samples_fingerprint
+from llmprune.models.causal_lm import ComposerCausalLM
+from llmprune.models.families import family_of
+from llmprune.models.loading import load_config, load_model, load_tokenizer
+from llmprune.models.memory import check_memory
+from llmprune.models.offloading import OffloadedModel
+from llmprune.models.opened import check_vocabulary
+from llmprune.models.placement import DTYPES, TRAINABLE, Placement
+from llmprune.models.stored_weights import StoredWeights, fingerprint
+from llmprune.pruning.scoring.pictures import draw_scores
+from llmprune.pruning.scoring.scorer import Scorer
+from llmprune.pruning.scoring.scores import Scores
+from llmprune.pruning.scoring.settings import LayerScoringConfig
+from llmprune.utils.errors import UserError
+from llmprune.utils.ranks import initialize_ranks
+
+IN_FULL = Placement(dtype="float32")
+
+
+def score(
+    model: str,
+    config: LayerScoringConfig,
+    placement: Placement = IN_FULL,
+    *,
+    tokenizer: str | None = None,
+    offload: bool = False,
+) -> Scores:
+    """Score a model's blocks.
+
+    Args:
+        model: folder or hub name.
+        config: criteria and calibration samples.
+        placement: how to hold the model: on one device, float32 or bfloat16, without an adapter.
+        tokenizer: folder or hub name; None = the model's.
+        offload: keep only one block (and the next) in memory; without criteria that need gradients.
+
+    Raises:
+        UserError: the model or the samples can't be read, or a criterion is impossible here.
+    """
+    placement.check(TRAINABLE)
+    if placement.device_map is not None or placement.adapter is not None:
+        raise UserError("scoring takes neither a device map nor an adapter")
+    model_config = load_config(model)
+    names = config.names(model_config, gradients=not offload)
+    family = family_of(model_config)
+    shape = family.shape(model_config)
+    tokens = _samples(tokenizer or model, model_config, config, names)
+    if not offload:
+        check_memory(
+            model,
+            dtype=placement.torch_dtype,
+            on_gpu=placement.on_gpu,
+            remedy="hold one block at a time with --offload, or take bfloat16",
+        )
+    scored = _offloaded if offload else _by_trainer
+    sections, perplexity = scored(model, placement, config, names, tokens)
+    scores = Scores(
+        model=_settled(model),
+        family=family.name,
+        fingerprint=fingerprint(StoredWeights(model), model_config),
+        source=shape,
+        data={} if tokens is None else asdict(config.data) | {"path": str(Path(config.data.path or "").resolve())},
+        settings={
+            "row_reduction": config.row_reduction,
+            "matrix_reduction": config.matrix_reduction,
+            "sequence_aggregation": config.sequence_aggregation,
+            "batch_aggregation": config.batch_aggregation,
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "dtype": placement.dtype,
+            "tokenizer": None if tokenizer is None else _settled(tokenizer),
+            "samples": None if tokens is None else samples_fingerprint(tokens),
+        },
+        perplexity=perplexity,
+        **sections,
+    )
+    scores.check()
+    return scores
+
+
+def save_scores(scores: Scores, out: Path | str) -> list[Path]:
+    """Write scores as JSON and draw their pictures beside it; returns the files."""
+    out = Path(out)
+    scores.save(out)
+    return [out, *draw_scores(scores, out.parent, out.stem)]
+
+
+def _settled(model: str) -> str:
+    """A folder's absolute path, or a hub name as it is."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def _samples(
+    tokenizer: str, model_config: PretrainedConfig, config: LayerScoringConfig, names: list[str]
+) -> Tensor | None:
+    """The calibration samples; None if no criterion reads any."""
+    from llmprune.pruning.scoring.criteria import CRITERIA
+
+    if all(CRITERIA.get(name).reads in (None, "weights") for name in names):
+        return None
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if limit is not None and config.data.length > limit:
+        raise UserError(f"samples of {config.data.length} tokens are too long: the model takes {limit}")
+    samples = calibration_samples(config.data, load_tokenizer(tokenizer))
+    check_vocabulary(int(samples.max()), model_config, "the calibration text")
+    return samples
+
+
+def _by_trainer(
+    model: str, placement: Placement, config: LayerScoringConfig, names: list[str], tokens: Tensor | None
+) -> tuple[dict[str, dict[str, Any]], float | None]:
+    """Score with the whole model in memory, every rank its share of the samples."""
+    initialize_ranks(placement.device)
+    loaded = load_model(model, dtype=DTYPES[placement.dtype], attention=placement.attention)
+    callback = LayerScoring(config)
+    ranks, rank = dist.get_world_size(), dist.get_global_rank()
+    if tokens is not None and len(tokens) < ranks:
+        raise UserError(f"{len(tokens)} calibration samples are too few for {ranks} ranks")
+    if tokens is None:
+        tokens = torch.zeros(ranks, 8, dtype=torch.int64)
+    batches = share(tokens, rank, ranks, config.batch_size)
+    loader = DataLoader(_Share(batches, shown=rank == 0), batch_size=None)
+    data = DataSpec(loader, split_batch=lambda batch, size: [batch])  # batches are ready as they are
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # what a command prints is its result
+        warnings.simplefilter("ignore")
+        trainer = Trainer(
+            model=ComposerCausalLM(loaded),
+            device=placement.device,
+            precision="fp32",
+            eval_dataloader=Evaluator(label=CALIBRATION, dataloader=data),
+            callbacks=[callback],
+            progress_bar=False,
+        )
+        trainer.eval()
+        trainer.close()
+    return {name: dict(values) for name, values in callback.scores.items()}, callback.perplexity
+
+
+def _offloaded(
+    model: str, placement: Placement, config: LayerScoringConfig, names: list[str], tokens: Tensor | None
+) -> tuple[dict[str, dict[str, Any]], float | None]:
+    """Score block by block: all samples pass a block before the next one is read."""
+    device = get_device(placement.device)._device
+    offloaded = OffloadedModel(model, dtype=DTYPES[placement.dtype], device=device, attention=placement.attention)
+    job = config.job(offloaded.model.config, device)
+    with tqdm(total=job.layers, desc="scoring", unit="block", disable=None) as progress:
+
+        @contextmanager
+        def loaded(number: int) -> Iterator[None]:
+            with offloaded.loaded(number):
+                yield
+            progress.update()
+
+        scorer = Scorer(offloaded.model, names, job, batch_size=config.batch_size, loaded=loaded)
+        if tokens is not None:
+            scorer.update(tokens.to(device))
+        return scorer.scores(), scorer.perplexity()
+
+
+def share(tokens: Tensor, rank: int, ranks: int, batch_size: int) -> list[Tensor]:
+    """A rank's samples in batches; every rank has as many, since Composer stops them all when one has no more.
+
+    Args:
+        tokens: all samples, [samples, length]; at least one for each rank.
+        rank: whose.
+        ranks: how many there are.
+        batch_size: samples of a batch (one more where the ranks' shares differ).
+    """
+    own, least = tokens[rank::ranks], len(tokens) // ranks
+    most = -(-len(tokens) // ranks)
+    return list(own.tensor_split(min(-(-most // batch_size), least)))
+
+
+class _Share(IterableDataset[dict[str, Tensor]]):
+    """One rank's batches."""
+
+    def __init__(self, batches: list[Tensor], *, shown: bool) -> None:
+        self._batches, self._shown = batches, shown
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in tqdm(self._batches, desc="scoring", unit="batch", disable=None if self._shown else True):
+            yield {"input_ids": batch}

@@ -1,0 +1,343 @@
+"""The job that looks for the best way to prune under a budget.
+
+Every candidate is compared by the loss that it leaves on calibration samples; the best are cut, recovered on the same
+tokens and compared again, because recovery changes the order (Minitron, arXiv:2407.14679, section 4). The folder::
+
+    scores.json                                              every criterion's, with pictures
+    candidates.json                                          what is known of every candidate, as it becomes known
+    candidates/NN_NAME/plan.json pruned/ recover/ recovered/ one that keeps to the budget; the last three of the best
+    plan.json model/                                         the winner's
+    table.md search.png search.csv                           all of them
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from composer.utils import dist
+from tqdm import tqdm
+from transformers import PretrainedConfig
+
+from llmprune.checkpoints.run_folder import RunFolder
+from llmprune.config.schema import SearchConfig
+from llmprune.convert.commands import apply
+from llmprune.data.prepared import PreparedData
+from llmprune.data.sources import clean_name
+from llmprune.evaluation.losses import Losses, evaluate_losses
+from llmprune.jobs.score import save_scores, score
+from llmprune.jobs.stages import asked_to_end, begin, check_pruning_job, keep_result, recover, recovery_of
+from llmprune.models.families import Shape, shape_from
+from llmprune.models.loading import load_config
+from llmprune.models.opened import open_model
+from llmprune.models.placement import Placement
+from llmprune.plans.plan import Plan
+from llmprune.pruning.budgets.choose import NoShapeError, Steps
+from llmprune.pruning.budgets.limits import Latency, Limit, costs_of, limits_of
+from llmprune.pruning.budgets.losses import RuinousPlanError
+from llmprune.pruning.budgets.sizes import Sizes
+from llmprune.pruning.budgets.trial import Trial
+from llmprune.pruning.planning import (
+    best_under,
+    check_choice,
+    default_device,
+    describe,
+    make_plan,
+    open_scored,
+    rehearse,
+)
+from llmprune.pruning.scoring.criteria import CRITERIA
+from llmprune.pruning.scoring.criterion import Section
+from llmprune.pruning.scoring.scores import Scores
+from llmprune.pruning.scoring.settings import LayerScoringConfig
+from llmprune.report.search import picture, table
+from llmprune.training.checks import check
+from llmprune.utils.errors import BrokenModelError, UserError
+from llmprune.utils.files import read_json, sha256_text, write_json, write_text
+from llmprune.utils.processes import TERMINATION
+from llmprune.utils.ranks import initialize_ranks, on_rank_zero, share_cores
+
+Row = dict[str, Any]
+
+log = logging.getLogger(__name__)
+
+
+def search(config: SearchConfig) -> None:
+    """Run the job; one that was stopped goes on with ``run.autoresume``.
+
+    Raises:
+        UserError: something does not fit, no candidate keeps to the budget, or the folder holds something else.
+    """
+    source = check_pruning_job(config, "search", config.search.calibration)
+    check_candidates(config, load_config(source))
+    share_cores()
+    initialize_ranks(config.train.device)
+    with TERMINATION.ending(asked_to_end), RunFolder(Path(config.run.folder)).claimed():
+        _search(config, source)
+
+
+def _search(config: SearchConfig, source: str) -> None:
+    folder = Path(config.run.folder)
+    on_rank_zero(lambda: begin(config, "search"))
+    if not (folder / "scores.json").exists():
+        scores = _score(config, source)
+        on_rank_zero(lambda: save_scores(scores, folder / "scores.json"))
+    job = _Job(config, source, folder)
+    best = on_rank_zero(job.compare)
+    on_rank_zero(lambda: job.cut(best))
+    for turn, number in enumerate(best, start=1):
+        if dist.get_global_rank() == 0:
+            print(f"candidate {turn} of {len(best)}: {job.words(number)}", flush=True)
+        failed = None
+        try:
+            recover(config, job.place(number), name=job.run_name(number), seed=config.run.seed)
+        except BrokenModelError as error:  # on all ranks: the others go on
+            failed = str(error)
+        on_rank_zero(lambda number=number, failed=failed: job.measure(number, failed))  # type: ignore[misc]
+    on_rank_zero(job.finish)
+
+
+def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
+    """See, before anything is scored, that every candidate is possible and that there is a budget.
+
+    Raises:
+        UserError: one is not.
+    """
+    settings = config.search
+    names, data = settings.scored(), settings.calibration
+    sizes = Sizes(model)
+    for candidate in settings.candidates():
+        plan = candidate.config
+        if candidate.under_budget:
+            check_choice(plan)
+            if plan.criterion is not None or plan.method != "lowest":
+                rehearse(
+                    replace(plan, remove=1, unit_criterion=None, expert_criterion=None, correction="none"),
+                    names,
+                    model,
+                    data,
+                )
+            if plan.unit_criterion is not None:
+                _check_units(plan.unit_criterion)
+                Steps.of(sizes, settings.budget.multiple, 1, depth=False, width=True)
+        else:
+            rehearse(plan, names, model, data)
+    limits_of(costs_of(settings.budget, sizes, default_device()), sizes.source)
+
+
+def _check_units(name: str) -> None:
+    if CRITERIA.get(name).section is not Section.UNITS or CRITERIA.get(name).needs_experts:
+        raise UserError(f"search.unit_criteria: '{name}' does not score heads, channels and hidden dimensions")
+
+
+def _score(config: SearchConfig, source: str) -> Scores:
+    settings = config.search
+    data = replace(settings.calibration, path=settings.calibration.path or config.data.path)
+    scoring = LayerScoringConfig(data, settings.scored(), settings.batch_size, seed=config.run.seed)
+    placement = Placement(config.model.dtype, config.train.device, attention=config.model.attention)
+    return score(source, scoring, placement, tokenizer=config.model.tokenizer)
+
+
+class _Job:
+    """What rank 0 does alone, and what is known of the candidates: a row of numbers for each."""
+
+    def __init__(self, config: SearchConfig, source: str, folder: Path) -> None:
+        self._config, self._settings, self._source, self._folder = config, config.search, source, folder
+        self._candidates = self._settings.candidates()
+        self._sizes = Sizes(load_config(source))
+        self._known = folder / "candidates.json"
+        self._costs = costs_of(self._settings.budget, self._sizes, default_device())
+        self._limits = limits_of(self._costs, self._sizes.source)
+        self._rows: list[Row] = read_json(self._known)["candidates"] if self._known.exists() else []
+
+    def place(self, number: int) -> Path:
+        """The folder of a candidate."""
+        return self._folder / "candidates" / f"{number:02}_{clean_name(self._candidates[number].words)}"
+
+    def words(self, number: int) -> str:
+        """What decides about a candidate, and what comes out."""
+        return self._candidates[number].words
+
+    def run_name(self, number: int) -> str:
+        """Of the run that recovers it."""
+        return f"{self._config.run.name}-{number:02}"
+
+    def compare(self) -> list[int]:
+        """Plan every candidate, measure what it costs and loses; returns the numbers of the best.
+
+        Raises:
+            UserError: none keeps to the budget.
+        """
+        remaining = range(len(self._rows), len(self._candidates))
+        if remaining:
+            scores = Scores.load(self._folder / "scores.json")
+            trial = Trial(open_scored(scores, self._source))
+            for number in tqdm(remaining, desc="candidates", disable=None):
+                self._rows.append(self._row(number, scores, trial))
+                self._save()
+        possible = [row for row in self._rows if row.get("within") and row["same_as"] is None]
+        ordered = sorted(
+            (row for row in possible if _is_number(row["calibration_loss"])), key=lambda row: row["calibration_loss"]
+        )
+        best: list[int] = []
+        for row in ordered:
+            if len(best) < self._settings.best and self._is_as_fast(row):
+                best.append(row["number"])
+        if not best:
+            reasons = {f"; {row['decided_by']}: {row['impossible']}" for row in self._rows if "impossible" in row}
+            raise UserError(
+                "no candidate keeps to the budget: let more go (search.remove, search.shapes), set "
+                "search.under_budget=true, or raise search.budget" + "".join(sorted(reasons))
+            )
+        return best
+
+    def _row(self, number: int, scores: Scores, trial: Trial) -> Row:
+        candidate = self._candidates[number]
+        row: Row = {"number": number, "decided_by": candidate.words}
+        # Each candidate begins with the table of latencies as it was timed: what one search has mended is its own.
+        fresh = [
+            Latency(cost.table, self._settings.budget.latency) if isinstance(cost, Latency) else cost
+            for cost in self._costs
+        ]
+        limits = limits_of(fresh, self._sizes.source)
+        if candidate.under_budget:
+            try:
+                plan, choice = best_under(
+                    limits, scores, candidate.config, trial, self._settings.budget, model=self._source
+                )
+            except (NoShapeError, RuinousPlanError) as error:  # blocks or width alone may not lead to the budget
+                return {**row, "impossible": str(error)}
+            if choice.measured is not None:
+                row["measured_latency"] = choice.measured
+        else:
+            try:
+                plan = make_plan(scores, candidate.config, model=self._source, trial=trial)
+            except RuinousPlanError as error:
+                return {**row, "impossible": str(error)}
+        place = self.place(number)
+        place.mkdir(parents=True, exist_ok=True)
+        plan.save(place / "plan.json")
+        content, blocks = _content(plan), [block.attention for block in plan.blocks]
+        within = all(limit.cost(plan.shape, blocks) <= limit.most for limit in limits)
+        costs = {cost.name: cost.cost(plan.shape, blocks) for cost in fresh if not isinstance(cost, Latency)}
+        return {
+            **row,
+            "content": content,
+            "same_as": next(
+                (o["number"] for o in self._rows if o.get("content") == content and o["within"] == within), None
+            ),
+            "goes": describe(plan),
+            "shape": dataclasses.asdict(plan.shape),
+            "parameters": int(costs["params"]),
+            "memory_bytes": int(costs["memory"]),
+            "latency": self._latency(fresh, plan.shape),
+            "within": within,
+            "calibration_loss": trial.loss(plan),
+        }
+
+    def _latency(self, costs: Sequence[Limit], shape: Shape) -> float | None:
+        """Share of the source's time by the table; None where it is not limited and there is no room for timings."""
+        latency = next(cost for cost in costs if isinstance(cost, Latency))
+        try:
+            return latency.cost(shape, ())
+        except UserError:
+            if latency in limits_of(costs, self._sizes.source):
+                raise
+            return None
+
+    def _is_as_fast(self, row: Row) -> bool:
+        """Measure the latency of a built model, if there is a limit; whether it is kept."""
+        limit = next((limit for limit in self._limits if isinstance(limit, Latency)), None)
+        if limit is None:
+            return True
+        if "measured_latency" not in row:
+            self._measure_latency(row)
+        measured = row["measured_latency"]
+        if measured is None:
+            log.warning("there is no room to time %s beside its source: the table's latency counts", row["decided_by"])
+        row["within"] = measured is None or limit.is_kept(measured)
+        self._save()
+        return bool(row["within"])
+
+    def _measure_latency(self, row: Row) -> None:
+        table = next(cost.table for cost in self._costs if isinstance(cost, Latency))
+        row["measured_latency"] = table.measured(shape_from(row["shape"]), self._sizes.source)
+
+    def cut(self, best: Sequence[int]) -> None:
+        """Cut the best, as far as that is not done yet, and see that each can be recovered.
+
+        Raises:
+            UserError: the settings do not fit what was cut.
+        """
+        for number in best:
+            place = self.place(number)
+            if not (place / "pruned").exists():
+                apply(self._source, place / "plan.json", place / "pruned")
+            if not (place / "recovered").exists():
+                check(recovery_of(self._config, place, name=self.run_name(number), seed=self._config.run.seed))
+
+    def measure(self, number: int, failed: str | None) -> None:
+        """The held-out losses of a candidate as cut and as recovered, and its latency, if they are not known yet."""
+        row = self._rows[number]
+        if failed is not None:
+            row["failed"] = failed
+            self._save()
+            return
+        row.pop("failed", None)  # of an earlier try
+        if "recovered" in row:
+            return
+        found = self._held_out(number, "recovered")
+        if not math.isfinite(found.loss):
+            return self.measure(number, "the loss of the recovered model is no number")
+        if "measured_latency" not in row:
+            self._measure_latency(row)
+        row["cut"] = dataclasses.asdict(self._held_out(number, "pruned"))
+        row["recovered"] = dataclasses.asdict(found)
+        self._save()
+        return None
+
+    def _held_out(self, number: int, folder: str) -> Losses:
+        data = self._config.data
+        placement = Placement(self._config.model.dtype, self._config.train.device)
+        return evaluate_losses(
+            open_model(str(self.place(number) / folder), placement).model,
+            PreparedData(data.path, data.cache),
+            samples_per_domain=data.eval_samples_per_domain,
+            boundaries=data.document_boundaries,
+        )
+
+    def finish(self) -> None:
+        """Name the winner and show all.
+
+        Raises:
+            UserError: none could be recovered.
+        """
+        recovered = [row for row in self._rows if "recovered" in row]
+        if not recovered:
+            failed = next(row["failed"] for row in self._rows if "failed" in row)
+            raise UserError(f"no candidate could be recovered; the first: {failed}")
+        winner = min(recovered, key=lambda row: row["recovered"]["loss"])
+        place = self.place(winner["number"])
+        Plan.load(place / "plan.json").save(self._folder / "plan.json")
+        keep_result(self._folder, place / "recovered")
+        shown = table(self._rows)
+        write_text(self._folder / "table.md", shown)
+        picture(self._rows).save(self._folder)
+        print(shown)
+        print(f"the best: {winner['decided_by']} ({winner['goes']}); its plan is {self._folder}/plan.json")
+
+    def _save(self) -> None:
+        write_json(self._known, {"schema": 1, "model": self._source, "candidates": self._rows})
+
+
+def _is_number(loss: float | None) -> bool:
+    return loss is not None and math.isfinite(loss)
+
+
+def _content(plan: Plan) -> str:
+    """The same for plans that leave the same."""
+    corrections = sorted((name, tensor.double().sum().item()) for name, tensor in plan.corrections.items())
+    return sha256_text(f"{plan.blocks} {plan.hidden} {corrections}")

@@ -1,0 +1,205 @@
+"""What jobs of several steps share: a folder that knows its job, and recovery as one of its steps.
+
+Every step leaves something that appears whole or not at all, so that a job which was stopped goes on at the step it was
+in; a recovery goes on from its newest checkpoint.
+"""
+
+import copy
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from llmprune.callbacks.preemption import Preempted
+from llmprune.config.job_files import load_recorded, save_config
+from llmprune.config.schema import Config, SearchConfig
+from llmprune.convert.commands import convert
+from llmprune.data.calibration import CalibrationConfig
+from llmprune.data.prepared import PreparedData
+from llmprune.jobs.train import train
+from llmprune.training.checks import check, inputs_of
+from llmprune.utils.checksums import CHECKSUMS, describe
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import read_json, temporary_for, write_json
+from llmprune.utils.outputs import clear, is_empty, refuse_deleting, refuse_replacing, remove
+from llmprune.utils.processes import TERMINATION
+from llmprune.utils.ranks import on_rank_zero
+from llmprune.utils.recorded_settings import as_typed
+
+_FREE = (  # what may change when a job goes on: where it runs, and what it shows
+    "run.name", "run.folder", "run.overwrite", "run.autoresume", "loggers", "checkpoint", "evaluation", "sharding",
+    "train.device", "train.microbatch_size", "train.eval_interval", "train.eval_first", "data.cache", "data.workers",
+    "data.prefetch", "data.eval_samples_per_domain",
+)  # fmt: skip
+
+_INPUTS = "inputs.json"  # of a job's folder: what its inputs held when it was begun
+
+
+def begin(config: Config, kind: str) -> None:
+    """Make the job's folder, or see that what it holds is this job's.
+
+    Args:
+        config: of the job.
+        kind: what the job is, in words.
+
+    Raises:
+        UserError: the folder holds something else, or the same kind of job with other settings.
+    """
+    folder = Path(config.run.folder)
+    known = folder / "config.yaml"
+    refuse_deleting(folder)
+    before = load_recorded(known) if known.is_file() else None
+    if not is_empty(folder) and type(before) is not type(config):
+        raise UserError(f"{folder} holds something that is no {kind}: choose another run.folder")
+    if isinstance(before, Config) and not (config.run.overwrite or config.run.autoresume):
+        raise UserError(f"{folder} holds a {kind}: pass run.autoresume=true to go on, or run.overwrite=true")
+    if isinstance(before, Config) and config.run.autoresume:
+        try:
+            _refuse_other(folder, before, config)
+            return
+        except UserError:
+            if not config.run.overwrite:
+                raise
+    refuse_replacing(folder, [*inputs_of(config), *_calibration(config)])
+    clear(folder)
+    save_config(config, known)
+    write_json(folder / _INPUTS, {"schema": 1, "contents": _contents(config)})
+
+
+def _refuse_other(folder: Path, before: Config, config: Config) -> None:
+    """Raise ``UserError`` if a job is not the one that its folder was begun with.
+
+    What it reads is told by its contents where these are known: data that were moved or renamed are the same data.
+    """
+    record = folder / _INPUTS
+    known = read_json(record) if record.is_file() else {}  # a job that was stopped at once: its paths are compared
+    known = known.get("contents", {}) if isinstance(known, dict) else {}
+    now = _contents(config)
+    was, asked = _identity(before), _identity(config)
+    for key in sorted({*was, *asked}):
+        one, other = was.get(key), asked.get(key)
+        same = one == other
+        if isinstance(one, str) and isinstance(other, str) and one in known and other in now:
+            same = known[one] == now[other]
+        if not same:
+            changed = f"{key} {one}" if one != other else f"other contents of {key}"
+            raise UserError(
+                f"{folder} was begun with {changed}; the config asks for {other}: keep what it began with, or use "
+                "another run.folder"
+            )
+
+
+def _contents(config: Config) -> dict[str, str]:
+    """What tells the contents of everything that the job reads, by its path; what only its path tells is left out."""
+    paths = dict.fromkeys([*inputs_of(config), config.data.path, *_calibration(config)])
+    found = {path: _content(path) for path in paths if path}
+    return {path: content for path, content in found.items() if content is not None}
+
+
+def _calibration(config: Config) -> list[str]:
+    """The calibration texts that a job names."""
+    sections = (section.get("calibration") or {} for section in asdict(config).values() if isinstance(section, dict))
+    return [path for settings in sections if (path := settings.get("path"))]
+
+
+def _content(path: str) -> str | None:
+    """The hash of a data set's manifest, of the checksums of a model of llmprune's, or of a file; None = unknown."""
+    place = Path(path)
+    if "://" in path or (place / "manifest.json").is_file():
+        return PreparedData(path).manifest.fingerprint()
+    if (place / CHECKSUMS).is_file():
+        place = place / CHECKSUMS
+    return str(describe(place)["sha256"]) if place.is_file() else None
+
+
+def _identity(config: Config) -> dict[str, object]:
+    """What decides what comes out, by key."""
+    free = set(_FREE)
+    if isinstance(config, SearchConfig):
+        free.discard("data.eval_samples_per_domain")  # the held-out loss decides
+    if config.dynamic_loading is not None:
+        free.discard("train.eval_interval")  # after evaluations the mix changes
+    if config.lora is not None:
+        free.discard("train.microbatch_size")  # what is dropped goes by it
+    found: dict[str, object] = {}
+    for section, value in as_typed(asdict(config)).items():
+        values = {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
+        if isinstance(calibration := values.pop(f"{section}.calibration", None), dict):
+            values |= {f"{section}.calibration.{key}": v for key, v in calibration.items()}
+        found |= {key: v for key, v in values.items() if section not in free and key not in free}
+    return found
+
+
+def asked_to_end() -> Preempted:
+    """What ends a job that is asked to end between or within its steps."""
+    return Preempted("the steps that are done are kept")
+
+
+def recover(config: Config, place: Path, *, name: str, seed: int) -> None:
+    """Train ``place``/pruned as the job's sections say, in ``place``/recover, and export it to ``place``/recovered.
+
+    Args: see ``recovery_of``.
+    """
+    if (place / "recovered").exists():
+        return
+    with TERMINATION.noted():  # the run saves itself and leaves
+        train(recovery_of(config, place, name=name, seed=seed))
+
+    def export() -> None:
+        convert(place / "recover", place / "recovered")
+
+    on_rank_zero(export)
+
+
+def recovery_of(config: Config, place: Path, *, name: str, seed: int) -> Config:
+    """The run that recovers ``place``/pruned.
+
+    Args:
+        config: of the job.
+        place: the step's folder.
+        name: of the run.
+        seed: of the order of its data.
+    """
+    run = replace(config.run, name=name, folder=str(place / "recover"), seed=seed, autoresume=True, overwrite=False)
+    parts = {part: copy.deepcopy(getattr(config, part)) for part in Config.__dataclass_fields__}
+    if config.checkpoint.remote is not None:  # every recovery is a run of its own
+        within = place.relative_to(config.run.folder).as_posix()
+        parts["checkpoint"] = replace(config.checkpoint, remote=f"{config.checkpoint.remote.rstrip('/')}/{within}")
+    return Config(**{**parts, "run": run, "model": replace(config.model, path=str(place / "pruned"))})
+
+
+def check_pruning_job(config: Config, kind: str, calibration: CalibrationConfig) -> str:
+    """What every job that prunes by scores and recovers needs; returns the model's folder or name.
+
+    Args:
+        config: of the job.
+        kind: what it is, in a word.
+        calibration: its samples.
+
+    Raises:
+        UserError: something does not fit.
+    """
+    if config.model.path is None:
+        raise UserError(f"{kind} prunes a model: name it with model.path")
+    for name in ("l0_pruning", "block_replacement"):
+        if getattr(config, name) is not None:
+            raise UserError(f"{kind} prunes by scores: leave out {name}")
+    if config.distillation is not None and (
+        config.distillation.plan is not None or config.distillation.blocks is not None
+    ):
+        raise UserError(f"what {kind} recovers are models of several plans: leave out distillation.plan and blocks")
+    if calibration.path is None and "://" in config.data.path:
+        raise UserError(f"calibration samples are read from this machine: name text with {kind}.calibration.path")
+    check(config)
+    return config.model.path
+
+
+def keep_result(folder: Path, result: Path) -> None:
+    """Copy the model that a job ends with to ``folder``/model, if it is not there yet."""
+    final = folder / "model"
+    if final.exists() and read_json(final / CHECKSUMS) != read_json(result / CHECKSUMS):
+        remove(final)  # of a candidate that was the best before this one could be recovered
+    if not final.exists():
+        temporary = temporary_for(final)
+        shutil.copytree(result, temporary)
+        temporary.rename(final)
+    print(f"{final}: the result of {result}")

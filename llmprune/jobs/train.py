@@ -1,0 +1,84 @@
+"""The job that trains: pruning by gates, replacing blocks, recovery, or plain training."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from composer import Callback, Trainer
+from composer.utils import dist
+from omegaconf import OmegaConf
+
+from llmprune.callbacks.preemption import Preempted
+from llmprune.checkpoints.checkpoint_folder import CheckpointFolder
+from llmprune.checkpoints.metrics import read_metrics
+from llmprune.checkpoints.run_folder import RunFolder
+from llmprune.config.schema import Config
+from llmprune.report.collect import Run
+from llmprune.report.figures import domain_weights
+from llmprune.training.checks import Ingredients
+from llmprune.training.shape import choose_shape, is_to_be_shaped
+from llmprune.training.trainer import build_trainer, prepare, safekeeping_of, trains
+from llmprune.utils.errors import UserError
+from llmprune.utils.ranks import on_rank_zero
+
+
+def train(config: Config, callbacks: Sequence[Callback] = ()) -> Trainer:
+    """Run the job that ``config`` describes, to its end; a resumed run that has ended already is left as it is.
+
+    No other process may work in the run's folder meanwhile.
+
+    Args:
+        config: of the job.
+        callbacks: further Composer callbacks, after llmprune's own.
+    """
+    inputs = prepare(config)
+    with RunFolder(Path(config.run.folder)).claimed():
+        return _train(config, inputs, callbacks)
+
+
+def _train(config: Config, inputs: Ingredients, callbacks: Sequence[Callback]) -> Trainer:
+    trainer = build_trainer(config, inputs, callbacks)
+    if config.train.eval_first and trainer.state.timestamp.batch.value == 0:
+        trainer.eval()
+    assert trainer.state.max_duration is not None
+    if not trains(config):
+        trainer.eval()
+        if not math.isfinite(loss := float(trainer.state.eval_metric_values["loss"])):
+            raise UserError(f"the held-out loss is {loss} with what was computed, so no checkpoint is written")
+        if dist.get_global_rank() == 0:
+            CheckpointFolder(RunFolder(Path(config.run.folder)).checkpoints).note_writing(0)
+        trainer.save_checkpoint(f"{config.run.folder}/checkpoints/ba0-rank{{rank}}.pt")
+        finish(trainer)
+    elif trainer.state.timestamp < trainer.state.max_duration:
+        try:
+            trainer.fit()
+        except Preempted:
+            trainer.close()
+            raise
+        except UserError:
+            trainer.engine.close()  # what goes on beside the training; trainer.close() would wait for other ranks
+            raise
+    else:
+        print(f"{config.run.folder} is complete: nothing is left to do until train.duration is raised")
+        finish(trainer)
+    if is_to_be_shaped(config, trainer):  # also if it was killed between its last checkpoint and this
+        choose_shape(trainer, RunFolder(Path(config.run.folder)))
+        safekeeping_of(trainer).copy_rest()
+    trainer.close()
+    if config.dynamic_loading is not None:
+        on_rank_zero(lambda: draw_weights(RunFolder(Path(config.run.folder))))
+    return trainer
+
+
+def finish(trainer: Trainer) -> None:
+    """See to the newest checkpoint of a run that does not train."""
+    safekeeping_of(trainer).finish(trainer.state.timestamp.batch.value)
+
+
+def draw_weights(run: RunFolder) -> None:
+    """Draw the weights of domains over the run, as weights.png and weights.csv in its folder."""
+    metrics = read_metrics(run.metrics)
+    if any(name.startswith("mixing/weight/") for line in metrics for name in line):
+        found = Run(run.path.name, run.path, OmegaConf.to_container(OmegaConf.load(run.config)), metrics)  # type: ignore[arg-type]
+        replace(domain_weights(found), name="weights").save(run.path)

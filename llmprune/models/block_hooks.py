@@ -1,0 +1,109 @@
+"""Stepping in where a model would run its blocks, in its own forward pass and whatever its family."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmprune.models.families import family_of
+
+
+class Run(Protocol):
+    """Runs a block on states [batch, length, hidden], or another module of its kind in its place."""
+
+    def __call__(self, x: Tensor, block: nn.Module | None = None) -> Tensor:
+        """What the block makes of ``x``."""
+
+
+Visit = Callable[[int, Run, Tensor], Tensor]
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of a model of a supported family."""
+    blocks = model.get_submodule(family_of(model.config).blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+@contextmanager
+def visited(model: PreTrainedModel, visit: Visit, beside: nn.Module | None = None) -> Iterator[None]:
+    """While open, ``model``'s forward pass calls ``visit(number, run, states)`` in place of every block.
+
+    ``states`` [batch, length, hidden] is the block's input and what is returned goes on to the next block; ``run(x)``
+    is the block itself, for any number of samples of the same length, as long as none is padded; ``run(x, other)`` is
+    another block with this one's masks and positions.
+
+    Args:
+        model: a model of a supported family.
+        visit: what to do at every block.
+        beside: what else ``visit`` runs; if it is sharded, it becomes a part of the sharded model.
+    """
+    blocks, in_tuple = blocks_of(model), family_of(model.config).tuple_blocks
+    originals = list(blocks)
+    try:
+        for number, block in enumerate(originals):
+            blocks[number] = _Visited(number, block, visit, in_tuple)
+        if beside is not None:
+            blocks[0]._modules["beside"] = beside
+        yield
+    finally:
+        for number, block in enumerate(originals):
+            blocks[number] = block
+
+
+def given(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """The hidden states in what a module returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _Visited(nn.Module):
+    """In the place of a block; everything but the forward pass is asked of the block itself."""
+
+    def __init__(self, number: int, block: nn.Module, visit: Visit, in_tuple: bool) -> None:
+        super().__init__()
+        self._number, self._visit, self._in_tuple = number, visit, in_tuple
+        # A submodule: in the first forward pass a sharded model looks for its shards among them.
+        self._modules["visited"] = block
+
+    def __getattr__(self, name: str) -> Any:
+        block = self.__dict__["_modules"]["visited"]
+        return block if name == "visited" else getattr(block, name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        visited = self._modules["visited"]
+        assert visited is not None
+
+        def run(x: Tensor, block: nn.Module | None = None) -> Tensor:
+            fitted = hidden_states.shape[0], x.shape[0]
+            own = {name: _fit(value, *fitted) for name, value in kwargs.items()}
+            return given((block or visited)(x, *(_fit(value, *fitted) for value in args), **own))
+
+        states = self._visit(self._number, run, hidden_states)
+        return (states,) if self._in_tuple else states
+
+
+def _fit(value: Any, batch: int, wanted: int) -> Any:
+    """Masks and positions for another number of samples: without padding all samples have the same."""
+    if isinstance(value, tuple):
+        return tuple(_fit(item, batch, wanted) for item in value)
+    if wanted != batch and isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch:
+        return value[:1]
+    return value
+
+
+@contextmanager
+def shortened(model: PreTrainedModel, kept: Sequence[int]) -> Iterator[None]:
+    """While open, ``model`` has only the blocks ``kept`` (for forward passes without a cache)."""
+    family = family_of(model.config)
+    parent, _, name = family.blocks.rpartition(".")
+    blocks, field = blocks_of(model), family.fields["layers"]
+    layers = getattr(model.config, field)
+    try:
+        setattr(model.get_submodule(parent), name, nn.ModuleList(blocks[number] for number in kept))
+        setattr(model.config, field, len(kept))
+        yield
+    finally:
+        setattr(model.get_submodule(parent), name, blocks)
+        setattr(model.config, field, layers)

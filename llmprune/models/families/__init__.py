@@ -1,0 +1,76 @@
+"""The model families that llmprune can prune."""
+
+from transformers import PretrainedConfig
+
+from llmprune.models.families.base import Family, Parameter
+from llmprune.models.families.gemma import GEMMA, GEMMA2, GEMMA3
+from llmprune.models.families.gpt_neox import GPT_NEOX
+from llmprune.models.families.llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
+from llmprune.models.families.mixture import MIXTRAL, QWEN3_MOE
+from llmprune.models.families.opt import OPT
+from llmprune.models.families.richer import FIELD, RicherHeadsConfig, attention_output, module_name, richer_family
+from llmprune.models.families.roles import AXES, EMBEDDINGS, MATRICES, NORMS, OUTPUTS, SUBLAYERS, Axis, Role
+from llmprune.models.families.shapes import PRUNED, Shape, shape_from, shapes_between, target_shape
+from llmprune.utils.errors import UserError
+
+__all__ = [
+    "AXES",
+    "EMBEDDINGS",
+    "FAMILIES",
+    "MATRICES",
+    "NORMS",
+    "OUTPUTS",
+    "OWN",
+    "PRUNED",
+    "SUBLAYERS",
+    "Axis",
+    "Family",
+    "Parameter",
+    "RicherHeadsConfig",
+    "Role",
+    "Shape",
+    "attention_output",
+    "family_of",
+    "module_name",
+    "richer_heads_of",
+    "shape_from",
+    "shapes_between",
+    "target_shape",
+]
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, OPT, GPT_NEOX, PHI3, OLMO2, MIXTRAL, QWEN3_MOE,
+    )
+}  # fmt: skip
+
+
+OWN = "llmprune_"  # begins llmprune's own model types; the modelling file, complete in itself, has it too
+
+
+def richer_heads_of(config: PretrainedConfig) -> RicherHeadsConfig | None:
+    """How the heads of a model with this config are richer; None if they are as usual."""
+    described = getattr(config, FIELD, None)
+    if described is None:
+        return None
+    return RicherHeadsConfig(described["shared"], described["activation"], described["residual"])
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a Hugging Face config.
+
+    Raises:
+        UserError: no family knows this architecture, or not this variant; the message names what is supported.
+    """
+    richer = richer_heads_of(config)
+    model_type = config.model_type if richer is None else config.model_type.removeprefix(OWN)
+    for family in FAMILIES.values():
+        if model_type in family.model_types:
+            family.check(config)
+            return family if richer is None else richer_family(family, shared=richer.shared)
+    supported = sorted(model_type for family in FAMILIES.values() for model_type in family.model_types)
+    raise UserError(
+        f"the architecture '{config.model_type or type(config).__name__}' is not supported; supported: "
+        f"{', '.join(supported)}"
+    )

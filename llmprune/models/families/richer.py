@@ -1,0 +1,61 @@
+"""Families whose attention heads each pass a non-linear layer before they are joined (richer heads)."""
+
+from dataclasses import dataclass, replace
+
+from llmprune.models.families.base import Family
+from llmprune.models.families.roles import Role
+from llmprune.utils.errors import UserError, nearest
+
+FIELD = "llmprune_richer_heads"  # of the config
+ACTIVATIONS = ("silu", "gelu", "tanh", "relu")
+
+
+@dataclass
+class RicherHeadsConfig:
+    """How the output o of every attention head is made richer: act(W o + b), with W [head_dim, head_dim].
+
+    Attributes:
+        shared: one W for all heads of a block; else each has its own.
+        activation: silu, gelu, tanh or relu.
+        residual: o + act(W o + b) instead, which begins as o.
+    """
+
+    shared: bool = True
+    activation: str = "silu"
+    residual: bool = False
+
+    def check(self) -> None:
+        """Raise ``UserError`` for what can't be or can't learn."""
+        if not isinstance(self.shared, bool) or not isinstance(self.residual, bool):
+            raise UserError("shared and residual of richer heads are true or false")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(
+                f"richer heads have no activation '{self.activation}'; {nearest(str(self.activation), ACTIVATIONS)}"
+            )
+        if self.residual and self.activation == "relu":
+            raise UserError(
+                "the residual form begins at relu(0), where no gradient passes: it would never learn; choose silu, "
+                "gelu or tanh"
+            )
+
+
+def attention_output(family: Family) -> str:
+    """The name, within a block, of the attention's output matrix."""
+    outputs = (Role.ATTENTION_OUT, Role.ATTENTION_OUT_TO_NORM)
+    return next(name for name, role in family.block.items() if role in outputs)
+
+
+def module_name(family: Family) -> str:
+    """The name, within a block, of the module that makes heads richer."""
+    return f"{attention_output(family).rpartition('.')[0]}.richer_heads"
+
+
+def richer_family(family: Family, *, shared: bool) -> Family:
+    """The family with a non-linear layer for its heads."""
+    role = Role.SHARED_RICHER_HEADS if shared else Role.RICHER_HEADS
+    return replace(
+        family,
+        name=f"{family.name}_richer",
+        description=f"{family.description}; with richer heads",
+        block={**family.block, module_name(family): role},
+    )

@@ -1,0 +1,49 @@
+"""Run as a program: ``pickled_weights.py OUT FILE.bin …`` turns pickled weights into safetensors in the folder OUT.
+
+It runs in a process of its own and imports nothing of llmprune, so that nothing else is at hand where something foreign
+is unpickled; only tensors and plain types are.
+"""
+
+import sys
+import zipfile
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+
+SHARD = "2GB"  # a shard is held in memory while it is written
+
+
+def read(path: str) -> dict[str, Tensor]:
+    """The tensors of one file, mapped from it where its format allows.
+
+    Raises:
+        SystemExit: it holds something else, or is damaged.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # of as many kinds as there are things that a pickle may hold
+        reason = str(error).strip().splitlines()
+        sys.exit(f"{path} holds more than tensors, or is damaged ({reason[0] if reason else type(error).__name__})")
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        sys.exit(f"{path} holds something else than tensors by name")
+    return found
+
+
+def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, with copies of those that share memory, which safetensors can't hold."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found
+
+
+if __name__ == "__main__":
+    out, *files = sys.argv[1:]
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights |= read(file)
+    save_torch_state_dict(unshared(weights), out, max_shard_size=SHARD)

@@ -1,0 +1,297 @@
+"""The shape under a budget whose model keeps the lowest calibration loss, depth and width chosen together."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from math import gcd
+from typing import Any
+
+from tqdm import tqdm
+
+from llmprune.models.families import Shape
+from llmprune.plans.plan import Plan
+from llmprune.pruning.budgets.limits import Latency, Limit
+from llmprune.pruning.budgets.losses import PlanLosses
+from llmprune.pruning.budgets.sizes import Sizes, of_size, prunable_dimensions
+from llmprune.utils.errors import UserError
+
+LARGEST_MULTIPLE = 256
+SHARES = (1.0, 0.75, 0.5, 0.875, 0.625)
+SMALL_SHARES = (0.375, 0.25, 0.125, 0.0)  # where none of the others keeps to the budget; 0 = the smallest size
+CHECKS = 4  # times that a latency is measured on a built model, and the table mended
+
+log = logging.getLogger(__name__)
+
+
+class NoShapeError(UserError):
+    """Nothing that may go leads to the budget."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A shape that keeps to the budget.
+
+    Attributes:
+        plan: to it.
+        loss: on the calibration samples, before any recovery; nats per token.
+        costs: by budget, as predicted.
+        measured: share of the source's latency that a built model takes; None without such a budget, or without room.
+        tried: how many shapes were compared.
+        losses: of the plan as it is written; None = as long as it is only chosen.
+    """
+
+    plan: Plan
+    loss: float
+    costs: Mapping[str, float]
+    measured: float | None
+    tried: int
+    losses: PlanLosses | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What the choice rests on, for JSON."""
+        return {
+            "shape": asdict(self.plan.shape),
+            "loss": self.loss,
+            "costs": dict(self.costs),
+            "measured_latency": self.measured,
+            "tried": self.tried,
+            **({} if self.losses is None else self.losses.facts()),
+        }
+
+    def __str__(self) -> str:
+        words = {"params": "{:,.0f} parameters", "memory": "{:,.0f} bytes", "latency": "{:.3f} of the source's latency"}
+        costs = [words[name].format(cost) for name, cost in self.costs.items()]
+        if self.measured is not None:
+            costs.append(f"a built model takes {self.measured:.3f}")
+        shown = ", ".join(costs)
+        return (
+            f"{self.plan.shape}: {shown}; {self.tried} shapes tried; "
+            f"{self.losses or f'calibration loss before recovery {self.loss:.4f}'}"
+        )
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The sizes that a shape may have: by dimension, ascending.
+
+    ``inner``, MLP channels or experts, is solved for: as many as the budget has room for. With ``whole_heads``, the
+    number of query heads in a group, hidden is a multiple of all heads.
+    """
+
+    layers: Sequence[int]
+    hidden: Sequence[int]
+    groups: Sequence[int]
+    inner: Sequence[int]
+    inner_name: str
+    coupled: bool
+    whole_heads: int | None = None
+
+    @classmethod
+    def of(cls, sizes: Sizes, multiple: int | None, least_layers: int, *, depth: bool, width: bool) -> "Steps":
+        """Those of a model.
+
+        Args:
+            sizes: its own.
+            multiple: of hidden dimensions and channels; None = by their size.
+            least_layers: how many blocks can't go.
+            depth: whether blocks go.
+            width: whether anything else does.
+        """
+        source, family = sizes.source, sizes.family
+        layers = range(least_layers if depth else source.layers, source.layers + 1)
+        *_, inner = prunable_dimensions(sizes.config)
+        coupled = family.head_size_is_derived(sizes.config)
+        if not width:
+            return cls(layers, [source.hidden], [source.kv_heads], [getattr(source, inner)], inner, coupled)
+        hidden = [n for n in range(1, source.hidden + 1) if n % _multiple(source.hidden, multiple) == 0]
+        groups = list(range(1, source.kv_heads + 1))
+        whole_heads = source.heads_per_group if family.keeps_whole_heads(sizes.config) else None
+        if whole_heads is not None:
+            hidden = sorted({n for g in groups for n in _whole(source.hidden, g * whole_heads, multiple)})
+        if coupled:
+            wanted = {n * source.head_dim * source.heads_per_group for n in groups}
+            hidden = sorted(wanted) if multiple is None else [n for n in sorted(wanted) if n % multiple == 0]
+        channels = source.intermediate
+        if source.experts is not None:
+            chosen = getattr(sizes.config, family.chosen_experts) if family.chosen_experts else 1
+            inners = list(range(chosen, source.experts + 1))
+        else:
+            inners = [n for n in range(1, channels + 1) if n % _multiple(channels, multiple) == 0]
+        for name, values in (("hidden", hidden), (inner, inners)):
+            if not values:
+                raise UserError(
+                    f"no size of {name} up to the model's is a multiple of {multiple}: choose a smaller one"
+                )
+        return cls(layers, hidden, groups, inners, inner, coupled, whole_heads)
+
+    def fits(self, hidden: int, groups: int) -> bool:
+        """Whether places in ``hidden`` and ``groups`` go together."""
+        return self.whole_heads is None or self.hidden[hidden] % (self.groups[groups] * self.whole_heads) == 0
+
+
+def _whole(size: int, heads: int, multiple: int | None) -> Iterator[int]:
+    """Hidden sizes that are multiples of the heads, and of a power of two that leaves eight of them or more."""
+    step = multiple or _multiple(size, None)
+    while multiple is None and step > 1 and math.lcm(step, heads) > size // 8:
+        step //= 2
+    yield from range(math.lcm(step, heads), size + 1, math.lcm(step, heads))
+
+
+def _multiple(size: int, wanted: int | None) -> int:
+    if wanted is not None:
+        return wanted
+    power = gcd(size, LARGEST_MULTIPLE)
+    while power > 1 and power > size // 16:
+        power //= 2
+    return power
+
+
+Point = tuple[int, int, int]  # places in Steps' layers, hidden and groups
+
+
+class Chooser:
+    """Looks for the best shape: a few spread over depth and width, and then neighbours of the best."""
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        steps: Steps,
+        limits: Sequence[Limit],
+        plan_for: Callable[[Shape], Plan],
+        loss: Callable[[Plan], float],
+        tries: int,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            sizes: of the source.
+            steps: what a shape may be.
+            limits: the budgets.
+            plan_for: the plan to a shape.
+            loss: of what a plan leaves, on calibration samples.
+            tries: how many losses may be computed.
+        """
+        self._source, self._steps, self._limits, self._tries = sizes.source, steps, limits, tries
+        self._plan_for, self._loss = plan_for, loss
+        self._losses: dict[Shape, float] = {}
+        self._blocks: dict[int, list[int]] = {}
+
+    def choose(self) -> Choice:
+        """The best shape found.
+
+        Raises:
+            UserError: no shape keeps to the budget.
+        """
+        latency = next((limit for limit in self._limits if isinstance(limit, Latency)), None)
+        for remaining in reversed(range(CHECKS)):
+            shape = self._best()
+            if latency is None:
+                return self._choice(shape, None)
+            measured = latency.table.measured(shape, self._source)
+            if measured is None or latency.agrees(shape, measured):
+                return self._choice(shape, measured)
+            if not remaining:
+                log.warning("a built model takes %.3f of the source's time, not %.3f", measured, latency.most)
+                return self._choice(shape, measured)
+            latency.learn(shape, measured)
+        raise AssertionError("the last check returns")
+
+    def _choice(self, shape: Shape, measured: float | None) -> Choice:
+        costs = {limit.name: self._cost(limit, shape) for limit in self._limits}
+        return Choice(self._plan_for(shape), self._losses[shape], costs, measured, len(self._losses))
+
+    def _best(self) -> Shape:
+        tried: dict[Point, float] = {}
+        began = len(self._losses)
+        with tqdm(total=self._tries, desc="shapes", disable=None) as progress:
+
+            def attempt(point: Point) -> None:
+                shape = None if point in tried else self._solved(point)
+                if shape is None:
+                    return
+                if shape not in self._losses:
+                    if tried and len(self._losses) - began >= self._tries:
+                        return
+                    self._losses[shape] = self._loss(self._plan_for(shape))
+                tried[point] = self._losses[shape]
+                progress.update()
+
+            for point in self._spread(SHARES):
+                attempt(point)
+            if not tried:
+                for point in self._spread((*SHARES, *SMALL_SHARES)):
+                    attempt(point)
+            if not tried:
+                raise NoShapeError(
+                    "no shape keeps to the budget: raise it, protect fewer blocks, or allow smaller multiples"
+                )
+            while True:
+                best = min(tried, key=lambda point: tried[point])
+                for point in self._neighbours(best):
+                    attempt(point)
+                if min(tried, key=lambda point: tried[point]) == best:
+                    break
+        shape = self._solved(best)
+        assert shape is not None
+        return shape
+
+    def _spread(self, shares: Sequence[float]) -> Iterator[Point]:
+        """Points of every mix of depth and width, each at one of these shares of the source's."""
+        lengths = len(self._steps.layers), len(self._steps.hidden), len(self._steps.groups)
+        points = []
+        places = sorted(product(range(len(shares)), repeat=2), key=lambda pair: (sum(pair), abs(pair[0] - pair[1])))
+        for of_layers, of_width in ((shares[i], shares[j]) for i, j in places):  # the first few cover both, too
+            depth = round(self._source.layers * of_layers) - self._steps.layers[0]
+            hidden, groups = (max(round(length * of_width) - 1, 0) for length in lengths[1:])
+            points.append((min(max(depth, 0), lengths[0] - 1), hidden, groups))
+        return (self._tied(point) for point in dict.fromkeys(points))
+
+    def _tied(self, point: Point) -> Point:
+        """With a head size that follows from hidden and heads the groups are those of the hidden dimensions."""
+        layers, hidden, groups = point
+        if self._steps.coupled:
+            size = self._source.head_dim * self._source.heads_per_group
+            groups = self._steps.groups.index(self._steps.hidden[hidden] // size)
+        places = (place for place in range(len(self._steps.hidden)) if self._steps.fits(place, groups))
+        return layers, min(places, key=lambda place: abs(place - hidden), default=hidden), groups
+
+    def _neighbours(self, point: Point) -> Iterator[Point]:
+        lengths = len(self._steps.layers), len(self._steps.hidden), len(self._steps.groups)
+        for axis in range(2 if self._steps.coupled else 3):
+            for step in (-1, 1):
+                moved = [place + step * (number == axis) for number, place in enumerate(point)]
+                if axis == 1:  # to the next size that goes with the groups
+                    while 0 <= moved[1] < lengths[1] and not self._steps.fits(moved[1], moved[2]):
+                        moved[1] += step
+                if all(0 <= place < length for place, length in zip(moved, lengths, strict=True)):
+                    yield self._tied((moved[0], moved[1], moved[2]))
+
+    def _solved(self, point: Point) -> Shape | None:
+        """The largest shape at a point that keeps to every budget; None if none does."""
+        steps = self._steps
+        if not steps.fits(point[1], point[2]):
+            return None
+        sizes = {
+            "layers": steps.layers[point[0]],
+            "hidden": steps.hidden[point[1]],
+            "kv_heads": steps.groups[point[2]],
+        }
+        low, high = 0, len(steps.inner)  # inner[:low] fit, inner[high:] don't
+        while low < high:
+            middle = (low + high) // 2
+            if self._fits(of_size(self._source, {**sizes, steps.inner_name: steps.inner[middle]})):
+                low = middle + 1
+            else:
+                high = middle
+        return of_size(self._source, {**sizes, steps.inner_name: steps.inner[low - 1]}) if low else None
+
+    def _fits(self, shape: Shape) -> bool:
+        return all(self._cost(limit, shape) <= limit.most for limit in self._limits)
+
+    def _cost(self, limit: Limit, shape: Shape) -> float:
+        if shape.layers not in self._blocks:
+            whole = of_size(self._source, {"layers": shape.layers})
+            self._blocks[shape.layers] = [block.attention for block in self._plan_for(whole).blocks]
+        return limit.cost(shape, self._blocks[shape.layers])

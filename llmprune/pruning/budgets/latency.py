@@ -1,0 +1,169 @@
+"""How long a model of another shape takes for a token, from timings on this machine.
+
+The table holds the time of a block for pairs of sizes, (hidden, key/value groups) and (hidden, channels or experts):
+attention and MLP add up, so that a block of any three sizes is known from two pairs and what they share. Each timing is
+the difference of two models that differ in their number of blocks, so that what lies outside the blocks is known, too.
+"""
+
+import statistics
+import time
+from dataclasses import replace
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+
+from llmprune.models.families import Shape
+from llmprune.models.loading import unfilled_model
+from llmprune.pruning.budgets.sizes import Sizes, of_size, prunable_dimensions
+from llmprune.utils.errors import UserError
+
+FEW, MANY = 1, 5  # blocks of the two models
+STEPS, ROUNDS = 8, 5
+
+
+class LatencyTable:
+    """Seconds for a token of every sequence in a batch, behind a cache of some length."""
+
+    def __init__(
+        self, config: PretrainedConfig, *, batch: int, context: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Prepare an empty table; it is filled as it is asked.
+
+        Args:
+            config: of the source model.
+            batch: sequences that go on together.
+            context: tokens before the one that is timed.
+            device: where.
+            dtype: of the weights.
+        """
+        self._sizes = Sizes(config)
+        self.source = self._sizes.source
+        limit = getattr(config, "max_position_embeddings", None)
+        self._context = context if limit is None else min(context, limit - 1)  # one is for the token itself
+        self._batch, self._device, self._dtype = batch, device, dtype
+        self._timed: dict[tuple[int, int, int], tuple[float, float]] = {}
+        _, self._groups, self._inner = prunable_dimensions(config)
+
+    def seconds(self, shape: Shape) -> float:
+        """The time of a token in a model of ``shape``."""
+        hidden = shape.hidden
+        full = hidden, self.source.kv_heads, self._of(self.source)
+        groups, inner = shape.kv_heads, self._of(shape)
+        outside, whole = self._time(*full)
+        narrow_attention = self._time(hidden, groups, full[2])[1]
+        narrow_inner = self._time(hidden, full[1], inner)[1]
+        return outside + shape.layers * max(narrow_attention + narrow_inner - whole, 0.0)
+
+    def measured(self, shape: Shape, reference: Shape) -> float | None:
+        """Seconds of a token in a model built with ``shape`` over those in one of ``reference``.
+
+        None if there is no room for both.
+        """
+        if self._needed(shape) + self._needed(reference) > self._free():
+            return None
+        a, b = (self._decoder(s) for s in (shape, reference))
+        ratios = []
+        for _ in range(2 * ROUNDS):
+            first, second = _seconds(a, self._device), _seconds(b, self._device)
+            ratios.append(first / second)
+        return statistics.median(ratios)
+
+    def _of(self, shape: Shape) -> int:
+        return int(getattr(shape, self._inner))
+
+    def _time(self, hidden: int, groups: int, inner: int) -> tuple[float, float]:
+        """Seconds outside the blocks, and of one block."""
+        key = hidden, groups, inner
+        if key not in self._timed:
+            shape = of_size(self.source, {"hidden": hidden, "kv_heads": groups, self._inner: inner})
+            needed = sum(self._needed(replace(shape, layers=layers)) for layers in (FEW, MANY))
+            if needed > self._free():
+                raise UserError(
+                    f"timing {MANY} blocks of this model takes {needed / 1e9:.1f} GB and {self._free() / 1e9:.1f} GB "
+                    "are free: take a smaller --batch or --context"
+                )
+            few, many = (self._decoder(replace(shape, layers=layers)) for layers in (FEW, MANY))
+            times = [(_seconds(few, self._device), _seconds(many, self._device)) for _ in range(ROUNDS)]
+            block = max(statistics.median((b - a) / (MANY - FEW) for a, b in times), 0.0)
+            outside = max(statistics.median(a for a, _ in times) - FEW * block, 0.0)
+            self._timed[key] = outside, block
+        return self._timed[key]
+
+    def _needed(self, shape: Shape) -> float:
+        """Bytes of a model of ``shape``, of its cache and of what it is made from."""
+        blocks = [block % self.source.layers for block in range(shape.layers)]
+        cache = self._sizes.cache_bytes(
+            shape, blocks, batch=self._batch, context=self._context, itemsize=self._dtype.itemsize
+        )
+        return self._sizes.parameters(shape) * self._dtype.itemsize + 2 * cache
+
+    def _free(self) -> float:
+        free = torch.cuda.mem_get_info()[0] if self._device.type == "cuda" else psutil.virtual_memory().available
+        return 0.8 * float(free)
+
+    def _decoder(self, shape: Shape) -> "_Decoder":
+        """A model of ``shape`` that computes one token behind a full cache."""
+        blocks = [block % self.source.layers for block in range(shape.layers)]
+        # A head size that follows from hidden and heads may not fit sizes that are timed one by one.
+        config = self._sizes.family.with_shape(self._sizes.config, _coupled(shape, self._sizes), blocks)
+        model = _filled(config, self._dtype).to(self._device)  # type: ignore[arg-type]
+        built = self._sizes.family.shape(config)
+        size = self._batch, built.kv_heads, self._context, built.head_dim
+        states = torch.full(size, 0.01, dtype=self._dtype, device=self._device)
+        decoder = _Decoder(model, states, built.layers)
+        decoder.fill()
+        decoder.step()
+        return decoder
+
+
+class _Decoder:
+    """A model and its cache."""
+
+    def __init__(self, model: PreTrainedModel, states: Tensor, layers: int) -> None:
+        self._model, self._states, self._layers = model, states, layers
+        self._token = torch.ones(len(states), 1, dtype=torch.int64, device=states.device)
+
+    def fill(self) -> None:
+        """Let the cache hold so many tokens as the next one is to come behind."""
+        self._cache = DynamicCache(config=self._model.config)
+        for block in range(self._layers):
+            self._cache.update(self._states, self._states, block)
+
+    @torch.inference_mode()
+    def step(self) -> Tensor:
+        """The logits of one more token, [batch, 1, vocabulary]."""
+        logits: Tensor = self._model(input_ids=self._token, past_key_values=self._cache, use_cache=True).logits
+        return logits
+
+
+def _coupled(shape: Shape, sizes: Sizes) -> Shape:
+    if not sizes.family.head_size_is_derived(sizes.config):
+        return shape
+    groups = shape.hidden // shape.head_dim // sizes.source.heads_per_group
+    return of_size(shape, {"kv_heads": groups})
+
+
+def _filled(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model whose weights have values, though none worth anything: memory that was never written is not read."""
+    model = unfilled_model(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.01)
+    return model
+
+
+def _seconds(decoder: _Decoder, device: torch.device) -> float:
+    """The median time of a token."""
+    times = []
+    for _ in range(STEPS):
+        decoder.fill()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        decoder.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

@@ -1,0 +1,201 @@
+"""Budgets: what a model may cost."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers import PretrainedConfig
+
+from llmprune.models.families import Shape
+from llmprune.models.placement import DTYPES
+from llmprune.pruning.budgets.latency import LatencyTable
+from llmprune.pruning.budgets.sizes import Sizes
+from llmprune.utils.errors import UserError
+
+_COUNTS = {"K": 10**3, "M": 10**6, "B": 10**9}
+_BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS: dict[str, dict[str, int]] = {"params": _COUNTS, "memory": _BYTES, "latency": {}}
+CONTEXT = 2048
+TOLERANCE = 0.1  # by which a latency from the table may miss the built model's
+
+
+@dataclass
+class BudgetConfig:
+    """What the model that a plan leaves may cost; every budget that is given must be kept.
+
+    Attributes:
+        params: parameters: a share of the source's up to 1, or a number such as ``1.3B``.
+        memory: of weights and a full key/value cache, such as ``8GB``, or a share of the source's.
+        latency: of a token behind a cache: a share of the source's.
+        context: tokens in the cache; null = 2048, or as many as the model takes.
+        batch: sequences in it.
+        dtype: of the weights and the cache: float32, bfloat16 or float16.
+        multiple: what hidden dimensions and channels must be multiples of; null = a sixteenth of the source's, as a
+            power of two that divides them, at most 256.
+        tries: how many shapes are tried on the calibration samples.
+    """
+
+    params: str | None = None
+    memory: str | None = None
+    latency: str | None = None
+    context: int | None = None
+    batch: int = 1
+    dtype: str = "bfloat16"
+    multiple: int | None = None
+    tries: int = 48
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Raise ``UserError`` for numbers that are none or impossible for a model of this config."""
+        for name in ("context", "batch", "multiple", "tries"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name} is {value}; it must be positive")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype '{self.dtype}' is unknown; valid: {', '.join(DTYPES)}")
+        if self.context is not None and self.context > self.tokens(config):
+            raise UserError(f"a context of {self.context} tokens is too long: the model takes {self.tokens(config)}")
+
+    def tokens(self, config: PretrainedConfig) -> int:
+        """The context for a model of this config, no longer than what it takes."""
+        wanted = CONTEXT if self.context is None else self.context
+        return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)
+
+
+class Limit(Protocol):
+    """One budget.
+
+    Attributes:
+        name: params, memory or latency.
+        most: what a model may cost, in the unit of ``cost``.
+    """
+
+    name: str
+    most: float
+
+    def cost(self, shape: Shape, blocks: Sequence[int]) -> float:
+        """What a model of ``shape`` costs, whose attentions are those of the source's ``blocks``."""
+
+
+class Parameters:
+    """A number of parameters."""
+
+    name = "params"
+
+    def __init__(self, sizes: Sizes, amount: str | None) -> None:
+        self._sizes = sizes
+        self.most = _amount(amount, "params", sizes.parameters(sizes.source))
+
+    def cost(self, shape: Shape, blocks: Sequence[int]) -> float:
+        """Parameters."""
+        return self._sizes.parameters(shape)
+
+
+class Memory:
+    """Bytes of weights and a full key/value cache."""
+
+    name = "memory"
+
+    def __init__(self, sizes: Sizes, amount: str | None, *, batch: int, context: int, itemsize: int) -> None:
+        self._sizes, self._batch, self._context, self._itemsize = sizes, batch, context, itemsize
+        self.most = _amount(amount, "memory", self.cost(sizes.source, range(sizes.source.layers)))
+
+    def cost(self, shape: Shape, blocks: Sequence[int]) -> float:
+        """Bytes."""
+        cache = self._sizes.cache_bytes(
+            shape, blocks, batch=self._batch, context=self._context, itemsize=self._itemsize
+        )
+        return self._sizes.parameters(shape) * self._itemsize + cache
+
+
+class Latency:
+    """The time of a token, as a share of the source's."""
+
+    name = "latency"
+
+    def __init__(self, table: LatencyTable, amount: str | None) -> None:
+        self.table = table
+        self.most = _amount(amount, "latency", 1.0)
+        if 1 < self.most < math.inf:
+            raise UserError(f"--budget-latency {amount} is a share of the source's latency: it must be below 1")
+        self._scale = 1.0
+
+    def cost(self, shape: Shape, blocks: Sequence[int]) -> float:
+        """Share of the source's time."""
+        if shape == self.table.source:
+            return 1.0
+        return self._scale * self.table.seconds(shape) / self.table.seconds(self.table.source)
+
+    def agrees(self, shape: Shape, measured: float) -> bool:
+        """Whether the table is near enough to the share that a built model takes, and that share to the budget."""
+        return abs(self.cost(shape, ()) / measured - 1) <= TOLERANCE and self.is_kept(measured)
+
+    def is_kept(self, measured: float) -> bool:
+        """Whether the share that a built model takes is near enough to the budget."""
+        return measured <= self.most * (1 + TOLERANCE / 2)
+
+    def learn(self, shape: Shape, measured: float) -> None:
+        """Take a built model's share into account."""
+        self._scale *= measured / self.cost(shape, ())
+
+
+def costs_of(budget: BudgetConfig, sizes: Sizes, device: torch.device) -> list[Limit]:
+    """Every cost that a budget may limit; the most is infinite where it does not.
+
+    Raises:
+        UserError: one is no number.
+    """
+    budget.check(sizes.config)
+    dtype, context = DTYPES[budget.dtype], budget.tokens(sizes.config)
+    table = LatencyTable(sizes.config, batch=budget.batch, context=context, device=device, dtype=dtype)
+    return [
+        Parameters(sizes, budget.params),
+        Memory(sizes, budget.memory, batch=budget.batch, context=context, itemsize=dtype.itemsize),
+        Latency(table, budget.latency),
+    ]
+
+
+def limits_of(costs: Sequence[Limit], source: Shape) -> list[Limit]:
+    """The costs that are limited.
+
+    Args:
+        costs: see ``costs_of``.
+        source: the model's shape.
+
+    Raises:
+        UserError: none is, or nothing needs to go.
+    """
+    found = [cost for cost in costs if cost.most < math.inf]
+    if not found:
+        raise UserError("name a budget: of parameters, memory or latency")
+    everything = range(source.layers)
+    if all(limit.cost(source, everything) <= limit.most for limit in found):
+        raise UserError("the model keeps to the budget as it is: nothing needs to go")
+    return found
+
+
+def _amount(text: str | None, name: str, whole: float) -> float:
+    """A share up to one of ``whole``, or a number with a unit; None = no limit."""
+    if text is None:
+        return math.inf
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)\s*", text)
+    unit = match[2].upper() if match else ""
+    units = {"": 1, **_UNITS[name]}
+    if match is None or unit not in units or float(match[1]) <= 0:
+        examples = {"params": "0.5 or 1.3B", "memory": "8GB or 0.5", "latency": "0.6"}
+        raise UserError(f"--budget-{name} '{text}' is no amount: write {examples[name]}")
+    number = float(match[1])
+    return number * whole if not unit and number <= 1 else number * units[unit]
+
+
+def bytes_of(text: str, option: str) -> float:
+    """A size such as ``80GB``, in bytes.
+
+    Raises:
+        UserError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
+    if match is None or match[2].upper() not in _BYTES:
+        raise UserError(f"{option} '{text}' is no size: write 80GB")
+    return float(match[1]) * _BYTES[match[2].upper()]

@@ -1,0 +1,72 @@
+"""What a plan costs before recovery: its calibration loss beside the source's and the uncorrected plan's."""
+
+import math
+from dataclasses import dataclass, replace
+
+from llmprune.plans.plan import KeptBlock, Plan
+from llmprune.pruning.budgets.trial import Trial
+from llmprune.utils.errors import UserError
+
+
+class RuinousPlanError(UserError):
+    """A plan that costs more than it could."""
+
+
+class HarmfulCorrectionError(RuinousPlanError):
+    """A plan that is better without its corrections."""
+
+
+@dataclass(frozen=True)
+class PlanLosses:
+    """Calibration losses, nats per token.
+
+    Attributes:
+        source: of the model as it is.
+        uncorrected: of the plan without its corrections; None = it has none.
+        plan: of the plan as it is written.
+        uniform: of a guess that takes all tokens for equally likely.
+    """
+
+    source: float
+    uncorrected: float | None
+    plan: float
+    uniform: float
+
+    @classmethod
+    def of(cls, plan: Plan, trial: Trial) -> "PlanLosses":
+        """Compute them; ``trial`` holds the model that the plan is for."""
+        whole = replace(
+            plan,
+            blocks=tuple(KeptBlock.whole(number) for number in range(plan.source.layers)),
+            hidden=None,
+            factors={},
+            corrections={},
+        )
+        uncorrected = trial.loss(replace(plan, corrections={})) if plan.corrections else None
+        return cls(trial.loss(whole), uncorrected, trial.loss(plan), math.log(trial.opened.model.config.vocab_size))
+
+    def check(self) -> None:
+        """Refuse a plan that nobody can want.
+
+        Raises:
+            HarmfulCorrectionError: its corrections make it worse.
+            RuinousPlanError: it is worse than guessing though the source is not.
+        """
+        if self.uncorrected is not None and not self.plan <= self.uncorrected:
+            raise HarmfulCorrectionError(
+                f"the correction makes the plan worse: calibration loss {self.plan:.4f}, without it "
+                f"{self.uncorrected:.4f}; leave it out, score more samples, or pass --force"
+            )
+        if self.source < self.uniform and not self.plan <= self.uniform:
+            raise RuinousPlanError(
+                f"the plan ruins the model: calibration loss {self.plan:.4f}, a uniform guess has {self.uniform:.4f}; "
+                "remove less, or pass --force"
+            )
+
+    def facts(self) -> dict[str, float | None]:
+        """For JSON."""
+        return {"loss": self.plan, "loss_uncorrected": self.uncorrected, "loss_source": self.source}
+
+    def __str__(self) -> str:
+        without = "" if self.uncorrected is None else f", {self.uncorrected:.4f} without its correction"
+        return f"calibration loss before recovery {self.plan:.4f}{without}; the source has {self.source:.4f}"

@@ -1,0 +1,75 @@
+"""The calibration loss of what a plan leaves of a model, without cutting it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llmprune.models.causal_lm import token_losses
+from llmprune.models.families import OUTPUTS, family_of
+from llmprune.plans.plan import Plan
+from llmprune.plans.surgery import Surgery
+from llmprune.pruning.gates.attach import attach
+from llmprune.pruning.gates.from_plan import factors_of, mask_experts
+from llmprune.pruning.selection.methods import Opened
+
+
+class Trial:
+    """A model that computes what plans leave of it, one after the other.
+
+    Attributes:
+        opened: the model; between trials it computes as before.
+    """
+
+    def __init__(self, opened: Opened) -> None:
+        """Let the model compute with gates."""
+        self.opened = opened
+        family = family_of(opened.model.config)
+        self._slot = attach(opened.model, family, {"hidden", "attention", "mlp", "query", "channel"})
+        self._whole = self._slot.factors
+
+    @torch.no_grad()
+    def loss(self, plan: Plan) -> float:
+        """The mean loss per token in nats on the calibration samples."""
+        model, tokens = self.opened.model, self.opened.tokens
+        factors = factors_of(plan)
+        on_device = {name: value.to(tokens.device) for name, value in factors.trainable().items()}
+        kept = {name: value.to(tokens.device) for name, value in factors.kept.items()}
+        self._slot.factors = replace(factors, **on_device, kept=kept)  # type: ignore[arg-type]
+        hooks = mask_experts(model, plan)
+        try:
+            with self._corrected(plan):
+                return self._mean_loss()
+        finally:
+            self._slot.factors = self._whole
+            for hook in hooks:
+                hook.remove()
+
+    def _mean_loss(self) -> float:
+        total, count = 0.0, 0
+        for part in self.opened.tokens.split(self.opened.batch_size):
+            losses, counts = token_losses(self.opened.model(input_ids=part, use_cache=False).logits, part)
+            total, count = total + losses.double().sum().item(), count + int(counts.sum())
+        return total / count
+
+    @contextmanager
+    def _corrected(self, plan: Plan) -> Iterator[None]:
+        """While open, output matrices and their biases are as the plan corrects them."""
+        before: dict[str, Tensor] = {}
+        if plan.corrections:
+            surgery = Surgery(self.opened.model.config, plan)
+            weights = dict(self.opened.model.named_parameters())
+            corrected = {
+                name: surgery.whole(name, weights)
+                for name in weights
+                if surgery.family.locate(name).role in OUTPUTS and surgery.new_name(name) is not None
+            }
+            for name, tensor in corrected.items():
+                before[name], weights[name].data = weights[name].data, tensor
+        try:
+            yield
+        finally:
+            for name, tensor in before.items():
+                weights[name].data = tensor

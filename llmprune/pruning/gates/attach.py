@@ -1,0 +1,169 @@
+"""Letting a model compute with gates, by swapping the classes of the modules that they touch."""
+
+import dataclasses
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmprune.models.families import AXES, EMBEDDINGS, NORMS, Family
+from llmprune.pruning.gates.gate_set import Factors
+from llmprune.pruning.gates.linear import gated_linear
+
+
+@dataclass
+class GateSlot:
+    """Where the gated modules look up the current factors; shared by all of a model's modules."""
+
+    factors: Factors = dataclasses.field(default_factory=Factors)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """While this lasts, no gate does anything."""
+        factors, self.factors = self.factors, Factors()
+        try:
+            yield
+        finally:
+            self.factors = factors
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """What one gated module needs to know: its slot, its block, its role's factors, and how its norm computes.
+
+    Attributes:
+        slot: see ``GateSlot``.
+        block: its number; None outside the blocks.
+        rows: the factor along the first axis.
+        columns: the factor along the second.
+        dimension: what the statistics of a norm run over.
+        epsilon: of a norm.
+        offset: what a norm adds to its weight.
+    """
+
+    slot: GateSlot
+    block: int | None
+    rows: str | None
+    columns: str | None = None
+    dimension: str = "hidden"
+    epsilon: float = 0.0
+    offset: float = 0.0
+
+    def factor(self, name: str | None) -> Tensor | None:
+        value = None if name is None else getattr(self.slot.factors, name)
+        return value if value is None or name == "hidden" else value[self.block]
+
+    def kept(self) -> Tensor | None:
+        mask = self.slot.factors.kept.get(self.dimension)
+        return mask if mask is None or self.dimension == "hidden" else mask[self.block]
+
+
+class _GatedLinear(nn.Linear):
+    _gate: _Binding
+
+    def forward(self, input: Tensor) -> Tensor:
+        gate = self._gate
+        return gated_linear(input, self.weight, self.bias, gate.factor(gate.rows), gate.factor(gate.columns))
+
+
+class _GatedEmbedding(nn.Embedding):
+    """Gated at its output: gating the whole table would cost more than gating the rows that are looked up."""
+
+    _gate: _Binding
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        rows = super().forward(*args, **kwargs)
+        factor = self._gate.factor("hidden")
+        return rows if factor is None else (rows * factor).to(rows.dtype)
+
+
+class _GatedRMSNorm(nn.Module):
+    """An RMS norm over what stays.
+
+    A gated residual stream is zero wherever its gate is, so the sum of squares over all dimensions is the sum over the
+    kept ones, and only the divisor changes: no gather is needed.
+    """
+
+    _gate: _Binding
+    weight: Tensor
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate = self._gate
+        x = hidden_states.float()
+        kept, factor = gate.kept(), gate.factor(gate.rows)
+        if kept is None:
+            mean_square = x.square().mean(-1, keepdim=True)
+        else:
+            gated = x if gate.dimension == "hidden" else x * kept
+            mean_square = gated.square().sum(-1, keepdim=True) / kept.sum().clamp(min=1)
+        normalised = x * torch.rsqrt(mean_square + gate.epsilon)
+        if gate.offset:
+            weight = self.weight.float() + gate.offset
+            return (normalised * (weight if factor is None else weight * factor)).to(hidden_states.dtype)
+        weight = self.weight if factor is None else (self.weight * factor).to(self.weight.dtype)
+        return weight * normalised.to(hidden_states.dtype)
+
+
+class _GatedLayerNorm(nn.Module):
+    """A LayerNorm over what stays: mean and variance of the kept dimensions."""
+
+    _gate: _Binding
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate = self._gate
+        x = hidden_states.float()
+        kept, factor = gate.kept(), gate.factor(gate.rows)
+        if kept is None:
+            centred = x - x.mean(-1, keepdim=True)
+            variance = centred.square().mean(-1, keepdim=True)
+        else:
+            count = kept.sum().clamp(min=1)
+            centred = (x - x.sum(-1, keepdim=True) / count) * kept
+            variance = centred.square().sum(-1, keepdim=True) / count
+        y = centred * torch.rsqrt(variance + gate.epsilon) * self.weight
+        if self.bias is not None:
+            y = y + self.bias
+        return (y if factor is None else y * factor).to(hidden_states.dtype)
+
+
+def attach(model: PreTrainedModel, family: Family, factors: Set[str]) -> GateSlot:
+    """Make ``model`` compute with gates; parameters, their names and the state dict stay as they are.
+
+    Args:
+        model: the dense model, not yet sharded.
+        family: its family.
+        factors: names of the factors (fields of ``Factors``) that the gates have; modules that none of them touches
+            are left alone.
+
+    Returns:
+        The slot: set its ``factors`` before a forward pass. Until then the model computes as before.
+    """
+    slot = GateSlot()
+    masked = {"hidden": "hidden", "query": "query", "key_value": "query"}  # dimension → the factor that cuts it
+    for name, role, block in family.modules(model.config):
+        axes = AXES[role]
+        touched = [axis.factor if axis.factor in factors else None for axis in axes]
+        module = model.get_submodule(name)
+        if role in NORMS:
+            dimension = axes[0].dimensions[0] if axes[0].dimensions else None
+            if dimension is None or not (touched[0] or masked[dimension] in factors):
+                continue
+            norm = family.norm
+            epsilon = getattr(module, norm.epsilon)
+            binding = _Binding(slot, block, touched[0], None, dimension, epsilon, norm.offset)
+            _swap(module, _GatedLayerNorm if norm.centred else _GatedRMSNorm, binding)
+        elif any(touched):
+            gated = _GatedEmbedding if role in EMBEDDINGS else _GatedLinear
+            _swap(module, gated, _Binding(slot, block, touched[0], touched[1]))
+    return slot
+
+
+def _swap(module: nn.Module, gated: type[nn.Module], binding: _Binding) -> None:
+    module.__class__ = cast(type[nn.Module], type(f"Gated{type(module).__name__}", (gated, type(module)), {}))
+    module._gate = binding  # type: ignore[assignment]

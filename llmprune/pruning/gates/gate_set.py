@@ -1,0 +1,280 @@
+"""All gates of a model: what is learned, and what it decides."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.models.families import Shape
+from llmprune.plans.plan import KeptBlock, Plan
+from llmprune.pruning.gates import hard_concrete
+from llmprune.pruning.gates.goals import Goal
+from llmprune.pruning.gates.kinds import ATTENTION, HEAD, HIDDEN, INTERMEDIATE, KV_GROUP, LAYER, MLP, gate_sizes
+from llmprune.pruning.gates.lagrangian import lagrangian, warmed_up
+from llmprune.utils.errors import UserError
+
+
+@dataclasses.dataclass
+class Factors:
+    """What the gates multiply, float32; None = nothing.
+
+    Attributes:
+        hidden: [hidden], on the embedding's output and every norm's weight.
+        attention: [blocks, hidden], on what every attention adds to the residual stream.
+        mlp: [blocks, hidden], on what every MLP adds to it.
+        query: [blocks, heads · head size], on the columns of the attention output.
+        channel: [blocks, intermediate], on the columns of the MLP output.
+        kept: by dimension (``hidden`` [hidden], ``query`` [blocks, heads · head size], ``key_value`` [blocks, groups ·
+            head size]), 1 where anything stays and 0 elsewhere: norms take their statistics over what stays.
+    """
+
+    hidden: Tensor | None = None
+    attention: Tensor | None = None
+    mlp: Tensor | None = None
+    query: Tensor | None = None
+    channel: Tensor | None = None
+    kept: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        hidden: Tensor | None,
+        attention: Tensor | None,
+        mlp: Tensor | None,
+        heads: Tensor | None,
+        channel: Tensor | None,
+        kv_heads: int,
+        head_dim: int,
+    ) -> "Factors":
+        """The factors whose heads are ``heads`` [blocks, heads], and what norms have to know of them."""
+        kept = {} if hidden is None else {"hidden": _nonzero(hidden)}
+        query = None
+        if heads is not None:
+            query = heads.repeat_interleave(head_dim, dim=1)
+            groups = heads.unflatten(1, (kv_heads, -1)).amax(2).repeat_interleave(head_dim, dim=1)
+            kept |= {"query": _nonzero(query), "key_value": _nonzero(groups)}
+        return cls(hidden=hidden, attention=attention, mlp=mlp, query=query, channel=channel, kept=kept)
+
+    def trainable(self) -> dict[str, Tensor]:
+        """The factors that gradients flow to, by name."""
+        names = ("hidden", "attention", "mlp", "query", "channel")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def detached(self) -> "Factors":
+        """The same values as leaves that collect their own gradients."""
+        leaves: dict[str, Any] = {
+            name: value.detach().contiguous().requires_grad_() for name, value in self.trainable().items()
+        }
+        return dataclasses.replace(self, **leaves)
+
+
+class GateSet(nn.Module):
+    """The gates that lead a model to a goal, and their Lagrange multipliers.
+
+    Parameters (float32): ``log_alpha.KIND`` of the kind's size; ``linear.CONSTRAINT`` and ``quadratic.CONSTRAINT`` (λ1
+    and λ2) with one entry per row. They belong to no model: whoever owns the set trains it.
+
+    Attributes:
+        source: shape of the model.
+        goal: what the gates are to come to.
+        chosen: how many gates of every row stay in the model that is cut, by kind; None = what the goal says.
+    """
+
+    def __init__(self, source: Shape, goal: Goal, seed: int = 0) -> None:
+        """Gates that are all open.
+
+        Args:
+            source: shape of the model.
+            goal: what they are to come to.
+            seed: of the gates' start, N(5, 0.01).
+        """
+        super().__init__()
+        self.source, self.goal = source, goal
+        self.chosen: dict[str, int] | None = None
+        self.sizes = {kind: gate_sizes(source)[kind] for kind in goal.kinds}
+        generator = torch.Generator().manual_seed(seed)
+        self.log_alpha = nn.ParameterDict()
+        for kind, size in self.sizes.items():
+            start = torch.randn(size, generator=generator) * hard_concrete.LOG_ALPHA_SPREAD
+            self.log_alpha[kind] = nn.Parameter(start + hard_concrete.LOG_ALPHA_START)
+        self.linear = nn.ParameterDict({name: nn.Parameter(torch.zeros(rows)) for name, rows in goal.rows.items()})
+        self.quadratic = nn.ParameterDict({name: nn.Parameter(torch.zeros(rows)) for name, rows in goal.rows.items()})
+
+    def sample(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """One draw of every gate; the noise comes from ``generator`` (on the CPU, so that devices agree)."""
+        return {
+            name: hard_concrete.sample(
+                log_alpha, torch.rand(log_alpha.shape, generator=generator).to(log_alpha.device, non_blocking=True)
+            )
+            for name, log_alpha in self.log_alpha.items()
+        }
+
+    @torch.no_grad()
+    def at_target(self) -> dict[str, Tensor]:
+        """The deterministic gates with exactly the goal's number of zeros in every row.
+
+        Of several shapes that the goal allows it is the one that was ``chosen``, else the first.
+        """
+        counts = self.chosen or self.goal.counts(self.keep_probability())[0]
+        zeros = {kind: size[-1] - counts[kind] for kind, size in self.sizes.items()}
+        log_alpha: dict[str, Tensor] = {kind: value.detach() for kind, value in self.log_alpha.items()}
+        if LAYER in zeros:  # the sub-layers of removed blocks go before all others
+            gone = hard_concrete.deterministic(log_alpha[LAYER], zeros[LAYER]) == 0
+            log_alpha |= {
+                kind: log_alpha[kind].masked_fill(gone, -torch.inf) for kind in (ATTENTION, MLP) if kind in zeros
+            }
+        return {kind: hard_concrete.deterministic(value, zeros[kind]) for kind, value in log_alpha.items()}
+
+    @torch.no_grad()
+    def as_expected(self) -> dict[str, Tensor]:
+        """The deterministic gates with as many zeros in every row as are expected of it now."""
+        return {
+            kind: hard_concrete.deterministic(
+                self.log_alpha[kind].detach(), ((1 - keep.mean(-1)) * keep.shape[-1]).round().long()
+            )
+            for kind, keep in self.keep_probability().items()
+        }
+
+    def keep_probability(self) -> dict[str, Tensor]:
+        """P(z > 0) of every gate, by kind."""
+        return {kind: hard_concrete.keep_probability(value) for kind, value in self.log_alpha.items()}
+
+    def sparsity(self) -> dict[str, Tensor]:
+        """Expected sparsity of every constraint, one for each row."""
+        return self.goal.sparsity(self.keep_probability())
+
+    def targets(self, start: float, progress: float) -> dict[str, float]:
+        """Every constraint's target sparsity after ``progress`` (0 … 1) of the warm-up that begins at ``start``."""
+        return {name: warmed_up(target, min(start, target), progress) for name, target in self.goal.targets.items()}
+
+    def constraint(self, targets: Mapping[str, float]) -> Tensor:
+        """The Lagrangian term, summed over constraints: minimised by the gates, maximised by the multipliers."""
+        terms = [
+            lagrangian(sparsity, targets[name], self.linear[name], self.quadratic[name])
+            for name, sparsity in self.sparsity().items()
+        ]
+        return torch.stack(terms).sum()
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keep every log α within ± log 100."""
+        for log_alpha in self.log_alpha.values():
+            log_alpha.clamp_(-hard_concrete.LOG_ALPHA_LIMIT, hard_concrete.LOG_ALPHA_LIMIT)
+
+    def factors(self, gates: Mapping[str, Tensor]) -> Factors:
+        """What ``gates`` (values of every kind) multiply in the model."""
+        hidden, heads = gates.get(HIDDEN), self._heads(gates)
+        device = next(iter(gates.values())).device
+        residual: dict[str, Tensor] = {}
+        for kind in (ATTENTION, MLP):
+            sublayer = _product(gates.get(LAYER), gates.get(kind))
+            if hidden is not None or sublayer is not None:
+                per_block = torch.ones(self.source.layers, device=device) if sublayer is None else sublayer
+                per_dimension = torch.ones(self.source.hidden, device=device) if hidden is None else hidden
+                residual[kind] = per_block[:, None] * per_dimension
+        return Factors.of(
+            hidden=hidden,
+            attention=residual.get(ATTENTION),
+            mlp=residual.get(MLP),
+            heads=heads,
+            channel=gates.get(INTERMEDIATE),
+            kv_heads=self.source.kv_heads,
+            head_dim=self.source.head_dim,
+        )
+
+    def _heads(self, gates: Mapping[str, Tensor]) -> Tensor | None:
+        """The gate of every query head, [blocks, heads]: its group's times its own."""
+        group, head = gates.get(KV_GROUP), gates.get(HEAD)
+        if head is None:
+            return None if group is None else group.repeat_interleave(self.source.heads_per_group, dim=1)
+        return cast(Tensor, _product(head, None if group is None else group[..., None])).flatten(1)
+
+    def plan(self, family: str, model: str) -> Plan:
+        """The plan that the gates have come to, soft gates folded in.
+
+        A sub-layer that goes alone takes its block with it where the kept sub-layers before and after it can share
+        one; otherwise it stays in its block with a factor of zero, because no config can leave it out.
+
+        Args:
+            family: name of the model's family.
+            model: fingerprint of the model's weights.
+        """
+        gates = {name: value.cpu() for name, value in self.at_target().items()}
+        heads, channels, hidden = self._heads(gates), gates.get(INTERMEDIATE), None
+        factors: dict[str, Tensor] = {}
+        if HIDDEN in gates:
+            hidden = tuple(_kept(gates[HIDDEN]))
+            factors["hidden"] = gates[HIDDEN][list(hidden)]
+        ones = torch.ones(self.source.layers)
+        of_attention, of_mlp = (gates.get(LAYER, ones) * gates.get(kind, ones) for kind in (ATTENTION, MLP))
+        pairs = _pair(_kept(of_attention), _kept(of_mlp))
+        if {LAYER, ATTENTION, MLP} & gates.keys():
+            factors["attention"] = of_attention[[attention for attention, _ in pairs]]
+            factors["mlp"] = of_mlp[[mlp for _, mlp in pairs]]
+        blocks = []
+        for attention, mlp in pairs:
+            block = KeptBlock(
+                attention,
+                mlp,
+                heads=None if heads is None else tuple(_kept(heads[attention])),
+                channels=None if channels is None else tuple(_kept(channels[mlp])),
+            )
+            if heads is not None:
+                factors[f"heads.{attention}"] = heads[attention][list(block.heads or ())]
+            if channels is not None:
+                factors[f"channels.{mlp}"] = channels[mlp][list(block.channels or ())]
+            blocks.append(block)
+        return Plan(
+            family=family, model=model, source=self.source, blocks=tuple(blocks), hidden=hidden, factors=factors
+        )
+
+
+def _nonzero(factor: Tensor) -> Tensor:
+    return (factor.detach() != 0).to(factor.dtype)
+
+
+def _kept(gates: Tensor) -> list[int]:
+    return gates.nonzero().flatten().tolist()
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a * b
+
+
+def _pair(attentions: list[int], mlps: list[int]) -> list[tuple[int, int]]:
+    """The fewest blocks that hold these sub-layers in the source's order: (attention's, MLP's number) of each.
+
+    An attention shares a block with the next sub-layer that stays if that is an MLP. One that finds no partner is
+    beside its own block's other sub-layer, which does not stay.
+    """
+    order = sorted([(index, 0) for index in attentions] + [(index, 1) for index in mlps])
+    pairs = []
+    for position, (index, is_mlp) in enumerate(order):
+        following = order[position + 1] if position + 1 < len(order) else (index, 0)
+        if not is_mlp:
+            pairs.append((index, following[0] if following[1] else index))
+        elif position == 0 or order[position - 1][1]:
+            pairs.append((index, index))
+    return pairs
+
+
+def load_gates(gates: GateSet, saved: Mapping[str, Tensor]) -> None:
+    """Load gates from the ``gates`` in the state of an ``L0Pruning`` callback.
+
+    Raises:
+        UserError: they were saved by a run with another target or from another model.
+    """
+    own = {name: tuple(value.shape) for name, value in gates.state_dict().items()}
+    found = {name: tuple(saved[name].shape) for name in saved}
+    if found != own:
+        differing = sorted(set(found.items()) ^ set(own.items()))
+        raise UserError(
+            f"the checkpoint's gates are of another shape ({differing[0][0]}): "
+            "resume with the target shape and the model of the run that saved it"
+        )
+    gates.load_state_dict({name: saved[name] for name in saved})

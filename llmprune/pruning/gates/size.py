@@ -1,0 +1,164 @@
+"""The prunable size of a model: the matrices of its blocks, as expected under gates and as a plain count."""
+
+import itertools
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from llmprune.models.families import Shape
+from llmprune.pruning.gates.kinds import ATTENTION, DEPTH, HEAD, HIDDEN, INTERMEDIATE, KV_GROUP, LAYER, MLP, gate_sizes
+
+RIVALS = 6  # uniform shapes that are compared at most
+
+
+def prunable_size(source: Shape, matrices: Mapping[str, int], keep: Mapping[str, Tensor]) -> Tensor:
+    """The number of attention and MLP parameters that stay, [].
+
+    A matrix element stays with the product of the probabilities of every gate that touches it (gates are independent),
+    so the expectation over gates is the same formula as the count for one draw of them.
+
+    Args:
+        source: shape of the model.
+        matrices: how many matrices of each kind a block has (``Family.matrices``).
+        keep: probability to stay (or the gates themselves, 0 or 1) of every kind, of the kind's size; absent = 1.
+    """
+    sizes = gate_sizes(source)
+    device = next(iter(keep.values())).device
+    p = {kind: keep.get(kind, torch.ones(size, device=device)) for kind, size in sizes.items()}
+    hidden = p[HIDDEN].sum()
+    groups = p[KV_GROUP].sum(1) * source.head_dim
+    queries = (p[KV_GROUP][..., None] * p[HEAD]).sum((1, 2)) * source.head_dim
+    of_attention = matrices["query"] * queries + matrices["key_value"] * groups
+    of_mlp = matrices["channel"] * p[INTERMEDIATE].sum(1)
+    return (p[LAYER] * (p[ATTENTION] * of_attention + p[MLP] * of_mlp)).sum() * hidden
+
+
+def uniform_counts(
+    source: Shape,
+    matrices: Mapping[str, int],
+    keep: Mapping[str, Tensor],
+    sparsity: float,
+    multiples: Mapping[str, int],
+    coupled: bool = False,
+    whole_heads: bool = False,
+) -> list[dict[str, int]]:
+    """The uniform shapes of the size wanted that follow from what the gates have learned, the nearest first.
+
+    Every kind gives in proportion to the share of it that is expected to be closed: from the learned counts the way
+    goes on, or back, along that direction until the size is met. So a kind whose gates are all open loses next to
+    nothing while another can give. Around that point counts are rounded to both sides, and MLP channels, or else hidden
+    dimensions, are chosen last to meet the size (to 1 % where that is possible).
+
+    Args:
+        source: shape of the model.
+        matrices: see ``prunable_size``.
+        keep: probability to stay of every kind of gate that there is.
+        sparsity: share of the prunable size that goes.
+        multiples: kind → what its count must be a multiple of; absent = 1.
+        coupled: whether hidden must be key/value groups × head size.
+        whole_heads: whether hidden must be a multiple of the heads.
+
+    Returns:
+        How many gates of every row stay, by kind, for each of at most ``RIVALS`` shapes.
+    """
+    full = {kind: size[-1] for kind, size in gate_sizes(source).items()}
+    wanted = (1 - sparsity) * _size(source, matrices, full)
+    follows = coupled and HIDDEN in keep
+    closed = {kind: 1 - _mean_count(kind, keep) / full[kind] for kind in keep}
+    if follows:
+        closed[HIDDEN] = closed[KV_GROUP] = (closed[HIDDEN] + closed[KV_GROUP]) / 2
+    centre = _at_size(source, matrices, closed, wanted)
+    solved = next((kind for kind in (INTERMEDIATE, HIDDEN) if kind in keep and not (follows and kind == HIDDEN)), None)
+    tried = [kind for kind in keep if kind not in (solved, HIDDEN)]
+    candidates = [_around(centre[kind], multiples.get(kind, 1), full[kind]) for kind in tried]
+    if follows:
+        fitting = [n for n in range(1, full[KV_GROUP] + 1) if n * source.head_dim % multiples.get(HIDDEN, 1) == 0]
+        near = sorted(fitting, key=lambda n: abs(n - centre[KV_GROUP]))[:2]
+        candidates[tried.index(KV_GROUP)] = near or [full[KV_GROUP]]
+    found: list[tuple[float, float, dict[str, int]]] = []
+    for counts in itertools.product(*candidates):
+        chosen = dict(zip(tried, counts, strict=True))
+        heads = chosen.get(KV_GROUP, full[KV_GROUP]) * chosen.get(HEAD, full[HEAD]) if whole_heads else 1
+        of_hidden = math.lcm(multiples.get(HIDDEN, 1), heads)
+        hidden: list[dict[str, int]] = [{}]
+        if follows:
+            hidden = [{HIDDEN: chosen[KV_GROUP] * source.head_dim}]
+        elif HIDDEN in keep and solved != HIDDEN:
+            hidden = [{HIDDEN: count} for count in _around(centre[HIDDEN], of_hidden, full[HIDDEN])]
+        for more in hidden:
+            shape = {**chosen, **more}
+            if solved is not None:
+                multiple = of_hidden if solved == HIDDEN else multiples.get(solved, 1)
+                shape[solved] = _solve(source, matrices, {**full, **shape}, solved, wanted, multiple)
+            error = abs(_size(source, matrices, {**full, **shape}) / wanted - 1)
+            change = sum(abs(shape[kind] - centre[kind]) / full[kind] for kind in keep)
+            found.append((round(error, 2), change, shape))
+    found.sort(key=lambda one: one[:2])
+    return [shape for error, _, shape in found if error <= max(found[0][0], 0.01)][:RIVALS]
+
+
+def _at_size(
+    source: Shape, matrices: Mapping[str, int], closed: Mapping[str, float], wanted: float
+) -> dict[str, float]:
+    """The counts, not yet whole numbers, at which the size is ``wanted``, along the direction of ``closed``.
+
+    Args:
+        source: shape of the model.
+        matrices: see ``prunable_size``.
+        closed: share of every kind that is expected to be zero, in (0, 1).
+        wanted: the size.
+    """
+    full = {kind: size[-1] for kind, size in gate_sizes(source).items()}
+
+    def at(step: float) -> dict[str, float]:
+        return {kind: max(full[kind] * (1 - step * share), 1.0) for kind, share in closed.items()}
+
+    low, high = 0.0, 1 / max(min(closed.values()), 1e-9)  # there everything is as small as it can be
+    for _ in range(100):
+        middle = (low + high) / 2
+        if _size(source, matrices, {**full, **at(middle)}) > wanted:
+            low = middle
+        else:
+            high = middle
+    return at(high)
+
+
+def _size(source: Shape, matrices: Mapping[str, int], counts: Mapping[str, float]) -> float:
+    """The prunable size of a uniform shape, whose counts need not be whole numbers."""
+    head_dim, groups = source.head_dim, counts[KV_GROUP]
+    queries = groups * counts[HEAD] * head_dim
+    of_attention = matrices["query"] * queries + matrices["key_value"] * groups * head_dim
+    of_mlp = matrices["channel"] * counts[INTERMEDIATE]
+    attentions, mlps = (min(counts[LAYER], counts[kind]) for kind in (ATTENTION, MLP))
+    return (attentions * of_attention + mlps * of_mlp) * counts[HIDDEN]
+
+
+def _mean_count(kind: str, keep: Mapping[str, Tensor]) -> float:
+    """How many gates of a row are expected to stay, averaged over the blocks that are likely to stay."""
+    counts = keep[kind].sum(-1)
+    if kind in DEPTH or counts.ndim == 0:
+        return counts.item()
+    sublayer = MLP if kind == INTERMEDIATE else ATTENTION
+    ones = torch.ones(counts.shape[0], device=counts.device)
+    weight = keep.get(LAYER, ones) * keep.get(sublayer, ones)
+    counts = counts.flatten(1).mean(1) if counts.ndim > 1 else counts
+    return ((counts * weight).sum() / weight.sum()).item()
+
+
+def _around(value: float, multiple: int, limit: int) -> list[int]:
+    """The multiples next to ``value`` on both sides, from one up to ``limit``."""
+    near = math.floor(value / multiple) * multiple
+    return sorted(n for n in {near, near + multiple} if 0 < n <= limit) or [limit]
+
+
+def _solve(
+    source: Shape, matrices: Mapping[str, int], counts: Mapping[str, int], kind: str, wanted: float, multiple: int
+) -> int:
+    """The count of ``kind`` that brings the size nearest to ``wanted``: the size is linear in it."""
+    limit = counts[kind]
+    zero, one = (_size(source, matrices, {**counts, kind: n}) for n in (0, 1))
+    exact = (wanted - zero) / (one - zero)
+    largest = limit // multiple * multiple or limit
+    return int(min(max(round(exact / multiple) * multiple, min(multiple, largest)), largest))

@@ -1,0 +1,370 @@
+"""From scores to a plan, and what the criteria would say side by side."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import cache
+
+import torch
+from transformers import PretrainedConfig
+
+from llmprune.data.calibration import CalibrationConfig, calibration_samples, samples_fingerprint
+from llmprune.models.families import Shape, family_of
+from llmprune.models.loading import load_config, load_model, load_tokenizer
+from llmprune.models.memory import check_memory
+from llmprune.models.placement import DTYPES
+from llmprune.models.stored_weights import StoredWeights, fingerprint
+from llmprune.plans.plan import KeptBlock, Plan
+from llmprune.plans.surgery import Surgery
+from llmprune.pruning.budgets.choose import Choice, Chooser, Steps
+from llmprune.pruning.budgets.limits import BudgetConfig, Limit, costs_of, limits_of
+from llmprune.pruning.budgets.losses import PlanLosses
+from llmprune.pruning.budgets.sizes import Sizes
+from llmprune.pruning.budgets.trial import Trial
+from llmprune.pruning.scoring.criteria import CRITERIA
+from llmprune.pruning.scoring.criterion import Section
+from llmprune.pruning.scoring.scores import Scores
+from llmprune.pruning.selection import iterative as repeated
+from llmprune.pruning.selection import merging
+from llmprune.pruning.selection.correction import check_correction, check_tokens, corrected, is_correctable
+from llmprune.pruning.selection.methods import (
+    SELECTIONS,
+    Opened,
+    PlanConfig,
+    Request,
+    blocks_of,
+    calibration_size,
+    select,
+)
+from llmprune.pruning.selection.width import narrowed, whole
+from llmprune.utils.errors import UserError
+
+__all__ = ["SELECTIONS", "compare", "make_plan", "merging", "repeated"]
+
+
+def make_plan(
+    scores: Scores,
+    config: PlanConfig,
+    *,
+    model: str | None = None,
+    trial: Trial | None = None,
+    told: Callable[[PlanLosses], None] | None = None,
+) -> Plan:
+    """The plan that follows from scores.
+
+    Args:
+        scores: of the model.
+        config: how to select.
+        model: where the model lies now; None = where it lay when it was scored.
+        trial: of the model in memory, for the ways that look at it again; None = opened if need be.
+        told: is given the calibration losses of a plan with corrections.
+
+    Raises:
+        UserError: the request is impossible, or (for ways that look at the model again) the model is another one.
+        RuinousPlanError: the plan's corrections make it worse than it is without them.
+    """
+    place = model or scores.model
+
+    @cache
+    def opened() -> Opened:
+        return open_scored(scores, place) if trial is None else trial.opened
+
+    plan = select(Request(scores, config, opened, _parallel(scores, config, place)))
+    if config.shape is not None:
+        Surgery(load_config(place), plan)
+    if config.correction != "none":
+        losses = PlanLosses.of(plan, trial or Trial(opened()))
+        if told is not None:
+            told(losses)
+        if not config.force:
+            losses.check()
+    return plan
+
+
+def choose_plan(
+    scores: Scores, config: PlanConfig, budget: BudgetConfig, *, model: str | None = None
+) -> tuple[Plan, Choice]:
+    """The plan to the shape under a budget whose calibration loss is the lowest before recovery.
+
+    Without a criterion of blocks all of them stay, without one of units they keep their width.
+
+    Args:
+        scores: of the model, with its calibration samples.
+        config: how blocks and units are selected; without a shape.
+        budget: what the model may cost.
+        model: where it lies now; None = where it lay when it was scored.
+
+    Returns:
+        The plan, corrected if the config asks for it, and how it was chosen.
+
+    Raises:
+        UserError: the budget is impossible, or the model is another one.
+    """
+    if budget.params is None and budget.memory is None and budget.latency is None:
+        raise UserError("name a budget: --budget-params, --budget-memory or --budget-latency")
+    check_choice(config)
+    if not scores.data:
+        raise UserError("the scores were computed without calibration text: score again with --data")
+    model = model or scores.model
+    sizes = Sizes(load_config(model))
+    check_correction(config.correction, sizes.config)
+    _check_tokens(config, sizes, scores)
+    limits = limits_of(costs_of(budget, sizes, default_device()), sizes.source)
+    _steps(_request(scores, config, model), sizes, budget.multiple)
+    return best_under(limits, scores, config, Trial(open_scored(scores, model)), budget, model=model)
+
+
+def _check_tokens(config: PlanConfig, sizes: Sizes, scores: Scores) -> None:
+    """Refuse, before anything is searched, a correction for which the calibration samples may be too few."""
+    shape = sizes.source
+    inputs = max(shape.heads * shape.head_dim, 0 if shape.experts else shape.intermediate)
+    check_tokens(inputs, config.correction, *calibration_size(scores.data))
+
+
+def check_choice(config: PlanConfig) -> None:
+    """Raise ``UserError`` for ways to select that leave a budget nothing to choose."""
+    if config.shape is not None or config.remove is not None or config.drop is not None:
+        raise UserError("a budget decides what stays: leave out --shape, --remove and --drop")
+    if config.method in ("list", "merge"):
+        raise UserError(f"a budget needs a way to select any number of blocks; '{config.method}' is none")
+    if config.criterion is None and config.unit_criterion is None and config.method == "lowest":
+        raise UserError("name the criterion of blocks (--criterion), of units (--unit-criterion), or both")
+    if config.expert_criterion is not None and config.unit_criterion is None:
+        raise UserError("a budget narrows by --unit-criterion; --expert-criterion goes with it")
+    config.check()
+
+
+def best_under(
+    limits: Sequence[Limit],
+    scores: Scores,
+    config: PlanConfig,
+    trial: Trial,
+    budget: BudgetConfig,
+    *,
+    model: str | None = None,
+) -> tuple[Plan, Choice]:
+    """``choose_plan`` with a model that is in memory and budgets whose costs may be known already.
+
+    Args:
+        limits: that are kept to.
+        scores: of the model.
+        config: how blocks and units are selected.
+        trial: of the model.
+        budget: its multiple and tries.
+        model: where the model lies now; None = where it lay when it was scored.
+    """
+    request = _request(scores, config, model or scores.model, trial.opened)
+    sizes, blocks = Sizes(load_config(model or scores.model)), _Blocks(request)
+    steps = _steps(request, sizes, budget.multiple)
+
+    def plan_for(shape: Shape) -> Plan:
+        plan = Plan(scores.family, scores.fingerprint, scores.source, blocks.of(shape.layers))
+        return narrowed(plan, shape, scores, config.unit_criterion, config.expert_criterion)
+
+    choice = Chooser(sizes, steps, limits, plan_for, trial.loss, budget.tries).choose()
+    plan = choice.plan
+    if config.correction != "none" and is_correctable(plan):
+        plan = corrected(plan, config.correction, trial.opened)
+    losses = PlanLosses.of(plan, trial)
+    if not config.force:
+        losses.check()
+    return plan, replace(choice, plan=plan, losses=losses)
+
+
+def _steps(request: Request, sizes: Sizes, multiple: int | None) -> Steps:
+    config = request.config
+    return Steps.of(sizes, multiple, _least_layers(request), depth=_prunes_depth(config), width=_width(config))
+
+
+def default_device() -> torch.device:
+    """Where models are opened."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _prunes_depth(config: PlanConfig) -> bool:
+    return config.criterion is not None or config.method != "lowest"
+
+
+def _width(config: PlanConfig) -> bool:
+    return config.unit_criterion is not None
+
+
+def _least_layers(request: Request) -> int:
+    default = 1 if request.config.method in ("greedy", "merge") else 0
+    return max(request.layers - len(request.removable(default)), 1)
+
+
+class _Blocks:
+    """The blocks that stay, by how many: selected once for each number."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._found: dict[int, tuple[KeptBlock, ...]] = {request.layers: whole(request.layers)}
+
+    def of(self, layers: int) -> tuple[KeptBlock, ...]:
+        if layers not in self._found:
+            config = replace(self._request.config, remove=self._request.layers - layers)
+            self._found[layers] = blocks_of(replace(self._request, config=config))
+        return self._found[layers]
+
+
+class _Opening(Exception):
+    """A rehearsal came as far as opening the model."""
+
+
+def rehearse(
+    config: PlanConfig, criteria: Sequence[str], model_config: PretrainedConfig, data: CalibrationConfig
+) -> None:
+    """See, before scoring, whether a plan can follow from the scores; whatever looks at the model again is left out.
+
+    Args:
+        config: how to select.
+        criteria: those that will have scored.
+        model_config: the model's.
+        data: the calibration samples.
+
+    Raises:
+        UserError: it can't.
+    """
+    check_correction(config.correction, model_config)
+    family = family_of(model_config)
+    shape = family.shape(model_config)
+    kinds = {name: CRITERIA.get(name) for name in criteria}
+    of = {section: [name for name, kind in kinds.items() if kind.section is section] for section in Section}
+    lengths = {str(n): [0.0] * (shape.layers - n + 1) for n in range(1, shape.layers + 1)}
+    scores = Scores(
+        model="",
+        family=family.name,
+        fingerprint="",
+        source=shape,
+        data=asdict(data),
+        settings={},
+        perplexity=None,
+        blocks={name: [0.0] * shape.layers for name in of[Section.BLOCKS]},
+        subblocks={name: [0.0] * shape.layers for name in of[Section.SUBBLOCKS]},
+        spans=dict.fromkeys(of[Section.SPANS], lengths),
+        units={name: _no_units(shape, kinds[name].needs_experts) for name in of[Section.UNITS]},
+    )
+
+    def opening() -> Opened:
+        raise _Opening
+
+    try:
+        plan = select(Request(scores, config, opening, family.is_parallel(model_config)))
+        Surgery(model_config, plan)
+    except _Opening:
+        if config.method != "iterative" and all(kind.reads in (None, "weights") for kind in kinds.values()):
+            raise UserError(f"'{config.method}' needs calibration text, which none of the criteria reads") from None
+
+
+def _no_units(shape: Shape, experts_only: bool) -> dict[str, list[list[float]]]:
+    counts = {"experts": shape.experts}
+    if not experts_only:
+        channels = {} if shape.experts else {"channels": shape.intermediate}
+        counts |= {"heads": shape.heads, "kv_groups": shape.kv_heads, "hidden": shape.hidden, **channels}
+    return {unit: [[0.0] * count] * shape.layers for unit, count in counts.items() if count is not None}
+
+
+def removed_blocks(plan: Plan) -> list[int]:
+    """The source's blocks of which nothing stays, not even merged into another."""
+    used = {number for block in plan.blocks for number in (block.attention, block.mlp)}
+    used |= {number for block in plan.blocks for number, _ in block.merge or ()}
+    return [number for number in range(plan.source.layers) if number not in used]
+
+
+def describe(plan: Plan) -> str:
+    """What a plan does to the blocks, in words."""
+    parted = [str(block) for block in plan.blocks if block.attention != block.mlp]
+    merged = [f"{block} = {_sum(block.merge)}" for block in plan.blocks if block.merge]
+    notes = [f"{len(plan.blocks)} of {plan.source.layers} blocks stay"]
+    notes += [f"gone: {', '.join(map(str, removed_blocks(plan)))}"] if removed_blocks(plan) else []
+    notes += [f"attention/MLP of two blocks: {', '.join(parted)}"] if parted else []
+    notes += [f"merged: {'; '.join(merged)}"] if merged else []
+    if replace(plan.shape, layers=plan.source.layers) != plan.source:
+        before, after = vars(plan.source), vars(plan.shape)
+        narrower = [f"{n} {after[n]} of {before[n]}" for n in before if n != "layers" and before[n] != after[n]]
+        notes.append(", ".join(narrower))
+    if plan.corrections:
+        narrowed = [plan.inputs(block, sublayer)[1] for block in plan.blocks for sublayer in ("attention", "mlp")]
+        corrected = {name.partition(".")[2] for name in plan.corrections}
+        notes.append(f"{len(corrected)} of {sum(map(bool, narrowed))} narrowed matrices corrected")
+    return "; ".join(notes)
+
+
+def _sum(merge: Sequence[tuple[int, float]]) -> str:
+    return " ".join(f"{weight:+g}·[{block}]" for block, weight in merge)
+
+
+def compare(scores: Scores, config: PlanConfig) -> dict[str, list[int]]:
+    """The blocks that would go by every criterion: of blocks the lowest, of spans the best span.
+
+    Raises:
+        UserError: as many blocks can't go.
+    """
+    gone = {}
+    for criteria, method in ((scores.blocks, "lowest"), (scores.spans, "span")):
+        for name in criteria:
+            plan = make_plan(scores, replace(config, criterion=name, method=method))
+            kept = {block.attention for block in plan.blocks}
+            gone[name] = [block for block in range(scores.layers) if block not in kept]
+    if not gone:
+        raise UserError("the scores have no criterion of blocks or spans to compare")
+    return gone
+
+
+def comparison_table(gone: dict[str, list[int]], layers: int) -> str:
+    """A comparison as text: a row for each criterion, a column for each block, and how many agree."""
+    votes = Counter(block for blocks in gone.values() for block in blocks)
+    width = max(len(name) for name in (*gone, "votes"))
+    cell = max(len(str(layers - 1)), len(str(len(gone)))) + 1
+    lines = [" " * width + "".join(f"{block:{cell}}" for block in range(layers))]
+    for name, blocks in gone.items():
+        lines.append(
+            f"{name:{width}}" + "".join(f"{'x' if block in blocks else '.':>{cell}}" for block in range(layers))
+        )
+    lines.append(f"{'votes':{width}}" + "".join(f"{votes[block] or '.':>{cell}}" for block in range(layers)))
+    return "\n".join(lines)
+
+
+def _request(scores: Scores, config: PlanConfig, model: str, opened: Opened | None = None) -> Request:
+    return Request(scores, config, lambda: opened or open_scored(scores, model), _parallel(scores, config, model))
+
+
+def _parallel(scores: Scores, config: PlanConfig, model: str) -> bool:
+    """Whether attention and MLP of a block read the same input; only ways that part them need to know."""
+    if config.method not in ("list", "sublayers"):
+        return False  # the others keep blocks whole
+    model_config = load_config(model)
+    return family_of(model_config).is_parallel(model_config)
+
+
+def open_scored(scores: Scores, model: str) -> Opened:
+    """The model that was scored, with its calibration samples.
+
+    Raises:
+        UserError: the model or its samples are others now, or too little memory is free.
+    """
+    model_config = load_config(model)
+    if (found := fingerprint(StoredWeights(model), model_config)) != scores.fingerprint:
+        raise UserError(
+            f"the scores are of a model with the hash {scores.fingerprint}; {model} has {found}: name the model that "
+            "was scored, or score this one"
+        )
+    settings = scores.settings
+    try:
+        dtype, tokenizer_at, batch_size = DTYPES[settings["dtype"]], settings["tokenizer"], int(settings["batch_size"])
+        data = CalibrationConfig(**scores.data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the scores do not say how they were made ({type(error).__name__}: {error}): score again"
+        ) from None
+    device = default_device()
+    samples = None
+    if scores.data:
+        samples = calibration_samples(data, load_tokenizer(tokenizer_at or model))
+        if samples_fingerprint(samples) != settings.get("samples"):
+            raise UserError(f"the text in {data.path} has changed since the scores were made: score again")
+        samples = samples.to(device)
+    remedy = "select by the scores alone (lowest, span, sublayers), or plan on a larger machine"
+    check_memory(model, dtype=dtype, on_gpu=device.type == "cuda", remedy=remedy)
+    return Opened(load_model(model, dtype=dtype).to(device), samples, batch_size)

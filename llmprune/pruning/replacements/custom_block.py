@@ -1,0 +1,45 @@
+"""A stand-in that no config of its family can describe, on its way into a Hugging Face folder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from llmprune.models.custom_code import own_config
+from llmprune.models.families import family_of
+from llmprune.models.modeling_llmprune import host
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network between two blocks.
+
+    Attributes:
+        kind: its name in ``modeling_llmprune.NETWORKS``.
+        settings: what it is made with.
+        place: the number of the block behind it, in the exported model.
+        tensors: by name.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+    place: int
+    tensors: Mapping[str, Tensor]
+
+    def config(self, plain: PretrainedConfig) -> PretrainedConfig:
+        """The config of a model with the network, from that of the model without."""
+        config = own_config(plain)
+        config.llmprune_stand_in = {
+            "kind": self.kind,
+            "settings": dict(self.settings),
+            "place": self.place,
+            "blocks": family_of(plain).blocks,
+        }
+        return config
+
+    def named(self, plain: PretrainedConfig) -> dict[str, Tensor]:
+        """Its tensors under the names that they have in the model."""
+        prefix = f"{family_of(plain).blocks}.{host(self.place)}.stand_in."
+        return {prefix + name: tensor for name, tensor in self.tensors.items()}

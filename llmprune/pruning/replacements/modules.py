@@ -1,0 +1,308 @@
+"""What stands in for a span of blocks: plug-ins."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from llmprune.models.block_hooks import Run, blocks_of
+from llmprune.models.families import Family, Role, Shape, family_of
+from llmprune.models.least_squares import least_squares
+from llmprune.models.modeling_llmprune import FFN, Linear, Mean, RicherHeads, SwiGLU
+from llmprune.pruning.replacements.fitting import Map, Sums
+from llmprune.pruning.replacements.settings import BlockReplacementConfig
+from llmprune.pruning.replacements.span import Span
+from llmprune.utils.errors import UserError
+from llmprune.utils.registry import Registry
+
+STAND_INS: "Registry[Callable[[Site, BlockReplacementConfig], StandIn]]" = Registry("stand_ins", "stand-in")
+"""Kinds of stand-ins by name."""
+
+Changes = Mapping[str, Callable[[], Tensor]]
+TAKEN = ("first", "last", "spread", "random")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a stand-in is to stand.
+
+    Attributes:
+        model: the source.
+        span: of its blocks, that is replaced.
+        seed: of random weights.
+    """
+
+    model: PreTrainedModel
+    span: Span
+    seed: int
+
+    @property
+    def family(self) -> Family:
+        """The source's."""
+        return family_of(self.model.config)
+
+    @property
+    def shape(self) -> Shape:
+        """The source's."""
+        return self.family.shape(self.model.config)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks of the span."""
+        return blocks_of(self.model)[self.span.start : self.span.end]
+
+    @property
+    def eps(self) -> float:
+        """Epsilon of the model's norms."""
+        config = self.model.config
+        found = (getattr(config, name, None) for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"))
+        return next((value for value in found if value is not None), 1e-5)
+
+
+class StandIn(nn.Module):
+    """A network in the place of a span; while the model walks through the span's blocks, it is asked at each of them.
+
+    Attributes:
+        offsets: the blocks of the span that stay in the shortened model, with the stand-in's weights.
+        reads_update: whether it needs what the MLP before the span adds to the residual stream.
+        is_fitted: whether it is computed from states before any training.
+    """
+
+    offsets: tuple[int, ...] = ()
+    reads_update = False
+    is_fitted = False
+
+    @property
+    def network(self) -> nn.Module | None:
+        """What is exported with a modelling file; None = the result needs none."""
+        return None
+
+    def step(self, offset: int, run: Run, states: Tensor, update: Tensor | None) -> Tensor:
+        """Take the place of one block.
+
+        Args:
+            offset: its number within the span.
+            run: runs a block with this one's masks and positions.
+            states: the residual stream [batch, length, hidden], which the stand-in's earlier steps have changed.
+            update: see ``reads_update``, [batch, length, hidden].
+        """
+        return states
+
+    def begin(self, blocks: nn.ModuleList) -> None:
+        """Take values from the span's blocks, once these have theirs."""
+
+    def ways(self, sums: Sums, ridges: Sequence[float]) -> list[Map]:
+        """The maps that it may be, if it ``is_fitted``: one for each ridge, or one."""
+        return []
+
+    def take(self, chosen: Map) -> None:
+        """Become a map; an empty one adds nothing to the residual stream."""
+
+    def changes(self, family: Family, span: Span, weights: Mapping[str, Tensor]) -> "Changes":
+        """Weights of the source that become others on export, by Hugging Face name."""
+        return {}
+
+
+@STAND_INS.register("none")
+class NoStandIn(StandIn):
+    """Nothing: the span is removed."""
+
+    def __init__(self, site: Site, config: BlockReplacementConfig) -> None:
+        super().__init__()
+
+
+class _Network(StandIn):
+    """A network that reads one token's state at a time."""
+
+    def __init__(self, site: Site, config: BlockReplacementConfig) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(site.seed)
+            self.net = self.make(site, config)
+
+    @property
+    def network(self) -> nn.Module:
+        return self.net
+
+    def make(self, site: Site, config: BlockReplacementConfig) -> nn.Module:
+        """The network."""
+        raise NotImplementedError
+
+    def forward(self, states: Tensor) -> Tensor:
+        """The states behind the span."""
+        found: Tensor = self.net(states)
+        return found
+
+    def step(self, offset: int, run: Run, states: Tensor, update: Tensor | None) -> Tensor:
+        return states if offset else self(states)
+
+
+@STAND_INS.register("mean")
+class MeanStandIn(_Network):
+    """What the span adds on average (mean ablation)."""
+
+    is_fitted = True
+
+    def make(self, site: Site, config: BlockReplacementConfig) -> nn.Module:
+        return Mean(site.shape.hidden)
+
+    def ways(self, sums: Sums, ridges: Sequence[float]) -> list[Map]:
+        return [Map(bias=sums.y / sums.tokens)]
+
+    def take(self, chosen: Map) -> None:
+        _assign(self.get_parameter("net.bias"), chosen.bias)
+
+
+@STAND_INS.register("linear")
+class LinearStandIn(_Network):
+    """A linear map, from least squares on."""
+
+    is_fitted = True
+
+    def make(self, site: Site, config: BlockReplacementConfig) -> nn.Module:
+        return Linear(site.shape.hidden)
+
+    def ways(self, sums: Sums, ridges: Sequence[float]) -> list[Map]:
+        x, y = sums.x / sums.tokens, sums.y / sums.tokens
+        xx, xy = sums.xx / sums.tokens - x.outer(x), sums.xy / sums.tokens - x.outer(y)
+        weights = [least_squares(xx, xy, ridge) for ridge in ridges]
+        return [Map(weight, y - x @ weight) for weight in weights]
+
+    def take(self, chosen: Map) -> None:
+        _assign(self.get_parameter("net.update.weight"), None if chosen.weight is None else chosen.weight.T)
+        _assign(self.get_parameter("net.update.bias"), chosen.bias)
+
+
+@STAND_INS.register("closed_form")
+class ClosedForm(StandIn):
+    """A linear map of what the MLP before the span adds, folded into that MLP (ReplaceMe, arXiv:2505.02819)."""
+
+    reads_update = True
+    is_fitted = True
+
+    def __init__(self, site: Site, config: BlockReplacementConfig) -> None:
+        super().__init__()
+        if site.span.start == 0:
+            raise UserError("closed_form is folded into the MLP before the span: the span can't begin at block 0")
+        if not site.family.ends_linearly:
+            raise UserError(
+                f"{site.family.name} models have a norm behind the MLP, so nothing can be folded into it: choose linear"
+            )
+        self.update = nn.Parameter(torch.zeros(site.shape.hidden, site.shape.hidden))  # T − 1
+
+    def forward(self, states: Tensor, update: Tensor) -> Tensor:
+        """The states behind the span: [batch, length, hidden] from such states and updates."""
+        return states + (update.to(self.update.dtype) @ self.update).to(states.dtype)
+
+    def step(self, offset: int, run: Run, states: Tensor, update: Tensor | None) -> Tensor:
+        if offset:
+            return states
+        assert update is not None
+        found: Tensor = self(states, update)
+        return found
+
+    def ways(self, sums: Sums, ridges: Sequence[float]) -> list[Map]:
+        return [Map(least_squares(sums.xx / sums.tokens, sums.xy / sums.tokens, ridge)) for ridge in ridges]
+
+    def take(self, chosen: Map) -> None:
+        _assign(self.update, chosen.weight)
+
+    def changes(self, family: Family, span: Span, weights: Mapping[str, Tensor]) -> "Changes":
+        inside = (name for name in weights if name.startswith(f"{family.blocks}.{span.start - 1}."))
+        mlp = [name for name in inside if not family.is_buffer(name) and family.locate(name).role is Role.MLP_OUT]
+        return {name: partial(self.folded, name, weights) for name in mlp}
+
+    @torch.no_grad()
+    def folded(self, name: str, weights: Mapping[str, Tensor]) -> Tensor:
+        """The MLP's output matrix [hidden, channels], or its bias [hidden], with the map in it."""
+        tensor, whole = weights[name], self.update.float() + torch.eye(len(self.update))
+        return (whole.T @ tensor.float()).to(tensor.dtype)
+
+
+@STAND_INS.register("ffn")
+class FFNStandIn(_Network):
+    """Norm, two matrices with a ReLU between, residual; d → 4d → d by default."""
+
+    def make(self, site: Site, config: BlockReplacementConfig) -> nn.Module:
+        return FFN(site.shape.hidden, config.intermediate or 4 * site.shape.hidden, site.eps)
+
+
+@STAND_INS.register("swiglu")
+class SwiGLUStandIn(_Network):
+    """Norm, gated MLP, residual; as many channels as the model's own MLPs by default."""
+
+    def make(self, site: Site, config: BlockReplacementConfig) -> nn.Module:
+        return SwiGLU(site.shape.hidden, config.intermediate or site.shape.intermediate, site.eps)
+
+
+@STAND_INS.register("blocks")
+class BlocksStandIn(StandIn):
+    """Blocks like the model's own, which begin as some of the span's; the result is a plain model."""
+
+    def __init__(self, site: Site, config: BlockReplacementConfig) -> None:
+        super().__init__()
+        length, count = site.span.length, config.blocks
+        if count > length:
+            raise UserError(f"{count} blocks can't stand in for {length}: choose block_replacement.blocks ≤ {length}")
+        if config.take not in TAKEN:
+            raise UserError(f"block_replacement.take is '{config.take}'; choose {', '.join(TAKEN)}")
+        places = {
+            "last": range(length - count, length),
+            "spread": [round(place * (length - 1) / max(count - 1, 1)) for place in range(count)],
+        }
+        self.offsets = tuple(places.get(config.take, range(count)))
+        self._taken = config.take != "random"
+        self.blocks = nn.ModuleList(copy.deepcopy(site.blocks[offset]) for offset in self.offsets)
+        if not self._taken:
+            with torch.random.fork_rng():
+                torch.manual_seed(site.seed)
+                self.blocks.apply(site.model._init_weights)  # as the architecture's own code does it
+                for module in self.blocks.modules():
+                    if isinstance(module, RicherHeads):
+                        module.begin()
+        # What Composer shards and whose activations it checkpoints.
+        self.fsdp_wrap_fn = self.activation_checkpointing_fn = self._is_block
+
+    def _is_block(self, module: nn.Module) -> bool:
+        return any(module is block for block in self.blocks)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Never called: blocks run where the model would run its own."""
+        raise NotImplementedError
+
+    def step(self, offset: int, run: Run, states: Tensor, update: Tensor | None) -> Tensor:
+        return run(states, self.blocks[self.offsets.index(offset)]) if offset in self.offsets else states
+
+    def changes(self, family: Family, span: Span, weights: Mapping[str, Tensor]) -> "Changes":
+        return {
+            f"{family.blocks}.{span.start + offset}.{name}": parameter.detach
+            for offset, block in zip(self.offsets, self.blocks, strict=True)
+            for name, parameter in block.named_parameters()
+        }
+
+    @torch.no_grad()
+    def begin(self, blocks: nn.ModuleList) -> None:
+        for offset, block in zip(self.offsets, self.blocks, strict=True) if self._taken else ():
+            for parameter, source in zip(block.parameters(), blocks[offset].parameters(), strict=True):
+                _local(parameter).copy_(_local(source))
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+@torch.no_grad()
+def _assign(parameter: Tensor, value: Tensor | None) -> None:
+    """Set a parameter, of which this rank may hold only a part; None = to zero."""
+    if value is None:
+        parameter.zero_()
+        return
+    value = value.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)

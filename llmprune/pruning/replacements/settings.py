@@ -1,0 +1,109 @@
+"""The settings of block replacement."""
+
+from dataclasses import dataclass, field
+
+from llmprune.models.objectives import HIDDEN_OBJECTIVES, OBJECTIVES
+from llmprune.utils.errors import UserError
+
+
+@dataclass
+class StatesCacheConfig:
+    """States at both ends of the span, kept on disk, so that several epochs over them compute no block of the source.
+
+    Attributes:
+        samples: of the training stream; after them it begins anew.
+        folder: where they are kept; null = in the run folder.
+    """
+
+    samples: int = 1024
+    folder: str | None = None
+
+
+@dataclass
+class BlockReplacementConfig:
+    """A light network that stands in for a span of blocks, and learns to do what they do.
+
+    Attributes:
+        plan: a plan.json whose removed blocks are the span; else ``start`` and ``length``.
+        start: the span's first block; null = of all spans of ``length`` the one whose ends are most alike (cosine).
+        length: blocks of the span.
+        score_samples: with ``start: null``, training samples that decide.
+        kind: the stand-in, a registered one: none, mean, linear, closed_form, ffn, swiglu or blocks.
+        blocks: with ``blocks``: how many.
+        take: with ``blocks``: which of the span they begin as: first, last or spread; or random.
+        intermediate: with ``ffn`` and ``swiglu``: channels; null = four times the hidden size, and the model's own.
+        objectives: weights of what is minimised: mse, cosine, lm, kl; none given = mse.
+        top_k: with ``kl``: tell apart so many of the source's likeliest tokens; null = all.
+        temperature: with ``kl``: divides the logits of both.
+        also: what trains beside the stand-in: output, final_norm, block.N behind the span.
+        fit_samples: training samples that mean, linear and closed_form are computed from, before any training.
+        ridge: of those fits, over the mean square of what they read; null = the one that does best on the quarter of
+            the samples that they are not fitted on.
+        force: keep what was computed even if it is no better than nothing in the span's place.
+        cache: of the states, with ``mse`` and ``cosine`` alone.
+    """
+
+    plan: str | None = None
+    start: int | None = None
+    length: int | None = None
+    score_samples: int = 50
+    kind: str = "blocks"
+    blocks: int = 1
+    take: str = "first"
+    intermediate: int | None = None
+    objectives: dict[str, float] = field(default_factory=dict)
+    top_k: int | None = None
+    temperature: float = 1.0
+    also: list[str] = field(default_factory=list)
+    fit_samples: int = 256
+    ridge: float | None = None
+    force: bool = False
+    cache: StatesCacheConfig | None = None
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The objectives whose weight is not zero."""
+        return {name: weight for name, weight in (self.objectives or {"mse": 1.0}).items() if weight}
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train."""
+        return self.kind != "none" or bool(self.also)
+
+    def check(self) -> None:
+        """Raise ``UserError`` for what contradicts itself, whatever the model."""
+        if self.plan is None and self.length is None:
+            raise UserError("block_replacement names no span: give plan, or length (and start)")
+        if self.plan is not None and (self.start is not None or self.length is not None):
+            raise UserError("block_replacement.plan names the span: leave out start and length")
+        if unknown := sorted(set(self.objectives) - set(OBJECTIVES)):
+            raise UserError(f"there is no objective '{unknown[0]}': choose from {', '.join(OBJECTIVES)}")
+        if not self.weights or not all(0 < weight < float("inf") for weight in self.weights.values()):
+            raise UserError("block_replacement.objectives need positive weights: write {mse: 1.0}")
+        if self.top_k is not None and ("kl" not in self.weights or self.top_k < 1):
+            raise UserError("block_replacement.top_k belongs to the objective kl, and must be positive")
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"block_replacement.temperature is {self.temperature}; it must be positive")
+        if self.temperature != 1 and "kl" not in self.weights:
+            raise UserError("block_replacement.temperature belongs to the objective kl")
+        if self.also and "kl" in self.weights:
+            raise UserError(
+                "block_replacement.also changes weights that are the teacher's too: without the objective kl it can"
+            )
+        if self.also and "lm" not in self.weights:
+            raise UserError("what block_replacement.also names learns from the objective lm alone: give it a weight")
+        if self.cache is not None and (set(self.weights) - set(HIDDEN_OBJECTIVES)):
+            raise UserError("block_replacement.cache holds the states that mse and cosine need: lm and kl need more")
+        if self.cache is not None and self.kind in ("none", "closed_form"):
+            raise UserError(f"{self.kind} does not learn from what block_replacement.cache holds: leave the cache out")
+        if self.cache is not None and self.cache.samples < 1:
+            raise UserError(f"block_replacement.cache.samples is {self.cache.samples}; it must be positive")
+        for name, least in (("score_samples", 1), ("fit_samples", 2), ("blocks", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"block_replacement.{name} is {getattr(self, name)}; it must be {least} at least")
+        if self.length is not None and self.length < 1:
+            raise UserError(f"block_replacement.length is {self.length}; it must be positive")
+        if self.ridge is not None and not 0 <= self.ridge < float("inf"):
+            raise UserError(f"block_replacement.ridge is {self.ridge}; it must be zero or positive")
+        if self.intermediate is not None and self.intermediate < 1:
+            raise UserError(f"block_replacement.intermediate is {self.intermediate}; it must be positive")

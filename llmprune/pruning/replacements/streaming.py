@@ -1,0 +1,257 @@
+"""Training of a stand-in: the source's prefix runs once and feeds both the span and the stand-in."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmprune.models.autocast import in_autocast
+from llmprune.models.block_hooks import Run, blocks_of, given, visited
+from llmprune.models.causal_lm import Batch, labels_of, run_model
+from llmprune.models.families import family_of
+from llmprune.models.objectives import (
+    HIDDEN_OBJECTIVES,
+    cosine_distance,
+    forward_kl,
+    mean_over,
+    next_token,
+    places,
+    predicting,
+    squared_error,
+    targets_of,
+)
+from llmprune.models.vocabulary import Head, head_of, mean_loss, without_head
+from llmprune.pruning.replacements.modules import StandIn
+from llmprune.pruning.replacements.span import Span
+
+
+@dataclass
+class Source:
+    """What the source model makes of a batch.
+
+    Attributes:
+        before: the residual stream before the span, [batch, length, hidden].
+        after: behind the span, alike; None if it was not asked for.
+        update: what the MLP before the span added to ``before``, alike; None if the stand-in does not read it.
+        final: what the output layer is given, [batch · length, hidden]; None if it was not asked for.
+    """
+
+    before: Tensor = field(default_factory=lambda: torch.empty(0))
+    after: Tensor | None = None
+    update: Tensor | None = None
+    final: Tensor | None = None
+
+    def shape_update(self) -> None:
+        """Give ``update`` the shape of ``before``: some architectures flatten tokens for their MLPs."""
+        if self.update is not None:
+            self.update = self.update.view_as(self.before)
+
+
+@dataclass
+class Shortened:
+    """What the model with the stand-in makes of a batch.
+
+    Attributes:
+        after: the residual stream behind the stand-in, [batch, length, hidden].
+        final: what the output layer is given, [batch · length, hidden]; None if it was not asked for.
+    """
+
+    after: Tensor = field(default_factory=lambda: torch.empty(0))
+    final: Tensor | None = None
+
+
+class Streaming:
+    """The objective of a stand-in (see ``llmprune.models.causal_lm.Objective``).
+
+    The source's weights serve as the teacher and, outside the span, as the shortened model. No gradient reaches the
+    blocks before the span, so these run once for both. What lies behind the span runs only for objectives that need it.
+
+    Attributes:
+        parts: the objectives of the last batch, each a number without its weight.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stand_in: StandIn,
+        span: Span,
+        weights: Mapping[str, float],
+        *,
+        top_k: int | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            model: the source.
+            stand_in: what learns.
+            span: of blocks of the source.
+            weights: of the objectives.
+            top_k: see ``forward_kl``.
+            temperature: see there.
+        """
+        self.model, self.stand_in, self.span = model, stand_in, span
+        self._top_k, self._temperature = top_k, temperature
+        self._weights = dict(weights)
+        self._needs_after = any(name in weights for name in HIDDEN_OBJECTIVES)
+        self._needs_final = any(name not in HIDDEN_OBJECTIVES for name in weights)
+        self.parts: dict[str, Tensor] = {}
+
+    def forward(self, batch: Batch) -> tuple[Source, Shortened]:
+        """Run both, as far as the objectives need it."""
+        source = self.source(batch, after=self._needs_after, final="kl" in self._weights)
+        return source, self.shortened(batch, source, final=self._needs_final)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The weighted sum of the objectives, each a mean over the positions that predict a token."""
+        source, shortened = self.forward(batch)
+        labels = labels_of(batch)
+        chosen = predicting(labels)
+        parts: dict[str, Tensor] = {}
+        for name, measure in (("mse", squared_error), ("cosine", cosine_distance)):
+            if name in self._weights:
+                assert source.after is not None
+                parts[name] = mean_over(measure(shortened.after, source.after), chosen)
+        self.parts = {name: value.detach() for name, value in parts.items()}
+        total = torch.zeros((), device=chosen.device)
+        for name, part in parts.items():
+            total = total + self._weights[name] * part
+        return total + self._of_predictions(source, shortened, labels, chosen) if self._needs_final else total
+
+    def _of_predictions(self, source: Source, shortened: Shortened, labels: Tensor, chosen: Tensor) -> Tensor:
+        """The part of the loss that looks at predictions."""
+        head, rows = head_of(self.model), places(chosen)
+        assert shortened.final is not None
+        wanted = None if source.final is None else in_autocast(source.final[rows])
+        teachers = None if wanted is None else head.cast(wanted.dtype)
+        following = next_token(targets_of(labels).flatten()[rows])
+
+        def measure(logits: Tensor, part: slice) -> list[Tensor]:
+            found = [*following(logits, part)] if "lm" in self._weights else []
+            if wanted is not None and teachers is not None:
+                with torch.no_grad():
+                    teacher = teachers.logits(wanted[part])
+                found.append(forward_kl(logits, teacher, self._top_k, self._temperature))
+            return found
+
+        names = [name for name in ("lm", "kl") if name in self._weights]
+        total, means = mean_loss(shortened.final[rows], head, measure, [self._weights[name] for name in names])
+        self.parts |= dict(zip(names, means, strict=True))
+        return total
+
+    def final_states(self, batch: Batch) -> tuple[Tensor, Head]:
+        """The shortened model's, in one pass."""
+        found = self.shortened(batch, None, final=True).final
+        assert found is not None
+        return found, head_of(self.model)
+
+    def flops(self, batch: Batch) -> int:
+        """Operations of a training step: per parameter and token 2 forward, 2 more where a gradient passes through.
+
+        What trains takes 6; attention adds 4 · heads · head size · length per token, block and forward pass.
+        """
+        family = family_of(self.model.config)
+        shape, blocks = family.shape(self.model.config), blocks_of(self.model)
+        samples, length = batch["input_ids"].shape
+
+        def forward(part: nn.Module, count: int) -> int:
+            return 2 * sum(p.numel() for p in part.parameters()) + count * 4 * shape.heads * shape.head_dim * length
+
+        span, layers = self.span, len(blocks)
+        cost = 3 * forward(self.stand_in, len(self.stand_in.offsets))
+        if "before" not in batch:
+            cost += forward(blocks[: span.start], span.start)
+            if self._needs_after or "kl" in self._weights:
+                cost += forward(blocks[span.start : span.end], span.length)
+        if self._needs_final:
+            behind = forward(blocks[span.end :], layers - span.end)
+            behind += 2 * self.model.get_output_embeddings().weight.numel()
+            cost += behind * (3 if "kl" in self._weights else 2)
+        return samples * length * cost
+
+    @torch.no_grad()
+    def source(self, batch: Batch, *, after: bool, final: bool) -> Source:
+        """Run the source as far as needed.
+
+        Args:
+            batch: see ``ComposerCausalLM``.
+            after: whether the states behind the span are needed.
+            final: whether the states before its output layer are.
+        """
+        if "before" in batch:  # from a cache
+            return Source(*(batch[end].to(self.model.dtype) for end in ("before", "after")))
+        found, span, layers = Source(), self.span, len(blocks_of(self.model))
+        last = layers if final else span.end if after else span.start
+
+        def visit(number: int, run: Run, states: Tensor) -> Tensor:
+            if number == span.start:
+                found.before = states
+                found.shape_update()
+            out = run(states) if number < last else states
+            if number == span.end - 1:
+                found.after = out if after else None
+            return out if final or number < layers - 1 else _least(out)
+
+        with visited(self.model, visit, self.stand_in), self._reading_update(found), without_head(self.model):
+            out = run_model(self.model, batch)
+        found.final = out.flatten(0, -2) if final else None
+        return found
+
+    def shortened(self, batch: Batch, source: Source | None, *, final: bool) -> Shortened:
+        """Run the model with the stand-in.
+
+        Args:
+            batch: see ``ComposerCausalLM``.
+            source: what the source made of the same batch; None = run its prefix, too.
+            final: whether to go on behind the stand-in.
+        """
+        found, span, own, layers = Shortened(), self.span, source or Source(), len(blocks_of(self.model))
+
+        def visit(number: int, run: Run, states: Tensor) -> Tensor:
+            if number < span.start:
+                return states if source is not None else run(states)
+            if number == span.start and source is not None:
+                states = source.before
+            if number == span.start:
+                own.before = states
+                own.shape_update()
+            if number in span:
+                states = self.stand_in.step(number - span.start, run, states, own.update)
+            elif final:
+                states = run(states)
+            if number == span.end - 1:
+                found.after = states
+            return states if final or number < layers - 1 else _least(states)
+
+        reading = nullcontext() if source is not None else self._reading_update(own)
+        with visited(self.model, visit, self.stand_in), reading, without_head(self.model):
+            out = run_model(self.model, batch)
+        found.final = out.flatten(0, -2) if final else None
+        return found
+
+    @contextmanager
+    def _reading_update(self, found: Source) -> Iterator[None]:
+        """Note what the MLP before the span adds, if the stand-in reads it."""
+        if not self.stand_in.reads_update:
+            yield
+            return
+        family = family_of(self.model.config)
+        mlp = blocks_of(self.model)[self.span.start - 1].get_submodule(family.update("mlp"))
+
+        def note(module: Any, inputs: Any, output: Any) -> None:
+            found.update = given(output)
+
+        handle = mlp.register_forward_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _least(states: Tensor) -> Tensor:
+    """As little as the output layer can be given, where its result is not used."""
+    return states[:1, :1]

@@ -1,0 +1,249 @@
+"""Scoring by any number of criteria at once, from one walk through the model per batch."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmprune.models.block_hooks import Run, given, visited
+from llmprune.models.causal_lm import token_losses
+from llmprune.models.families import family_of
+from llmprune.pruning.scoring.criteria import CRITERIA
+from llmprune.pruning.scoring.criterion import BlockStep, Criterion, ScoringJob, Section
+from llmprune.pruning.scoring.removals import Forward, RemovalPerplexity, Removals, in_batches
+from llmprune.utils.errors import UserError
+
+Loaded = Callable[[int], AbstractContextManager[None]]
+
+
+class Scorer:
+    """Watches a model compute on calibration samples and scores its blocks.
+
+    Memory does not grow with the number of samples, only with those of one batch: perplexity keeps one state per block
+    and sample of the batch, ``cosine`` another. The output of the last block is taken before the final norm.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        criteria: Collection[str],
+        job: ScoringJob,
+        *,
+        batch_size: int,
+        forward: Forward | None = None,
+        loaded: Loaded | None = None,
+    ) -> None:
+        """Prepare to score.
+
+        Args:
+            model: a model of a supported family.
+            criteria: registered names.
+            job: what the criteria need to know.
+            batch_size: samples that go through a block at a time.
+            forward: the forward pass, from tokens to logits; default: the model's own.
+            loaded: for blocks that are not in memory: a context in which a block has its weights.
+
+        Raises:
+            UserError: a criterion is unknown or impossible here.
+        """
+        self.criteria: dict[str, Criterion] = {name: CRITERIA.get(name)(job) for name in criteria}
+        self._model, self._job, self._batch_size = model, job, batch_size
+        self._family = family_of(model.config)
+        self._blocks = list(model.get_submodule(self._family.blocks).children())
+        self._forward = forward or (lambda tokens: model(input_ids=tokens, use_cache=False).logits)
+        self._loaded = loaded or (lambda number: nullcontext())
+        self._weighed: set[int] = set()
+        self._removals = Removals(batch_size)
+        self._end: Tensor | None = None
+        if self._family.expert_modules is None and (of := [n for n, c in self.criteria.items() if c.needs_experts]):
+            raise UserError(f"{', '.join(of)}: this model has no experts")
+        if loaded is not None and self._reading("gradients"):
+            names = ", ".join(name for name, c in self.criteria.items() if c.reads == "gradients")
+            raise UserError(f"{names}: there are no gradients when blocks are offloaded; leave the criterion out")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether any of the criteria needs calibration samples."""
+        return bool(self._reading("states", "updates", "activations", "removals", "gradients"))
+
+    @torch.no_grad()
+    def update(self, tokens: Tensor) -> None:
+        """Take in calibration samples, int64 [samples, length], without padding."""
+        with self.watching(tokens, need_logits=False):
+            self._forward(tokens)
+
+    @contextmanager
+    def watching(self, tokens: Tensor, *, need_logits: bool = True) -> Iterator[None]:
+        """While open, the model's forward pass of ``tokens`` is watched; what is left to compute follows at the end.
+
+        Args:
+            tokens: the samples of that forward pass.
+            need_logits: whether its result is used; if not, the output layer computes as little as it can.
+        """
+        last = self._job.layers - 1
+
+        def visit(number: int, run: Run, states: Tensor) -> Tensor:
+            with self._loaded(number):
+                self._weigh(number)
+                after = self._observe(number, run, states)
+                if self._reading("removals"):
+                    self._removals.advance(run, states)
+            self._end = after
+            return after if need_logits or number < last else after[:1, :1]
+
+        with visited(self._model, visit):
+            yield
+        assert self._end is not None
+        if self._reading("removals"):
+            found = self._removals.finish(self._model, self._forward, tokens, self._end)
+            for number, (loss, count) in enumerate(found):
+                for criterion in self._reading("removals"):
+                    criterion.losses(number if number <= last else None, loss, count)
+        self._end = None
+        if self._reading("gradients"):
+            self._gradients(tokens)
+
+    def scores(self, add_up: Callable[[Tensor], object] = lambda sums: None) -> dict[str, dict[str, Any]]:
+        """All scores, by section and criterion.
+
+        Args:
+            add_up: adds a tensor up over all ranks, in place.
+        """
+        for number in range(self._job.layers):
+            with self._loaded(number) if self._unweighed(number) else nullcontext():
+                self._weigh(number)
+        found: dict[str, dict[str, Any]] = {section.value: {} for section in Section}
+        for name, criterion in self.criteria.items():
+            for sums in criterion.sums():
+                add_up(sums)
+            found[criterion.section.value][name] = criterion.result()
+        return found
+
+    def perplexity(self) -> float | None:
+        """The whole model's perplexity, after ``scores``, if it was measured."""
+        return next((c.whole() for c in self.criteria.values() if isinstance(c, RemovalPerplexity)), None)
+
+    def _reading(self, *what: str) -> list[Criterion]:
+        return [criterion for criterion in self.criteria.values() if criterion.reads in what]
+
+    def _observe(self, number: int, run: Run, states: Tensor) -> Tensor:
+        """Run a block on the samples, and show the criteria what it does."""
+        observers = self._reading("states", "updates")
+        if not observers and not self._reading("activations"):
+            return in_batches(run, states, self._batch_size)
+        updates: dict[str, Tensor] = {}
+        parallel = self._family.is_parallel(self._model.config)
+        parts = []
+        with ExitStack() as stack:
+            if self._reading("updates"):
+                stack.enter_context(self._recording(number, updates))
+            for first in range(0, len(states), self._batch_size):
+                before = states[first : first + self._batch_size]
+                with self._reading_units(number, len(before)) if self._reading("activations") else nullcontext():
+                    after = run(before)
+                shaped = {name: update.view_as(before) for name, update in updates.items()}
+                step = BlockStep(number, first, before, after, shaped, parallel)
+                for criterion in observers:
+                    criterion.observe(step)
+                parts.append(after)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @contextmanager
+    def _recording(self, number: int, updates: dict[str, Tensor]) -> Iterator[None]:
+        """Keep what attention and MLP of a block add to the residual stream."""
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda module, inputs, output: updates.__setitem__(name, given(output))
+
+        hooks = [
+            self._blocks[number].get_submodule(self._family.update(name)).register_forward_hook(keep(name))
+            for name in ("attention", "mlp")
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def _reading_units(self, number: int, samples: int) -> Iterator[None]:
+        """Show the criteria what the matrices of a block read, and what its experts give."""
+        block, criteria = self._blocks[number], self._reading("activations")
+
+        def reading(dimension: str, sublayer: str) -> Callable[..., None]:
+            def read(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                values = inputs[0].reshape(samples, -1, inputs[0].shape[-1])
+                for criterion in criteria:
+                    criterion.read(number, dimension, sublayer, values)
+
+            return read
+
+        def of_expert(expert: int) -> Callable[..., None]:
+            def see(module: nn.Module, inputs: object, output: Tensor) -> None:
+                for criterion in criteria:
+                    criterion.expert(number, expert, output)
+
+            return see
+
+        hooks = [
+            block.get_submodule(name).register_forward_pre_hook(reading(*place))
+            for name, place in self._family.inputs.items()
+        ]
+        for expert in range(self._job.shape.experts or 0):
+            name = str(self._family.expert_modules).replace("*", str(expert))
+            hooks.append(block.get_submodule(name).register_forward_hook(of_expert(expert)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _unweighed(self, number: int) -> bool:
+        return number not in self._weighed and bool(self._reading("weights", "gradients"))
+
+    @torch.no_grad()
+    def _weigh(self, number: int) -> None:
+        if not self._unweighed(number):
+            return
+        self._weighed.add(number)
+        for name, parameter in self._weights(number).items():
+            for criterion in self._reading("weights", "gradients"):
+                criterion.weigh(number, name, parameter)
+
+    def _weights(self, number: int) -> Mapping[str, nn.Parameter]:
+        """The matrices and the norms' weights of a block."""
+        parameters = self._blocks[number].named_parameters()
+        return {name: parameter for name, parameter in parameters if name.endswith(".weight")}
+
+    def _gradients(self, tokens: Tensor) -> None:
+        """The gradients of every sample's mean loss; each is looked at and dropped as soon as it is there."""
+        trained = {parameter: parameter.requires_grad for parameter in self._model.parameters()}
+        hooks = []
+        try:
+            self._model.requires_grad_(False)
+            for number in range(self._job.layers):
+                for name, parameter in self._weights(number).items():
+                    parameter.requires_grad_(True)
+                    hooks.append(parameter.register_post_accumulate_grad_hook(self._consume(number, name)))
+            with torch.enable_grad():
+                for sample in tokens.split(1):
+                    loss, count = token_losses(self._forward(sample), sample)
+                    (loss.sum() / count.sum()).backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for parameter, before in trained.items():
+                parameter.requires_grad_(before)
+
+    def _consume(self, number: int, name: str) -> Callable[[Tensor], None]:
+        @torch.no_grad()
+        def consume(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            for criterion in self._reading("gradients"):
+                criterion.gradient(number, name, parameter, parameter.grad)
+            parameter.grad = None
+
+        return consume

@@ -1,0 +1,234 @@
+"""Criteria of units: heads, key/value groups, MLP channels, hidden dimensions and experts."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llmprune.models.families import Parameter, Shape
+from llmprune.pruning.scoring.criterion import CRITERIA, Criterion, ScoringJob, Section
+from llmprune.utils.errors import UserError, nearest
+
+AGGREGATIONS = ("mean", "l2")
+DIGITS = 8  # significant, that are kept of every score: a large model has millions of them
+
+
+def unit_sums(parameter: Parameter, values: Tensor, shape: Shape) -> dict[str, Tensor]:
+    """What one parameter adds to each of the units that it belongs to.
+
+    Args:
+        parameter: as its family sees it.
+        values: something that adds up, for each of its numbers.
+        shape: of the model.
+
+    Returns:
+        By dimension of ``Axis``, float32, one sum for each unit; an expert's channels are no units, it is one.
+    """
+    found: dict[str, Tensor] = {}
+    for number, axis in enumerate(parameter.axes):
+        if not axis.dimensions or (parameter.expert is not None and axis.dimensions == ("channel",)):
+            continue
+        along = values.float() if values.ndim == 1 else values.sum(1 - number, dtype=torch.float32)
+        sizes = [shape.units(dimension) for dimension in axis.dimensions]
+        parts = along.split([count * size * axis.repeat for count, size in sizes])
+        for dimension, (count, _), part in zip(axis.dimensions, sizes, parts, strict=True):
+            summed = part.unflatten(0, (count, -1)).sum(1)
+            found[dimension] = found[dimension] + summed if dimension in found else summed
+    if parameter.expert is not None:
+        found["expert"] = torch.zeros(shape.experts or 0, device=values.device)
+        found["expert"][parameter.expert] = values.sum(dtype=torch.float32)
+    return found
+
+
+class _Units(Criterion):
+    """Scores of units from sums; [blocks, units] for each dimension of ``Axis``."""
+
+    section = Section.UNITS
+    dimensions: ClassVar[tuple[str, ...]] = ("query", "key_value", "channel", "hidden", "expert")
+
+    def __init__(self, job: ScoringJob) -> None:
+        super().__init__(job)
+        dense = job.shape.experts is None
+        self._sums = {
+            dimension: job.zeros(job.layers, job.shape.units(dimension)[0])
+            for dimension in self.dimensions
+            if dimension != ("expert" if dense else "channel")
+        }
+
+    def sums(self) -> Sequence[Tensor]:
+        return [self._sums[dimension] for dimension in sorted(self._sums)]
+
+    def scored(self) -> Mapping[str, Tensor]:
+        """The scores of each dimension; ``key_value`` without the queries of the group."""
+        return self._sums
+
+    def result(self) -> dict[str, list[list[float]]]:
+        found = dict(self.scored())
+        result = {}
+        if "query" in found:
+            queries = found.pop("query")
+            result["heads"] = queries
+            result["kv_groups"] = queries.unflatten(1, (self.job.shape.kv_heads, -1)).sum(2) + found.pop("key_value", 0)
+        result |= {_NAMES[dimension]: scores for dimension, scores in found.items()}
+        return {unit: [_rounded(row) for row in scores.tolist()] for unit, scores in result.items()}
+
+
+_NAMES = {"channel": "channels", "hidden": "hidden", "expert": "experts"}
+
+
+def _rounded(row: list[float]) -> list[float]:
+    return [float(f"{value:.{DIGITS}g}") for value in row]
+
+
+class _OfWeights(_Units):
+    """Sums over a unit's weights; biases are left out, as they are for blocks."""
+
+    def sums(self) -> Sequence[Tensor]:
+        return super().sums() if self.reads == "gradients" else ()  # every rank has all weights
+
+    def _add(self, block: int, name: str, values: Tensor) -> None:
+        for dimension, sums in unit_sums(self.job.locate(block, name), values, self.job.shape).items():
+            self._sums[dimension][block] += sums
+
+
+@CRITERIA.register("unit_magnitude_l1")
+class UnitMagnitudeL1(_OfWeights):
+    """Sum of |W| over the rows and columns of each unit."""
+
+    reads = "weights"
+
+    def weigh(self, block: int, name: str, weight: Tensor) -> None:
+        self._add(block, name, weight.abs())
+
+
+@CRITERIA.register("unit_magnitude_l2")
+class UnitMagnitudeL2(_OfWeights):
+    """Sum of W² over the rows and columns of each unit."""
+
+    reads = "weights"
+
+    def weigh(self, block: int, name: str, weight: Tensor) -> None:
+        self._add(block, name, weight.float().square())
+
+
+@CRITERIA.register("unit_taylor")
+class UnitTaylor(_OfWeights):
+    """Sum of |W ∘ ∂L/∂W| over each unit, absolute values taken for every sample (LLM-Pruner, arXiv:2305.11627)."""
+
+    reads = "gradients"
+
+    def gradient(self, block: int, name: str, weight: Tensor, gradient: Tensor) -> None:
+        self._add(block, name, (weight * gradient).abs())
+
+
+class _OfActivations(_Units):
+    """Means over calibration tokens of what each unit gives.
+
+    Heads are measured at what the attention's output matrix reads, channels at what the MLP's reads, hidden dimensions
+    at what both sub-layers read (behind the norm, where there is one), experts at their output. A token's value becomes
+    a sample's and that a score by the aggregations chosen, mean or root mean square; experts, which see some tokens
+    only, always have the mean over all.
+    """
+
+    reads = "activations"
+    dimensions = ("query", "channel", "hidden", "expert")
+
+    def __init__(self, job: ScoringJob) -> None:
+        super().__init__(job)
+        for name in (job.sequence_aggregation, job.batch_aggregation):
+            if name not in AGGREGATIONS:
+                raise UserError(f"there is no aggregation '{name}'; {nearest(name, AGGREGATIONS)}")
+        self._of_mlp = job.zeros(job.layers, job.shape.hidden)  # hidden dimensions as the MLP reads them
+        self._samples, self._tokens = job.zeros(job.layers), job.zeros(job.layers)
+
+    def magnitude(self, values: Tensor) -> Tensor:
+        """Of units, over the last dimension."""
+        raise NotImplementedError
+
+    def read(self, block: int, dimension: str, sublayer: str, values: Tensor) -> None:
+        samples, length = values.shape[:2]
+        if dimension == "query":
+            self._samples[block] += samples
+            self._tokens[block] += samples * length
+            values = self.magnitude(values.unflatten(-1, (self.job.shape.heads, -1)))
+        power = AGGREGATIONS.index(self.job.sequence_aggregation) + 1
+        of_samples = torch.linalg.vector_norm(values, power, dim=1, dtype=torch.float32) / length ** (1 / power)
+        if self.job.batch_aggregation == "l2":
+            of_samples = of_samples.square()
+        sums = self._of_mlp if (dimension, sublayer) == ("hidden", "mlp") else self._sums[dimension]
+        sums[block] += of_samples.sum(0)
+
+    def expert(self, block: int, number: int, output: Tensor) -> None:
+        self._sums["expert"][block, number] += self.magnitude(output).sum(dtype=torch.float32)
+
+    def sums(self) -> Sequence[Tensor]:
+        return [*super().sums(), self._of_mlp, self._samples, self._tokens]
+
+    def scored(self) -> Mapping[str, Tensor]:
+        scores = {}
+        for dimension, sums in self._sums.items():
+            if dimension == "expert":
+                scores[dimension] = sums / self._tokens[:, None]
+            else:
+                scores[dimension] = self._of_all_samples(sums)
+        scores["hidden"] = scores["hidden"] + self._of_all_samples(self._of_mlp)
+        return scores
+
+    def _of_all_samples(self, sums: Tensor) -> Tensor:
+        means = sums / self._samples[:, None]
+        return means.sqrt() if self.job.batch_aggregation == "l2" else means
+
+
+@CRITERIA.register("unit_activation_l2")
+class UnitActivationL2(_OfActivations):
+    """Mean L2 norm of what a unit gives (Minitron, arXiv:2407.14679, section 2.2)."""
+
+    def magnitude(self, values: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(values, 2, dim=-1, dtype=torch.float32)
+
+
+@CRITERIA.register("unit_activation_abs")
+class UnitActivationAbs(_OfActivations):
+    """Mean absolute value of what a unit gives; the same as the L2 norm where a unit is one number."""
+
+    def magnitude(self, values: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(values, 1, dim=-1, dtype=torch.float32) / values.shape[-1]
+
+
+@CRITERIA.register("expert_frequency")
+class ExpertFrequency(_Units):
+    """Share of the tokens that the router sends to each expert."""
+
+    reads = "activations"
+    needs_experts = True
+    dimensions = ("expert",)
+
+    def __init__(self, job: ScoringJob) -> None:
+        super().__init__(job)
+        self._tokens = job.zeros(job.layers)
+
+    def read(self, block: int, dimension: str, sublayer: str, values: Tensor) -> None:
+        if dimension == "query":
+            self._tokens[block] += values.shape[0] * values.shape[1]
+
+    def expert(self, block: int, number: int, output: Tensor) -> None:
+        self._sums["expert"][block, number] += len(output)
+
+    def sums(self) -> Sequence[Tensor]:
+        return [*super().sums(), self._tokens]
+
+    def scored(self) -> Mapping[str, Tensor]:
+        return {"expert": self._sums["expert"] / self._tokens[:, None]}
+
+
+@CRITERIA.register("unit_random")
+class UnitRandom(_Units):
+    """A seeded random order of the units."""
+
+    def sums(self) -> Sequence[Tensor]:
+        return ()
+
+    def scored(self) -> Mapping[str, Tensor]:
+        generator = torch.Generator().manual_seed(self.job.seed)
+        return {name: torch.rand(self._sums[name].shape, generator=generator) for name in sorted(self._sums)}

@@ -1,0 +1,95 @@
+"""Criteria on weights alone and on weights with their gradients.
+
+They look at a block's matrices and the weights of its norms; biases are left out, as in the papers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmprune.pruning.scoring.criterion import CRITERIA, Criterion, ScoringJob
+from llmprune.pruning.scoring.reductions import reduce_block
+
+
+def row_sums(weight: Tensor) -> Tensor:
+    """Sums along the rows of a matrix, [rows]; a vector's elements are rows themselves."""
+    return weight.flatten(1).sum(1, dtype=torch.float32) if weight.ndim > 1 else weight.float()
+
+
+class _FromRows(Criterion):
+    """Scores from the row sums of every matrix of a block."""
+
+    def __init__(self, job: ScoringJob) -> None:
+        super().__init__(job)
+        self.rows: list[dict[str, Tensor]] = [{} for _ in range(job.layers)]
+
+    def result(self) -> list[float]:
+        job = self.job
+        return [
+            reduce_block([rows[name] for name in sorted(rows)], job.row_reduction, job.matrix_reduction)
+            for rows in self.rows
+        ]
+
+
+@CRITERIA.register("magnitude_l1")
+class MagnitudeL1(_FromRows):
+    """Sum of |W| over a block's matrices and norms (arXiv:2402.02834, section 3.1)."""
+
+    reads = "weights"
+
+    def weigh(self, block: int, name: str, weight: Tensor) -> None:
+        self.rows[block][name] = row_sums(weight.abs())
+
+
+@CRITERIA.register("magnitude_l2")
+class MagnitudeL2(_FromRows):
+    """Sum of W² over a block's matrices and norms (arXiv:2411.15558)."""
+
+    reads = "weights"
+
+    def weigh(self, block: int, name: str, weight: Tensor) -> None:
+        self.rows[block][name] = row_sums(weight.float().square())
+
+
+@CRITERIA.register("taylor")
+class Taylor(_FromRows):
+    """Sum of |W ∘ ∂L/∂W|, absolute values taken for every sample: no cancellation between samples."""
+
+    reads = "gradients"
+
+    def weigh(self, block: int, name: str, weight: Tensor) -> None:
+        self.rows[block].setdefault(name, torch.zeros(len(weight), device=self.job.device))
+
+    def gradient(self, block: int, name: str, weight: Tensor, gradient: Tensor) -> None:
+        self.rows[block][name] += row_sums((weight * gradient).abs())
+
+    def sums(self) -> Sequence[Tensor]:
+        return [rows[name] for rows in self.rows for name in sorted(rows)]
+
+
+@CRITERIA.register("taylor_signed")
+class TaylorSigned(Criterion):
+    """Sum of |Σ W ∘ ∂L/∂W|, samples added up before the absolute value (arXiv:2305.11627, 2402.02834)."""
+
+    reads = "gradients"
+
+    def __init__(self, job: ScoringJob) -> None:
+        super().__init__(job)
+        self._products: list[dict[str, Tensor]] = [{} for _ in range(job.layers)]
+
+    def weigh(self, block: int, name: str, weight: Tensor) -> None:
+        self._products[block].setdefault(name, torch.zeros_like(weight, dtype=torch.float32))
+
+    def gradient(self, block: int, name: str, weight: Tensor, gradient: Tensor) -> None:
+        self._products[block][name].addcmul_(weight.float(), gradient.float())
+
+    def sums(self) -> Sequence[Tensor]:
+        return [products[name] for products in self._products for name in sorted(products)]
+
+    def result(self) -> list[float]:
+        job = self.job
+        return [
+            reduce_block([row_sums(p[name].abs()) for name in sorted(p)], job.row_reduction, job.matrix_reduction)
+            for p in self._products
+        ]

@@ -1,0 +1,227 @@
+"""What the output matrices of narrowed sub-layers can make up for in closed form.
+
+What a sub-layer adds to the residual stream is linear in what its output matrix W reads. Of inputs that go, a_g, the
+rest can stand in for a part: a_g ≈ L a_k + m, with L and m from calibration samples; W_g L joins the kept columns and
+W_g m the bias. With L by least squares this is the same as fitting the kept columns anew to the whole matrix's output.
+
+A fit says nothing of tokens that it has not seen: each matrix is fitted on some of the calibration samples and tried on
+the others. The ridge is the one that does best there, and a matrix that does no better there than without a correction
+is left as it is.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from llmprune.models.block_hooks import Run, blocks_of, visited
+from llmprune.models.families import family_of
+from llmprune.models.least_squares import LEAST, RIDGES, least_squares, samples_fitted, samples_for
+from llmprune.plans.plan import KeptBlock, Plan
+from llmprune.pruning.scoring.removals import in_batches
+from llmprune.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from llmprune.pruning.selection.methods import Opened
+
+CORRECTIONS = ("none", "mean", "refit")
+
+
+@dataclass
+class _Read:
+    """Sums over tokens, float64, of what an output matrix reads: a, and a · kept aᵀ."""
+
+    kept: Tensor
+    gone: Tensor
+    tokens: int
+    total: Tensor
+    products: Tensor | None
+
+    def add(self, values: Tensor) -> None:
+        a = values.flatten(0, -2).double()
+        self.tokens += len(a)
+        self.total += a.sum(0)
+        if self.products is not None:
+            self.products += a.T @ a[:, self.kept]
+
+
+class _Tried:
+    """The squared errors of a matrix's output on samples that it was not fitted on, for every way to correct it."""
+
+    def __init__(self, read: _Read, module: nn.Module, ways: Sequence[Mapping[str, Tensor]]) -> None:
+        """Prepare to try.
+
+        Args:
+            read: what was fitted.
+            module: the matrix.
+            ways: corrections, as plans hold them.
+        """
+        self._kept, self._gone = read.kept, read.gone
+        self._weight = module.get_parameter("weight").float()[:, read.gone].T
+        self._ways = ways
+        self.errors = torch.zeros(1 + len(ways), dtype=torch.float64, device=read.total.device)
+
+    def add(self, values: Tensor) -> None:
+        a = values.flatten(0, -2).float()
+        kept, gone = a[:, self._kept], a[:, self._gone]
+        for place, way in enumerate(({}, *self._ways)):
+            missed = gone
+            if "linear" in way:
+                missed = missed - kept @ way["linear"].float().T
+            if "mean" in way:
+                missed = missed - way["mean"].float()
+            self.errors[place] += (missed @ self._weight).double().square().sum()
+
+    def best(self) -> Mapping[str, Tensor]:
+        """The correction with the least error; an empty one if none is better than nothing."""
+        place = int(self.errors.nan_to_num(nan=torch.inf).argmin())
+        return self._ways[place - 1] if place else {}
+
+
+def check_correction(kind: str, config: PretrainedConfig) -> None:
+    """Raise ``UserError`` if models of this config can't be corrected so."""
+    if kind != "mean":
+        return
+    family = family_of(config)
+    with torch.device("meta"):
+        names = dict(AutoModelForCausalLM.from_config(config).named_parameters())
+    for name, (dimension, _) in family.inputs.items():
+        if dimension != "hidden" and f"{family.blocks}.0.{name}.bias" not in names:
+            raise UserError(
+                f"this {family.name} model has no biases in {name} to fold means into: take the correction refit"
+            )
+
+
+def is_correctable(plan: Plan) -> bool:
+    """Whether a plan takes heads or channels."""
+    return any(plan.inputs(block, sublayer)[1] for block in plan.blocks for sublayer in ("attention", "mlp"))
+
+
+@torch.no_grad()
+def corrected(plan: Plan, kind: str, opened: "Opened") -> Plan:
+    """The plan with corrections of the output matrices of all attentions and MLPs that it narrows.
+
+    Args:
+        plan: which units stay.
+        kind: ``mean`` folds the mean of what goes into the bias, for models that have one there; ``refit`` fits the
+            kept columns by least squares, and the bias where there is one.
+        opened: the model and its calibration samples; one walk through the model, with a matrix of [inputs, kept
+            inputs] in float64 for one block at a time.
+
+    Raises:
+        UserError: there are no biases for ``mean``, blocks are merged, or the samples are too few.
+    """
+    model, samples = opened.model, opened.tokens
+    check_samples(plan, kind, *samples.shape)
+    fitted = samples_fitted(len(samples))
+    family = family_of(model.config)
+    blocks, numbers = blocks_of(model), {block.attention: block for block in plan.blocks}
+    outputs = {sublayer: name for name, (dimension, sublayer) in family.inputs.items() if dimension != "hidden"}
+    narrowed = {
+        (sublayer, number): block
+        for block in plan.blocks
+        for sublayer, number in (("attention", block.attention), ("mlp", block.mlp))
+        if sublayer in outputs and plan.inputs(block, sublayer)[1]
+    }
+    if any(block.merge is not None for block in numbers.values()):
+        raise UserError("merged blocks have no matrices of their own to correct: leave out the merge or the correction")
+    found: dict[str, Tensor] = {}
+
+    def visit(number: int, run: Run, states: Tensor) -> Tensor:
+        reads = {
+            sublayer: _empty(plan, narrowed[sublayer, number], sublayer, kind, states.device)
+            for sublayer in outputs
+            if (sublayer, number) in narrowed
+        }
+        modules = {sublayer: blocks[number].get_submodule(outputs[sublayer]) for sublayer in reads}
+        with _reading(modules, {sublayer: read.add for sublayer, read in reads.items()}):
+            after = in_batches(run, states[:fitted], opened.batch_size)
+        ways = {name: _ways(read, modules[name], family.name) for name, read in reads.items()}
+        tried = {name: _Tried(read, modules[name], ways[name]) for name, read in reads.items()}
+        with _reading(modules, {sublayer: one.add for sublayer, one in tried.items()}):
+            after = torch.cat([after, in_batches(run, states[fitted:], opened.batch_size)])
+        for sublayer, one in tried.items():
+            found.update({f"{name}.{sublayer}.{number}": tensor.float().cpu() for name, tensor in one.best().items()})
+        return after[:1, :1] if number == len(blocks) - 1 else after
+
+    blocks = nn.ModuleList(blocks)  # as they are before they are visited
+    with visited(model, visit):
+        model(input_ids=samples, use_cache=False)
+    return replace(plan, corrections=found)
+
+
+def check_samples(plan: Plan, kind: str, samples: int, length: int) -> None:
+    """Refuse to fit on too few tokens.
+
+    Args:
+        plan: which units stay.
+        kind: of the correction.
+        samples: for calibration.
+        length: tokens of each.
+
+    Raises:
+        UserError: there are too few; the message says how many would do.
+    """
+    inputs = [plan.inputs(block, sublayer) for block in plan.blocks for sublayer in ("attention", "mlp")]
+    check_tokens(max((len(kept) for kept, gone in inputs if gone), default=0), kind, samples, length)
+
+
+def check_tokens(inputs: int, kind: str, samples: int, length: int) -> None:
+    """``check_samples`` for a number of inputs that stay."""
+    if kind == "none":
+        return
+    if samples < 2:
+        raise UserError("a correction is fitted on some samples and tried on others: score at least two (--samples)")
+    if kind == "refit" and (tokens := samples_fitted(samples) * length) < LEAST * inputs:
+        enough = samples_for(math.ceil(LEAST * inputs / length))
+        raise UserError(
+            f"the correction refit fits {inputs:,} inputs on {tokens:,} calibration tokens, which must be {LEAST} for "
+            f"each input at least: score again with --samples {enough} (of {length} tokens)"
+        )
+
+
+@contextmanager
+def _reading(modules: Mapping[str, nn.Module], readers: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """While open, ``readers`` are given what the modules of the same names read."""
+    hooks = [
+        modules[name].register_forward_pre_hook(lambda module, inputs, add=add: add(inputs[0]))
+        for name, add in readers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _empty(plan: Plan, block: KeptBlock, sublayer: str, kind: str, device: torch.device) -> _Read:
+    kept, gone = (torch.tensor(rows, device=device) for rows in plan.inputs(block, sublayer))
+    size = len(kept) + len(gone)
+    total = torch.zeros(size, dtype=torch.float64, device=device)
+    products = torch.zeros(size, len(kept), dtype=torch.float64, device=device) if kind == "refit" else None
+    return _Read(kept, gone, 0, total, products)
+
+
+def _ways(read: _Read, module: nn.Module, family: str) -> list[dict[str, Tensor]]:
+    """The corrections that a matrix may get, as plans hold them."""
+    mean = read.total / read.tokens
+    biased = getattr(module, "bias", None) is not None
+    if read.products is None:
+        if not biased:
+            raise UserError(f"this {family} model has no biases to fold means into: take the correction refit")
+        return [{"mean": mean[read.gone]}]
+    products = read.products / read.tokens
+    if biased:
+        products -= mean[:, None] * mean[read.kept]
+    own, across = products[read.kept], products[read.gone]
+    found = []
+    for ridge in RIDGES:
+        linear = least_squares(own, across.T, ridge).T
+        bias = {"mean": mean[read.gone] - linear @ mean[read.kept]} if biased else {}
+        found.append({"linear": linear, **bias})
+    return found

@@ -1,0 +1,134 @@
+"""Selections that look at the model again after every removal."""
+
+from collections.abc import Sequence
+
+import psutil
+import torch
+from torch import Tensor
+
+from llmprune.models.block_hooks import Run, shortened, visited
+from llmprune.models.causal_lm import token_losses
+from llmprune.plans.plan import KeptBlock
+from llmprune.pruning.scoring.criterion import CRITERIA, ScoringJob, Section
+from llmprune.pruning.scoring.scorer import Scorer
+from llmprune.pruning.selection.methods import SELECTIONS, Opened, Request, lowest_blocks, no_criterion, without
+from llmprune.utils.errors import UserError
+
+
+@SELECTIONS.register("iterative")
+def iterative(request: Request) -> tuple[KeptBlock, ...]:
+    """The block with the lowest score goes and what is left is scored anew, until enough are gone."""
+    name = request.criterion
+    if CRITERIA.get(name).section is not Section.BLOCKS:
+        raise UserError(f"iterative selection needs a criterion of blocks; {name} is none")
+    removable, opened = set(request.removable()), request.open()
+    settings = request.scores.settings
+    live = list(range(request.layers))
+    for _ in range(request.remove):
+        with shortened(opened.model, live):
+            job = ScoringJob(
+                opened.model.config,
+                opened.model.device,
+                settings["row_reduction"],
+                settings["matrix_reduction"],
+                seed=settings["seed"],
+            )
+            scorer = Scorer(opened.model, [name], job, batch_size=opened.batch_size)
+            if scorer.reads_text:
+                for tokens in opened.tokens.split(opened.batch_size):
+                    scorer.update(tokens)
+            scores = scorer.scores()[Section.BLOCKS.value][name]
+        places = [place for place, block in enumerate(live) if block in removable]
+        (gone,) = lowest_blocks(scores, places, 1)
+        del live[gone]
+    return tuple(KeptBlock.whole(block) for block in live)
+
+
+@SELECTIONS.register("greedy")
+def greedy(request: Request) -> tuple[KeptBlock, ...]:
+    """The block whose removal leaves the lowest perplexity goes, again and again (SLEB, arXiv:2402.09025).
+
+    Every candidate starts from the states that it shares with the present model, and those of the winner are kept as
+    the next present model's: with N blocks, the first and last protected, removing K costs
+    N + Σ_k (N−k−2)(N−k−1)/2 block evaluations per batch, k from 0 to K − 1.
+    """
+    no_criterion(request)
+    removable, opened = request.removable(default=1), request.open()
+    _check_memory(request, opened)
+    present = _Trace.of_whole(opened, request.layers)
+    gone: list[int] = []
+    for _ in range(request.remove):
+        best: tuple[float, int, _Trace] | None = None
+        for block in removable:
+            if block in gone:
+                continue
+            trace = present.without(opened, block)
+            if best is None or trace.loss < best[0]:
+                best = trace.loss, block, trace
+        assert best is not None
+        gone.append(best[1])
+        present = best[2]
+    return without(request.layers, gone)
+
+
+class _Trace:
+    """A model with some blocks removed: what every block that stays reads, and its loss.
+
+    Attributes:
+        inputs: of every block, [samples, length, hidden], on the host.
+        live: the blocks that stay.
+        loss: mean next-token loss on the samples.
+    """
+
+    def __init__(self, live: Sequence[int], inputs: dict[int, Tensor]) -> None:
+        self.live, self.inputs, self.loss = list(live), inputs, 0.0
+
+    @classmethod
+    def of_whole(cls, opened: Opened, layers: int) -> "_Trace":
+        trace = cls(range(layers), {})
+        trace._walk(opened, start=0)
+        return trace
+
+    def without(self, opened: Opened, block: int) -> "_Trace":
+        """The same with one block less, computed from that block on."""
+        live = [other for other in self.live if other != block]
+        trace = _Trace(live, {number: states for number, states in self.inputs.items() if number < block})
+        following = next((other for other in live if other > block), None)
+        trace._walk(opened, start=block if following is None else following, states=self.inputs[block])
+        return trace
+
+    @torch.no_grad()
+    def _walk(self, opened: Opened, start: int, states: Tensor | None = None) -> None:
+        """Compute from block ``start`` on, which reads ``states`` (None: what the embedding gives)."""
+        recorded: dict[int, list[Tensor]] = {number: [] for number in self.live if number >= start}
+        loss, count = 0.0, 0
+        for first in range(0, len(opened.tokens), opened.batch_size):
+            part = slice(first, first + opened.batch_size)
+            tokens = opened.tokens[part]
+
+            def visit(number: int, run: Run, x: Tensor, part: slice = part) -> Tensor:
+                if number == start and states is not None:
+                    x = states[part].to(x.device)
+                if number not in recorded:
+                    return x
+                recorded[number].append(x.cpu())
+                return run(x)
+
+            with visited(opened.model, visit):
+                logits = opened.model(input_ids=tokens, use_cache=False).logits
+            losses, counts = token_losses(logits, tokens)
+            loss, count = loss + losses.double().sum().item(), count + int(counts.sum())
+        self.inputs |= {number: torch.cat(parts) for number, parts in recorded.items()}
+        self.loss = loss / count
+
+
+def _check_memory(request: Request, opened: Opened) -> None:
+    """Refuse what can't fit: the states of three models (present, best, tried) at every block."""
+    size = next(opened.model.parameters()).element_size()
+    needed = 3 * request.layers * opened.tokens.numel() * request.scores.source.hidden * size
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"greedy selection keeps {needed / 1e9:.1f} GB of states and {free / 1e9:.1f} GB are free: take fewer or "
+            "shorter samples, or --method iterative --criterion perplexity, which keeps none"
+        )

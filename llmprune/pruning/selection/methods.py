@@ -1,0 +1,411 @@
+"""Which blocks go: plug-ins that turn scores into the blocks of a plan."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmprune.models.families import PRUNED, target_shape
+from llmprune.plans.plan import KeptBlock, Plan
+from llmprune.pruning.scoring.scores import Scores
+from llmprune.pruning.selection.correction import CORRECTIONS, check_samples, corrected, is_correctable
+from llmprune.pruning.selection.width import narrowed, whole
+from llmprune.utils.errors import UserError, nearest
+from llmprune.utils.registry import Registry
+
+
+@dataclass
+class PlanConfig:
+    """How a plan follows from scores.
+
+    Attributes:
+        method: a registered way to select blocks: lowest, span, list, sublayers, iterative, greedy or merge.
+        criterion: whose scores of blocks decide.
+        remove: how many blocks go.
+        shape: what comes out, any of layers, hidden, heads, kv_heads, intermediate and experts; the rest stays.
+        unit_criterion: whose scores of units decide.
+        expert_criterion: the same for experts; null = unit_criterion.
+        correction: of the output matrices of narrowed attentions and MLPs on the calibration samples: none, mean (what
+            goes is folded into biases) or refit (the columns that stay are fitted by least squares).
+        drop: with ``list``, what goes: numbers of blocks, or ``attention.N`` and ``mlp.N``.
+        protect_first: so many blocks at the start stay; null = none (greedy and merge: one).
+        protect_last: so many at the end.
+        threshold: with ``merge``, the mean cosine that the final hidden states must keep.
+        merge_size: with ``merge``, how many blocks become one at a time.
+        merge_step: with ``merge``, how many blocks to go back after a merge.
+        force: take a plan with corrections, or under a budget, even if its calibration loss says that it is ruined.
+    """
+
+    method: str = "lowest"
+    criterion: str | None = None
+    remove: int | None = None
+    drop: list[str] | None = None
+    protect_first: int | None = None
+    protect_last: int | None = None
+    threshold: float = 0.65
+    merge_size: int = 4
+    merge_step: int = 2
+    shape: dict[str, int] | None = None
+    unit_criterion: str | None = None
+    expert_criterion: str | None = None
+    correction: str = "none"
+    force: bool = False
+
+    def check(self) -> None:
+        """Raise ``UserError`` for settings that contradict each other."""
+        if self.correction not in CORRECTIONS:
+            raise UserError(f"there is no correction '{self.correction}'; {nearest(self.correction, CORRECTIONS)}")
+        if self.shape is not None and not self.shape:
+            raise UserError(f"the shape is empty: name at least one of {', '.join(PRUNED)}")
+        if self.shape is not None and "layers" in self.shape and (self.remove is not None or self.drop is not None):
+            raise UserError("the shape says how many layers stay: leave out --remove and --drop")
+
+    def of_depth(self, layers: int) -> "PlanConfig | None":
+        """How blocks are selected; None if all stay."""
+        if self.shape is None:
+            return self
+        if (kept := self.shape.get("layers")) is not None:
+            return None if kept == layers else replace(self, remove=layers - kept)
+        return None if self.remove is None and self.drop is None and self.method == "lowest" else self
+
+
+@dataclass
+class PlansConfig:
+    """The plans that a scoring job writes: ``plan-N.json`` for every N in ``remove``, or ``plan.json``.
+
+    Attributes:
+        method: a registered way to select blocks.
+        criterion: whose scores of blocks decide.
+        remove: how many blocks go, for each plan.
+        protect_first: so many blocks at the start stay.
+        protect_last: so many at the end.
+        shape: what comes out; see ``PlanConfig``.
+        unit_criterion: whose scores of units decide.
+        expert_criterion: the same for experts; null = unit_criterion.
+        correction: of output matrices: none, mean or refit.
+    """
+
+    criterion: str | None = None
+    remove: list[int] = field(default_factory=list)
+    method: str = "lowest"
+    protect_first: int | None = None
+    protect_last: int | None = None
+    shape: dict[str, int] | None = None
+    unit_criterion: str | None = None
+    expert_criterion: str | None = None
+    correction: str = "none"
+
+    def each(self) -> dict[str, PlanConfig]:
+        """The settings of every plan, by the name of its file."""
+        counts: list[int | None] = [*self.remove]
+        if not counts and self.shape is not None:
+            counts = [None]
+        return {
+            "plan.json" if count is None else f"plan-{count}.json": PlanConfig(
+                self.method,
+                self.criterion,
+                count,
+                protect_first=self.protect_first,
+                protect_last=self.protect_last,
+                shape=self.shape,
+                unit_criterion=self.unit_criterion,
+                expert_criterion=self.expert_criterion,
+                correction=self.correction,
+            )
+            for count in counts
+        }
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The model itself, for the ways that look at it again.
+
+    Attributes:
+        model: in memory, in evaluation mode; merging changes its weights.
+        samples: its calibration samples, [samples, length]; None if it was scored without any.
+        batch_size: samples that go through a block at a time.
+    """
+
+    model: PreTrainedModel
+    samples: Tensor | None
+    batch_size: int
+
+    @property
+    def tokens(self) -> Tensor:
+        """The calibration samples.
+
+        Raises:
+            UserError: there are none.
+        """
+        if self.samples is None:
+            raise UserError("the scores were computed without calibration text: score again with --data")
+        return self.samples
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be selected.
+
+    Attributes:
+        scores: the model's.
+        config: how.
+        open: opens the model that was scored, with its calibration samples.
+        parallel: whether attention and MLP of a block read the same input.
+    """
+
+    scores: Scores
+    config: PlanConfig
+    open: Callable[[], Opened]
+    parallel: bool
+
+    @property
+    def layers(self) -> int:
+        """The number of blocks."""
+        return self.scores.layers
+
+    @cached_property
+    def criterion(self) -> str:
+        """The criterion that decides.
+
+        Raises:
+            UserError: none was named.
+        """
+        if self.config.criterion is None:
+            known = ", ".join([*self.scores.blocks, *self.scores.spans])
+            raise UserError(
+                f"name the criterion that decides with --criterion (plan.criterion in a YAML); the scores have {known}"
+            )
+        return self.config.criterion
+
+    @cached_property
+    def remove(self) -> int:
+        """How many blocks go.
+
+        Raises:
+            UserError: the number is missing or leaves nothing.
+        """
+        count = self.config.remove
+        if count is None:
+            raise UserError("say how many blocks go with --remove (plan.remove in a YAML)")
+        if not 1 <= count < self.layers:
+            raise UserError(f"{count} of {self.layers} blocks can't be removed: choose 1 to {self.layers - 1}")
+        return count
+
+    def removable(self, default: int = 0) -> list[int]:
+        """The blocks that are not protected.
+
+        Args:
+            default: how many are protected at each end if the user does not say.
+
+        Raises:
+            UserError: the protected blocks leave too few, or too many are to go.
+        """
+        wanted = 1 if self.config.remove is None else self.remove
+        ends = self.config.protect_first, self.config.protect_last
+        first, last = (default if end is None else end for end in ends)
+        if first < 0 or last < 0:
+            raise UserError("protected blocks can't be fewer than none")
+        blocks = list(range(first, self.layers - last))
+        if len(blocks) < wanted:
+            raise UserError(
+                f"with the first {first} and the last {last} blocks protected only {len(blocks)} of {self.layers} can "
+                f"go, not {wanted}"
+            )
+        return blocks
+
+
+Selection = Callable[[Request], tuple[KeptBlock, ...]]
+SELECTIONS: Registry[Selection] = Registry("selections", "way to select")
+
+
+def select(request: Request) -> Plan:
+    """The plan that a request asks for.
+
+    Raises:
+        UserError: it is impossible.
+    """
+    config, scores = request.config, request.scores
+    config.check()
+    if config.shape is None and (config.unit_criterion or config.expert_criterion or config.correction != "none"):
+        raise UserError("a criterion of units and a correction go with a shape: name it with --shape")
+    plan = Plan(scores.family, scores.fingerprint, scores.source, blocks_of(request))
+    if config.shape is None:
+        return plan
+    target = target_shape(scores.source, {**config.shape, "layers": len(plan.blocks)})
+    plan = narrowed(plan, target, scores, config.unit_criterion, config.expert_criterion)
+    if plan.shape == scores.source:
+        raise UserError("the shape is the model's own: nothing would go")
+    if config.correction != "none":
+        if not is_correctable(plan):
+            raise UserError("nothing to correct: the plan takes no heads and no channels")
+        check_samples(plan, config.correction, *calibration_size(scores.data))
+        plan = corrected(plan, config.correction, request.open())
+    return plan
+
+
+def calibration_size(data: Mapping[str, Any]) -> tuple[int, int]:
+    """How many calibration samples scores were computed with, and the tokens of each.
+
+    Args:
+        data: of the scores.
+
+    Raises:
+        UserError: they do not say, or there were none.
+    """
+    samples, length = data.get("samples"), data.get("length")
+    if not isinstance(samples, int) or not isinstance(length, int):
+        raise UserError("the scores were computed without calibration text: score again with --data")
+    return samples, length
+
+
+def blocks_of(request: Request) -> tuple[KeptBlock, ...]:
+    """The blocks that stay, whole."""
+    config, layers = request.config, request.layers
+    depth = config.of_depth(layers)
+    if depth is not None:
+        return SELECTIONS.get(config.method)(replace(request, config=depth))
+    if config.criterion is not None:
+        raise UserError("no blocks go: leave out the criterion of blocks, or say how many go")
+    return whole(layers)
+
+
+def without(layers: int, removed: Sequence[int]) -> tuple[KeptBlock, ...]:
+    """All blocks but ``removed``."""
+    return tuple(block for block in whole(layers) if block.attention not in removed)
+
+
+def lowest_blocks(scores: Sequence[float], removable: Sequence[int], count: int) -> list[int]:
+    """The removable blocks with the lowest scores; of equals the later ones."""
+    return sorted(sorted(removable, key=lambda block: (scores[block], -block))[:count])
+
+
+def no_criterion(request: Request) -> None:
+    """Refuse a criterion where the way to select has its own.
+
+    Raises:
+        UserError: one was named.
+    """
+    if request.config.criterion is not None:
+        raise UserError(f"'{request.config.method}' decides by itself: leave out the criterion")
+
+
+@SELECTIONS.register("lowest")
+def lowest(request: Request) -> tuple[KeptBlock, ...]:
+    """The blocks with the lowest scores go."""
+    scores = request.scores.of_blocks(request.criterion)
+    return without(request.layers, lowest_blocks(scores, request.removable(), request.remove))
+
+
+@SELECTIONS.register("span")
+def span(request: Request) -> tuple[KeptBlock, ...]:
+    """One span of neighbouring blocks goes: the most alike at both ends, or the lowest in sum."""
+    count, removable, scores = request.remove, request.removable(), request.scores
+    starts = [block for block in removable if block + count - 1 in removable]
+    if not starts:
+        raise UserError(f"no span of {count} blocks lies within the {len(removable)} that are not protected")
+    name = request.criterion
+    if name in scores.spans:
+        lengths = scores.of_spans(name)[str(count)]
+        cost = [-value if name == "cosine" else value for value in lengths]
+    else:
+        blocks = scores.of_blocks(name)
+        cost = [sum(blocks[start : start + count]) for start in range(request.layers - count + 1)]
+    start = min(starts, key=lambda place: cost[place])
+    return without(request.layers, range(start, start + count))
+
+
+@SELECTIONS.register("list")
+def explicit(request: Request) -> tuple[KeptBlock, ...]:
+    """What the user lists goes: blocks, or an attention or MLP alone where the config can express the rest."""
+    listed = request.config.drop
+    if not listed:
+        raise UserError("list what goes with --drop: 3,7 or attention.3,mlp.2")
+    config = request.config
+    for name, given in (
+        ("--remove", config.remove),
+        ("--protect-first", config.protect_first),
+        ("--protect-last", config.protect_last),
+        ("--criterion", config.criterion),
+    ):
+        if given is not None:
+            raise UserError(f"the list says what goes: leave out {name}")
+    gone: set[tuple[int, str]] = set()
+    for item in listed:
+        kind, _, number = str(item).rpartition(".")
+        if not number.isdecimal() or kind not in ("", "attention", "mlp"):
+            raise UserError(f"'{item}' is neither a block's number nor attention.N or mlp.N")
+        if int(number) >= request.layers:
+            raise UserError(f"there is no block {number}: the model has {request.layers}, from 0")
+        gone |= {(int(number), name) for name in ([kind] if kind else ["attention", "mlp"])}
+    return pair_sublayers(request, gone)
+
+
+def pair_sublayers(request: Request, gone: set[tuple[int, str]]) -> tuple[KeptBlock, ...]:
+    """The blocks that hold what stays, each an attention and the MLP after it.
+
+    Args:
+        request: for the model's layout.
+        gone: the sub-layers that go: (block, ``attention`` or ``mlp``).
+
+    Raises:
+        UserError: no config can express it.
+    """
+    order = [(block, name) for block in range(request.layers) for name in ("attention", "mlp")]
+    kept = [sublayer for sublayer in order if sublayer not in gone]
+    for place, (block, name) in enumerate(kept):
+        if name != ("attention", "mlp")[place % 2] or (place == len(kept) - 1 and name == "attention"):
+            raise UserError(
+                f"the {name} of block {block} would stay without a partner, which no {request.scores.family} config "
+                "can express: what goes must be pairs of neighbours, such as attention.3,mlp.3 or mlp.3,attention.4"
+            )
+    blocks = tuple(KeptBlock(attention, mlp) for (attention, _), (mlp, _) in zip(kept[::2], kept[1::2], strict=True))
+    if request.parallel and any(block.attention != block.mlp for block in blocks):
+        raise UserError(
+            f"attention and MLP of this {request.scores.family} model's blocks read the same input: they go together"
+        )
+    return blocks
+
+
+@SELECTIONS.register("sublayers")
+def sublayers(request: Request) -> tuple[KeptBlock, ...]:
+    """Pairs of neighbouring sub-layers go, across blocks too: those whose influences add up to the least."""
+    no_criterion(request)
+    if request.parallel:
+        raise UserError(
+            f"attention and MLP of this {request.scores.family} model's blocks read the same input: no pair of "
+            "neighbours but a whole block can go"
+        )
+    influence = {name: request.scores.subblocks.get(name) for name in ("attention", "mlp")}
+    attention, mlp = influence["attention"], influence["mlp"]
+    if attention is None or mlp is None:
+        raise UserError("the scores have no influence of sub-layers: score again with the criteria attention and mlp")
+    removable = request.removable()
+    order = [(block, name) for block in removable for name in ("attention", "mlp")]
+    costs = [(attention if name == "attention" else mlp)[block] for block, name in order]
+    gone = cheapest_pairs(costs, request.remove)
+    return pair_sublayers(request, {order[place] for pair in gone for place in (pair, pair + 1)})
+
+
+def cheapest_pairs(costs: Sequence[float], count: int) -> list[int]:
+    """The places of ``count`` pairs of neighbours that do not overlap and cost least together, by dynamic programming.
+
+    Removing pairs of neighbours one after the other may bring others together; a run of any even length is a row of
+    such pairs, so nothing is lost by looking at pairs that are neighbours from the start.
+    """
+    infinity = float("inf")
+    best = [[0.0] + [infinity] * count for _ in range(len(costs) + 1)]
+    for end in range(2, len(costs) + 1):
+        for pairs in range(1, count + 1):
+            with_pair = best[end - 2][pairs - 1] + costs[end - 2] + costs[end - 1]
+            best[end][pairs] = min(best[end - 1][pairs], with_pair)
+    found, end, pairs = [], len(costs), count
+    while pairs:
+        if best[end][pairs] == best[end - 1][pairs]:
+            end -= 1
+            continue
+        found.append(end - 2)
+        end, pairs = end - 2, pairs - 1
+    return found[::-1]

@@ -1,0 +1,186 @@
+"""A page on which several models answer the same prompt side by side."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmprune.evaluation.continuations import GenerationConfig, Prompt, write_continuations
+from llmprune.measurement.measure import weights_bytes
+from llmprune.measurement.monitor import peak_memory
+from llmprune.models.opened import OpenedModel, open_model
+from llmprune.models.placement import Placement
+from llmprune.utils.errors import UserError
+
+EXAMPLES = ("The function returns", "Once upon a time", "def main(", "The capital of France is")
+WAITING = "…"
+MOST = {"output tokens": 512, "batch": 64, "top k": 200, "top p": 1, "temperature": 2, "seed": 2**32 - 1}
+LONGEST = 20_000  # characters of a prompt
+QUEUE = 16  # requests that may wait
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote, and what that took.
+
+    Attributes:
+        texts: one for each sequence of the batch.
+        seconds: for all of them.
+        tokens: that were written.
+        memory: of the weights and what the work took, bytes.
+    """
+
+    texts: list[str]
+    seconds: float
+    tokens: int
+    memory: int
+
+    def describe(self, parameters: int) -> str:
+        """As one line."""
+        return (
+            f"{parameters / 1e6:,.1f} M parameters · {self.seconds:.2f} s · {self.tokens / self.seconds:,.1f} tokens/s "
+            f"· {self.memory / 1e6:,.0f} MB"
+        )
+
+
+def answer(opened: OpenedModel, prompt: str, config: GenerationConfig) -> Answer:
+    """Let a model go on from a prompt, ``config.batch_size`` times at once.
+
+    Raises:
+        UserError: the prompt is empty or too long.
+    """
+    prompts = [Prompt(prompt)] * config.batch_size
+    with peak_memory(opened.model.device) as peak:
+        start = time.perf_counter()
+        records = write_continuations(opened, prompts, config)
+        seconds = time.perf_counter() - start
+    texts = [record["output"] for record in records]
+    tokens = sum(len(ids) for ids in opened.tokenizer(texts, add_special_tokens=False)["input_ids"])
+    return Answer(texts, seconds, tokens, weights_bytes(opened) + peak.added)
+
+
+def check_request(prompt: str, **settings: float | None) -> None:
+    """Refuse what the page does not offer: whoever reaches the port can send anything.
+
+    Raises:
+        UserError: the prompt is too long, or a setting is missing or out of its range.
+    """
+    if len(prompt) > LONGEST:
+        raise UserError(f"the prompt has {len(prompt):,} characters; {LONGEST:,} are taken")
+    for name, value in settings.items():
+        label = name.replace("_", " ")
+        if value is None:
+            raise UserError("every setting needs a number")
+        if not 0 <= value <= MOST[label]:
+            raise UserError(f"{label} must lie between 0 and {MOST[label]}, not at {value}")
+
+
+def build(models: Sequence[OpenedModel]) -> Any:
+    """The page, as a Gradio app."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    import gradio as gr
+
+    sizes = [opened.parameters for opened in models]
+
+    def run(
+        prompt: str, tokens: float, batch: float, seed: float, temperature: float, top_k: float, top_p: float
+    ) -> Iterator[list[str]]:
+        shown = [WAITING, ""] * len(models)
+        yield shown
+        try:
+            check_request(
+                prompt, output_tokens=tokens, batch=batch, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p
+            )
+        except UserError as error:
+            raise gr.Error(str(error)) from None
+        config = GenerationConfig(
+            max_new_tokens=int(tokens),
+            temperature=temperature,
+            top_p=top_p,
+            top_k=int(top_k),
+            seed=int(seed),
+            batch_size=int(batch),
+        )
+        for number, opened in enumerate(models):
+            try:
+                found = answer(opened, prompt, config)
+            except UserError as error:
+                raise gr.Error(str(error)) from None
+            shown[2 * number : 2 * number + 2] = ["\n\n———\n\n".join(found.texts), found.describe(sizes[number])]
+            yield shown
+
+    with gr.Blocks(title="llmprune") as page:
+        gr.Markdown("# Models side by side\nEvery model goes on from the same prompt, one after the other.")
+        prompt = gr.Textbox(label="Prompt", lines=3, value=EXAMPLES[0], max_length=LONGEST)
+        gr.Examples([[example] for example in EXAMPLES], prompt)
+        with gr.Row():
+            tokens = gr.Slider(1, MOST["output tokens"], 64, step=1, label="Output tokens")
+            batch = gr.Slider(1, MOST["batch"], 1, step=1, label="Batch")
+            seed = gr.Number(17, precision=0, label="Seed")
+        with gr.Row():
+            temperature = gr.Slider(0, MOST["temperature"], 0.6, step=0.05, label="Temperature (0 = greedy)")
+            top_k = gr.Slider(0, MOST["top k"], 0, step=1, label="Top-k (0 = all)")
+            top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p")
+        button = gr.Button("Generate", variant="primary")
+        outputs = []
+        with gr.Row():
+            for opened in models:
+                with gr.Column(min_width=260):
+                    outputs += [gr.Textbox(label=opened.name, lines=10), gr.Markdown()]
+        inputs = [prompt, tokens, batch, seed, temperature, top_k, top_p]
+        button.click(run, inputs, outputs, api_name="generate", concurrency_limit=1)
+        prompt.submit(run, inputs, outputs, api_name=False, concurrency_limit=1)
+    return page
+
+
+def _check_address(host: str, port: int) -> None:
+    """See, before models are opened, that one can listen there."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{host}:{port} can't be served ({error.strerror}): choose another with --host or --port"
+        ) from None
+
+
+def serve(models: Sequence[str], placement: Placement, *, host: str, port: int, wait: bool = True) -> Any:
+    """Open the models and serve the page.
+
+    Args:
+        models: folders or hub names.
+        placement: how they are held, all at the same time.
+        host: address to listen on.
+        port: 0 = any that is free.
+        wait: serve until interrupted; else return the running app.
+
+    Raises:
+        UserError: Gradio is not installed, a model can't be opened, or the port is in use.
+    """
+    try:
+        import gradio as gr
+    except ImportError:
+        raise UserError("the package gradio is not installed: pip install -e '.[demo]'") from None
+    if not 0 <= port < 65536:
+        raise UserError(f"there is no port {port}")
+    _check_address(host, port)
+    page = build([open_model(name, placement) for name in models])
+    fonts = ["system-ui", "sans-serif"]
+    try:
+        page.queue(max_size=QUEUE).launch(
+            server_name=host,
+            server_port=port or None,
+            theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
+            prevent_thread_lock=True,
+            quiet=True,
+            footer_links=[],
+        )
+    except OSError as error:
+        raise UserError(f"{host}:{port} can't be served: {error}") from None
+    if wait:
+        print(f"{', '.join(models)} on {page.local_url} (Ctrl-C ends it)", flush=True)
+        page.block_thread()
+    return page

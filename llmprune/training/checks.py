@@ -1,0 +1,325 @@
+"""Everything about a run that can be checked before weights are loaded or anything is written."""
+
+import importlib.util
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Time
+from composer.utils import dist, get_device
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from llmprune.checkpoints.run_folder import Manifest, RunFolder
+from llmprune.config.job_files import load_recorded
+from llmprune.config.schema import Config
+from llmprune.config.sharding import check_sharding
+from llmprune.config.static_checks import check_config
+from llmprune.data.changes import WORKERS
+from llmprune.data.format import EVAL, TRAIN, DataManifest, tokenizer_fingerprint
+from llmprune.data.mixing import PARTS, domain_weights
+from llmprune.data.prepared import PreparedData
+from llmprune.data.updates import check_updates, read_references
+from llmprune.models.families import family_of, richer_heads_of
+from llmprune.models.fields import config_from_fields
+from llmprune.models.loading import load_config as load_model_config
+from llmprune.models.loading import load_tokenizer
+from llmprune.models.richer import with_richer_heads
+from llmprune.pruning.gates.settings import make_goal
+from llmprune.pruning.replacements.settings import BlockReplacementConfig
+from llmprune.pruning.replacements.span import Span, given_span
+from llmprune.training.recovery import check_recovery
+from llmprune.training.replacement import check_replacement
+from llmprune.utils.checksums import VERIFICATION
+from llmprune.utils.errors import UserError
+
+# What a resumed run goes on with.
+L0_KEPT = ("target", "target_sparsity", "gates")
+LORA_KEPT = ("rank", "alpha", "dropout", "targets", "quantize")
+TEACHER_KEPT = ("teacher", "objectives", "final_objectives", "temperature", "top_k", "plan", "blocks", "dtype")
+REPLACEMENT_KEPT = (
+    "start", "length", "kind", "blocks", "take", "intermediate", "objectives", "top_k", "temperature", "also", "cache",
+)  # fmt: skip
+_PREFETCH = 1024  # batches of a worker: far more than any loader needs
+
+
+@dataclass
+class Ingredients:
+    """What a run needs to know of its inputs."""
+
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+
+
+def check(config: Config) -> Ingredients:
+    """Check a config and open its inputs.
+
+    Raises:
+        UserError: something does not fit; the message says what and how to mend it.
+    """
+    check_config(config)
+    _check_packages(config)
+    _check_numbers(config)
+    _check_devices(config)
+    _check_remote(config)
+    if config.model.verify:
+        VERIFICATION.asked = True
+    data = PreparedData(config.data.path, config.data.cache)
+    if (config.model.path is None) == (config.model.config is None):
+        raise UserError("give either model.path (a checkpoint) or model.config (random weights), not both")
+    if config.model.richer_heads is not None and config.model.config is None:
+        raise UserError(
+            "model.richer_heads goes with model.config: a model that is there gets them by `llmprune enrich MODEL`"
+        )
+    tokenizer_at = config.model.tokenizer or config.model.path or str(data.tokenizer)
+    if config.model.path is not None:
+        model_config = load_model_config(config.model.path)
+        tokenizer = load_tokenizer(tokenizer_at)
+    else:
+        tokenizer = load_tokenizer(tokenizer_at)
+        model_config = config_from_fields(config.model.config or {}, tokenizer)
+        if config.model.richer_heads is not None:
+            config.model.richer_heads.check()
+            model_config = with_richer_heads(model_config, config.model.richer_heads)
+    if tokenizer_fingerprint(tokenizer) != data.manifest.tokenizer:
+        raise UserError(
+            f"the tokenizer of {tokenizer_at} did not make the data in {config.data.path}: prepare the data with it "
+            f"(python -m data_prep tokenize … --tokenizer {tokenizer_at})"
+        )
+    if model_config.vocab_size < data.manifest.vocab_size:
+        raise UserError(
+            f"the model's vocabulary ({model_config.vocab_size}) is smaller than the data's "
+            f"({data.manifest.vocab_size}): use the model's own tokenizer"
+        )
+    limit = getattr(model_config, "max_position_embeddings", None)
+    length = data.manifest.sequence_length
+    if limit is not None and length > limit:
+        raise UserError(f"the data's samples have {length} tokens, the model takes {limit}")
+    _check_batch(config.train.global_batch_size, data.manifest)
+    _check_mixing(config, data.manifest)
+    if config.l0_pruning is not None:
+        make_goal(model_config, config.l0_pruning)
+    if config.block_replacement is not None:
+        _check_replacement(config, config.block_replacement, model_config)
+    check_recovery(config, model_config, data.manifest)
+    return Ingredients(model_config, tokenizer, data)
+
+
+def inputs_of(config: Config) -> list[str]:
+    """What a job reads that may lie in folders of this machine."""
+    named = [config.model.path, config.model.tokenizer, config.data.path]
+    if config.distillation is not None:
+        named += [config.distillation.teacher, config.distillation.plan]
+    if config.block_replacement is not None:
+        named.append(config.block_replacement.plan)
+    return [path for path in named if path and "://" not in path]
+
+
+def _check_replacement(config: Config, settings: BlockReplacementConfig, model_config: PretrainedConfig) -> None:
+    settings.check()
+    if config.l0_pruning is not None:
+        raise UserError("a run has l0_pruning or block_replacement, not both")
+    if settings.cache is not None and config.dynamic_loading is not None:
+        raise UserError("the mix in block_replacement.cache can't change any more: take dynamic_loading=null")
+    if settings.also and config.model.dtype != "float32":
+        raise UserError("what block_replacement.also names trains in the model's dtype: take model.dtype=float32")
+    if settings.cache is not None and settings.cache.samples % config.train.global_batch_size:
+        raise UserError(
+            f"block_replacement.cache.samples is {settings.cache.samples}; it must be a multiple of the global batch, "
+            f"{config.train.global_batch_size}"
+        )
+    span = given_span(settings)
+    if span is None and config.sharding is not None:
+        raise UserError(
+            "the span can't be found on a sharded model: find it first (`llmprune score`, `llmprune plan --span`) and "
+            "name the plan"
+        )
+    if span is None:  # any will do but for what lies behind it
+        assert settings.length is not None
+        length = settings.length
+        span = Span(max(family_of(model_config).shape(model_config).layers - length, 0), length)
+        settings = replace(settings, also=[])
+    check_replacement(settings, model_config, span)
+
+
+def check_same_run(run: RunFolder, manifest: Manifest, config: Config, model_config: PretrainedConfig) -> None:
+    """Check that a run's checkpoints can go on under ``config``.
+
+    Raises:
+        UserError: the model, the target, the data, their order, the seed or the batch size is another one.
+    """
+    saved, before = Manifest.load(run.checkpoints), load_recorded(run.config)
+    if not isinstance(before, Config):
+        raise UserError(f"{run.config} is of no run that trains: use another run.folder")
+    family = family_of(model_config)
+    saved_config = load_model_config(run.checkpoints / "model")
+    if saved.family != family.name or family.shape(saved_config) != family.shape(model_config):
+        raise UserError(
+            f"the checkpoints in {run.checkpoints} are of a {saved.family} model with "
+            f"{family.shape(saved_config)}; the config's model has {family.shape(model_config)}: resume with the model "
+            "that the run began with, or use another folder"
+        )
+    for key, was, now in (
+        *(_both("l0_pruning", key, saved.l0_pruning, manifest.l0_pruning) for key in L0_KEPT),
+        *(
+            _both("block_replacement", key, saved.block_replacement, manifest.block_replacement)
+            for key in REPLACEMENT_KEPT
+        ),
+        ("model.richer_heads", richer_heads_of(saved_config), richer_heads_of(model_config)),
+        ("trainable", saved.trainable, manifest.trainable),
+        *(_both("lora", key, saved.lora, manifest.lora) for key in LORA_KEPT),
+        *(_both("distillation", key, saved.distillation, manifest.distillation) for key in TEACHER_KEPT),
+        ("run.seed", before.run.seed, config.run.seed),
+        ("train.global_batch_size", before.train.global_batch_size, config.train.global_batch_size),
+        *(
+            (f"data.{key}", getattr(before.data, key), getattr(config.data, key))
+            for key in ("weights", "lanes", "shuffle_window", "document_boundaries")
+        ),
+        ("data (its contents)", saved.data["contents"][:12], manifest.data["contents"][:12]),
+    ):
+        if was != now:
+            raise UserError(
+                f"the checkpoints in {run.checkpoints} are of a run with {key} {was}; the config asks for {now}: keep "
+                "what the run began with, or use another run.folder"
+            )
+
+
+def _both(section: str, key: str, *found: dict[str, Any] | None) -> tuple[str, Any, Any]:
+    was, now = ((values or {}).get(key) for values in found)
+    return f"{section}.{key}", was, now
+
+
+def _check_packages(config: Config) -> None:
+    for wanted, package, extra in (
+        (config.model.attention == "flash_attention_2", "flash_attn", "gpu"),
+        (config.loggers.wandb is not None, "wandb", "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"the package {package} is not installed: pip install -e '.[{extra}]'")
+
+
+def _check_numbers(config: Config) -> None:
+    optimizer, train, data = config.optimizer, config.train, config.data
+    world_size = dist.get_world_size()
+    batch, microbatch = train.global_batch_size, train.microbatch_size
+    for key, value, good, wanted in (
+        ("run.seed", config.run.seed, 0 <= config.run.seed < 2**32, "lie between 0 and 2**32 - 1"),
+        ("optimizer.lr", optimizer.lr, optimizer.lr >= 0, "be zero or positive"),
+        ("optimizer.eps", optimizer.eps, optimizer.eps > 0, "be positive"),
+        ("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "be zero or positive"),
+        (
+            "optimizer.betas",
+            optimizer.betas,
+            len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas),
+            "be two numbers in [0, 1)",
+        ),
+        ("scheduler.final", config.scheduler.final, 0 <= config.scheduler.final <= 1, "lie between 0 and 1"),
+        ("train.clip_norm", train.clip_norm, train.clip_norm is None or train.clip_norm > 0, "be positive or null"),
+        (
+            "train.loss_spike_factor",
+            train.loss_spike_factor,
+            train.loss_spike_factor is None or train.loss_spike_factor > 1,
+            "be more than 1, or null",
+        ),
+        (
+            "train.global_batch_size",
+            batch,
+            batch >= 1 and batch % world_size == 0,
+            f"be a positive multiple of the {world_size} ranks",
+        ),
+        (
+            "train.microbatch_size",
+            microbatch,
+            microbatch == "auto" or (isinstance(microbatch, int) and microbatch >= 1),
+            "be a positive whole number or auto",
+        ),
+        (
+            "train.hang_timeout",
+            train.hang_timeout,
+            train.hang_timeout is None or 0 < train.hang_timeout <= 1e7,
+            "be positive and at most 10,000,000 seconds, or null for never",
+        ),
+        ("data.workers", data.workers, 0 <= data.workers <= WORKERS, f"lie between 0 and {WORKERS}, for each rank"),
+        ("data.prefetch", data.prefetch, 1 <= data.prefetch <= _PREFETCH, f"lie between 1 and {_PREFETCH} batches"),
+        (
+            "data.lanes",
+            data.lanes,
+            data.lanes >= 1 and batch % data.lanes == 0,
+            f"be positive and divide the global batch of {batch}",
+        ),
+        ("data.shuffle_window", data.shuffle_window, data.shuffle_window >= 1, "be positive"),
+        (
+            "data.eval_samples_per_domain",
+            data.eval_samples_per_domain,
+            data.eval_samples_per_domain is None or data.eval_samples_per_domain >= 1,
+            "be positive, or null for all",
+        ),
+        (
+            "checkpoint.keep",
+            config.checkpoint.keep,
+            config.checkpoint.keep == -1 or config.checkpoint.keep >= 1,
+            "be positive, or -1 for all",
+        ),
+    ):
+        if not good:
+            raise UserError(f"{key} is {value}; it must {wanted}")
+
+
+def _check_batch(batch: int, data: DataManifest) -> None:
+    """Refuse a batch that would hold every sample more than once, before anything of its size is made."""
+    samples = sum(data.samples(domain, TRAIN) for domain in data.domains)
+    if batch > samples:
+        raise UserError(
+            f"train.global_batch_size is {batch:,}, but the data have {samples:,} training samples in all: choose a "
+            "smaller batch, or prepare more data"
+        )
+
+
+def _check_devices(config: Config) -> None:
+    if config.train.device == "gpu" and not torch.cuda.is_available():
+        raise UserError("train.device is gpu, but there is none")
+    on_cpu = get_device(config.train.device).name == "cpu"
+    for refused, where in (
+        (config.sharding is not None, "with sharding"),
+        (config.l0_pruning is not None, "while gates train"),
+        (on_cpu, "on CPUs"),
+    ):
+        if refused and config.train.microbatch_size == "auto":
+            raise UserError(f"train.microbatch_size=auto does not work {where}: give a number")
+    if config.sharding is not None:
+        check_sharding(config.sharding, on_cpu=on_cpu)
+
+
+def _check_remote(config: Config) -> None:
+    remote, run = config.checkpoint.remote, Path(config.run.folder).resolve()
+    if remote is not None and "://" not in remote:
+        place = Path(remote).resolve()
+        if place == run or run in place.parents or place in run.parents:
+            raise UserError("checkpoint.remote and run.folder must not lie in each other: choose another place")
+
+
+def _check_mixing(config: Config, data: DataManifest) -> None:
+    dynamic = config.dynamic_loading
+    if dynamic is None:
+        return
+    dynamic.references = read_references(dynamic.references)  # a run keeps them, whatever becomes of the file
+    domains = sorted(data.domains)
+    if dynamic.update == "schedule" and config.data.weights is not None:
+        raise UserError("dynamic_loading.schedule has the weights of the whole run: leave data.weights out")
+    parts = domain_weights({domain: data.samples(domain, TRAIN) for domain in domains}, config.data.weights)
+    drawn = {domain: part / PARTS for domain, part in zip(domains, parts, strict=True) if part}
+    evaluated = [d for d in domains if data.samples(d, EVAL)]
+    check_updates(dynamic, domains, drawn, evaluated)
+    if dynamic.update_delay < (ahead := config.data.workers * config.data.prefetch):
+        raise UserError(
+            f"dynamic_loading.update_delay is {dynamic.update_delay}, but {ahead} batches may be loaded already "
+            "(data.workers × data.prefetch): raise it"
+        )
+    if not Time.from_timestring(config.train.eval_interval).value:
+        raise UserError("dynamic_loading changes weights after evaluations: set train.eval_interval")
+
+
+def data_contents(path: str | Path, data: DataManifest) -> dict[str, str]:
+    """What a run's manifest says of its data: where it lies, its tokenizer's hash, and a hash of its description."""
+    return {"path": str(path), "tokenizer": data.tokenizer, "contents": data.fingerprint()}

@@ -1,0 +1,336 @@
+"""From a config to a Composer trainer."""
+
+import contextlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from composer import Callback, Trainer
+from composer.algorithms import GradientClipping
+from composer.callbacks import LRMonitor, SpeedMonitor
+from composer.core import Algorithm, DataSpec, Time, TimeUnit
+from composer.utils import dist, get_device
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmprune.callbacks.checkpoint_uploading import Safekeeping
+from llmprune.callbacks.distillation import Distillation
+from llmprune.callbacks.domain_losses import DomainLosses
+from llmprune.callbacks.dynamic_loading import DynamicLoading
+from llmprune.callbacks.evaluation import Evaluation
+from llmprune.callbacks.l0_pruning import L0Pruning
+from llmprune.callbacks.load_shards import LoadShards
+from llmprune.callbacks.loss_guard import LossGuard
+from llmprune.callbacks.low_rank_adaptation import LowRankAdaptation
+from llmprune.callbacks.partial_training import PartialTraining
+from llmprune.callbacks.preemption import Preemption
+from llmprune.callbacks.registry import added_callbacks
+from llmprune.callbacks.save_guard import SaveGuard
+from llmprune.callbacks.watchdog import Watchdog
+from llmprune.checkpoints.checkpoint_folder import CheckpointFolder
+from llmprune.checkpoints.run_folder import RANDOM, Manifest, RunFolder, git_commit, versions
+from llmprune.checkpoints.run_store import check_unused, fetch_run
+from llmprune.config.job_files import save_config
+from llmprune.config.optimizers import OPTIMIZERS, SCHEDULERS
+from llmprune.config.schema import Config, LiveEvaluationConfig
+from llmprune.config.sharding import AverageGradients, parallelism
+from llmprune.convert.stored_state import harmless
+from llmprune.data.dataset import MixedDataset
+from llmprune.data.format import EVAL
+from llmprune.data.prepared import PreparedData
+from llmprune.estimate.job import check_fits
+from llmprune.models.batch_halving import Halving
+from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
+from llmprune.models.families import family_of
+from llmprune.models.loading import empty_model, load_model, new_model
+from llmprune.models.placement import DTYPES
+from llmprune.models.source import resolve_model
+from llmprune.pruning.replacements.span import Span
+from llmprune.recovery.four_bits import quantization
+from llmprune.training.checks import Ingredients, check, check_same_run, data_contents, inputs_of
+from llmprune.training.loaders import eval_loader, first_batches, make_loaders
+from llmprune.training.loggers import make_loggers
+from llmprune.training.recovery import correspondence_of
+from llmprune.training.replacement import check_replacement, known_span, make_cache, make_replacement, most_alike
+from llmprune.utils.errors import UserError
+from llmprune.utils.object_store import open_store
+from llmprune.utils.outputs import refuse_replacing
+from llmprune.utils.processes import TERMINATION
+from llmprune.utils.ranks import PATIENCE, initialize_ranks, on_rank_zero, share_cores
+from llmprune.utils.recorded_settings import as_typed
+
+if TYPE_CHECKING:
+    from llmprune.evaluation.live import LiveEvaluation
+
+
+def prepare(config: Config) -> Ingredients:
+    """Check the config and let the ranks meet.
+
+    Raises:
+        UserError: see ``check``.
+    """
+    inputs = check(config)
+    check_evaluation(config, inputs.data)
+    share_cores()
+    init_distributed(config)
+    return inputs
+
+
+def build_trainer(config: Config, inputs: Ingredients | None = None, callbacks: Sequence[Callback] = ()) -> Trainer:
+    """Make the run folder ready and build the trainer.
+
+    Args:
+        config: of the run.
+        inputs: what ``prepare`` gave for it; None = it is called.
+        callbacks: further ones, after llmprune's own.
+
+    Raises:
+        UserError: see ``check`` and ``RunFolder.find``.
+    """
+    inputs = inputs or prepare(config)
+    run = RunFolder(Path(config.run.folder))
+    store = None if config.checkpoint.remote is None else open_store(config.checkpoint.remote)
+    if store is not None and config.run.autoresume:
+        fetch_run(run, store)
+    resume = on_rank_zero(lambda: run.find(overwrite=config.run.overwrite, autoresume=config.run.autoresume))
+    if resume is None:
+        refuse_replacing(run.path, inputs_of(config))
+    if store is not None and not config.run.autoresume:
+        on_rank_zero(lambda: check_unused(store))
+    if config.train.check_memory:
+        on_rank_zero(lambda: check_fits(config, inputs.model_config, inputs.data.manifest.sequence_length))
+    span = None if config.block_replacement is None else known_span(config, inputs.model_config, run, resume)
+    manifest = _manifest(config, inputs, span)
+    if resume is not None:
+        check_same_run(run, manifest, config, inputs.model_config)
+    live = None if config.evaluation is None else _live_evaluation(config.evaluation, inputs)
+    model = make_model(config, inputs)
+    if config.block_replacement is not None and span is None:
+        samples = first_batches(config, inputs.data, config.block_replacement.score_samples)
+        assert config.block_replacement.length is not None
+        span = most_alike(model, samples, config.block_replacement.length, get_device(config.train.device))
+        check_replacement(config.block_replacement, inputs.model_config, span)
+        manifest = _manifest(config, inputs, span)
+        if dist.get_global_rank() == 0:
+            print(f"replaced: {span}, whose input and output are the most alike")
+    cache = None
+    if config.block_replacement is not None and config.block_replacement.cache is not None and span is not None:
+        cache = make_cache(config, config.block_replacement.cache, inputs.model_config, inputs.data, run, span)
+    stream, train, evaluation = make_loaders(config, inputs.data, cache)
+    present = [] if evaluation is None else evaluation.domains_present
+    domains = {number: stream.domains[number] for number in present}
+    on_cpu = get_device(config.train.device).name == "cpu"
+    own_autocast = on_cpu and config.train.precision == "amp_bf16"  # Composer has it on GPUs only
+    wrapped = ComposerCausalLM(model, domains, products=torch.bfloat16 if own_autocast else None)
+    if config.train.microbatch_size == "auto":
+        wrapped.halving = Halving()
+    optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
+    own = make_callbacks(config, run, stream, wrapped.domains, live=live, resumed=resume is not None)
+    writers = dist.get_world_size() // (1 if config.sharding is None else config.sharding.replicas)
+    own.append(SaveGuard(CheckpointFolder(run.checkpoints)))
+    own.append(Safekeeping(run.path, config.checkpoint.keep, store, writers=writers, resumed=resume is not None))
+    if config.block_replacement is not None and span is not None:
+        own.append(make_replacement(config, config.block_replacement, inputs.data, run, span, cache))
+    if config.distillation is not None:
+        kept = config.distillation.teacher is None and config.l0_pruning is None
+        own.append(
+            Distillation(
+                config.distillation,
+                correspondence=correspondence_of(config, inputs.model_config),
+                attention=config.model.attention,
+                kept=kept,
+            )
+        )
+    on_rank_zero(lambda: _write_run(config, run, manifest, model, inputs.tokenizer, resume))
+    per_rank = config.train.global_batch_size // dist.get_world_size()
+    eval_batch = per_rank if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
+    sums = config.sharding is not None and on_cpu  # gloo does, where ranks meet
+    clipping = config.train.clip_norm
+    algorithms: list[Algorithm] = []
+    if clipping is not None:
+        algorithms.append(GradientClipping("norm", clipping_threshold=clipping))
+    if sums:
+        algorithms.append(AverageGradients())  # after a batch, Composer runs the last algorithm first
+    with contextlib.nullcontext() if resume is None else harmless(resume), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Specifying the ProgressBarLogger")  # our own has no state
+        return Trainer(
+            model=wrapped,
+            run_name=config.run.name,
+            seed=config.run.seed,
+            device=config.train.device,
+            train_dataloader=DataSpec(train, get_num_tokens_in_batch=count_tokens),
+            accumulate_train_batch_on_tokens=True,
+            eval_dataloader=None if evaluation is None else eval_loader(evaluation, eval_batch),
+            max_duration=config.train.duration if trains(config) else "1ba",
+            eval_interval=interval(config.train.eval_interval, config.train.duration),
+            optimizers=optimizer,
+            schedulers=SCHEDULERS[config.scheduler.name](config.scheduler),
+            step_schedulers_every_batch=True,
+            algorithms=algorithms,
+            callbacks=[*own, *added_callbacks(config.callbacks), *callbacks],
+            loggers=make_loggers(config.loggers, run, config.run.name),
+            progress_bar=False,
+            log_to_console=config.loggers.console,
+            console_log_interval=config.loggers.console_interval,
+            precision="fp32" if own_autocast else config.train.precision,
+            device_train_microbatch_size=config.train.microbatch_size,
+            parallelism_config=parallelism(config.sharding, config.train.activation_checkpointing),
+            save_folder=str(run.checkpoints),
+            save_filename="ba{batch}-rank{rank}.pt",
+            save_latest_filename="latest-rank{rank}.pt",
+            save_interval=interval(config.checkpoint.interval, config.train.duration),
+            save_num_checkpoints_to_keep=-1,  # Safekeeping deletes them
+            save_overwrite=True,
+            load_path=None if resume is None else str(resume),
+        )
+
+
+def init_distributed(config: Config) -> None:
+    """Let the ranks find each other; before collectives lose patience, ``Watchdog`` does, which knows more."""
+    patience = config.train.hang_timeout
+    initialize_ranks(config.train.device, PATIENCE if patience is None else 2 * patience + 10 * 60)
+
+
+def _live_evaluation(config: LiveEvaluationConfig, inputs: Ingredients) -> "LiveEvaluation":
+    from llmprune.evaluation.live import LiveEvaluation  # lm-eval takes seconds to import
+
+    return LiveEvaluation(config, inputs.model_config, inputs.tokenizer)
+
+
+def safekeeping_of(trainer: Trainer) -> Safekeeping:
+    """What takes care of a run's checkpoints."""
+    return next(callback for callback in trainer.state.callbacks if isinstance(callback, Safekeeping))
+
+
+def trains(config: Config) -> bool:
+    """Whether anything is trained: a stand-in may only be computed, or be none."""
+    replaced = config.block_replacement
+    return replaced is None or (Time.from_timestring(config.train.duration).value > 0 and replaced.trains)
+
+
+def check_evaluation(config: Config, data: PreparedData) -> None:
+    """Check that there is something to evaluate on, if the job asks for it.
+
+    Raises:
+        UserError: there is nothing.
+    """
+    pruning, interval = config.l0_pruning, config.train.eval_interval
+    asking = {
+        "a job that does not train": not trains(config),
+        "the last report of l0_pruning.target_sparsity": pruning is not None and pruning.target_sparsity is not None,
+        "train.eval_first": config.train.eval_first,
+        f"train.eval_interval={interval}": Time.from_timestring(interval).value > 0,
+    }
+    asked = [what for what, asks in asking.items() if asks]
+    if asked and not data.domains_with(EVAL):
+        instead = ", or train without evaluation (train.eval_interval=0ba)" if asked[0].endswith(interval) else ""
+        raise UserError(
+            f"{data.location} has no evaluation samples, and {asked[0]} needs them: prepare it with a larger "
+            f"--eval-fraction{instead}"
+        )
+
+
+def interval(every: str, duration: str) -> int | Time[int]:
+    """An interval for Composer, which knows no shares of an endless stream: a share becomes a number; zero = never."""
+    time, whole = Time.from_timestring(every), Time.from_timestring(duration)
+    if not time.value:
+        return 0
+    if time.unit == TimeUnit.DURATION:
+        return Time(max(1, round(time.value * whole.value)), whole.unit)
+    return time
+
+
+def make_model(config: Config, inputs: Ingredients) -> PreTrainedModel:
+    """The model to train, in the dtype asked for.
+
+    Sharded, a model from disk is still empty (``LoadShards`` fills it) and one with random weights is made on rank 0
+    alone, from where Composer spreads it.
+    """
+    dtype, attention = DTYPES[config.model.dtype], config.model.attention
+    if config.model.path is None:
+        elsewhere = config.sharding is not None and dist.get_global_rank() != 0
+        with torch.device("meta") if elsewhere else contextlib.nullcontext():
+            model = new_model(inputs.model_config, seed=config.run.seed, attention=attention).to(dtype)
+    elif config.sharding is not None:
+        model = empty_model(config.model.path, dtype=dtype, attention=attention)
+    else:
+        four_bits = config.lora is not None and config.lora.quantize is not None
+        packed = quantization(inputs.model_config, dtype) if four_bits else None
+        model = load_model(config.model.path, dtype=dtype, attention=attention, quantization=packed)
+    if config.train.activation_checkpointing and config.sharding is None:  # sharded, Composer does it
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def make_callbacks(
+    config: Config,
+    run: RunFolder,
+    stream: MixedDataset,
+    evaluated: Mapping[int, str],
+    *,
+    live: "LiveEvaluation | None" = None,
+    resumed: bool,
+) -> list[Callback]:
+    """The callbacks of a run; a resumed one has its weights in the checkpoint."""
+    guard = LossGuard(config.train.loss_spike_factor, skip=config.train.loss_spike == "skip")
+    callbacks: list[Callback] = [guard, LRMonitor(), SpeedMonitor(window_size=10), Preemption(TERMINATION)]
+    if config.train.hang_timeout is not None:
+        callbacks.insert(0, Watchdog(config.train.hang_timeout))
+    if config.sharding is not None and config.model.path is not None and not resumed:
+        callbacks.append(LoadShards(config.model.path))
+    callbacks.append(DomainLosses(evaluated))
+    if live is not None:
+        callbacks.append(Evaluation(live.measure))
+    if config.block_replacement is None or config.block_replacement.cache is None:
+        callbacks.append(DynamicLoading(config.dynamic_loading, stream, evaluated.values()))
+    if config.l0_pruning is not None:
+        callbacks.append(L0Pruning(config.l0_pruning, seed=config.run.seed, folder=run.gates))
+    if config.trainable is not None:
+        callbacks.append(PartialTraining(config.trainable))
+    if config.lora is not None:
+        callbacks.append(LowRankAdaptation(config.lora, seed=config.run.seed))
+    return callbacks
+
+
+def _manifest(config: Config, inputs: Ingredients, span: Span | None = None) -> Manifest:
+    replacement = None
+    if config.block_replacement is not None and span is not None:
+        replacement = {**_section(config, "block_replacement"), **asdict(span)}
+    return Manifest(
+        family=family_of(inputs.model_config).name,
+        l0_pruning=None if config.l0_pruning is None else asdict(config.l0_pruning),
+        source=as_typed(config.model.path or RANDOM, "model.path"),
+        data=data_contents(as_typed(config.data.path, "data.path"), inputs.data.manifest),
+        seed=config.run.seed,
+        versions=versions(),
+        git_commit=git_commit(),
+        block_replacement=replacement,
+        trainable=None if config.trainable is None else asdict(config.trainable),
+        lora=None if config.lora is None else asdict(config.lora),
+        distillation=None if config.distillation is None else _section(config, "distillation"),
+    )
+
+
+def _section(config: Config, name: str) -> dict[str, Any]:
+    """A section with the places in it as they were typed; checkpoints are read by its words."""
+    values = asdict(getattr(config, name))
+    return {k: as_typed(v, f"{name}.{k}") if k in ("plan", "teacher", "cache") else v for k, v in values.items()}
+
+
+def _write_run(
+    config: Config,
+    run: RunFolder,
+    manifest: Manifest,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    resume: Path | None,
+) -> None:
+    if resume is None:
+        run.create()
+        source = None if config.model.path is None else resolve_model(config.model.path)
+        manifest.save(run.checkpoints, model.config, tokenizer, source)
+    else:
+        CheckpointFolder(run.checkpoints).keep(config.checkpoint.keep, resume)
+    save_config(config, run.config)

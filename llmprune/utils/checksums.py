@@ -1,0 +1,124 @@
+"""Checksums of files: written when a folder is finished, compared when somebody asks."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import inside, read_json, write_json
+
+CHECKSUMS = "checksums.json"
+_HARMLESS = (".md", ".png", ".jpg", ".jpeg", ".svg", ".gif")
+_PIECE = 2**22  # bytes that are read at a time
+
+
+class NewerRecord(UserError):
+    """A record of checksums that another version of llmprune wrote."""
+
+
+class Verification:
+    """Whether everything that this process loads is compared with its checksums first.
+
+    Attributes:
+        asked: somebody asked for it.
+    """
+
+    def __init__(self) -> None:
+        """Nobody has asked yet."""
+        self.asked = False
+        self._seen: set[Path] = set()
+
+    def look(self, folder: Path) -> None:
+        """Compare a folder's files with its ``checksums.json`` if that was asked for, once.
+
+        Raises:
+            UserError: see ``verify``.
+        """
+        folder = folder.resolve()
+        if self.asked and folder not in self._seen:
+            verify(folder)
+            self._seen.add(folder)
+
+
+VERIFICATION = Verification()  # of this process
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """A file's size and hash, as they stand in records: {"bytes": n, "sha256": hexadecimal}."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            size += len(piece)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def record(folder: Path) -> None:
+    """Write ``checksums.json`` over all files in a folder and below."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    described = {path.relative_to(folder).as_posix(): describe(path) for path in files}
+    write_json(folder / CHECKSUMS, {"schema": 1, "files": described})
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record of files: ``files`` maps names to what ``describe`` gives; there may be more.
+
+    Raises:
+        UserError: it is missing, damaged, or names a file that lies outside its folder.
+    """
+    found = read_json(path)
+    try:
+        if found["schema"] != 1:
+            raise NewerRecord(f"{path} has schema {found['schema']}; this version reads 1")
+        for name, entry in found["files"].items():
+            inside(path.parent, name)
+            if not isinstance(entry["bytes"], int) or len(bytes.fromhex(entry["sha256"])) != 32:
+                raise ValueError(name)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} is no record of checksums ({type(error).__name__}: {error})") from None
+    return dict(found)
+
+
+def verify(folder: Path) -> None:
+    """Compare a folder's files with its ``checksums.json``.
+
+    Files that nobody loads may have come to it: hidden ones, pages and pictures.
+
+    Raises:
+        UserError: there is none, a file is missing or is another one, or there are others.
+    """
+    if not (folder / CHECKSUMS).is_file():
+        raise UserError(
+            f"{folder} has no {CHECKSUMS}, so nothing says what its files should be: verify it where it was published, "
+            "and load it without --verify"
+        )
+    files = read_record(folder / CHECKSUMS)["files"]
+    compare(folder, files)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        hidden = any(part.startswith(".") for part in Path(name).parts)
+        if name not in {*files, CHECKSUMS} and path.is_file() and not hidden and path.suffix not in _HARMLESS:
+            raise UserError(f"{path} is not in {CHECKSUMS}: whoever put it there did not publish {folder}")
+
+
+def compare(folder: Path, files: Mapping[str, Mapping[str, Any]], *, contents: bool = True) -> None:
+    """Compare files with a record.
+
+    Args:
+        folder: that the names are relative to.
+        files: from ``read_record``.
+        contents: whether to read them; otherwise sizes are compared alone.
+
+    Raises:
+        UserError: one is missing or is another one.
+    """
+    for name, wanted in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing, which belongs to {folder}: use another copy")
+        size = path.stat().st_size
+        if size != wanted["bytes"]:
+            raise UserError(f"{path} has {size:,} bytes instead of {wanted['bytes']:,}: use another copy")
+        if contents and describe(path) != dict(wanted):
+            raise UserError(f"{path} is damaged (its sha256 is not the recorded one): use another copy")

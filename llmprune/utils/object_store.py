@@ -1,0 +1,132 @@
+"""Places outside this machine that files are brought to and fetched from."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from composer.utils import ObjectStore, maybe_create_object_store_from_uri, parse_uri
+
+from llmprune.utils.errors import UserError, first_line
+from llmprune.utils.files import temporary_for
+
+T = TypeVar("T")
+
+ATTEMPTS = 4
+WAIT = 1.0  # seconds, before another attempt; twice as many before the next
+
+
+class Store(Protocol):
+    """Files by name, below a URL.
+
+    Attributes:
+        url: of the place.
+    """
+
+    url: str
+
+    def put(self, path: Path, name: str) -> None:
+        """Bring a file there; it appears whole or not at all, and replaces one of that name."""
+        ...
+
+    def get(self, name: str, path: Path) -> None:
+        """Fetch a file."""
+        ...
+
+    def names(self, prefix: str) -> list[str]:
+        """The names that begin with ``prefix``."""
+        ...
+
+
+def open_store(url: str) -> Store:
+    """The store behind a URL (``s3://BUCKET/FOLDER``, ``gs://…``, ``oci://…``, ``azure://…``) or a folder's path.
+
+    Credentials come from the environment, as the cloud's own tools read them; ``S3_ENDPOINT_URL`` names an
+    S3-compatible server.
+
+    Raises:
+        UserError: there is no such kind, or it can't be used.
+    """
+    if "://" not in url:
+        return _Folder(url)
+    try:
+        store = maybe_create_object_store_from_uri(url)
+    except Exception as error:  # each kind has errors of its own
+        raise UserError(f"{url} can't be used: {first_line(error)}") from None
+    assert store is not None
+    return _Bucket(url, store)
+
+
+def persist(work: Callable[[], T], what: str) -> T:
+    """Do what may fail for a while, a few times.
+
+    Args:
+        work: to be done.
+        what: for the message, such as "URL can't be fetched".
+
+    Raises:
+        UserError: it failed each time, or can't ever succeed.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return work()
+        except Exception as error:  # each kind of store has errors of its own
+            final = isinstance(error, FileNotFoundError | ValueError | ImportError | UserError)
+            if final or "not found" in str(error) or attempt == ATTEMPTS:
+                raise UserError(f"{what}: {first_line(error)}") from None
+        time.sleep(WAIT * 2 ** (attempt - 1))
+    raise AssertionError
+
+
+class _Folder:
+    """A folder, such as one of a file system that all machines see."""
+
+    def __init__(self, path: str) -> None:
+        self.url, self._root = path, Path(path)
+
+    def put(self, path: Path, name: str) -> None:
+        def copy() -> None:
+            target = self._root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = temporary_for(target)
+            try:
+                shutil.copyfile(path, part)
+                os.replace(part, target)
+            finally:
+                part.unlink(missing_ok=True)
+
+        persist(copy, f"{path} can't be copied to {self._root}")
+
+    def get(self, name: str, path: Path) -> None:
+        persist(lambda: shutil.copyfile(self._root / name, path), f"{self._root / name} can't be copied")
+
+    def names(self, prefix: str) -> list[str]:
+        found = (path.relative_to(self._root).as_posix() for path in self._root.rglob("*") if path.is_file())
+        return sorted(name for name in found if name.startswith(prefix) and not name.endswith(".tmp"))
+
+
+class _Bucket:
+    """An object store."""
+
+    def __init__(self, url: str, store: ObjectStore) -> None:
+        self.url, self._store = url.rstrip("/"), store
+        folder = parse_uri(self.url)[2].strip("/")
+        self._prefix = f"{folder}/" if folder else ""
+
+    def put(self, path: Path, name: str) -> None:
+        persist(
+            lambda: self._store.upload_object(self._prefix + name, str(path)),
+            f"{path} can't be brought to {self.url}/{name}",
+        )
+
+    def get(self, name: str, path: Path) -> None:
+        persist(
+            lambda: self._store.download_object(self._prefix + name, str(path), overwrite=True),
+            f"{self.url}/{name} can't be fetched",
+        )
+
+    def names(self, prefix: str) -> list[str]:
+        found = persist(lambda: self._store.list_objects(self._prefix + prefix), f"{self.url} can't be listed")
+        return sorted(name.removeprefix(self._prefix) for name in found)

@@ -1,0 +1,74 @@
+"""Plug-ins: named, described choices, which other packages can add to by entry points.
+
+A package adds a choice of the kind ``criteria`` by an entry point in the group ``llmprune_criteria``.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+import catalogue
+
+from llmprune.utils.errors import UserError, nearest
+
+T = TypeVar("T")
+C = TypeVar("C")
+
+
+class Registry(Generic[T]):
+    """The choices of one kind; the first line of a choice's docstring describes it."""
+
+    def __init__(self, kind: str, word: str) -> None:
+        """Make an empty registry.
+
+        Args:
+            kind: its name, in the plural.
+            word: what one choice is called in messages.
+        """
+        self._word = word
+        self._entries = catalogue.create("llmprune", kind, entry_points=True)
+
+    def register(self, name: str) -> Callable[[C], C]:
+        """A decorator that registers a choice under ``name``."""
+
+        def decorate(choice: C) -> C:
+            self._entries.register(name)(choice)
+            return choice
+
+        return decorate
+
+    def get(self, name: str) -> T:
+        """The choice called ``name``.
+
+        Raises:
+            UserError: there is none.
+        """
+        if name not in self._entries:
+            raise UserError(f"there is no {self._word} '{name}'; {nearest(name, self.names())}")
+        choice: T = self._entries.get(name)
+        return choice
+
+    def build(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """What the choice called ``name`` makes of arguments that a YAML gives.
+
+        Args:
+            name: of the choice.
+            arguments: of its call; None = none.
+
+        Raises:
+            UserError: there is no such choice, or it does not take these arguments.
+        """
+        choice: Any = self.get(name)
+        try:
+            inspect.signature(choice).bind(**(arguments or {}))
+        except TypeError as error:
+            raise UserError(f"{self._word} '{name}': {error}") from None
+        return choice(**(arguments or {}))
+
+    def names(self) -> list[str]:
+        """The names of all choices, in the order they were registered in."""
+        return list(self._entries.get_all())
+
+    def describe(self) -> dict[str, str]:
+        """Every choice with its description."""
+        return {name: inspect.cleandoc(self.get(name).__doc__ or "").splitlines()[0] for name in self.names()}

@@ -1,0 +1,56 @@
+"""The commands as a user meets them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from llmprune.cli import app, main
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_verify_prints_json(model_folder: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", str(model_folder), str(model_folder), "--json"])
+    assert json.loads(result.stdout) == {"max_abs": 0.0, "max_rel": 0.0, "mean_abs": 0.0}
+
+
+def test_families_are_listed() -> None:
+    result = CliRunner().invoke(app, ["families", "--json"])
+    assert json.loads(result.stdout)["llama"]["model_types"] == ["llama"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "nowhere", "--out", "x"],
+        ["apply", "nowhere", "plan.json", "--out", "x"],
+        ["verify", "nobody/nothing", "nobody/nothing"],
+        ["nosuch"],
+        ["measure"],
+        ["measure", "model", "--nosuch"],
+        ["measure", "model", "--repeats", "many"],
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["llmprune", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_py_tells_mistakes_in_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", tmp_path / "missing.yaml"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"error: {tmp_path / 'missing.yaml'} does not exist"

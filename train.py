@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 def _carry_out(arguments: list[str]) -> int:
     from llmprune.callbacks.preemption import Preempted
     from llmprune.config.job_files import describe, load_job
-    from llmprune.config.schema import IterationConfig, ScoringConfig, SearchConfig
+    from llmprune.config.jobs import JOBS
 
     TERMINATION.listen()  # again: Composer ends the process at once
     if arguments[0] in ("-h", "--help"):
@@ -62,23 +62,9 @@ def _carry_out(arguments: list[str]) -> int:
             from llmprune.jobs.offline import check_offline
 
             check_offline(job, arguments[0])
-        if isinstance(job, ScoringConfig):
+        if not JOBS.get(job.job).goes_on:
             end_on_signals()  # there is nothing to be saved before the end
-            from llmprune.jobs.scoring_run import run_scoring
-
-            run_scoring(job)
-        elif isinstance(job, IterationConfig):
-            from llmprune.jobs.iterate import iterate
-
-            iterate(job)
-        elif isinstance(job, SearchConfig):
-            from llmprune.jobs.search import search
-
-            search(job)
-        else:
-            from llmprune.jobs.train import train
-
-            train(job)
+        JOBS.get(job.job).run(job)
     except Preempted as left:
         if os.environ.get("RANK", "0") == "0":
             print(left, file=sys.stderr)

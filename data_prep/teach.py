@@ -36,7 +36,7 @@ from llmprune.data.format import (
 from llmprune.data.prepared import PreparedData
 from llmprune.data.reader import SplitReader
 from llmprune.models.causal_lm import final_states
-from llmprune.models.loading import load_config, load_model, load_tokenizer
+from llmprune.models.loading import load_model, load_model_config, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.objectives import likeliest
 from llmprune.models.placement import TEACHER, dtype_for_inference
@@ -111,7 +111,7 @@ def teach(data: str, teacher: str, out: Path, config: TeachConfig, *, overwrite:
     manifest = prepared.manifest
     if manifest.teacher is not None:
         raise UserError(f"{data} has a teacher's predictions already ({manifest.teacher['model']})")
-    model_config = load_config(teacher)
+    model_config = load_model_config(teacher)
     config.check(model_config.vocab_size)
     if tokenizer_fingerprint(load_tokenizer(teacher)) != manifest.tokenizer:
         raise UserError(f"the tokenizer of {teacher} did not make the data in {data}: take another teacher")

@@ -61,10 +61,10 @@ class Stages:
 
 def train_here(yaml: str, overrides: list[str]) -> None:
     """Train in this process: starting another costs more than small stages do."""
-    from llmprune.config.job_files import load_config
+    from llmprune.config.job_files import load_training_job
     from llmprune.jobs.train import train
 
-    train(load_config(ROOT / "yamls" / yaml, overrides))
+    train(load_training_job(ROOT / "yamls" / yaml, overrides))
 
 
 def prune_by_launcher(overrides: list[str]) -> None:
@@ -150,21 +150,22 @@ def journey(out: Path, seed: int) -> dict[str, Any]:
 
 def scratch_overrides(pruned: Path, out: Path) -> list[str]:
     """The pruned model's shape, and as many batches as pruning and recovery had together."""
-    from llmprune.config.job_files import load_config
+    from llmprune.config.job_files import load_training_job
 
     config = read_json(pruned / "config.json")
     fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     batches = sum(
-        int(load_config(out / run / "config.yaml").train.duration.removesuffix("ba")) for run in ("prune", "continue")
+        int(load_training_job(out / run / "config.yaml").train.duration.removesuffix("ba"))
+        for run in ("prune", "continue")
     )
     return [*(f"model.config.{field}={config[field]}" for field in fields), f"train.duration={batches}ba"]
 
 
 def evaluate(out: Path, data: Path) -> None:
     """Measure the four models, and compare the gated checkpoint with its export."""
+    from llmprune.convert.verify import compare, open_for_comparison
     from llmprune.data.prepared import PreparedData
     from llmprune.evaluation.losses import evaluate_losses
-    from llmprune.evaluation.verify import compare, open_for_comparison
     from llmprune.models.loading import load_model
 
     folders = {name: out / name for name in ("base", "pruned", "recovered", "scratch")}

@@ -44,11 +44,11 @@ def run(folder: Path) -> None:
     """Train in this process and print what it took beyond the imports: seconds until the trainer stands, and in all."""
     from composer import Callback
 
-    from llmprune.config.job_files import load_config
+    from llmprune.config.job_files import load_training_job
     from llmprune.jobs.train import train
 
     (folder / "job.yaml").write_text(JOB.format(folder=folder))
-    config = load_config(folder / "job.yaml")
+    config = load_training_job(folder / "job.yaml")
     start = time.perf_counter()
     stands: list[float] = []
 

@@ -35,10 +35,10 @@ def prunable_share_of_attention(base: Path) -> float:
     import torch
 
     from llmprune.models.families import family_of
-    from llmprune.models.loading import load_config
+    from llmprune.models.loading import load_model_config
     from llmprune.pruning.gates.size import prunable_size
 
-    config = load_config(base)
+    config = load_model_config(base)
     family = family_of(config)
     shape, matrices = family.shape(config), family.matrices(config)
     whole, mlp = (
@@ -49,7 +49,7 @@ def prunable_share_of_attention(base: Path) -> float:
 
 def study(gates: tuple[str, ...], base: Path, data: Path, out: Path, batches: int) -> dict[str, Any]:
     """Prune by one set of gates and recover."""
-    from llmprune.config.job_files import load_config
+    from llmprune.config.job_files import load_training_job
     from llmprune.convert.commands import convert
     from llmprune.data.prepared import PreparedData
     from llmprune.evaluation.losses import evaluate_losses
@@ -68,10 +68,10 @@ def study(gates: tuple[str, ...], base: Path, data: Path, out: Path, batches: in
     ]
     pruning = [f"run.folder={out}/prune", f"model.path={base}", f"l0_pruning.gates=[{','.join(gates)}]"]
     target = ["l0_pruning.target=null", f"l0_pruning.target_sparsity={sparsity:.4f}"]
-    train(load_config(ROOT / "yamls" / "prune.yaml", [*common, *pruning, *target]))
+    train(load_training_job(ROOT / "yamls" / "prune.yaml", [*common, *pruning, *target]))
     plan = convert(out / "prune", out / "pruned", overwrite=True)
     recovery = [f"run.folder={out}/continue", f"model.path={out}/pruned"]
-    train(load_config(ROOT / "yamls" / "continue.yaml", [*common, *recovery]))
+    train(load_training_job(ROOT / "yamls" / "continue.yaml", [*common, *recovery]))
     convert(out / "continue", out / "recovered", overwrite=True)
     prepared = PreparedData(data)
     models = {name: load_model(out / name) for name in ("pruned", "recovered")}

@@ -160,20 +160,20 @@ class Study:
         """The held-out losses of a model."""
         from llmprune.data.prepared import PreparedData
         from llmprune.evaluation.losses import evaluate_losses
-        from llmprune.models.loading import count_parameters, load_config, load_model
+        from llmprune.models.loading import count_parameters, load_model, load_model_config
 
         found = evaluate_losses(
             load_model(folder), PreparedData(self._data), samples_per_domain=EVAL_SAMPLES_PER_DOMAIN
         )
-        return {"loss": found.loss, "domains": found.domains, "parameters": count_parameters(load_config(folder))}
+        return {"loss": found.loss, "domains": found.domains, "parameters": count_parameters(load_model_config(folder))}
 
     def _train(self, yaml: str, run: Path, overrides: list[str]) -> int:
         """Train; returns how many parameters learned."""
-        from llmprune.config.job_files import load_config
+        from llmprune.config.job_files import load_training_job
         from llmprune.jobs.train import train
 
         common = [f"run.folder={run}", f"data.path={self._data}", "loggers.console=false"]
-        trainer = train(load_config(ROOT / "yamls" / yaml, [*common, *overrides]))
+        trainer = train(load_training_job(ROOT / "yamls" / yaml, [*common, *overrides]))
         return sum(p.numel() for p in trainer.state.model.parameters() if p.requires_grad)
 
 

@@ -43,7 +43,7 @@ def studied(hidden: int, block: int) -> Iterator[tuple[str, str | None, list[str
 
 def study(objective: str | None, settings: list[str], quickstart: Path, run: Path, batches: int) -> dict[str, Any]:
     """Train one stand-in."""
-    from llmprune.config.job_files import load_config
+    from llmprune.config.job_files import load_training_job
     from llmprune.convert.commands import convert
     from llmprune.jobs.train import train
     from llmprune.models.loading import load_any_model
@@ -59,7 +59,7 @@ def study(objective: str | None, settings: list[str], quickstart: Path, run: Pat
         *(f"block_replacement.{setting}" for setting in settings),
         "loggers.console=false",
     ]
-    train(load_config(ROOT / "yamls" / "replace.yaml", overrides))
+    train(load_training_job(ROOT / "yamls" / "replace.yaml", overrides))
     convert(run / "run", run / "model", overwrite=True)
     evaluated = [line for line in read_metrics(run / "run" / "metrics.jsonl") if f"{PREFIX}loss" in line]
     best = min(evaluated, key=lambda line: line[f"{PREFIX}loss"])

@@ -75,7 +75,7 @@ def run_all(out: Path, setting: str, what: str) -> None:
 
     from llmprune.callbacks.l0_pruning import L0Pruning
     from llmprune.checkpoints.metrics import read_metrics
-    from llmprune.config.job_files import load_config
+    from llmprune.config.job_files import load_training_job
     from llmprune.estimate.job import Cluster, estimate_job
     from llmprune.training import trainer as training
 
@@ -94,7 +94,7 @@ def run_all(out: Path, setting: str, what: str) -> None:
     found: dict[str, Any] = {}
     for job, changes in JOBS.items():
         settings = [*(change.replace("OUT", str(out)) for change in changes), *SETTINGS[setting][1]]
-        config = load_config(out / "job.yaml", [*settings, f"run.folder={out}/{setting}-{job}".replace(" ", "-")])
+        config = load_training_job(out / "job.yaml", [*settings, f"run.folder={out}/{setting}-{job}".replace(" ", "-")])
         clock = Clock()
         kept: list[Any] = []
 

@@ -120,9 +120,9 @@ class Study:
             convert(self._work / "recover", recovered)
         found = {"before": self._losses(cut), "after": self._losses(recovered)}
         from llmprune.models.families import family_of
-        from llmprune.models.loading import count_parameters, load_config
+        from llmprune.models.loading import count_parameters, load_model_config
 
-        config = load_config(recovered)
+        config = load_model_config(recovered)
         return {
             **found,
             "parameters": count_parameters(config),
@@ -140,10 +140,10 @@ class Study:
         ]
 
     def _train(self, yaml: str, run: str, model: Path, *overrides: str) -> None:
-        from llmprune.config.job_files import load_config
+        from llmprune.config.job_files import load_training_job
         from llmprune.jobs.train import train
 
-        train(load_config(ROOT / "yamls" / yaml, [*self._common(run, model), *overrides]))
+        train(load_training_job(ROOT / "yamls" / yaml, [*self._common(run, model), *overrides]))
 
     def _rounds(self, entry: Entry) -> None:
         from llmprune.config.job_files import load_job

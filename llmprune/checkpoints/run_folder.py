@@ -19,20 +19,16 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llmprune.checkpoints.checkpoint_folder import LATEST, METADATA, CheckpointFolder, batch_of, records_in
+from llmprune.config.sections import all_sections
 from llmprune.models.companions import GENERATION, name_inputs, save_model_config
-from llmprune.pruning.gates.settings import L0PruningConfig
-from llmprune.pruning.replacements.settings import BlockReplacementConfig
-from llmprune.recovery.lora import LoRAConfig
-from llmprune.recovery.settings import DistillationConfig
-from llmprune.recovery.trainable import TrainableConfig
 from llmprune.utils.checksums import compare, describe, read_record, record
 from llmprune.utils.errors import UserError, first_line
 from llmprune.utils.files import inside, read_json, temporary_for, write_json
@@ -49,15 +45,9 @@ from llmprune.utils.ranks import on_rank_zero
 from llmprune.utils.recorded_settings import settings_from
 
 log = logging.getLogger(__name__)
+S = TypeVar("S")
 
 RANDOM = "random"  # the source of a model that was not trained before
-SECTIONS = {  # of a manifest, as a job's YAML has them
-    "l0_pruning": L0PruningConfig,
-    "block_replacement": BlockReplacementConfig,
-    "trainable": TrainableConfig,
-    "lora": LoRAConfig,
-    "distillation": DistillationConfig,
-}
 PACKAGES = ("llmprune", "torch", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
 
 
@@ -247,30 +237,28 @@ class Manifest:
 
     Attributes:
         family: the model's family.
-        l0_pruning: the settings of ``L0Pruning``, if gates were trained.
         source: the model that the run started from (folder, hub name, or "random").
         data: the data folder, the hash of its tokenizer and that of its description.
         seed: the run's.
         versions: of Python and the packages that matter.
         git_commit: of llmprune's checkout, if it is one.
-        block_replacement: the settings of ``BlockReplacement`` with the span's start and length, if any.
-        trainable: the settings of ``PartialTraining``, if any.
-        lora: the settings of ``LowRankAdaptation``, if any.
-        distillation: the settings of ``Distillation``, if any.
+        sections: the settings of every section of the YAML, by name, as the section records them.
     """
 
     family: str
-    l0_pruning: dict[str, Any] | None
     source: str
     data: dict[str, str]
     seed: int
     versions: dict[str, str]
     git_commit: str | None
-    block_replacement: dict[str, Any] | None = None
-    trainable: dict[str, Any] | None = None
-    lora: dict[str, Any] | None = None
-    distillation: dict[str, Any] | None = None
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     schema: int = 1
+
+    def section(self, settings: type[S]) -> S | None:
+        """The section whose settings are of this class; ``None`` = the run did not have it."""
+        names = (name for name, section in all_sections().items() if section.settings is settings)
+        recorded = next((self.sections[name] for name in names if name in self.sections), None)
+        return None if recorded is None else settings_from(settings, recorded)
 
     def save(
         self,
@@ -308,9 +296,10 @@ class Manifest:
             raise UserError(f"{checkpoints} has no manifest.json: it holds no checkpoints of llmprune")
         try:
             values = dict(read_json(path))
-            for name, schema in SECTIONS.items():
-                if values.get(name) is not None:
-                    values[name] = asdict(settings_from(schema, values[name]))
+            for name, section in dict(values.get("sections", {})).items():
+                if name not in all_sections():
+                    raise UserError(f"{path} has the section '{name}', which no installed package knows")
+                values["sections"][name] = asdict(settings_from(all_sections()[name].settings, section))
             manifest = settings_from(cls, values)
         except (TypeError, ValueError, OmegaConfBaseException) as error:
             raise UserError(f"{path} is no manifest of this version ({first_line(error)})") from None

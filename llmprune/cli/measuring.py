@@ -75,11 +75,11 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """What a job will take: memory of every rank, time, cost. Nothing is loaded. Exit code 1: it does not fit."""
-    from llmprune.config.job_files import load_config
+    from llmprune.config.job_files import load_training_job
     from llmprune.estimate.job import Cluster, estimate_job
     from llmprune.pruning.budgets.limits import bytes_of
 
-    config = load_config(yaml, overrides or ())
+    config = load_training_job(yaml, overrides or ())
     if tflops is None:
         tflops = 67.0 if config.train.precision == "fp32" else 989.0
     cluster = Cluster(

@@ -100,7 +100,7 @@ def verify(
     """Compare the logits of two models on the same tokens, in float32; exit code 1 if any is not finite."""
     from dataclasses import asdict
 
-    from llmprune.evaluation.verify import compare, open_for_comparison
+    from llmprune.convert.verify import compare, open_for_comparison
     from llmprune.plans.plan import Plan
     from llmprune.utils.files import to_json
 
@@ -311,7 +311,7 @@ def search(
 
     job = load_job(yaml, overrides or ())
     if not isinstance(job, SearchConfig):
-        raise UserError(f"{yaml} has no section search: it is another job, for `composer train.py`")
+        raise UserError(f"{yaml} is another job ({job.job}): run it with `composer train.py`")
     run_search(job)
 
 

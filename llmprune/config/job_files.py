@@ -16,8 +16,10 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from llmprune.config.schema import Config, IterationConfig, ScoringConfig, SearchConfig
+from llmprune.config.jobs import JOBS, Job
+from llmprune.config.schema import Config, ScoringConfig
 from llmprune.config.secrets import refuse_secrets
+from llmprune.config.sections import with_sections
 from llmprune.config.yaml_files import check_yaml, read_yaml
 from llmprune.utils.errors import UserError, first_line, nearest
 from llmprune.utils.files import write_text
@@ -28,25 +30,7 @@ MOST = 1e30  # of a setting: what float32 holds, and no run needs
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Config | ScoringConfig:
-    """Read the YAML of any job and apply overrides.
-
-    One with ``layer_scoring`` scores, one with ``iterate`` prunes in rounds, one with ``search`` searches, all others
-    train.
-
-    Raises:
-        UserError: see ``load_config``.
-    """
-    return _load(path, overrides, _schema_of(_read(Path(path))))
-
-
-def _schema_of(sections: dict[str, Any]) -> type[Config] | type[ScoringConfig]:
-    if "layer_scoring" in sections:
-        return ScoringConfig
-    return IterationConfig if "iterate" in sections else SearchConfig if "search" in sections else Config
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the YAML of a job that trains and apply overrides.
+    """Read the YAML of any job and apply overrides; its key ``job`` says which it is (``config/jobs.py``).
 
     Args:
         path: the YAML file.
@@ -55,23 +39,51 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: the file can't be read, a key is unknown, a value has the wrong type or is missing.
     """
-    return _load(path, overrides, Config)
+    sections = _read(Path(path))
+    named = [text.removeprefix("job=") for text in overrides if text.startswith("job=")]
+    job = JOBS.get(str([sections.get("job", "train"), *named][-1]))
+    for name in JOBS.names():
+        own = {key.name for key in dataclasses.fields(JOBS.get(name).schema)}
+        if other := sorted((own - {key.name for key in dataclasses.fields(_schema_of(job))}) & {*sections}):
+            raise UserError(f"{path}: the section {other[0]} belongs to another job: write job: {name}")
+    config: Config | ScoringConfig = _load(path, sections, overrides, _schema_of(job))
+    if job.needs is not None and getattr(config, job.needs) is None:
+        raise UserError(f"{path}: job {config.job} needs the section {job.needs}")
+    return config
+
+
+def load_training_job(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the YAML of a job that trains and apply overrides.
+
+    Raises:
+        UserError: see ``load_job``; or it is a job of another kind.
+    """
+    config = load_job(path, overrides)
+    if not isinstance(config, Config):
+        raise UserError(f"{path} is a job that does not train (job: {config.job})")
+    return config
+
+
+def _schema_of(job: Job) -> type[Any]:
+    if not issubclass(job.schema, Config):
+        return job.schema
+    return with_sections(job.schema)  # type: ignore[arg-type] # a class is hashable
 
 
 def load_recorded(path: Path) -> Config | ScoringConfig:
     """Read the config.yaml of a run, whoever wrote it: nothing in it is looked up, and no other file is read.
 
     Raises:
-        UserError: see ``load_config``.
+        UserError: see ``load_job``.
     """
     sections = read_yaml(path)
-    schema = _schema_of(sections)
+    schema = _schema_of(JOBS.get(str(sections.get("job", "train"))))
     merged = _merge(schema, literal(sections), str(path))
-    return _built(merged, schema, path)
+    config: Config | ScoringConfig = _built(merged, schema, path)
+    return config
 
 
-def _load(path: str | Path, overrides: Sequence[str], schema: type[J]) -> J:
-    loaded = _read(Path(path))
+def _load(path: str | Path, loaded: dict[str, Any], overrides: Sequence[str], schema: type[J]) -> J:
     refuse_secrets(loaded)
     _merge(schema, loaded, str(path))
     for override in overrides:
@@ -173,17 +185,20 @@ def save_config(config: Config | ScoringConfig, path: Path) -> None:
 def describe() -> str:
     """Every section and key of every job's YAML with its default and its meaning, as text."""
     lines: list[str] = []
-    for schema in (Config, ScoringConfig, IterationConfig, SearchConfig):
-        lines += [f"## {inspect.cleandoc(schema.__doc__ or '').splitlines()[0]}"]
-        known = (
-            {section.name for section in dataclasses.fields(Config)}
-            if schema in (IterationConfig, SearchConfig)
-            else set()
-        )
+    shown: set[str] = set()
+    for name in JOBS.names():
+        job = JOBS.get(name)
+        lines += [f"## job: {name}  # {job.about}"]
+        schema = _schema_of(job)
+        known = shown if issubclass(schema, Config) else set()
+        shown = shown | {key.name for key in dataclasses.fields(schema)}
         for section in dataclasses.fields(schema):
+            cls = _dataclass_in(typing.get_type_hints(schema)[section.name])
             if section.name in known:
                 continue
-            cls = _dataclass_in(typing.get_type_hints(schema)[section.name])
+            if cls is None:
+                lines += ["", *_describe_key(section, _attributes(schema).get(section.name))]
+                continue
             optional = " (optional)" if section.default is None else ""
             lines += ["", f"{section.name}:{optional}  # {inspect.cleandoc(cls.__doc__).splitlines()[0]}"]
             lines += _describe_fields(cls, "  ")
@@ -200,10 +215,14 @@ def _describe_fields(cls: Any, indent: str) -> list[str]:
         if nested is not None:
             lines += [f"{indent}{key.name}:{meaning}", *_describe_fields(nested, indent + "  ")]
             continue
-        default = key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
-        shown = "(required)" if default is MISSING else "null" if default is None else str(default)
-        lines.append(f"{indent}{key.name}: {shown}{meaning}")
+        lines += [f"{indent}{line}" for line in _describe_key(key, meanings.get(key.name))]
     return lines
+
+
+def _describe_key(key: "dataclasses.Field[Any]", meaning: str | None) -> list[str]:
+    default = key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
+    shown = "(required)" if default is MISSING else "null" if default is None else str(default)
+    return [f"{key.name}: {shown}" + ("" if meaning is None else f"  # {meaning}")]
 
 
 def _attributes(cls: Any) -> dict[str, str]:
@@ -236,6 +255,6 @@ def _fields_of(schema: Any, section: str) -> Iterator[str]:
 
 
 def _dataclass_in(hint: Any) -> Any:
-    """The dataclass of ``X`` or ``X | None``."""
+    """The dataclass of ``X`` or ``X | None``; ``None`` = another type."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next(option for option in options if dataclasses.is_dataclass(option))
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)

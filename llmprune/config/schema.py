@@ -3,8 +3,8 @@
 Every key is a field of a dataclass below; a section that configures a component is declared beside it.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 from omegaconf import MISSING
 
@@ -12,16 +12,12 @@ from llmprune.config.optimizers import OptimizerConfig, SchedulerConfig
 from llmprune.config.sharding import ShardingConfig
 from llmprune.data.cache import CacheConfig
 from llmprune.data.calibration import CalibrationConfig
-from llmprune.data.updates import DynamicLoadingConfig
 from llmprune.models.families import RicherHeadsConfig
 from llmprune.pruning.budgets.candidates import CandidatesConfig
-from llmprune.pruning.gates.settings import L0PruningConfig
-from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.pruning.selection.methods import PlansConfig
-from llmprune.recovery.lora import LoRAConfig
-from llmprune.recovery.settings import DistillationConfig
-from llmprune.recovery.trainable import TrainableConfig
+
+S = TypeVar("S")
 
 
 @dataclass
@@ -150,29 +146,6 @@ class TrainConfig:
 
 
 @dataclass
-class LiveEvaluationConfig:
-    """Tasks and texts measured beside the losses, at every evaluation (``train.eval_interval``).
-
-    Attributes:
-        tasks: of lm-eval, or suites; those that generate text are not possible here.
-        num_fewshot: examples in the prompt; null = the tasks' own.
-        limit: questions of each task, or a share below 1; null = all.
-        include_path: folder with task files of your own; Python code that they name is run.
-        texts: files or prepared folders to measure perplexity on, a BOS before each segment.
-        segment: tokens of a segment.
-        batch_size: samples per forward pass on a rank.
-    """
-
-    tasks: list[str] = field(default_factory=list)
-    num_fewshot: int | None = None
-    limit: float | None = None
-    include_path: str | None = None
-    texts: list[str] = field(default_factory=list)
-    segment: int = 128
-    batch_size: int = 8
-
-
-@dataclass
 class CheckpointConfig:
     """Checkpoints go to ``run.folder``/checkpoints.
 
@@ -219,29 +192,30 @@ class LoggersConfig:
 
 @dataclass
 class Config:
-    """One run of ``train.py``: ``l0_pruning`` prunes, ``block_replacement`` replaces blocks, else it trains.
+    """A job that trains.
+
+    Every section (``l0_pruning`` prunes, ``block_replacement`` replaces blocks, …) adds a field; see ``sections.py``.
 
     Attributes:
+        job: what the job is: train, prune (which has ``l0_pruning``) or replace (which has ``block_replacement``).
         callbacks: registered callbacks of other packages by name, each with its arguments; see docs/extending.md.
     """
 
+    job: str = "train"
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    dynamic_loading: DynamicLoadingConfig | None = None
-    l0_pruning: L0PruningConfig | None = None
-    block_replacement: BlockReplacementConfig | None = None
-    trainable: TrainableConfig | None = None
-    lora: LoRAConfig | None = None
-    distillation: DistillationConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    evaluation: LiveEvaluationConfig | None = None
     sharding: ShardingConfig | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     loggers: LoggersConfig = field(default_factory=LoggersConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)
+
+    def section(self, settings: type[S]) -> S | None:
+        """The section whose settings are of this class; ``None`` = the job does not have it."""
+        return next((found for key in fields(self) if isinstance(found := getattr(self, key.name), settings)), None)
 
 
 @dataclass
@@ -268,9 +242,11 @@ class ScoringConfig:
     """A job that scores the blocks of a model, and writes plans if there is a ``plan``.
 
     Attributes:
+        job: score.
         plan: the plans that follow; one for each number in ``plan.remove``.
     """
 
+    job: str = "score"
     run: FolderConfig = field(default_factory=FolderConfig)
     model: ScoredModelConfig = field(default_factory=ScoredModelConfig)
     layer_scoring: LayerScoringConfig = field(default_factory=LayerScoringConfig)
@@ -310,13 +286,23 @@ class RoundsConfig:
 
 @dataclass
 class IterationConfig(Config):
-    """A job that prunes in rounds and recovers after each as a training run would."""
+    """A job that prunes in rounds and recovers after each as a training run would.
 
+    Attributes:
+        job: iterate.
+    """
+
+    job: str = "iterate"
     iterate: RoundsConfig = field(default_factory=RoundsConfig)
 
 
 @dataclass
 class SearchConfig(Config):
-    """A job that looks for the best way to prune under a budget, and recovers candidates as a training run would."""
+    """A job that looks for the best way to prune under a budget, and recovers candidates as a training run would.
 
+    Attributes:
+        job: search.
+    """
+
+    job: str = "search"
     search: CandidatesConfig = field(default_factory=CandidatesConfig)

@@ -4,7 +4,10 @@ from composer.core import Time, TimeUnit
 
 from llmprune.config.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.config.schema import Config
+from llmprune.config.sections import sections_of
 from llmprune.models.placement import ATTENTIONS, TRAINABLE
+from llmprune.pruning.replacements.settings import BlockReplacementConfig
+from llmprune.recovery.settings import DistillationConfig
 from llmprune.utils.errors import UserError, nearest
 
 LONGEST = 2**53  # of a duration, whatever its unit: floats count so far
@@ -45,21 +48,26 @@ def _check_attention(config: Config) -> None:
         raise UserError(
             f"model.attention=flash_attention_2 computes in half precision only: take train.precision=amp_bf16{other}"
         )
-    if config.distillation is not None and config.distillation.teacher and config.distillation.dtype == "float32":
+    distillation = config.section(DistillationConfig)
+    if distillation is not None and distillation.teacher and distillation.dtype == "float32":
         raise UserError(
             "model.attention=flash_attention_2 computes in half precision only: take distillation.dtype=bfloat16"
         )
 
 
 def _check_times(config: Config) -> None:
-    times, gates = {}, config.l0_pruning
+    times = {}
     for key, text, least in (
-        ("train.duration", config.train.duration, 0 if config.block_replacement is not None else 1),
+        ("train.duration", config.train.duration, 0 if config.section(BlockReplacementConfig) else 1),
         ("train.eval_interval", config.train.eval_interval, 0),
         ("checkpoint.interval", config.checkpoint.interval, 1),
         ("scheduler.warmup", config.scheduler.warmup, 0),
         ("loggers.console_interval", config.loggers.console_interval, 1),
-        *([("l0_pruning.lagrangian_warmup", gates.lagrangian_warmup, 0)] if gates is not None else []),
+        *(
+            (f"{section.name}.{name}", text, least)
+            for section in sections_of(config)
+            for name, (text, least) in section.durations(section.own).items()
+        ),
     ):
         try:
             times[key] = time = Time.from_timestring(text)

@@ -8,21 +8,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from llmprune.checkpoints.checkpoint_folder import METADATA, CheckpointFolder, batch_of, is_complete
 from llmprune.checkpoints.run_folder import Manifest
+from llmprune.config.sections import all_sections
 from llmprune.convert.foreign import checkpoint_in, what_it_is
 from llmprune.convert.stored_state import StoredState, open_state
 from llmprune.models.families import Family, family_of
-from llmprune.models.loading import load_config
+from llmprune.models.loading import load_model_config
 from llmprune.models.stored_weights import fingerprint
 from llmprune.pruning.gates.chosen_shape import chosen_shape
 from llmprune.pruning.gates.gate_set import GateSet, load_gates
 from llmprune.pruning.gates.settings import L0PruningConfig, make_goal
-from llmprune.recovery.lora import AdaptedWeights, LoRAConfig
 from llmprune.utils.checksums import VERIFICATION
 from llmprune.utils.errors import UserError
 
@@ -84,7 +85,7 @@ class Checkpoint:
                 reading.enter_context(folder.reading(batch_of(path)))
                 folder.check(path, contents=VERIFICATION.asked)
             path = path.resolve()
-            found = cls(path, Manifest.load(path.parent), load_config(path.parent / "model"))
+            found = cls(path, Manifest.load(path.parent), load_model_config(path.parent / "model"))
             weakref.finalize(found, reading.pop_all().close)
             return found
 
@@ -115,9 +116,16 @@ class Checkpoint:
         Raises:
             UserError: the checkpoint is damaged.
         """
-        stored = CheckpointWeights(self.state)
-        lora = self.manifest.lora
-        return stored if lora is None else AdaptedWeights(stored, LoRAConfig(**lora))
+        weights: Mapping[str, Tensor] = CheckpointWeights(self.state)
+        for section, settings in self.sections:
+            weights = section.weights(settings, weights)
+        return weights
+
+    @property
+    def sections(self) -> list[tuple[Any, Any]]:
+        """The classes of the sections that the run had, each with its settings."""
+        known = ((section, self.manifest.section(section.settings)) for section in all_sections().values())
+        return [(section, settings) for section, settings in known if settings is not None]
 
     @property
     def state(self) -> Mapping[str, Tensor]:
@@ -126,11 +134,11 @@ class Checkpoint:
 
     def gates(self) -> GateSet | None:
         """The gates that were trained, if any."""
-        settings = self.manifest.l0_pruning
+        settings = self.manifest.section(L0PruningConfig)
         if settings is None:
             return None
         source = self.family.shape(self.config)
-        gates = GateSet(source, make_goal(self.config, L0PruningConfig.from_dict(settings)))
+        gates = GateSet(source, make_goal(self.config, settings))
         load_gates(gates, self._state.tensors("callbacks", "L0Pruning", "gates"))
         gates.chosen = chosen_shape(self.path.parent, self.batch, gates.sizes)
         return gates

@@ -90,10 +90,10 @@ def read_replaced(checkpoint: Checkpoint, *, best: bool, model: PreTrainedModel 
     Raises:
         UserError: the checkpoint is of another kind, or damaged.
     """
-    values = dict(checkpoint.manifest.block_replacement or {})
-    if not values:
+    config = checkpoint.manifest.section(BlockReplacementConfig)
+    if config is None or config.start is None or config.length is None:
         raise UserError(f"{checkpoint.path} is of no run of block replacement")
-    span, config = Span(values.pop("start"), values.pop("length")), BlockReplacementConfig(**values)
+    span = Span(config.start, config.length)
     if model is None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(checkpoint.config)

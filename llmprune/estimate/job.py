@@ -19,9 +19,10 @@ from llmprune.estimate.memory import memory_of, samples_of
 from llmprune.estimate.sizes import FLOAT, Sizes, checkpoint_bytes, products_of, teacher_itemsize
 from llmprune.measurement.flops import macs
 from llmprune.models.fields import config_from_fields
-from llmprune.models.loading import load_config, load_tokenizer
+from llmprune.models.loading import load_model_config, load_tokenizer
 from llmprune.models.placement import DTYPES
 from llmprune.models.richer import with_richer_heads
+from llmprune.recovery.settings import DistillationConfig
 from llmprune.utils.errors import UserError
 
 
@@ -136,7 +137,7 @@ def estimate_job(config: Config, cluster: Cluster, length: int | None = None) ->
     if length is None:
         length = PreparedData(config.data.path, config.data.cache).manifest.sequence_length
     if config.model.path is not None:
-        return estimate(config, load_config(config.model.path), length, cluster)
+        return estimate(config, load_model_config(config.model.path), length, cluster)
     tokenizer = load_tokenizer(config.model.tokenizer or Path(config.data.path) / "tokenizer")
     model = config_from_fields(config.model.config or {}, tokenizer)
     if config.model.richer_heads is not None:
@@ -232,7 +233,7 @@ def _flops(config: Config, model: PretrainedConfig, length: int, sizes: Sizes) -
     backward = share * forward + 2 * length * sizes.trained  # of what goes in, and of what learns
     again = share * forward if config.train.activation_checkpointing else 0
     total = float(forward + backward + again)
-    if config.distillation is not None:
+    if config.section(DistillationConfig) is not None:
         total += 2 * sizes.teacher * length if sizes.teacher else forward
     return total
 
@@ -255,7 +256,7 @@ def _network(config: Config, cluster: Cluster, sizes: Sizes, microbatches: int) 
     inside = group <= cluster.per_node
     travels = gathers * sizes.parameters * products + sizes.trained * FLOAT
     sharded = microbatches * seconds(travels, group, inside)
-    if sizes.teacher and config.distillation is not None:
+    if sizes.teacher:
         other = sizes.teacher * teacher_itemsize(config, cluster.device)
         sharded += microbatches * seconds(other, group, inside)
     if config.sharding.replicas > 1:

@@ -13,7 +13,9 @@ from llmprune.estimate.sizes import FLOAT, MOMENTS, Sizes, adds, autocast_of, he
 from llmprune.models.families import family_of
 from llmprune.models.placement import DTYPES
 from llmprune.models.vocabulary import CHUNKS, LEAST
+from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.recovery.lora import LoRAConfig, add_adapters
+from llmprune.recovery.settings import DistillationConfig
 
 FRAGMENTATION = 0.06  # of all that is allocated: what the allocator can't use
 CONTEXT = {"cuda": 1.0e9, "cpu": 0.0}  # bytes of libraries and their buffers on the device
@@ -40,14 +42,14 @@ def memory_of(
     shards = 1 if config.sharding is None else ranks // config.sharding.replicas
     moments = MOMENTS[config.optimizer.name]
     weights = sizes.parameters * dtype.itemsize / shards
-    if config.lora is not None and config.lora.quantize is not None:
+    lora, distillation = config.section(LoRAConfig), config.section(DistillationConfig)
+    if lora is not None and lora.quantize is not None:
         weights = sizes.outside * dtype.itemsize + (sizes.parameters - sizes.outside) * FOUR_BITS
     if adds(config):
         weights += sizes.trained * held
     gradients = sizes.trained * held / shards
     products = products_of(config)
     in_states = products if config.sharding is not None else dtype  # as FSDP2 gathers them
-    lora = config.lora
     kept = kept_by(
         model,
         samples=micro,
@@ -66,7 +68,7 @@ def memory_of(
         "gradients": gradients,
         f"moments of {config.optimizer.name}": sizes.trained * held * moments / shards,
     }
-    if sizes.teacher and config.distillation is not None:
+    if sizes.teacher and distillation is not None:
         found["teacher"] = sizes.teacher * teacher_itemsize(config, device) / shards
     if sizes.gates:
         found["gates"] = sizes.gates * FLOAT * 4 + sizes.matrix * FLOAT
@@ -122,7 +124,7 @@ def _stages(
 ) -> list[_Stage]:
     """The moments that may be the peak of a pass: at the output layer, in the last blocks, in the first, at its end."""
     products, autocast, sharding = products_of(config).itemsize, autocast_of(config), config.sharding
-    checkpointed, distillation = config.train.activation_checkpointing, config.distillation
+    checkpointed, distillation = config.train.activation_checkpointing, config.section(DistillationConfig)
     matrix = sizes.vocabulary * sizes.hidden
     of_output = matrix if sizes.output_trained else 0  # its gradient is made beside the losses, in float32
     standing = kept.outside + (sizes.reached * kept.states if checkpointed else max(sizes.reached, 1) * kept.block)
@@ -158,13 +160,14 @@ def _stages(
 
 def _logits(config: Config, model: PretrainedConfig, sizes: Sizes, tokens: int, device: str) -> float:
     """Bytes of a chunk's logits as they come, in float32, their exponentials, their gradient; of states' gradient."""
-    products, replacement = products_of(config).itemsize, config.block_replacement
+    products, replacement = products_of(config).itemsize, config.section(BlockReplacementConfig)
     chunk = min(max(CHUNKS[device] // sizes.vocabulary, LEAST), tokens) * sizes.vocabulary
     softcap = family_of(model).softcap
     capped = 2 * FLOAT if softcap is not None and getattr(model, softcap) is not None else 0
     if replacement is not None and not {"lm", "kl"} & set(replacement.weights):  # only evaluations need them
         evaluates = Time.from_timestring(config.train.eval_interval).value > 0
         return chunk * (max(products + FLOAT, 2 * FLOAT) + capped) if evaluates else 0.0
-    compared = config.distillation is not None or (replacement is not None and "kl" in replacement.weights)
+    compared = replacement is not None and "kl" in replacement.weights
+    compared = compared or config.section(DistillationConfig) is not None
     each = products + 7 * FLOAT if compared else 2 * products + 2 * FLOAT
     return chunk * (each + capped) + tokens * sizes.hidden * products * 2

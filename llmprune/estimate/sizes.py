@@ -3,22 +3,36 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from llmprune.config.schema import Config
+from llmprune.config.sections import sections_of
 from llmprune.models.families import EMBEDDINGS, Role, family_of
-from llmprune.models.loading import load_config
-from llmprune.models.parameters import parameter_names_of
+from llmprune.models.loading import load_model_config
 from llmprune.models.placement import DTYPES, dtype_for_inference
-from llmprune.pruning.gates.gate_set import GateSet
-from llmprune.pruning.gates.settings import make_goal
-from llmprune.pruning.replacements.modules import STAND_INS, Site
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
-from llmprune.pruning.replacements.span import Span, given_span
-from llmprune.recovery.lora import add_adapters
+from llmprune.recovery.lora import LoRAConfig
+from llmprune.recovery.settings import DistillationConfig
 
 FLOAT = 4  # bytes
 MOMENTS = {"decoupled_adamw": 2, "adamw": 2, "decoupled_lion": 1}  # of every parameter that learns
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What learns in a job.
+
+    Attributes:
+        names: of the model's own parameters.
+        added: how many learn beside the model's.
+        gates: and multipliers.
+        lowest: the first block that gradients pass through; None = as follows from the names.
+    """
+
+    names: set[str]
+    added: int = 0
+    gates: int = 0
+    lowest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,29 +85,19 @@ class Sizes:
             built = AutoModelForCausalLM.from_config(model)
         sizes = {name: parameter.numel() for name, parameter in built.named_parameters()}
         outside = sum(n for name, n in sizes.items() if family.locate(name).block is None)
-        names = set(sizes)
-        if config.trainable is not None:
-            phases = [config.trainable.parts, *config.trainable.later.values()]
-            names = {name for parts in phases for name in parameter_names_of(built, parts)}
-        trained = sum(sizes[name] for name in names)
-        located = [family.locate(name) for name in names]
-        lowest = min(-1 if p.role in EMBEDDINGS else shape.layers if p.block is None else p.block for p in located)
-        if config.lora is not None:
-            names, lowest = set(), 0
-            with torch.device("meta"):
-                trained = sum(p.numel() for p in add_adapters(built, config.lora, 0))
-        if config.block_replacement is not None:
-            names, trained, lowest = _replaced(
-                built, config.block_replacement, given_span(config.block_replacement), shape.layers
-            )
-            trained += sum(sizes[name] for name in names)
-        gates = 0
-        if config.l0_pruning is not None:
-            gates = sum(p.numel() for p in GateSet(shape, make_goal(model, config.l0_pruning)).parameters())
+        learning = Learning(set(sizes))
+        for section in sections_of(config):
+            learning = section.learning(section.own, built, learning)
+        names, lowest = learning.names, learning.lowest
+        trained = learning.added + sum(sizes[name] for name in names)
+        if lowest is None:
+            located = [family.locate(name) for name in names]
+            lowest = min(-1 if p.role in EMBEDDINGS else shape.layers if p.block is None else p.block for p in located)
+        distillation = config.section(DistillationConfig)
         teacher = teacher_outside = 0
-        if config.distillation is not None and config.distillation.teacher is not None:
+        if distillation is not None and distillation.teacher is not None:
             with torch.device("meta"):
-                other = AutoModelForCausalLM.from_config(load_config(config.distillation.teacher))
+                other = AutoModelForCausalLM.from_config(load_model_config(distillation.teacher))
             teacher = sum(p.numel() for p in other.parameters())
             locate = family_of(other.config).locate
             teacher_outside = sum(p.numel() for name, p in other.named_parameters() if locate(name).block is None)
@@ -104,7 +108,7 @@ class Sizes:
             (sum(sizes.values()) - outside) // shape.layers,
             outside,
             max(sizes.values()),
-            gates,
+            learning.gates,
             teacher,
             teacher_outside,
             model.vocab_size,
@@ -116,24 +120,9 @@ class Sizes:
         )
 
 
-def _replaced(
-    built: PreTrainedModel, settings: BlockReplacementConfig, span: Span | None, layers: int
-) -> tuple[set[str], int, int]:
-    """What trains beside the stand-in, the stand-in's parameters, and the first block that gradients pass through."""
-    if span is None:  # any of that length but the first, at which not every kind can begin
-        assert settings.length is not None
-        span = Span(max(layers - settings.length, 0), settings.length)
-    with torch.device("meta"):
-        network = STAND_INS.get(settings.kind)(Site(built, span, 0), settings)
-    behind = span.end if {"lm", "kl"} & set(settings.weights) else layers
-    stands = settings.blocks if settings.kind == "blocks" else 1
-    trained = sum(p.numel() for p in network.parameters())
-    return set(parameter_names_of(built, settings.also)), trained, max(behind - stands, 0)
-
-
 def adds(config: Config) -> bool:
     """Whether what learns is added to the model, in float32."""
-    return config.lora is not None or config.block_replacement is not None
+    return config.section(LoRAConfig) is not None or config.section(BlockReplacementConfig) is not None
 
 
 def held_by(config: Config) -> int:
@@ -154,8 +143,9 @@ def products_of(config: Config) -> torch.dtype:
 
 def teacher_itemsize(config: Config, device: str) -> int:
     """Bytes of a number of the teacher on a device, cuda or cpu."""
-    assert config.distillation is not None
-    return dtype_for_inference(config.distillation.dtype, on_gpu=device == "cuda").itemsize
+    distillation = config.section(DistillationConfig)
+    assert distillation is not None
+    return dtype_for_inference(distillation.dtype, on_gpu=device == "cuda").itemsize
 
 
 def checkpoint_bytes(config: Config, sizes: Sizes) -> float:

@@ -7,8 +7,8 @@ from composer.utils import dist
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.config.schema import LiveEvaluationConfig
 from llmprune.evaluation.perplexity import PerplexityConfig, bos_of, check_streams, measure_perplexity, read_streams
+from llmprune.evaluation.settings import LiveEvaluationConfig
 from llmprune.evaluation.tasks import EvaluatedModel, Tasks, TasksConfig, quiet
 from llmprune.utils.errors import UserError
 

@@ -20,12 +20,13 @@ from llmprune.convert.commands import apply
 from llmprune.jobs.score import save_scores, score
 from llmprune.jobs.stages import asked_to_end, begin, check_pruning_job, keep_result, recover
 from llmprune.models.families import Shape, family_of, shapes_between, target_shape
-from llmprune.models.loading import load_config
+from llmprune.models.loading import load_model_config
 from llmprune.models.placement import Placement
 from llmprune.pruning.budgets.losses import HarmfulCorrectionError
 from llmprune.pruning.planning import make_plan, rehearse
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.pruning.selection.methods import PlanConfig
+from llmprune.recovery.settings import DistillationConfig
 from llmprune.utils.errors import UserError
 from llmprune.utils.processes import TERMINATION
 from llmprune.utils.ranks import initialize_ranks, on_rank_zero, share_cores
@@ -38,9 +39,10 @@ def iterate(config: IterationConfig) -> None:
         UserError: something does not fit, or the folder holds something else.
     """
     source = check_pruning_job(config, "iterate", config.iterate.calibration)
-    if config.distillation is not None and config.distillation.compares_states and config.iterate.rounds > 1:
+    distillation = config.section(DistillationConfig)
+    if distillation is not None and distillation.compares_states and config.iterate.rounds > 1:
         raise UserError("states compare with the source's in the first round only: take the objectives kl and lm")
-    shapes = round_shapes(config.iterate, load_config(source))
+    shapes = round_shapes(config.iterate, load_model_config(source))
     share_cores()
     initialize_ranks(config.train.device)
     with TERMINATION.ending(asked_to_end), RunFolder(Path(config.run.folder)).claimed():

@@ -15,8 +15,10 @@ from streaming.base.format.base.reader import FileInfo
 from transformers import AutoConfig
 
 from llmprune.config.schema import Config, ScoringConfig
+from llmprune.config.sections import sections_of
 from llmprune.data.cache import check_file
 from llmprune.data.format import DataManifest
+from llmprune.evaluation.settings import LiveEvaluationConfig
 from llmprune.evaluation.suites import SUITES
 from llmprune.models.hub import fetch_model
 from llmprune.models.loading import load_tokenizer
@@ -52,12 +54,12 @@ def needs_of(job: Config | ScoringConfig) -> Iterator[Need]:
     """What a job takes from a network unless it is there already."""
     named: list[str | None] = [job.model.path, job.model.tokenizer]
     if isinstance(job, Config):
-        named.append(None if job.distillation is None else job.distillation.teacher)
+        named += [name for section in sections_of(job) for name in section.models()]
         if "://" in job.data.path:
             yield Need("data", job.data.path)
-        if job.evaluation is not None:
-            for task in job.evaluation.tasks:
-                yield Need("task", task, job.evaluation.include_path)
+        if (evaluation := job.section(LiveEvaluationConfig)) is not None:
+            for task in evaluation.tasks:
+                yield Need("task", task, evaluation.include_path)
     for name in dict.fromkeys(named):
         if name is not None and not Path(name).exists():
             yield Need("model", name)

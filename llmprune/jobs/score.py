@@ -1,4 +1,4 @@
-"""Scoring the blocks of a model: through Composer's trainer, or block by block from disk."""
+"""The job that scores a model: through Composer's trainer, or block by block from disk; and plans that follow."""
 
 import sys
 import warnings
@@ -18,21 +18,26 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from llmprune.callbacks.layer_scoring import CALIBRATION, LayerScoring
+from llmprune.checkpoints.run_folder import RunFolder
+from llmprune.config.job_files import save_config
+from llmprune.config.schema import ScoringConfig
 from llmprune.data.calibration import calibration_samples, samples_fingerprint
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.families import family_of
-from llmprune.models.loading import load_config, load_model, load_tokenizer
+from llmprune.models.loading import load_model, load_model_config, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.offloading import OffloadedModel
 from llmprune.models.opened import check_vocabulary
 from llmprune.models.placement import DTYPES, TRAINABLE, Placement
 from llmprune.models.stored_weights import StoredWeights, fingerprint
+from llmprune.pruning.planning import make_plan, rehearse
 from llmprune.pruning.scoring.pictures import draw_scores
 from llmprune.pruning.scoring.scorer import Scorer
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.utils.errors import UserError
-from llmprune.utils.ranks import initialize_ranks
+from llmprune.utils.outputs import clear, refuse_replacing
+from llmprune.utils.ranks import initialize_ranks, on_rank_zero, share_cores
 
 IN_FULL = Placement(dtype="float32")
 
@@ -60,7 +65,7 @@ def score(
     placement.check(TRAINABLE)
     if placement.device_map is not None or placement.adapter is not None:
         raise UserError("scoring takes neither a device map nor an adapter")
-    model_config = load_config(model)
+    model_config = load_model_config(model)
     names = config.names(model_config, gradients=not offload)
     family = family_of(model_config)
     shape = family.shape(model_config)
@@ -203,3 +208,38 @@ class _Share(IterableDataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for batch in tqdm(self._batches, desc="scoring", unit="batch", disable=None if self._shown else True):
             yield {"input_ids": batch}
+
+
+def run_scoring(config: ScoringConfig) -> Scores:
+    """Run the job: the folder then holds ``scores.json``, its pictures, and a plan for each number asked for.
+
+    Raises:
+        UserError: something does not fit, or the folder holds something already.
+    """
+    if config.plan is not None:
+        model_config = load_model_config(config.model.path)
+        names = config.layer_scoring.names(model_config)
+        for plan in config.plan.each().values():
+            rehearse(plan, names, model_config, config.layer_scoring.data)
+    share_cores()
+    initialize_ranks(config.model.device)
+    run, model = RunFolder(Path(config.run.folder)), config.model
+    with run.claimed():
+        on_rank_zero(lambda: run.find(overwrite=config.run.overwrite, autoresume=False))
+        inputs = (model.path, model.tokenizer, config.layer_scoring.data.path)
+        refuse_replacing(run.path, [path for path in inputs if path and "://" not in path])
+        placement = Placement(model.dtype, model.device, attention=model.attention)
+        scores = score(model.path, config.layer_scoring, placement, tokenizer=model.tokenizer)
+        on_rank_zero(lambda: _write(config, scores, run.path))
+    return scores
+
+
+def _write(config: ScoringConfig, scores: Scores, folder: Path) -> None:
+    plans = {} if config.plan is None else config.plan.each()
+    clear(folder)
+    save_config(config, folder / "config.yaml")
+    save_scores(scores, folder / "scores.json")
+    for name, plan in plans.items():  # scores that took hours stay, whatever becomes of the plans
+        make_plan(scores, plan).save(folder / name)
+    names = ["scores.json", *plans]
+    print(f"{folder}: {', '.join(names)}")

@@ -31,7 +31,7 @@ from llmprune.evaluation.losses import Losses, evaluate_losses
 from llmprune.jobs.score import save_scores, score
 from llmprune.jobs.stages import asked_to_end, begin, check_pruning_job, keep_result, recover, recovery_of
 from llmprune.models.families import Shape, shape_from
-from llmprune.models.loading import load_config
+from llmprune.models.loading import load_model_config
 from llmprune.models.opened import open_model
 from llmprune.models.placement import Placement
 from llmprune.plans.plan import Plan
@@ -72,7 +72,7 @@ def search(config: SearchConfig) -> None:
         UserError: something does not fit, no candidate keeps to the budget, or the folder holds something else.
     """
     source = check_pruning_job(config, "search", config.search.calibration)
-    check_candidates(config, load_config(source))
+    check_candidates(config, load_model_config(source))
     share_cores()
     initialize_ranks(config.train.device)
     with TERMINATION.ending(asked_to_end), RunFolder(Path(config.run.folder)).claimed():
@@ -147,7 +147,7 @@ class _Job:
     def __init__(self, config: SearchConfig, source: str, folder: Path) -> None:
         self._config, self._settings, self._source, self._folder = config, config.search, source, folder
         self._candidates = self._settings.candidates()
-        self._sizes = Sizes(load_config(source))
+        self._sizes = Sizes(load_model_config(source))
         self._known = folder / "candidates.json"
         self._costs = costs_of(self._settings.budget, self._sizes, default_device())
         self._limits = limits_of(self._costs, self._sizes.source)

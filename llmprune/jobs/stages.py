@@ -6,12 +6,13 @@ in; a recovery goes on from its newest checkpoint.
 
 import copy
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from llmprune.callbacks.preemption import Preempted
 from llmprune.config.job_files import load_recorded, save_config
 from llmprune.config.schema import Config, SearchConfig
+from llmprune.config.sections import sections_of, with_sections
 from llmprune.convert.commands import convert
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.data.prepared import PreparedData
@@ -116,10 +117,8 @@ def _identity(config: Config) -> dict[str, object]:
     free = set(_FREE)
     if isinstance(config, SearchConfig):
         free.discard("data.eval_samples_per_domain")  # the held-out loss decides
-    if config.dynamic_loading is not None:
-        free.discard("train.eval_interval")  # after evaluations the mix changes
-    if config.lora is not None:
-        free.discard("train.microbatch_size")  # what is dropped goes by it
+    for section in sections_of(config):
+        free.difference_update(section.decides)
     found: dict[str, object] = {}
     for section, value in as_typed(asdict(config)).items():
         values = {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
@@ -160,11 +159,12 @@ def recovery_of(config: Config, place: Path, *, name: str, seed: int) -> Config:
         seed: of the order of its data.
     """
     run = replace(config.run, name=name, folder=str(place / "recover"), seed=seed, autoresume=True, overwrite=False)
-    parts = {part: copy.deepcopy(getattr(config, part)) for part in Config.__dataclass_fields__}
+    schema = with_sections(Config)
+    parts = {key.name: copy.deepcopy(getattr(config, key.name)) for key in fields(schema)}
     if config.checkpoint.remote is not None:  # every recovery is a run of its own
         within = place.relative_to(config.run.folder).as_posix()
         parts["checkpoint"] = replace(config.checkpoint, remote=f"{config.checkpoint.remote.rstrip('/')}/{within}")
-    return Config(**{**parts, "run": run, "model": replace(config.model, path=str(place / "pruned"))})
+    return schema(**{**parts, "job": "train", "run": run, "model": replace(config.model, path=str(place / "pruned"))})
 
 
 def check_pruning_job(config: Config, kind: str, calibration: CalibrationConfig) -> str:
@@ -180,13 +180,8 @@ def check_pruning_job(config: Config, kind: str, calibration: CalibrationConfig)
     """
     if config.model.path is None:
         raise UserError(f"{kind} prunes a model: name it with model.path")
-    for name in ("l0_pruning", "block_replacement"):
-        if getattr(config, name) is not None:
-            raise UserError(f"{kind} prunes by scores: leave out {name}")
-    if config.distillation is not None and (
-        config.distillation.plan is not None or config.distillation.blocks is not None
-    ):
-        raise UserError(f"what {kind} recovers are models of several plans: leave out distillation.plan and blocks")
+    for section in sections_of(config):
+        section.check_steps(kind)
     if calibration.path is None and "://" in config.data.path:
         raise UserError(f"calibration samples are read from this machine: name text with {kind}.calibration.path")
     check(config)

@@ -14,11 +14,12 @@ from llmprune.checkpoints.checkpoint_folder import CheckpointFolder
 from llmprune.checkpoints.metrics import read_metrics
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.schema import Config
+from llmprune.data.updates import DynamicLoadingConfig
 from llmprune.report.collect import Run
 from llmprune.report.figures import domain_weights
-from llmprune.training.checks import Ingredients
-from llmprune.training.shape import choose_shape, is_to_be_shaped
-from llmprune.training.trainer import build_trainer, prepare, safekeeping_of, trains
+from llmprune.training.checks import trains
+from llmprune.training.section import Inputs
+from llmprune.training.trainer import build_trainer, prepare, safekeeping_of
 from llmprune.utils.errors import UserError
 from llmprune.utils.ranks import on_rank_zero
 
@@ -37,12 +38,12 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> Trainer:
         return _train(config, inputs, callbacks)
 
 
-def _train(config: Config, inputs: Ingredients, callbacks: Sequence[Callback]) -> Trainer:
+def _train(config: Config, inputs: Inputs, callbacks: Sequence[Callback]) -> Trainer:
     trainer = build_trainer(config, inputs, callbacks)
     if config.train.eval_first and trainer.state.timestamp.batch.value == 0:
         trainer.eval()
     assert trainer.state.max_duration is not None
-    if not trains(config):
+    if not trains(inputs):
         trainer.eval()
         if not math.isfinite(loss := float(trainer.state.eval_metric_values["loss"])):
             raise UserError(f"the held-out loss is {loss} with what was computed, so no checkpoint is written")
@@ -62,11 +63,12 @@ def _train(config: Config, inputs: Ingredients, callbacks: Sequence[Callback]) -
     else:
         print(f"{config.run.folder} is complete: nothing is left to do until train.duration is raised")
         finish(trainer)
-    if is_to_be_shaped(config, trainer):  # also if it was killed between its last checkpoint and this
-        choose_shape(trainer, RunFolder(Path(config.run.folder)))
+    folder = RunFolder(Path(config.run.folder))
+    written = [section.ended(trainer, folder) for section in inputs.sections]
+    if any(written):
         safekeeping_of(trainer).copy_rest()
     trainer.close()
-    if config.dynamic_loading is not None:
+    if config.section(DynamicLoadingConfig) is not None:
         on_rank_zero(lambda: draw_weights(RunFolder(Path(config.run.folder))))
     return trainer
 

@@ -28,7 +28,7 @@ from llmprune.utils.untrusted import inspect, open_tokenizer
 transformers_logging.disable_progress_bar()
 
 
-def load_config(model: str | Path) -> PretrainedConfig:
+def load_model_config(model: str | Path) -> PretrainedConfig:
     """The config of a model of a supported family, with plain weights.
 
     Raises:
@@ -66,7 +66,7 @@ def load_model(
     Raises:
         UserError: it can't be read, is quantised, or its architecture is not supported.
     """
-    config = load_config(model)
+    config = load_model_config(model)
     if (resolve_model(model) / "model.safetensors.index.json").is_file() or any(
         resolve_model(model).glob("*.safetensors")
     ):
@@ -198,7 +198,7 @@ def empty_model(model: str | Path, *, dtype: torch.dtype, attention: str = "sdpa
         dtype: of the parameters.
         attention: see ``load_any_model``.
     """
-    empty = unfilled_model(load_config(model), dtype=dtype, attention=attention)
+    empty = unfilled_model(load_model_config(model), dtype=dtype, attention=attention)
     with contextlib.suppress(OSError):
         empty.generation_config = GenerationConfig.from_pretrained(resolve_model(model))
     if (misfit := _misfit(model, empty.config)) is not None:

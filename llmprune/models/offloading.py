@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.accelerate import init_empty_weights
 
 from llmprune.models.families import family_of
-from llmprune.models.loading import load_config
+from llmprune.models.loading import load_model_config
 from llmprune.models.stored_weights import StoredWeights
 from llmprune.utils.errors import UserError
 
@@ -34,7 +34,7 @@ class OffloadedModel:
         Raises:
             UserError: the model can't be read, or its weights don't fit its config.
         """
-        config = load_config(path)
+        config = load_model_config(path)
         self._weights, self._dtype, self._device = StoredWeights(path), dtype, device
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).eval()

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from llmprune.data.calibration import CalibrationConfig, calibration_samples, samples_fingerprint
 from llmprune.models.families import Shape, family_of
-from llmprune.models.loading import load_config, load_model, load_tokenizer
+from llmprune.models.loading import load_model, load_model_config, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.placement import DTYPES
 from llmprune.models.stored_weights import StoredWeights, fingerprint
@@ -71,7 +71,7 @@ def make_plan(
 
     plan = select(Request(scores, config, opened, _parallel(scores, config, place)))
     if config.shape is not None:
-        Surgery(load_config(place), plan)
+        Surgery(load_model_config(place), plan)
     if config.correction != "none":
         losses = PlanLosses.of(plan, trial or Trial(opened()))
         if told is not None:
@@ -106,7 +106,7 @@ def choose_plan(
     if not scores.data:
         raise UserError("the scores were computed without calibration text: score again with --data")
     model = model or scores.model
-    sizes = Sizes(load_config(model))
+    sizes = Sizes(load_model_config(model))
     check_correction(config.correction, sizes.config)
     _check_tokens(config, sizes, scores)
     limits = limits_of(costs_of(budget, sizes, default_device()), sizes.source)
@@ -154,7 +154,7 @@ def best_under(
         model: where the model lies now; None = where it lay when it was scored.
     """
     request = _request(scores, config, model or scores.model, trial.opened)
-    sizes, blocks = Sizes(load_config(model or scores.model)), _Blocks(request)
+    sizes, blocks = Sizes(load_model_config(model or scores.model)), _Blocks(request)
     steps = _steps(request, sizes, budget.multiple)
 
     def plan_for(shape: Shape) -> Plan:
@@ -334,7 +334,7 @@ def _parallel(scores: Scores, config: PlanConfig, model: str) -> bool:
     """Whether attention and MLP of a block read the same input; only ways that part them need to know."""
     if config.method not in ("list", "sublayers"):
         return False  # the others keep blocks whole
-    model_config = load_config(model)
+    model_config = load_model_config(model)
     return family_of(model_config).is_parallel(model_config)
 
 
@@ -344,7 +344,7 @@ def open_scored(scores: Scores, model: str) -> Opened:
     Raises:
         UserError: the model or its samples are others now, or too little memory is free.
     """
-    model_config = load_config(model)
+    model_config = load_model_config(model)
     if (found := fingerprint(StoredWeights(model), model_config)) != scores.fingerprint:
         raise UserError(
             f"the scores are of a model with the hash {scores.fingerprint}; {model} has {found}: name the model that "

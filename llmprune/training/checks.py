@@ -1,58 +1,36 @@
 """Everything about a run that can be checked before weights are loaded or anything is written."""
 
 import importlib.util
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer.core import Time
 from composer.utils import dist, get_device
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from llmprune.checkpoints.run_folder import Manifest, RunFolder
 from llmprune.config.job_files import load_recorded
 from llmprune.config.schema import Config
+from llmprune.config.sections import all_sections, sections_of
 from llmprune.config.sharding import check_sharding
 from llmprune.config.static_checks import check_config
 from llmprune.data.changes import WORKERS
 from llmprune.data.format import EVAL, TRAIN, DataManifest, tokenizer_fingerprint
-from llmprune.data.mixing import PARTS, domain_weights
 from llmprune.data.prepared import PreparedData
-from llmprune.data.updates import check_updates, read_references
 from llmprune.models.families import family_of, richer_heads_of
 from llmprune.models.fields import config_from_fields
-from llmprune.models.loading import load_config as load_model_config
-from llmprune.models.loading import load_tokenizer
+from llmprune.models.loading import load_model_config, load_tokenizer
 from llmprune.models.richer import with_richer_heads
-from llmprune.pruning.gates.settings import make_goal
-from llmprune.pruning.replacements.settings import BlockReplacementConfig
-from llmprune.pruning.replacements.span import Span, given_span
-from llmprune.training.recovery import check_recovery
-from llmprune.training.replacement import check_replacement
+from llmprune.training.section import Inputs, Section
 from llmprune.utils.checksums import VERIFICATION
 from llmprune.utils.errors import UserError
 
-# What a resumed run goes on with.
-L0_KEPT = ("target", "target_sparsity", "gates")
-LORA_KEPT = ("rank", "alpha", "dropout", "targets", "quantize")
-TEACHER_KEPT = ("teacher", "objectives", "final_objectives", "temperature", "top_k", "plan", "blocks", "dtype")
-REPLACEMENT_KEPT = (
-    "start", "length", "kind", "blocks", "take", "intermediate", "objectives", "top_k", "temperature", "also", "cache",
-)  # fmt: skip
 _PREFETCH = 1024  # batches of a worker: far more than any loader needs
 
 
-@dataclass
-class Ingredients:
-    """What a run needs to know of its inputs."""
-
-    model_config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    data: PreparedData
-
-
-def check(config: Config) -> Ingredients:
+def check(config: Config) -> Inputs:
     """Check a config and open its inputs.
 
     Raises:
@@ -97,50 +75,54 @@ def check(config: Config) -> Ingredients:
     if limit is not None and length > limit:
         raise UserError(f"the data's samples have {length} tokens, the model takes {limit}")
     _check_batch(config.train.global_batch_size, data.manifest)
-    _check_mixing(config, data.manifest)
-    if config.l0_pruning is not None:
-        make_goal(model_config, config.l0_pruning)
-    if config.block_replacement is not None:
-        _check_replacement(config, config.block_replacement, model_config)
-    check_recovery(config, model_config, data.manifest)
-    return Ingredients(model_config, tokenizer, data)
+    inputs = Inputs(model_config, tokenizer, data, sections_of(config))
+    _check_together(inputs.sections)
+    for section in inputs.sections:
+        section.check(inputs)
+    _check_evaluation(config, inputs)
+    return inputs
+
+
+def _check_together(sections: Sequence[Section[Any]]) -> None:
+    """Refuse sections of which each would decide the same."""
+    pruning = [section.name for section in sections if section.prunes]
+    choosing = [section.name for section in sections if section.chooses_weights]
+    if len(pruning) > 1:
+        raise UserError(f"a run has {' or '.join(pruning)}, not both")
+    if len(choosing) > 1:
+        raise UserError(f"{' and '.join(choosing)} both say what trains: leave one out")
+    if choosing and pruning:
+        raise UserError(f"{pruning[0]} decides itself what trains: leave out {choosing[0]}")
+
+
+def _check_evaluation(config: Config, inputs: Inputs) -> None:
+    """See that there is something to evaluate on, if the job asks for it."""
+    interval = config.train.eval_interval
+    asked = [] if trains(inputs) else ["a job that does not train"]
+    asked += [what for section in inputs.sections if (what := section.needs_evaluation) is not None]
+    if config.train.eval_first:
+        asked.append("train.eval_first")
+    if Time.from_timestring(interval).value > 0:
+        asked.append(f"train.eval_interval={interval}")
+    if asked and not inputs.data.domains_with(EVAL):
+        instead = ", or train without evaluation (train.eval_interval=0ba)" if asked[0].endswith(interval) else ""
+        raise UserError(
+            f"{inputs.data.location} has no evaluation samples, and {asked[0]} needs them: prepare it with a larger "
+            f"--eval-fraction{instead}"
+        )
+
+
+def trains(inputs: Inputs) -> bool:
+    """Whether anything is trained: what a section adds may only be computed."""
+    return all(section.trains for section in inputs.sections)
 
 
 def inputs_of(config: Config) -> list[str]:
     """What a job reads that may lie in folders of this machine."""
     named = [config.model.path, config.model.tokenizer, config.data.path]
-    if config.distillation is not None:
-        named += [config.distillation.teacher, config.distillation.plan]
-    if config.block_replacement is not None:
-        named.append(config.block_replacement.plan)
+    for section in sections_of(config):
+        named += [*section.models(), *section.files()]
     return [path for path in named if path and "://" not in path]
-
-
-def _check_replacement(config: Config, settings: BlockReplacementConfig, model_config: PretrainedConfig) -> None:
-    settings.check()
-    if config.l0_pruning is not None:
-        raise UserError("a run has l0_pruning or block_replacement, not both")
-    if settings.cache is not None and config.dynamic_loading is not None:
-        raise UserError("the mix in block_replacement.cache can't change any more: take dynamic_loading=null")
-    if settings.also and config.model.dtype != "float32":
-        raise UserError("what block_replacement.also names trains in the model's dtype: take model.dtype=float32")
-    if settings.cache is not None and settings.cache.samples % config.train.global_batch_size:
-        raise UserError(
-            f"block_replacement.cache.samples is {settings.cache.samples}; it must be a multiple of the global batch, "
-            f"{config.train.global_batch_size}"
-        )
-    span = given_span(settings)
-    if span is None and config.sharding is not None:
-        raise UserError(
-            "the span can't be found on a sharded model: find it first (`llmprune score`, `llmprune plan --span`) and "
-            "name the plan"
-        )
-    if span is None:  # any will do but for what lies behind it
-        assert settings.length is not None
-        length = settings.length
-        span = Span(max(family_of(model_config).shape(model_config).layers - length, 0), length)
-        settings = replace(settings, also=[])
-    check_replacement(settings, model_config, span)
 
 
 def check_same_run(run: RunFolder, manifest: Manifest, config: Config, model_config: PretrainedConfig) -> None:
@@ -161,15 +143,12 @@ def check_same_run(run: RunFolder, manifest: Manifest, config: Config, model_con
             "that the run began with, or use another folder"
         )
     for key, was, now in (
-        *(_both("l0_pruning", key, saved.l0_pruning, manifest.l0_pruning) for key in L0_KEPT),
-        *(
-            _both("block_replacement", key, saved.block_replacement, manifest.block_replacement)
-            for key in REPLACEMENT_KEPT
-        ),
         ("model.richer_heads", richer_heads_of(saved_config), richer_heads_of(model_config)),
-        ("trainable", saved.trainable, manifest.trainable),
-        *(_both("lora", key, saved.lora, manifest.lora) for key in LORA_KEPT),
-        *(_both("distillation", key, saved.distillation, manifest.distillation) for key in TEACHER_KEPT),
+        *(
+            (f"{name}.{key}", *((kept.sections.get(name) or {}).get(key) for kept in (saved, manifest)))
+            for name, section in all_sections().items()
+            for key in section.fixed
+        ),
         ("run.seed", before.run.seed, config.run.seed),
         ("train.global_batch_size", before.train.global_batch_size, config.train.global_batch_size),
         *(
@@ -183,11 +162,6 @@ def check_same_run(run: RunFolder, manifest: Manifest, config: Config, model_con
                 f"the checkpoints in {run.checkpoints} are of a run with {key} {was}; the config asks for {now}: keep "
                 "what the run began with, or use another run.folder"
             )
-
-
-def _both(section: str, key: str, *found: dict[str, Any] | None) -> tuple[str, Any, Any]:
-    was, now = ((values or {}).get(key) for values in found)
-    return f"{section}.{key}", was, now
 
 
 def _check_packages(config: Config) -> None:
@@ -282,7 +256,7 @@ def _check_devices(config: Config) -> None:
     on_cpu = get_device(config.train.device).name == "cpu"
     for refused, where in (
         (config.sharding is not None, "with sharding"),
-        (config.l0_pruning is not None, "while gates train"),
+        *((True, where) for section in sections_of(config) if (where := section.no_auto_microbatch) is not None),
         (on_cpu, "on CPUs"),
     ):
         if refused and config.train.microbatch_size == "auto":
@@ -297,27 +271,6 @@ def _check_remote(config: Config) -> None:
         place = Path(remote).resolve()
         if place == run or run in place.parents or place in run.parents:
             raise UserError("checkpoint.remote and run.folder must not lie in each other: choose another place")
-
-
-def _check_mixing(config: Config, data: DataManifest) -> None:
-    dynamic = config.dynamic_loading
-    if dynamic is None:
-        return
-    dynamic.references = read_references(dynamic.references)  # a run keeps them, whatever becomes of the file
-    domains = sorted(data.domains)
-    if dynamic.update == "schedule" and config.data.weights is not None:
-        raise UserError("dynamic_loading.schedule has the weights of the whole run: leave data.weights out")
-    parts = domain_weights({domain: data.samples(domain, TRAIN) for domain in domains}, config.data.weights)
-    drawn = {domain: part / PARTS for domain, part in zip(domains, parts, strict=True) if part}
-    evaluated = [d for d in domains if data.samples(d, EVAL)]
-    check_updates(dynamic, domains, drawn, evaluated)
-    if dynamic.update_delay < (ahead := config.data.workers * config.data.prefetch):
-        raise UserError(
-            f"dynamic_loading.update_delay is {dynamic.update_delay}, but {ahead} batches may be loaded already "
-            "(data.workers × data.prefetch): raise it"
-        )
-    if not Time.from_timestring(config.train.eval_interval).value:
-        raise UserError("dynamic_loading changes weights after evaluations: set train.eval_interval")
 
 
 def data_contents(path: str | Path, data: DataManifest) -> dict[str, str]:

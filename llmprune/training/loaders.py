@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 from composer.utils import dist
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from llmprune.config.schema import Config
 from llmprune.data.dataset import EvalDataset, MixedDataset
 from llmprune.data.format import EVAL
 from llmprune.data.prepared import PreparedData
-from llmprune.data.updates import first_weights
+from llmprune.data.updates import DynamicLoadingConfig, first_weights
 from llmprune.models.causal_lm import Batch
-from llmprune.pruning.replacements.cache import CachedStates, StatesCache
 from llmprune.utils.processes import outlast_one_termination
 
 
@@ -24,8 +23,8 @@ def make_stream(
     """The training stream of this rank, or of another of so many."""
     world_size = world_size or dist.get_world_size()
     starting = None
-    if config.dynamic_loading is not None:
-        starting = first_weights(config.dynamic_loading, sorted(data.manifest.domains))
+    if (dynamic := config.section(DynamicLoadingConfig)) is not None:
+        starting = first_weights(dynamic, sorted(data.manifest.domains))
     return MixedDataset(
         data,
         global_batch_size=config.train.global_batch_size,
@@ -41,21 +40,18 @@ def make_stream(
 
 
 def make_loaders(
-    config: Config, data: PreparedData, cache: StatesCache | None = None
+    config: Config, data: PreparedData, instead: Dataset[Any] | None = None
 ) -> tuple[MixedDataset, DataLoader[Any], EvalDataset | None]:
-    """The training stream of this rank with its loader (or that of a cache), and the evaluation samples, if any."""
+    """The training stream of this rank with a loader, and the evaluation samples, if any.
+
+    Args:
+        config: of the job.
+        data: that it trains on.
+        instead: what the loader reads in the place of the stream.
+    """
     stream = make_stream(config, data)
-    cached = None
-    if cache is not None:
-        cached = CachedStates(
-            cache,
-            global_batch_size=config.train.global_batch_size,
-            seed=config.run.seed,
-            rank=dist.get_global_rank(),
-            world_size=dist.get_world_size(),
-        )
     loader: DataLoader[Any] = DataLoader(
-        stream if cached is None else cached,
+        stream if instead is None else instead,
         batch_size=config.train.global_batch_size // dist.get_world_size(),
         num_workers=config.data.workers,
         pin_memory=torch.cuda.is_available(),

@@ -1,24 +1,13 @@
 """The uniform shape of a model that was pruned to a size: chosen by its held-out loss once the run has ended."""
 
 import math
-from pathlib import Path
 
 from composer import Trainer
 from composer.utils import dist
 
 from llmprune.callbacks.l0_pruning import L0Pruning
 from llmprune.checkpoints.run_folder import RunFolder
-from llmprune.config.schema import Config
-from llmprune.pruning.gates.chosen_shape import is_chosen, save_shape
-from llmprune.utils.ranks import on_rank_zero
-
-
-def is_to_be_shaped(config: Config, trainer: Trainer) -> bool:
-    """Whether a run that has come to its end was pruned to a size, and no shape is chosen yet."""
-    if config.l0_pruning is None or config.l0_pruning.target_sparsity is None:
-        return False
-    checkpoints, batch = RunFolder(Path(config.run.folder)).checkpoints, trainer.state.timestamp.batch.value
-    return on_rank_zero(lambda: not is_chosen(checkpoints, batch))
+from llmprune.pruning.gates.chosen_shape import save_shape
 
 
 def choose_shape(trainer: Trainer, run: RunFolder) -> None:

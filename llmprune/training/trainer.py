@@ -2,10 +2,8 @@
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from composer import Callback, Trainer
@@ -16,15 +14,10 @@ from composer.utils import dist, get_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.callbacks.checkpoint_uploading import Safekeeping
-from llmprune.callbacks.distillation import Distillation
 from llmprune.callbacks.domain_losses import DomainLosses
 from llmprune.callbacks.dynamic_loading import DynamicLoading
-from llmprune.callbacks.evaluation import Evaluation
-from llmprune.callbacks.l0_pruning import L0Pruning
 from llmprune.callbacks.load_shards import LoadShards
 from llmprune.callbacks.loss_guard import LossGuard
-from llmprune.callbacks.low_rank_adaptation import LowRankAdaptation
-from llmprune.callbacks.partial_training import PartialTraining
 from llmprune.callbacks.preemption import Preemption
 from llmprune.callbacks.registry import added_callbacks
 from llmprune.callbacks.save_guard import SaveGuard
@@ -34,12 +27,10 @@ from llmprune.checkpoints.run_folder import RANDOM, Manifest, RunFolder, git_com
 from llmprune.checkpoints.run_store import check_unused, fetch_run
 from llmprune.config.job_files import save_config
 from llmprune.config.optimizers import OPTIMIZERS, SCHEDULERS
-from llmprune.config.schema import Config, LiveEvaluationConfig
+from llmprune.config.schema import Config
 from llmprune.config.sharding import AverageGradients, parallelism
 from llmprune.convert.stored_state import harmless
-from llmprune.data.dataset import MixedDataset
-from llmprune.data.format import EVAL
-from llmprune.data.prepared import PreparedData
+from llmprune.data.updates import DynamicLoadingConfig
 from llmprune.estimate.job import check_fits
 from llmprune.models.batch_halving import Halving
 from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
@@ -47,38 +38,32 @@ from llmprune.models.families import family_of
 from llmprune.models.loading import empty_model, load_model, new_model
 from llmprune.models.placement import DTYPES
 from llmprune.models.source import resolve_model
-from llmprune.pruning.replacements.span import Span
 from llmprune.recovery.four_bits import quantization
-from llmprune.training.checks import Ingredients, check, check_same_run, data_contents, inputs_of
-from llmprune.training.loaders import eval_loader, first_batches, make_loaders
+from llmprune.recovery.lora import LoRAConfig
+from llmprune.training.checks import check, check_same_run, data_contents, inputs_of, trains
+from llmprune.training.loaders import eval_loader, make_loaders
 from llmprune.training.loggers import make_loggers
-from llmprune.training.recovery import correspondence_of
-from llmprune.training.replacement import check_replacement, known_span, make_cache, make_replacement, most_alike
-from llmprune.utils.errors import UserError
-from llmprune.utils.object_store import open_store
+from llmprune.training.section import Build, Inputs
+from llmprune.utils.object_store import Store, open_store
 from llmprune.utils.outputs import refuse_replacing
 from llmprune.utils.processes import TERMINATION
 from llmprune.utils.ranks import PATIENCE, initialize_ranks, on_rank_zero, share_cores
 from llmprune.utils.recorded_settings import as_typed
 
-if TYPE_CHECKING:
-    from llmprune.evaluation.live import LiveEvaluation
 
-
-def prepare(config: Config) -> Ingredients:
+def prepare(config: Config) -> Inputs:
     """Check the config and let the ranks meet.
 
     Raises:
         UserError: see ``check``.
     """
     inputs = check(config)
-    check_evaluation(config, inputs.data)
     share_cores()
     init_distributed(config)
     return inputs
 
 
-def build_trainer(config: Config, inputs: Ingredients | None = None, callbacks: Sequence[Callback] = ()) -> Trainer:
+def build_trainer(config: Config, inputs: Inputs | None = None, callbacks: Sequence[Callback] = ()) -> Trainer:
     """Make the run folder ready and build the trainer.
 
     Args:
@@ -101,49 +86,29 @@ def build_trainer(config: Config, inputs: Ingredients | None = None, callbacks: 
         on_rank_zero(lambda: check_unused(store))
     if config.train.check_memory:
         on_rank_zero(lambda: check_fits(config, inputs.model_config, inputs.data.manifest.sequence_length))
-    span = None if config.block_replacement is None else known_span(config, inputs.model_config, run, resume)
-    manifest = _manifest(config, inputs, span)
+    build = Build(config, inputs, run, resume)
+    for section in inputs.sections:
+        section.begin(build)
     if resume is not None:
-        check_same_run(run, manifest, config, inputs.model_config)
-    live = None if config.evaluation is None else _live_evaluation(config.evaluation, inputs)
-    model = make_model(config, inputs)
-    if config.block_replacement is not None and span is None:
-        samples = first_batches(config, inputs.data, config.block_replacement.score_samples)
-        assert config.block_replacement.length is not None
-        span = most_alike(model, samples, config.block_replacement.length, get_device(config.train.device))
-        check_replacement(config.block_replacement, inputs.model_config, span)
-        manifest = _manifest(config, inputs, span)
-        if dist.get_global_rank() == 0:
-            print(f"replaced: {span}, whose input and output are the most alike")
-    cache = None
-    if config.block_replacement is not None and config.block_replacement.cache is not None and span is not None:
-        cache = make_cache(config, config.block_replacement.cache, inputs.model_config, inputs.data, run, span)
-    stream, train, evaluation = make_loaders(config, inputs.data, cache)
+        check_same_run(run, _manifest(config, inputs), config, inputs.model_config)
+    model = build.model = make_model(config, inputs)
+    instead = None
+    for section in inputs.sections:
+        section.model_loaded(build)
+        instead = section.dataset(build) or instead
+    stream, train, evaluation = make_loaders(config, inputs.data, instead)
     present = [] if evaluation is None else evaluation.domains_present
-    domains = {number: stream.domains[number] for number in present}
+    build.stream, build.evaluated = stream, {number: stream.domains[number] for number in present}
     on_cpu = get_device(config.train.device).name == "cpu"
     own_autocast = on_cpu and config.train.precision == "amp_bf16"  # Composer has it on GPUs only
-    wrapped = ComposerCausalLM(model, domains, products=torch.bfloat16 if own_autocast else None)
+    wrapped = ComposerCausalLM(model, build.evaluated, products=torch.bfloat16 if own_autocast else None)
     if config.train.microbatch_size == "auto":
         wrapped.halving = Halving()
     optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
-    own = make_callbacks(config, run, stream, wrapped.domains, live=live, resumed=resume is not None)
-    writers = dist.get_world_size() // (1 if config.sharding is None else config.sharding.replicas)
-    own.append(SaveGuard(CheckpointFolder(run.checkpoints)))
-    own.append(Safekeeping(run.path, config.checkpoint.keep, store, writers=writers, resumed=resume is not None))
-    if config.block_replacement is not None and span is not None:
-        own.append(make_replacement(config, config.block_replacement, inputs.data, run, span, cache))
-    if config.distillation is not None:
-        kept = config.distillation.teacher is None and config.l0_pruning is None
-        own.append(
-            Distillation(
-                config.distillation,
-                correspondence=correspondence_of(config, inputs.model_config),
-                attention=config.model.attention,
-                kept=kept,
-            )
-        )
-    on_rank_zero(lambda: _write_run(config, run, manifest, model, inputs.tokenizer, resume))
+    own = _own_callbacks(build, store, replaced=instead is not None)
+    for section in inputs.sections:
+        own += section.callbacks(build)
+    on_rank_zero(lambda: _write_run(config, run, _manifest(config, inputs), model, inputs.tokenizer, resume))
     per_rank = config.train.global_batch_size // dist.get_world_size()
     eval_batch = per_rank if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
     sums = config.sharding is not None and on_cpu  # gloo does, where ranks meet
@@ -163,7 +128,7 @@ def build_trainer(config: Config, inputs: Ingredients | None = None, callbacks: 
             train_dataloader=DataSpec(train, get_num_tokens_in_batch=count_tokens),
             accumulate_train_batch_on_tokens=True,
             eval_dataloader=None if evaluation is None else eval_loader(evaluation, eval_batch),
-            max_duration=config.train.duration if trains(config) else "1ba",
+            max_duration=config.train.duration if trains(inputs) else "1ba",
             eval_interval=interval(config.train.eval_interval, config.train.duration),
             optimizers=optimizer,
             schedulers=SCHEDULERS[config.scheduler.name](config.scheduler),
@@ -193,43 +158,9 @@ def init_distributed(config: Config) -> None:
     initialize_ranks(config.train.device, PATIENCE if patience is None else 2 * patience + 10 * 60)
 
 
-def _live_evaluation(config: LiveEvaluationConfig, inputs: Ingredients) -> "LiveEvaluation":
-    from llmprune.evaluation.live import LiveEvaluation  # lm-eval takes seconds to import
-
-    return LiveEvaluation(config, inputs.model_config, inputs.tokenizer)
-
-
 def safekeeping_of(trainer: Trainer) -> Safekeeping:
     """What takes care of a run's checkpoints."""
     return next(callback for callback in trainer.state.callbacks if isinstance(callback, Safekeeping))
-
-
-def trains(config: Config) -> bool:
-    """Whether anything is trained: a stand-in may only be computed, or be none."""
-    replaced = config.block_replacement
-    return replaced is None or (Time.from_timestring(config.train.duration).value > 0 and replaced.trains)
-
-
-def check_evaluation(config: Config, data: PreparedData) -> None:
-    """Check that there is something to evaluate on, if the job asks for it.
-
-    Raises:
-        UserError: there is nothing.
-    """
-    pruning, interval = config.l0_pruning, config.train.eval_interval
-    asking = {
-        "a job that does not train": not trains(config),
-        "the last report of l0_pruning.target_sparsity": pruning is not None and pruning.target_sparsity is not None,
-        "train.eval_first": config.train.eval_first,
-        f"train.eval_interval={interval}": Time.from_timestring(interval).value > 0,
-    }
-    asked = [what for what, asks in asking.items() if asks]
-    if asked and not data.domains_with(EVAL):
-        instead = ", or train without evaluation (train.eval_interval=0ba)" if asked[0].endswith(interval) else ""
-        raise UserError(
-            f"{data.location} has no evaluation samples, and {asked[0]} needs them: prepare it with a larger "
-            f"--eval-fraction{instead}"
-        )
 
 
 def interval(every: str, duration: str) -> int | Time[int]:
@@ -242,7 +173,7 @@ def interval(every: str, duration: str) -> int | Time[int]:
     return time
 
 
-def make_model(config: Config, inputs: Ingredients) -> PreTrainedModel:
+def make_model(config: Config, inputs: Inputs) -> PreTrainedModel:
     """The model to train, in the dtype asked for.
 
     Sharded, a model from disk is still empty (``LoadShards`` fills it) and one with random weights is made on rank 0
@@ -256,7 +187,8 @@ def make_model(config: Config, inputs: Ingredients) -> PreTrainedModel:
     elif config.sharding is not None:
         model = empty_model(config.model.path, dtype=dtype, attention=attention)
     else:
-        four_bits = config.lora is not None and config.lora.quantize is not None
+        lora = config.section(LoRAConfig)
+        four_bits = lora is not None and lora.quantize is not None
         packed = quantization(inputs.model_config, dtype) if four_bits else None
         model = load_model(config.model.path, dtype=dtype, attention=attention, quantization=packed)
     if config.train.activation_checkpointing and config.sharding is None:  # sharded, Composer does it
@@ -264,59 +196,41 @@ def make_model(config: Config, inputs: Ingredients) -> PreTrainedModel:
     return model
 
 
-def make_callbacks(
-    config: Config,
-    run: RunFolder,
-    stream: MixedDataset,
-    evaluated: Mapping[int, str],
-    *,
-    live: "LiveEvaluation | None" = None,
-    resumed: bool,
-) -> list[Callback]:
-    """The callbacks of a run; a resumed one has its weights in the checkpoint."""
+def _own_callbacks(build: Build, store: Store | None, *, replaced: bool) -> list[Callback]:
+    """The callbacks that every run has.
+
+    Args:
+        build: the run; resumed, it has its weights in the checkpoint.
+        store: where checkpoints are copied to.
+        replaced: whether something else than the data is trained on.
+    """
+    config, run, resumed = build.config, build.folder, build.resume is not None
     guard = LossGuard(config.train.loss_spike_factor, skip=config.train.loss_spike == "skip")
     callbacks: list[Callback] = [guard, LRMonitor(), SpeedMonitor(window_size=10), Preemption(TERMINATION)]
     if config.train.hang_timeout is not None:
         callbacks.insert(0, Watchdog(config.train.hang_timeout))
     if config.sharding is not None and config.model.path is not None and not resumed:
         callbacks.append(LoadShards(config.model.path))
-    callbacks.append(DomainLosses(evaluated))
-    if live is not None:
-        callbacks.append(Evaluation(live.measure))
-    if config.block_replacement is None or config.block_replacement.cache is None:
-        callbacks.append(DynamicLoading(config.dynamic_loading, stream, evaluated.values()))
-    if config.l0_pruning is not None:
-        callbacks.append(L0Pruning(config.l0_pruning, seed=config.run.seed, folder=run.gates))
-    if config.trainable is not None:
-        callbacks.append(PartialTraining(config.trainable))
-    if config.lora is not None:
-        callbacks.append(LowRankAdaptation(config.lora, seed=config.run.seed))
+    callbacks.append(DomainLosses(build.evaluated))
+    if config.section(DynamicLoadingConfig) is None and not replaced:
+        assert build.stream is not None
+        callbacks.append(DynamicLoading(None, build.stream, build.evaluated.values()))
+    callbacks.append(SaveGuard(CheckpointFolder(run.checkpoints)))
+    writers = dist.get_world_size() // (1 if config.sharding is None else config.sharding.replicas)
+    callbacks.append(Safekeeping(run.path, config.checkpoint.keep, store, writers=writers, resumed=resumed))
     return callbacks
 
 
-def _manifest(config: Config, inputs: Ingredients, span: Span | None = None) -> Manifest:
-    replacement = None
-    if config.block_replacement is not None and span is not None:
-        replacement = {**_section(config, "block_replacement"), **asdict(span)}
+def _manifest(config: Config, inputs: Inputs) -> Manifest:
     return Manifest(
         family=family_of(inputs.model_config).name,
-        l0_pruning=None if config.l0_pruning is None else asdict(config.l0_pruning),
         source=as_typed(config.model.path or RANDOM, "model.path"),
         data=data_contents(as_typed(config.data.path, "data.path"), inputs.data.manifest),
         seed=config.run.seed,
         versions=versions(),
         git_commit=git_commit(),
-        block_replacement=replacement,
-        trainable=None if config.trainable is None else asdict(config.trainable),
-        lora=None if config.lora is None else asdict(config.lora),
-        distillation=None if config.distillation is None else _section(config, "distillation"),
+        sections={section.name: section.recorded() for section in inputs.sections},
     )
-
-
-def _section(config: Config, name: str) -> dict[str, Any]:
-    """A section with the places in it as they were typed; checkpoints are read by its words."""
-    values = asdict(getattr(config, name))
-    return {k: as_typed(v, f"{name}.{k}") if k in ("plan", "teacher", "cache") else v for k, v in values.items()}
 
 
 def _write_run(

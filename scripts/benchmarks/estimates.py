@@ -73,7 +73,7 @@ def _config(blocks: int):  # type: ignore[no-untyped-def] # transformers is not 
 
 def measured_over_estimated(folder: Path, kind: str) -> float:
     """The ratio of one kind of job, in a process that has done a small one of the same kind."""
-    from llmprune.config.job_files import load_config
+    from llmprune.config.job_files import load_training_job
     from llmprune.estimate.job import Cluster, estimate_job
     from llmprune.training.trainer import build_trainer
 
@@ -92,7 +92,7 @@ def measured_over_estimated(folder: Path, kind: str) -> float:
         ]
         if model == "small":
             overrides = [o.replace("last.2", "last.1") for o in overrides]
-        return load_config(
+        return load_training_job(
             ROOT / "yamls" / "continue.yaml", [o.replace("TEACHER", f"{folder}/{model}") for o in overrides]
         )
 

@@ -32,7 +32,7 @@ def _pruning_run(folder: Path, kind: str) -> int:
     from data_prep.pack import prepare
     from data_prep.recipe import PackSettings
     from data_prep.tokenizer import train_tokenizer
-    from llmprune.config.job_files import load_config
+    from llmprune.config.job_files import load_training_job
     from llmprune.jobs.train import train
 
     if not (folder / "data").exists():
@@ -52,7 +52,7 @@ def _pruning_run(folder: Path, kind: str) -> int:
         "train.eval_interval=0ba",
         f"sharding={{checkpoints: {kind}}}",
     ]
-    trainer = train(load_config(ROOT / "yamls" / "prune.yaml", overrides))
+    trainer = train(load_training_job(ROOT / "yamls" / "prune.yaml", overrides))
     return sum(p.numel() * p.element_size() for p in trainer.state.model.parameters())
 
 
@@ -76,11 +76,11 @@ def apply_memory(runs: int) -> Ratio:
 def _peak_of_applying(folder: Path) -> int:
     from llmprune.convert.commands import apply
     from llmprune.models.families import family_of, target_shape
-    from llmprune.models.loading import load_config
+    from llmprune.models.loading import load_model_config
     from llmprune.models.stored_weights import StoredWeights, fingerprint
     from llmprune.plans.plan import KeptBlock, Plan
 
-    config = load_config(folder / "model")
+    config = load_model_config(folder / "model")
     source = family_of(config).shape(config)
     target = target_shape(source, {"hidden": 3584, "heads": 28, "intermediate": 9632})
     kept = {"heads": tuple(range(target.heads)), "channels": tuple(range(target.intermediate))}

@@ -141,7 +141,7 @@ class Study:
 
     def train(self, name: str) -> None:
         """Train a model, if that is not done yet."""
-        from llmprune.config.job_files import load_config
+        from llmprune.config.job_files import load_training_job
         from llmprune.convert.commands import convert
         from llmprune.jobs.train import train
 
@@ -150,7 +150,7 @@ class Study:
             return
         fields = [f"model.config.{field}={value}" for field, value in self._size.config.items()]
         where = [f"run.folder={place}/run", "run.autoresume=true", f"data.path={self._data}", "loggers.console=false"]
-        train(load_config(Path(__file__).parent / f"{name}.yaml", [*fields, *self._size.train, *where]))
+        train(load_training_job(Path(__file__).parent / f"{name}.yaml", [*fields, *self._size.train, *where]))
         convert(place / "run", place / "model")
 
     def evaluate(self, name: str) -> dict[str, Any]:
@@ -195,10 +195,10 @@ class Study:
         return found
 
     def _duration(self) -> str:
-        from llmprune.config.job_files import load_config
+        from llmprune.config.job_files import load_training_job
 
         duration = [o for o in self._size.train if o.startswith("train.duration")]
-        return load_config(
+        return load_training_job(
             Path(__file__).parent / "plain_5.yaml", [*duration, f"data.path={self._data}"]
         ).train.duration
 

@@ -18,7 +18,7 @@ from composer.utils import dist
 from torch.distributed.tensor import DTensor
 
 from llmprune.callbacks.l0_pruning import L0Pruning
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.pruning.gates.gate_set import GateSet
 from llmprune.training import checks
 from llmprune.training import trainer as training
@@ -76,7 +76,7 @@ def run(config: Path, *overrides: str, kill: int | None = None) -> History:
     """Train, and return what was collected."""
     training.L0Pruning = FixedNoise  # type: ignore[misc,assignment]
     try:
-        settings = load_config(config, overrides)
+        settings = load_training_job(config, overrides)
         trainer = training.build_trainer(settings)
     finally:
         training.L0Pruning = L0Pruning  # type: ignore[misc]
@@ -93,7 +93,7 @@ def run(config: Path, *overrides: str, kill: int | None = None) -> History:
 
 def evaluate(config: Path, *overrides: str) -> float:
     """The loss before training: hybrid sharding trains on GPUs only, but its mesh and its forward pass are the same."""
-    settings = load_config(config, overrides)
+    settings = load_training_job(config, overrides)
     if settings.sharding is not None:
         checks.check_sharding = lambda *_, **__: None  # type: ignore[assignment]
     trainer = training.build_trainer(settings)
@@ -116,7 +116,7 @@ def named_runs(base: Path, arguments: list[str]) -> Iterator[tuple[str, list[str
 def main() -> None:
     """Do the runs that the command line names."""
     config, *runs = sys.argv[1:]
-    base = Path(load_config(config).run.folder).parent
+    base = Path(load_training_job(config).run.folder).parent
     for name, overrides, kill in named_runs(base, runs):
         if name == "hybrid":
             torch.save(evaluate(Path(config), *overrides), base / name / "loss")

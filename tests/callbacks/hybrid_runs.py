@@ -12,7 +12,7 @@ import torch
 from composer.utils import dist
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
 
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.config.sharding import AverageGradients
 from llmprune.training import checks
 from llmprune.training import trainer as training
@@ -45,7 +45,7 @@ def main() -> None:
     checks.check_sharding = lambda *_, **__: None  # type: ignore[assignment]
     training.AverageGradients = NotNeeded  # type: ignore[misc]
     config, *runs = sys.argv[1:]
-    base = Path(load_config(config).run.folder).parent
+    base = Path(load_training_job(config).run.folder).parent
     for name, overrides, _ in fixed_noise.named_runs(base, runs):
         if any(override.startswith("l0_pruning=") for override in overrides):
             history = fixed_noise.run(Path(config), *overrides)

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.training import trainer as training
 from tests.callbacks.fixed_noise import KillAt, Killed, named_runs
 
 
 def run(config: Path, *overrides: str, kill: int | None = None) -> dict[str, torch.Tensor]:
     """Train; the parameters at the end, whole."""
-    settings = load_config(config, overrides)
+    settings = load_training_job(config, overrides)
     trainer = training.build_trainer(settings)
     sharded = [isinstance(parameter, DTensor) for parameter in trainer.state.model.parameters()]
     assert all(sharded) if settings.sharding is not None else not any(sharded)
@@ -34,7 +34,7 @@ def run(config: Path, *overrides: str, kill: int | None = None) -> dict[str, tor
 def main() -> None:
     """Do the runs that the command line names."""
     config, *runs = sys.argv[1:]
-    base = Path(load_config(config).run.folder).parent
+    base = Path(load_training_job(config).run.folder).parent
     for _, overrides, kill in named_runs(base, runs):
         if kill is not None:
             run(Path(config), *overrides, kill=kill)

@@ -11,13 +11,13 @@ import torch
 from composer.devices import DeviceCPU
 from safetensors import safe_open
 
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import apply, convert
 from llmprune.convert.replaced import read_replaced
+from llmprune.convert.verify import compare, open_for_comparison
 from llmprune.data.prepared import PreparedData
 from llmprune.evaluation.perplexity import PerplexityConfig, measure_perplexity, read_streams
-from llmprune.evaluation.verify import compare, open_for_comparison
 from llmprune.jobs.train import train
 from llmprune.models.block_hooks import blocks_of
 from llmprune.models.loading import load_model, load_tokenizer
@@ -150,7 +150,11 @@ def test_every_run_converts_to_what_it_computed(runs: Path, name: str, tmp_path:
 def test_the_best_is_kept(config: Path, tmp_path: Path) -> None:
     """The learning rate is so high that it gets worse; ``convert`` takes the best, and the last if that is named."""
     run = tmp_path / "run"
-    train(load_config(config, [f"run.folder={run}", "optimizer.lr=0.3", "train.eval_first=true", "checkpoint.keep=-1"]))
+    train(
+        load_training_job(
+            config, [f"run.folder={run}", "optimizer.lr=0.3", "train.eval_first=true", "checkpoint.keep=-1"]
+        )
+    )
     losses = metrics(run, "metrics/eval/loss")
     assert losses[-1] > min(losses)
     with safe_open(run / "checkpoints" / "best.safetensors", framework="pt") as file:
@@ -184,18 +188,18 @@ def test_the_number_of_samples_that_is_named_will_do(
     settings = [f"run.folder={tmp_path}/run", "train.duration=0ba", "block_replacement.kind=linear"]
     settings += ["block_replacement.force=true"]
     with pytest.raises(UserError, match="fit_samples=") as told:
-        train(load_config(config, [*settings, f"block_replacement.fit_samples={samples}"]))
+        train(load_training_job(config, [*settings, f"block_replacement.fit_samples={samples}"]))
     named = str(told.value).rpartition(": set ")[2]
     assert int(named.rpartition("=")[2]) < 40
-    train(load_config(config, [*settings, named, "run.overwrite=true"]))
+    train(load_training_job(config, [*settings, named, "run.overwrite=true"]))
 
 
 def test_computed_stand_ins_are_least_squares(config: Path, tmp_path: Path) -> None:
     """Against numpy, from all states stored."""
     settings = ["train.duration=0ba", "block_replacement.fit_samples=16", "block_replacement.ridge=0.0"]
     settings += ["block_replacement.force=true"]
-    model = load_model(str(load_config(config).model.path)).eval()
-    loaded = load_config(config, settings)
+    model = load_model(str(load_training_job(config).model.path)).eval()
+    loaded = load_training_job(config, settings)
     batches = [b["input_ids"] for b in first_batches(loaded, PreparedData(loaded.data.path), 16)]
     tokens = torch.cat(batches)[:12]  # fitted on three quarters
     seen: dict[str, torch.Tensor] = {}
@@ -205,7 +209,7 @@ def test_computed_stand_ins_are_least_squares(config: Path, tmp_path: Path) -> N
     before, after, update = (x[:, :-1].flatten(0, 1).double() for x in (states[2], states[5], seen["update"]))
     found = {}
     for kind in ("mean", "linear", "closed_form"):
-        train(load_config(config, [f"run.folder={tmp_path}/{kind}", f"block_replacement.kind={kind}", *settings]))
+        train(load_training_job(config, [f"run.folder={tmp_path}/{kind}", f"block_replacement.kind={kind}", *settings]))
         stand_in = read_replaced(Checkpoint.open(tmp_path / kind), best=True).stand_in
         found[kind] = {name: value.double() for name, value in stand_in.state_dict().items()}
     assert torch.allclose(found["mean"]["net.bias"], (after - before).mean(0), atol=1e-5)
@@ -220,7 +224,7 @@ def test_computed_stand_ins_are_least_squares(config: Path, tmp_path: Path) -> N
 def test_the_span_is_found_on_the_spot(config: Path, runs: Path, tmp_path: Path) -> None:
     """By one rank, and by two."""
     changes = ["block_replacement.start=null", "block_replacement.score_samples=8", "train.duration=1ba"]
-    settings = load_config(config, [f"run.folder={tmp_path}/run", *changes])
+    settings = load_training_job(config, [f"run.folder={tmp_path}/run", *changes])
     model = load_model(str(settings.model.path)).eval()
     batches = list(first_batches(settings, PreparedData(settings.data.path), 8))
     tokens = torch.cat([batch["input_ids"] for batch in batches])
@@ -236,8 +240,8 @@ def test_the_span_is_found_on_the_spot(config: Path, runs: Path, tmp_path: Path)
     assert most_alike(model, iter(batches), 3, DeviceCPU()).start == start
     train(settings)
     for run in (tmp_path / "run", runs / "found"):
-        assert Checkpoint.open(run).manifest.block_replacement["start"] == start  # type: ignore[index]
-    again = load_config(
+        assert Checkpoint.open(run).manifest.sections["block_replacement"]["start"] == start
+    again = load_training_job(
         config, [f"run.folder={tmp_path}/run", *changes[:2], "train.duration=2ba", "run.autoresume=true"]
     )
     trainer = train(again)
@@ -248,7 +252,7 @@ def test_a_plan_names_the_span(config: Path, tmp_path: Path, trained_folder: Pat
     from dataclasses import replace
 
     from llmprune.convert.export import keep_everything
-    from llmprune.models.loading import load_config as load_model_config
+    from llmprune.models.loading import load_model_config
     from llmprune.models.stored_weights import fingerprint
     from llmprune.plans.plan import KeptBlock
 
@@ -261,15 +265,15 @@ def test_a_plan_names_the_span(config: Path, tmp_path: Path, trained_folder: Pat
         "block_replacement.length=null",
         f"block_replacement.plan={tmp_path}/plan.json",
     ]
-    build_trainer(load_config(config, [f"run.folder={tmp_path}/run", *named])).close()
-    manifest = json.loads((tmp_path / "run/checkpoints/manifest.json").read_text())["block_replacement"]
+    build_trainer(load_training_job(config, [f"run.folder={tmp_path}/run", *named])).close()
+    manifest = json.loads((tmp_path / "run/checkpoints/manifest.json").read_text())["sections"]["block_replacement"]
     assert (manifest["start"], manifest["length"]) == (2, 2)
     replace(whole, blocks=kept, model="0" * 64).save(tmp_path / "plan.json")
     with pytest.raises(UserError, match="made for a model with the hash 0000"):
-        build_trainer(load_config(config, [f"run.folder={tmp_path}/other", *named]))
+        build_trainer(load_training_job(config, [f"run.folder={tmp_path}/other", *named]))
     replace(whole, blocks=tuple(KeptBlock.whole(block) for block in (0, 2, 4, 5))).save(tmp_path / "plan.json")
     with pytest.raises(UserError, match="does more than to remove neighbouring blocks"):
-        build_trainer(load_config(config, [f"run.folder={tmp_path}/other", *named]))
+        build_trainer(load_training_job(config, [f"run.folder={tmp_path}/other", *named]))
 
 
 @pytest.mark.parametrize(
@@ -310,33 +314,33 @@ def test_a_plan_names_the_span(config: Path, tmp_path: Path, trained_folder: Pat
 )
 def test_mistakes(config: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_trainer(load_config(config, [f"run.folder={tmp_path}/run", *overrides]))
+        build_trainer(load_training_job(config, [f"run.folder={tmp_path}/run", *overrides]))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_resumed_run_keeps_its_stand_in(config: Path, tmp_path: Path) -> None:
     base = [f"run.folder={tmp_path}/run", "train.duration=4ba"]
-    train(load_config(config, base))
+    train(load_training_job(config, base))
     for change, named in (
         ("kind=ffn", "kind blocks"),
         ("length=2", "length 3"),
         ("objectives={lm: 1.0}", "objectives"),
     ):
         with pytest.raises(UserError, match=f"block_replacement.{named}"):
-            build_trainer(load_config(config, [*base, "run.autoresume=true", f"block_replacement.{change}"]))
+            build_trainer(load_training_job(config, [*base, "run.autoresume=true", f"block_replacement.{change}"]))
 
 
 def test_a_stand_in_that_saves_nothing_is_an_alarm(
     config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    build_trainer(load_config(config, [f"run.folder={tmp_path}/run", "block_replacement.blocks=3"])).close()
+    build_trainer(load_training_job(config, [f"run.folder={tmp_path}/run", "block_replacement.blocks=3"])).close()
     assert "blocks 2 to 4 has" in caplog.text and "nothing is saved" in caplog.text
 
 
 def test_a_cache_gives_the_same_training(config: Path, tmp_path: Path) -> None:
     """Epochs over 16 samples: the states of the source, rounded to bfloat16, and no block of it runs before the end."""
     run = tmp_path / "run"
-    trainer = build_trainer(load_config(config, [f"run.folder={run}", *CACHED, "train.eval_interval=0ba"]))
+    trainer = build_trainer(load_training_job(config, [f"run.folder={run}", *CACHED, "train.eval_interval=0ba"]))
     model = trainer.state.model.model
     ran: list[int] = []
     for number, block in enumerate(blocks_of(model)):
@@ -346,7 +350,7 @@ def test_a_cache_gives_the_same_training(config: Path, tmp_path: Path) -> None:
     assert ran == [0, 1, 5]  # the look at the model before it is saved
     assert json.loads((run / "states" / "states.json").read_text())["complete"]
     assert (run / "states" / "before").stat().st_size == 16 * 32 * 32 * 2
-    settings = load_config(config)
+    settings = load_training_job(config)
     tokens = torch.cat([b["input_ids"] for b in first_batches(settings, PreparedData(settings.data.path), 16)])
     plain = load_model(str(settings.model.path)).eval()
     with torch.no_grad():
@@ -373,7 +377,7 @@ def test_a_cache_keeps_documents_apart(config: Path, tmp_path: Path) -> None:
     for boundaries in (False, True):
         run = tmp_path / str(boundaries)
         documents = f"data.document_boundaries={str(boundaries).lower()}"
-        train(load_config(config, [f"run.folder={run}", *CACHED, *whole, documents]))
+        train(load_training_job(config, [f"run.folder={run}", *CACHED, *whole, documents]))
         assert max(metrics(run, "replacement/mse")) < 1e-4
 
 
@@ -412,7 +416,7 @@ def test_the_order_of_a_cache_is_new_in_every_epoch_and_the_same_for_all(tmp_pat
 )
 def test_mistakes_of_caches(config: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_trainer(load_config(config, [f"run.folder={tmp_path}/run", *CACHED, *overrides]))
+        build_trainer(load_training_job(config, [f"run.folder={tmp_path}/run", *CACHED, *overrides]))
     assert not (tmp_path / "run").exists()
 
 
@@ -420,7 +424,7 @@ def test_texts_are_measured_on_the_shortened_model(config: Path, corpus: Path, t
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six " * 60)
     live = f"evaluation={{texts: ['{text}'], segment: 32, batch_size: 4}}"
-    train(load_config(config, [f"run.folder={tmp_path}/run", "train.duration=4ba", live]))
+    train(load_training_job(config, [f"run.folder={tmp_path}/run", "train.duration=4ba", live]))
     convert(tmp_path / "run", tmp_path / "out")
     model, tokenizer = load_model(tmp_path / "out").eval(), load_tokenizer(tmp_path / "out")
     settings = PerplexityConfig(32, bos=["each"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from composer.loggers import progress_bar_logger
 
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.data.format import DataManifest
 from llmprune.data.prepared import PreparedData
 from llmprune.data.reader import SplitReader
@@ -62,7 +62,7 @@ loggers: {{console: false}}
     count(SplitReader, "__init__")
     count(MeanLoss, "update")
     count(progress_bar_logger._ProgressBar, "log_data")
-    trainer = train(load_config(tmp_path / "job.yaml"))
+    trainer = train(load_training_job(tmp_path / "job.yaml"))
     batches = 2 * DOMAINS // 8
     assert done["SplitReader.__init__"] == 2 * DOMAINS
     assert done["MeanLoss.update"] == 2 * batches  # whatever the number of domains

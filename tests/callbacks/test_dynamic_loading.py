@@ -11,7 +11,7 @@ from composer.core import State
 from composer.loggers import Logger
 
 from llmprune.callbacks.dynamic_loading import DynamicLoading
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.config.schema import Config
 from llmprune.jobs.train import train
 from llmprune.training.checks import check
@@ -71,7 +71,7 @@ def metrics(folder: Path, prefix: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def test_the_mix_follows_the_losses_and_survives_a_kill(yaml: Path, tmp_path: Path) -> None:
-    whole = run(load_config(yaml))
+    whole = run(load_training_job(yaml))
     share = [sum(row[0] == 0 for row in rows) / 8 for rows in whole.values()]
     before, after = sum(share[:5]) / 5, sum(share[5:]) / 11
     assert after > before + 0.05  # of the domain that is far above its reference, from batch 3 + 2 on
@@ -82,22 +82,22 @@ def test_the_mix_follows_the_losses_and_survives_a_kill(yaml: Path, tmp_path: Pa
     assert samples["mixing/samples/letters"] == sum(row[0] == 0 for b in range(15) for row in whole[b])
     for number, killed in enumerate((4, 7, 13)):  # with a change announced, with none, and near the end
         folder = f"run.folder={tmp_path}/killed{number}"
-        first = run(load_config(yaml, [folder]), kill=killed)
+        first = run(load_training_job(yaml, [folder]), kill=killed)
         workers = ["data.workers=0", "data.workers=1", "data.workers=2"][number]
-        second = run(load_config(yaml, [folder, "run.autoresume=true", workers]))
+        second = run(load_training_job(yaml, [folder, "run.autoresume=true", workers]))
         assert {**first, **second} == whole and min(second) <= killed
         assert dict(metrics(tmp_path / f"killed{number}", "mixing/weight/")) == weights
 
 
 def test_the_picture_and_the_config_keep_what_was_done(yaml: Path, tmp_path: Path) -> None:
-    train(load_config(yaml, ["train.duration=4ba"]))
+    train(load_training_job(yaml, ["train.duration=4ba"]))
     assert (tmp_path / "run/weights.png").stat().st_size > 5000
     assert (tmp_path / "run/weights.csv").read_text().startswith("batch,domain,weight")
     assert "numbers: 9.0" in (tmp_path / "run/config.yaml").read_text()  # not the file, which may change
 
 
 def test_a_loss_that_is_no_number_changes_nothing(yaml: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = build_trainer(load_config(yaml, ["train.duration=8ba"]))
+    trainer = build_trainer(load_training_job(yaml, ["train.duration=8ba"]))
     (dynamic,) = (c for c in trainer.state.callbacks if isinstance(c, DynamicLoading))
     before = dynamic._dataset.weights
 
@@ -127,7 +127,7 @@ def test_a_loss_that_is_no_number_changes_nothing(yaml: Path, tmp_path: Path, ca
 )
 def test_mistakes(yaml: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check(load_config(yaml, overrides))
+        check(load_training_job(yaml, overrides))
 
 
 def test_no_evaluation_samples(yaml: Path, data: Path, tmp_path: Path) -> None:
@@ -136,17 +136,17 @@ def test_no_evaluation_samples(yaml: Path, data: Path, tmp_path: Path) -> None:
     manifest["domains"]["letters"]["eval"]["samples"] = 0
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="needs two domains with evaluation samples"):
-        check(load_config(yaml, [f"data.path={copy}"]))
+        check(load_training_job(yaml, [f"data.path={copy}"]))
 
 
 def test_a_schedule_has_the_weights_of_the_whole_run(yaml: Path) -> None:
     points = "[{at: 0, weights: {letters: 1}}, {at: 1, weights: {numbers: 1}}]"
     overrides = ["dynamic_loading.update=schedule", f"dynamic_loading.schedule={points}", "dynamic_loading.ceiling=1.0"]
-    seen = run(load_config(yaml, overrides))
+    seen = run(load_training_job(yaml, overrides))
     shares = [sum(row[0] for row in seen[batch]) / 8 for batch in range(16)]
     assert shares[:3] == [0.0] * 3 and shares[-1] > 0.5
     with pytest.raises(UserError, match="leave data.weights out"):
-        check(load_config(yaml, [*overrides, "data.weights={letters: 1, numbers: 1}"]))
+        check(load_training_job(yaml, [*overrides, "data.weights={letters: 1, numbers: 1}"]))
 
 
 @pytest.mark.parametrize(
@@ -161,4 +161,4 @@ def test_a_schedule_has_the_weights_of_the_whole_run(yaml: Path) -> None:
 )
 def test_wrong_weights_are_blamed_on_themselves(yaml: Path, weights: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check(load_config(yaml, [f"data.weights={weights}"]))
+        check(load_training_job(yaml, [f"data.weights={weights}"]))

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from llmprune.checkpoints.metrics import read_metrics
-from llmprune.config.job_files import load_config
-from llmprune.config.schema import LiveEvaluationConfig
+from llmprune.config.job_files import load_training_job
 from llmprune.convert.commands import convert
 from llmprune.evaluation.evaluate import EvaluationConfig, evaluate
 from llmprune.evaluation.live import LiveEvaluation
 from llmprune.evaluation.perplexity import PerplexityConfig
+from llmprune.evaluation.settings import LiveEvaluationConfig
 from llmprune.evaluation.tasks import TasksConfig
 from llmprune.jobs.train import train
 from llmprune.models.loading import load_tokenizer
@@ -53,7 +53,7 @@ def measured(run: Path) -> dict[str, float]:
 
 def test_live_is_exported_on_one_rank_and_on_two(config: Path) -> None:
     folder = config.parent
-    train(load_config(config))
+    train(load_training_job(config))
     live = measured(folder / "one")
     assert {"tasks/counting/acc", "tasks/counting/acc_norm", "perplexity/text"} <= set(live)
     convert(folder / "one", folder / "cut")
@@ -74,7 +74,7 @@ def test_live_is_exported_on_one_rank_and_on_two(config: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    train(load_config(config, [f"run.folder={folder}/alone", "l0_pruning=null"]))
+    train(load_training_job(config, [f"run.folder={folder}/alone", "l0_pruning=null"]))
     # The gradients' norms begin between a half and one: were they summed over the ranks, they would be clipped.
     assert measured(folder / "two") == pytest.approx(measured(folder / "alone"), rel=1e-6)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llmprune.callbacks.l0_pruning import L0Pruning
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.data.order import keyed_generator
 from llmprune.data.prepared import PreparedData
 from llmprune.models.causal_lm import token_losses
@@ -66,7 +66,7 @@ def test_the_chained_gradient_is_that_of_gated_activations(config: Path, tmp_pat
     """The first batch's gradient against one autograd graph from the gates through a naive gated model to the loss."""
 
     found = fixed_noise.run(config)[0]
-    settings = load_config(config)
+    settings = load_training_job(config)
     batch = next(iter(make_loaders(settings, PreparedData(settings.data.path))[1]))
     model = load_model(str(settings.model.path)).eval()
     source = family_of(model.config).shape(model.config)
@@ -143,7 +143,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, object], message:
 def test_a_run_of_120_batches_comes_near_its_target(config: Path, goal: list[str]) -> None:
     overrides = [f"l0_pruning.{setting}" for setting in (*goal, "lagrangian_warmup=0.2dur")]
     schedule = ["train.duration=120ba", "optimizer.lr=0.001", "train.eval_interval=0ba"]
-    trainer = build_trainer(load_config(config, [*overrides, *schedule]))
+    trainer = build_trainer(load_training_job(config, [*overrides, *schedule]))
     trainer.fit()
     gates = next(c for c in trainer.state.callbacks if isinstance(c, L0Pruning)).gates
     trainer.close()
@@ -154,7 +154,7 @@ def test_a_run_of_120_batches_comes_near_its_target(config: Path, goal: list[str
 
 def test_gates_that_do_not_move_are_an_alarm(config: Path, caplog: pytest.LogCaptureFixture) -> None:
     overrides = ["l0_pruning.gate_lr=0", "l0_pruning.lagrangian_warmup=20ba", "train.duration=101ba"]
-    trainer = build_trainer(load_config(config, [*overrides, "train.eval_interval=0ba"]))
+    trainer = build_trainer(load_training_job(config, [*overrides, "train.eval_interval=0ba"]))
     trainer.fit()
     trainer.close()
     still = [record.message for record in caplog.records if "has stayed at" in record.message]
@@ -175,7 +175,7 @@ def test_gates_that_collapse_are_an_alarm(caplog: pytest.LogCaptureFixture) -> N
 def test_clipping_says_that_it_leaves_gates_out(config: Path, clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, Any] = {}
     monkeypatch.setattr(Logger, "log_hyperparameters", lambda _, facts: told.update(facts))
-    build_trainer(load_config(config, [f"train.clip_norm={clip}"])).close()
+    build_trainer(load_training_job(config, [f"train.clip_norm={clip}"])).close()
     assert ("gates are not clipped" in told.get("l0/clipping", "")) == (clip != "null")
 
 
@@ -196,7 +196,7 @@ def test_gates_follow_the_schedule_of_the_model_and_are_clamped_before_the_first
             self.of_gates.append([one.param_groups[0]["lr"] for one in pruning._optimizers])
 
     overrides = ["optimizer.lr=0.002", "l0_pruning.gate_lr=0.5", "scheduler.warmup=3ba", "train.duration=8ba"]
-    trainer = build_trainer(load_config(config, overrides))
+    trainer = build_trainer(load_training_job(config, overrides))
     pruning = next(one for one in trainer.state.callbacks if isinstance(one, L0Pruning))
     rates = Rates()
     trainer.state.callbacks.append(rates)
@@ -216,7 +216,7 @@ def test_gates_follow_the_schedule_of_the_model_and_are_clamped_before_the_first
 
 
 def test_gates_that_are_not_finite_end_the_run(config: Path) -> None:
-    trainer = build_trainer(load_config(config))
+    trainer = build_trainer(load_training_job(config))
     pruning = next(one for one in trainer.state.callbacks if isinstance(one, L0Pruning))
     with torch.no_grad():
         pruning.gates.log_alpha["hidden"][3] = float("nan")

@@ -8,7 +8,7 @@ from composer.devices import DeviceCPU
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.training.trainer import build_trainer
 
 SECTIONS = {
@@ -42,7 +42,7 @@ train: {{duration: 2ba, global_batch_size: 2, microbatch_size: 2}}
 
     monkeypatch.setattr(DeviceCPU, "module_to_device", watched)
     overrides = [SECTIONS[section].format(model=trained_folder)] if section == "teacher" else [SECTIONS[section]]
-    trainer = build_trainer(load_config(tmp_path / "job.yaml", overrides))
+    trainer = build_trainer(load_training_job(tmp_path / "job.yaml", overrides))
     parameters = [*trainer.state.model.parameters()]
     assert all(isinstance(parameter, DTensor) for parameter in parameters)
     assert max(moved, default=0) < sum(parameter.numel() for parameter in parameters) / 2

@@ -17,7 +17,7 @@ from composer.core import State
 from composer.loggers import Logger
 
 from llmprune.callbacks.preemption import Preempted
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.jobs.train import train
 from llmprune.utils.processes import TERMINATION
@@ -77,13 +77,13 @@ def test_it_ends_as_the_undisturbed_run(
     config: Path, trained_folder: Path, tmp_path: Path, listening: None, kind: str
 ) -> None:
     changes = KINDS[kind].replace("TEACHER", str(trained_folder))
-    train(load_config(config, [f"run.folder={tmp_path}/once", changes]))
+    train(load_training_job(config, [f"run.folder={tmp_path}/once", changes]))
     settings = [f"run.folder={tmp_path}/asked", "run.autoresume=true", changes]
     with pytest.raises(Preempted, match=f"saved after batch {ASKED + 1}; run.autoresume=true goes on"):
-        train(load_config(config, settings), [Asking()])
+        train(load_training_job(config, settings), [Asking()])
     assert Checkpoint.open(tmp_path / "asked").path.name == f"ba{ASKED + 1}-rank0.pt"
     TERMINATION.asked = False
-    train(load_config(config, settings))
+    train(load_training_job(config, settings))
     assert losses(tmp_path / "asked") == losses(tmp_path / "once")
     once, asked = (Checkpoint.open(tmp_path / name) for name in ("once", "asked"))
     assert set(once.state) == set(asked.state) and once.path.name == asked.path.name == f"ba{BATCHES}-rank0.pt"
@@ -93,7 +93,7 @@ def test_it_ends_as_the_undisturbed_run(
 def test_asked_before_the_first_batch(config: Path, tmp_path: Path, listening: None) -> None:
     TERMINATION.asked = True
     with pytest.raises(Preempted, match="after batch 1"):
-        train(load_config(config, [f"run.folder={tmp_path}/run"]))
+        train(load_training_job(config, [f"run.folder={tmp_path}/run"]))
 
 
 @pytest.mark.parametrize("sharding", ["", "sharding={}"])
@@ -120,7 +120,7 @@ def test_two_ranks_with_workers(config: Path, tmp_path: Path, sharding: str) -> 
     batch = int(path.name.removeprefix("ba").partition("-")[0])
     assert 1 <= batch < 400
     # One rank goes on, a few batches further: the run has kept all that it needs.
-    train(load_config(config, [*settings, f"train.duration={batch + 2}ba"]))
+    train(load_training_job(config, [*settings, f"train.duration={batch + 2}ba"]))
     assert Checkpoint.open(tmp_path / "run").batch == batch + 2
 
 

@@ -13,7 +13,7 @@ import torch
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import convert
 from llmprune.convert.stored_state import _MetadataUnpickler
-from llmprune.evaluation.verify import compare, open_for_comparison
+from llmprune.convert.verify import compare, open_for_comparison
 from llmprune.utils.errors import UserError
 from tests.callbacks import fixed_noise
 from tests.callbacks.fixed_noise import History

@@ -11,15 +11,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.config.optimizers import OPTIMIZERS, OptimizerConfig
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import apply, convert, export_adapter
 from llmprune.convert.export import keep_everything
-from llmprune.evaluation.verify import compare, open_for_comparison
+from llmprune.convert.verify import compare, open_for_comparison
 from llmprune.jobs.train import train
-from llmprune.models.loading import load_config as load_model_config
-from llmprune.models.loading import load_model
+from llmprune.models.loading import load_model, load_model_config
 from llmprune.models.parameters import prime
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans.plan import KeptBlock
@@ -146,7 +145,7 @@ def test_phases_freeze_and_unfreeze(config: Path, student: Path, tmp_path: Path)
         "checkpoint.keep=-1",
         "scheduler.warmup=0ba",
     ]
-    train(load_config(config, overrides))
+    train(load_training_job(config, overrides))
     states = [Checkpoint.open(tmp_path / f"run/checkpoints/ba{n}-rank0.pt").state for n in range(1, BATCHES + 1)]
     stored = StoredWeights(student)
     states.insert(0, {f"model.{name}": stored[name] for name in stored})
@@ -163,7 +162,7 @@ def test_phases_freeze_and_unfreeze(config: Path, student: Path, tmp_path: Path)
 
 
 def test_frozen_weights_cost_no_gradient(config: Path, tmp_path: Path) -> None:
-    trainer = build_trainer(load_config(config, [f"run.folder={tmp_path}/run", "trainable={parts: [block.3]}"]))
+    trainer = build_trainer(load_training_job(config, [f"run.folder={tmp_path}/run", "trainable={parts: [block.3]}"]))
     trainer.fit()
     trainer.close()
     trained = {name for name, p in trainer.state.model.named_parameters() if p.requires_grad}
@@ -236,7 +235,7 @@ def test_merged_is_adapted(
     if name != "four_bits":  # there the base was another one
         assert (found - whole).abs().max() <= 1e-5 * whole.abs().max()
     if name == "four_bits":
-        settings = load_config(run / "config.yaml", [f"run.folder={run}", "run.autoresume=true"])
+        settings = load_training_job(run / "config.yaml", [f"run.folder={run}", "run.autoresume=true"])
         trainer = build_trainer(settings)
         with torch.no_grad():
             adapted = trainer.state.model.eval().logits({"input_ids": tokens})
@@ -248,7 +247,7 @@ def test_a_teacher_helps(config: Path, trained_folder: Path, calibration: torch.
     """The student comes nearer to its teacher than the next token alone would bring it."""
     losses = {}
     for name, change in {"plain": "distillation=null", "kl": f"distillation={{teacher: {trained_folder}}}"}.items():
-        train(load_config(config, [f"run.folder={tmp_path}/{name}", change, "train.duration=60ba"]))
+        train(load_training_job(config, [f"run.folder={tmp_path}/{name}", change, "train.duration=60ba"]))
         convert(tmp_path / name, tmp_path / f"{name}-out")
         own, teacher = (load_model(path).eval() for path in (tmp_path / f"{name}-out", trained_folder))
         with torch.no_grad():
@@ -298,7 +297,7 @@ def test_mistakes_are_told_before_any_work(
 ) -> None:
     named = [change.replace("TEACHER", str(trained_folder)) for change in changes]
     with pytest.raises(UserError, match=message):
-        build_trainer(load_config(config, [f"run.folder={tmp_path}/run", *named]))
+        build_trainer(load_training_job(config, [f"run.folder={tmp_path}/run", *named]))
     assert not (tmp_path / "run").exists()
 
 
@@ -308,7 +307,7 @@ def test_another_kind_of_recovery_is_no_resumption(runs: Path, config: Path) -> 
         ([], "lora.rank 8; the config asks for None"),
     ):
         with pytest.raises(UserError, match=message):
-            build_trainer(load_config(config, [f"run.folder={runs}/lora", "run.autoresume=true", *changes]))
+            build_trainer(load_training_job(config, [f"run.folder={runs}/lora", "run.autoresume=true", *changes]))
 
 
 def test_adapters_are_refused_where_there_are_none(runs: Path, tmp_path: Path) -> None:

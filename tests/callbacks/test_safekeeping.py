@@ -14,7 +14,7 @@ import torch
 
 from llmprune.callbacks.checkpoint_uploading import Safekeeping
 from llmprune.checkpoints.run_folder import RunFolder
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import convert
 from llmprune.jobs.stages import recovery_of
@@ -54,7 +54,7 @@ def verification() -> Iterator[Verification]:
 
 
 def run(config: Path, folder: Path, *more: str) -> Checkpoint:
-    train(load_config(config, [f"run.folder={folder}", *more]))
+    train(load_training_job(config, [f"run.folder={folder}", *more]))
     return Checkpoint.open(folder)
 
 
@@ -270,7 +270,7 @@ def test_mistakes(config: Path, tmp_path: Path) -> None:
 
 
 def test_every_recovery_of_a_job_has_its_own_place_in_the_store(config: Path, tmp_path: Path) -> None:
-    job = load_config(config, [f"run.folder={tmp_path}/job", "checkpoint.remote=s3://runs/job"])
+    job = load_training_job(config, [f"run.folder={tmp_path}/job", "checkpoint.remote=s3://runs/job"])
     recovery = recovery_of(job, tmp_path / "job" / "round-2", name="x", seed=1)
     assert recovery.checkpoint.remote == "s3://runs/job/round-2"
     assert recovery.run.folder == f"{tmp_path}/job/round-2/recover"

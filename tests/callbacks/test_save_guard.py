@@ -9,7 +9,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 
 from llmprune.checkpoints.checkpoint_folder import CheckpointFolder
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.jobs.train import train
 from llmprune.training.trainer import build_trainer
 from llmprune.utils.errors import UserError
@@ -46,15 +46,15 @@ class Explode(Callback):
 def test_an_exploded_model_is_not_saved(yaml: Path, tmp_path: Path, duration: str) -> None:
     """The weights of such a step are finite, and still no number comes out of the model."""
     with pytest.raises(UserError, match="after batch 1, so no checkpoint is written"):
-        train(load_config(yaml, ["optimizer.lr=1e20", f"train.duration={duration}"]))
+        train(load_training_job(yaml, ["optimizer.lr=1e20", f"train.duration={duration}"]))
     assert CheckpointFolder(tmp_path / "run" / "checkpoints").by_age() == []
-    train(load_config(yaml, ["run.autoresume=true", f"train.duration={duration}"]))
+    train(load_training_job(yaml, ["run.autoresume=true", f"train.duration={duration}"]))
     assert CheckpointFolder(tmp_path / "run" / "checkpoints").latest() is not None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_the_checkpoint_before_stays_and_is_gone_on_with(yaml: Path, tmp_path: Path, value: float) -> None:
-    trainer = build_trainer(load_config(yaml, ["checkpoint.keep=1"]))
+    trainer = build_trainer(load_training_job(yaml, ["checkpoint.keep=1"]))
     trainer.state.callbacks.insert(0, Explode(3, value))
     with pytest.raises(UserError, match=r"exploded \('model.embed_tokens.weight' .*after batch 3"):
         trainer.fit()
@@ -62,7 +62,7 @@ def test_the_checkpoint_before_stays_and_is_gone_on_with(yaml: Path, tmp_path: P
     folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
     latest = folder.latest(contents=True)
     assert latest is not None and latest.name == "ba2-rank0.pt"
-    trainer = train(load_config(yaml, ["run.autoresume=true"]))
+    trainer = train(load_training_job(yaml, ["run.autoresume=true"]))
     assert trainer.state.timestamp.batch.value == 4
 
 
@@ -70,7 +70,7 @@ def test_the_look_before_saving_changes_nothing(yaml: Path, tmp_path: Path) -> N
     """The same weights with a checkpoint after every batch as with one at the end."""
     states = []
     for interval in ("1ba", "4ba"):
-        trainer = train(load_config(yaml, [f"checkpoint.interval={interval}", "lora={dropout: 0.1}"]))
+        trainer = train(load_training_job(yaml, [f"checkpoint.interval={interval}", "lora={dropout: 0.1}"]))
         states.append({name: value.clone() for name, value in trainer.state.model.state_dict().items()})
         shutil.rmtree(tmp_path / "run")
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -59,7 +59,7 @@ from pathlib import Path
 from composer import Callback
 from composer.utils import dist
 from llmprune.jobs.train import train
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 
 class Sleeper(Callback):
     def before_loss(self, state, logger):
@@ -70,7 +70,7 @@ class Sleeper(Callback):
         time.sleep(10000)
 
 if __name__ == "__main__":
-    train(load_config(sys.argv[1], sys.argv[2:]), [Sleeper()])
+    train(load_training_job(sys.argv[1], sys.argv[2:]), [Sleeper()])
 """
 
 
@@ -110,7 +110,7 @@ from pathlib import Path
 from composer import Callback
 from composer.utils import dist
 from llmprune.jobs.train import train
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 
 class Slow(Callback):
     def batch_start(self, state, logger):
@@ -122,8 +122,8 @@ class Slow(Callback):
             Path("slept").write_text(str(state.timestamp.batch.value))
 
 if __name__ == "__main__":
-    train(load_config(sys.argv[1], ["run.folder=" + sys.argv[2]]))
-    train(load_config(sys.argv[1], ["run.folder=" + sys.argv[3]]), [Slow()])
+    train(load_training_job(sys.argv[1], ["run.folder=" + sys.argv[2]]))
+    train(load_training_job(sys.argv[1], ["run.folder=" + sys.argv[3]]), [Slow()])
 """
 
 

@@ -16,10 +16,10 @@ import pytest
 
 from llmprune.checkpoints.checkpoint_folder import CheckpointFolder
 from llmprune.checkpoints.run_folder import RunFolder
-from llmprune.config.job_files import load_config, load_job
+from llmprune.config.job_files import load_job, load_training_job
 from llmprune.convert.commands import convert
 from llmprune.jobs.iterate import iterate
-from llmprune.jobs.scoring_run import run_scoring
+from llmprune.jobs.score import run_scoring
 from llmprune.jobs.search import search
 from llmprune.jobs.train import train
 from llmprune.utils import locks
@@ -52,7 +52,7 @@ loggers: {{console: false}}
 def trained_run(data: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four batches with two checkpoints, to be copied."""
     folder = tmp_path_factory.mktemp("once")
-    train(load_config(_job(folder, data, model_folder)))
+    train(load_training_job(_job(folder, data, model_folder)))
     return folder / "run"
 
 
@@ -69,10 +69,11 @@ def jobs(yaml: Path, data: Path, model_folder: Path, tmp_path: Path) -> dict[str
     scored.write_text(f"""
 run: {{name: test, folder: {tmp_path}/run}}
 model: {{path: {model_folder}}}
+job: score
 layer_scoring: {{criteria: [magnitude_l1], data: {{path: {data}}}}}
 """)
     return {
-        "train": lambda *more: train(load_config(yaml, more)),
+        "train": lambda *more: train(load_training_job(yaml, more)),
         "score": lambda *more: run_scoring(load_job(scored, [one for one in more if "autoresume" not in one])),
         "iterate": lambda *more: iterate(
             load_job(_with(yaml, "iterate: {rounds: 1, shape: {layers: 3}, criterion: tail}"), more)
@@ -85,7 +86,8 @@ layer_scoring: {{criteria: [magnitude_l1], data: {{path: {data}}}}}
 
 def _with(yaml: Path, section: str) -> Path:
     other = yaml.with_name(f"{section.partition(':')[0]}.yaml")
-    other.write_text(f"{yaml.read_text()}{section}\n")
+    name = section.partition(":")[0]
+    other.write_text(f"{yaml.read_text()}job: {name}\n{section}\n")
     return other
 
 
@@ -170,9 +172,9 @@ def test_checkpoints_that_cannot_be_used_now_are_kept(change: Callable[[Path], N
     change(run)
     before = tree(run)
     with pytest.raises(UserError, match=r"holds checkpoints, but ba4-rank0.pt can't be .*run.overwrite=true"):
-        train(load_config(yaml, ["run.autoresume=true"]))
+        train(load_training_job(yaml, ["run.autoresume=true"]))
     assert tree(run) == before
-    trainer = train(load_config(yaml, ["run.autoresume=true", "run.overwrite=true", "train.duration=2ba"]))
+    trainer = train(load_training_job(yaml, ["run.autoresume=true", "run.overwrite=true", "train.duration=2ba"]))
     assert trainer.state.timestamp.batch.value == 2
 
 
@@ -193,7 +195,7 @@ def test_a_checkpoint_that_the_disk_does_not_give_is_kept(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", failing)
         with pytest.raises(UserError, match=r"ba4-rank0.pt can't be read now .*" + os.strerror(number)):
-            train(load_config(yaml, ["run.autoresume=true"]))
+            train(load_training_job(yaml, ["run.autoresume=true"]))
     assert tree(run) == before
 
 
@@ -201,7 +203,7 @@ def test_a_newer_checkpoint_that_is_damaged_is_set_aside(yaml: Path, run: Path) 
     newest = run / "checkpoints" / "ba4-rank0.pt"
     damaged = newest.read_bytes()[:-100]
     newest.write_bytes(damaged)
-    train(load_config(yaml, ["run.autoresume=true"]))
+    train(load_training_job(yaml, ["run.autoresume=true"]))
     assert (run / "checkpoints" / "unusable" / "ba4-rank0.pt").read_bytes() == damaged
     assert CheckpointFolder(run / "checkpoints").latest(contents=True) == newest
 
@@ -214,13 +216,13 @@ def test_a_checkpoint_that_a_kill_has_cut_off_hinders_nobody(yaml: Path, run: Pa
     checkpoint = folder / "ba4-rank0.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     CheckpointFolder(folder).note_writing(4)
-    train(load_config(yaml, ["run.autoresume=true", "train.duration=2ba"]))
+    train(load_training_job(yaml, ["run.autoresume=true", "train.duration=2ba"]))
     assert not list(folder.glob("*.writing"))
 
 
 def test_a_checkpoint_that_is_being_read_stays_on_resume(yaml: Path, run: Path) -> None:
     (run / "checkpoints" / ".ba2.0123abcd.lock").touch()
-    train(load_config(yaml, ["run.autoresume=true", "checkpoint.keep=1", "train.duration=5ba"]))
+    train(load_training_job(yaml, ["run.autoresume=true", "checkpoint.keep=1", "train.duration=5ba"]))
     assert {path.name for path in (run / "checkpoints").glob("ba*.pt")} == {"ba2-rank0.pt", "ba5-rank0.pt"}
     assert [*(run / "checkpoints").glob("ba2.sums-*")]
 
@@ -263,7 +265,7 @@ def test_a_second_job_in_a_folder_is_refused(
 def test_a_model_in_the_run_that_is_overwritten_is_kept(yaml: Path, run: Path, model_folder: Path) -> None:
     shutil.copytree(model_folder, run / "model")
     with pytest.raises(UserError, match="would delete the input"):
-        train(load_config(yaml, ["run.overwrite=true", f"model.path={run}/model"]))
+        train(load_training_job(yaml, ["run.overwrite=true", f"model.path={run}/model"]))
     assert is_ours(run) and (run / "model" / "config.json").is_file()
 
 
@@ -287,7 +289,7 @@ def test_conversion_beside_a_run_that_deletes_its_checkpoints(yaml: Path, tmp_pa
     reader = threading.Thread(target=convert_often)
     reader.start()
     try:
-        train(load_config(yaml, ["train.duration=40ba", "checkpoint={interval: 1ba, keep: 1}"]))
+        train(load_training_job(yaml, ["train.duration=40ba", "checkpoint={interval: 1ba, keep: 1}"]))
     finally:
         done.set()
         reader.join()
@@ -297,6 +299,6 @@ def test_conversion_beside_a_run_that_deletes_its_checkpoints(yaml: Path, tmp_pa
 
 def test_a_sharded_run_with_a_progress_bar_goes_on(yaml: Path, tmp_path: Path) -> None:
     """Composer's own bar has a state, which a sharded checkpoint would have to hold before there is a bar."""
-    train(load_config(yaml, ["sharding={}", "train.duration=2ba"]))
-    trainer = train(load_config(yaml, ["sharding={}", "run.autoresume=true"]))
+    train(load_training_job(yaml, ["sharding={}", "train.duration=2ba"]))
+    trainer = train(load_training_job(yaml, ["sharding={}", "run.autoresume=true"]))
     assert trainer.state.timestamp.batch.value == 4

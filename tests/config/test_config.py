@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmprune.checkpoints.run_folder import Manifest
-from llmprune.config.job_files import load_config, load_job, load_recorded, save_config
+from llmprune.config.job_files import load_job, load_recorded, load_training_job, save_config
 from llmprune.config.schema import Config, ScoringConfig
 from llmprune.utils.errors import UserError
 
@@ -30,7 +30,7 @@ def yaml(tmp_path: Path) -> Path:
 
 
 def test_overrides_win_and_sections_appear_on_demand(yaml: Path) -> None:
-    config = load_config(yaml, ["optimizer.lr=0.5", "l0_pruning.target.hidden=8", "data.weights.web=2"])
+    config = load_training_job(yaml, ["optimizer.lr=0.5", "l0_pruning.target.hidden=8", "data.weights.web=2"])
     assert config.optimizer.lr == 0.5 and config.run.folder == "runs/x"
     assert config.l0_pruning is not None and config.l0_pruning.target is not None
     assert config.l0_pruning.target.hidden == 8
@@ -40,18 +40,18 @@ def test_overrides_win_and_sections_appear_on_demand(yaml: Path) -> None:
 def test_a_mapping_in_an_override_replaces_the_mapping(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(MINIMAL + "l0_pruning: {target: {layers: 3, hidden: 20}, gate_lr: 0.5}\n")
-    target = load_config(path, ["l0_pruning.target={layers: 2}"]).l0_pruning
+    target = load_training_job(path, ["l0_pruning.target={layers: 2}"]).l0_pruning
     assert target is not None and target.target is not None
     assert (target.target.layers, target.target.hidden, target.gate_lr) == (2, None, 0.5)
-    assert load_config(path, ["l0_pruning.target.layers=2"]).l0_pruning.target.hidden == 20  # type: ignore[union-attr]
+    assert load_training_job(path, ["l0_pruning.target.layers=2"]).l0_pruning.target.hidden == 20  # type: ignore[union-attr]
     with pytest.raises(UserError, match="put quotes around the whole"):
-        load_config(path, ["l0_pruning.target={layers:"])
+        load_training_job(path, ["l0_pruning.target={layers:"])
 
 
 def test_a_saved_config_loads_as_itself(yaml: Path, tmp_path: Path) -> None:
-    config = load_config(yaml, ["l0_pruning.target.heads=4"])
+    config = load_training_job(yaml, ["l0_pruning.target.heads=4"])
     save_config(config, tmp_path / "saved.yaml")
-    assert load_config(tmp_path / "saved.yaml") == config
+    assert load_training_job(tmp_path / "saved.yaml") == config
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_saved_config_loads_as_itself(yaml: Path, tmp_path: Path) -> None:
 )
 def test_mistakes_name_the_key_and_the_nearest(yaml: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        load_config(yaml, [override])
+        load_training_job(yaml, [override])
     assert "\n" not in str(error.value)
 
 
@@ -84,9 +84,9 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-        load_config(path)
+        load_training_job(path)
     with pytest.raises(UserError, match="does not exist"):
-        load_config(tmp_path / "missing.yaml")
+        load_training_job(tmp_path / "missing.yaml")
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
@@ -98,7 +98,7 @@ def test_every_shipped_yaml_loads(path: Path) -> None:
 
 def test_a_scoring_job_has_its_own_keys(tmp_path: Path) -> None:
     path = tmp_path / "score.yaml"
-    path.write_text("run: {name: x}\nmodel: {path: here}\nlayer_scoring: {criteria: [tail]}\n")
+    path.write_text("run: {name: x}\nmodel: {path: here}\njob: score\nlayer_scoring: {criteria: [tail]}\n")
     job = load_job(path, ["plan.remove=[2]", "layer_scoring.data.bos=each"])
     assert isinstance(job, ScoringConfig) and job.plan is not None and job.plan.remove == [2]
     save_config(job, tmp_path / "saved.yaml")
@@ -112,11 +112,11 @@ def test_a_scoring_job_has_its_own_keys(tmp_path: Path) -> None:
 def test_a_base_is_laid_under(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(MINIMAL + "optimizer: {lr: 0.5, eps: 0.1}\n")
     (tmp_path / "over.yaml").write_text("base: base.yaml\nrun: {name: y}\noptimizer: {lr: 0.25}\n")
-    config = load_config(tmp_path / "over.yaml")
+    config = load_training_job(tmp_path / "over.yaml")
     assert (config.run.name, config.optimizer.lr, config.optimizer.eps) == ("y", 0.25, 0.1)
     (tmp_path / "over.yaml").write_text("base: nowhere.yaml\n")
     with pytest.raises(UserError, match="nowhere.yaml does not exist"):
-        load_config(tmp_path / "over.yaml")
+        load_training_job(tmp_path / "over.yaml")
 
 
 SECRETS = (
@@ -167,7 +167,7 @@ INNOCENT = (
 def test_secrets_are_not_taken_and_not_shown(yaml: Path, secret: str) -> None:
     def refused(*overrides: str) -> None:
         with pytest.raises(UserError) as error:
-            load_config(yaml, overrides)
+            load_training_job(yaml, overrides)
         assert "looks like a password or a token" in str(error.value) and "in the environment" in str(error.value)
         assert secret not in str(error.value)
 
@@ -181,13 +181,13 @@ def test_secrets_are_not_taken_and_not_shown(yaml: Path, secret: str) -> None:
         refused()
     yaml.write_text(MINIMAL + f"run: '{secret}\n")  # no YAML
     with pytest.raises(UserError) as error:
-        load_config(yaml)
+        load_training_job(yaml)
     assert secret not in str(error.value)
 
 
 @pytest.mark.parametrize("text", INNOCENT)
 def test_what_looks_like_no_secret_is_taken(yaml: Path, text: str) -> None:
-    assert load_config(yaml, [f"model.path={text}", f"run.name={text}"]).run.name == text
+    assert load_training_job(yaml, [f"model.path={text}", f"run.name={text}"]).run.name == text
 
 
 HOSTILE = {
@@ -229,7 +229,7 @@ def test_hostile_yaml_is_refused(yaml: Path, what: str) -> None:
 def test_hostile_overrides_are_refused(yaml: Path, value: str) -> None:
     for override in (f"data.path={value}", f"{value}=1"):
         with pytest.raises(UserError) as error:
-            load_config(yaml, [override])
+            load_training_job(yaml, [override])
         assert "\n" not in str(error.value)
 
 
@@ -251,9 +251,9 @@ def test_hostile_overrides_are_refused(yaml: Path, value: str) -> None:
 def test_numbers_that_nothing_can_be_computed_with_are_refused(yaml: Path, override: str) -> None:
     key = override.partition("=")[0]
     with pytest.raises(UserError, match=rf"^{key}\S* (is|has) .*must be") as error:
-        load_config(yaml, [override])
+        load_training_job(yaml, [override])
     assert "\n" not in str(error.value)
-    assert load_config(yaml, ["optimizer.lr=1e30"]).optimizer.lr == 1e30
+    assert load_training_job(yaml, ["optimizer.lr=1e30"]).optimizer.lr == 1e30
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_texts_from_the_environment_are_kept_as_typed(yaml: Path, tmp_path: Path
         "run.seed=${oc.env:NUMBER}",
         "evaluation.texts=['${oc.env:PLACE}/b']",
     ]
-    config = load_config(yaml, typed)
+    config = load_training_job(yaml, typed)
     assert (config.data.path, config.run.folder, config.run.seed) == ("/very/secret/data", "runs/a-hunter2", 5)
     save_config(config, tmp_path / "saved.yaml")
     text = (tmp_path / "saved.yaml").read_text()
@@ -282,12 +282,12 @@ def test_texts_from_the_environment_are_kept_as_typed(yaml: Path, tmp_path: Path
     assert "folder: runs/${run.name}" in text and "seed: 5" in text
     recorded = load_recorded(tmp_path / "saved.yaml")
     assert isinstance(recorded, Config) and recorded.data.path == "${oc.env:PLACE}/data" and recorded.run.seed == 5
-    assert load_config(tmp_path / "saved.yaml") == config
+    assert load_training_job(tmp_path / "saved.yaml") == config
     config.model.path = "/very/secret/round-1"  # what jobs of several steps make of it
     save_config(config, tmp_path / "step.yaml")
     assert "secret" not in (tmp_path / "step.yaml").read_text()
     with pytest.raises(UserError, match="write out its keys"):
-        load_config(yaml, ["model.config=${oc.create:${oc.env:SECTION}}"])
+        load_training_job(yaml, ["model.config=${oc.create:${oc.env:SECTION}}"])
 
 
 @pytest.mark.usefixtures("environment")
@@ -299,11 +299,11 @@ def test_nothing_is_looked_up_in_what_is_recorded(yaml: Path, tmp_path: Path) ->
     yaml.write_text(MINIMAL.replace("train: {", "train: {hang_timeout: '${oc.env:NUMBER}', "))
     with pytest.raises(UserError, match="hang_timeout"):
         load_recorded(yaml)
-    values = {"family": "llama", "l0_pruning": {"gates": ["${oc.env:WORD}"]}, "source": "${oc.env:WORD}",
+    values = {"family": "llama", "sections": {"l0_pruning": {"gates": ["${oc.env:WORD}"]}}, "source": "${oc.env:WORD}",
               "data": {"path": "a ${oc.env:PLACE} \\${x}"}, "seed": 1, "versions": {"a": "${oc.env:WORD}"},
               "git_commit": "${oc.env:WORD}"}  # fmt: skip
     (tmp_path / "manifest.json").write_text(json.dumps(values))
     manifest = Manifest.load(tmp_path)
     assert manifest.source == manifest.git_commit == manifest.versions["a"] == "${oc.env:WORD}"
     assert manifest.data["path"] == "a ${oc.env:PLACE} \\${x}"
-    assert manifest.l0_pruning is not None and manifest.l0_pruning["gates"] == ["${oc.env:WORD}"]
+    assert manifest.sections["l0_pruning"]["gates"] == ["${oc.env:WORD}"]

@@ -20,7 +20,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from llmprune.config.job_files import load_config, load_job
+from llmprune.config.job_files import load_job, load_training_job
 from llmprune.config.schema import Config, ScoringConfig
 from llmprune.data.sources import clean_name
 from llmprune.data.updates import check_updates
@@ -106,8 +106,8 @@ SHEARED = {"370m": 373_867_520, "1.3b": 1_345_423_360, "2.7b": 2_701_560_320}
 
 @pytest.mark.parametrize("size", SHEARED)
 def test_sheared_llama(size: str) -> None:
-    prune = load_config(PAPERS / f"sheared_llama_{size}_prune.yaml", ["data.path=somewhere"])
-    for job in (prune, load_config(PAPERS / f"sheared_llama_{size}_continue.yaml", ["data.path=somewhere"])):
+    prune = load_training_job(PAPERS / f"sheared_llama_{size}_prune.yaml", ["data.path=somewhere"])
+    for job in (prune, load_training_job(PAPERS / f"sheared_llama_{size}_continue.yaml", ["data.path=somewhere"])):
         assert job.dynamic_loading is not None and job.data.weights is not None
         domains = list(job.data.weights)
         check_updates(job.dynamic_loading, domains, job.data.weights, domains)
@@ -121,7 +121,7 @@ def test_sheared_llama(size: str) -> None:
     plan = GateSet(family_of(source).shape(source), make_goal(source, prune.l0_pruning)).plan("llama", "")
     assert parameters(built(source, plan)) == SHEARED[size]
 
-    continued = load_config(PAPERS / f"sheared_llama_{size}_continue.yaml", ["data.path=somewhere"])
+    continued = load_training_job(PAPERS / f"sheared_llama_{size}_continue.yaml", ["data.path=somewhere"])
     tokens = 4096 * continued.train.global_batch_size * int(continued.train.duration.removesuffix("ba"))
     assert tokens == pytest.approx(50e9, rel=0.01) and continued.l0_pruning is None and continued.sharding is not None
     assert continued.model.path == f"runs/sheared_llama_{size}_pruned"
@@ -131,12 +131,12 @@ def test_sheared_llama(size: str) -> None:
 
 
 def test_sheared_pythia() -> None:
-    prune = load_config(PAPERS / "sheared_pythia_160m_prune.yaml", ["data.path=somewhere"])
+    prune = load_training_job(PAPERS / "sheared_pythia_160m_prune.yaml", ["data.path=somewhere"])
     assert prune.l0_pruning is not None and prune.data.weights is None and prune.model.path == "EleutherAI/pythia-410m"
     shape = family_of(PYTHIA_410M).shape(PYTHIA_410M)
     plan = GateSet(shape, make_goal(PYTHIA_410M, prune.l0_pruning)).plan("gpt_neox", "")
     assert parameters(built(PYTHIA_410M, plan)) == 162_322_944  # Pythia-160M's own
-    continued = load_config(PAPERS / "sheared_pythia_160m_continue.yaml", ["data.path=somewhere"])
+    continued = load_training_job(PAPERS / "sheared_pythia_160m_continue.yaml", ["data.path=somewhere"])
     assert continued.model.path == "runs/sheared_pythia_160m_pruned" and continued.data.weights is None
 
 
@@ -173,7 +173,7 @@ def test_scoring_recipes(path: Path) -> None:
 
 
 def test_llm_streamlines_mix() -> None:
-    job = load_config(PAPERS / "llm_streamline.yaml", ["data.path=x", "run.name=x", "train.duration=1ba"])
+    job = load_training_job(PAPERS / "llm_streamline.yaml", ["data.path=x", "run.name=x", "train.duration=1ba"])
     assert job.data.weights is not None and sum(job.data.weights.values()) == pytest.approx(1)
     assert max(job.data.weights, key=job.data.weights.__getitem__) == "RedPajamaC4"
     assert all(clean_name(name) == name for name in job.data.weights) and job.data.document_boundaries is False
@@ -186,7 +186,7 @@ STREAMLINE = {"llama2_4.7b": 4.7, "llama3.1_5.4b": 5.4, "opt_1.3b": 1.0}
 @pytest.mark.parametrize("loss", ["mse", "lm"])
 @pytest.mark.parametrize("name", STREAMLINE)
 def test_llm_streamline(name: str, loss: str) -> None:
-    job = load_config(PAPERS / f"streamline_{name}_{loss}.yaml", ["data.path=x"])
+    job = load_training_job(PAPERS / f"streamline_{name}_{loss}.yaml", ["data.path=x"])
     settings = job.block_replacement
     assert settings is not None and settings.weights == {loss: 1.0} and settings.length is not None
     settings.check()
@@ -202,7 +202,7 @@ def test_llm_streamline(name: str, loss: str) -> None:
 
 
 def recipe(name: str, *overrides: str) -> Config:
-    job = load_config(PAPERS / f"{name}.yaml", ["data.path=somewhere", *overrides])
+    job = load_training_job(PAPERS / f"{name}.yaml", ["data.path=somewhere", *overrides])
     assert job.run.name == name
     return job
 

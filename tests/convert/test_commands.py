@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.convert.checkpoint import Checkpoint
 from llmprune.convert.commands import apply, convert, push_to_hub
 from llmprune.convert.export import export, keep_everything
-from llmprune.evaluation.verify import compare, open_for_comparison
+from llmprune.convert.verify import compare, open_for_comparison
 from llmprune.jobs.train import train
 from llmprune.models.loading import load_model
 from llmprune.models.stored_weights import StoredWeights, fingerprint
@@ -35,7 +35,7 @@ optimizer: {{lr: 1.0e-3}}
 train: {{duration: 30ba, global_batch_size: 4, microbatch_size: 4}}
 loggers: {{console: false}}
 """)
-    train(load_config(yaml))
+    train(load_training_job(yaml))
     return folder / "run"
 
 
@@ -45,7 +45,7 @@ def test_the_gated_checkpoint_and_its_export_agree(pruned_run: Path, tmp_path: P
     gated, cut = open_for_comparison(pruned_run), open_for_comparison(tmp_path / "out")
     difference = compare(gated, cut)
     assert difference.max_rel <= 1e-5 and difference.mean_abs <= difference.max_abs
-    dense = open_for_comparison(Path(load_config(pruned_run / "config.yaml").model.path or ""))
+    dense = open_for_comparison(Path(load_training_job(pruned_run / "config.yaml").model.path or ""))
     assert compare(gated, dense).max_rel > 1e-2
 
 
@@ -87,7 +87,7 @@ def check_run(model: str, target: str, pruned_run: Path, folder: Path) -> None:
         f"run.folder={folder}/run",
         "train.duration=3ba",
     ]
-    train(load_config(pruned_run / "config.yaml", overrides))
+    train(load_training_job(pruned_run / "config.yaml", overrides))
     convert(folder / "run", folder / "out")
     assert compare(open_for_comparison(folder / "run"), open_for_comparison(folder / "out")).max_rel <= 1e-5
 
@@ -102,7 +102,7 @@ def test_the_gates_of_a_checkpoint_are_not_used_by_apply(pruned_run: Path, tmp_p
 def test_gates_far_from_their_target_are_told(
     pruned_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(load_config(pruned_run / "config.yaml", [f"run.folder={tmp_path}/run", "train.duration=2ba"]))
+    train(load_training_job(pruned_run / "config.yaml", [f"run.folder={tmp_path}/run", "train.duration=2ba"]))
     convert(tmp_path / "run", tmp_path / "out")
     assert "have not come to their target yet (expected sparsity: hidden 0.0" in caplog.text
 
@@ -114,7 +114,7 @@ def test_the_card_shows_the_checkpoints_own_results(pruned_run: Path, tmp_path: 
         "train.eval_interval=2ba",
         "checkpoint.interval=2ba",
     ]
-    train(load_config(pruned_run / "config.yaml", overrides))
+    train(load_training_job(pruned_run / "config.yaml", overrides))
     for batch in (2, 4):
         convert(tmp_path / "run" / "checkpoints" / f"ba{batch}-rank0.pt", tmp_path / f"out{batch}")
         assert f'"batch": {batch}' in (tmp_path / f"out{batch}" / "README.md").read_text()

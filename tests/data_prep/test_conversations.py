@@ -15,7 +15,7 @@ from data_prep.conversations import ConversationSettings, renderer
 from data_prep.describe import show_samples
 from data_prep.pack import prepare
 from data_prep.recipe import PackSettings
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.data.reader import NO_LOSS
@@ -278,7 +278,7 @@ loggers: {{console: false}}
     losses = []
     for size in (1, 4):
         overrides = [f"train.microbatch_size={size}", f"run.folder={tmp_path}/run{size}"]
-        trainer = train(load_config(tmp_path / "run.yaml", overrides))
+        trainer = train(load_training_job(tmp_path / "run.yaml", overrides))
         losses.append(float(trainer.state.eval_metric_values["loss"]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     evaluated = evaluate_losses(load_model(model_folder), PreparedData(tmp_path / "data"))

@@ -14,7 +14,7 @@ import torch
 from data_prep import teach as module
 from data_prep.teach import TeachConfig, teach
 from data_prep.tokenizer import train_tokenizer
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.data.format import EVAL, TRAIN
 from llmprune.data.prepared import PreparedData
 from llmprune.jobs.train import train
@@ -83,7 +83,7 @@ def test_from_disk_is_as_on_the_fly(taught: Path, trained_folder: Path, model_fo
     config = yaml_for(tmp_path, taught, model_folder)
     for name, teacher in (("disk", "null"), ("model", f"{trained_folder}, dtype: float32")):
         change = f"distillation={{teacher: {teacher}, top_k: 5, objectives: {{kl: 1.0, lm: 0.5}}}}"
-        train(load_config(config, [f"run.folder={tmp_path}/{name}", change]))
+        train(load_training_job(config, [f"run.folder={tmp_path}/{name}", change]))
     for name in ("distillation/kl", "loss/train/total", "metrics/eval/loss"):
         disk, model = (metrics(tmp_path / run, name) for run in ("disk", "model"))
         assert len(disk) in (1, 6) and disk == pytest.approx(model, rel=1e-5)
@@ -156,9 +156,9 @@ def test_what_was_not_kept_is_refused(
 ) -> None:
     config = yaml_for(tmp_path, taught, model_folder)
     with pytest.raises(UserError, match=message):
-        build_trainer(load_config(config, [f"distillation={changes}"]))
+        build_trainer(load_training_job(config, [f"distillation={changes}"]))
     with pytest.raises(UserError, match="document_boundaries False, the config asks for True"):
-        build_trainer(load_config(config, ["distillation={}", "data.document_boundaries=true"]))
+        build_trainer(load_training_job(config, ["distillation={}", "data.document_boundaries=true"]))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 from llmprune.cli import app
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.config.schema import Config
 from llmprune.estimate.activations import kept_by
 from llmprune.estimate.job import Cluster, Estimate, estimate
@@ -39,14 +39,14 @@ CLUSTER = Cluster(1, 80e9)
 @pytest.fixture
 def config(data: Path, trained_folder: Path) -> Config:
     overrides = [f"model.path={trained_folder}", f"data.path={data}", "train.global_batch_size=64"]
-    return load_config(ROOT / "yamls" / "continue.yaml", overrides)
+    return load_training_job(ROOT / "yamls" / "continue.yaml", overrides)
 
 
 def changed(config: Config, tmp_path: Path, *overrides: str) -> Config:
     from llmprune.config.job_files import save_config
 
     save_config(config, tmp_path / "config.yaml")
-    return load_config(tmp_path / "config.yaml", overrides)
+    return load_training_job(tmp_path / "config.yaml", overrides)
 
 
 def real(config: object, samples: int, length: int) -> int:
@@ -79,9 +79,9 @@ def test_activations_are_those_of_a_real_model(name: str) -> None:
 
 
 def test_parameters_moments_and_shares_of_ranks(config: Config, tmp_path: Path) -> None:
-    from llmprune.models.loading import load_config as model_config
+    from llmprune.models.loading import load_model_config
 
-    model = model_config(config.model.path or "")
+    model = load_model_config(config.model.path or "")
     count = sum(p.numel() for p in random_model(model).parameters())
     one = estimate(config, model, 32, CLUSTER)
     assert one.facts["parameters"] == one.facts["trained"] == count
@@ -246,21 +246,21 @@ data: {{path: {data}}}
 train: {{duration: 1ba, global_batch_size: 4, microbatch_size: 4}}
 loggers: {{console: false}}
 """)
-    found = estimate(load_config(tmp_path / "run.yaml"), tiny_config(), 32, Cluster(1, 1e9, device="cpu"))
+    found = estimate(load_training_job(tmp_path / "run.yaml"), tiny_config(), 32, Cluster(1, 1e9, device="cpu"))
     for share, fits in ((0.9, False), (1.1, True)):
         with pytest.MonkeyPatch.context() as patch:
             memory = SimpleNamespace(available=share * found.total)
             patch.setattr("llmprune.estimate.job.psutil", SimpleNamespace(virtual_memory=lambda m=memory: m))
             if fits:
-                build_trainer(load_config(tmp_path / "run.yaml", ["run.overwrite=true"])).close()
+                build_trainer(load_training_job(tmp_path / "run.yaml", ["run.overwrite=true"])).close()
                 continue
             with pytest.raises(UserError, match=r"about 0.00 GB on every rank .* train.check_memory=false to start it"):
-                build_trainer(load_config(tmp_path / "run.yaml"))
+                build_trainer(load_training_job(tmp_path / "run.yaml"))
             assert not (tmp_path / "run").exists()
             build_trainer(
-                load_config(tmp_path / "run.yaml", ["train.check_memory=false", "run.overwrite=true"])
+                load_training_job(tmp_path / "run.yaml", ["train.check_memory=false", "run.overwrite=true"])
             ).close()
-    replaced = load_config(
+    replaced = load_training_job(
         tmp_path / "run.yaml", ["block_replacement={length: 2, kind: closed_form}", "train.microbatch_size=1"]
     )  # no block 0 can be its first
     assert estimate(replaced, tiny_config(), 32, Cluster(1, 1e9, device="cpu")).total < found.total

@@ -13,10 +13,10 @@ import pytest
 import llmprune.cli  # noqa: F401  # all its commands
 from data_prep.__main__ import app as prepare_app
 from llmprune.cli.options import app
-from llmprune.config.job_files import load_config, load_job
+from llmprune.config.job_files import load_job, load_training_job
 from llmprune.convert.commands import convert
 from llmprune.jobs.iterate import iterate
-from llmprune.jobs.scoring_run import run_scoring
+from llmprune.jobs.score import run_scoring
 from llmprune.jobs.search import search
 from llmprune.jobs.train import train
 from llmprune.utils import outputs
@@ -53,16 +53,20 @@ train: {{duration: 2ba, global_batch_size: 4, microbatch_size: 4, eval_interval:
 checkpoint: {{interval: 1ba}}
 """)
     for name, section in (
-        ("iterate", "iterate: {rounds: 1, shape: {layers: 3}, criterion: tail}"),
-        ("search", "search: {criteria: [tail], remove: [1], budget: {params: '0.9'}, calibration: {length: 32}}"),
+        ("iterate", "job: iterate\niterate: {rounds: 1, shape: {layers: 3}, criterion: tail}"),
+        (
+            "search",
+            "job: search\nsearch: {criteria: [tail], remove: [1], budget: {params: '0.9'}, calibration: {length: 32}}",
+        ),
     ):
         (folder / f"{name}.yaml").write_text(f"{job.read_text()}{section}\n")
     (folder / "score.yaml").write_text(f"""
 run: {{name: test, folder: {folder}/scored}}
 model: {{path: {model_folder}}}
+job: score
 layer_scoring: {{criteria: [magnitude_l1], data: {{path: {data}}}}}
 """)
-    train(load_config(job))
+    train(load_training_job(job))
     app(["score", str(model_folder), "--criteria", "tail", "--out", f"{folder}/scores.json"], standalone_mode=False)
     plan = ["plan", f"{folder}/scores.json", "--criterion", "tail", "--remove", "1", "--out", f"{folder}/plan.json"]
     app(plan, standalone_mode=False)
@@ -112,7 +116,7 @@ def carry_out(name: str, things: dict[str, str], out: Path) -> None:
         yaml = f"{things['F']}/{ {'train': 'job', 'score job': 'score'}.get(name, name) }.yaml"
         where = [f"run.folder={out}"]
         kinds: dict[str, Any] = {"score job": run_scoring, "iterate": iterate, "search": search}
-        train(load_config(yaml, where)) if name == "train" else kinds[name](load_job(yaml, where))
+        train(load_training_job(yaml, where)) if name == "train" else kinds[name](load_job(yaml, where))
         return
     line = {**COMMANDS, **PREPARATION}[name]
     for key, value in {**things, "OUT": str(out)}.items():

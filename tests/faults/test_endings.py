@@ -16,7 +16,7 @@ from llmprune import cli
 from llmprune.config.job_files import load_job
 from llmprune.convert.export import keep_everything
 from llmprune.jobs.train import train as fit
-from llmprune.models.loading import load_config
+from llmprune.models.loading import load_model_config
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.utils import outputs
@@ -40,7 +40,7 @@ def _own_handlers() -> Iterator[None]:
 def inputs(data: Path, corpus: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of everything that commands read."""
     folder = tmp_path_factory.mktemp("inputs")
-    config = load_config(model_folder)
+    config = load_model_config(model_folder)
     plan = keep_everything(config, fingerprint(StoredWeights(model_folder), config))
     plan.save(folder / "plan.json")
     scores = Scores("m", plan.family, plan.model, plan.source, {}, {}, None, {"taylor": [1.0, 2.0, 3.0, 4.0]})
@@ -205,14 +205,15 @@ main()
 @pytest.mark.parametrize(
     ("number", "job", "inside"),
     [
-        (signal.SIGTERM, "score.yaml", "llmprune.jobs.scoring_run.score"),
+        (signal.SIGTERM, "score.yaml", "llmprune.jobs.score.score"),
         (signal.SIGINT, "job.yaml", "llmprune.training.trainer.build_trainer"),
     ],
 )
 def test_a_stopped_job(number: signal.Signals, job: str, inside: str, inputs: Path, tmp_path: Path) -> None:
     if not (inputs / "score.yaml").exists():
         (inputs / "score.yaml").write_text(
-            f"run: {{name: test}}\nmodel: {{path: {inputs}/model}}\nlayer_scoring: {{criteria: [magnitude_l1]}}\n"
+            f"job: score\nrun: {{name: test}}\nmodel: {{path: {inputs}/model}}\n"
+            "layer_scoring: {criteria: [magnitude_l1]}\n"
         )
     code, error = stopped(number, inside, ["train.py", job, f"run.folder={tmp_path}/run"], inputs)
     assert code == 128 + number
@@ -224,13 +225,13 @@ def test_a_stopped_job(number: signal.Signals, job: str, inside: str, inputs: Pa
     [
         (
             "iterate",
-            "iterate: {rounds: 1, shape: {layers: 3}, criterion: tail, calibration: CALIBRATION}",
-            "iteration.score",
+            "job: iterate\niterate: {rounds: 1, shape: {layers: 3}, criterion: tail, calibration: CALIBRATION}",
+            "jobs.iterate.score",
         ),
         (
             "search",
-            "search: {criteria: [tail], remove: [1], budget: {params: '0.9'}, calibration: CALIBRATION}",
-            "searching.open_scored",
+            "job: search\nsearch: {criteria: [tail], remove: [1], budget: {params: '0.9'}, calibration: CALIBRATION}",
+            "jobs.search.open_scored",
         ),
     ],
 )

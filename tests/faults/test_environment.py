@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.convert.commands import convert
 from llmprune.jobs.train import train
 from llmprune.report.page import write_report
@@ -32,8 +32,8 @@ loggers: {{console: false, tensorboard: true}}
 
 
 def test_the_environment_stays_out_of_every_file(yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(load_config(yaml))
-    train(load_config(tmp_path / "run/config.yaml", ["run.autoresume=true", "train.duration=2ba"]))
+    train(load_training_job(yaml))
+    train(load_training_job(tmp_path / "run/config.yaml", ["run.autoresume=true", "train.duration=2ba"]))
     convert(tmp_path / "run", tmp_path / "out")
     write_report([tmp_path / "run", tmp_path / "out"], tmp_path / "report.html")
     files = [path for place in ("run", "out") for path in (tmp_path / place).rglob("*") if path.is_file()]
@@ -44,14 +44,14 @@ def test_the_environment_stays_out_of_every_file(yaml: Path, tmp_path: Path, mon
     assert manifest["data"]["path"] == "${oc.env:PLACE}/data"
     monkeypatch.delenv("PLACE")
     with pytest.raises(UserError, match="PLACE"):
-        load_config(tmp_path / "run/config.yaml")
+        load_training_job(tmp_path / "run/config.yaml")
 
 
 def test_nothing_of_the_environment_gets_into_an_exported_model(
     yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A manifest from anybody that asks for a password."""
-    train(load_config(yaml))
+    train(load_training_job(yaml))
     monkeypatch.setenv("DB_PASSWORD", "swordfish")
     path = tmp_path / "run/checkpoints/manifest.json"
     manifest = json.loads(path.read_text())

@@ -21,7 +21,7 @@ from llmprune.data.format import EVAL
 from llmprune.data.prepared import PreparedData
 from llmprune.evaluation.continuations import read_prompts
 from llmprune.jobs.train import train
-from llmprune.models.loading import load_config, load_model
+from llmprune.models.loading import load_model, load_model_config
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans.plan import Plan
 from llmprune.pruning.planning import make_plan
@@ -96,7 +96,7 @@ checkpoint: {{interval: 1ba}}
 loggers: {{console: false}}
 """)
     train(load_job(folder / "job.yaml"))  # type: ignore[arg-type]
-    config = load_config(model_folder)
+    config = load_model_config(model_folder)
     plan = keep_everything(config, fingerprint(StoredWeights(model_folder), config))
     factors = {"hidden": torch.ones(config.hidden_size)}
     Plan(plan.family, plan.model, plan.source, plan.blocks[:3], tuple(range(32)), factors).save(folder / "plan.json")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from llmprune.checkpoints.checkpoint_folder import CheckpointFolder
 from llmprune.checkpoints.run_folder import RunFolder
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.data.dataset import MixedDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.jobs.train import train
@@ -98,7 +98,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, 
 def resume_here(run: Any, yaml: Path) -> None:
     """Begin a run, or go on with it, on one rank in this process."""
     settings = [f"run.folder={run.folder}/run", "run.autoresume=true", "data.workers=0"]
-    train(load_config(yaml, settings), [recorded_run.recorder()(str(run.folder / "attempt-9"))])  # type: ignore[call-arg]
+    train(load_training_job(yaml, settings), [recorded_run.recorder()(str(run.folder / "attempt-9"))])  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(("victim", "event"), [("rank", "checkpoint"), ("launcher", "batch")])

@@ -14,7 +14,7 @@ from llmprune.data.format import DataManifest
 from llmprune.data.updates import read_references
 from llmprune.evaluation.continuations import read_continuations, read_prompts
 from llmprune.evaluation.stability import read_answers
-from llmprune.models.loading import load_config
+from llmprune.models.loading import load_model_config
 from llmprune.plans.plan import Plan
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.utils.checksums import read_record
@@ -29,7 +29,7 @@ READERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest of a run": (Manifest.load, "manifest.json"),
     "record": (lambda folder: read_record(folder / "x.json"), "x.json"),
     "references": (lambda folder: read_references(str(folder / "x.json")), "x.json"),
-    "config of a model": (load_config, "config.json"),
+    "config of a model": (load_model_config, "config.json"),
     "answers": (lambda folder: read_answers(folder / "samples_x.jsonl"), "samples_x.jsonl"),
     "predictions": (lambda folder: read_answers(folder / "x.json"), "x.json"),
     "prompts": (lambda folder: read_prompts(folder / "x.jsonl"), "x.jsonl"),

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 
 from llmprune.config.job_files import load_job
 from llmprune.config.schema import IterationConfig
-from llmprune.evaluation.verify import compare, open_for_comparison
+from llmprune.convert.verify import compare, open_for_comparison
 from llmprune.jobs import iterate as iteration
 from llmprune.jobs import stages
 from llmprune.jobs.iterate import iterate, round_shapes
 from llmprune.jobs.train import train
 from llmprune.models.families import Shape, family_of, shapes_between
-from llmprune.models.loading import load_config
+from llmprune.models.loading import load_model_config
 from llmprune.plans.plan import Plan
 from llmprune.utils.checksums import record
 from llmprune.utils.errors import UserError
@@ -38,6 +38,7 @@ def yaml(data: Path, trained_folder: Path, tmp_path_factory: pytest.TempPathFact
 run: {{name: test, folder: {folder}/once, seed: 3}}
 model: {{path: {trained_folder}}}
 data: {{path: {data}, eval_samples_per_domain: 2}}
+job: iterate
 iterate:
   rounds: 2
   shape: {{layers: 4, hidden: 24, heads: 4, intermediate: 24}}
@@ -75,7 +76,7 @@ def test_the_rounds_end_in_the_shape(once: Path) -> None:
     shapes = [Plan.load(once / f"round-{number}" / "plan.json").shape for number in (1, 2)]
     assert shapes[1] == Shape(layers=4, hidden=24, heads=4, kv_heads=2, head_dim=8, intermediate=24)
     assert (shapes[0].layers, shapes[0].hidden, shapes[0].kv_heads, shapes[0].intermediate) == (5, 30, 3, 34)
-    config = load_config(once / "model")
+    config = load_model_config(once / "model")
     assert family_of(config).shape(config) == shapes[1]
     recovered, final = weights(once / "round-2" / "recovered"), weights(once / "model")
     assert all(torch.equal(recovered[name], final[name]) for name in final)

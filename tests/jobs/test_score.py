@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from llmprune.cli import app
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.jobs.score import save_scores, score, share
-from llmprune.models.loading import load_config, load_tokenizer
+from llmprune.models.loading import load_model_config, load_tokenizer
 from llmprune.models.placement import Placement
 from llmprune.plans.plan import Plan
 from llmprune.pruning.planning import make_plan, rehearse
@@ -321,15 +321,15 @@ def test_every_rank_has_as_many_batches(batch_size: int) -> None:
 def test_a_plan_is_rehearsed_before_scoring(trained_folder: Path, plan: PlanConfig, message: str | None) -> None:
     criteria = ["tail", "cosine", "block_influence"]
     if message is None:
-        rehearse(plan, criteria, load_config(trained_folder), CalibrationConfig())
+        rehearse(plan, criteria, load_model_config(trained_folder), CalibrationConfig())
         return
     with pytest.raises(UserError, match=message):
-        rehearse(plan, criteria, load_config(trained_folder), CalibrationConfig())
+        rehearse(plan, criteria, load_model_config(trained_folder), CalibrationConfig())
 
 
 def test_a_merge_needs_text(trained_folder: Path) -> None:
     with pytest.raises(UserError, match="needs calibration text"):
-        rehearse(PlanConfig("merge", None, 1), ["tail"], load_config(trained_folder), CalibrationConfig())
+        rehearse(PlanConfig("merge", None, 1), ["tail"], load_model_config(trained_folder), CalibrationConfig())
 
 
 def test_a_token_outside_the_vocabulary(trained_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from llmprune.config.job_files import load_job
 from llmprune.config.schema import SearchConfig
+from llmprune.convert.verify import compare, open_for_comparison
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData
-from llmprune.evaluation.verify import compare, open_for_comparison
 from llmprune.jobs import search as searching
 from llmprune.jobs import stages
 from llmprune.jobs.search import search
@@ -39,6 +39,7 @@ def yaml(data: Path, trained_folder: Path, tmp_path_factory: pytest.TempPathFact
 run: {{name: test, folder: {folder}/once, seed: 3}}
 model: {{path: {trained_folder}}}
 data: {{path: {data}, eval_samples_per_domain: 4}}
+job: search
 search:
   criteria: [block_influence, cosine]
   remove: [0, 1, 2]

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmprune.config.job_files import load_config as load_job
+from llmprune.config.job_files import load_training_job
 from llmprune.convert.commands import apply, convert, enrich
 from llmprune.convert.export import keep_everything
 from llmprune.jobs.train import train
 from llmprune.models.families import RicherHeadsConfig
-from llmprune.models.loading import load_config
+from llmprune.models.loading import load_model_config
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 
 UNSAVEABLE: dict[str, dict[str, Any]] = {
@@ -39,7 +39,7 @@ def change(path: Path, **fields: Any) -> None:
 
 
 def shortened(model: Path, out: Path) -> Path:
-    config = load_config(model)
+    config = load_model_config(model)
     whole = keep_everything(config, fingerprint(StoredWeights(model), config))
     apply(model, replace(whole, blocks=whole.blocks[:3]), out, overwrite=True)
     return out
@@ -59,7 +59,7 @@ model: {{path: {model}}}
 data: {{path: {data}}}
 train: {{duration: 1ba, global_batch_size: 2, eval_interval: 0ba}}
 """)
-    train(load_job(job))
+    train(load_training_job(job))
     convert(tmp_path / "run", tmp_path / "trained")
     assert (tmp_path / "trained" / "generation_config.json").read_bytes() == before
 

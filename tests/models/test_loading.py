@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from llmprune.models.loading import load_config, load_model, new_model
+from llmprune.models.loading import load_model, load_model_config, new_model
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.utils.errors import UserError
 from tests.conftest import random_model, tiny_config
@@ -44,19 +44,19 @@ def test_random_models_depend_on_their_seed_alone() -> None:
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a folder nor reachable"):
-        load_config("nobody/nothing")
+        load_model_config("nobody/nothing")
     with pytest.raises(UserError, match="no config.json"):
-        load_config(tmp_path)
+        load_model_config(tmp_path)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "manifest.json").touch()
     with pytest.raises(UserError, match="is a run, not a model: turn its checkpoint into one with `llmprune convert`"):
-        load_config(tmp_path / "run")
+        load_model_config(tmp_path / "run")
     GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="'gpt2' is not supported; supported: gemma"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="JSON"):
-        load_config(tmp_path)
+        load_model_config(tmp_path)
     tiny_config().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no safetensors"):
         StoredWeights(tmp_path)

@@ -14,7 +14,7 @@ from llmprune.convert.commands import apply, enrich
 from llmprune.convert.export import keep_everything
 from llmprune.jobs.score import score
 from llmprune.models.families import RicherHeadsConfig
-from llmprune.models.loading import load_any_model, load_config, load_model
+from llmprune.models.loading import load_any_model, load_model, load_model_config
 from llmprune.models.quantised import quantised_as
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.utils.errors import UserError
@@ -76,7 +76,7 @@ def test_every_kind_is_told(change: Callable[[Path], None], kind: str, model: Pa
     assert quantised_as(model) is None
     change(model)
     assert kind in str(quantised_as(model))
-    for use in (load_config, load_model):
+    for use in (load_model_config, load_model):
         with pytest.raises(UserError, match="is quantised .*: prune the model that it was made from") as found:
             use(model)
         assert kind in str(found.value)
@@ -98,9 +98,9 @@ def test_it_is_refused_at_once_wherever_it_would_be_pruned(model: Path, tmp_path
 def test_a_gguf_is_to_be_dequantised_first(model: Path) -> None:
     (model / "model.safetensors").rename(model / "model.gguf")
     with pytest.raises(UserError, match=r"holds a GGUF file \(model.gguf\).*: dequantise it first"):
-        load_config(model)
+        load_model_config(model)
     with pytest.raises(UserError, match="is a GGUF file: dequantise it first"):
-        load_config(model / "model.gguf")
+        load_model_config(model / "model.gguf")
 
 
 def test_plain_weights_that_are_called_packed(model: Path) -> None:

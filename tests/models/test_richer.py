@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmprune.convert.commands import enrich
-from llmprune.evaluation.verify import compare, open_for_comparison
+from llmprune.convert.verify import compare, open_for_comparison
 from llmprune.models.block_hooks import blocks_of
 from llmprune.models.families import RicherHeadsConfig, family_of, module_name
-from llmprune.models.loading import count_parameters, load_config, load_model, new_model
+from llmprune.models.loading import count_parameters, load_model, load_model_config, new_model
 from llmprune.models.modeling_llmprune import RicherHeads
 from llmprune.models.richer import with_richer_heads
 from llmprune.plans.plan import Plan
@@ -257,5 +257,5 @@ def test_heads_are_made_richer_once(model_folder: Path, tmp_path: Path) -> None:
     assert Plan.load(tmp_path / "richer" / "llmprune" / "plan.json").richer_heads == RicherHeadsConfig(residual=True)
     with pytest.raises(UserError, match="richer already"):
         enrich(tmp_path / "richer", RicherHeadsConfig(residual=True), tmp_path / "again")
-    assert load_config(tmp_path / "richer").model_type == "llmprune_llama"
+    assert load_model_config(tmp_path / "richer").model_type == "llmprune_llama"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "richer").config.llmprune_stand_in is None

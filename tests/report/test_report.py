@@ -14,7 +14,7 @@ import torch
 from llmprune.cli import app
 from llmprune.convert.commands import apply
 from llmprune.jobs.score import save_scores, score
-from llmprune.models.loading import load_config
+from llmprune.models.loading import load_model_config
 from llmprune.models.placement import Placement
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans.plan import KeptBlock, Plan
@@ -51,7 +51,7 @@ def place(trained_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFac
     ]  # fmt: skip
     lines.append({"batch": 10, "metrics/eval/loss": 4.25, "metrics/eval/loss/a<b": 4.0, "metrics/eval/loss/c": 4.5})
     (folder / "prune/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = load_config(trained_folder)
+    config = load_model_config(trained_folder)
     weights = StoredWeights(trained_folder)
     found = score(
         str(trained_folder), LayerScoringConfig(criteria=["tail", "magnitude_l1"]), Placement("float32", "cpu")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.jobs.train import train
@@ -69,7 +69,7 @@ def test_the_yamls_are_the_published_study(study: ModuleType) -> None:
     assert sorted(path.stem for path in HEADS.glob("*.yaml")) == sorted([*study.MODELS, "study"])
     for name in study.MODELS:
         kind, _, blocks = name.partition("_")
-        job = load_config(HEADS / f"{name}.yaml", ["data.path=x"])
+        job = load_training_job(HEADS / f"{name}.yaml", ["data.path=x"])
         config = job.model.config or {}
         assert (config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]) == (1024, 8, 2752)
         assert config["num_hidden_layers"] == int(blocks) and config["tie_word_embeddings"] is False

@@ -11,9 +11,9 @@ from composer.loggers import Logger
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.convert.commands import convert
-from llmprune.evaluation.verify import compare, open_for_comparison
+from llmprune.convert.verify import compare, open_for_comparison
 from llmprune.jobs.train import train
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.loading import load_model
@@ -92,7 +92,7 @@ loggers: {{console: false}}
 @pytest.mark.parametrize("settings", JOBS.values(), ids=JOBS)
 def test_every_job(settings: list[str], yaml: Path, trained_folder: Path, tmp_path: Path) -> None:
     settings = [one.replace("MODEL", str(trained_folder)) for one in settings]
-    trainer = build_trainer(load_config(yaml, settings))
+    trainer = build_trainer(load_training_job(yaml, settings))
     gradients = Gradients()
     trainer.state.callbacks.insert(0, gradients)
     with Products() as products:
@@ -118,7 +118,7 @@ def test_losses_are_near_those_in_float32(yaml: Path) -> None:
 
 
 def test_gated_is_cut_within_rounding(yaml: Path, tmp_path: Path) -> None:
-    train(load_config(yaml, [TARGET, "train.duration=4ba"]))
+    train(load_training_job(yaml, [TARGET, "train.duration=4ba"]))
     convert(tmp_path / "run", tmp_path / "cut")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert compare(open_for_comparison(tmp_path / "run"), load_model(tmp_path / "cut")).max_rel < 2e-2
@@ -126,4 +126,4 @@ def test_gated_is_cut_within_rounding(yaml: Path, tmp_path: Path) -> None:
 
 def test_half_precision_is_refused(yaml: Path) -> None:
     with pytest.raises(UserError, match="amp_fp16 is not offered: .*; take amp_bf16"):
-        build_trainer(load_config(yaml, ["train.precision=amp_fp16"]))
+        build_trainer(load_training_job(yaml, ["train.precision=amp_fp16"]))

@@ -17,7 +17,7 @@ from data_prep.conversations import ConversationSettings
 from data_prep.pack import prepare
 from data_prep.recipe import PackSettings
 from llmprune.callbacks.l0_pruning import L0Pruning
-from llmprune.config.job_files import load_config
+from llmprune.config.job_files import load_training_job
 from llmprune.config.optimizers import OPTIMIZERS, OptimizerConfig
 from llmprune.config.schema import Config
 from llmprune.convert.checkpoint import Checkpoint
@@ -67,15 +67,15 @@ def numbers(metrics: Path) -> list[tuple[int, str, float]]:
 
 
 def test_a_killed_and_resumed_run_ends_as_the_undisturbed_one(yaml: Path, tmp_path: Path) -> None:
-    train(load_config(yaml))
+    train(load_training_job(yaml))
     whole = tmp_path / "whole"
     (tmp_path / "run").rename(whole)
-    run_killed(load_config(yaml), batch=4)
+    run_killed(load_training_job(yaml), batch=4)
     with pytest.raises(UserError, match="run.autoresume=true"):
-        train(load_config(yaml))
-    train(load_config(yaml, ["run.autoresume=true"]))
+        train(load_training_job(yaml))
+    train(load_training_job(yaml, ["run.autoresume=true"]))
 
-    train(load_config(yaml, ["run.autoresume=true"]))  # once more, at its end: nothing changes
+    train(load_training_job(yaml, ["run.autoresume=true"]))  # once more, at its end: nothing changes
 
     a, b = Checkpoint.open(whole), Checkpoint.open(tmp_path / "run")
     assert a.path.name == b.path.name == "ba6-rank0.pt"
@@ -95,9 +95,9 @@ def test_a_run_learns_and_leaves_a_folder_that_explains_itself(yaml: Path, tmp_p
         "train.eval_first=true",
         "optimizer.lr=0.01",
     ]
-    train(load_config(yaml, overrides))
+    train(load_training_job(yaml, overrides))
     run = tmp_path / "run"
-    assert load_config(run / "config.yaml").train.duration == "30ba"
+    assert load_training_job(run / "config.yaml").train.duration == "30ba"
     losses = [value for _, name, value in numbers(run / "metrics.jsonl") if name == "metrics/eval/loss"]
     assert len(losses) == 3 and losses[2] < losses[1] < losses[0] - 1
     manifest = json.loads((run / "checkpoints" / "manifest.json").read_text())
@@ -118,7 +118,7 @@ def unevaluated(data: Path, tmp_path: Path) -> Path:
 
 def test_what_does_not_evaluate_needs_no_evaluation_samples(yaml: Path, unevaluated: Path, tmp_path: Path) -> None:
     few = [f"data.path={unevaluated}", "train.global_batch_size=2", "train.microbatch_size=2", "train.duration=2ba"]
-    trained = train(load_config(yaml, [*few, "l0_pruning=null", "train.eval_interval=0ba"]))
+    trained = train(load_training_job(yaml, [*few, "l0_pruning=null", "train.eval_interval=0ba"]))
     assert trained.state.timestamp.batch.value == 2
 
 
@@ -141,17 +141,17 @@ def test_what_evaluates_needs_evaluation_samples(
     pruned = changes[0] == "~l0"
     overrides = [*few, "train.eval_interval=0ba", *([] if pruned else ["l0_pruning=null"]), *changes[pruned:]]
     with pytest.raises(UserError, match=f"has no evaluation samples, and {message}"):
-        train(load_config(yaml, overrides))
+        train(load_training_job(yaml, overrides))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_resumed_run_must_be_the_same_model_and_target(yaml: Path) -> None:
-    run_killed(load_config(yaml), batch=4)
+    run_killed(load_training_job(yaml), batch=4)
     with pytest.raises(UserError, match="keep what the run began with"):
-        train(load_config(yaml, ["run.autoresume=true", "l0_pruning.target.hidden=16"]))
+        train(load_training_job(yaml, ["run.autoresume=true", "l0_pruning.target.hidden=16"]))
     for change in ("run.seed=4", "train.global_batch_size=4"):
         with pytest.raises(UserError, match=f"with {change.split('=')[0]} [38]; the config asks for 4"):
-            train(load_config(yaml, ["run.autoresume=true", change]))
+            train(load_training_job(yaml, ["run.autoresume=true", change]))
     for change in (
         "data.weights={letters: 1}",
         "data.shuffle_window=2",
@@ -159,14 +159,14 @@ def test_a_resumed_run_must_be_the_same_model_and_target(yaml: Path) -> None:
         "data.lanes=2",
     ):
         with pytest.raises(UserError, match=f"of a run with {change.split('=')[0]} .*keep what the run began with"):
-            train(load_config(yaml, ["run.autoresume=true", change]))
+            train(load_training_job(yaml, ["run.autoresume=true", change]))
     other = [
         "model.path=null",
         "model.config={model_type: llama, hidden_size: 32, num_hidden_layers: 3}",
         "l0_pruning=null",
     ]
     with pytest.raises(UserError, match="resume with the model that the run began with"):
-        train(load_config(yaml, ["run.autoresume=true", *other]))
+        train(load_training_job(yaml, ["run.autoresume=true", *other]))
 
 
 def test_a_nan_loss_stops_and_keeps_the_last_checkpoint(yaml: Path, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_nan_loss_stops_and_keeps_the_last_checkpoint(yaml: Path, tmp_path: Pa
             if state.timestamp.batch.value == 4:
                 state.outputs = state.outputs * float("nan")
 
-    trainer = build_trainer(load_config(yaml))
+    trainer = build_trainer(load_training_job(yaml))
     trainer.state.callbacks.append(Poison())
     with pytest.raises(UserError, match=r"the loss is nan at batch 4 \(samples 32 to 39\)"):
         trainer.fit()
@@ -248,7 +248,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     yaml: Path, tmp_path: Path, override: str, message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as error:
-        train(load_config(yaml, [override]))
+        train(load_training_job(yaml, [override]))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
@@ -258,36 +258,36 @@ def test_with_automatic_microbatches_evaluation_fits_itself_to_memory(
 ) -> None:
     monkeypatch.setattr("llmprune.training.checks._check_devices", lambda config: None)  # they are for GPUs
     monkeypatch.setattr("llmprune.training.trainer.Trainer", lambda **settings: settings["model"])
-    model = build_trainer(load_config(yaml, [f"train.microbatch_size={size}"]))
+    model = build_trainer(load_training_job(yaml, [f"train.microbatch_size={size}"]))
     assert (model.halving is not None) == (size == "auto")  # type: ignore[attr-defined]
 
 
 def test_a_mistake_found_late_leaves_the_old_run_alone(yaml: Path, tmp_path: Path) -> None:
-    train(load_config(yaml))
+    train(load_training_job(yaml))
     with pytest.raises(UserError, match="weights"):
-        train(load_config(yaml, ["run.overwrite=true", "data.weights={nowhere: 1.0}"]))
+        train(load_training_job(yaml, ["run.overwrite=true", "data.weights={nowhere: 1.0}"]))
     assert Checkpoint.open(tmp_path / "run").batch == 6
 
 
 def test_nothing_to_resume_is_said(yaml: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run_killed(load_config(yaml), batch=1)
-    train(load_config(yaml, ["run.autoresume=true", "train.duration=1ba", "scheduler.warmup=0ba"]))
+    run_killed(load_training_job(yaml), batch=1)
+    train(load_training_job(yaml, ["run.autoresume=true", "train.duration=1ba", "scheduler.warmup=0ba"]))
     assert "holds no complete checkpoint to resume from" in capfd.readouterr().out
 
 
 def test_a_torn_line_of_metrics_hinders_nobody(yaml: Path, tmp_path: Path) -> None:
-    run_killed(load_config(yaml), batch=4)
+    run_killed(load_training_job(yaml), batch=4)
     metrics = tmp_path / "run" / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"batch": 3, "loss/tr')
-    train(load_config(yaml, ["run.autoresume=true"]))
+    train(load_training_job(yaml, ["run.autoresume=true"]))
     assert [json.loads(line) for line in metrics.read_text().splitlines()]
     convert(tmp_path / "run", tmp_path / "out")
 
 
 def test_activation_checkpointing_changes_nothing(yaml: Path, tmp_path: Path) -> None:
-    train(load_config(yaml, ["train.duration=3ba"]))
+    train(load_training_job(yaml, ["train.duration=3ba"]))
     plain = numbers(tmp_path / "run" / "metrics.jsonl")
-    train(load_config(yaml, ["train.duration=3ba", "train.activation_checkpointing=true", "run.overwrite=true"]))
+    train(load_training_job(yaml, ["train.duration=3ba", "train.activation_checkpointing=true", "run.overwrite=true"]))
     assert numbers(tmp_path / "run" / "metrics.jsonl") == plain
 
 
@@ -309,7 +309,7 @@ def test_a_loss_spike_is_logged_and_on_request_skipped(
     for action in ("log", "skip"):
         Spike.weights.clear()
         overrides = [f"train.loss_spike={action}", "train.duration=24ba", "run.overwrite=true"]
-        trainer = build_trainer(load_config(yaml, overrides))
+        trainer = build_trainer(load_training_job(yaml, overrides))
         trainer.state.callbacks.append(Spike())
         trainer.fit()
         trainer.close()
@@ -324,7 +324,7 @@ def test_a_loss_spike_is_logged_and_on_request_skipped(
 def test_pruning_to_a_size_prints_what_uniform_blocks_cost(
     yaml: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    train(load_config(yaml, ["l0_pruning={target_sparsity: 0.5}", "train.duration=40ba"]))
+    train(load_training_job(yaml, ["l0_pruning={target_sparsity: 0.5}", "train.duration=40ba"]))
     printed = capfd.readouterr().out
     assert "the model is cut to one shape for all blocks; those of the size wanted:" in printed
     rivals = re.findall(r"^  (layers .*): loss ([\d.]+)( chosen)?$", printed, re.MULTILINE)
@@ -333,12 +333,12 @@ def test_pruning_to_a_size_prints_what_uniform_blocks_cost(
     chosen = tmp_path / "run/checkpoints/shape.json"
     once = chosen.read_bytes()
     chosen.unlink()  # as a kill behind the last checkpoint would leave it
-    train(load_config(yaml, ["l0_pruning={target_sparsity: 0.5}", "train.duration=40ba", "run.autoresume=true"]))
+    train(load_training_job(yaml, ["l0_pruning={target_sparsity: 0.5}", "train.duration=40ba", "run.autoresume=true"]))
     assert chosen.read_bytes() == once
     plan = convert(tmp_path / "run", tmp_path / "out")
     assert str(plan.shape) == found[0]
     loss = evaluate_losses(
-        load_model(tmp_path / "out"), PreparedData(load_config(yaml).data.path), samples_per_domain=2
+        load_model(tmp_path / "out"), PreparedData(load_training_job(yaml).data.path), samples_per_domain=2
     ).loss
     assert loss == pytest.approx(float(found[1]), abs=1e-3)
 
@@ -360,21 +360,21 @@ def test_a_tokenizer_that_did_not_make_the_data_is_refused(yaml: Path, data: Pat
     manifest.tokenizer = "another"
     manifest.save(copy)
     with pytest.raises(UserError, match="did not make the data"):
-        check(load_config(yaml, [f"data.path={copy}"]))
+        check(load_training_job(yaml, [f"data.path={copy}"]))
 
 
 def test_a_folder_that_is_no_run_is_not_overwritten(yaml: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="llmprune did not make"):
-        train(load_config(yaml, ["run.overwrite=true"]))
+        train(load_training_job(yaml, ["run.overwrite=true"]))
     assert (tmp_path / "run" / "thesis.txt").exists()
 
 
 def test_other_choices(yaml: Path, tmp_path: Path) -> None:
     choices = ["train.duration=512tok", "scheduler.warmup=0.1dur", "scheduler.name=linear", "optimizer.name=adamw"]
     more = ["train.eval_interval=0ba", "train.clip_norm=null", "loggers.tensorboard=true", "data.workers=2"]
-    trainer = train(load_config(yaml, [*choices, *more]))
+    trainer = train(load_training_job(yaml, [*choices, *more]))
     assert trainer.state.timestamp.batch.value == 2
     assert list((tmp_path / "run" / "tensorboard").rglob("events*"))
     assert not any(name.startswith("metrics/") for _, name, _ in numbers(tmp_path / "run" / "metrics.jsonl"))
@@ -383,7 +383,7 @@ def test_other_choices(yaml: Path, tmp_path: Path) -> None:
 def test_training_within_documents(yaml: Path, data: Path, tmp_path: Path) -> None:
     """The evaluation loss is that of each document alone, its first token left out."""
     overrides = ["l0_pruning=null", "data.document_boundaries=true", "train.duration=2ba"]
-    trainer = train(load_config(yaml, overrides))
+    trainer = train(load_training_job(yaml, overrides))
     found = float(trainer.state.eval_metric_values["loss"])
     convert(tmp_path / "run", tmp_path / "out")
     model, total, count = load_model(tmp_path / "out").eval(), 0.0, 0

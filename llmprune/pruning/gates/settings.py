@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -75,12 +74,6 @@ class L0PruningConfig:
     gate_lr: float = 1.0
     multiplier_lr: float = 1.0
     evaluate_at: str = "expected"
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "L0PruningConfig":
-        """The settings that ``dataclasses.asdict`` turned into ``values``."""
-        target = None if values["target"] is None else TargetShape(**values["target"])
-        return cls(**{**values, "target": target, "multiples": Multiples(**values["multiples"])})
 
 
 def make_goal(model: PretrainedConfig, config: L0PruningConfig) -> Goal:

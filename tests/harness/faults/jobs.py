@@ -26,6 +26,7 @@ loggers: {{console: false}}
 """
 ROUNDS = """
 base: job.yaml
+job: iterate
 iterate:
   rounds: 2
   shape: {layers: 3, hidden: 24}
@@ -135,11 +136,11 @@ def _export(folder: Path, inputs: Path, more: list[str]) -> None:
     """Cut the model by a plan."""
     from llmprune.convert.commands import apply
     from llmprune.convert.export import keep_everything
-    from llmprune.models.loading import load_config
+    from llmprune.models.loading import load_model_config
     from llmprune.models.stored_weights import StoredWeights, fingerprint
     from llmprune.plans.plan import Plan
 
-    config = load_config(inputs / "model")
+    config = load_model_config(inputs / "model")
     whole = keep_everything(config, fingerprint(StoredWeights(inputs / "model"), config))
     plan = Plan(whole.family, whole.model, whole.source, whole.blocks[:3])
     if not (folder / "model").exists():

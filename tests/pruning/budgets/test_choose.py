@@ -15,7 +15,7 @@ from llmprune.convert.commands import apply
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.jobs.score import score
 from llmprune.models.families import Shape, family_of
-from llmprune.models.loading import load_config, load_tokenizer, new_model
+from llmprune.models.loading import load_model_config, load_tokenizer, new_model
 from llmprune.models.placement import Placement
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.pruning.budgets.choose import Chooser, Steps
@@ -37,7 +37,7 @@ BOTH = PlanConfig(criterion="block_influence", unit_criterion="unit_activation_l
 
 
 def scored(folder: Path, data: Path) -> Scores:
-    mixture = family_of(load_config(folder)).expert_modules is not None
+    mixture = family_of(load_model_config(folder)).expert_modules is not None
     names = CRITERIA if mixture else CRITERIA[:2]
     return score(
         str(folder),
@@ -91,7 +91,7 @@ def test_parameters(scores: Scores, trained_folder: Path, tmp_path: Path, params
     plan, choice = choose_plan(scores, BOTH, BudgetConfig(params=params, multiple=2, tries=30))
     apply(trained_folder, plan, tmp_path / "cut")
     built = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "cut").parameters())
-    whole = Sizes(load_config(trained_folder)).parameters(scores.source)
+    whole = Sizes(load_model_config(trained_folder)).parameters(scores.source)
     most = float(params) * whole if params != "40k" else 40_000
     assert built == choice.costs["params"] and 0.9 * most < built <= most
     assert plan.shape.hidden % 2 == plan.shape.intermediate % 2 == 0 and choice.tried <= 30
@@ -104,7 +104,7 @@ def test_memory(scores: Scores, trained_folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     assert choice.costs["memory"] == weights + kept_bytes(model, 4, 96)
-    before = Sizes(load_config(trained_folder))
+    before = Sizes(load_model_config(trained_folder))
     whole = 4 * before.parameters(before.source) + 2 * 6 * 4 * 96 * 4 * 8 * 4
     assert 0.5 * whole < choice.costs["memory"] <= 0.6 * whole
 
@@ -112,7 +112,7 @@ def test_memory(scores: Scores, trained_folder: Path, tmp_path: Path) -> None:
 def test_two_budgets_at_once(scores: Scores) -> None:
     budget = BudgetConfig(params="0.8", memory="0.5", context=128, batch=16, dtype="float32")
     _, choice = choose_plan(scores, BOTH, budget)
-    sizes = Sizes(load_config(scores.model))
+    sizes = Sizes(load_model_config(scores.model))
     limits = limits_of(costs_of(budget, sizes, torch.device("cpu")), sizes.source)
     assert set(choice.costs) == {"params", "memory"}
     assert all(choice.costs[limit.name] <= limit.most for limit in limits)
@@ -195,7 +195,7 @@ def test_timing_needs_room() -> None:
 @pytest.mark.parametrize("params", ["0.45", "0.3", "0.12"])
 def test_small_budgets(scores: Scores, params: str) -> None:
     """Shapes far below half of the depth and the width are found where there are any."""
-    whole = Sizes(load_config(scores.model)).parameters(scores.source)
+    whole = Sizes(load_model_config(scores.model)).parameters(scores.source)
     _, choice = choose_plan(scores, BOTH, BudgetConfig(params=params, multiple=1))
     assert 0.5 * float(params) * whole < choice.costs["params"] <= float(params) * whole
     if float(params) >= 0.3:

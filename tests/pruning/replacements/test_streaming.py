@@ -14,7 +14,7 @@ from llmprune.convert.export import export, keep_everything
 from llmprune.convert.replaced import Changed
 from llmprune.models.block_hooks import blocks_of
 from llmprune.models.families import family_of, richer_heads_of
-from llmprune.models.loading import load_any_model, load_config
+from llmprune.models.loading import load_any_model, load_model_config
 from llmprune.models.objectives import forward_kl
 from llmprune.models.stored_weights import fingerprint
 from llmprune.pruning.replacements.custom_block import Network
@@ -228,7 +228,7 @@ def test_a_type_of_its_own(tmp_path: Path) -> None:
     exported(model, stand_in, "mean", tmp_path)
     assert '"model_type": "llmprune_llama"' in (tmp_path / "out" / "config.json").read_text()
     with pytest.raises(UserError, match="neither pruned nor trained"):
-        load_config(tmp_path / "out")
+        load_model_config(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.cli import app
 from llmprune.convert.commands import apply
+from llmprune.convert.verify import compare, open_for_comparison
 from llmprune.data.calibration import CalibrationConfig, calibration_samples
-from llmprune.evaluation.verify import compare, open_for_comparison
 from llmprune.jobs.score import score
 from llmprune.models.families import Shape, family_of
 from llmprune.models.least_squares import RIDGES
-from llmprune.models.loading import load_config, load_tokenizer
+from llmprune.models.loading import load_model_config, load_tokenizer
 from llmprune.models.placement import Placement
 from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.losses import PlanLosses
@@ -269,7 +269,7 @@ def test_experts_of_a_token_stay(data: Path, tmp_path: Path) -> None:
     random_model(CONFIGS["mixtral"]).save_pretrained(tmp_path / "model")
     load_tokenizer(data / "tokenizer").save_pretrained(tmp_path / "model")
     found = score(str(tmp_path / "model"), LayerScoringConfig(criteria=["unit_magnitude_l1"]), CPU)
-    assert load_config(tmp_path / "model").num_experts_per_tok == 2
+    assert load_model_config(tmp_path / "model").num_experts_per_tok == 2
     with pytest.raises(UserError, match="goes through 2 experts"):
         make_plan(found, PlanConfig(shape={"experts": 1}, unit_criterion="unit_magnitude_l1"))
     with pytest.raises(UserError, match="narrowed by its experts"):

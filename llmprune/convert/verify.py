@@ -17,6 +17,7 @@ from llmprune.plans.plan import Plan
 from llmprune.plans.surgery import Surgery
 from llmprune.pruning.gates.attach import attach
 from llmprune.pruning.gates.from_plan import factors_of, mask_experts
+from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.pruning.replacements.streaming import Streaming
 from llmprune.utils.errors import UserError
 
@@ -71,7 +72,7 @@ def open_for_comparison(path: Path | str, plan: Plan | None = None) -> PreTraine
     if (gates := checkpoint.gates()) is not None:
         factors = gates.factors(gates.at_target())
         attach(model, checkpoint.family, set(factors.trainable())).factors = factors
-    if checkpoint.manifest.block_replacement is not None:
+    if checkpoint.manifest.section(BlockReplacementConfig) is not None:
         replaced = read_replaced(checkpoint, best=checkpoint.path != Path(path).resolve(), model=model)
         for name, parameter in model.named_parameters():
             parameter.copy_(replaced.trained.get(name, parameter))

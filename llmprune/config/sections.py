@@ -1,0 +1,48 @@
+"""The sections of a training job's YAML: which there are, and the schema that follows from them.
+
+What a section does is said by a class in its own file, below ``llmprune/training/sections``; the base class is
+``llmprune.training.section.Section``. Other packages add one by an entry point of the group ``llmprune_sections``.
+"""
+
+import dataclasses
+import importlib
+from functools import cache
+from typing import Any, TypeVar
+
+from llmprune.utils.registry import Registry
+
+C = TypeVar("C")
+OWN = (  # in the order in which they are checked, and their callbacks called
+    "evaluation", "dynamic_loading", "l0_pruning", "trainable", "lora", "block_replacement", "distillation",
+)  # fmt: skip
+
+SECTIONS: Registry[Any] = Registry("sections", "section")
+
+
+@cache
+def all_sections() -> dict[str, Any]:
+    """Every section's class by its name, llmprune's own first."""
+    for name in OWN:
+        importlib.import_module(f"llmprune.training.sections.{name}")
+    return {name: SECTIONS.get(name) for name in dict.fromkeys([*OWN, *SECTIONS.names()])}
+
+
+@cache
+def with_sections(schema: type[C]) -> type[C]:
+    """A job's schema with a field for every section, ``None`` unless the YAML has it.
+
+    >>> from llmprune.config.schema import Config
+    >>> with_sections(Config)().lora is None
+    True
+    """
+    kinds = {name: section.settings for name, section in all_sections().items()}
+    fields = [(name, kind | None, dataclasses.field(default=None)) for name, kind in kinds.items()]
+    made = dataclasses.make_dataclass(schema.__name__, fields, bases=(schema,))
+    made.__doc__, made.__module__ = schema.__doc__, schema.__module__
+    return made
+
+
+def sections_of(config: Any) -> list[Any]:
+    """The sections that a job has, each made from its settings and the job's config, in their order."""
+    found = ((section, getattr(config, name, None)) for name, section in all_sections().items())
+    return [section(settings, config) for section, settings in found if settings is not None]

@@ -1,0 +1,203 @@
+"""``block_replacement``: a light network in the place of a span of blocks."""
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Callback
+from composer.core import Time
+from composer.utils import dist, get_device
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from llmprune.callbacks.block_replacement import BlockReplacement
+from llmprune.checkpoints.run_folder import Manifest
+from llmprune.config.sections import SECTIONS
+from llmprune.convert.checkpoint import Checkpoint
+from llmprune.convert.replaced import Replaced, read_replaced
+from llmprune.convert.result import Result
+from llmprune.estimate.sizes import Learning
+from llmprune.models.families import family_of
+from llmprune.models.parameters import parameter_names_of
+from llmprune.plans.plan import Plan
+from llmprune.pruning.replacements.cache import CachedStates, StatesCache
+from llmprune.pruning.replacements.modules import STAND_INS, Site
+from llmprune.pruning.replacements.settings import BlockReplacementConfig
+from llmprune.pruning.replacements.span import Span, given_span
+from llmprune.training.loaders import first_batches
+from llmprune.training.replacement import check_plan, check_replacement, most_alike, source_fingerprint
+from llmprune.training.section import Build, Inputs, Section
+from llmprune.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@SECTIONS.register("block_replacement")
+class BlockReplacementSection(Section[BlockReplacementConfig]):
+    """A light network that stands in for a span of blocks."""
+
+    name = "block_replacement"
+    settings = BlockReplacementConfig
+    fixed = (
+        "start", "length", "kind", "blocks", "take", "intermediate", "objectives", "top_k", "temperature", "also",
+        "cache",
+    )  # fmt: skip
+    places = ("plan", "cache")
+    prunes = True
+    _span: Span | None = None
+    _cache: StatesCache | None = None
+
+    def files(self) -> list[str]:
+        """The plan."""
+        return [] if self.own.plan is None else [self.own.plan]
+
+    def check(self, inputs: Inputs) -> None:
+        """See that the stand-in fits the model and the span."""
+        own, config, model_config = self.own, self.config, inputs.model_config
+        own.check()
+        if own.cache is not None and any(section.name == "dynamic_loading" for section in inputs.sections):
+            raise UserError("the mix in block_replacement.cache can't change any more: take dynamic_loading=null")
+        if own.also and config.model.dtype != "float32":
+            raise UserError("what block_replacement.also names trains in the model's dtype: take model.dtype=float32")
+        if own.cache is not None and own.cache.samples % config.train.global_batch_size:
+            raise UserError(
+                f"block_replacement.cache.samples is {own.cache.samples}; it must be a multiple of the global batch, "
+                f"{config.train.global_batch_size}"
+            )
+        span = given_span(own)
+        if span is None and config.sharding is not None:
+            raise UserError(
+                "the span can't be found on a sharded model: find it first (`llmprune score`, `llmprune plan --span`) "
+                "and name the plan"
+            )
+        settings = own
+        if span is None:  # any will do but for what comes after it
+            assert own.length is not None
+            span = Span(max(family_of(model_config).shape(model_config).layers - own.length, 0), own.length)
+            settings = replace(own, also=[])
+        check_replacement(settings, model_config, span)
+
+    @property
+    def trains(self) -> bool:
+        """A stand-in may only be computed, or be none."""
+        return Time.from_timestring(self.config.train.duration).value > 0 and self.own.trains
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings with the span that was found."""
+        return {**super().recorded(), **({} if self._span is None else asdict(self._span))}
+
+    def begin(self, build: Build) -> None:
+        """Find the span that the settings name, or that a run which goes on has found."""
+        self._span = given_span(self.own)
+        if self.own.plan is not None:  # its weights are compared when the run begins
+            source = self.config.model.path if build.resume is None else None
+            check_plan(Plan.load(self.own.plan), self.own.plan, source, build.inputs.model_config)
+        if self._span is None and build.resume is not None:
+            saved = Manifest.load(build.folder.checkpoints).sections.get(self.name)
+            if saved:  # another length is refused later
+                self._span = Span(saved["start"], self.own.length or saved["length"])
+
+    def model_loaded(self, build: Build) -> None:
+        """Find the span whose ends are most alike, if none is named; keep the states on disk, if asked to."""
+        if self._span is None:
+            assert self.own.length is not None and build.model is not None
+            samples = first_batches(self.config, build.inputs.data, self.own.score_samples)
+            self._span = most_alike(build.model, samples, self.own.length, get_device(self.config.train.device))
+            check_replacement(self.own, build.inputs.model_config, self._span)
+            if dist.get_global_rank() == 0:
+                print(f"replaced: {self._span}, whose input and output are the most alike")
+        if self.own.cache is not None:
+            self._cache = _make_cache(self.own.cache.folder, self.own.cache.samples, build, self._span)
+
+    def dataset(self, build: Build) -> Dataset[Any] | None:
+        """The states on disk, if they are kept."""
+        if self._cache is None:
+            return None
+        return CachedStates(
+            self._cache,
+            global_batch_size=self.config.train.global_batch_size,
+            seed=self.config.run.seed,
+            rank=dist.get_global_rank(),
+            world_size=dist.get_world_size(),
+        )
+
+    def callbacks(self, build: Build) -> Iterable[Callback]:
+        """``BlockReplacement``."""
+        assert self._span is not None
+        config, data, cache = self.config, build.inputs.data, self._cache
+        return [
+            BlockReplacement(
+                self.own,
+                self._span,
+                seed=config.run.seed,
+                folder=build.folder.checkpoints,
+                fit_on=first_batches(config, data, self.own.fit_samples),
+                alone=Time.from_timestring(config.train.duration).value == 0,
+                cache=cache,
+                cached=() if cache is None else first_batches(config, data, cache.samples, of_machine=True),
+            )
+        ]
+
+    @classmethod
+    def learning(cls, own: BlockReplacementConfig, model: PreTrainedModel, before: Learning) -> Learning:
+        """The stand-in, and what trains beside it."""
+        layers, span = family_of(model.config).shape(model.config).layers, given_span(own)
+        if span is None:  # any of that length but the first, at which not every kind can begin
+            assert own.length is not None
+            span = Span(max(layers - own.length, 0), own.length)
+        with torch.device("meta"):
+            network = STAND_INS.get(own.kind)(Site(model, span, 0), own)
+        end = span.end if {"lm", "kl"} & set(own.weights) else layers
+        stands = own.blocks if own.kind == "blocks" else 1
+        added = sum(p.numel() for p in network.parameters())
+        return Learning(set(parameter_names_of(model, own.also)), added, lowest=max(end - stands, 0))
+
+    @classmethod
+    def convert(cls, own: BlockReplacementConfig, checkpoint: Checkpoint, result: Result) -> Result:
+        """The span's blocks go, and the stand-in comes in their place."""
+        replaced = read_replaced(checkpoint, best=result.newest)
+        _say_which(replaced)
+        plan = result.plan
+        plan = dataclasses.replace(plan, blocks=replaced.kept(plan.source.layers), stand_in=replaced.described)
+        return dataclasses.replace(result, weights=replaced.weights, plan=plan, network=replaced.network)
+
+
+def _make_cache(folder: str | None, samples: int, build: Build, span: Span) -> StatesCache:
+    """The states that are trained on; their size is known before anything is computed.
+
+    Raises:
+        UserError: they can't be kept there.
+    """
+    config, data, model_config = build.config, build.inputs.data, build.inputs.model_config
+    identity = {
+        "model": source_fingerprint(config.model.path, model_config),
+        "span": asdict(span),
+        "data": data.manifest.fingerprint(),
+        "weights": config.data.weights,
+        "boundaries": config.data.document_boundaries,
+        "seed": config.run.seed,
+        "dtype": config.model.dtype,
+    }
+    place = Path(folder) if folder is not None else build.folder.path / "states"
+    hidden = family_of(model_config).shape(model_config).hidden
+    cache = StatesCache(place, samples, data.manifest.sequence_length, hidden, identity)
+    cache.check()
+    return cache
+
+
+def _say_which(replaced: Replaced) -> None:
+    """Name the stand-in that is exported, and what the model needs."""
+    if replaced.best is not None:
+        log.warning(
+            "the stand-in of batch %d is exported, whose held-out loss is the lowest: %.4f", *replaced.best[::-1]
+        )
+    if replaced.network is not None:
+        log.warning(
+            "no config of this family can describe the stand-in '%s': the model loads with trust_remote_code=True, or "
+            "with llmprune's own commands",
+            replaced.settings.kind,
+        )

@@ -1,0 +1,133 @@
+"""``distillation``: a teacher."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from composer import Callback
+from transformers import PretrainedConfig
+
+from llmprune.callbacks.distillation import Distillation
+from llmprune.config.schema import Config
+from llmprune.config.sections import SECTIONS
+from llmprune.data.format import DataManifest, tokenizer_fingerprint
+from llmprune.models.families import family_of
+from llmprune.models.loading import load_model_config, load_tokenizer
+from llmprune.plans.plan import Plan
+from llmprune.pruning.gates.settings import L0PruningConfig
+from llmprune.pruning.replacements.settings import BlockReplacementConfig
+from llmprune.recovery.correspondence import Correspondence, corresponding
+from llmprune.recovery.settings import DistillationConfig
+from llmprune.training.section import Build, Inputs, Section
+from llmprune.utils.errors import UserError
+
+
+@SECTIONS.register("distillation")
+class DistillationSection(Section[DistillationConfig]):
+    """A teacher whose predictions and states the model learns to give."""
+
+    name = "distillation"
+    settings = DistillationConfig
+    fixed = ("teacher", "objectives", "final_objectives", "temperature", "top_k", "plan", "blocks", "dtype")
+    places = ("teacher", "plan")
+
+    def models(self) -> list[str]:
+        """The teacher."""
+        return [] if self.own.teacher is None else [self.own.teacher]
+
+    def files(self) -> list[str]:
+        """The plan."""
+        return [] if self.own.plan is None else [self.own.plan]
+
+    def check(self, inputs: Inputs) -> None:
+        """See that the teacher, or what is kept of it, fits the model and the data."""
+        self.own.check()
+        if self.config.section(BlockReplacementConfig) is not None:
+            raise UserError(
+                "a stand-in learns from the source as it is: leave out distillation and name block_replacement's "
+                "objectives kl, mse or cosine"
+            )
+        model, data = inputs.model_config, inputs.data.manifest
+        if self.own.teacher is not None:
+            _check_teacher(self.own.teacher, model, data)
+        elif self.config.section(L0PruningConfig) is None:
+            _check_kept(self.config, self.own, model, data)
+        self._correspondence = correspondence_of(self.config, self.own, model)
+
+    def check_steps(self, job: str) -> None:
+        """What compares states by one plan fits one step only."""
+        if self.own.plan is not None or self.own.blocks is not None:
+            raise UserError(f"what {job} recovers are models of several plans: leave out distillation.plan and blocks")
+
+    def callbacks(self, build: Build) -> Iterable[Callback]:
+        """``Distillation``."""
+        kept = self.own.teacher is None and self.config.section(L0PruningConfig) is None
+        attention = self.config.model.attention
+        return [Distillation(self.own, correspondence=self._correspondence, attention=attention, kept=kept)]
+
+
+def _check_teacher(name: str, model: PretrainedConfig, data: DataManifest) -> None:
+    teacher = load_model_config(name)
+    if tokenizer_fingerprint(load_tokenizer(name)) != data.tokenizer:
+        raise UserError(f"the tokenizer of the teacher {name} did not make the data: take another teacher")
+    if teacher.vocab_size != model.vocab_size:
+        raise UserError(
+            f"the teacher's vocabulary has {teacher.vocab_size} tokens, the model's {model.vocab_size}: take a teacher "
+            "with the model's"
+        )
+
+
+def _check_kept(config: Config, settings: DistillationConfig, model: PretrainedConfig, data: DataManifest) -> None:
+    kept = data.teacher
+    if kept is None:
+        raise UserError(
+            "name distillation.teacher, or data with a teacher's predictions (python -m data_prep teach DATA)"
+        )
+    if settings.compares_states:
+        raise UserError("kept predictions hold no states: leave out the objectives mse and cosine, or name the teacher")
+    if kept["vocab_size"] != model.vocab_size:
+        raise UserError(
+            f"the vocabulary of the kept predictions' teacher has {kept['vocab_size']} tokens, the model's "
+            f"{model.vocab_size}: take a teacher with the model's"
+        )
+    boundaries = data.conversations if config.data.document_boundaries is None else config.data.document_boundaries
+    for key, wanted, found in (
+        ("distillation.temperature", settings.temperature, kept["temperature"]),
+        ("data.document_boundaries", boundaries, kept["boundaries"]),
+    ):
+        if wanted != found:
+            raise UserError(f"the kept predictions were made with {key} {found}, the config asks for {wanted}")
+    if settings.top_k is not None and settings.top_k > kept["top_k"]:
+        raise UserError(f"distillation.top_k is {settings.top_k}; only {kept['top_k']} were kept")
+
+
+def correspondence_of(config: Config, settings: DistillationConfig, model: PretrainedConfig) -> Correspondence | None:
+    """How the model's states compare with its teacher's; None if they are not compared.
+
+    Args:
+        config: of the run.
+        settings: its section.
+        model: of the model that trains.
+
+    Raises:
+        UserError: they can't be compared.
+    """
+    if not settings.compares_states:
+        return None
+    student = family_of(model).shape(model)
+    if settings.teacher is None:
+        gates = config.section(L0PruningConfig)
+        if gates is not None and "hidden" in (gates.gates or ["hidden"]):
+            raise UserError(
+                "gates of hidden dimensions leave out what an ungated model's states have: take the objectives kl and "
+                "lm, or other gates"
+            )
+        return corresponding(student, student, None, settings.blocks)
+    teacher = load_model_config(settings.teacher)
+    path = None if settings.plan is None else Path(settings.plan)
+    if path is None and config.model.path is not None:
+        beside = Path(config.model.path) / "llmprune" / "plan.json"
+        path = beside if beside.is_file() else None
+    plan = None if path is None else Plan.load(path)
+    if settings.plan is None and plan is not None and plan.source != family_of(teacher).shape(teacher):
+        plan = None  # of a later step than the one from this teacher
+    return corresponding(student, family_of(teacher).shape(teacher), plan, settings.blocks)

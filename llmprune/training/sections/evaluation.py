@@ -1,0 +1,29 @@
+"""``evaluation``: tasks and texts measured beside the losses."""
+
+from collections.abc import Iterable
+
+from composer import Callback
+
+from llmprune.callbacks.evaluation import Evaluation
+from llmprune.config.sections import SECTIONS
+from llmprune.evaluation.settings import LiveEvaluationConfig
+from llmprune.training.section import Build, Section
+
+
+@SECTIONS.register("evaluation")
+class EvaluationSection(Section[LiveEvaluationConfig]):
+    """Tasks and texts measured beside the losses, at every evaluation."""
+
+    name = "evaluation"
+    settings = LiveEvaluationConfig
+    places = ("include_path", "texts")
+
+    def begin(self, build: Build) -> None:
+        """Load tasks and texts before the model."""
+        from llmprune.evaluation.live import LiveEvaluation  # lm-eval takes seconds to import
+
+        self._live = LiveEvaluation(self.own, build.inputs.model_config, build.inputs.tokenizer)
+
+    def callbacks(self, build: Build) -> Iterable[Callback]:
+        """``Evaluation``."""
+        return [Evaluation(self._live.measure)]

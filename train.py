@@ -62,9 +62,9 @@ def _carry_out(arguments: list[str]) -> int:
             from llmprune.jobs.offline import check_offline
 
             check_offline(job, arguments[0])
-        if not JOBS.get(job.job).goes_on:
+        if not JOBS[job.job].goes_on:
             end_on_signals()  # there is nothing to be saved before the end
-        JOBS.get(job.job).run(job)
+        JOBS[job.job].run(job)
     except Preempted as left:
         if os.environ.get("RANK", "0") == "0":
             print(left, file=sys.stderr)

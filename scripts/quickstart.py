@@ -80,11 +80,11 @@ def journey(out: Path, seed: int) -> dict[str, Any]:
     from data_prep.pack import prepare
     from data_prep.recipe import PackSettings
     from data_prep.tokenizer import train_tokenizer
-    from llmprune.convert.commands import convert
+    from llmprune.conversion.commands import convert
     from llmprune.data.prepared import PreparedData
     from llmprune.evaluation.references import references
     from llmprune.models.placement import Placement
-    from llmprune.report.page import write_report
+    from llmprune.reporting.page import write_report
 
     stages = Stages(out)
     data, base, pruned = out / "data", out / "base", out / "pruned"
@@ -163,7 +163,7 @@ def scratch_overrides(pruned: Path, out: Path) -> list[str]:
 
 def evaluate(out: Path, data: Path) -> None:
     """Measure the four models, and compare the gated checkpoint with its export."""
-    from llmprune.convert.verify import compare, open_for_comparison
+    from llmprune.conversion.verify import compare, open_for_comparison
     from llmprune.data.prepared import PreparedData
     from llmprune.evaluation.losses import evaluate_losses
     from llmprune.models.loading import load_model

@@ -21,8 +21,8 @@ if [ -z "$python" ]; then
   exit 2
 fi
 
-# What the environment depends on: the pins and the interpreter.
-stamp="$(cat setup.py scripts/setup.sh | cksum | tr ' ' -) $("$python" -V 2>&1) $PWD"
+# What the environment depends on: the ranges, the exact versions and the interpreter.
+stamp="$(cat setup.py requirements/pinned.txt scripts/setup.sh | cksum | tr ' ' -) $("$python" -V 2>&1) $PWD"
 if [ -x .venv/bin/python ] && [ "$(cat .venv/stamp 2>/dev/null)" = "$stamp" ]; then
   echo "setup: .venv is current"
   exit 0
@@ -31,6 +31,6 @@ fi
 echo "setup: making .venv with $("$python" -V 2>&1) (torch and its CUDA libraries are about 7 GB; some minutes)"
 "$python" -m venv --clear .venv
 .venv/bin/python -m pip install --quiet --upgrade "pip>=24"
-.venv/bin/python -m pip install --quiet --editable ".[dev,demo,quantize]"
+.venv/bin/python -m pip install --quiet --constraint requirements/pinned.txt --editable ".[dev,demo,quantize]"
 echo "$stamp" > .venv/stamp
 echo "setup: done; run .venv/bin/llmprune, or 'source .venv/bin/activate' first"

@@ -50,7 +50,7 @@ def prunable_share_of_attention(base: Path) -> float:
 def study(gates: tuple[str, ...], base: Path, data: Path, out: Path, batches: int) -> dict[str, Any]:
     """Prune by one set of gates and recover."""
     from llmprune.config.job_files import load_training_job
-    from llmprune.convert.commands import convert
+    from llmprune.conversion.commands import convert
     from llmprune.data.prepared import PreparedData
     from llmprune.evaluation.losses import evaluate_losses
     from llmprune.jobs.train import train

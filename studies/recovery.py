@@ -105,7 +105,7 @@ class Study:
 
     def pruned(self, kind: str) -> Path:
         """The folder of a pruned model."""
-        from llmprune.convert.commands import apply
+        from llmprune.conversion.commands import apply
         from llmprune.jobs.score import score
         from llmprune.pruning.planning import make_plan
         from llmprune.pruning.scoring.scores import Scores
@@ -130,7 +130,7 @@ class Study:
 
     def measure(self, entry: Entry) -> dict[str, Any]:
         """Recover and measure one."""
-        from llmprune.convert.commands import convert
+        from llmprune.conversion.commands import convert
         from llmprune.measurement.monitor import peak_memory
 
         model, work = self.pruned(entry.kind), self._out / "work"

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llmprune.convert.commands import apply
+from llmprune.conversion.commands import apply
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.evaluation.perplexity import PerplexityConfig, measure_perplexity, read_streams
 from llmprune.jobs.score import score

@@ -33,7 +33,7 @@ def ways(scores: Scores) -> Iterator[tuple[str, PlanConfig]]:
 
 def loss_of(model: Path, plan: Plan, data: Path) -> float:
     """The held-out loss of a model cut by a plan."""
-    from llmprune.convert.commands import apply
+    from llmprune.conversion.commands import apply
     from llmprune.data.prepared import PreparedData
     from llmprune.evaluation.losses import evaluate_losses
     from llmprune.models.loading import load_model

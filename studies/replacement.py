@@ -44,7 +44,7 @@ def studied(hidden: int, block: int) -> Iterator[tuple[str, str | None, list[str
 def study(objective: str | None, settings: list[str], quickstart: Path, run: Path, batches: int) -> dict[str, Any]:
     """Train one stand-in."""
     from llmprune.config.job_files import load_training_job
-    from llmprune.convert.commands import convert
+    from llmprune.conversion.commands import convert
     from llmprune.jobs.train import train
     from llmprune.models.loading import load_any_model
 

@@ -15,7 +15,7 @@ from typing import Any
 from refit import perplexity
 
 from llmprune.checkpoints.run_folder import RunFolder
-from llmprune.convert.commands import convert
+from llmprune.conversion.commands import convert
 from llmprune.models.loading import count_parameters
 from llmprune.models.source import read_config
 from llmprune.pruning.gates.chosen_shape import save_shape

@@ -102,7 +102,7 @@ class Study:
 
     def measure(self, entry: Entry, plan: Plan | None) -> dict[str, Any]:
         """The losses before and after recovery, and the size."""
-        from llmprune.convert.commands import apply, convert
+        from llmprune.conversion.commands import apply, convert
 
         remove(self._work)
         self._work.mkdir(parents=True)

@@ -22,7 +22,9 @@ def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "a checkout"
     (folder / "scripts").mkdir(parents=True)
     (folder / "scripts/setup.sh").write_text(SETUP.read_text())
-    (folder / "setup.py").write_text("pins\n")
+    (folder / "setup.py").write_text("ranges\n")
+    (folder / "requirements").mkdir()
+    (folder / "requirements/pinned.txt").write_text("pins\n")
     (tmp_path / "python").write_text(PYTHON)
     (tmp_path / "python").chmod(0o755)
     return folder
@@ -58,6 +60,6 @@ def test_what_was_cut_off_is_made_anew_and_what_is_current_stays(checkout: Path)
     for _ in range(2):
         assert begin(checkout).wait(60) == 0
     assert log(checkout) == ["made", "made", "installed"]
-    (checkout / "setup.py").write_text("other pins\n")
+    (checkout / "requirements/pinned.txt").write_text("other pins\n")
     assert begin(checkout).wait(60) == 0
     assert log(checkout)[3:] == ["made", "installed"]

@@ -291,5 +291,5 @@ def _enough(batches: Sequence[Batch], needed: int, tokens: int) -> int:
 
 def make_stand_in(model: ComposerCausalLM, config: BlockReplacementConfig, span: Span, seed: int) -> StandIn:
     """The stand-in that the settings describe, in the model's dtype."""
-    made = STAND_INS.get(config.kind)(Site(model.model, span, seed), config)
+    made = STAND_INS[config.kind](Site(model.model, span, seed), config)
     return made.to(model.model.dtype)

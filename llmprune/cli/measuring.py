@@ -118,8 +118,8 @@ def quantize(
     """Quantise a model's linear layers to four bits by GPTQ."""
     import torch
 
-    from llmprune.convert.quantize import QuantizeConfig
-    from llmprune.convert.quantize import quantize as quantize_model
+    from llmprune.conversion.quantize import QuantizeConfig
+    from llmprune.conversion.quantize import quantize as quantize_model
     from llmprune.data.calibration import CalibrationConfig
 
     config = QuantizeConfig(

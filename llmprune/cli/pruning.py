@@ -40,7 +40,7 @@ def convert(
     """Turn a checkpoint (with gates, a stand-in or adapters, if it has any) into a plain Hugging Face folder."""
     import torch
 
-    from llmprune.convert import commands
+    from llmprune.conversion import commands
 
     if adapter and dtype is not None:
         raise UserError("adapters are written as trained: leave out --dtype")
@@ -65,7 +65,7 @@ def apply(
     push_to_hub: PushToHub = None,
 ) -> None:
     """Cut a model by a plan; OUT is a plain Hugging Face folder."""
-    from llmprune.convert import commands
+    from llmprune.conversion import commands
 
     commands.apply(model, plan, out, overwrite=overwrite)
     print(out)
@@ -82,7 +82,7 @@ def enrich(
     overwrite: Overwrite = False,
 ) -> None:
     """Give a model richer attention heads that begin as the identity, to be trained (yamls/continue.yaml)."""
-    from llmprune.convert import commands
+    from llmprune.conversion import commands
     from llmprune.models.families import RicherHeadsConfig
 
     heads = RicherHeadsConfig(shared=not per_head, activation=activation, residual=True)
@@ -100,7 +100,7 @@ def verify(
     """Compare the logits of two models on the same tokens, in float32; exit code 1 if any is not finite."""
     from dataclasses import asdict
 
-    from llmprune.convert.verify import compare, open_for_comparison
+    from llmprune.conversion.verify import compare, open_for_comparison
     from llmprune.plans.plan import Plan
     from llmprune.utils.files import to_json
 

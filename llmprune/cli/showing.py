@@ -19,7 +19,7 @@ def report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT and PLOTS if they exist.")] = False,
 ) -> None:
     """Write one self-contained page about runs: plans, curves, scores, quality, speed."""
-    from llmprune.report.page import write_report
+    from llmprune.reporting.page import write_report
     from llmprune.utils.outputs import check_output
 
     check_output(out, ".html", overwrite)
@@ -41,6 +41,6 @@ def demo(
 ) -> None:
     """Serve a page on which models answer side by side."""
     from llmprune.models.placement import Placement
-    from llmprune.report.demo import serve
+    from llmprune.reporting.demo import serve
 
     serve(models, Placement(dtype, device, device_map, attention, adapter), host=host, port=port)

@@ -41,9 +41,9 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Config | Scorin
     """
     sections = _read(Path(path))
     named = [text.removeprefix("job=") for text in overrides if text.startswith("job=")]
-    job = JOBS.get(str([sections.get("job", "train"), *named][-1]))
-    for name in JOBS.names():
-        own = {key.name for key in dataclasses.fields(JOBS.get(name).schema)}
+    job = JOBS[str([sections.get("job", "train"), *named][-1])]
+    for name in JOBS:
+        own = {key.name for key in dataclasses.fields(JOBS[name].schema)}
         if other := sorted((own - {key.name for key in dataclasses.fields(_schema_of(job))}) & {*sections}):
             raise UserError(f"{path}: the section {other[0]} belongs to another job: write job: {name}")
     config: Config | ScoringConfig = _load(path, sections, overrides, _schema_of(job))
@@ -77,7 +77,7 @@ def load_recorded(path: Path) -> Config | ScoringConfig:
         UserError: see ``load_job``.
     """
     sections = read_yaml(path)
-    schema = _schema_of(JOBS.get(str(sections.get("job", "train"))))
+    schema = _schema_of(JOBS[str(sections.get("job", "train"))])
     merged = _merge(schema, literal(sections), str(path))
     config: Config | ScoringConfig = _built(merged, schema, path)
     return config
@@ -186,8 +186,8 @@ def describe() -> str:
     """Every section and key of every job's YAML with its default and its meaning, as text."""
     lines: list[str] = []
     shown: set[str] = set()
-    for name in JOBS.names():
-        job = JOBS.get(name)
+    for name in JOBS:
+        job = JOBS[name]
         lines += [f"## job: {name}  # {job.about}"]
         schema = _schema_of(job)
         known = shown if issubclass(schema, Config) else set()

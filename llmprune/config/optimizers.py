@@ -14,6 +14,8 @@ from composer.optim import (
 )
 from lion_pytorch import Lion
 
+from llmprune.utils.registry import Registry
+
 
 @dataclass
 class OptimizerConfig:
@@ -48,19 +50,44 @@ class SchedulerConfig:
     final: float = 0.1
 
 
-def _adam(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
-    return lambda parameters, c: kind(parameters, lr=c.lr, betas=tuple(c.betas), eps=c.eps, weight_decay=c.weight_decay)  # type: ignore[call-arg]
+OPTIMIZERS: Registry[Callable[[Any, OptimizerConfig], torch.optim.Optimizer]] = Registry("optimizers", "optimiser")
+SCHEDULERS: Registry[Callable[[SchedulerConfig], ComposerScheduler]] = Registry("schedulers", "schedule")
 
 
-OPTIMIZERS: dict[str, Callable[[Any, OptimizerConfig], torch.optim.Optimizer]] = {
-    "decoupled_adamw": _adam(DecoupledAdamW),
-    "decoupled_lion": lambda parameters, c: Lion(
-        parameters, lr=c.lr, betas=tuple(c.betas), weight_decay=c.weight_decay, decoupled_weight_decay=True
-    ),
-    "adamw": _adam(torch.optim.AdamW),
-}
-SCHEDULERS: dict[str, Callable[[SchedulerConfig], ComposerScheduler]] = {
-    "cosine": lambda c: CosineAnnealingWithWarmupScheduler(t_warmup=c.warmup, alpha_f=c.final),
-    "linear": lambda c: LinearWithWarmupScheduler(t_warmup=c.warmup, alpha_f=c.final),
-    "constant": lambda c: ConstantWithWarmupScheduler(t_warmup=c.warmup),
-}
+@OPTIMIZERS.register("decoupled_adamw")
+def _decoupled_adamw(parameters: Any, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW whose decay is not multiplied by the base learning rate."""
+    betas = (config.betas[0], config.betas[1])
+    return DecoupledAdamW(parameters, config.lr, betas, config.eps, config.weight_decay)
+
+
+@OPTIMIZERS.register("decoupled_lion")
+def _decoupled_lion(parameters: Any, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Lion whose decay is not multiplied by the base learning rate."""
+    betas = (config.betas[0], config.betas[1])
+    return Lion(parameters, config.lr, betas, config.weight_decay, decoupled_weight_decay=True)
+
+
+@OPTIMIZERS.register("adamw")
+def _adamw(parameters: Any, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """PyTorch's AdamW."""
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW(parameters, config.lr, betas, config.eps, config.weight_decay)
+
+
+@SCHEDULERS.register("cosine")
+def _cosine(config: SchedulerConfig) -> ComposerScheduler:
+    """Half a cosine."""
+    return CosineAnnealingWithWarmupScheduler(t_warmup=config.warmup, alpha_f=config.final)
+
+
+@SCHEDULERS.register("linear")
+def _linear(config: SchedulerConfig) -> ComposerScheduler:
+    """A straight line."""
+    return LinearWithWarmupScheduler(t_warmup=config.warmup, alpha_f=config.final)
+
+
+@SCHEDULERS.register("constant")
+def _constant(config: SchedulerConfig) -> ComposerScheduler:
+    """The base learning rate."""
+    return ConstantWithWarmupScheduler(t_warmup=config.warmup)

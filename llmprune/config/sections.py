@@ -24,7 +24,7 @@ def all_sections() -> dict[str, Any]:
     """Every section's class by its name, llmprune's own first."""
     for name in OWN:
         importlib.import_module(f"llmprune.training.sections.{name}")
-    return {name: SECTIONS.get(name) for name in dict.fromkeys([*OWN, *SECTIONS.names()])}
+    return {name: SECTIONS[name] for name in dict.fromkeys([*OWN, *list(SECTIONS)])}
 
 
 @cache

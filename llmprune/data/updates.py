@@ -125,7 +125,7 @@ def new_weights(
     floor, ceiling = _bounds(config, names)
     if config.update != "schedule":  # a domain of weight zero would be out for good
         floor = [min(max(low, 1 / PARTS), high) for low, high in zip(floor, ceiling, strict=True)]
-    wanted = UPDATES.get(config.update)(seen, config, names)
+    wanted = UPDATES[config.update](seen, config, names)
     if not all(map(math.isfinite, wanted)):
         return None
     found = bounded(wanted, [low / share for low in floor], [high / share for high in ceiling])
@@ -203,7 +203,7 @@ def check_updates(
     Raises:
         UserError: what is wrong.
     """
-    UPDATES.get(config.update)
+    UPDATES[config.update]
     for name, good, wanted in (
         ("eta", 0 <= config.eta < math.inf, "be zero or positive"),
         ("smoothing", 0 <= config.smoothing <= 1, "lie in [0, 1]"),

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.schema import IterationConfig, RoundsConfig
-from llmprune.convert.commands import apply
+from llmprune.conversion.commands import apply
 from llmprune.jobs.score import save_scores, score
 from llmprune.jobs.stages import asked_to_end, begin, check_pruning_job, keep_result, recover
 from llmprune.models.families import Shape, family_of, shapes_between, target_shape

@@ -121,7 +121,7 @@ def _samples(
     """The calibration samples; None if no criterion reads any."""
     from llmprune.pruning.scoring.criteria import CRITERIA
 
-    if all(CRITERIA.get(name).reads in (None, "weights") for name in names):
+    if all(CRITERIA[name].reads in (None, "weights") for name in names):
         return None
     limit = getattr(model_config, "max_position_embeddings", None)
     if limit is not None and config.data.length > limit:

@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.schema import SearchConfig
-from llmprune.convert.commands import apply
+from llmprune.conversion.commands import apply
 from llmprune.data.prepared import PreparedData
 from llmprune.data.sources import clean_name
 from llmprune.evaluation.losses import Losses, evaluate_losses
@@ -53,7 +53,7 @@ from llmprune.pruning.scoring.criteria import CRITERIA
 from llmprune.pruning.scoring.criterion import Section
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.scoring.settings import LayerScoringConfig
-from llmprune.report.search import picture, table
+from llmprune.reporting.search import picture, table
 from llmprune.training.checks import check
 from llmprune.utils.errors import BrokenModelError, UserError
 from llmprune.utils.files import read_json, sha256_text, write_json, write_text
@@ -129,7 +129,7 @@ def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
 
 
 def _check_units(name: str) -> None:
-    if CRITERIA.get(name).section is not Section.UNITS or CRITERIA.get(name).needs_experts:
+    if CRITERIA[name].section is not Section.UNITS or CRITERIA[name].needs_experts:
         raise UserError(f"search.unit_criteria: '{name}' does not score heads, channels and hidden dimensions")
 
 

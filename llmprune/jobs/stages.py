@@ -13,7 +13,7 @@ from llmprune.callbacks.preemption import Preempted
 from llmprune.config.job_files import load_recorded, save_config
 from llmprune.config.schema import Config, SearchConfig
 from llmprune.config.sections import sections_of, with_sections
-from llmprune.convert.commands import convert
+from llmprune.conversion.commands import convert
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.data.prepared import PreparedData
 from llmprune.jobs.train import train

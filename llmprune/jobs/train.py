@@ -15,8 +15,8 @@ from llmprune.checkpoints.metrics import read_metrics
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.schema import Config
 from llmprune.data.updates import DynamicLoadingConfig
-from llmprune.report.collect import Run
-from llmprune.report.figures import domain_weights
+from llmprune.reporting.collect import Run
+from llmprune.reporting.figures import domain_weights
 from llmprune.training.checks import trains
 from llmprune.training.section import Inputs
 from llmprune.training.trainer import build_trainer, prepare, safekeeping_of

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
 
-from llmprune.models.families import FAMILIES
+from llmprune.models.families import by_model_type
 from llmprune.utils.errors import UserError, first_line, nearest
 
 
@@ -16,10 +16,10 @@ def config_from_fields(values: dict[str, Any], tokenizer: PreTrainedTokenizerBas
     """
     values = dict(values)
     model_type = values.pop("model_type", None)
-    supported = sorted(model_type for family in FAMILIES.values() for model_type in family.model_types)
-    if model_type not in supported:
-        raise UserError(f"model.config.model_type '{model_type}' is not supported; supported: {', '.join(supported)}")
-    family = next(family for family in FAMILIES.values() if model_type in family.model_types)
+    family = by_model_type().get(str(model_type))
+    if family is None:
+        supported = ", ".join(sorted(by_model_type()))
+        raise UserError(f"model.config.model_type '{model_type}' is not supported; supported: {supported}")
     known = {name for name in vars(CONFIG_MAPPING[model_type]()) if not name.startswith("_")} | {
         *family.fields.values()
     }

@@ -229,7 +229,7 @@ def rehearse(
     check_correction(config.correction, model_config)
     family = family_of(model_config)
     shape = family.shape(model_config)
-    kinds = {name: CRITERIA.get(name) for name in criteria}
+    kinds = {name: CRITERIA[name] for name in criteria}
     of = {section: [name for name, kind in kinds.items() if kind.section is section] for section in Section}
     lengths = {str(n): [0.0] * (shape.layers - n + 1) for n in range(1, shape.layers + 1)}
     scores = Scores(

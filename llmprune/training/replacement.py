@@ -53,7 +53,7 @@ def check_replacement(settings: BlockReplacementConfig, model_config: Pretrained
     span.check(family_of(model_config).shape(model_config).layers)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
-        STAND_INS.get(settings.kind)(Site(model, span, 0), settings)
+        STAND_INS[settings.kind](Site(model, span, 0), settings)
     parameters_behind(model, span.end, settings.also)
 
 

@@ -19,8 +19,8 @@ from llmprune.utils.errors import UserError
 from llmprune.utils.recorded_settings import as_typed
 
 if TYPE_CHECKING:
-    from llmprune.convert.checkpoint import Checkpoint
-    from llmprune.convert.result import Result
+    from llmprune.conversion.checkpoint import Checkpoint
+    from llmprune.conversion.result import Result
 
 S = TypeVar("S")
 

@@ -29,7 +29,7 @@ from llmprune.config.job_files import save_config
 from llmprune.config.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.config.schema import Config
 from llmprune.config.sharding import AverageGradients, parallelism
-from llmprune.convert.stored_state import harmless
+from llmprune.conversion.stored_state import harmless
 from llmprune.data.updates import DynamicLoadingConfig
 from llmprune.estimate.job import check_fits
 from llmprune.models.batch_halving import Halving

@@ -4,8 +4,8 @@ A package adds a choice of the kind ``criteria`` by an entry point in the group 
 """
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import catalogue
 
@@ -15,8 +15,17 @@ T = TypeVar("T")
 C = TypeVar("C")
 
 
-class Registry(Generic[T]):
-    """The choices of one kind; the first line of a choice's docstring describes it."""
+class Registry(Mapping[str, T]):
+    """The choices of one kind, by name; the first line of a choice's docstring describes it.
+
+    >>> COLOURS = Registry("colours", "colour")
+    >>> @COLOURS.register("red")
+    ... def red() -> int:
+    ...     "Like a rose."
+    ...     return 0xFF0000
+    >>> COLOURS.describe(), COLOURS.build("red")
+    ({'red': 'Like a rose.'}, 16711680)
+    """
 
     def __init__(self, kind: str, word: str) -> None:
         """Make an empty registry.
@@ -37,16 +46,28 @@ class Registry(Generic[T]):
 
         return decorate
 
-    def get(self, name: str) -> T:
+    def __getitem__(self, name: str) -> T:
         """The choice called ``name``.
 
         Raises:
             UserError: there is none.
         """
         if name not in self._entries:
-            raise UserError(f"there is no {self._word} '{name}'; {nearest(name, self.names())}")
+            raise UserError(f"there is no {self._word} '{name}'; {nearest(name, self)}")
         choice: T = self._entries.get(name)
         return choice
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of all choices, in the order they were registered in."""
+        return iter(self._entries.get_all())
+
+    def __len__(self) -> int:
+        """How many choices there are."""
+        return len(self._entries.get_all())
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a choice called ``name``."""
+        return name in self._entries
 
     def build(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
         """What the choice called ``name`` makes of arguments that a YAML gives.
@@ -58,17 +79,13 @@ class Registry(Generic[T]):
         Raises:
             UserError: there is no such choice, or it does not take these arguments.
         """
-        choice: Any = self.get(name)
+        choice: Any = self[name]
         try:
             inspect.signature(choice).bind(**(arguments or {}))
         except TypeError as error:
             raise UserError(f"{self._word} '{name}': {error}") from None
         return choice(**(arguments or {}))
 
-    def names(self) -> list[str]:
-        """The names of all choices, in the order they were registered in."""
-        return list(self._entries.get_all())
-
     def describe(self) -> dict[str, str]:
         """Every choice with its description."""
-        return {name: inspect.cleandoc(self.get(name).__doc__ or "").splitlines()[0] for name in self.names()}
+        return {name: inspect.cleandoc(self[name].__doc__ or "").splitlines()[0] for name in self}

@@ -58,7 +58,7 @@ def _pruning_run(folder: Path, kind: str) -> int:
 
 def _peak_of_converting(folder: Path, kind: str) -> int:
     """How many bytes more than before are resident at the peak, mapped files included."""
-    from llmprune.convert.commands import convert
+    from llmprune.conversion.commands import convert
 
     return peak_of(lambda: convert(folder / kind, folder / f"{kind}-cut"))
 
@@ -74,7 +74,7 @@ def apply_memory(runs: int) -> Ratio:
 
 
 def _peak_of_applying(folder: Path) -> int:
-    from llmprune.convert.commands import apply
+    from llmprune.conversion.commands import apply
     from llmprune.models.families import family_of, target_shape
     from llmprune.models.loading import load_model_config
     from llmprune.models.stored_weights import StoredWeights, fingerprint

@@ -31,7 +31,7 @@ def replacement_steps(hidden: int, samples: int) -> tuple[Callable[[], None], Ca
     )
     model, span = ComposerCausalLM(new_model(config, seed=0)), Span(6, 6)
     settings = BlockReplacementConfig(length=span.length)
-    stand_in = STAND_INS.get("blocks")(Site(model.model, span, 0), settings)
+    stand_in = STAND_INS["blocks"](Site(model.model, span, 0), settings)
     blocks = blocks_of(model.model)
     stand_in.begin(blocks[span.start : span.end])
     model.requires_grad_(False)

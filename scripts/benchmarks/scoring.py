@@ -93,4 +93,4 @@ def of_blocks() -> list[str]:
     from llmprune.pruning.scoring.criteria import CRITERIA
     from llmprune.pruning.scoring.criterion import Section
 
-    return [name for name in CRITERIA.names() if CRITERIA.get(name).section is not Section.UNITS]
+    return [name for name in CRITERIA if CRITERIA[name].section is not Section.UNITS]

@@ -142,7 +142,7 @@ class Study:
     def train(self, name: str) -> None:
         """Train a model, if that is not done yet."""
         from llmprune.config.job_files import load_training_job
-        from llmprune.convert.commands import convert
+        from llmprune.conversion.commands import convert
         from llmprune.jobs.train import train
 
         place = self._out / name

@@ -21,7 +21,8 @@ from llmprune.callbacks.l0_pruning import L0Pruning
 from llmprune.config.job_files import load_training_job
 from llmprune.pruning.gates.gate_set import GateSet
 from llmprune.training import checks
-from llmprune.training import trainer as training
+from llmprune.training.sections import l0_pruning as section
+from llmprune.training.trainer import build_trainer
 
 History = list[dict[str, torch.Tensor]]
 
@@ -74,12 +75,12 @@ class KillAt(Callback):
 
 def run(config: Path, *overrides: str, kill: int | None = None) -> History:
     """Train, and return what was collected."""
-    training.L0Pruning = FixedNoise  # type: ignore[misc,assignment]
+    section.L0Pruning = FixedNoise  # type: ignore[misc,assignment]
     try:
         settings = load_training_job(config, overrides)
-        trainer = training.build_trainer(settings)
+        trainer = build_trainer(settings)
     finally:
-        training.L0Pruning = L0Pruning  # type: ignore[misc]
+        section.L0Pruning = L0Pruning  # type: ignore[misc]
     sharded = [isinstance(parameter, DTensor) for parameter in trainer.state.model.parameters()]
     assert all(sharded) if settings.sharding is not None else not any(sharded)
     if kill is not None:
@@ -96,7 +97,7 @@ def evaluate(config: Path, *overrides: str) -> float:
     settings = load_training_job(config, overrides)
     if settings.sharding is not None:
         checks.check_sharding = lambda *_, **__: None  # type: ignore[assignment]
-    trainer = training.build_trainer(settings)
+    trainer = build_trainer(settings)
     if settings.sharding is not None:
         placements = {str(parameter.placements) for parameter in trainer.state.model.parameters()}
         assert placements == {"(Replicate(), Shard(dim=0))"}, placements

@@ -14,8 +14,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_g
 
 from llmprune.config.job_files import load_training_job
 from llmprune.config.sharding import AverageGradients
-from llmprune.training import checks
-from llmprune.training import trainer as training
+from llmprune.training import checks, trainer
 from tests.callbacks import fixed_noise, plain_runs
 
 
@@ -43,7 +42,7 @@ def main() -> None:
     _fsdp_collectives._get_gradient_divide_factors = factors
     _fsdp_param_group.foreach_reduce = reduce_at_once
     checks.check_sharding = lambda *_, **__: None  # type: ignore[assignment]
-    training.AverageGradients = NotNeeded  # type: ignore[misc]
+    trainer.AverageGradients = NotNeeded  # type: ignore[misc]
     config, *runs = sys.argv[1:]
     base = Path(load_training_job(config).run.folder).parent
     for name, overrides, _ in fixed_noise.named_runs(base, runs):

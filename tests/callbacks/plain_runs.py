@@ -12,14 +12,14 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from llmprune.config.job_files import load_training_job
-from llmprune.training import trainer as training
+from llmprune.training.trainer import build_trainer
 from tests.callbacks.fixed_noise import KillAt, Killed, named_runs
 
 
 def run(config: Path, *overrides: str, kill: int | None = None) -> dict[str, torch.Tensor]:
     """Train; the parameters at the end, whole."""
     settings = load_training_job(config, overrides)
-    trainer = training.build_trainer(settings)
+    trainer = build_trainer(settings)
     sharded = [isinstance(parameter, DTensor) for parameter in trainer.state.model.parameters()]
     assert all(sharded) if settings.sharding is not None else not any(sharded)
     if kill is not None:

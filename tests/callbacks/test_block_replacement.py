@@ -12,10 +12,10 @@ from composer.devices import DeviceCPU
 from safetensors import safe_open
 
 from llmprune.config.job_files import load_training_job
-from llmprune.convert.checkpoint import Checkpoint
-from llmprune.convert.commands import apply, convert
-from llmprune.convert.replaced import read_replaced
-from llmprune.convert.verify import compare, open_for_comparison
+from llmprune.conversion.checkpoint import Checkpoint
+from llmprune.conversion.commands import apply, convert
+from llmprune.conversion.replaced import read_replaced
+from llmprune.conversion.verify import compare, open_for_comparison
 from llmprune.data.prepared import PreparedData
 from llmprune.evaluation.perplexity import PerplexityConfig, measure_perplexity, read_streams
 from llmprune.jobs.train import train
@@ -251,7 +251,7 @@ def test_the_span_is_found_on_the_spot(config: Path, runs: Path, tmp_path: Path)
 def test_a_plan_names_the_span(config: Path, tmp_path: Path, trained_folder: Path) -> None:
     from dataclasses import replace
 
-    from llmprune.convert.export import keep_everything
+    from llmprune.conversion.export import keep_everything
     from llmprune.models.loading import load_model_config
     from llmprune.models.stored_weights import fingerprint
     from llmprune.plans.plan import KeptBlock

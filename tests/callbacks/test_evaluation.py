@@ -9,7 +9,7 @@ import pytest
 
 from llmprune.checkpoints.metrics import read_metrics
 from llmprune.config.job_files import load_training_job
-from llmprune.convert.commands import convert
+from llmprune.conversion.commands import convert
 from llmprune.evaluation.evaluate import EvaluationConfig, evaluate
 from llmprune.evaluation.live import LiveEvaluation
 from llmprune.evaluation.perplexity import PerplexityConfig

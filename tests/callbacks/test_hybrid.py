@@ -11,8 +11,8 @@ import torch
 
 from llmprune.checkpoints.checkpoint_folder import records_in
 from llmprune.checkpoints.run_folder import RunFolder
-from llmprune.convert.checkpoint import Checkpoint
-from llmprune.convert.commands import convert
+from llmprune.conversion.checkpoint import Checkpoint
+from llmprune.conversion.commands import convert
 from llmprune.utils.object_store import open_store
 from tests.callbacks import fixed_noise, plain_runs
 

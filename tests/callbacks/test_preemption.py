@@ -18,7 +18,7 @@ from composer.loggers import Logger
 
 from llmprune.callbacks.preemption import Preempted
 from llmprune.config.job_files import load_training_job
-from llmprune.convert.checkpoint import Checkpoint
+from llmprune.conversion.checkpoint import Checkpoint
 from llmprune.jobs.train import train
 from llmprune.utils.processes import TERMINATION
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmprune.convert.checkpoint import Checkpoint
-from llmprune.convert.commands import convert
-from llmprune.convert.stored_state import _MetadataUnpickler
-from llmprune.convert.verify import compare, open_for_comparison
+from llmprune.conversion.checkpoint import Checkpoint
+from llmprune.conversion.commands import convert
+from llmprune.conversion.stored_state import _MetadataUnpickler
+from llmprune.conversion.verify import compare, open_for_comparison
 from llmprune.utils.errors import UserError
 from tests.callbacks import fixed_noise
 from tests.callbacks.fixed_noise import History

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from llmprune.config.job_files import load_training_job
 from llmprune.config.optimizers import OPTIMIZERS, OptimizerConfig
-from llmprune.convert.checkpoint import Checkpoint
-from llmprune.convert.commands import apply, convert, export_adapter
-from llmprune.convert.export import keep_everything
-from llmprune.convert.verify import compare, open_for_comparison
+from llmprune.conversion.checkpoint import Checkpoint
+from llmprune.conversion.commands import apply, convert, export_adapter
+from llmprune.conversion.export import keep_everything
+from llmprune.conversion.verify import compare, open_for_comparison
 from llmprune.jobs.train import train
 from llmprune.models.loading import load_model, load_model_config
 from llmprune.models.parameters import prime

@@ -15,11 +15,11 @@ import torch
 from llmprune.callbacks.checkpoint_uploading import Safekeeping
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.job_files import load_training_job
-from llmprune.convert.checkpoint import Checkpoint
-from llmprune.convert.commands import convert
+from llmprune.conversion.checkpoint import Checkpoint
+from llmprune.conversion.commands import convert
 from llmprune.jobs.stages import recovery_of
 from llmprune.jobs.train import train
-from llmprune.report.page import write_report
+from llmprune.reporting.page import write_report
 from llmprune.utils import object_store as stores
 from llmprune.utils.checksums import VERIFICATION, Verification
 from llmprune.utils.errors import UserError

@@ -12,7 +12,7 @@ import torch
 
 from llmprune.callbacks.watchdog import judge
 from llmprune.checkpoints.metrics import read_metrics
-from llmprune.convert.checkpoint import Checkpoint
+from llmprune.conversion.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,7 +17,7 @@ import pytest
 from llmprune.checkpoints.checkpoint_folder import CheckpointFolder
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.job_files import load_job, load_training_job
-from llmprune.convert.commands import convert
+from llmprune.conversion.commands import convert
 from llmprune.jobs.iterate import iterate
 from llmprune.jobs.score import run_scoring
 from llmprune.jobs.search import search

@@ -151,7 +151,7 @@ def test_scoring_recipes(path: Path) -> None:
     config = MODELS[job.model.path]
     family, layers = family_of(config), config.num_hidden_layers
     (name,) = job.layer_scoring.names(config)
-    assert name == job.plan.criterion and name in CRITERIA.names()
+    assert name == job.plan.criterion and name in CRITERIA
     assert (job.layer_scoring.data.samples, job.layer_scoring.data.length) == (10, 128)
     assert job.layer_scoring.data.bos == ("each" if family.name.startswith("gemma") else "none")
     shortened = path.stem.startswith("shortened")

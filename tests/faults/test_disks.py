@@ -14,7 +14,7 @@ import llmprune.cli  # noqa: F401  # all its commands
 from data_prep.__main__ import app as prepare_app
 from llmprune.cli.options import app
 from llmprune.config.job_files import load_job, load_training_job
-from llmprune.convert.commands import convert
+from llmprune.conversion.commands import convert
 from llmprune.jobs.iterate import iterate
 from llmprune.jobs.score import run_scoring
 from llmprune.jobs.search import search

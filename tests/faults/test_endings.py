@@ -14,7 +14,7 @@ import train
 from data_prep import __main__ as data_prep
 from llmprune import cli
 from llmprune.config.job_files import load_job
-from llmprune.convert.export import keep_everything
+from llmprune.conversion.export import keep_everything
 from llmprune.jobs.train import train as fit
 from llmprune.models.loading import load_model_config
 from llmprune.models.stored_weights import StoredWeights, fingerprint
@@ -160,7 +160,7 @@ def test_errors_of_paths_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("composer", [False, True], ids=["own handler", "handler of Composer"])
 @pytest.mark.parametrize(("name", "inside"), [
-    ("apply", "llmprune.convert.export.save_tensors"),
+    ("apply", "llmprune.conversion.export.save_tensors"),
     ("plan", "llmprune.utils.files.os.replace"),
     ("tokenizer", "llmprune.utils.outputs.put_in_place"),
     ("corpus", "data_prep.builtin.json.dumps"),
@@ -293,7 +293,7 @@ def stopped(
     ("number", "command", "inside"),
     [
         (signal.SIGTERM, "score model --criteria magnitude_l1 --out OUT.json", "llmprune.jobs.score.save_scores"),
-        (signal.SIGINT, "convert run --out OUT", "llmprune.convert.export.save_tensors"),
+        (signal.SIGINT, "convert run --out OUT", "llmprune.conversion.export.save_tensors"),
     ],
 )
 def test_a_stopped_process(number: signal.Signals, command: str, inside: str, inputs: Path, tmp_path: Path) -> None:

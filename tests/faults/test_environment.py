@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from llmprune.config.job_files import load_training_job
-from llmprune.convert.commands import convert
+from llmprune.conversion.commands import convert
 from llmprune.jobs.train import train
-from llmprune.report.page import write_report
+from llmprune.reporting.page import write_report
 from llmprune.utils.errors import UserError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmprune.config.job_files import load_job
-from llmprune.convert.commands import apply
+from llmprune.conversion.commands import apply
 from llmprune.jobs.train import train
 from llmprune.utils.errors import UserError, disk_error
 from tests.harness import fault_campaign

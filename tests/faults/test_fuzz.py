@@ -14,9 +14,9 @@ import yaml
 
 from data_prep.describe import show_samples
 from llmprune.config.job_files import load_job
-from llmprune.convert.checkpoint import Checkpoint
-from llmprune.convert.commands import apply
-from llmprune.convert.export import keep_everything
+from llmprune.conversion.checkpoint import Checkpoint
+from llmprune.conversion.commands import apply
+from llmprune.conversion.export import keep_everything
 from llmprune.data.format import EVAL
 from llmprune.data.prepared import PreparedData
 from llmprune.evaluation.continuations import read_prompts
@@ -27,7 +27,7 @@ from llmprune.plans.plan import Plan
 from llmprune.pruning.planning import make_plan
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.selection.methods import PlanConfig
-from llmprune.report.collect import collect
+from llmprune.reporting.collect import collect
 from llmprune.training.checks import check
 from llmprune.utils.checksums import record, verify
 from llmprune.utils.errors import UserError

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from llmprune.config.job_files import load_job
 from llmprune.config.schema import IterationConfig
-from llmprune.convert.verify import compare, open_for_comparison
+from llmprune.conversion.verify import compare, open_for_comparison
 from llmprune.jobs import iterate as iteration
 from llmprune.jobs import stages
 from llmprune.jobs.iterate import iterate, round_shapes

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llmprune.convert.checkpoint import Checkpoint
+from llmprune.conversion.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from llmprune.config.job_files import load_job
 from llmprune.config.schema import SearchConfig
-from llmprune.convert.verify import compare, open_for_comparison
+from llmprune.conversion.verify import compare, open_for_comparison
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.jobs import search as searching
@@ -24,7 +24,7 @@ from llmprune.jobs import stages
 from llmprune.jobs.search import search
 from llmprune.jobs.train import train
 from llmprune.plans.plan import Plan
-from llmprune.report.search import pareto_front
+from llmprune.reporting.search import pareto_front
 from llmprune.utils.errors import BrokenModelError, UserError
 from tests.callbacks.fixed_noise import KillAt, Killed
 

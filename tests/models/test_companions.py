@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune.config.job_files import load_training_job
-from llmprune.convert.commands import apply, convert, enrich
-from llmprune.convert.export import keep_everything
+from llmprune.conversion.commands import apply, convert, enrich
+from llmprune.conversion.export import keep_everything
 from llmprune.jobs.train import train
 from llmprune.models.families import RicherHeadsConfig
 from llmprune.models.loading import load_model_config

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmprune.convert.commands import apply, enrich
-from llmprune.convert.export import keep_everything
+from llmprune.conversion.commands import apply, enrich
+from llmprune.conversion.export import keep_everything
 from llmprune.jobs.score import score
 from llmprune.models.families import RicherHeadsConfig
 from llmprune.models.loading import load_any_model, load_model, load_model_config

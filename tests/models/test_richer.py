@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from llmprune.convert.commands import enrich
-from llmprune.convert.verify import compare, open_for_comparison
+from llmprune.conversion.commands import enrich
+from llmprune.conversion.verify import compare, open_for_comparison
 from llmprune.models.block_hooks import blocks_of
 from llmprune.models.families import RicherHeadsConfig, family_of, module_name
 from llmprune.models.loading import count_parameters, load_model, load_model_config, new_model

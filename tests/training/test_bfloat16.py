@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmprune.config.job_files import load_training_job
-from llmprune.convert.commands import convert
-from llmprune.convert.verify import compare, open_for_comparison
+from llmprune.conversion.commands import convert
+from llmprune.conversion.verify import compare, open_for_comparison
 from llmprune.jobs.train import train
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.loading import load_model

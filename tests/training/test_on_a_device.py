@@ -108,7 +108,7 @@ def test_gates(waits: Waits, goal: str, manner: str) -> None:
 
 
 @pytest.mark.parametrize("objectives", [{"mse": 1.0, "cosine": 1.0}, {"lm": 1.0, "kl": 1.0}], ids="+".join)
-@pytest.mark.parametrize("kind", sorted({*STAND_INS.names()} - {"none"}))
+@pytest.mark.parametrize("kind", sorted({*list(STAND_INS)} - {"none"}))
 def test_block_replacement(waits: Waits, kind: str, objectives: dict[str, float]) -> None:
     callback = BlockReplacement(
         BlockReplacementConfig(start=1, length=2, kind=kind, objectives=objectives, force=True),
@@ -220,7 +220,7 @@ def test_scoring(waits: Waits, experts: bool) -> None:
     """By all criteria at once; those of experts on a mixture."""
     config = CONFIGS["mixtral"] if experts else tiny_config()
     model = random_model(config).to(DEVICE)
-    names = [name for name in CRITERIA.names() if CRITERIA.get(name).needs_experts == experts]
+    names = [name for name in CRITERIA if CRITERIA[name].needs_experts == experts]
     scorer = Scorer(model, names, ScoringJob(config, DEVICE), batch_size=2)
     tokens = a_batch()["input_ids"].to(DEVICE, non_blocking=True)
     waits.clear()

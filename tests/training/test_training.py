@@ -20,8 +20,8 @@ from llmprune.callbacks.l0_pruning import L0Pruning
 from llmprune.config.job_files import load_training_job
 from llmprune.config.optimizers import OPTIMIZERS, OptimizerConfig
 from llmprune.config.schema import Config
-from llmprune.convert.checkpoint import Checkpoint
-from llmprune.convert.commands import convert
+from llmprune.conversion.checkpoint import Checkpoint
+from llmprune.conversion.commands import convert
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.format import DataManifest
 from llmprune.data.prepared import PreparedData

@@ -1,5 +1,7 @@
 """The model families that llmprune can prune."""
 
+from functools import cache
+
 from transformers import PretrainedConfig
 
 from llmprune.models.families.base import Family, Parameter
@@ -12,6 +14,7 @@ from llmprune.models.families.richer import FIELD, RicherHeadsConfig, attention_
 from llmprune.models.families.roles import AXES, EMBEDDINGS, MATRICES, NORMS, OUTPUTS, SUBLAYERS, Axis, Role
 from llmprune.models.families.shapes import PRUNED, Shape, shape_from, shapes_between, target_shape
 from llmprune.utils.errors import UserError
+from llmprune.utils.registry import Registry
 
 __all__ = [
     "AXES",
@@ -30,6 +33,7 @@ __all__ = [
     "Role",
     "Shape",
     "attention_output",
+    "by_model_type",
     "family_of",
     "module_name",
     "richer_heads_of",
@@ -38,13 +42,11 @@ __all__ = [
     "target_shape",
 ]
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, OPT, GPT_NEOX, PHI3, OLMO2, MIXTRAL, QWEN3_MOE,
-    )
-}  # fmt: skip
-
+FAMILIES: Registry[Family] = Registry("families", "family")
+for _family in (
+    LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, OPT, GPT_NEOX, PHI3, OLMO2, MIXTRAL, QWEN3_MOE,
+):  # fmt: skip
+    FAMILIES.register(_family.name)(_family)
 
 OWN = "llmprune_"  # begins llmprune's own model types; the modelling file, complete in itself, has it too
 
@@ -57,6 +59,12 @@ def richer_heads_of(config: PretrainedConfig) -> RicherHeadsConfig | None:
     return RicherHeadsConfig(described["shared"], described["activation"], described["residual"])
 
 
+@cache
+def by_model_type() -> dict[str, Family]:
+    """Every family by each of its model types."""
+    return {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
+
+
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a Hugging Face config.
 
@@ -65,11 +73,11 @@ def family_of(config: PretrainedConfig) -> Family:
     """
     richer = richer_heads_of(config)
     model_type = config.model_type if richer is None else config.model_type.removeprefix(OWN)
-    for family in FAMILIES.values():
-        if model_type in family.model_types:
-            family.check(config)
-            return family if richer is None else richer_family(family, shared=richer.shared)
-    supported = sorted(model_type for family in FAMILIES.values() for model_type in family.model_types)
+    family = by_model_type().get(model_type)
+    if family is not None:
+        family.check(config)
+        return family if richer is None else richer_family(family, shared=richer.shared)
+    supported = sorted(by_model_type())
     raise UserError(
         f"the architecture '{config.model_type or type(config).__name__}' is not supported; supported: "
         f"{', '.join(supported)}"

@@ -144,4 +144,4 @@ def _method(criterion: str | None) -> str:
         return "lowest"
     if criterion == GREEDY:
         return GREEDY
-    return "span" if CRITERIA.get(criterion).section is Section.SPANS else "lowest"
+    return "span" if CRITERIA[criterion].section is Section.SPANS else "lowest"

@@ -49,7 +49,7 @@ class Scorer:
         Raises:
             UserError: a criterion is unknown or impossible here.
         """
-        self.criteria: dict[str, Criterion] = {name: CRITERIA.get(name)(job) for name in criteria}
+        self.criteria: dict[str, Criterion] = {name: CRITERIA[name](job) for name in criteria}
         self._model, self._job, self._batch_size = model, job, batch_size
         self._family = family_of(model.config)
         self._blocks = list(model.get_submodule(self._family.blocks).children())

@@ -62,7 +62,7 @@ class LayerScoringConfig:
         if self.seed < 0 or self.data.seed < 0:
             raise UserError(f"seed is {min(self.seed, self.data.seed)}; it must be zero or positive")
         experts = family_of(model).shape(model).experts is not None
-        kinds = {name: CRITERIA.get(name) for name in CRITERIA.names()}
+        kinds = {name: CRITERIA[name] for name in CRITERIA}
         possible = [
             name
             for name, kind in kinds.items()
@@ -70,9 +70,9 @@ class LayerScoringConfig:
         ]
         names = possible if self.criteria is None else list(dict.fromkeys(self.criteria))
         if not names:
-            raise UserError(f"no criteria: choose some of {', '.join(CRITERIA.names())}")
+            raise UserError(f"no criteria: choose some of {', '.join(CRITERIA)}")
         for name in names:
-            if CRITERIA.get(name).needs_experts and not experts:
+            if CRITERIA[name].needs_experts and not experts:
                 raise UserError(f"{name} is of mixtures of experts: this model has no experts")
         return names
 

@@ -19,7 +19,7 @@ from llmprune.utils.errors import UserError
 def iterative(request: Request) -> tuple[KeptBlock, ...]:
     """The block with the lowest score goes and what is left is scored anew, until enough are gone."""
     name = request.criterion
-    if CRITERIA.get(name).section is not Section.BLOCKS:
+    if CRITERIA[name].section is not Section.BLOCKS:
         raise UserError(f"iterative selection needs a criterion of blocks; {name} is none")
     removable, opened = set(request.removable()), request.open()
     settings = request.scores.settings

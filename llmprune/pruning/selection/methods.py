@@ -266,7 +266,7 @@ def blocks_of(request: Request) -> tuple[KeptBlock, ...]:
     config, layers = request.config, request.layers
     depth = config.of_depth(layers)
     if depth is not None:
-        return SELECTIONS.get(config.method)(replace(request, config=depth))
+        return SELECTIONS[config.method](replace(request, config=depth))
     if config.criterion is not None:
         raise UserError("no blocks go: leave out the criterion of blocks, or say how many go")
     return whole(layers)

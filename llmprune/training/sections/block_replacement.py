@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from llmprune.callbacks.block_replacement import BlockReplacement
 from llmprune.checkpoints.run_folder import Manifest
 from llmprune.config.sections import SECTIONS
-from llmprune.convert.checkpoint import Checkpoint
-from llmprune.convert.replaced import Replaced, read_replaced
-from llmprune.convert.result import Result
+from llmprune.conversion.checkpoint import Checkpoint
+from llmprune.conversion.replaced import Replaced, read_replaced
+from llmprune.conversion.result import Result
 from llmprune.estimate.sizes import Learning
 from llmprune.models.families import family_of
 from llmprune.models.parameters import parameter_names_of
@@ -150,7 +150,7 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
             assert own.length is not None
             span = Span(max(layers - own.length, 0), own.length)
         with torch.device("meta"):
-            network = STAND_INS.get(own.kind)(Site(model, span, 0), own)
+            network = STAND_INS[own.kind](Site(model, span, 0), own)
         end = span.end if {"lm", "kl"} & set(own.weights) else layers
         stands = own.blocks if own.kind == "blocks" else 1
         added = sum(p.numel() for p in network.parameters())

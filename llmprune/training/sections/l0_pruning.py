@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from llmprune.callbacks.l0_pruning import L0Pruning
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.sections import SECTIONS
-from llmprune.convert.checkpoint import Checkpoint
-from llmprune.convert.result import Result
+from llmprune.conversion.checkpoint import Checkpoint
+from llmprune.conversion.result import Result
 from llmprune.estimate.sizes import Learning
 from llmprune.models.families import family_of
 from llmprune.pruning.gates.chosen_shape import is_chosen

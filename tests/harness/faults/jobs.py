@@ -116,7 +116,7 @@ def _trained(folder: Path) -> str:
     """Of all tensors of the newest checkpoint, and of all losses on the way."""
     import torch
 
-    from llmprune.convert.checkpoint import Checkpoint
+    from llmprune.conversion.checkpoint import Checkpoint
 
     opened, digest = Checkpoint.open(folder), hashlib.sha256()
     assert opened.batch == BATCHES, opened.path
@@ -134,8 +134,8 @@ def _files(folder: Path, *names: str) -> str:
 
 def _export(folder: Path, inputs: Path, more: list[str]) -> None:
     """Cut the model by a plan."""
-    from llmprune.convert.commands import apply
-    from llmprune.convert.export import keep_everything
+    from llmprune.conversion.commands import apply
+    from llmprune.conversion.export import keep_everything
     from llmprune.models.loading import load_model_config
     from llmprune.models.stored_weights import StoredWeights, fingerprint
     from llmprune.plans.plan import Plan

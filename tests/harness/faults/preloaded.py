@@ -1,5 +1,5 @@
 """What every attempt needs, imported once for all of them."""
 
-import llmprune.convert.commands
+import llmprune.conversion.commands
 import llmprune.jobs.iterate
 import llmprune.training.trainer  # noqa: F401

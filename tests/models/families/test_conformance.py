@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from llmprune.convert.commands import apply
+from llmprune.conversion.commands import apply
 from llmprune.models.block_hooks import Run, visited
 from llmprune.models.causal_lm import logits_of
 from llmprune.models.families import RicherHeadsConfig, Role, family_of

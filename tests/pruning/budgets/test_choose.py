@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.cli import app
-from llmprune.convert.commands import apply
+from llmprune.conversion.commands import apply
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.jobs.score import score
 from llmprune.models.families import Shape, family_of

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmprune.convert.export import export, keep_everything
-from llmprune.convert.replaced import Changed
+from llmprune.conversion.export import export, keep_everything
+from llmprune.conversion.replaced import Changed
 from llmprune.models.block_hooks import blocks_of
 from llmprune.models.families import family_of, richer_heads_of
 from llmprune.models.loading import load_any_model, load_model_config
@@ -33,7 +33,7 @@ SPAN = Span(1, 2)
 def stand_in_for(model: PreTrainedModel, span: Span = SPAN, **settings: object) -> StandIn:
     """A stand-in none of whose parameters is zero."""
     config = BlockReplacementConfig(length=span.length, **settings)  # type: ignore[arg-type]
-    made = STAND_INS.get(config.kind)(Site(model, span, 3), config)
+    made = STAND_INS[config.kind](Site(model, span, 3), config)
     made.begin(blocks_of(model)[span.start : span.end])
     made.requires_grad_(True)
     generator = torch.Generator().manual_seed(4)
@@ -138,7 +138,7 @@ def test_only_what_is_needed_runs(tokens: torch.Tensor) -> None:
 def test_the_span_itself_begins_at_zero(name: str, tokens: torch.Tensor) -> None:
     model = random_model(CONFIGS[name]).requires_grad_(False)
     settings = BlockReplacementConfig(length=2, blocks=2)
-    stand_in = STAND_INS.get("blocks")(Site(model, SPAN, 0), settings)
+    stand_in = STAND_INS["blocks"](Site(model, SPAN, 0), settings)
     stand_in.begin(blocks_of(model)[1:3])
     streaming = Streaming(model, stand_in, SPAN, {"mse": 1.0, "kl": 1.0})
     batch = {"input_ids": tokens}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmprune.convert.commands import apply
+from llmprune.conversion.commands import apply
 from llmprune.models.families import family_of
 from llmprune.models.loading import load_model
 from llmprune.models.stored_weights import fingerprint

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.cli import app
-from llmprune.convert.commands import apply
-from llmprune.convert.verify import compare, open_for_comparison
+from llmprune.conversion.commands import apply
+from llmprune.conversion.verify import compare, open_for_comparison
 from llmprune.data.calibration import CalibrationConfig, calibration_samples
 from llmprune.jobs.score import score
 from llmprune.models.families import Shape, family_of

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune.config.job_files import load_training_job
-from llmprune.convert.checkpoint import Checkpoint
-from llmprune.convert.commands import apply, convert, push_to_hub
-from llmprune.convert.export import export, keep_everything
-from llmprune.convert.verify import compare, open_for_comparison
+from llmprune.conversion.checkpoint import Checkpoint
+from llmprune.conversion.commands import apply, convert, push_to_hub
+from llmprune.conversion.export import export, keep_everything
+from llmprune.conversion.verify import compare, open_for_comparison
 from llmprune.jobs.train import train
 from llmprune.models.loading import load_model
 from llmprune.models.stored_weights import StoredWeights, fingerprint
@@ -170,7 +170,7 @@ def test_nothing_is_half_written(pruned_run: Path, tmp_path: Path, monkeypatch: 
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llmprune.convert.export.save_tensors", full_disk)
+    monkeypatch.setattr("llmprune.conversion.export.save_tensors", full_disk)
     with pytest.raises(OSError, match="No space"):
         convert(pruned_run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -220,7 +220,7 @@ def test_uploading_names_what_went_wrong(tmp_path: Path, monkeypatch: pytest.Mon
             uploaded[repo_id] = folder_path
             return f"hub/{repo_id}"
 
-    monkeypatch.setattr("llmprune.convert.commands.HfApi", Hub)
+    monkeypatch.setattr("llmprune.conversion.commands.HfApi", Hub)
     assert push_to_hub(tmp_path, "me/model") == "hub/me/model" and uploaded == {"me/model": tmp_path}
     with pytest.raises(UserError, match="could not be uploaded as 'nobody/closed'.*can't be reached"):
         push_to_hub(tmp_path, "nobody/closed")

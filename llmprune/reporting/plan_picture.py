@@ -9,7 +9,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from llmprune.plans.plan import Plan
-from llmprune.report.figures import STYLE, Picture
+from llmprune.reporting.figures import STYLE, Picture
 
 CELLS = 64  # at most so many cells stand for heads, channels or hidden dimensions
 KEPT = LinearSegmentedColormap.from_list("kept", [(0.5, 0.5, 0.5, 0.18), (0.18, 0.49, 0.85, 1.0)])

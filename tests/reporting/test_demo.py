@@ -10,7 +10,7 @@ from playwright.sync_api import Page
 from llmprune.evaluation.continuations import GenerationConfig, Prompt, write_continuations
 from llmprune.models.opened import open_model
 from llmprune.models.placement import Placement
-from llmprune.report.demo import answer, check_request, serve
+from llmprune.reporting.demo import answer, check_request, serve
 from llmprune.utils.errors import UserError
 from tests.harness.browser import chromium
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.checkpoints.checkpoint_folder import BEST
-from llmprune.convert.checkpoint import Checkpoint
+from llmprune.conversion.checkpoint import Checkpoint
 from llmprune.plans.plan import KeptBlock
 from llmprune.pruning.replacements.custom_block import Network
 from llmprune.pruning.replacements.modules import STAND_INS, Site, StandIn
@@ -97,9 +97,9 @@ def read_replaced(checkpoint: Checkpoint, *, best: bool, model: PreTrainedModel 
     if model is None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(checkpoint.config)
-            stand_in = STAND_INS.get(config.kind)(Site(model, span, 0), config)
+            stand_in = STAND_INS[config.kind](Site(model, span, 0), config)
     else:
-        stand_in = STAND_INS.get(config.kind)(Site(model, span, 0), config)
+        stand_in = STAND_INS[config.kind](Site(model, span, 0), config)
     trained, score = _best(checkpoint) if best else ({}, None)
     state = checkpoint.state
     values = {name: _STAND_IN + name for name in stand_in.state_dict()}

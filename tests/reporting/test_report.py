@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from llmprune.cli import app
-from llmprune.convert.commands import apply
+from llmprune.conversion.commands import apply
 from llmprune.jobs.score import save_scores, score
 from llmprune.models.loading import load_model_config
 from llmprune.models.placement import Placement
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.pruning.scoring.settings import LayerScoringConfig
-from llmprune.report.collect import collect
-from llmprune.report.page import write_report
-from llmprune.report.plan_picture import picture_of_plan
+from llmprune.reporting.collect import collect
+from llmprune.reporting.page import write_report
+from llmprune.reporting.plan_picture import picture_of_plan
 from llmprune.utils.errors import UserError
 from tests.harness.browser import chromium
 

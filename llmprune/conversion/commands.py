@@ -11,9 +11,9 @@ from torch import Tensor
 
 from llmprune.checkpoints.metrics import read_metrics
 from llmprune.checkpoints.run_folder import RunFolder
-from llmprune.convert.checkpoint import Checkpoint, CheckpointWeights, is_checkpoint
-from llmprune.convert.export import export, keep_everything
-from llmprune.convert.result import Result
+from llmprune.conversion.checkpoint import Checkpoint, CheckpointWeights, is_checkpoint
+from llmprune.conversion.export import export, keep_everything
+from llmprune.conversion.result import Result
 from llmprune.models.families import RicherHeadsConfig
 from llmprune.models.loading import load_model_config
 from llmprune.models.source import resolve_model

@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from llmprune.report.figures import STYLE, Picture
+from llmprune.reporting.figures import STYLE, Picture
 
 Row = Mapping[str, Any]
 AXES = {"parameters": "million parameters", "latency": "share of the source's time of a token"}

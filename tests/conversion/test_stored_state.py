@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from llmprune.checkpoints.checkpoint_folder import METADATA
-from llmprune.convert.stored_state import harmless, open_state
+from llmprune.conversion.stored_state import harmless, open_state
 from llmprune.utils.errors import UserError
 
 WEIGHT = torch.arange(12.0).reshape(3, 4)

@@ -8,7 +8,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from llmprune.convert.model_card import model_card
+from llmprune.conversion.model_card import model_card
 from llmprune.models.companions import copy_companions, save_model_config
 from llmprune.models.custom_code import needs_code, write_code
 from llmprune.models.families import family_of

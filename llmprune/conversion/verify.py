@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from llmprune.convert.checkpoint import Checkpoint, is_checkpoint
-from llmprune.convert.replaced import Replaced, read_replaced
+from llmprune.conversion.checkpoint import Checkpoint, is_checkpoint
+from llmprune.conversion.replaced import Replaced, read_replaced
 from llmprune.models.loading import load_any_model, load_model, new_model
 from llmprune.models.quantised import quantised_as
 from llmprune.models.source import has_stand_in, resolve_model

@@ -16,8 +16,8 @@ from transformers import PretrainedConfig
 from llmprune.checkpoints.checkpoint_folder import METADATA, CheckpointFolder, batch_of, is_complete
 from llmprune.checkpoints.run_folder import Manifest
 from llmprune.config.sections import all_sections
-from llmprune.convert.foreign import checkpoint_in, what_it_is
-from llmprune.convert.stored_state import StoredState, open_state
+from llmprune.conversion.foreign import checkpoint_in, what_it_is
+from llmprune.conversion.stored_state import StoredState, open_state
 from llmprune.models.families import Family, family_of
 from llmprune.models.loading import load_model_config
 from llmprune.models.stored_weights import fingerprint

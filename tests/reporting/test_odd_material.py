@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llmprune.report.page import write_report
+from llmprune.reporting.page import write_report
 from llmprune.utils.errors import UserError
 from tests.faults.test_fuzz import damaged_values
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from llmprune.cli import app
-from llmprune.convert.quantize import QuantizeConfig, quantize
+from llmprune.conversion.quantize import QuantizeConfig, quantize
 from llmprune.data.calibration import CalibrationConfig, calibration_samples
 from llmprune.models.loading import load_model, load_tokenizer
 from llmprune.models.opened import open_model
@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(
     shutil.copytree(trained_folder, tmp_path / "model")
     for path in (tmp_path / "model").glob("*.safetensors"):
         path.write_bytes(b"no weights")
-    monkeypatch.setattr("llmprune.convert.quantize.load_any_model", lambda *_, **__: pytest.fail("weights are read"))
+    monkeypatch.setattr("llmprune.conversion.quantize.load_any_model", lambda *_, **__: pytest.fail("weights are read"))
     with pytest.raises(UserError, match="groups of 128 do not fit rows of 32, 48, 64 weights"):
         quantize(tmp_path / "model", tmp_path / "out", QuantizeConfig())
 

@@ -19,7 +19,7 @@ from llmprune.data.sources import clean_name
 from llmprune.measurement.results import as_csv
 from llmprune.pruning.scoring.pictures import heat_map, similarity, span_landscape
 from llmprune.pruning.scoring.scores import Scores
-from llmprune.report.collect import Run
+from llmprune.reporting.collect import Run
 
 LEGEND = 60  # lines at most
 

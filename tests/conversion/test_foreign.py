@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from llmprune.convert.checkpoint import Checkpoint
-from llmprune.convert.commands import convert
-from llmprune.convert.foreign import _MOST
+from llmprune.conversion.checkpoint import Checkpoint
+from llmprune.conversion.commands import convert
+from llmprune.conversion.foreign import _MOST
 from llmprune.utils.errors import UserError
 
 HF = "then `llmprune score`, `apply` and train.py go on from that folder"

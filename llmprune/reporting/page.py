@@ -13,12 +13,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llmprune.checkpoints.run_folder import RunFolder
-from llmprune.convert.commands import last_evaluation
+from llmprune.conversion.commands import last_evaluation
 from llmprune.data.sources import clean_name
 from llmprune.measurement.results import rows as speed_rows
-from llmprune.report.collect import Material, Model, Run, collect, short_names
-from llmprune.report.figures import Picture, fastest, pictures_of_quality, pictures_of_run, pictures_of_scores
-from llmprune.report.plan_picture import picture_of_plan
+from llmprune.reporting.collect import Material, Model, Run, collect, short_names
+from llmprune.reporting.figures import Picture, fastest, pictures_of_quality, pictures_of_run, pictures_of_scores
+from llmprune.reporting.plan_picture import picture_of_plan
 from llmprune.utils.files import write_text
 from llmprune.utils.outputs import output_folder, refuse_existing, refuse_replacing
 
@@ -77,7 +77,7 @@ def write_report(
             pictures = [picture for section in sections for picture in section.pictures]
             for picture, name in zip(pictures, _file_names(pictures), strict=True):
                 picture.save(folder, name)
-    environment = Environment(loader=PackageLoader("llmprune.report"), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(loader=PackageLoader("llmprune.reporting"), autoescape=True, undefined=StrictUndefined)
     environment.tests["number"] = lambda cell: re.match(r"[\d.,]+(?= |$)", cell) is not None
     page = environment.get_template("page.html").render(
         title=", ".join(Path(path).name for path in paths),

@@ -1,0 +1,1 @@
+"""The functions of ``import llmprune``, with the names and defaults of the commands."""

@@ -172,7 +172,7 @@ def train(job: "Config | Place", overrides: Sequence[str] = (), *, callbacks: "S
 def convert(checkpoint: Place, out: Place, *, dtype: str | None = None, overwrite: bool = False) -> Path:
     """Turn a checkpoint (with gates, a replacement module or adapters, if it has any) into a Hugging Face folder.
 
-    >>> llmprune.conversion("recover", "recovered")
+    >>> llmprune.convert("recover", "recovered")
     PosixPath('recovered')
 
     Args:
@@ -317,7 +317,7 @@ def measure(
 def report(runs: Place | Sequence[Place], out: Place, *, plots: Place | None = None, overwrite: bool = False) -> Path:
     """Write one self-contained page about runs: plans, curves, scores, quality, speed.
 
-    >>> llmprune.reporting(["recover", "smaller"], "report.html")
+    >>> llmprune.report(["recover", "smaller"], "report.html")
     PosixPath('report.html')
 
     Args:

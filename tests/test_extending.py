@@ -35,37 +35,50 @@ def installed(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
-def run(installed: dict[str, str], *command: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, *command], env=installed, cwd=ROOT, capture_output=True, text=True, timeout=300
+# Imports take seconds: one process carries out several commands, and tells of each the exit code and what it printed.
+CARRY_OUT = """
+import contextlib, json, sys, tempfile
+from llmprune import cli
+import train
+for command in json.loads(sys.argv[1]):
+    told = tempfile.TemporaryFile("w+")
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        try:
+            sys.argv = ["llmprune", *command]
+            code = train.main(command[1:]) if command[0] == "train.py" else cli.main()
+        except SystemExit as ended:
+            code = ended.code
+    print(json.dumps([code or 0, (told.seek(0), told.read())[1]]))
+"""
+
+
+def carry_out(environment: dict[str, str], *commands: list[str]) -> list[tuple[int, str]]:
+    command = [sys.executable, "-c", CARRY_OUT, json.dumps(commands)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [(code, told) for code, told in map(json.loads, done.stdout.splitlines())]
+
+
+def test_a_package_of_ones_own(installed: dict[str, str], model_folder: Path, data: Path, tmp_path: Path) -> None:
+    yaml, out = str(tmp_path / "job.yaml"), str(tmp_path / "scores.json")
+    Path(yaml).write_text(JOB.format(folder=tmp_path, model=model_folder, data=data))
+    names, scored, trained, resumed, mistake, exported = carry_out(
+        installed,
+        ["score", "--names", "x", "--out", "x.json"],
+        ["score", str(model_folder), "--criteria", "middle", "--out", out],
+        ["train.py", yaml],
+        ["train.py", yaml, "run.autoresume=true", "weight_noise.scale=0.1"],
+        ["train.py", yaml, "weight_noise.scal=1"],
+        ["convert", str(tmp_path / "run"), "--out", str(tmp_path / "model")],
     )
-
-
-def test_a_criterion(installed: dict[str, str], model_folder: Path, tmp_path: Path) -> None:
-    names = run(installed, "-m", "llmprune.cli", "score", "--names", "x", "--out", "x.json").stdout
-    assert re.search(r"^middle +The blocks in the middle go first\.$", names, re.MULTILINE)
-    out = tmp_path / "scores.json"
-    done = run(installed, "-m", "llmprune.cli", "score", str(model_folder), "--criteria", "middle", "--out", str(out))
-    assert done.returncode == 0, done.stderr
-    assert json.loads(out.read_text())["blocks"]["middle"] == [2, 1, 0, 1]
-
-
-def test_a_section(installed: dict[str, str], model_folder: Path, data: Path, tmp_path: Path) -> None:
-    yaml = tmp_path / "job.yaml"
-    yaml.write_text(JOB.format(folder=tmp_path, model=model_folder, data=data))
-    done = run(installed, "train.py", str(yaml))
-    assert done.returncode == 0, done.stderr
+    assert re.search(r"^middle +The blocks in the middle go first\.$", names[1], re.MULTILINE)
+    assert scored[0] == trained[0] == exported[0] == 0
+    assert json.loads(Path(out).read_text())["blocks"]["middle"] == [2, 1, 0, 1]
     assert "weight_noise:\n  scale: 0.001" in (tmp_path / "run/config.yaml").read_text()
     manifest = json.loads((tmp_path / "run/checkpoints/manifest.json").read_text())
     assert manifest["sections"] == {"weight_noise": {"scale": 0.001}}
-    resumed = run(installed, "train.py", str(yaml), "run.autoresume=true", "weight_noise.scale=0.1")
-    assert resumed.returncode == 2 and "weight_noise.scale 0.001; the config asks for 0.1" in resumed.stderr
-    mistake = run(installed, "train.py", str(yaml), "weight_noise.scal=1")
-    assert mistake.returncode == 2 and "unknown key 'weight_noise.scal'; did you mean 'scale'" in mistake.stderr
-    exported = run(installed, "-m", "llmprune.cli", "convert", str(tmp_path / "run"), "--out", str(tmp_path / "model"))
-    assert exported.returncode == 0, exported.stderr
-    alone = subprocess.run(
-        [sys.executable, "-m", "llmprune.cli", "convert", str(tmp_path / "run"), "--out", str(tmp_path / "other")],
-        env={**installed, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert alone.returncode == 2 and "the section 'weight_noise', which no installed package knows" in alone.stderr
+    assert resumed[0] == 2 and "weight_noise.scale 0.001; the config asks for 0.1" in resumed[1]
+    assert mistake[0] == 2 and "unknown key 'weight_noise.scal'; did you mean 'scale'" in mistake[1]
+    alone = {**installed, "PYTHONPATH": installed["PYTHONPATH"].removeprefix(f"{tmp_path}{os.pathsep}")}
+    ((code, told),) = carry_out(alone, ["convert", str(tmp_path / "run"), "--out", str(tmp_path / "other")])
+    assert code == 2 and "the section 'weight_noise', which no installed package knows" in told

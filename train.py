@@ -49,12 +49,12 @@ def main(arguments: list[str]) -> int:
 
 def _carry_out(arguments: list[str]) -> int:
     from llmprune.callbacks.preemption import Preempted
-    from llmprune.config.job_files import describe, load_job
+    from llmprune.config.job_files import describe_jobs, load_job
     from llmprune.config.jobs import JOBS
 
     TERMINATION.listen()  # again: Composer ends the process at once
     if arguments[0] in ("-h", "--help"):
-        print(f"{USAGE}\n\n{describe()}")
+        print(f"{USAGE}\n\n{describe_jobs()}")
         return 0
     job = load_job(arguments[0], arguments[1:])
     try:

@@ -160,13 +160,13 @@ def conversations(
 
 
 @app.command()
-def merge(
+def merge_prepared(
     parts: Annotated[list[Path], typer.Argument(help="What --shard 0/n … n-1/n wrote.")],
     out: Out,
     overwrite: Overwrite = False,
 ) -> None:
     """Join the parts of a job."""
-    from data_prep.pack import merge as merge_parts
+    from data_prep.pack import merge_prepared as merge_parts
 
     _print_summary(merge_parts(parts, out, overwrite=overwrite))
 

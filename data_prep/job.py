@@ -38,7 +38,7 @@ class Progress:
     complete: bool = False
 
 
-class Job:
+class PackingJob:
     """The folder of a job.
 
     FOLDER/
@@ -101,7 +101,7 @@ class Job:
 
 
 @contextmanager
-def opened_job(out: Path | str, description: Mapping[str, Any], *, overwrite: bool) -> Iterator[Job]:
+def opened_job(out: Path | str, description: Mapping[str, Any], *, overwrite: bool) -> Iterator[PackingJob]:
     """The job that writes ``out``: a new one, or the one of this description that was stopped.
 
     Its folder stands beside ``out``. What is to become the output must be moved there by the caller, before the block
@@ -112,7 +112,7 @@ def opened_job(out: Path | str, description: Mapping[str, Any], *, overwrite: bo
     """
     out = Path(out).resolve()
     refuse_existing(out, overwrite)
-    job = Job(out.with_name(f".{out.name}.partial"))
+    job = PackingJob(out.with_name(f".{out.name}.partial"))
     described = json.loads(to_json({"schema": SCHEMA, **description}))
     with ExitStack() as stack:
         try:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from data_prep.encode import Tokens, encoded
-from data_prep.job import Job, Progress, opened_job
+from data_prep.job import PackingJob, Progress, opened_job
 from data_prep.packer import Arrival, Layout, Packer
 from data_prep.reading import EARLY_STOP, Reading, part_of
 from data_prep.recipe import PackSettings, Recipe, load_fast_tokenizer, tokens_of
@@ -119,7 +119,7 @@ def prepare(
         return Summary(_finish(job, packers, recipe, loaded, out, overwrite), done.bad)
 
 
-def merge(parts: Sequence[Path | str], out: Path | str, *, overwrite: bool = False) -> Summary:
+def merge_prepared(parts: Sequence[Path | str], out: Path | str, *, overwrite: bool = False) -> Summary:
     """Make the parts of a job, all of them, into prepared data. Shards are linked where the file system allows it.
 
     Args:
@@ -131,7 +131,7 @@ def merge(parts: Sequence[Path | str], out: Path | str, *, overwrite: bool = Fal
         UserError: a part is missing, there twice, or of another job.
     """
     refuse_replacing(out, parts)
-    jobs: dict[int, Job] = {}
+    jobs: dict[int, PackingJob] = {}
     recipes, count = [], 0
     for path in map(Path, parts):
         description = read_json(path / "job.json") if (path / "job.json").is_file() else {}
@@ -140,7 +140,7 @@ def merge(parts: Sequence[Path | str], out: Path | str, *, overwrite: bool = Fal
         number, count = description["shard"]
         if number in jobs:
             raise UserError(f"{path} and {jobs[number].folder} are the same part, {number} of {count}")
-        jobs[number] = Job(path)
+        jobs[number] = PackingJob(path)
         if not jobs[number].is_complete:
             raise UserError(f"{path} was stopped before its end: call its command again")
         recipes.append({key: description[key] for key in ("recipe", "fields", "whole")})
@@ -171,12 +171,12 @@ def _pack(
     reading: Reading,
     tokens: Tokens,
     packers: Mapping[str, Packer],
-    job: Job,
+    job: PackingJob,
     done: Progress,
     processes: int,
     bar: "tqdm[Any]",
 ) -> None:
-    """Pack everything behind what is done, and write down from time to time how far that is."""
+    """Pack everything after what is done, and write down from time to time how far that is."""
     settings, saved = reading.settings, time.monotonic()
     with closing(encoded(tokens, reading.batches(done.place), processes)) as results:
         for batch, contents in results:
@@ -212,7 +212,7 @@ def _pack(
 
 
 def _finish(
-    job: Job,
+    job: PackingJob,
     packers: Mapping[str, Packer],
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerFast,

@@ -53,7 +53,7 @@ class Reading:
         )
 
     def batches(self, after: Place) -> Iterator[Batch]:
-        """Documents and bad records behind a place."""
+        """Documents and bad records after a place."""
         batch, characters = Batch(place=after), 0
         for item in self._documents(self.inputs, after):
             if isinstance(item, BadRecord):

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_prep.conversations import ConversationSettings, renderer
 from data_prep.encode import Tokens
-from data_prep.job import Job
+from data_prep.job import PackingJob
 from data_prep.packer import Layout, Packer
 from llmprune.data.format import DataManifest, token_dtype, tokenizer_fingerprint
 from llmprune.data.sources import Render, clean_name, folded
@@ -121,7 +121,7 @@ class Recipe:
             conversations=None if settings.conversations is None else settings.conversations.described(),
         )
 
-    def packers(self, job: Job) -> dict[str, Packer]:
+    def packers(self, job: PackingJob) -> dict[str, Packer]:
         """A packer for each set, or the only one."""
         return {
             name: Packer(job.data / name, self.layout, job.packers_notes(name)) for name in (self.sets or {"": 1.0})

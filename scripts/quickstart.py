@@ -163,7 +163,7 @@ def scratch_overrides(pruned: Path, out: Path) -> list[str]:
 
 def evaluate(out: Path, data: Path) -> None:
     """Measure the four models, and compare the gated checkpoint with its export."""
-    from llmprune.conversion.verify import compare, open_for_comparison
+    from llmprune.conversion.verify import compare_models, open_for_comparison
     from llmprune.data.prepared import PreparedData
     from llmprune.evaluation.losses import evaluate_losses
     from llmprune.models.loading import load_model
@@ -174,7 +174,7 @@ def evaluate(out: Path, data: Path) -> None:
         model = load_model(folder)
         losses[name] = evaluate_losses(model, PreparedData(data), samples_per_domain=EVAL_SAMPLES_PER_DOMAIN)
         parameters[name] = sum(p.numel() for p in model.parameters())
-    difference = compare(open_for_comparison(out / "prune"), open_for_comparison(folders["pruned"]))
+    difference = compare_models(open_for_comparison(out / "prune"), open_for_comparison(folders["pruned"]))
     write_json(
         out / "evaluation.json",
         {

@@ -49,7 +49,7 @@ class Recovery:
 
 def _parts(*parts: str) -> Recovery:
     """Some parts; the base's output layer is its embedding."""
-    return Recovery("continue.yaml", (FIXED, f"trainable={{{{parts: [{', '.join(parts)}]}}}}"))
+    return Recovery("continue.yaml", (FIXED, f"trainable={{{{parameters: [{', '.join(parts)}]}}}}"))
 
 
 def _taught(more: str = "", *others: str) -> Recovery:

@@ -1,9 +1,9 @@
-"""The quickstart's base without two of its blocks' parameters, by every stand-in and objective.
+"""The quickstart's base without two of its blocks' parameters, by every replacement module and objective.
 
-The span is longer the larger its stand-in is, so that all models have about the same size: two blocks go and nothing
-comes, or three and a network of one block's size, or four and two blocks. Each span is the one whose ends are most
-alike. Held-out losses before and after training are those of the same samples. A second run goes on where the first was
-stopped. The table is OUT/table.md.
+The span is longer the larger its replacement module is, so that all models have about the same size: two blocks go and
+nothing comes, or three and a network of one block's size, or four and two blocks. Each span is the one whose ends are
+most alike. Held-out losses before and after training are those of the same samples. A second run goes on where the
+first was stopped. The table is OUT/table.md.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def studied(hidden: int, block: int) -> Iterator[tuple[str, str | None, list[str
 
 
 def study(objective: str | None, settings: list[str], quickstart: Path, run: Path, batches: int) -> dict[str, Any]:
-    """Train one stand-in."""
+    """Train one replacement module."""
     from llmprune.config.job_files import load_training_job
     from llmprune.conversion.commands import convert
     from llmprune.jobs.train import train
@@ -102,7 +102,14 @@ def main() -> int:
             write_json(results, found)
             print(f"{name}: {found[name]}", flush=True)
     domains = [key for key in next(iter(found.values()))["after"] if "/" in key]
-    head = ["stand-in, objective", "span", "parameters", "before", "after", *(d.partition("/")[2] for d in domains)]
+    head = [
+        "replacement module, objective",
+        "span",
+        "parameters",
+        "before",
+        "after",
+        *(d.partition("/")[2] for d in domains),
+    ]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, row in found.items():
         start, length = row["span"]

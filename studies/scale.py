@@ -27,7 +27,7 @@ JOBS = {
     "continue": [],
     "prune": ["l0_pruning={target: {layers: 4, hidden: 256, heads: 6, intermediate: 768}, lagrangian_warmup: 10ba}"],
     "replace": ["block_replacement={start: 2, length: 3, kind: blocks}"],
-    "last two blocks": ["trainable={parts: [last.2]}"],
+    "last two blocks": ["trainable={parameters: [last.2]}"],
     "LoRA": ["lora={dropout: 0.0}"],
     "distillation": ["distillation={teacher: OUT/teacher, dtype: float32}"],
 }
@@ -102,7 +102,10 @@ def run_all(out: Path, setting: str, what: str) -> None:
             config.train.duration = duration
             trainer = training.build_trainer(config)
             for callback in list(trainer.state.callbacks):
-                if type(callback).__name__ in ("CheckpointSaver", "Safekeeping"):  # saving is not looked at here
+                if type(callback).__name__ in (
+                    "CheckpointSaver",
+                    "CheckpointUploading",
+                ):  # saving is not looked at here
                     trainer.state.callbacks.remove(callback)
             trainer.state.callbacks.append(clock)
             trainer.fit()

@@ -13,17 +13,17 @@ from composer.utils import dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from llmprune.callbacks.loss_terms import PartMeans
+from llmprune.callbacks.loss_terms import LossTerms
 from llmprune.checkpoints.checkpoint_folder import BEST
 from llmprune.models.block_hooks import blocks_of
 from llmprune.models.causal_lm import Batch, ComposerCausalLM, labels_of
 from llmprune.models.least_squares import LEAST, RIDGES, samples_fitted, samples_for
 from llmprune.models.objectives import predicting
-from llmprune.models.parameters import parameters_behind, train_only
+from llmprune.models.parameters import parameters_after, train_only
 from llmprune.models.sharded import reshard
 from llmprune.pruning.replacements.cache import StatesCache
 from llmprune.pruning.replacements.fitting import FittedLosses, Map, Sums, best_map
-from llmprune.pruning.replacements.modules import STAND_INS, Site, StandIn
+from llmprune.pruning.replacements.modules import REPLACEMENTS, ReplacementModule, Site
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.pruning.replacements.span import Span
 from llmprune.pruning.replacements.streaming import Streaming
@@ -34,11 +34,12 @@ log = logging.getLogger(__name__)
 
 
 class BlockReplacement(Callback):
-    """Trains a stand-in for a span of blocks; the source's weights stay as they are.
+    """Trains a replacement module for a span of blocks; the source's weights stay as they are.
 
-    At INIT the stand-in becomes the Composer model's submodule ``stand_in``, everything else is frozen, and the
-    optimiser gets the parameters that train. The model then learns by ``Streaming`` and is evaluated with the stand-in
-    in place of the span. Whenever its held-out loss is the lowest so far, what trains is kept beside the checkpoints.
+    At INIT the replacement module becomes the Composer model's submodule ``replacement``, everything else is frozen,
+    and the optimiser gets the parameters that train. The model then learns by ``Streaming`` and is evaluated with the
+    replacement module in place of the span. Whenever its held-out loss is the lowest so far, what trains is kept beside
+    the checkpoints.
     """
 
     def __init__(
@@ -59,8 +60,8 @@ class BlockReplacement(Callback):
             config: the settings.
             span: of blocks, that is replaced.
             seed: of random weights.
-            folder: where the best stand-in is kept; None = nowhere.
-            fit_on: this rank's batches that stand-ins are computed from, if they are.
+            folder: where the best replacement module is kept; None = nowhere.
+            fit_on: this rank's batches that replacement modules are computed from, if they are.
             alone: whether nothing is trained after that.
             cache: of the states that are trained on.
             cached: this rank's share of its samples, of those on this machine, in batches.
@@ -72,25 +73,25 @@ class BlockReplacement(Callback):
         self.config, self.span, self._seed, self._folder, self._fit_on = config, span, seed, folder, fit_on
         self._cache, self._cached, self._alone = cache, cached, alone
         self.best: tuple[float, int] | None = None  # loss, batch
-        self._means = PartMeans("replacement")
+        self._means = LossTerms("replacement")
         self._is_new = True
-        self.stand_in: StandIn
+        self.replacement: ReplacementModule
         self.streaming: Streaming
 
     def init(self, state: State, logger: Logger) -> None:
-        """Make the stand-in, before the model is sharded."""
+        """Make the replacement module, before the model is sharded."""
         model = cast(ComposerCausalLM, state.model)
         self.span.check(len(blocks_of(model.model)))
-        self.stand_in = make_stand_in(model, self.config, self.span, self._seed)
+        self.replacement = make_replacement(model, self.config, self.span, self._seed)
         if state.precision != Precision.FP32 or model.products is not None:
-            self.stand_in.float()  # frozen weights may be bfloat16: what trains may not
-        self.stand_in = state.device.module_to_device(self.stand_in)
-        model.stand_in = self.stand_in
-        chosen = [*self.stand_in.parameters(), *parameters_behind(model.model, self.span.end, self.config.also)]
+            self.replacement.float()  # frozen weights may be bfloat16: what trains may not
+        self.replacement = state.device.module_to_device(self.replacement)
+        model.replacement = self.replacement
+        chosen = [*self.replacement.parameters(), *parameters_after(model.model, self.span.end, self.config.also)]
         train_only(model, state.optimizers, chosen)
         self.streaming = Streaming(
             model.model,
-            self.stand_in,
+            self.replacement,
             self.span,
             self.config.weights,
             top_k=self.config.top_k,
@@ -101,26 +102,29 @@ class BlockReplacement(Callback):
 
     def _say_sizes(self, model: ComposerCausalLM, logger: Logger) -> None:
         removed = sum(p.numel() for p in self._blocks(model).parameters())
-        added = 0 if self.stand_in.reads_update else sum(p.numel() for p in self.stand_in.parameters())
+        added = 0 if self.replacement.reads_update else sum(p.numel() for p in self.replacement.parameters())
         logger.log_hyperparameters(
             {"replacement/span": str(self.span), "replacement/removed": removed, "replacement/added": added}
         )
         if added >= removed:
             log.warning(
-                "the stand-in has %s parameters, %s has %s: nothing is saved", f"{added:,}", self.span, f"{removed:,}"
+                "the replacement module has %s parameters, %s has %s: nothing is saved",
+                f"{added:,}",
+                self.span,
+                f"{removed:,}",
             )
 
     def _blocks(self, model: ComposerCausalLM) -> nn.ModuleList:
         return blocks_of(model.model)[self.span.start : self.span.end]
 
     def before_load(self, state: State, logger: Logger) -> None:
-        """Let stand-ins made of blocks take the values that these have by now."""
+        """Let replacement modules made of blocks take the values that these have by now."""
         model = cast(ComposerCausalLM, state.model)
-        self.stand_in.begin(self._blocks(model))
+        self.replacement.begin(self._blocks(model))
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Compute a stand-in that is computed, unless the run goes on from a checkpoint."""
-        if self._is_new and self.stand_in.is_fitted:
+        """Compute a replacement module that is computed, unless the run goes on from a checkpoint."""
+        if self._is_new and self.replacement.is_fitted:
             self._fit(state)
         if self._cache is not None:
             self._fill(self._cache, state)
@@ -148,7 +152,7 @@ class BlockReplacement(Callback):
         dist.barrier()
 
     def _fit(self, state: State) -> None:
-        """Compute the stand-in on most of the samples, and see on the others whether it is better than nothing.
+        """Compute the replacement module on most of the samples, and compare it with nothing on the others.
 
         Raises:
             UserError: on all ranks, if the samples are too few, or it is no better and nothing is trained afterwards.
@@ -157,8 +161,8 @@ class BlockReplacement(Callback):
         fitted, tried = _parted(batches)
         if not all(dist.all_gather_object(bool(tried))):
             raise UserError(
-                "a stand-in is computed on some samples and tried on others: raise block_replacement.fit_samples until "
-                "every rank has two of them"
+                "a replacement module is computed on some samples and tried on others: raise "
+                "block_replacement.fit_samples until every rank has two of them"
             )
         sums = self.sums(state, fitted)
         if self.config.kind != "mean" and (tokens := int(sums.tokens)) < LEAST * len(sums.x):
@@ -168,10 +172,10 @@ class BlockReplacement(Callback):
                 f"for each are needed: set block_replacement.fit_samples={enough}"
             )
         ridges = RIDGES if self.config.ridge is None else (self.config.ridge,)
-        chosen = best_map(self.stand_in.ways(sums, ridges), self.sums(state, tried))
-        self.stand_in.take(Map())
+        chosen = best_map(self.replacement.ways(sums, ridges), self.sums(state, tried))
+        self.replacement.take(Map())
         nothing = self._loss(state, tried)
-        self.stand_in.take(chosen)
+        self.replacement.take(chosen)
         losses = FittedLosses(self._loss(state, tried, whole=True), nothing, self._loss(state, tried))
         if not losses.helps and not self.config.force:
             if self._alone:
@@ -179,14 +183,14 @@ class BlockReplacement(Callback):
                     f"{self.config.kind} is no better than nothing in the place of {self.span} ({losses}): choose "
                     "another span, raise block_replacement.fit_samples, train it, or set block_replacement.force=true"
                 )
-            self.stand_in.take(Map())
+            self.replacement.take(Map())
         if dist.get_global_rank() == 0:
             left = "" if losses.helps or self.config.force else "; it begins as nothing"
             print(f"{self.config.kind} on samples that it was not fitted on: {losses}{left}")
 
     @torch.no_grad()
     def _loss(self, state: State, batches: Iterable[Batch], *, whole: bool = False) -> float:
-        """The mean next-token loss over all ranks, with the stand-in or of the whole source."""
+        """The mean next-token loss over all ranks, with the replacement module or of the whole source."""
         model = cast(ComposerCausalLM, getattr(state.model, "module", state.model))
         total = state.device.tensor_to_device(torch.zeros(2, dtype=torch.float64))
         model.objective = None if whole else self.streaming
@@ -200,13 +204,13 @@ class BlockReplacement(Callback):
 
     @torch.no_grad()
     def sums(self, state: State, batches: Iterable[Batch]) -> Sums:
-        """What stand-ins are computed from, over all ranks."""
+        """What replacement modules are computed from, over all ranks."""
         found: Sums | None = None
         for batch in batches:
             batch = state.device.batch_to_device(batch)
             source = self.streaming.source(batch, after=True, final=False)
             assert source.after is not None
-            read = source.update if self.stand_in.reads_update else source.before
+            read = source.update if self.replacement.reads_update else source.before
             assert read is not None
             chosen = predicting(labels_of(batch))
             found = found or Sums.empty(read.shape[-1], read.device)
@@ -219,7 +223,7 @@ class BlockReplacement(Callback):
 
     def after_loss(self, state: State, logger: Logger) -> None:
         """Add the objectives of a microbatch."""
-        self._means.add(self.streaming.parts, state.batch)
+        self._means.add(self.streaming.terms, state.batch)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log their means over all tokens of the batch."""
@@ -256,7 +260,7 @@ class BlockReplacement(Callback):
             (self._folder / f".{BEST}").replace(self._folder / BEST)
 
     def state_dict(self) -> dict[str, Any]:
-        """The lowest loss so far and its batch; the stand-in itself is in the model's state."""
+        """The lowest loss so far and its batch; the replacement module itself is in the model's state."""
         return {"best": None if self.best is None else list(self.best)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -266,7 +270,7 @@ class BlockReplacement(Callback):
 
 
 def _parted(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
-    """Of this rank's batches those that a stand-in is computed on, and those that it is tried on.
+    """Of this rank's batches those that a replacement module is computed on, and those that it is tried on.
 
     A single batch is parted itself.
     """
@@ -289,7 +293,9 @@ def _enough(batches: Sequence[Batch], needed: int, tokens: int) -> int:
     return samples_for(math.ceil(needed * fitted / max(tokens, 1))) * samples * dist.get_world_size()
 
 
-def make_stand_in(model: ComposerCausalLM, config: BlockReplacementConfig, span: Span, seed: int) -> StandIn:
-    """The stand-in that the settings describe, in the model's dtype."""
-    made = STAND_INS[config.kind](Site(model.model, span, seed), config)
+def make_replacement(
+    model: ComposerCausalLM, config: BlockReplacementConfig, span: Span, seed: int
+) -> ReplacementModule:
+    """The replacement module that the settings describe, in the model's dtype."""
+    made = REPLACEMENTS[config.kind](Site(model.model, span, seed), config)
     return made.to(model.model.dtype)

@@ -11,7 +11,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from llmprune.checkpoints.checkpoint_folder import LATEST, CheckpointFolder, batch_of, is_complete, record_name
-from llmprune.utils.checksums import describe
+from llmprune.utils.checksums import describe_file
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import write_json
 from llmprune.utils.object_store import Store
@@ -26,7 +26,7 @@ _APART = ("states", "tensorboard", "wandb")  # of a run folder: what can be made
 log = logging.getLogger(__name__)
 
 
-class Safekeeping(Callback):
+class CheckpointUploading(Callback):
     """Takes care of every checkpoint once it is written, beside the training that goes on.
 
     Every rank looks after the files that it wrote itself, and no rank waits for another: it computes their checksums,
@@ -147,7 +147,7 @@ class Safekeeping(Callback):
         top, name = self._checkpoints.path, record_name(batch, self._rank)
         try:
             if batch != self._loaded or not (top / name).is_file():
-                described = {path.relative_to(top).as_posix(): describe(path) for path in files}
+                described = {path.relative_to(top).as_posix(): describe_file(path) for path in files}
                 ranks = self._writers if files[0].parent != top else 1
                 write_json(top / name, {"schema": 1, "ranks": ranks, "files": described})
                 if self._rank == 0:

@@ -5,7 +5,7 @@ from typing import cast
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from llmprune.callbacks.loss_terms import PartMeans
+from llmprune.callbacks.loss_terms import LossTerms
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.loading import empty_model, load_model
 from llmprune.models.placement import dtype_for_inference
@@ -46,7 +46,7 @@ class Distillation(Callback):
         """
         config.check()
         self.config, self._correspondence, self._attention, self._kept = config, correspondence, attention, kept
-        self._means = PartMeans("distillation")
+        self._means = LossTerms("distillation")
         self.objective: Distilling
 
     def before_load(self, state: State, logger: Logger) -> None:
@@ -92,7 +92,7 @@ class Distillation(Callback):
 
     def after_loss(self, state: State, logger: Logger) -> None:
         """Note the objectives of a microbatch."""
-        self._means.add(self.objective.parts, state.batch)
+        self._means.add(self.objective.terms, state.batch)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log them."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmprune.data.order import keyed_generator
 from llmprune.models.causal_lm import ComposerCausalLM
-from llmprune.models.parameters import prime
+from llmprune.models.parameters import init_optimizer_state
 from llmprune.pruning.gates.alarms import GateAlarms
 from llmprune.pruning.gates.attach import GateSlot, attach
 from llmprune.pruning.gates.gate_set import Factors, GateSet, load_gates
@@ -91,7 +91,7 @@ class L0Pruning(Callback):
             torch.optim.Adam(multipliers, lr=self.config.multiplier_lr, maximize=True, **common),
         )
         for optimizer in self._optimizers:
-            prime(optimizer)
+            init_optimizer_state(optimizer)
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
         facts = {"l0/source": str(source), "l0/target": str(gates.goal)}

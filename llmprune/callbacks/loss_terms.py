@@ -1,4 +1,4 @@
-"""The parts of a loss, each as its mean over all tokens of a batch."""
+"""The terms of a loss, each as its mean over all tokens of a batch."""
 
 from collections.abc import Mapping
 
@@ -11,18 +11,18 @@ from llmprune.models.causal_lm import Batch, labels_of
 from llmprune.models.objectives import predicting
 
 
-class PartMeans:
-    """Adds up the parts of microbatches and logs their means over all ranks."""
+class LossTerms:
+    """Adds up the terms of microbatches and logs their means over all ranks."""
 
     def __init__(self, prefix: str) -> None:
         """Log under ``prefix``/PART."""
         self._prefix = prefix
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, parts: Mapping[str, Tensor], batch: Batch) -> None:
-        """Add a microbatch's parts, each a mean over the tokens that are predicted."""
+    def add(self, terms: Mapping[str, Tensor], batch: Batch) -> None:
+        """Add a microbatch's terms, each a mean over the tokens that are predicted."""
         tokens = predicting(labels_of(batch)).sum()
-        for name, value in {**parts, "tokens": torch.ones_like(tokens)}.items():
+        for name, value in {**terms, "tokens": torch.ones_like(tokens)}.items():
             self._sums[name] = self._sums.get(name, 0) + (value * tokens).double()
 
     def log(self, logger: Logger) -> None:

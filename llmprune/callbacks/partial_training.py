@@ -8,7 +8,7 @@ from composer.loggers import Logger
 from torch.nn.parallel import DistributedDataParallel
 
 from llmprune.models.causal_lm import ComposerCausalLM
-from llmprune.models.parameters import prime, train_only
+from llmprune.models.parameters import init_optimizer_state, train_only
 from llmprune.recovery.trainable import Phase, TrainableConfig, phases
 
 
@@ -32,7 +32,7 @@ class PartialTraining(Callback):
     def init(self, state: State, logger: Logger) -> None:
         """Freeze what never trains, before the model is sharded."""
         model = cast(ComposerCausalLM, state.model)
-        self._phases = phases(model.model, self.config.parts, self.config.later)
+        self._phases = phases(model.model, self.config.parameters, self.config.later)
         ever = frozenset[str]().union(*(phase.names for phase in self._phases))
         self._names = [name for name, _ in model.model.named_parameters() if name in ever]
         train_only(model, state.optimizers, [model.model.get_parameter(name) for name in self._names])
@@ -43,7 +43,7 @@ class PartialTraining(Callback):
         """Let the optimiser have a state for everything that trains in any phase."""
         if len(self._phases) > 1:
             for optimizer in state.optimizers:
-                prime(optimizer)
+                init_optimizer_state(optimizer)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Freeze and unfreeze."""

@@ -18,7 +18,7 @@ class Preempted(BaseException):
 
 
 class Preemption(Callback):
-    """Ends the run behind the batch in which any rank got SIGTERM, once its checkpoint is written.
+    """Ends the run after the batch in which any rank got SIGTERM, once its checkpoint is written.
 
     Nothing else happens on the way: no evaluation that the undisturbed run would not have had, so that the run which
     goes on ends as that one. A run that is asked before its first batch ends there.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune.utils.checksums import NewerRecord, compare, read_record
+from llmprune.utils.checksums import NewerRecord, compare_checksums, read_record
 from llmprune.utils.errors import UserError
 from llmprune.utils.locks import is_held, locked
 from llmprune.utils.outputs import remove
@@ -185,7 +185,7 @@ class CheckpointFolder:
             files |= read_record(record)["files"]
         with ThreadPoolExecutor(READERS) as readers:
             parts = [{name: files[name]} for name in sorted(files)]
-            for _ in readers.map(lambda part: compare(self.path, part, contents=contents), parts):
+            for _ in readers.map(lambda part: compare_checksums(self.path, part, contents=contents), parts):
                 pass
 
     def keep(self, newest: int, resumed: Path | None = None) -> None:

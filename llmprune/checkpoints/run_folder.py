@@ -29,7 +29,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from llmprune.checkpoints.checkpoint_folder import LATEST, METADATA, CheckpointFolder, batch_of, records_in
 from llmprune.config.sections import all_sections
 from llmprune.models.companions import GENERATION, name_inputs, save_model_config
-from llmprune.utils.checksums import compare, describe, read_record, record
+from llmprune.utils.checksums import compare_checksums, describe_file, read_record, record
 from llmprune.utils.errors import UserError, first_line
 from llmprune.utils.files import inside, read_json, temporary_for, write_json
 from llmprune.utils.object_store import Store
@@ -156,9 +156,9 @@ class RunFolder:
             self._get(store, name)
         for name in sorted(files, key=lambda name: name.endswith(METADATA)):  # and last what marks a checkpoint
             place = inside(self.checkpoints, name)
-            if not place.is_file() or describe(place) != files[name]:
+            if not place.is_file() or describe_file(place) != files[name]:
                 self._get(store, f"checkpoints/{name}")
-        compare(self.checkpoints, files)
+        compare_checksums(self.checkpoints, files)
         return True
 
     def _get(self, store: Store, name: str) -> None:

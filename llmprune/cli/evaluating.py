@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from llmprune.cli.options import Json, app, command_line, names_in
+from llmprune.evaluation.evaluate import results_table
 from llmprune.utils.errors import UserError
 
 Models = Annotated[list[str], typer.Argument(metavar="MODEL…", help="Hugging Face folders or hub names.")]
@@ -67,7 +68,7 @@ def evaluate(
     from pathlib import Path
 
     from llmprune.evaluation.continuations import GenerationConfig, continuation_scores, read_continuations
-    from llmprune.evaluation.evaluate import EvaluationConfig, table
+    from llmprune.evaluation.evaluate import EvaluationConfig
     from llmprune.evaluation.evaluate import evaluate as evaluate_models
     from llmprune.evaluation.perplexity import PerplexityConfig
     from llmprune.evaluation.tasks import TasksConfig
@@ -110,7 +111,7 @@ def evaluate(
         raise UserError("name a model to evaluate, or continuations to score with --generated")
     else:
         save(results)
-    print(to_json(results) if as_json else table(results))
+    print(to_json(results) if as_json else results_table(results))
 
 
 def _batch_size(text: str) -> int | str:

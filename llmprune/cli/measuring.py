@@ -7,6 +7,7 @@ import typer
 
 from llmprune.cli.evaluating import Adapter, Attention, Device, DeviceMap, DTypeToRun, Models
 from llmprune.cli.options import DType, Json, Out, Overwrite, app, command_line, numbers_in
+from llmprune.measurement.results import speed_table
 
 
 @app.command()
@@ -35,7 +36,7 @@ def measure(
 
     from llmprune.measurement.measure import MeasureConfig
     from llmprune.measurement.measure import measure as measure_models
-    from llmprune.measurement.results import files_beside, save, table
+    from llmprune.measurement.results import files_beside, save
     from llmprune.models.placement import Placement
     from llmprune.utils.outputs import check_output
 
@@ -53,7 +54,7 @@ def measure(
     results, watch = measure_models(models, config, Placement(dtype, device, device_map, attention, adapter))
     if out is not None:
         save({**results, "command": command_line()}, watch, Path(out))
-    print(json.dumps(results) if as_json else table(results))
+    print(json.dumps(results) if as_json else speed_table(results))
 
 
 @app.command()

@@ -37,7 +37,7 @@ def convert(
     overwrite: Overwrite = False,
     push_to_hub: PushToHub = None,
 ) -> None:
-    """Turn a checkpoint (with gates, a stand-in or adapters, if it has any) into a plain Hugging Face folder."""
+    """Turn a checkpoint (gates, replacement modules and adapters included) into a plain Hugging Face folder."""
     import torch
 
     from llmprune.conversion import commands
@@ -100,12 +100,12 @@ def verify(
     """Compare the logits of two models on the same tokens, in float32; exit code 1 if any is not finite."""
     from dataclasses import asdict
 
-    from llmprune.conversion.verify import compare, open_for_comparison
+    from llmprune.conversion.verify import compare_models, open_for_comparison
     from llmprune.plans.plan import Plan
     from llmprune.utils.files import to_json
 
     source = open_for_comparison(a, None if plan is None else Plan.load(plan))
-    difference = compare(source, open_for_comparison(b))
+    difference = compare_models(source, open_for_comparison(b))
     if as_json:
         print(to_json(asdict(difference)))
     elif not difference.is_finite:

@@ -182,7 +182,7 @@ def save_config(config: Config | ScoringConfig, path: Path) -> None:
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(as_typed(literal(dataclasses.asdict(config))))))
 
 
-def describe() -> str:
+def describe_jobs() -> str:
     """Every section and key of every job's YAML with its default and its meaning, as text."""
     lines: list[str] = []
     shown: set[str] = set()

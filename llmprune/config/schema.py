@@ -90,9 +90,9 @@ class DataConfig:
         weights: share of each domain in training; null = in proportion to its samples.
         workers: loader processes per rank.
         prefetch: batches that each of them loads ahead.
-        lanes: disjoint parts of every domain. With a multiple of the number of machines each reads its own shards; a
-            run keeps its lanes.
-        shuffle_window: shards of a lane whose samples are shuffled together.
+        partitions: disjoint parts of every domain. With a multiple of the number of machines each reads its own shards;
+            a run keeps its partitions.
+        shuffle_window: shards of a partition whose samples are shuffled together.
         eval_samples_per_domain: null = all.
     """
 
@@ -102,7 +102,7 @@ class DataConfig:
     weights: dict[str, float] | None = None
     workers: int = 0
     prefetch: int = 2
-    lanes: int = 1
+    partitions: int = 1
     shuffle_window: int = 8
     eval_samples_per_domain: int | None = None
 

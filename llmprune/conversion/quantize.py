@@ -136,7 +136,7 @@ def _check(source: PretrainedConfig, config: QuantizeConfig) -> None:
     if needs_code(source):
         raise UserError(
             "the model has a modelling file of its own, which llm-compressor can't trace: quantise the model without "
-            "richer heads or stand-in"
+            "richer heads or replacement module"
         )
     if config.group_size < 1 or config.dampening <= 0:
         raise UserError("the group size and the dampening must be positive")

@@ -12,12 +12,12 @@ from llmprune.checkpoints.checkpoint_folder import BEST
 from llmprune.conversion.checkpoint import Checkpoint
 from llmprune.plans.plan import KeptBlock
 from llmprune.pruning.replacements.custom_block import Network
-from llmprune.pruning.replacements.modules import STAND_INS, Site, StandIn
+from llmprune.pruning.replacements.modules import REPLACEMENTS, ReplacementModule, Site
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.pruning.replacements.span import Span
 from llmprune.utils.errors import UserError
 
-_STAND_IN, _MODEL = "stand_in.", "model."
+_REPLACEMENT, _MODEL = "replacement.", "model."
 
 
 class Changed(Mapping[str, Tensor]):
@@ -47,23 +47,23 @@ class Replaced:
     Attributes:
         settings: the run's.
         span: that is replaced.
-        stand_in: with its values.
-        weights: the model's, by Hugging Face name, with what trained beside the stand-in, and with the stand-in's where
-            its blocks take the place of the span's or where it is folded into weights.
-        trained: of the weights, what trained beside the stand-in, if it is the best one.
-        best: the held-out loss and the batch of the stand-in, if it is the best one.
+        replacement: with its values.
+        weights: the model's, by Hugging Face name, with what trained beside the replacement module, and with the
+            replacement module's where its blocks take the place of the span's or where it is folded into weights.
+        trained: of the weights, what trained beside the replacement module, if it is the best one.
+        best: the held-out loss and the batch of the replacement module, if it is the best one.
     """
 
     settings: BlockReplacementConfig
     span: Span
-    stand_in: StandIn
+    replacement: ReplacementModule
     weights: Mapping[str, Tensor]
     trained: Mapping[str, Tensor]
     best: tuple[float, int] | None
 
     def kept(self, layers: int) -> tuple[KeptBlock, ...]:
         """The blocks that stay of so many."""
-        return self.span.kept(layers, self.stand_in.offsets)
+        return self.span.kept(layers, self.replacement.offsets)
 
     @property
     def described(self) -> str | None:
@@ -72,8 +72,8 @@ class Replaced:
 
     @property
     def network(self) -> Network | None:
-        """The stand-in, if the model needs a modelling file for it."""
-        network = self.stand_in.network
+        """The replacement module, if the model needs a modelling file for it."""
+        network = self.replacement.network
         if network is None:
             return None
         return Network(self.settings.kind, network.settings, self.span.start, network.state_dict())  # type: ignore[arg-type]
@@ -84,8 +84,8 @@ def read_replaced(checkpoint: Checkpoint, *, best: bool, model: PreTrainedModel 
 
     Args:
         checkpoint: of that run.
-        best: take the stand-in with the lowest held-out loss, not the checkpoint's.
-        model: of the checkpoint's config, if the stand-in is to be run; None = one without memory.
+        best: take the replacement module with the lowest held-out loss, not the checkpoint's.
+        model: of the checkpoint's config, if the replacement module is to be run; None = one without memory.
 
     Raises:
         UserError: the checkpoint is of another kind, or damaged.
@@ -97,18 +97,18 @@ def read_replaced(checkpoint: Checkpoint, *, best: bool, model: PreTrainedModel 
     if model is None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(checkpoint.config)
-            stand_in = STAND_INS[config.kind](Site(model, span, 0), config)
+            replacement = REPLACEMENTS[config.kind](Site(model, span, 0), config)
     else:
-        stand_in = STAND_INS[config.kind](Site(model, span, 0), config)
+        replacement = REPLACEMENTS[config.kind](Site(model, span, 0), config)
     trained, score = _best(checkpoint) if best else ({}, None)
     state = checkpoint.state
-    values = {name: _STAND_IN + name for name in stand_in.state_dict()}
+    values = {name: _REPLACEMENT + name for name in replacement.state_dict()}
     own = {name: trained[full] if full in trained else state[full] for name, full in values.items()}
-    stand_in.load_state_dict(own, assign=True)
+    replacement.load_state_dict(own, assign=True)
     beside = {name.removeprefix(_MODEL): value for name, value in trained.items() if name.startswith(_MODEL)}
     weights = Changed(checkpoint.weights, {name: value.detach for name, value in beside.items()})
-    changed = Changed(weights, stand_in.changes(checkpoint.family, span, weights))
-    return Replaced(config, span, stand_in, changed, beside, score)
+    changed = Changed(weights, replacement.changes(checkpoint.family, span, weights))
+    return Replaced(config, span, replacement, changed, beside, score)
 
 
 def _best(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], tuple[float, int] | None]:

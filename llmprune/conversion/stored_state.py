@@ -84,7 +84,7 @@ def open_state(path: Path) -> StoredState:
 
 
 @contextmanager
-def harmless(path: Path) -> Iterator[None]:
+def safe_unpickling(path: Path) -> Iterator[None]:
     """While open, Composer loads the checkpoint at ``path`` without unpickling what could do anything.
 
     Raises:

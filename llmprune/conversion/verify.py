@@ -12,7 +12,7 @@ from llmprune.conversion.checkpoint import Checkpoint, is_checkpoint
 from llmprune.conversion.replaced import Replaced, read_replaced
 from llmprune.models.loading import load_any_model, load_model, new_model
 from llmprune.models.quantised import quantised_as
-from llmprune.models.source import has_stand_in, resolve_model
+from llmprune.models.source import has_replacement, resolve_model
 from llmprune.plans.plan import Plan
 from llmprune.plans.surgery import Surgery
 from llmprune.pruning.gates.attach import attach
@@ -48,7 +48,7 @@ class Difference:
 def open_for_comparison(path: Path | str, plan: Plan | None = None) -> PreTrainedModel:
     """A model in float32 and evaluation mode, from a Hugging Face folder or a checkpoint.
 
-    Gates are at the target shape, and a stand-in is the best one, as in what ``convert`` makes of a run.
+    Gates are at the target shape, and a replacement module is the best one, as in what ``convert`` makes of a run.
 
     Args:
         path: folder, hub name or checkpoint.
@@ -58,7 +58,7 @@ def open_for_comparison(path: Path | str, plan: Plan | None = None) -> PreTraine
         UserError: it can't be read, or the plan is for another shape.
     """
     if not is_checkpoint(path):
-        if plan is None and (has_stand_in(path) or quantised_as(resolve_model(path)) is not None):
+        if plan is None and (has_replacement(path) or quantised_as(resolve_model(path)) is not None):
             return load_any_model(path, dtype=torch.float32, finite=False)
         model = load_model(path, finite=False)
         return model if plan is None else _follow(model, plan)
@@ -76,13 +76,13 @@ def open_for_comparison(path: Path | str, plan: Plan | None = None) -> PreTraine
         replaced = read_replaced(checkpoint, best=checkpoint.path != Path(path).resolve(), model=model)
         for name, parameter in model.named_parameters():
             parameter.copy_(replaced.trained.get(name, parameter))
-        stand_in(model, replaced)
+        replacement(model, replaced)
     return model
 
 
-def stand_in(model: PreTrainedModel, replaced: Replaced) -> None:
-    """Let a whole model compute with a stand-in in place of the span."""
-    streaming = Streaming(model, replaced.stand_in.float().eval(), replaced.span, {})
+def replacement(model: PreTrainedModel, replaced: Replaced) -> None:
+    """Let a whole model compute with a replacement module in place of the span."""
+    streaming = Streaming(model, replaced.replacement.float().eval(), replaced.span, {})
     plain = model.forward
 
     def forward(input_ids: torch.Tensor) -> CausalLMOutput:
@@ -112,7 +112,7 @@ def _follow(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def compare(
+def compare_models(
     a: PreTrainedModel, b: PreTrainedModel, *, samples: int = 4, length: int = 128, seed: int = 0
 ) -> Difference:
     """Compare the logits of two models on the same random tokens.

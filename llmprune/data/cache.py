@@ -16,7 +16,7 @@ from streaming.base.util import bytes_to_int
 
 from llmprune.data.unpacking import unpack
 from llmprune.utils.errors import UserError, first_line
-from llmprune.utils.object_store import persist
+from llmprune.utils.object_store import retry
 
 _READ_TIMEOUT = 60.0  # seconds without a byte
 
@@ -87,7 +87,7 @@ class ShardCache:
         if self._process != os.getpid():
             self._own_by_process()
         self._downloader = self._downloader or connect(url)
-        download(url, path, self._downloader)
+        download_file(url, path, self._downloader)
 
     def fetch(self, name: str) -> Path:
         """A small file, which nothing describes.
@@ -188,7 +188,7 @@ def connect(url: str) -> CloudDownloader:
         raise UserError(f"{url} can't be fetched: {first_line(error)}") from None
 
 
-def download(url: str, path: Path, downloader: CloudDownloader) -> None:
+def download_file(url: str, path: Path, downloader: CloudDownloader) -> None:
     """Copy a file to ``path``.
 
     Raises:
@@ -199,7 +199,7 @@ def download(url: str, path: Path, downloader: CloudDownloader) -> None:
         path.unlink(missing_ok=True)
         downloader.download(url, str(path), _READ_TIMEOUT)
 
-    persist(fetch, f"{url} can't be fetched")
+    retry(fetch, f"{url} can't be fetched")
 
 
 def check_file(path: Path, wanted: FileInfo, name: object) -> None:

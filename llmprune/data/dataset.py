@@ -8,11 +8,11 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from llmprune.data.changes import WeightChanges
 from llmprune.data.format import EVAL, TRAIN
-from llmprune.data.mixing import PARTS, domain_weights
+from llmprune.data.mixing import PPM, domain_weights
 from llmprune.data.order import domain_order
 from llmprune.data.prepared import PreparedData
 from llmprune.data.reader import Sample, SplitReader
-from llmprune.data.sampler_state import Course
+from llmprune.data.sampler_state import SamplerState
 from llmprune.utils.errors import UserError
 
 
@@ -34,7 +34,7 @@ class MixedDataset(IterableDataset[Sample]):
         rank: int = 0,
         world_size: int = 1,
         machines: int = 1,
-        lanes: int = 1,
+        partitions: int = 1,
         shuffle_window: int = 8,
         boundaries: bool | None = None,
     ) -> None:
@@ -42,14 +42,15 @@ class MixedDataset(IterableDataset[Sample]):
 
         Args:
             data: prepared.
-            global_batch_size: samples per batch over all ranks; a multiple of ``world_size`` and of ``lanes``.
+            global_batch_size: samples per batch over all ranks; a multiple of ``world_size`` and of ``partitions``.
             weights: share of each domain by name (absent = 0); None = in proportion to its samples.
             seed: of the order.
             rank: this process.
             world_size: number of processes.
             machines: that they run on, as many on each.
-            lanes: disjoint parts of every domain. A multiple of the number of machines lets each read its own shards.
-            shuffle_window: shards of a lane whose samples are shuffled together.
+            partitions: disjoint parts of every domain. A multiple of the number of machines lets each read its own
+                shards.
+            shuffle_window: shards of a partition whose samples are shuffled together.
             boundaries: whether samples say where documents begin; None = those of conversations do.
 
         Raises:
@@ -57,7 +58,7 @@ class MixedDataset(IterableDataset[Sample]):
         """
         self.manifest = data.manifest
         self.domains = sorted(self.manifest.domains)
-        self._batch, self._rank, self._world_size, self._lanes = global_batch_size, rank, world_size, lanes
+        self._batch, self._rank, self._world_size, self._partitions = global_batch_size, rank, world_size, partitions
         numbers = {domain: number for number, domain in enumerate(self.domains)}
         self._readers = {
             numbers[domain]: data.reader(domain, TRAIN, boundaries=boundaries) for domain in data.domains_with(TRAIN)
@@ -65,23 +66,25 @@ class MixedDataset(IterableDataset[Sample]):
         sizes = {domain: self.manifest.samples(domain, TRAIN) for domain in self.domains}
         parts = domain_weights(sizes, weights)
         for (domain, size), weight in zip(sizes.items(), parts, strict=True):
-            if weight and size < lanes:
-                raise UserError(f"the domain '{domain}' has {size} training samples, not one for each of {lanes} lanes")
+            if weight and size < partitions:
+                raise UserError(
+                    f"the domain '{domain}' has {size} training samples, not one for each of {partitions} partitions"
+                )
         self._orders = {
-            number: domain_order(reader.shard_sizes, seed, number, window=shuffle_window, lanes=lanes)
+            number: domain_order(reader.shard_sizes, seed, number, window=shuffle_window, partitions=partitions)
             for number, reader in self._readers.items()
         }
         data.check_room(sum(self._in_use(shuffle_window, machines, parts)))
-        self._course = Course(parts, global_batch_size, lanes)
-        self._start = self._course.state()
+        self._sampler_state = SamplerState(parts, global_batch_size, partitions)
+        self._start = self._sampler_state.state()
         self._changes = WeightChanges(len(self.domains))
 
     def _in_use(self, window: int, machines: int, parts: Sequence[int]) -> Iterator[int]:
         """How many bytes of each domain's shards a machine uses at a time: those of a window and of the next."""
-        lanes = -(-self._lanes // machines) + (self._lanes % machines > 0)
+        partitions = -(-self._partitions // machines) + (self._partitions % machines > 0)
         for number, reader in self._readers.items():
             if parts[number]:
-                yield sum(sorted(reader.shard_bytes)[-2 * window * lanes :])
+                yield sum(sorted(reader.shard_bytes)[-2 * window * partitions :])
 
     def __iter__(self) -> Iterator[Sample]:
         """Yield this rank's and this worker's samples, for ever."""
@@ -89,21 +92,21 @@ class MixedDataset(IterableDataset[Sample]):
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         per_rank = self._batch // self._world_size
         own = slice(self._rank * per_rank, (self._rank + 1) * per_rank)
-        course = Course.at(self._start, self._batch, self._lanes)
+        sampler_state = SamplerState.at(self._start, self._batch, self._partitions)
         seen, batch = 0, 0
         while True:
-            self._changes.reach(number, course.mixer.slot + self._batch)
+            self._changes.reach(number, sampler_state.mixer.slot + self._batch)
             found = self._changes.since(seen)
             seen += len(found)
-            course.ahead.extend(found)
-            slots = course.next_batch()
+            sampler_state.ahead.extend(found)
+            slots = sampler_state.next_batch()
             if batch % workers == number:
-                for domain, lane, sample in slots[own]:
-                    yield {**self._read(domain, lane, sample), "domain": torch.tensor(domain)}
+                for domain, partition, sample in slots[own]:
+                    yield {**self._read(domain, partition, sample), "domain": torch.tensor(domain)}
             batch += 1
 
-    def _read(self, domain: int, lane: int, number: int) -> Sample:
-        reader, order = self._readers[domain], self._orders[domain][lane]
+    def _read(self, domain: int, partition: int, number: int) -> Sample:
+        reader, order = self._readers[domain], self._orders[domain][partition]
         before = order.place
         shard, index = order.locate(number)
         if order.place != before:
@@ -113,8 +116,8 @@ class MixedDataset(IterableDataset[Sample]):
     @property
     def weights(self) -> dict[str, float]:
         """The shares announced last, by domain."""
-        parts = self._course.ahead[-1][1] if self._course.ahead else self._course.mixer.weights
-        return {domain: part / PARTS for domain, part in zip(self.domains, parts, strict=True)}
+        parts = self._sampler_state.ahead[-1][1] if self._sampler_state.ahead else self._sampler_state.mixer.weights
+        return {domain: part / PPM for domain, part in zip(self.domains, parts, strict=True)}
 
     def change_weights(self, weights: Sequence[int], batch: int) -> None:
         """Take other weights from a batch on; every rank must ask for the same.
@@ -127,12 +130,12 @@ class MixedDataset(IterableDataset[Sample]):
             ValueError: they have.
         """
         self._changes.add(batch * self._batch, weights)
-        self._course.ahead.append((batch * self._batch, [*weights]))
+        self._sampler_state.ahead.append((batch * self._batch, [*weights]))
 
     def samples_seen(self, batches: int) -> dict[str, int]:
         """How many samples of each domain the first ``batches`` batches of the run hold, over all ranks."""
         self._advance(batches * self._batch)
-        return dict(zip(self.domains, self._course.mixer.counts, strict=True))
+        return dict(zip(self.domains, self._sampler_state.mixer.counts, strict=True))
 
     def epochs_seen(self, batches: int) -> dict[str, float]:
         """How many times each domain has been gone through in them."""
@@ -142,8 +145,8 @@ class MixedDataset(IterableDataset[Sample]):
         }
 
     def _advance(self, slot: int) -> None:
-        while self._course.mixer.slot < slot:
-            self._course.next_batch()
+        while self._sampler_state.mixer.slot < slot:
+            self._sampler_state.next_batch()
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Where the stream stands after ``num_samples`` samples over all ranks, and the changes announced for later.
@@ -151,13 +154,13 @@ class MixedDataset(IterableDataset[Sample]):
         Composer calls this with the samples since the start of the run's only, endless epoch (``from_beginning``).
         """
         self._advance(num_samples)
-        return self._course.state()
+        return self._sampler_state.state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved place, on any number of ranks and workers."""
-        self._course = Course.at(state, self._batch, self._lanes)
-        self._start = {**self._course.state(), "ahead": []}  # workers hear of changes as of any other
-        for slot, weights in self._course.ahead:
+        self._sampler_state = SamplerState.at(state, self._batch, self._partitions)
+        self._start = {**self._sampler_state.state(), "ahead": []}  # workers hear of changes as of any other
+        for slot, weights in self._sampler_state.ahead:
             self._changes.add(slot, weights)
 
 

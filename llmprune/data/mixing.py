@@ -9,11 +9,11 @@ from typing import Any
 
 from llmprune.utils.errors import UserError, nearest
 
-PARTS = 1_000_000
+PPM = 1_000_000  # weights are whole numbers of parts per million
 
 
 def integer_weights(weights: Sequence[float]) -> list[int]:
-    """Weights in parts per million that sum to ``PARTS``, rounded by largest remainder.
+    """Weights in parts per million that sum to ``PPM``, rounded by largest remainder.
 
     Args:
         weights: non-negative, not all zero; they need not sum to one.
@@ -24,16 +24,16 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
     total = sum(weights)
     if not weights or not all(0 <= w < float("inf") for w in weights) or not 0 < total < float("inf"):
         raise ValueError(f"weights must be non-negative numbers, not all zero; got {list(weights)}")
-    exact = [w / total * PARTS for w in weights]
+    exact = [w / total * PPM for w in weights]
     parts = [int(share) for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda i: parts[i] - exact[i])
-    for i in by_remainder[: PARTS - sum(parts)]:
+    for i in by_remainder[: PPM - sum(parts)]:
         parts[i] += 1
     for weight, part in zip(weights, parts, strict=True):
         if weight and not part:
             raise ValueError(
                 f"the weight {weight:g} of {total:g} in all would never be drawn, the smallest possible share is "
-                f"{1 / PARTS:g}: raise it, or make it 0"
+                f"{1 / PPM:g}: raise it, or make it 0"
             )
     return parts
 
@@ -123,7 +123,7 @@ def domain_weights(samples: Mapping[str, int], weights: Mapping[str, float] | No
     Raises:
         UserError: they name what is not there, are no weights, or give one to a domain without samples.
     """
-    least = sum(samples.values()) / PARTS  # a tiny domain is still drawn
+    least = sum(samples.values()) / PPM  # a tiny domain is still drawn
     if weights is None:
         weights = {domain: max(count, least) if count else 0 for domain, count in samples.items()}
     for name in weights:

@@ -1,8 +1,8 @@
 """In which order the samples of one domain come: computed, not stored.
 
-A domain is cut into lanes of equal size, which share no sample and, but where one ends and the next begins, no shard.
-Each epoch permutes the shards of a lane and shuffles samples within a window of consecutive permuted shards. Memory and
-time grow with the number of shards and the size of one window, never with the number of samples.
+A domain is cut into partitions of equal size, which share no sample and, but where one ends and the next begins, no
+shard. Each epoch permutes the shards of a partition and shuffles samples within a window of consecutive permuted
+shards. Memory and time grow with the number of shards and the size of one window, never with the number of samples.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ class _Pieces:
     sizes: NDArray[np.int64]
 
 
-class LaneOrder:
-    """The endless order of a lane's samples: sample number n → (shard, index within the shard)."""
+class PartitionOrder:
+    """The endless order of a partition's samples: sample number n → (shard, index within the shard)."""
 
     def __init__(self, pieces: _Pieces, key: tuple[int, ...], window: int) -> None:
         """Order ``pieces``, ``window`` of them shuffled together, as ``key`` says."""
@@ -81,27 +81,27 @@ class LaneOrder:
 
 
 def domain_order(
-    shard_sizes: Sequence[int], seed: int, domain: int, *, window: int = 8, lanes: int = 1
-) -> list[LaneOrder]:
-    """The order of each lane of a domain; no lane ever changes its samples.
+    shard_sizes: Sequence[int], seed: int, domain: int, *, window: int = 8, partitions: int = 1
+) -> list[PartitionOrder]:
+    """The order of each partition of a domain; no partition ever changes its samples.
 
     Args:
-        shard_sizes: samples per shard; as many samples as lanes at least.
+        shard_sizes: samples per shard; as many samples as partitions at least.
         seed: of the run.
         domain: the domain's number, so that domains differ in their order.
         window: shards whose samples are shuffled together.
-        lanes: how many.
+        partitions: how many.
     """
     sizes = np.asarray(shard_sizes, dtype=np.int64)
     dealt = keyed_generator(seed, domain, _LANES).permutation(len(sizes))
     ends = np.cumsum(sizes[dealt])
     begins, total = ends - sizes[dealt], int(sizes.sum())
     found = []
-    for lane in range(lanes):
-        low, high = total * lane // lanes, total * (lane + 1) // lanes
+    for partition in range(partitions):
+        low, high = total * partition // partitions, total * (partition + 1) // partitions
         first, last = np.searchsorted(ends, low, side="right"), np.searchsorted(begins, high, side="left")
         inside = slice(int(first), int(last))
         cut_low, cut_high = np.maximum(begins[inside], low), np.minimum(ends[inside], high)
         pieces = _Pieces(dealt[inside], cut_low - begins[inside], cut_high - cut_low)
-        found.append(LaneOrder(pieces, (seed, domain, lane), window))
+        found.append(PartitionOrder(pieces, (seed, domain, partition), window))
     return found

@@ -1,8 +1,8 @@
 """Which sample of a batch is read on which machine.
 
-The batch is cut into lanes of equal length, and machines take whole lanes, as many each. Lanes read parts of every
-domain that have no sample in common, so each machine needs its own shards only. Which lane a sample belongs to depends
-on nothing but the batch's number, so runs go on with another number of machines.
+The batch is cut into partitions of equal length, and machines take whole partitions, as many each. Partitions read
+parts of every domain that have no sample in common, so each machine needs its own shards only. Which partition a sample
+belongs to depends on nothing but the batch's number, so runs go on with another number of machines.
 """
 
 import heapq
@@ -10,54 +10,55 @@ from collections import Counter
 from collections.abc import Sequence
 
 
-class Lanes:
-    """Deals the samples of batches to lanes so that each lane keeps even shares of every domain.
+class Partitions:
+    """Deals the samples of batches to partitions so that each partition keeps even shares of every domain.
 
     Attributes:
-        counts: samples dealt so far, by domain and lane. They differ between the lanes of a domain by a few.
+        counts: samples dealt so far, by domain and partition. They differ between the partitions of a domain by a few.
     """
 
-    def __init__(self, domains: int, lanes: int) -> None:
+    def __init__(self, domains: int, partitions: int) -> None:
         """Start before the first batch."""
-        self.counts = [[0] * lanes for _ in range(domains)]
+        self.counts = [[0] * partitions for _ in range(domains)]
 
     def deal(self, batch: Sequence[int]) -> list[tuple[int, int, int]]:
         """Give every sample of a batch its place.
 
-        The lane that is furthest behind its share of a domain takes a sample of it, the furthest of all first.
+        The partition that is furthest behind its share of a domain takes a sample of it, the furthest of all first.
 
         Args:
-            batch: how many samples of each domain it holds; as many in all as are left by a whole number of lanes.
+            batch: how many samples of each domain it holds; as many in all as are left by a whole number of partitions.
 
         Returns:
-            (domain, lane, number of the sample within the domain's lane), lane by lane, domains spread evenly in each.
+            (domain, partition, number of the sample within the domain's partition), partition by partition, domains
+            spread evenly in each.
         """
-        lanes = len(self.counts[0])
-        left, room = list(batch), [sum(batch) // lanes] * lanes
+        partitions = len(self.counts[0])
+        left, room = list(batch), [sum(batch) // partitions] * partitions
         due = [sum(counts) + samples for counts, samples in zip(self.counts, batch, strict=True)]
         behind = [
-            (counts[lane] * lanes - due[domain], domain, lane)
+            (counts[partition] * partitions - due[domain], domain, partition)
             for domain, counts in enumerate(self.counts)
             if left[domain]
-            for lane in range(lanes)
+            for partition in range(partitions)
         ]
         heapq.heapify(behind)
-        dealt: list[list[tuple[int, int, int]]] = [[] for _ in range(lanes)]
+        dealt: list[list[tuple[int, int, int]]] = [[] for _ in range(partitions)]
         while behind:
-            owed, domain, lane = behind[0]
-            if not left[domain] or not room[lane]:
+            owed, domain, partition = behind[0]
+            if not left[domain] or not room[partition]:
                 heapq.heappop(behind)
                 continue
-            dealt[lane].append((domain, lane, self.counts[domain][lane]))
-            self.counts[domain][lane] += 1
+            dealt[partition].append((domain, partition, self.counts[domain][partition]))
+            self.counts[domain][partition] += 1
             left[domain] -= 1
-            room[lane] -= 1
-            heapq.heapreplace(behind, (owed + lanes, domain, lane))
-        return [sample for lane in dealt for sample in _spread(lane)]
+            room[partition] -= 1
+            heapq.heapreplace(behind, (owed + partitions, domain, partition))
+        return [sample for partition in dealt for sample in _spread(partition)]
 
 
 def _spread(samples: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """A lane's samples, those of each domain spread over its whole length, so that ranks get equal mixes."""
+    """A partition's samples, those of each domain spread over its whole length, so that ranks get equal mixes."""
     size = Counter(domain for domain, _, _ in samples)
     seen: Counter[int] = Counter()
     keys = []

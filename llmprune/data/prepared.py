@@ -1,11 +1,11 @@
-"""Prepared data, wherever they lie: on this machine, compressed, or behind a URL."""
+"""Prepared data, wherever they lie: on this machine, compressed, or at a URL."""
 
 import getpass
 import tempfile
 from functools import cached_property
 from pathlib import Path
 
-from llmprune.data.cache import CacheConfig, ShardCache, connect, download
+from llmprune.data.cache import CacheConfig, ShardCache, connect, download_file
 from llmprune.data.format import DataManifest
 from llmprune.data.reader import SplitReader
 from llmprune.utils.errors import UserError
@@ -37,7 +37,7 @@ class PreparedData:
                 raise UserError(f"{self.location} names no place: write s3://BUCKET/FOLDER")
             with tempfile.TemporaryDirectory() as folder:
                 url = f"{self.location.rstrip('/')}/manifest.json"
-                download(url, Path(folder) / "manifest.json", connect(url))
+                download_file(url, Path(folder) / "manifest.json", connect(url))
                 self.manifest = DataManifest.load(folder)
         else:
             self.manifest = DataManifest.load(location)

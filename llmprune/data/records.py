@@ -240,7 +240,7 @@ def _dataset_records(
         try:
             row = next(rows, None)
         except Exception as error:  # of the network, of the hub, or of any reader of files
-            raise UserError(f"{source.name} ends behind record {number}: {first_line(error)}") from None
+            raise UserError(f"{source.name} ends after record {number}: {first_line(error)}") from None
         if row is None:
             return
         number += 1

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmprune.data.mixing import Mixer
-from llmprune.data.partitions import Lanes
+from llmprune.data.partitions import Partitions
 from llmprune.utils.errors import UserError
 
 
-class Course:
-    """Batch by batch, (domain, lane, number within the domain's lane) of every slot.
+class SamplerState:
+    """Batch by batch, (domain, partition, number within the domain's partition) of every slot.
 
     Every process that starts from the same state and hears of the same changes computes the same course.
 
@@ -19,48 +19,50 @@ class Course:
         ahead: changes of weights to come, (slot, weights), by rising slot.
     """
 
-    def __init__(self, weights: Sequence[int], batch_size: int, lanes: int = 1) -> None:
-        """Start before the first batch; ``weights`` as from ``integer_weights``, ``lanes`` a divisor of the batch."""
+    def __init__(self, weights: Sequence[int], batch_size: int, partitions: int = 1) -> None:
+        """Start before the first batch; ``weights`` as from ``integer_weights``, ``partitions`` divides the batch."""
         self.mixer = Mixer(weights)
         self.ahead: deque[tuple[int, list[int]]] = deque()
         self._batch = batch_size
-        self._lanes = Lanes(len(weights), lanes) if lanes > 1 else None
+        self._partitions = Partitions(len(weights), partitions) if partitions > 1 else None
 
     def next_batch(self) -> list[tuple[int, int, int]]:
         """Go on by one batch."""
         while self.ahead and self.ahead[0][0] <= self.mixer.slot:
             self.mixer.change(self.ahead.popleft()[1])
         taken = [self.mixer.next() for _ in range(self._batch)]
-        if self._lanes is None:
+        if self._partitions is None:
             return [(domain, 0, number) for domain, number in taken]
         counts = [0] * len(self.mixer.weights)
         for domain, _ in taken:
             counts[domain] += 1
-        return self._lanes.deal(counts)
+        return self._partitions.deal(counts)
 
     def state(self) -> dict[str, Any]:
-        """Where the course stands: of the same length whatever lies behind, plain types only."""
+        """Where the course stands: of the same length whatever comes after, plain types only."""
         return {
             "mixer": self.mixer.state(),
-            "lanes": None if self._lanes is None else [[*counts] for counts in self._lanes.counts],
+            "partitions": None if self._partitions is None else [[*counts] for counts in self._partitions.counts],
             "ahead": [[slot, [*weights]] for slot, weights in self.ahead],
         }
 
     @classmethod
-    def at(cls, state: Mapping[str, Any], batch_size: int, lanes: int = 1) -> "Course":
+    def at(cls, state: Mapping[str, Any], batch_size: int, partitions: int = 1) -> "SamplerState":
         """The course that goes on from a saved state.
 
         Raises:
-            UserError: the state is of another number of lanes, or of another version.
+            UserError: the state is of another number of partitions, or of another version.
         """
-        if not {"mixer", "lanes", "ahead"} <= state.keys():
+        if not {"mixer", "partitions", "ahead"} <= state.keys():
             raise UserError("the checkpoint's place in the data is of another version: start the run anew")
-        before = 1 if state["lanes"] is None else len(state["lanes"][0])
-        if before != lanes:
-            raise UserError(f"data.lanes is {lanes}, but the run began with {before}: a run keeps its lanes")
-        course = cls(state["mixer"]["weights"], batch_size, lanes)
-        course.mixer = Mixer.at(state["mixer"])
-        if course._lanes is not None:
-            course._lanes.counts = [[*counts] for counts in state["lanes"]]
-        course.ahead = deque((slot, [*weights]) for slot, weights in state["ahead"])
-        return course
+        before = 1 if state["partitions"] is None else len(state["partitions"][0])
+        if before != partitions:
+            raise UserError(
+                f"data.partitions is {partitions}, but the run began with {before}: a run keeps its partitions"
+            )
+        sampler_state = cls(state["mixer"]["weights"], batch_size, partitions)
+        sampler_state.mixer = Mixer.at(state["mixer"])
+        if sampler_state._partitions is not None:
+            sampler_state._partitions.counts = [[*counts] for counts in state["partitions"]]
+        sampler_state.ahead = deque((slot, [*weights]) for slot, weights in state["ahead"])
+        return sampler_state

@@ -39,7 +39,7 @@ class BadRecord:
     Attributes:
         place: where it is, in words.
         reason: what is wrong.
-        after: its number in its input, and the input's, to go on behind it.
+        after: its number in its input, and the input's, to go on after it.
     """
 
     place: str
@@ -124,7 +124,7 @@ def documents(
     Args:
         inputs: see ``find_inputs``.
         fields: of records.
-        after: go on behind this place.
+        after: go on after this place.
         text_bytes: read only so much of a text file; None = all.
         render: makes a document's pieces out of a record, in place of the text field; raises ``ValueError``,
             ``KeyError`` or ``TypeError`` for one that it can't use.

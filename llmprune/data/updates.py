@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from llmprune.data.mixing import PARTS
+from llmprune.data.mixing import PPM
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json
 from llmprune.utils.registry import Registry
@@ -124,7 +124,7 @@ def new_weights(
     share = 1.0 if config.update == "schedule" else whole
     floor, ceiling = _bounds(config, names)
     if config.update != "schedule":  # a domain of weight zero would be out for good
-        floor = [min(max(low, 1 / PARTS), high) for low, high in zip(floor, ceiling, strict=True)]
+        floor = [min(max(low, 1 / PPM), high) for low, high in zip(floor, ceiling, strict=True)]
     wanted = UPDATES[config.update](seen, config, names)
     if not all(map(math.isfinite, wanted)):
         return None
@@ -310,4 +310,4 @@ def _smoothed(weights: Sequence[float], share: float) -> list[float]:
 
 def drawable(weights: Sequence[float]) -> list[float]:
     """Weights of which none is too small ever to be drawn, unless it is zero."""
-    return [max(weight, 1 / PARTS) if weight else 0.0 for weight in weights]
+    return [max(weight, 1 / PPM) if weight else 0.0 for weight in weights]

@@ -16,7 +16,7 @@ from llmprune.config.schema import Config
 from llmprune.config.static_checks import check_config
 from llmprune.data.prepared import PreparedData
 from llmprune.estimate.memory import memory_of, samples_of
-from llmprune.estimate.sizes import FLOAT, Sizes, checkpoint_bytes, products_of, teacher_itemsize
+from llmprune.estimate.sizes import FLOAT, JobSizes, checkpoint_bytes, products_of, teacher_itemsize
 from llmprune.measurement.flops import macs
 from llmprune.models.fields import config_from_fields
 from llmprune.models.loading import load_model_config, load_tokenizer
@@ -192,7 +192,7 @@ def estimate(config: Config, model: PretrainedConfig, length: int, cluster: Clus
     if train.global_batch_size < 1 or train.global_batch_size % ranks:
         raise UserError(f"train.global_batch_size {train.global_batch_size} is no multiple of {ranks} ranks")
     per_rank, micro = samples_of(config, ranks)
-    sizes = Sizes.of(config, model)
+    sizes = JobSizes.of(config, model)
     memory = memory_of(config, model, sizes, length=length, ranks=ranks, device=cluster.device)
     flops = _flops(config, model, length, sizes) * train.global_batch_size
     compute = flops / (cluster.flops * cluster.utilisation * ranks)
@@ -226,7 +226,7 @@ def estimate(config: Config, model: PretrainedConfig, length: int, cluster: Clus
     )
 
 
-def _flops(config: Config, model: PretrainedConfig, length: int, sizes: Sizes) -> float:
+def _flops(config: Config, model: PretrainedConfig, length: int, sizes: JobSizes) -> float:
     """Operations of a sample's training step."""
     forward = 2 * macs(model, length).total
     share = max(sizes.reached, 1) / sizes.layers
@@ -238,7 +238,7 @@ def _flops(config: Config, model: PretrainedConfig, length: int, sizes: Sizes) -
     return total
 
 
-def _network(config: Config, cluster: Cluster, sizes: Sizes, microbatches: int) -> float:
+def _network(config: Config, cluster: Cluster, sizes: JobSizes, microbatches: int) -> float:
     """Seconds that what a rank sends and receives in a batch takes."""
     ranks = cluster.gpus
     if ranks == 1:

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.config.schema import Config
 from llmprune.estimate.activations import Kept, kept_by
-from llmprune.estimate.sizes import FLOAT, MOMENTS, Sizes, adds, autocast_of, held_by, products_of, teacher_itemsize
+from llmprune.estimate.sizes import FLOAT, MOMENTS, JobSizes, adds, autocast_of, held_by, products_of, teacher_itemsize
 from llmprune.models.families import family_of
 from llmprune.models.placement import DTYPES
 from llmprune.models.vocabulary import CHUNKS, LEAST
@@ -24,7 +24,7 @@ FOUR_BITS = 0.52  # bytes of a number in nf4 with its share of the scales
 
 
 def memory_of(
-    config: Config, model: PretrainedConfig, sizes: Sizes, *, length: int, ranks: int, device: str
+    config: Config, model: PretrainedConfig, sizes: JobSizes, *, length: int, ranks: int, device: str
 ) -> dict[str, float]:
     """Bytes of a rank by what holds them, at the peak.
 
@@ -120,7 +120,7 @@ class _Stage:
 
 
 def _stages(
-    config: Config, model: PretrainedConfig, sizes: Sizes, kept: Kept, tokens: int, device: str
+    config: Config, model: PretrainedConfig, sizes: JobSizes, kept: Kept, tokens: int, device: str
 ) -> list[_Stage]:
     """The moments that may be the peak of a pass: at the output layer, in the last blocks, in the first, at its end."""
     products, autocast, sharding = products_of(config).itemsize, autocast_of(config), config.sharding
@@ -158,7 +158,7 @@ def _stages(
     ]
 
 
-def _logits(config: Config, model: PretrainedConfig, sizes: Sizes, tokens: int, device: str) -> float:
+def _logits(config: Config, model: PretrainedConfig, sizes: JobSizes, tokens: int, device: str) -> float:
     """Bytes of a chunk's logits as they come, in float32, their exponentials, their gradient; of states' gradient."""
     products, replacement = products_of(config).itemsize, config.section(BlockReplacementConfig)
     chunk = min(max(CHUNKS[device] // sizes.vocabulary, LEAST), tokens) * sizes.vocabulary

@@ -36,7 +36,7 @@ class Learning:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class JobSizes:
     """Numbers of parameters.
 
     Attributes:
@@ -72,7 +72,7 @@ class Sizes:
     reached: int
 
     @classmethod
-    def of(cls, config: Config, model: PretrainedConfig) -> "Sizes":
+    def of(cls, config: Config, model: PretrainedConfig) -> "JobSizes":
         """Those of a job.
 
         Args:
@@ -148,7 +148,7 @@ def teacher_itemsize(config: Config, device: str) -> int:
     return dtype_for_inference(distillation.dtype, on_gpu=device == "cuda").itemsize
 
 
-def checkpoint_bytes(config: Config, sizes: Sizes) -> float:
+def checkpoint_bytes(config: Config, sizes: JobSizes) -> float:
     """Bytes of a checkpoint: weights and moments."""
     learning = sizes.trained * held_by(config)
     found = sizes.parameters * DTYPES[config.model.dtype].itemsize + learning * MOMENTS[config.optimizer.name]

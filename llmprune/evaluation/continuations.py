@@ -13,7 +13,7 @@ from rapidfuzz.distance import Levenshtein
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
-from llmprune.models.opened import OpenedModel, check_vocabulary
+from llmprune.models.opened import LoadedModel, check_vocabulary
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import JSON_LIMIT, parse_json, read_bytes, write_text
 
@@ -60,7 +60,7 @@ class GenerationConfig:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What Transformers is told; see ``OpenedModel.generation``."""
+        """What Transformers is told; see ``LoadedModel.generation``."""
         sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         return {
             "max_new_tokens": self.max_new_tokens,
@@ -158,7 +158,7 @@ def encode_prompts(
 
 @torch.inference_mode()
 def write_continuations(
-    opened: OpenedModel, prompts: Sequence[Prompt], config: GenerationConfig
+    opened: LoadedModel, prompts: Sequence[Prompt], config: GenerationConfig
 ) -> list[dict[str, Any]]:
     """Let a model go on from every prompt.
 

@@ -29,7 +29,7 @@ from llmprune.evaluation.perplexity import (
     read_streams,
 )
 from llmprune.evaluation.tasks import Tasks, TasksConfig, language_model, save_samples
-from llmprune.models.opened import FoundModel, OpenedModel, find_model
+from llmprune.models.opened import LoadedModel, ModelSource, find_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
 from llmprune.utils.outputs import mark, output_folder, refuse_existing, remove
@@ -113,12 +113,12 @@ def evaluate(
 class _Work:
     """A model, and what it is to be measured on."""
 
-    found: FoundModel
+    found: ModelSource
     streams: dict[str, Tensor]
     prompts: list[Prompt]
 
 
-def _prepare(found: FoundModel, config: EvaluationConfig) -> _Work:
+def _prepare(found: ModelSource, config: EvaluationConfig) -> _Work:
     """Read texts and prompts, and see that the model can read them too."""
     try:
         streams = read_streams(config.texts, found.tokenizer, config.perplexity)
@@ -154,7 +154,7 @@ def _evaluate_model(work: _Work, config: EvaluationConfig, tasks: Tasks | None, 
     return found
 
 
-def _perplexity(opened: OpenedModel, tokens: Tensor, config: EvaluationConfig) -> dict[str, Any]:
+def _perplexity(opened: LoadedModel, tokens: Tensor, config: EvaluationConfig) -> dict[str, Any]:
     """A stream's perplexity in every mode."""
     settings = config.perplexity
     entry: dict[str, Any] = {
@@ -203,7 +203,7 @@ def _check(models: Sequence[str], config: EvaluationConfig) -> None:
         read_prompts(config.prompts, config.prompt_share)
 
 
-def table(results: dict[str, Any]) -> str:
+def results_table(results: dict[str, Any]) -> str:
     """The results as a table: models by what was measured."""
     columns: dict[str, dict[str, float]] = {}
     for model, found in {**results["models"], **results.get("generated", {})}.items():

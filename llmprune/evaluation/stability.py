@@ -116,7 +116,7 @@ def read_answers(path: Path | str, tokenizer: PreTrainedTokenizerBase | None = N
 
 
 def _subject(log: Path) -> str:
-    """The task or data set in a log's name; lm-eval's command puts the time behind it."""
+    """The task or data set in a log's name; lm-eval's command puts the time after it."""
     name = log.stem.removeprefix("samples_")
     return re.sub(r"_\d{4}-\d\d-\d\dT[\d\-.]+$", "", name)
 
@@ -134,7 +134,7 @@ def _read_lm_eval(log: Path, tokenizer: PreTrainedTokenizerBase | None) -> Itera
             counts = sample.get("option_tokens") or _count(sample, tokenizer, log)
             contexts = [argument["arg_0"] for argument in sample["arguments"].values()]
             half = len(contexts) // 2
-            # likelihoods without the question (acc_mutual_info) follow behind the options' own
+            # likelihoods without the question (acc_mutual_info) follow after the options' own
             options = range(half if contexts[0] and not any(contexts[half:]) else len(likelihoods))
             losses = [-likelihoods[i] / max(counts[i], 1) for i in options]
             yield sample.get("doc_hash") or str(sample["doc_id"]), Answer(sample["acc"] == 1, losses)

@@ -240,7 +240,7 @@ def _parts(loaded: Mapping[Any, Any]) -> Iterator[Any]:
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``acc,none`` becomes ``acc``; a metric behind another filter keeps its name (``exact_match,strict-match``)."""
+    """``acc,none`` becomes ``acc``; a metric after another filter keeps its name (``exact_match,strict-match``)."""
     return {
         name.removesuffix(",none"): value
         for name, value in values.items()

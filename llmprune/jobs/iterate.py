@@ -29,7 +29,7 @@ from llmprune.pruning.selection.methods import PlanConfig
 from llmprune.recovery.settings import DistillationConfig
 from llmprune.utils.errors import UserError
 from llmprune.utils.processes import TERMINATION
-from llmprune.utils.ranks import initialize_ranks, on_rank_zero, share_cores
+from llmprune.utils.ranks import init_distributed, on_rank_zero, share_cores
 
 
 def iterate(config: IterationConfig) -> None:
@@ -44,7 +44,7 @@ def iterate(config: IterationConfig) -> None:
         raise UserError("states compare with the source's in the first round only: take the objectives kl and lm")
     shapes = round_shapes(config.iterate, load_model_config(source))
     share_cores()
-    initialize_ranks(config.train.device)
+    init_distributed(config.train.device)
     with TERMINATION.ending(asked_to_end), RunFolder(Path(config.run.folder)).claimed():
         _iterate(config, source, shapes)
 

@@ -37,7 +37,7 @@ from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.utils.errors import UserError
 from llmprune.utils.outputs import clear, refuse_replacing
-from llmprune.utils.ranks import initialize_ranks, on_rank_zero, share_cores
+from llmprune.utils.ranks import init_distributed, on_rank_zero, share_cores
 
 IN_FULL = Placement(dtype="float32")
 
@@ -135,7 +135,7 @@ def _by_trainer(
     model: str, placement: Placement, config: LayerScoringConfig, names: list[str], tokens: Tensor | None
 ) -> tuple[dict[str, dict[str, Any]], float | None]:
     """Score with the whole model in memory, every rank its share of the samples."""
-    initialize_ranks(placement.device)
+    init_distributed(placement.device)
     loaded = load_model(model, dtype=DTYPES[placement.dtype], attention=placement.attention)
     callback = LayerScoring(config)
     ranks, rank = dist.get_world_size(), dist.get_global_rank()
@@ -222,7 +222,7 @@ def run_scoring(config: ScoringConfig) -> Scores:
         for plan in config.plan.each().values():
             rehearse(plan, names, model_config, config.layer_scoring.data)
     share_cores()
-    initialize_ranks(config.model.device)
+    init_distributed(config.model.device)
     run, model = RunFolder(Path(config.run.folder)), config.model
     with run.claimed():
         on_rank_zero(lambda: run.find(overwrite=config.run.overwrite, autoresume=False))

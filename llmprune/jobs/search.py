@@ -38,7 +38,7 @@ from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.choose import NoShapeError, Steps
 from llmprune.pruning.budgets.limits import Latency, Limit, costs_of, limits_of
 from llmprune.pruning.budgets.losses import RuinousPlanError
-from llmprune.pruning.budgets.sizes import Sizes
+from llmprune.pruning.budgets.sizes import ShapeSizes
 from llmprune.pruning.budgets.trial import Trial
 from llmprune.pruning.planning import (
     best_under,
@@ -50,15 +50,15 @@ from llmprune.pruning.planning import (
     rehearse,
 )
 from llmprune.pruning.scoring.criteria import CRITERIA
-from llmprune.pruning.scoring.criterion import Section
+from llmprune.pruning.scoring.criterion import ScoreSection
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.scoring.settings import LayerScoringConfig
-from llmprune.reporting.search import picture, table
+from llmprune.reporting.search import picture, search_table
 from llmprune.training.checks import check
 from llmprune.utils.errors import BrokenModelError, UserError
 from llmprune.utils.files import read_json, sha256_text, write_json, write_text
 from llmprune.utils.processes import TERMINATION
-from llmprune.utils.ranks import initialize_ranks, on_rank_zero, share_cores
+from llmprune.utils.ranks import init_distributed, on_rank_zero, share_cores
 
 Row = dict[str, Any]
 
@@ -74,7 +74,7 @@ def search(config: SearchConfig) -> None:
     source = check_pruning_job(config, "search", config.search.calibration)
     check_candidates(config, load_model_config(source))
     share_cores()
-    initialize_ranks(config.train.device)
+    init_distributed(config.train.device)
     with TERMINATION.ending(asked_to_end), RunFolder(Path(config.run.folder)).claimed():
         _search(config, source)
 
@@ -108,7 +108,7 @@ def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
     """
     settings = config.search
     names, data = settings.scored(), settings.calibration
-    sizes = Sizes(model)
+    sizes = ShapeSizes(model)
     for candidate in settings.candidates():
         plan = candidate.config
         if candidate.under_budget:
@@ -129,7 +129,7 @@ def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
 
 
 def _check_units(name: str) -> None:
-    if CRITERIA[name].section is not Section.UNITS or CRITERIA[name].needs_experts:
+    if CRITERIA[name].section is not ScoreSection.UNITS or CRITERIA[name].needs_experts:
         raise UserError(f"search.unit_criteria: '{name}' does not score heads, channels and hidden dimensions")
 
 
@@ -147,7 +147,7 @@ class _Job:
     def __init__(self, config: SearchConfig, source: str, folder: Path) -> None:
         self._config, self._settings, self._source, self._folder = config, config.search, source, folder
         self._candidates = self._settings.candidates()
-        self._sizes = Sizes(load_model_config(source))
+        self._sizes = ShapeSizes(load_model_config(source))
         self._known = folder / "candidates.json"
         self._costs = costs_of(self._settings.budget, self._sizes, default_device())
         self._limits = limits_of(self._costs, self._sizes.source)
@@ -323,7 +323,7 @@ class _Job:
         place = self.place(winner["number"])
         Plan.load(place / "plan.json").save(self._folder / "plan.json")
         keep_result(self._folder, place / "recovered")
-        shown = table(self._rows)
+        shown = search_table(self._rows)
         write_text(self._folder / "table.md", shown)
         picture(self._rows).save(self._folder)
         print(shown)

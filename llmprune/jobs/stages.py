@@ -18,7 +18,7 @@ from llmprune.data.calibration import CalibrationConfig
 from llmprune.data.prepared import PreparedData
 from llmprune.jobs.train import train
 from llmprune.training.checks import check, inputs_of
-from llmprune.utils.checksums import CHECKSUMS, describe
+from llmprune.utils.checksums import CHECKSUMS, describe_file
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json, temporary_for, write_json
 from llmprune.utils.outputs import clear, is_empty, refuse_deleting, refuse_replacing, remove
@@ -109,7 +109,7 @@ def _content(path: str) -> str | None:
         return PreparedData(path).manifest.fingerprint()
     if (place / CHECKSUMS).is_file():
         place = place / CHECKSUMS
-    return str(describe(place)["sha256"]) if place.is_file() else None
+    return str(describe_file(place)["sha256"]) if place.is_file() else None
 
 
 def _identity(config: Config) -> dict[str, object]:

@@ -15,11 +15,11 @@ from llmprune.checkpoints.metrics import read_metrics
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.schema import Config
 from llmprune.data.updates import DynamicLoadingConfig
-from llmprune.reporting.collect import Run
-from llmprune.reporting.figures import domain_weights
+from llmprune.reporting.collect import ReportedRun
+from llmprune.reporting.figures import draw_domain_weights
 from llmprune.training.checks import trains
 from llmprune.training.section import Inputs
-from llmprune.training.trainer import build_trainer, prepare, safekeeping_of
+from llmprune.training.trainer import build_trainer, checkpoint_uploading_of, prepare_job
 from llmprune.utils.errors import UserError
 from llmprune.utils.ranks import on_rank_zero
 
@@ -33,7 +33,7 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> Trainer:
         config: of the job.
         callbacks: further Composer callbacks, after llmprune's own.
     """
-    inputs = prepare(config)
+    inputs = prepare_job(config)
     with RunFolder(Path(config.run.folder)).claimed():
         return _train(config, inputs, callbacks)
 
@@ -66,7 +66,7 @@ def _train(config: Config, inputs: Inputs, callbacks: Sequence[Callback]) -> Tra
     folder = RunFolder(Path(config.run.folder))
     written = [section.ended(trainer, folder) for section in inputs.sections]
     if any(written):
-        safekeeping_of(trainer).copy_rest()
+        checkpoint_uploading_of(trainer).copy_rest()
     trainer.close()
     if config.section(DynamicLoadingConfig) is not None:
         on_rank_zero(lambda: draw_weights(RunFolder(Path(config.run.folder))))
@@ -75,12 +75,12 @@ def _train(config: Config, inputs: Inputs, callbacks: Sequence[Callback]) -> Tra
 
 def finish(trainer: Trainer) -> None:
     """See to the newest checkpoint of a run that does not train."""
-    safekeeping_of(trainer).finish(trainer.state.timestamp.batch.value)
+    checkpoint_uploading_of(trainer).finish(trainer.state.timestamp.batch.value)
 
 
 def draw_weights(run: RunFolder) -> None:
     """Draw the weights of domains over the run, as weights.png and weights.csv in its folder."""
     metrics = read_metrics(run.metrics)
     if any(name.startswith("mixing/weight/") for line in metrics for name in line):
-        found = Run(run.path.name, run.path, OmegaConf.to_container(OmegaConf.load(run.config)), metrics)  # type: ignore[arg-type]
-        replace(domain_weights(found), name="weights").save(run.path)
+        found = ReportedRun(run.path.name, run.path, OmegaConf.to_container(OmegaConf.load(run.config)), metrics)  # type: ignore[arg-type]
+        replace(draw_domain_weights(found), name="weights").save(run.path)

@@ -1,7 +1,7 @@
 """Multiply-accumulate operations of a forward pass, from the config alone.
 
 Products that a causal or a sliding-window mask throws away are counted, since dense kernels compute them and counters
-count them; a token behind a cache that holds only a sliding window takes fewer. Norms, activations and rotations are
+count them; a token after a cache that holds only a sliding window takes fewer. Norms, activations and rotations are
 left out, as everywhere.
 """
 
@@ -45,10 +45,10 @@ def macs(config: PretrainedConfig, tokens: int, past: int = 0, *, logits: int | 
         logits: tokens whose logits are computed; None = all.
 
     Raises:
-        UserError: the architecture is not supported, or has a stand-in.
+        UserError: the architecture is not supported, or has a replacement module.
     """
-    if getattr(config, "llmprune_stand_in", None) is not None:
-        raise UserError("what a stand-in for blocks takes is not counted")
+    if getattr(config, "llmprune_replacement", None) is not None:
+        raise UserError("what a replacement module for blocks takes is not counted")
     family = family_of(config)
     shape = family.shape(config)
     matrices = family.matrices(config)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from llmprune.measurement.flops import macs
 from llmprune.measurement.monitor import UtilisationWatch, peak_memory
-from llmprune.models.opened import OpenedModel, find_model
+from llmprune.models.opened import LoadedModel, find_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
 
@@ -136,8 +136,8 @@ def measure(
     }, watch
 
 
-def size(opened: OpenedModel, context: int) -> dict[str, Any]:
-    """Parameters, and operations for one token behind ``context`` others."""
+def size(opened: LoadedModel, context: int) -> dict[str, Any]:
+    """Parameters, and operations for one token after ``context`` others."""
     model = opened.model
     total = opened.parameters
     embeddings = {id(p): p.numel() for p in model.get_input_embeddings().parameters()}
@@ -159,13 +159,13 @@ def size(opened: OpenedModel, context: int) -> dict[str, Any]:
     return {**entry, "flops_per_token": 2 * entry["macs_per_token"]}
 
 
-def weights_bytes(opened: OpenedModel) -> int:
+def weights_bytes(opened: LoadedModel) -> int:
     """Bytes of parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*opened.model.parameters(), *opened.model.buffers()))
 
 
 def _measure_setting(
-    opened: Sequence[OpenedModel], setting: Setting, config: MeasureConfig, watch: UtilisationWatch
+    opened: Sequence[LoadedModel], setting: Setting, config: MeasureConfig, watch: UtilisationWatch
 ) -> dict[str, dict[str, Any]]:
     """Time one setting of every model, in turns."""
     runs = {one.name: _runner(one, setting, config.seed) for one in opened}
@@ -200,7 +200,7 @@ def _measure_setting(
     return entries
 
 
-def _runner(opened: OpenedModel, setting: Setting, seed: int) -> Callable[[], Tensor]:
+def _runner(opened: LoadedModel, setting: Setting, seed: int) -> Callable[[], Tensor]:
     model = opened.model
 
     @cache  # made by the first run, which is not timed: it may already be too large

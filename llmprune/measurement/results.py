@@ -53,7 +53,7 @@ def as_csv(lines: Sequence[dict[str, Any]]) -> str:
     return file.getvalue()
 
 
-def table(results: dict[str, Any]) -> str:
+def speed_table(results: dict[str, Any]) -> str:
     """The results as text."""
     lines = [f"{results['device']}, {results['dtype']}; {results['repeats']} runs after {results['warmups']} warm-ups"]
     for name, found in results["models"].items():

@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 from llmprune.models.families import family_of
 
 
-class Run(Protocol):
+class RunBlock(Protocol):
     """Runs a block on states [batch, length, hidden], or another module of its kind in its place."""
 
     def __call__(self, x: Tensor, block: nn.Module | None = None) -> Tensor:
         """What the block makes of ``x``."""
 
 
-Visit = Callable[[int, Run, Tensor], Tensor]
+BlockHook = Callable[[int, RunBlock, Tensor], Tensor]
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -28,7 +28,7 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 @contextmanager
-def visited(model: PreTrainedModel, visit: Visit, beside: nn.Module | None = None) -> Iterator[None]:
+def hooked_blocks(model: PreTrainedModel, visit: BlockHook, beside: nn.Module | None = None) -> Iterator[None]:
     """While open, ``model``'s forward pass calls ``visit(number, run, states)`` in place of every block.
 
     ``states`` [batch, length, hidden] is the block's input and what is returned goes on to the next block; ``run(x)``
@@ -44,7 +44,7 @@ def visited(model: PreTrainedModel, visit: Visit, beside: nn.Module | None = Non
     originals = list(blocks)
     try:
         for number, block in enumerate(originals):
-            blocks[number] = _Visited(number, block, visit, in_tuple)
+            blocks[number] = _HookedBlock(number, block, visit, in_tuple)
         if beside is not None:
             blocks[0]._modules["beside"] = beside
         yield
@@ -53,15 +53,15 @@ def visited(model: PreTrainedModel, visit: Visit, beside: nn.Module | None = Non
             blocks[number] = block
 
 
-def given(output: Tensor | tuple[Any, ...]) -> Tensor:
+def hidden_states_in(output: Tensor | tuple[Any, ...]) -> Tensor:
     """The hidden states in what a module returns."""
     return output[0] if isinstance(output, tuple) else output
 
 
-class _Visited(nn.Module):
+class _HookedBlock(nn.Module):
     """In the place of a block; everything but the forward pass is asked of the block itself."""
 
-    def __init__(self, number: int, block: nn.Module, visit: Visit, in_tuple: bool) -> None:
+    def __init__(self, number: int, block: nn.Module, visit: BlockHook, in_tuple: bool) -> None:
         super().__init__()
         self._number, self._visit, self._in_tuple = number, visit, in_tuple
         # A submodule: in the first forward pass a sharded model looks for its shards among them.
@@ -78,7 +78,7 @@ class _Visited(nn.Module):
         def run(x: Tensor, block: nn.Module | None = None) -> Tensor:
             fitted = hidden_states.shape[0], x.shape[0]
             own = {name: _fit(value, *fitted) for name, value in kwargs.items()}
-            return given((block or visited)(x, *(_fit(value, *fitted) for value in args), **own))
+            return hidden_states_in((block or visited)(x, *(_fit(value, *fitted) for value in args), **own))
 
         states = self._visit(self._number, run, hidden_states)
         return (states,) if self._in_tuple else states

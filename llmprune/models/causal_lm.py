@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from llmprune.models.autocast import forgetting_casts, in_autocast, products_in
 from llmprune.models.batch_halving import Halving
 from llmprune.models.families import family_of
-from llmprune.models.objectives import IGNORED, next_token, predicting, targets_of
+from llmprune.models.objectives import IGNORED, next_token, next_tokens, predicting
 from llmprune.models.vocabulary import Head, head_of, mean_loss, token_measures, without_head
 
 Batch = Mapping[str, Tensor]
@@ -30,7 +30,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The summed negative log-likelihood (nats) and the number of predicted tokens of every sample, [batch] each.
     """
-    targets = targets_of(labels)
+    targets = next_tokens(labels)
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(targets)
@@ -90,7 +90,7 @@ def final_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Head]:
 def next_token_loss(states: Tensor, head: Head, labels: Tensor) -> Tensor:
     """The mean next-token loss (nats per token) of a batch from its ``final_states`` and labels [batch, length]."""
     chosen = predicting(labels).flatten()
-    measure = next_token(targets_of(labels).flatten()[chosen])
+    measure = next_token(next_tokens(labels).flatten()[chosen])
     return mean_loss(states[chosen], head, measure, [1.0])[0]
 
 
@@ -172,11 +172,11 @@ class DomainLoss(MeanLoss):
         return super().compute()
 
 
-class Perplexity(MeanLoss):
+class PerplexityMetric(MeanLoss):
     """exp of the mean next-token loss."""
 
     def compute(self) -> Tensor:
-        """Perplexity per token."""
+        """PerplexityMetric per token."""
         return super().compute().exp()
 
 
@@ -257,7 +257,7 @@ class ComposerCausalLM(ComposerModel):
         return self._measured(batch) if self.halving is None else self.halving(self._measured, batch)
 
     def _measured(self, batch: Batch) -> dict[str, Tensor]:
-        targets = targets_of(labels_of(batch))
+        targets = next_tokens(labels_of(batch))
         with self._products(batch):
             (losses,) = token_measures(*self.final_states(batch), next_token(targets.flatten()))
         tokens, domain = (targets != IGNORED).sum(1), batch.get("domain")
@@ -269,7 +269,9 @@ class ComposerCausalLM(ComposerModel):
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
         """The evaluation metrics: ``loss``, with that of each domain in it, and ``perplexity``; none in training."""
-        return {} if is_train else {"loss": DomainLoss(max(self.domains, default=0) + 1), "perplexity": Perplexity()}
+        return (
+            {} if is_train else {"loss": DomainLoss(max(self.domains, default=0) + 1), "perplexity": PerplexityMetric()}
+        )
 
     def update_metric(self, batch: Batch, outputs: dict[str, Tensor], metric: Metric) -> None:
         """Add one batch to a metric."""

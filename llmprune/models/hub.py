@@ -28,7 +28,7 @@ from llmprune.utils.outputs import output_folder
 from llmprune.utils.untrusted import inspect
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
-_INDEX = ".index.json"  # behind the name of either: the index of its shards
+_INDEX = ".index.json"  # after the name of either: the index of its shards
 _TEMPLATES = "additional_chat_templates/"
 _COMPANIONS = (
     "*.json", "*.jinja",  # configs, vocabularies, chat templates

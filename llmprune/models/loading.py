@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmprune.models.families import family_of
 from llmprune.models.finite import first_not_finite
 from llmprune.models.quantised import refuse_plain_as_quantised, refuse_quantised
-from llmprune.models.source import has_stand_in, read_config, resolve_model
+from llmprune.models.source import has_replacement, read_config, resolve_model
 from llmprune.models.stored_weights import StoredWeights, parameter_names
 from llmprune.utils.errors import UserError, first_line
 from llmprune.utils.files import read_json
@@ -35,10 +35,10 @@ def load_model_config(model: str | Path) -> PretrainedConfig:
         UserError: it can't be read, its architecture is not supported, or its weights are quantised.
     """
     folder = resolve_model(model)
-    if has_stand_in(folder):
+    if has_replacement(folder):
         raise UserError(
-            f"{model} has a stand-in that no config of its family describes: it can be run and measured, but neither "
-            "pruned nor trained; do so before the replacement, or replace by blocks"
+            f"{model} has a replacement module that no config of its family describes: it can be run and measured, "
+            "but neither pruned nor trained; do so before the replacement, or replace by blocks"
         )
     refuse_quantised(model, folder)
     config = read_config(model)

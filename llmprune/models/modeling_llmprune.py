@@ -1,9 +1,9 @@
-"""Causal LMs of any Transformers architecture with what its config can't describe: richer heads, or a stand-in.
+"""Causal LMs of any Transformers architecture with richer heads or a replacement module, which no config describes.
 
 This file is complete in itself and lies beside the weights of such a model, which load with ``trust_remote_code=True``
 wherever llmprune is not installed. With richer heads, what every attention head gives passes a small non-linear layer
-before the heads are joined. A stand-in, in the place of blocks that were removed, reads the residual stream [batch,
-length, hidden] of a token and adds to it. Neither knows any other token, so neither needs a cache.
+before the heads are joined. A replacement module, in the place of blocks that were removed, reads the residual stream
+[batch, length, hidden] of a token and adds to it. Neither knows any other token, so neither needs a cache.
 """
 
 from functools import cache
@@ -91,7 +91,7 @@ NETWORKS: dict[str, type[nn.Module]] = {"mean": Mean, "linear": Linear, "ffn": F
 
 
 def _to_zero(layer: nn.Linear) -> None:
-    """Begin with nothing: the stand-in is then no worse than the blocks' removal."""
+    """Begin with nothing: the replacement module is then no worse than the blocks' removal."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -164,7 +164,7 @@ class _Following:
 
 
 def host(place: int) -> int:
-    """The number of the block that a stand-in before block ``place`` belongs to: the one before it, if there is one."""
+    """The number of the block that a replacement module before block ``place`` belongs to: the one before, if any."""
     return max(place - 1, 0)
 
 
@@ -172,8 +172,8 @@ def _attach(model: PreTrainedModel) -> None:
     """Make what the config describes a part of the model."""
     if model.config.llmprune_richer_heads is not None:
         _attach_heads(model, **model.config.llmprune_richer_heads)
-    if model.config.llmprune_stand_in is not None:
-        _attach_stand_in(model, model.config.llmprune_stand_in)
+    if model.config.llmprune_replacement is not None:
+        _attach_replacement(model, model.config.llmprune_replacement)
 
 
 def _attach_heads(
@@ -201,23 +201,23 @@ def _attach_heads(
         attention.register_forward_pre_hook(_Following(heads, name))
 
 
-def _attach_stand_in(model: PreTrainedModel, described: dict[str, Any]) -> None:
-    """Make the stand-in a part of the block beside it."""
+def _attach_replacement(model: PreTrainedModel, described: dict[str, Any]) -> None:
+    """Make the replacement module a part of the block beside it."""
     block = model.get_submodule(described["blocks"])[host(described["place"])]  # type: ignore[index]
-    block.stand_in = NETWORKS[described["kind"]](**described["settings"])
+    block.replacement = NETWORKS[described["kind"]](**described["settings"])
     block.__class__ = _hosting(type(block), described["place"] == 0)
 
 
 def _hosting(block: type[nn.Module], first: bool) -> type[nn.Module]:
-    """A kind of block with a stand-in before (if it is the model's first) or behind it."""
+    """A kind of block with a replacement module before (if it is the model's first) or after it."""
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if first:
-            return block.forward(self, self.stand_in(hidden_states), *args, **kwargs)
+            return block.forward(self, self.replacement(hidden_states), *args, **kwargs)
         found = block.forward(self, hidden_states, *args, **kwargs)
         if isinstance(found, tuple):
-            return (self.stand_in(found[0]), *found[1:])
-        return self.stand_in(found)
+            return (self.replacement(found[0]), *found[1:])
+        return self.replacement(found)
 
     return type(block.__name__, (block,), {"forward": forward, "__module__": __name__})
 
@@ -237,7 +237,7 @@ def config_class(model_type: str) -> type[PretrainedConfig]:
     body = {
         "model_type": PREFIX + model_type,
         "llmprune_richer_heads": None,
-        "llmprune_stand_in": None,
+        "llmprune_replacement": None,
         "_auto_class": "AutoConfig",  # this file goes along wherever such a model is saved
         "__module__": __name__,
     }

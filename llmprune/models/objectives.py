@@ -18,18 +18,18 @@ OBJECTIVES = {
 HIDDEN_OBJECTIVES = ("mse", "cosine")
 
 
-def targets_of(labels: Tensor) -> Tensor:
+def next_tokens(labels: Tensor) -> Tensor:
     """The token that follows each position, ``IGNORED`` at the end, int64 [batch, length] both."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def predicting(labels: Tensor) -> Tensor:
     """Which positions predict a token that has a loss, bool [batch, length]; see ``token_losses`` for the labels."""
-    return targets_of(labels) != IGNORED
+    return next_tokens(labels) != IGNORED
 
 
 def places(chosen: Tensor) -> Tensor:
-    """The chosen positions one behind the other, int64 [chosen] of [batch · length], from bool [batch, length].
+    """The chosen positions one after the other, int64 [chosen] of [batch · length], from bool [batch, length].
 
     To index by a mask makes the host wait for a GPU every time, and once more in the backward pass; by places it does
     not.

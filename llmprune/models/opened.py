@@ -15,7 +15,7 @@ from llmprune.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class OpenedModel:
+class LoadedModel:
     """A model in evaluation mode with its tokenizer.
 
     Attributes:
@@ -50,7 +50,7 @@ class OpenedModel:
 
 
 @dataclass(frozen=True)
-class FoundModel:
+class ModelSource:
     """A model that can be opened, as far as can be known without reading its weights.
 
     Attributes:
@@ -76,7 +76,7 @@ class FoundModel:
         """How many tokens it takes at most, if it says so."""
         return getattr(self.config, "max_position_embeddings", None)
 
-    def open(self) -> OpenedModel:
+    def open(self) -> LoadedModel:
         """Read its weights.
 
         Raises:
@@ -93,7 +93,7 @@ class FoundModel:
         )
         if placement.device_map is None:
             model.to(placement.torch_device)  # type: ignore[arg-type]
-        return OpenedModel(self.name, self.folder, model, self.tokenizer)
+        return LoadedModel(self.name, self.folder, model, self.tokenizer)
 
     def _check_memory(self) -> None:
         if self.placement.device_map is None:
@@ -116,7 +116,7 @@ def check_vocabulary(largest: int, config: PretrainedConfig, what: str) -> None:
         )
 
 
-def find_model(name: str, placement: Placement) -> FoundModel:
+def find_model(name: str, placement: Placement) -> ModelSource:
     """Find a causal LM of any architecture, and see that it could be opened.
 
     Args:
@@ -127,9 +127,9 @@ def find_model(name: str, placement: Placement) -> FoundModel:
         UserError: it is not there or is too large, or the placement is impossible.
     """
     placement.check()
-    return FoundModel(name, resolve_model(name), read_config(name), load_tokenizer(name), placement)
+    return ModelSource(name, resolve_model(name), read_config(name), load_tokenizer(name), placement)
 
 
-def open_model(name: str, placement: Placement) -> OpenedModel:
-    """Open a causal LM of any architecture; see ``find_model`` and ``FoundModel.open``."""
+def open_model(name: str, placement: Placement) -> LoadedModel:
+    """Open a causal LM of any architecture; see ``find_model`` and ``ModelSource.open``."""
     return find_model(name, placement).open()

@@ -63,8 +63,8 @@ def parameter_names_of(model: PreTrainedModel, parts: Sequence[str]) -> list[str
     return [name for name in roles if name in chosen]
 
 
-def parameters_behind(model: PreTrainedModel, block: int, names: Iterable[str]) -> list[nn.Parameter]:
-    """The parameters of parts of a model that lie behind its first so many blocks.
+def parameters_after(model: PreTrainedModel, block: int, names: Iterable[str]) -> list[nn.Parameter]:
+    """The parameters of parts of a model that come after its first so many blocks.
 
     Args:
         model: of a supported family.
@@ -81,7 +81,7 @@ def parameters_behind(model: PreTrainedModel, block: int, names: Iterable[str]) 
             raise UserError(f"the part '{name}' is named twice")
         if name not in _OUTER and not (kind == "block" and number.isdecimal() and block <= int(number) < layers):
             where = f", or block.N with N from {block} to {layers - 1}" if block < layers else ""
-            raise UserError(f"there is no part '{name}' behind the span: name output, final_norm{where}")
+            raise UserError(f"there is no part '{name}' after the span: name output, final_norm{where}")
     return [model.get_parameter(name) for name in parameter_names_of(model, names)]
 
 
@@ -96,7 +96,7 @@ def train_only(model: nn.Module, optimizers: Iterable[Optimizer], chosen: Sequen
         optimizer.param_groups[0]["params"] = [*chosen]
 
 
-def prime(optimizer: Optimizer) -> None:
+def init_optimizer_state(optimizer: Optimizer) -> None:
     """Give an optimiser the state that its first step would make, and leave the weights as they are.
 
     Sharded checkpoints fill only what is there.

@@ -50,10 +50,10 @@ def _known(folder: Path) -> Path:
     return folder
 
 
-def has_stand_in(model: str | Path) -> bool:
+def has_replacement(model: str | Path) -> bool:
     """Whether a folder holds a model in which a network stands in for blocks."""
     config = Path(model) / "config.json"
-    return config.is_file() and read_json(config).get("llmprune_stand_in") is not None
+    return config.is_file() and read_json(config).get("llmprune_replacement") is not None
 
 
 def read_config(model: str | Path) -> PretrainedConfig:

@@ -4,7 +4,7 @@ Everything that decides writes a plan; surgery alone carries it out. On disk a p
 which a person can read and edit, and a safetensors file beside it with the factors::
 
     plan.json         {"schema", "family", "model", "source", "hidden",
-                       "blocks": [{"attention", "mlp", "heads", "channels", "merge", "experts"}, …], "stand_in",
+                       "blocks": [{"attention", "mlp", "heads", "channels", "merge", "experts"}, …], "replacement",
                        "richer_heads"}
     plan.safetensors  "hidden", "attention", "mlp", "heads.I", "channels.J", and corrections: "mean.attention.I",
                       "linear.mlp.J", …   (float32; each is optional)
@@ -81,8 +81,8 @@ class Plan:
         corrections: what the output matrices of a block's attention and MLP (``attention.I``, ``mlp.J``) know of the
             inputs that go, float32: ``mean.…`` [gone inputs], their mean, which joins the bias; ``linear.…`` [gone
             inputs, kept inputs], what they are as a sum of the kept ones, which joins the kept columns.
-        stand_in: what takes the place of the blocks that go, in words; its weights are the run's, so such a plan is a
-            record and can't be applied. None = nothing.
+        replacement: what takes the place of the blocks that go, in words; its weights are the run's, so such a plan is
+            a record and can't be applied. None = nothing.
         richer_heads: what every attention gets as it is cut, beginning as the identity; None = nothing.
     """
 
@@ -93,7 +93,7 @@ class Plan:
     hidden: tuple[int, ...] | None = None
     factors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     corrections: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    stand_in: str | None = None
+    replacement: str | None = None
     richer_heads: RicherHeadsConfig | None = None
 
     def __post_init__(self) -> None:
@@ -207,10 +207,10 @@ class Plan:
 
     def check_applicable(self) -> None:
         """Raise ``UserError`` if the plan alone does not say what comes out."""
-        if self.stand_in is not None:
+        if self.replacement is not None:
             raise UserError(
-                f"the plan puts a trained stand-in ({self.stand_in}) in the place of blocks, and only the run has its "
-                "weights: use `llmprune convert RUN`"
+                f"the plan puts a trained replacement module ({self.replacement}) in the place of blocks, and only the "
+                "run has its weights: use `llmprune convert RUN`"
             )
 
     def save(self, path: Path | str) -> None:
@@ -237,7 +237,7 @@ class Plan:
             "hidden": self.hidden,
             "blocks": [asdict(block) for block in self.blocks],
             "factors": tensors_beside(path).name if self.factors or self.corrections else None,
-            "stand_in": self.stand_in,
+            "replacement": self.replacement,
             "richer_heads": None if self.richer_heads is None else asdict(self.richer_heads),
         }
         write_json(path, values)
@@ -280,7 +280,7 @@ class Plan:
                 hidden=_indices(values["hidden"]),
                 factors={name: tensor for name, tensor in tensors.items() if name not in corrections},
                 corrections=corrections,
-                stand_in=values.get("stand_in"),
+                replacement=values.get("replacement"),
                 richer_heads=None if (heads := values.get("richer_heads")) is None else RicherHeadsConfig(**heads),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:

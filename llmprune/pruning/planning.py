@@ -19,22 +19,22 @@ from llmprune.plans.surgery import Surgery
 from llmprune.pruning.budgets.choose import Choice, Chooser, Steps
 from llmprune.pruning.budgets.limits import BudgetConfig, Limit, costs_of, limits_of
 from llmprune.pruning.budgets.losses import PlanLosses
-from llmprune.pruning.budgets.sizes import Sizes
+from llmprune.pruning.budgets.sizes import ShapeSizes
 from llmprune.pruning.budgets.trial import Trial
 from llmprune.pruning.scoring.criteria import CRITERIA
-from llmprune.pruning.scoring.criterion import Section
+from llmprune.pruning.scoring.criterion import ScoreSection
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.selection import iterative as repeated
 from llmprune.pruning.selection import merging
 from llmprune.pruning.selection.correction import check_correction, check_tokens, corrected, is_correctable
 from llmprune.pruning.selection.methods import (
     SELECTIONS,
-    Opened,
     PlanConfig,
     Request,
-    blocks_of,
+    ScoredModel,
     calibration_size,
     select,
+    selected_blocks,
 )
 from llmprune.pruning.selection.width import narrowed, whole
 from llmprune.utils.errors import UserError
@@ -66,7 +66,7 @@ def make_plan(
     place = model or scores.model
 
     @cache
-    def opened() -> Opened:
+    def opened() -> ScoredModel:
         return open_scored(scores, place) if trial is None else trial.opened
 
     plan = select(Request(scores, config, opened, _parallel(scores, config, place)))
@@ -106,7 +106,7 @@ def choose_plan(
     if not scores.data:
         raise UserError("the scores were computed without calibration text: score again with --data")
     model = model or scores.model
-    sizes = Sizes(load_model_config(model))
+    sizes = ShapeSizes(load_model_config(model))
     check_correction(config.correction, sizes.config)
     _check_tokens(config, sizes, scores)
     limits = limits_of(costs_of(budget, sizes, default_device()), sizes.source)
@@ -114,7 +114,7 @@ def choose_plan(
     return best_under(limits, scores, config, Trial(open_scored(scores, model)), budget, model=model)
 
 
-def _check_tokens(config: PlanConfig, sizes: Sizes, scores: Scores) -> None:
+def _check_tokens(config: PlanConfig, sizes: ShapeSizes, scores: Scores) -> None:
     """Refuse, before anything is searched, a correction for which the calibration samples may be too few."""
     shape = sizes.source
     inputs = max(shape.heads * shape.head_dim, 0 if shape.experts else shape.intermediate)
@@ -154,7 +154,7 @@ def best_under(
         model: where the model lies now; None = where it lay when it was scored.
     """
     request = _request(scores, config, model or scores.model, trial.opened)
-    sizes, blocks = Sizes(load_model_config(model or scores.model)), _Blocks(request)
+    sizes, blocks = ShapeSizes(load_model_config(model or scores.model)), _Blocks(request)
     steps = _steps(request, sizes, budget.multiple)
 
     def plan_for(shape: Shape) -> Plan:
@@ -171,7 +171,7 @@ def best_under(
     return plan, replace(choice, plan=plan, losses=losses)
 
 
-def _steps(request: Request, sizes: Sizes, multiple: int | None) -> Steps:
+def _steps(request: Request, sizes: ShapeSizes, multiple: int | None) -> Steps:
     config = request.config
     return Steps.of(sizes, multiple, _least_layers(request), depth=_prunes_depth(config), width=_width(config))
 
@@ -204,7 +204,7 @@ class _Blocks:
     def of(self, layers: int) -> tuple[KeptBlock, ...]:
         if layers not in self._found:
             config = replace(self._request.config, remove=self._request.layers - layers)
-            self._found[layers] = blocks_of(replace(self._request, config=config))
+            self._found[layers] = selected_blocks(replace(self._request, config=config))
         return self._found[layers]
 
 
@@ -230,7 +230,7 @@ def rehearse(
     family = family_of(model_config)
     shape = family.shape(model_config)
     kinds = {name: CRITERIA[name] for name in criteria}
-    of = {section: [name for name, kind in kinds.items() if kind.section is section] for section in Section}
+    of = {section: [name for name, kind in kinds.items() if kind.section is section] for section in ScoreSection}
     lengths = {str(n): [0.0] * (shape.layers - n + 1) for n in range(1, shape.layers + 1)}
     scores = Scores(
         model="",
@@ -240,13 +240,13 @@ def rehearse(
         data=asdict(data),
         settings={},
         perplexity=None,
-        blocks={name: [0.0] * shape.layers for name in of[Section.BLOCKS]},
-        subblocks={name: [0.0] * shape.layers for name in of[Section.SUBBLOCKS]},
-        spans=dict.fromkeys(of[Section.SPANS], lengths),
-        units={name: _no_units(shape, kinds[name].needs_experts) for name in of[Section.UNITS]},
+        blocks={name: [0.0] * shape.layers for name in of[ScoreSection.BLOCKS]},
+        subblocks={name: [0.0] * shape.layers for name in of[ScoreSection.SUBBLOCKS]},
+        spans=dict.fromkeys(of[ScoreSection.SPANS], lengths),
+        units={name: _no_units(shape, kinds[name].needs_experts) for name in of[ScoreSection.UNITS]},
     )
 
-    def opening() -> Opened:
+    def opening() -> ScoredModel:
         raise _Opening
 
     try:
@@ -326,7 +326,7 @@ def comparison_table(gone: dict[str, list[int]], layers: int) -> str:
     return "\n".join(lines)
 
 
-def _request(scores: Scores, config: PlanConfig, model: str, opened: Opened | None = None) -> Request:
+def _request(scores: Scores, config: PlanConfig, model: str, opened: ScoredModel | None = None) -> Request:
     return Request(scores, config, lambda: opened or open_scored(scores, model), _parallel(scores, config, model))
 
 
@@ -338,7 +338,7 @@ def _parallel(scores: Scores, config: PlanConfig, model: str) -> bool:
     return family_of(model_config).is_parallel(model_config)
 
 
-def open_scored(scores: Scores, model: str) -> Opened:
+def open_scored(scores: Scores, model: str) -> ScoredModel:
     """The model that was scored, with its calibration samples.
 
     Raises:
@@ -367,4 +367,4 @@ def open_scored(scores: Scores, model: str) -> Opened:
         samples = samples.to(device)
     remedy = "select by the scores alone (lowest, span, sublayers), or plan on a larger machine"
     check_memory(model, dtype=dtype, on_gpu=device.type == "cuda", remedy=remedy)
-    return Opened(load_model(model, dtype=dtype).to(device), samples, batch_size)
+    return ScoredModel(load_model(model, dtype=dtype).to(device), samples, batch_size)

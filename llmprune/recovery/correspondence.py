@@ -16,7 +16,7 @@ class Correspondence:
     """How a student's states compare with its teacher's.
 
     Attributes:
-        blocks: student's block → the teacher's behind which the residual stream should be the same.
+        blocks: student's block → the teacher's after which the residual stream should be the same.
         hidden: the teacher's dimensions that the student has, in its order, int64 [hidden]; None = all.
         factor: what they are multiplied by, because the student's weights are, [hidden]; None = nothing.
     """

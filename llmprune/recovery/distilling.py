@@ -10,10 +10,10 @@ from llmprune.models.objectives import (
     cosine_distance,
     mean_over,
     next_token,
+    next_tokens,
     places,
     predicting,
     relative_error,
-    targets_of,
 )
 from llmprune.models.vocabulary import Head, head_of, mean_loss
 from llmprune.recovery.correspondence import Correspondence
@@ -27,7 +27,7 @@ class Distilling:
 
     Attributes:
         weights: of the objectives kl, lm, mse and cosine.
-        parts: the objectives of the last batch, each a number without its weight.
+        terms: the objectives of the last batch, each a number without its weight.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Distilling:
         """
         self._student, self._teacher, self._correspondence = student, teacher, correspondence
         self.weights = dict(weights)
-        self.parts: dict[str, Tensor] = {}
+        self.terms: dict[str, Tensor] = {}
 
     def loss(self, batch: Batch) -> Tensor:
         """The weighted sum of the objectives, each a mean over the positions that predict a token."""
@@ -57,28 +57,26 @@ class Distilling:
         divergence, targets = self._teacher.lesson(batch, rows)
         pairs = {} if self._correspondence is None else self._correspondence.blocks
         found = states_of(self._student.model, batch, pairs)
-        following = next_token(targets_of(labels).flatten()[rows])
+        following = next_token(next_tokens(labels).flatten()[rows])
         names = [name for name in ("kl", "lm") if name in self.weights]
 
         def measure(logits: Tensor, part: slice) -> list[Tensor]:
             kl = [divergence(logits, part)] if "kl" in self.weights else []
             return [*kl, *(following(logits, part) if "lm" in self.weights else [])]
 
-        loss, self.parts = found.final.sum() * 0.0, {}
+        loss, self.terms = found.final.sum() * 0.0, {}
         if names:
             states, weights = found.final[rows], [self.weights[name] for name in names]
             loss, means = mean_loss(states, head_of(self._student.model), measure, weights)
-            self.parts = dict(zip(names, means, strict=True))
+            self.terms = dict(zip(names, means, strict=True))
         self._teacher.done()
         for name in self.weights:
             if name in _OF_STATES:
                 assert self._correspondence is not None
                 wanted = {own: self._correspondence.target(targets[other]) for own, other in pairs.items()}
-                each = [
-                    mean_over(_OF_STATES[name](found.behind[own], target), chosen) for own, target in wanted.items()
-                ]
+                each = [mean_over(_OF_STATES[name](found.after[own], target), chosen) for own, target in wanted.items()]
                 part = torch.stack(each).mean()
-                self.parts[name] = part.detach()
+                self.terms[name] = part.detach()
                 loss = loss + self.weights[name] * part
         return loss
 

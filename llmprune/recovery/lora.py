@@ -57,13 +57,13 @@ class LoRAConfig:
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type] # any number will do
             lora_dropout=self.dropout,
-            target_modules=targets_of(config, self.targets),
+            target_modules=lora_targets(config, self.targets),
             task_type="CAUSAL_LM",
             base_model_name_or_path=base,
         )
 
 
-def targets_of(config: PretrainedConfig, targets: list[str]) -> list[str]:
+def lora_targets(config: PretrainedConfig, targets: list[str]) -> list[str]:
     """The matrices that get adapters, by their names within a block; those of experts by the last part.
 
     Raises:
@@ -91,7 +91,7 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> list[
         seed: of the random half of every adapter.
 
     Raises:
-        UserError: see ``targets_of``.
+        UserError: see ``lora_targets``.
     """
     from peft import inject_adapter_in_model
 

@@ -16,7 +16,7 @@ class DistillationConfig:
         teacher: a Hugging Face folder or hub name with the same tokenizer; null = while gates train, the same model
             with open gates; else predictions kept with the data (``python -m data_prep teach``).
         objectives: weights of what is minimised: kl (forward, of predictions), lm (next-token loss), mse and cosine (of
-            the states behind blocks; mse as a share of the teacher's mean square); none given = kl.
+            the states after blocks; mse as a share of the teacher's mean square); none given = kl.
         final_objectives: their weights at the end of the run, reached in a straight line; none given = the same.
         temperature: divides the logits of both.
         top_k: tell apart so many of the teacher's likeliest tokens; null = all, or as many as were kept.
@@ -75,7 +75,7 @@ class DistillationConfig:
 
     @property
     def compares_states(self) -> bool:
-        """Whether states behind blocks are compared."""
+        """Whether states after blocks are compared."""
         return bool(self.names & set(HIDDEN_OBJECTIVES))
 
     def weights(self, progress: float) -> dict[str, float]:

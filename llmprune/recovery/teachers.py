@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.models.autocast import in_autocast
-from llmprune.models.block_hooks import Run, visited
+from llmprune.models.block_hooks import RunBlock, hooked_blocks
 from llmprune.models.causal_lm import Batch, run_model
 from llmprune.models.objectives import forward_kl, kl_to_likeliest
 from llmprune.models.sharded import reshard
@@ -26,24 +26,24 @@ class States:
 
     Attributes:
         final: what its output layer is given, [batch · length, hidden].
-        behind: block → the residual stream behind it, [batch, length, hidden].
+        after: block → the residual stream after it, [batch, length, hidden].
     """
 
     final: Tensor
-    behind: dict[int, Tensor] = field(default_factory=dict)
+    after: dict[int, Tensor] = field(default_factory=dict)
 
 
 def states_of(model: PreTrainedModel, batch: Batch, blocks: Iterable[int]) -> States:
-    """Run a model but for its output layer, keeping the states behind some blocks."""
+    """Run a model but for its output layer, keeping the states after some blocks."""
     wanted, found = set(blocks), {}
 
-    def visit(number: int, run: Run, states: Tensor) -> Tensor:
+    def visit(number: int, run: RunBlock, states: Tensor) -> Tensor:
         out = run(states)
         if number in wanted:
             found[number] = out
         return out
 
-    with visited(model, visit), without_head(model):
+    with hooked_blocks(model, visit), without_head(model):
         final = run_model(model, batch)
     return States(final.flatten(0, -2), found)
 
@@ -59,7 +59,7 @@ class Teacher(Protocol):
             chosen: the places of the tokens that count, int64 [chosen] of [batch · length].
 
         Returns:
-            How far from its predictions those of the chosen tokens are, and its states behind the blocks that it was
+            How far from its predictions those of the chosen tokens are, and its states after the blocks that it was
             asked for, each [batch, length, hidden].
         """
 
@@ -86,7 +86,7 @@ class ModelTeacher:
 
         Args:
             model: the teacher.
-            blocks: behind which it gives its states.
+            blocks: after which it gives its states.
             top_k: see ``forward_kl``.
             temperature: see ``forward_kl``.
             alone: opens a context in which the model, otherwise the student, computes as the teacher.
@@ -112,7 +112,7 @@ class ModelTeacher:
                 wanted = head.logits(final[part])
             return forward_kl(logits, wanted, self._top_k, self._temperature)
 
-        return divergence, found.behind
+        return divergence, found.after
 
     def done(self) -> None:
         """See ``Teacher``; what the student itself has gathered it needs."""

@@ -17,18 +17,18 @@ class TrainableConfig:
     """The weights that train; all others stay as they are, bit for bit.
 
     Attributes:
-        parts: output, final_norm, embedding, norms, block.N, last.K (the last so many blocks), all, or the name of a
-            parameter or module, such as model.layers.2.mlp, where * stands for anything between two dots.
-        later: other parts from a point of the run on, such as {0.5dur: [output, last.3]}.
+        parameters: output, final_norm, embedding, norms, block.N, last.K (the last so many blocks), all, or the name of
+            a parameter or module, such as model.layers.2.mlp, where * stands for anything between two dots.
+        later: others from a point of the run on, such as {0.5dur: [output, last.3]}.
     """
 
-    parts: list[str] = field(default_factory=list)
+    parameters: list[str] = field(default_factory=list)
     later: dict[str, list[str]] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise ``UserError`` for what is wrong whatever the model."""
-        if not self.parts:
-            raise UserError("trainable.parts is empty: name what trains, such as [output, final_norm, last.3]")
+        if not self.parameters:
+            raise UserError("trainable.parameters is empty: name what trains, such as [output, final_norm, last.3]")
         for point, parts in self.later.items():
             try:
                 time = Time.from_timestring(point)

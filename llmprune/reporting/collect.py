@@ -27,7 +27,7 @@ ODD = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticEr
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """A training run.
 
     Attributes:
@@ -98,7 +98,7 @@ class Material:
         left_out: what lies in a folder and can't be reported on, with the reason.
     """
 
-    runs: list[Run] = field(default_factory=list)
+    runs: list[ReportedRun] = field(default_factory=list)
     models: list[Model] = field(default_factory=list)
     scores: dict[Path, Scores] = field(default_factory=dict)
     results: dict[Path, dict[str, Any]] = field(default_factory=dict)
@@ -148,7 +148,7 @@ def collect(paths: Sequence[Path | str]) -> Material:
     return material
 
 
-def _names(found: Sequence[Run] | Sequence[Model]) -> list[str]:
+def _names(found: Sequence[ReportedRun] | Sequence[Model]) -> list[str]:
     return list(short_names([one.path for one in found]).values())
 
 
@@ -203,7 +203,7 @@ def _add_folder(material: Material, path: Path) -> bool:
         optional = [config.get(name) or {} for name in ("l0_pruning", "dynamic_loading")]
         if not all(isinstance(section, dict) for section in needed + optional) or "duration" not in needed[0]:
             raise UserError("its config.yaml is of no run of llmprune")
-        material.runs.append(Run(path.name, path, config, read_metrics(folder.metrics)))
+        material.runs.append(ReportedRun(path.name, path, config, read_metrics(folder.metrics)))
         return True
     if (path / "config.json").is_file():
         plan = path / "llmprune" / "plan.json"

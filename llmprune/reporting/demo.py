@@ -10,7 +10,7 @@ from typing import Any
 from llmprune.evaluation.continuations import GenerationConfig, Prompt, write_continuations
 from llmprune.measurement.measure import weights_bytes
 from llmprune.measurement.monitor import peak_memory
-from llmprune.models.opened import OpenedModel, open_model
+from llmprune.models.opened import LoadedModel, open_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
 
@@ -22,7 +22,7 @@ QUEUE = 16  # requests that may wait
 
 
 @dataclass(frozen=True)
-class Answer:
+class Generated:
     """What a model wrote, and what that took.
 
     Attributes:
@@ -45,7 +45,7 @@ class Answer:
         )
 
 
-def answer(opened: OpenedModel, prompt: str, config: GenerationConfig) -> Answer:
+def answer(opened: LoadedModel, prompt: str, config: GenerationConfig) -> Generated:
     """Let a model go on from a prompt, ``config.batch_size`` times at once.
 
     Raises:
@@ -58,7 +58,7 @@ def answer(opened: OpenedModel, prompt: str, config: GenerationConfig) -> Answer
         seconds = time.perf_counter() - start
     texts = [record["output"] for record in records]
     tokens = sum(len(ids) for ids in opened.tokenizer(texts, add_special_tokens=False)["input_ids"])
-    return Answer(texts, seconds, tokens, weights_bytes(opened) + peak.added)
+    return Generated(texts, seconds, tokens, weights_bytes(opened) + peak.added)
 
 
 def check_request(prompt: str, **settings: float | None) -> None:
@@ -77,7 +77,7 @@ def check_request(prompt: str, **settings: float | None) -> None:
             raise UserError(f"{label} must lie between 0 and {MOST[label]}, not at {value}")
 
 
-def build(models: Sequence[OpenedModel]) -> Any:
+def build(models: Sequence[LoadedModel]) -> Any:
     """The page, as a Gradio app."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr

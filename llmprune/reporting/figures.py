@@ -19,7 +19,7 @@ from llmprune.data.sources import clean_name
 from llmprune.measurement.results import as_csv
 from llmprune.pruning.scoring.pictures import heat_map, similarity, span_landscape
 from llmprune.pruning.scoring.scores import Scores
-from llmprune.reporting.collect import Run
+from llmprune.reporting.collect import ReportedRun
 
 LEGEND = 60  # lines at most
 
@@ -76,7 +76,7 @@ class Picture:
         )
 
 
-def pictures_of_run(run: Run) -> Iterator[Picture]:
+def pictures_of_run(run: ReportedRun) -> Iterator[Picture]:
     """Its losses; of a pruning run, its sparsity."""
     if any("loss/train/total" in line for line in run.metrics):
         yield training_curve(run)
@@ -85,11 +85,11 @@ def pictures_of_run(run: Run) -> Iterator[Picture]:
     if any(_named(line, "metrics/eval/loss/") for line in run.metrics):
         yield domain_losses(run)
     if any(_named(line, "mixing/weight/") for line in run.metrics):
-        yield domain_weights(run)
+        yield draw_domain_weights(run)
 
 
 @mpl.rc_context(STYLE)
-def training_curve(run: Run) -> Picture:
+def training_curve(run: ReportedRun) -> Picture:
     """Training loss, and evaluation loss where it was measured."""
     trained = [(line["batch"], line["loss/train/total"]) for line in run.metrics if "loss/train/total" in line]
     evaluated = [(line["batch"], line["metrics/eval/loss"]) for line in run.metrics if "metrics/eval/loss" in line]
@@ -107,7 +107,7 @@ def training_curve(run: Run) -> Picture:
 
 
 @mpl.rc_context(STYLE)
-def sparsity(run: Run) -> Picture:
+def sparsity(run: ReportedRun) -> Picture:
     """Expected sparsity of every kind of gate, and its target."""
     figure, axes = _axes("batch", "sparsity")
     rows: list[dict[str, Any]] = []
@@ -128,7 +128,7 @@ def sparsity(run: Run) -> Picture:
 
 
 @mpl.rc_context(STYLE)
-def domain_losses(run: Run) -> Picture:
+def domain_losses(run: ReportedRun) -> Picture:
     """Evaluation loss of every domain."""
     figure, axes = _axes("batch", "nats per token")
     rows: list[dict[str, Any]] = []
@@ -144,7 +144,7 @@ def domain_losses(run: Run) -> Picture:
 
 
 @mpl.rc_context(STYLE)
-def domain_weights(run: Run) -> Picture:
+def draw_domain_weights(run: ReportedRun) -> Picture:
     """Weight of every domain in the training stream."""
     figure, axes = _axes("batch", "weight")
     delay = ((run.config.get("dynamic_loading") or {}).get("update_delay") or 0) if run.config else 0

@@ -16,7 +16,7 @@ from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.conversion.commands import last_evaluation
 from llmprune.data.sources import clean_name
 from llmprune.measurement.results import rows as speed_rows
-from llmprune.reporting.collect import Material, Model, Run, collect, short_names
+from llmprune.reporting.collect import Material, Model, ReportedRun, collect, short_names
 from llmprune.reporting.figures import Picture, fastest, pictures_of_quality, pictures_of_run, pictures_of_scores
 from llmprune.reporting.plan_picture import picture_of_plan
 from llmprune.utils.files import write_text
@@ -27,7 +27,7 @@ SAMPLES = 3  # prompts whose continuations are shown
 
 
 @dataclass
-class Section:
+class PageSection:
     """A part of the page.
 
     Attributes:
@@ -99,7 +99,7 @@ def _file_names(pictures: Sequence[Picture]) -> list[str]:
     return names
 
 
-def _sections(material: Material) -> list[Section]:
+def _sections(material: Material) -> list[PageSection]:
     sections = [
         _quality(material),
         _speed(material),
@@ -110,7 +110,7 @@ def _sections(material: Material) -> list[Section]:
         _commands(material),
     ]
     left_out = [f"{path} is left out: {reason}" for path, reason in material.left_out.items()]
-    return [Section("Left out", warnings=left_out), *sections]
+    return [PageSection("Left out", warnings=left_out), *sections]
 
 
 def _drawn(pictures: Iterable[Picture]) -> list[Picture]:
@@ -121,7 +121,7 @@ def _drawn(pictures: Iterable[Picture]) -> list[Picture]:
     return found
 
 
-def _quality(material: Material) -> Section:
+def _quality(material: Material) -> PageSection:
     def measured(path: Path, speed: dict[str, Any]) -> Iterable[tuple[str, float]]:
         return [(m, found) for m, entry in speed["models"].items() if (found := fastest(entry)) is not None]
 
@@ -134,16 +134,16 @@ def _quality(material: Material) -> Section:
     def tables(path: Path, results: dict[str, Any]) -> list[Table]:
         return _result_tables(str(path), {**results["models"], **results.get("generated", {})})
 
-    return Section(
+    return PageSection(
         "Quality", pictures=material.made(material.results, pictures), tables=material.made(material.results, tables)
     )
 
 
-def _scores(material: Material) -> Section:
+def _scores(material: Material) -> PageSection:
     names = short_names([path.parent if path.stem == "scores" else path.with_suffix("") for path in material.scores])
     named = dict(zip(material.scores, names.values(), strict=True))
     pictures = material.made(material.scores, lambda path, scores: _drawn(pictures_of_scores(named[path], scores)))
-    return Section("Scores", pictures=pictures)
+    return PageSection("Scores", pictures=pictures)
 
 
 def _result_tables(place: str, models: dict[str, Any]) -> list[Table]:
@@ -183,8 +183,8 @@ def _short(models: list[str]) -> list[str]:
     return names if len(set(names)) == len(names) else models
 
 
-def _speed(material: Material) -> Section:
-    return Section("Speed and memory", tables=material.made(material.speeds, lambda *found: [_speed_table(*found)]))
+def _speed(material: Material) -> PageSection:
+    return PageSection("Speed and memory", tables=material.made(material.speeds, lambda *found: [_speed_table(*found)]))
 
 
 def _speed_table(path: Path, speed: dict[str, Any]) -> Table:
@@ -218,11 +218,11 @@ def _speed_table(path: Path, speed: dict[str, Any]) -> Table:
     return f"{path} ({speed['device']}, {speed['dtype']})", heads, cells
 
 
-def _models(material: Material) -> Section:
+def _models(material: Material) -> PageSection:
     def pictures(path: Path, model: Model) -> list[Picture]:
         return _drawn([picture_of_plan(model.plan, model.name)] if model.plan is not None and model.cut else [])
 
-    section = Section("Models", pictures=material.made({m.path: m for m in material.models}, pictures))
+    section = PageSection("Models", pictures=material.made({m.path: m for m in material.models}, pictures))
     if material.models:
         rows = [[model.name, f"{model.parameters:,}", _shape(model)] for model in material.models]
         section.tables.append(("", ["model", "parameters", "shape (of the source)"], rows))
@@ -239,9 +239,9 @@ def _shape(model: Model) -> str:
     )
 
 
-def _training(material: Material) -> Section:
+def _training(material: Material) -> PageSection:
     runs = {run.path: run for run in material.runs}
-    section = Section("Training", pictures=material.made(runs, lambda _, run: _drawn(pictures_of_run(run))))
+    section = PageSection("Training", pictures=material.made(runs, lambda _, run: _drawn(pictures_of_run(run))))
     section.warnings = material.made(runs, _unfinished)
     rows = material.made(runs, _training_row)
     if rows:
@@ -249,7 +249,7 @@ def _training(material: Material) -> Section:
     return section
 
 
-def _unfinished(path: Path, run: Run) -> list[str]:
+def _unfinished(path: Path, run: ReportedRun) -> list[str]:
     if run.progress >= 1:
         return []
     return [
@@ -258,12 +258,12 @@ def _unfinished(path: Path, run: Run) -> list[str]:
     ]
 
 
-def _training_row(path: Path, run: Run) -> list[list[str]]:
+def _training_row(path: Path, run: ReportedRun) -> list[list[str]]:
     found = last_evaluation(RunFolder(path).metrics, run.batches + 1)
     return [[run.name, _kind(run), str(run.config["train"]["duration"]), _number(found.get("loss"))]]
 
 
-def _kind(run: Run) -> str:
+def _kind(run: ReportedRun) -> str:
     if run.prunes:
         target = run.config["l0_pruning"].get("target") or {}
         goal = ", ".join(f"{name} {value}" for name, value in target.items() if value is not None)
@@ -271,8 +271,8 @@ def _kind(run: Run) -> str:
     return "pretraining" if run.config["model"].get("path") is None else f"continued from {run.config['model']['path']}"
 
 
-def _samples(material: Material) -> Section:
-    section = Section("Samples of text")
+def _samples(material: Material) -> PageSection:
+    section = PageSection("Samples of text")
     given = (r.get("prompt") for records in material.continuations.values() for r in records)
     for prompt in [*dict.fromkeys(prompt for prompt in given if isinstance(prompt, str))][:SAMPLES]:
         for model, records in material.continuations.items():
@@ -282,8 +282,8 @@ def _samples(material: Material) -> Section:
     return section
 
 
-def _commands(material: Material) -> Section:
-    section = Section("Commands")
+def _commands(material: Material) -> PageSection:
+    section = PageSection("Commands")
     for run in material.runs:
         section.commands.append(f"composer train.py {shlex.quote(str(run.path / 'config.yaml'))} run.folder=ANOTHER")
     pruning = [run.path for run in material.runs if run.prunes]

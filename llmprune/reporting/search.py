@@ -38,7 +38,7 @@ def fronts(rows: Sequence[Row]) -> dict[str, set[int]]:
     return found
 
 
-def table(rows: Sequence[Row]) -> str:
+def search_table(rows: Sequence[Row]) -> str:
     """All candidates as Markdown, the best first."""
     lines = [
         "| decided by | what goes | parameters | memory, MB | latency | calibration loss | loss, recovered | front |",

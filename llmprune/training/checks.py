@@ -153,7 +153,7 @@ def check_same_run(run: RunFolder, manifest: Manifest, config: Config, model_con
         ("train.global_batch_size", before.train.global_batch_size, config.train.global_batch_size),
         *(
             (f"data.{key}", getattr(before.data, key), getattr(config.data, key))
-            for key in ("weights", "lanes", "shuffle_window", "document_boundaries")
+            for key in ("weights", "partitions", "shuffle_window", "document_boundaries")
         ),
         ("data (its contents)", saved.data["contents"][:12], manifest.data["contents"][:12]),
     ):
@@ -217,9 +217,9 @@ def _check_numbers(config: Config) -> None:
         ("data.workers", data.workers, 0 <= data.workers <= WORKERS, f"lie between 0 and {WORKERS}, for each rank"),
         ("data.prefetch", data.prefetch, 1 <= data.prefetch <= _PREFETCH, f"lie between 1 and {_PREFETCH} batches"),
         (
-            "data.lanes",
-            data.lanes,
-            data.lanes >= 1 and batch % data.lanes == 0,
+            "data.partitions",
+            data.partitions,
+            data.partitions >= 1 and batch % data.partitions == 0,
             f"be positive and divide the global batch of {batch}",
         ),
         ("data.shuffle_window", data.shuffle_window, data.shuffle_window >= 1, "be positive"),

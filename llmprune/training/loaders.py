@@ -33,7 +33,7 @@ def make_stream(
         rank=dist.get_global_rank() if rank is None else rank,
         world_size=world_size,
         machines=max(1, world_size // dist.get_local_world_size()),
-        lanes=config.data.lanes,
+        partitions=config.data.partitions,
         shuffle_window=config.data.shuffle_window,
         boundaries=config.data.document_boundaries,
     )

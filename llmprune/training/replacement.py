@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmprune.models.causal_lm import Batch
 from llmprune.models.families import family_of
-from llmprune.models.parameters import parameters_behind
+from llmprune.models.parameters import parameters_after
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans.plan import Plan
-from llmprune.pruning.replacements.modules import STAND_INS, Site
+from llmprune.pruning.replacements.modules import REPLACEMENTS, Site
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.pruning.replacements.span import Span
 from llmprune.pruning.scoring.criterion import ScoringJob
@@ -45,7 +45,7 @@ def check_plan(plan: Plan, file: str, source: str | None, model_config: Pretrain
 
 
 def check_replacement(settings: BlockReplacementConfig, model_config: PretrainedConfig, span: Span) -> None:
-    """Build the stand-in without memory.
+    """Build the replacement module without memory.
 
     Raises:
         UserError: it does not fit the model or the span.
@@ -53,8 +53,8 @@ def check_replacement(settings: BlockReplacementConfig, model_config: Pretrained
     span.check(family_of(model_config).shape(model_config).layers)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
-        STAND_INS[settings.kind](Site(model, span, 0), settings)
-    parameters_behind(model, span.end, settings.also)
+        REPLACEMENTS[settings.kind](Site(model, span, 0), settings)
+    parameters_after(model, span.end, settings.also)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from composer.core import Algorithm, DataSpec, Time, TimeUnit
 from composer.utils import dist, get_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.callbacks.checkpoint_uploading import Safekeeping
+from llmprune.callbacks.checkpoint_uploading import CheckpointUploading
 from llmprune.callbacks.domain_losses import DomainLosses
 from llmprune.callbacks.dynamic_loading import DynamicLoading
 from llmprune.callbacks.load_shards import LoadShards
@@ -29,7 +29,7 @@ from llmprune.config.job_files import save_config
 from llmprune.config.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.config.schema import Config
 from llmprune.config.sharding import AverageGradients, parallelism
-from llmprune.conversion.stored_state import harmless
+from llmprune.conversion.stored_state import safe_unpickling
 from llmprune.data.updates import DynamicLoadingConfig
 from llmprune.estimate.job import check_fits
 from llmprune.models.batch_halving import Halving
@@ -47,11 +47,11 @@ from llmprune.training.section import Build, Inputs
 from llmprune.utils.object_store import Store, open_store
 from llmprune.utils.outputs import refuse_replacing
 from llmprune.utils.processes import TERMINATION
-from llmprune.utils.ranks import PATIENCE, initialize_ranks, on_rank_zero, share_cores
+from llmprune.utils.ranks import PATIENCE, init_distributed, on_rank_zero, share_cores
 from llmprune.utils.recorded_settings import as_typed
 
 
-def prepare(config: Config) -> Inputs:
+def prepare_job(config: Config) -> Inputs:
     """Check the config and let the ranks meet.
 
     Raises:
@@ -59,7 +59,8 @@ def prepare(config: Config) -> Inputs:
     """
     inputs = check(config)
     share_cores()
-    init_distributed(config)
+    patience = config.train.hang_timeout  # before collectives lose it, ``Watchdog`` does, which knows more
+    init_distributed(config.train.device, PATIENCE if patience is None else 2 * patience + 10 * 60)
     return inputs
 
 
@@ -74,7 +75,7 @@ def build_trainer(config: Config, inputs: Inputs | None = None, callbacks: Seque
     Raises:
         UserError: see ``check`` and ``RunFolder.find``.
     """
-    inputs = inputs or prepare(config)
+    inputs = inputs or prepare_job(config)
     run = RunFolder(Path(config.run.folder))
     store = None if config.checkpoint.remote is None else open_store(config.checkpoint.remote)
     if store is not None and config.run.autoresume:
@@ -118,7 +119,7 @@ def build_trainer(config: Config, inputs: Inputs | None = None, callbacks: Seque
         algorithms.append(GradientClipping("norm", clipping_threshold=clipping))
     if sums:
         algorithms.append(AverageGradients())  # after a batch, Composer runs the last algorithm first
-    with contextlib.nullcontext() if resume is None else harmless(resume), warnings.catch_warnings():
+    with contextlib.nullcontext() if resume is None else safe_unpickling(resume), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Specifying the ProgressBarLogger")  # our own has no state
         return Trainer(
             model=wrapped,
@@ -146,21 +147,15 @@ def build_trainer(config: Config, inputs: Inputs | None = None, callbacks: Seque
             save_filename="ba{batch}-rank{rank}.pt",
             save_latest_filename="latest-rank{rank}.pt",
             save_interval=interval(config.checkpoint.interval, config.train.duration),
-            save_num_checkpoints_to_keep=-1,  # Safekeeping deletes them
+            save_num_checkpoints_to_keep=-1,  # CheckpointUploading deletes them
             save_overwrite=True,
             load_path=None if resume is None else str(resume),
         )
 
 
-def init_distributed(config: Config) -> None:
-    """Let the ranks find each other; before collectives lose patience, ``Watchdog`` does, which knows more."""
-    patience = config.train.hang_timeout
-    initialize_ranks(config.train.device, PATIENCE if patience is None else 2 * patience + 10 * 60)
-
-
-def safekeeping_of(trainer: Trainer) -> Safekeeping:
+def checkpoint_uploading_of(trainer: Trainer) -> CheckpointUploading:
     """What takes care of a run's checkpoints."""
-    return next(callback for callback in trainer.state.callbacks if isinstance(callback, Safekeeping))
+    return next(callback for callback in trainer.state.callbacks if isinstance(callback, CheckpointUploading))
 
 
 def interval(every: str, duration: str) -> int | Time[int]:
@@ -217,7 +212,7 @@ def _own_callbacks(build: Build, store: Store | None, *, replaced: bool) -> list
         callbacks.append(DynamicLoading(None, build.stream, build.evaluated.values()))
     callbacks.append(SaveGuard(CheckpointFolder(run.checkpoints)))
     writers = dist.get_world_size() // (1 if config.sharding is None else config.sharding.replicas)
-    callbacks.append(Safekeeping(run.path, config.checkpoint.keep, store, writers=writers, resumed=resumed))
+    callbacks.append(CheckpointUploading(run.path, config.checkpoint.keep, store, writers=writers, resumed=resumed))
     return callbacks
 
 

@@ -37,14 +37,14 @@ class Verification:
         """
         folder = folder.resolve()
         if self.asked and folder not in self._seen:
-            verify(folder)
+            verify_checksums(folder)
             self._seen.add(folder)
 
 
 VERIFICATION = Verification()  # of this process
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe_file(path: Path) -> dict[str, Any]:
     """A file's size and hash, as they stand in records: {"bytes": n, "sha256": hexadecimal}."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
@@ -57,7 +57,7 @@ def describe(path: Path) -> dict[str, Any]:
 def record(folder: Path) -> None:
     """Write ``checksums.json`` over all files in a folder and below."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
-    described = {path.relative_to(folder).as_posix(): describe(path) for path in files}
+    described = {path.relative_to(folder).as_posix(): describe_file(path) for path in files}
     write_json(folder / CHECKSUMS, {"schema": 1, "files": described})
 
 
@@ -80,7 +80,7 @@ def read_record(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def verify(folder: Path) -> None:
+def verify_checksums(folder: Path) -> None:
     """Compare a folder's files with its ``checksums.json``.
 
     Files that nobody loads may have come to it: hidden ones, pages and pictures.
@@ -94,7 +94,7 @@ def verify(folder: Path) -> None:
             "and load it without --verify"
         )
     files = read_record(folder / CHECKSUMS)["files"]
-    compare(folder, files)
+    compare_checksums(folder, files)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in Path(name).parts)
@@ -102,7 +102,7 @@ def verify(folder: Path) -> None:
             raise UserError(f"{path} is not in {CHECKSUMS}: whoever put it there did not publish {folder}")
 
 
-def compare(folder: Path, files: Mapping[str, Mapping[str, Any]], *, contents: bool = True) -> None:
+def compare_checksums(folder: Path, files: Mapping[str, Mapping[str, Any]], *, contents: bool = True) -> None:
     """Compare files with a record.
 
     Args:
@@ -120,5 +120,5 @@ def compare(folder: Path, files: Mapping[str, Mapping[str, Any]], *, contents: b
         size = path.stat().st_size
         if size != wanted["bytes"]:
             raise UserError(f"{path} has {size:,} bytes instead of {wanted['bytes']:,}: use another copy")
-        if contents and describe(path) != dict(wanted):
+        if contents and describe_file(path) != dict(wanted):
             raise UserError(f"{path} is damaged (its sha256 is not the recorded one): use another copy")

@@ -41,7 +41,7 @@ class Store(Protocol):
 
 
 def open_store(url: str) -> Store:
-    """The store behind a URL (``s3://BUCKET/FOLDER``, ``gs://…``, ``oci://…``, ``azure://…``) or a folder's path.
+    """The store at a URL (``s3://BUCKET/FOLDER``, ``gs://…``, ``oci://…``, ``azure://…``) or a folder's path.
 
     Credentials come from the environment, as the cloud's own tools read them; ``S3_ENDPOINT_URL`` names an
     S3-compatible server.
@@ -59,7 +59,7 @@ def open_store(url: str) -> Store:
     return _Bucket(url, store)
 
 
-def persist(work: Callable[[], T], what: str) -> T:
+def retry(work: Callable[[], T], what: str) -> T:
     """Do what may fail for a while, a few times.
 
     Args:
@@ -97,10 +97,10 @@ class _Folder:
             finally:
                 part.unlink(missing_ok=True)
 
-        persist(copy, f"{path} can't be copied to {self._root}")
+        retry(copy, f"{path} can't be copied to {self._root}")
 
     def get(self, name: str, path: Path) -> None:
-        persist(lambda: shutil.copyfile(self._root / name, path), f"{self._root / name} can't be copied")
+        retry(lambda: shutil.copyfile(self._root / name, path), f"{self._root / name} can't be copied")
 
     def names(self, prefix: str) -> list[str]:
         found = (path.relative_to(self._root).as_posix() for path in self._root.rglob("*") if path.is_file())
@@ -116,17 +116,17 @@ class _Bucket:
         self._prefix = f"{folder}/" if folder else ""
 
     def put(self, path: Path, name: str) -> None:
-        persist(
+        retry(
             lambda: self._store.upload_object(self._prefix + name, str(path)),
             f"{path} can't be brought to {self.url}/{name}",
         )
 
     def get(self, name: str, path: Path) -> None:
-        persist(
+        retry(
             lambda: self._store.download_object(self._prefix + name, str(path), overwrite=True),
             f"{self.url}/{name} can't be fetched",
         )
 
     def names(self, prefix: str) -> list[str]:
-        found = persist(lambda: self._store.list_objects(self._prefix + prefix), f"{self.url} can't be listed")
+        found = retry(lambda: self._store.list_objects(self._prefix + prefix), f"{self.url} can't be listed")
         return sorted(name.removeprefix(self._prefix) for name in found)

@@ -23,7 +23,7 @@ class Termination:
         self.asked = False
 
     def listen(self) -> None:
-        """From now on only note it; to be called by the main thread, and again behind imports that listen, too."""
+        """From now on only note it; to be called by the main thread, and again after imports that listen, too."""
         signal.signal(signal.SIGTERM, self._note)
 
     @contextmanager

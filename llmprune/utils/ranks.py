@@ -24,7 +24,7 @@ def share_cores() -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
 
-def initialize_ranks(device: str | None, patience: float = PATIENCE) -> None:
+def init_distributed(device: str | None, patience: float = PATIENCE) -> None:
     """Let the ranks find each other.
 
     Args:

@@ -13,7 +13,7 @@ KINDS = {
     "two microbatches": ["train.microbatch_size=4"],
     "activation checkpointing": ["train.activation_checkpointing=true"],
     "gates": ["l0_pruning={target: {hidden: 384, intermediate: 1024}}"],
-    "last two blocks": ["trainable={parts: [last.2]}"],
+    "last two blocks": ["trainable={parameters: [last.2]}"],
     "a teacher": ["distillation={teacher: TEACHER, dtype: float32}"],
     "a teacher's states": ["distillation={teacher: TEACHER, dtype: float32, objectives: {kl: 1.0, mse: 1.0}}"],
     "adapters": ["lora={}"],
@@ -101,7 +101,10 @@ def measured_over_estimated(folder: Path, kind: str) -> float:
     def train(model: str) -> None:
         trainer = build_trainer(job(model))
         for callback in list(trainer.state.callbacks):
-            if type(callback).__name__ in ("CheckpointSaver", "Safekeeping"):  # what saving takes is not counted
+            if type(callback).__name__ in (
+                "CheckpointSaver",
+                "CheckpointUploading",
+            ):  # what saving takes is not counted
                 trainer.state.callbacks.remove(callback)
         trainer.fit()
         kept.append(trainer)

@@ -1,4 +1,4 @@
-"""What it costs to train a stand-in."""
+"""What it costs to train a replacement module."""
 
 from collections.abc import Callable
 
@@ -10,13 +10,13 @@ LENGTH = 256
 
 
 def replacement_steps(hidden: int, samples: int) -> tuple[Callable[[], None], Callable[[], None], str, int]:
-    """A training step of a stand-in, the least that it could be, both in words, and the bytes that it must hold."""
+    """A training step of a replacement module, the least that it could be, both in words, and its bytes."""
     from transformers import LlamaConfig
 
     from llmprune.models.block_hooks import blocks_of
     from llmprune.models.causal_lm import ComposerCausalLM
     from llmprune.models.loading import new_model
-    from llmprune.pruning.replacements.modules import STAND_INS, Site
+    from llmprune.pruning.replacements.modules import REPLACEMENTS, Site
     from llmprune.pruning.replacements.settings import BlockReplacementConfig
     from llmprune.pruning.replacements.span import Span
     from llmprune.pruning.replacements.streaming import Streaming
@@ -31,14 +31,14 @@ def replacement_steps(hidden: int, samples: int) -> tuple[Callable[[], None], Ca
     )
     model, span = ComposerCausalLM(new_model(config, seed=0)), Span(6, 6)
     settings = BlockReplacementConfig(length=span.length)
-    stand_in = STAND_INS["blocks"](Site(model.model, span, 0), settings)
+    replacement = REPLACEMENTS["blocks"](Site(model.model, span, 0), settings)
     blocks = blocks_of(model.model)
-    stand_in.begin(blocks[span.start : span.end])
+    replacement.begin(blocks[span.start : span.end])
     model.requires_grad_(False)
-    model.stand_in = stand_in.requires_grad_(True)
-    model.objective = Streaming(model.model, stand_in, span, settings.weights)
+    model.replacement = replacement.requires_grad_(True)
+    model.objective = Streaming(model.model, replacement, span, settings.weights)
     tokens = torch.randint(config.vocab_size, (samples, LENGTH), generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.AdamW(stand_in.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(replacement.parameters(), lr=1e-4)
 
     def step() -> None:
         batch = {"input_ids": tokens}
@@ -50,7 +50,7 @@ def replacement_steps(hidden: int, samples: int) -> tuple[Callable[[], None], Ca
     rotary = model.model.model.rotary_emb(torch.zeros(1, LENGTH, config.hidden_size), positions)
 
     def ideal() -> None:
-        """Prefix and span forward, stand-in forward and backward, and nothing else."""
+        """Prefix and span forward, replacement module forward and backward, and nothing else."""
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             states = model.model.get_input_embeddings()(tokens)
@@ -59,27 +59,27 @@ def replacement_steps(hidden: int, samples: int) -> tuple[Callable[[], None], Ca
             after = states
             for block in blocks[span.start : span.end]:
                 after = block(after, position_embeddings=rotary)
-        own = stand_in.get_submodule("blocks.0")(states, position_embeddings=rotary)
+        own = replacement.get_submodule("blocks.0")(states, position_embeddings=rotary)
         (own - after).square().mean().backward()
         optimizer.step()
 
     size = sum(p.numel() for p in model.model.parameters())
     words = f"step of one block for blocks 6 to 11 of 16 ({size / 1e6:.1f} M) on {tokens.numel()} tokens / its ideal"
-    trained = sum(p.numel() for p in stand_in.parameters())
+    trained = sum(p.numel() for p in replacement.parameters())
     return step, ideal, words, 4 * (size + 4 * trained)
 
 
 def replacement_step(runs: int) -> Ratio:
-    """A training step of a stand-in against its parts alone."""
+    """A training step of a replacement module against its parts alone."""
     step, ideal, words, _ = replacement_steps(512, 8)
     return interleaved(step, ideal, runs, 1.15, words)
 
 
 def replacement_memory(runs: int) -> Ratio:
-    """Peak memory of training over what it must hold: the model, the stand-in's training state, a batch's states."""
+    """Peak memory of training over what it must hold: the model, the module's training state, a batch's states."""
     (few, needed), (many, _) = (in_fresh_process(_peak_after, steps) for steps in (2, 40))
     words = (
-        "peak memory / the model, the stand-in with gradients and moments, and what its backward pass keeps: "
+        "peak memory / the model, the replacement module with gradients and moments, and what its backward pass keeps: "
         f"{few / 1e6:.0f} / {needed / 1e6:.0f} MB; after 20 times as many tokens {many / 1e6:.0f} MB"
     )
     low, high = sorted((few / needed, many / needed))

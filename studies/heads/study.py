@@ -1,7 +1,7 @@
 """Fewer blocks with richer heads, or more plain ones? Eight models from random weights, compared (docs/heads.md).
 
 All learn from the same samples in the same order. A second run goes on where the first was stopped, and nothing is
-overwritten. What comes out is OUT/report.md with six pictures, and every number behind them as JSON.
+overwritten. What comes out is OUT/report.md with six pictures, and every number after them as JSON.
 """
 
 import argparse

@@ -15,7 +15,7 @@ from llmprune.config.job_files import load_training_job
 from llmprune.conversion.checkpoint import Checkpoint
 from llmprune.conversion.commands import apply, convert
 from llmprune.conversion.replaced import read_replaced
-from llmprune.conversion.verify import compare, open_for_comparison
+from llmprune.conversion.verify import compare_models, open_for_comparison
 from llmprune.data.prepared import PreparedData
 from llmprune.evaluation.perplexity import PerplexityConfig, measure_perplexity, read_streams
 from llmprune.jobs.train import train
@@ -113,7 +113,7 @@ def test_sharded_kinds_equal_those_of_one_rank(runs: Path, name: str) -> None:
 def test_a_killed_and_resumed_run_ends_as_the_undisturbed_one(runs: Path) -> None:
     whole, resumed = Checkpoint.open(runs / "sharded"), Checkpoint.open(runs / "killed")
     assert whole.path.name == resumed.path.name == f"ba{BATCHES}" and whole.path.is_dir()
-    assert {name.split(".")[0] for name in whole.state} == {"model", "stand_in"}
+    assert {name.split(".")[0] for name in whole.state} == {"model", "replacement"}
     assert all(torch.equal(whole.state[name], resumed.state[name]) for name in whole.state)
     assert metrics(runs / "sharded", "metrics/eval/loss") == metrics(runs / "killed", "metrics/eval/loss")
 
@@ -131,7 +131,7 @@ def test_a_plan_with_a_stand_in_is_a_record(runs: Path, trained_folder: Path, tm
     """Without its weights it would silently make another model."""
     plan = convert(runs / "one", tmp_path / "out")
     stored = Plan.load(tmp_path / "out" / "llmprune" / "plan.json")
-    assert stored.stand_in == plan.stand_in == "blocks for blocks 2 to 4"
+    assert stored.replacement == plan.replacement == "blocks for blocks 2 to 4"
     for model in (trained_folder, runs / "one"):
         with pytest.raises(UserError, match="use `llmprune convert RUN`"):
             apply(model, tmp_path / "out" / "llmprune" / "plan.json", tmp_path / "again")
@@ -142,7 +142,7 @@ def test_a_plan_with_a_stand_in_is_a_record(runs: Path, trained_folder: Path, tm
 @pytest.mark.parametrize("name", ["one", *RUNS])
 def test_every_run_converts_to_what_it_computed(runs: Path, name: str, tmp_path: Path) -> None:
     convert(runs / name, tmp_path / "out")
-    assert compare(open_for_comparison(runs / name), open_for_comparison(tmp_path / "out")).max_rel <= 1e-5
+    assert compare_models(open_for_comparison(runs / name), open_for_comparison(tmp_path / "out")).max_rel <= 1e-5
     tokens = torch.arange(5)[None]
     assert open_for_comparison(tmp_path / "out")(input_ids=tokens).logits.dtype is torch.float32
 
@@ -168,7 +168,7 @@ def test_the_best_is_kept(config: Path, tmp_path: Path) -> None:
     convert(Checkpoint.open(run).path, tmp_path / "last")
     best, last = (load_model(tmp_path / which).state_dict() for which in ("best", "last"))
     name = "model.layers.2.mlp.down_proj.weight"
-    assert torch.equal(best[name], kept["stand_in.blocks.0.mlp.down_proj.weight"])
+    assert torch.equal(best[name], kept["replacement.blocks.0.mlp.down_proj.weight"])
     assert not torch.equal(best[name], last[name])
 
 
@@ -210,8 +210,8 @@ def test_computed_stand_ins_are_least_squares(config: Path, tmp_path: Path) -> N
     found = {}
     for kind in ("mean", "linear", "closed_form"):
         train(load_training_job(config, [f"run.folder={tmp_path}/{kind}", f"block_replacement.kind={kind}", *settings]))
-        stand_in = read_replaced(Checkpoint.open(tmp_path / kind), best=True).stand_in
-        found[kind] = {name: value.double() for name, value in stand_in.state_dict().items()}
+        replacement = read_replaced(Checkpoint.open(tmp_path / kind), best=True).replacement
+        found[kind] = {name: value.double() for name, value in replacement.state_dict().items()}
     assert torch.allclose(found["mean"]["net.bias"], (after - before).mean(0), atol=1e-5)
     ones = torch.cat([before, torch.ones(len(before), 1)], 1)
     wanted = torch.linalg.lstsq(ones, after - before).solution

@@ -22,7 +22,7 @@ KINDS = {
     "continue": "dynamic_loading={references: {letters: 1.0, numbers: 3.0}, update_delay: 2}",
     "prune": "l0_pruning={target: {layers: 5, hidden: 24, heads: 4}, lagrangian_warmup: 10ba, gate_lr: 0.05}",
     "replace": "block_replacement={start: 2, length: 2, kind: blocks}",
-    "parts": "trainable={parts: [final_norm, last.1], later: {3ba: [norms], 6ba: [all]}}",
+    "parts": "trainable={parameters: [final_norm, last.1], later: {3ba: [norms], 6ba: [all]}}",
     "lora": "lora={dropout: 0.0}",
     "distil": "distillation={teacher: TEACHER, objectives: {kl: 1.0}, final_objectives: {lm: 1.0}, dtype: float32}",
 }

@@ -180,7 +180,7 @@ def test_clipping_says_that_it_leaves_gates_out(config: Path, clip: str, monkeyp
 
 
 def test_gates_follow_the_schedule_of_the_model_and_are_clamped_before_the_first_draw(config: Path) -> None:
-    """One schedule for all, by hand: warm-up, then cosine to a tenth. Composer's learning rate is a batch behind it."""
+    """One schedule for all, by hand: warm-up, then cosine to a tenth. Composer's learning rate is a batch after it."""
 
     class Rates(Callback):
         def __init__(self) -> None:

@@ -17,7 +17,7 @@ SECTIONS = {
     "blocks": "block_replacement={start: 2, length: 2}",
     "linear": "block_replacement={start: 2, length: 2, kind: linear, fit_samples: 8}",
     "gates": "l0_pruning={target: {layers: 3}}",
-    "parts": "trainable={parts: [final_norm]}",
+    "parts": "trainable={parameters: [final_norm]}",
     "teacher": "distillation={{teacher: {model}}}",
 }
 

@@ -13,7 +13,7 @@ import torch
 from llmprune.conversion.checkpoint import Checkpoint
 from llmprune.conversion.commands import convert
 from llmprune.conversion.stored_state import _MetadataUnpickler
-from llmprune.conversion.verify import compare, open_for_comparison
+from llmprune.conversion.verify import compare_models, open_for_comparison
 from llmprune.utils.errors import UserError
 from tests.callbacks import fixed_noise
 from tests.callbacks.fixed_noise import History
@@ -133,7 +133,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(runs: Path, config: Path, na
 def test_sharded_and_whole_checkpoints_convert(runs: Path, name: str, tmp_path: Path) -> None:
     plan = convert(runs / name, tmp_path / "out")
     assert name == "sparsity" or plan.shape.hidden == 20
-    assert compare(open_for_comparison(runs / name), open_for_comparison(tmp_path / "out")).max_rel <= 1e-5
+    assert compare_models(open_for_comparison(runs / name), open_for_comparison(tmp_path / "out")).max_rel <= 1e-5
 
 
 def test_damaged_or_dangerous_shards_are_refused(runs: Path, tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from llmprune.config.optimizers import OPTIMIZERS, OptimizerConfig
 from llmprune.conversion.checkpoint import Checkpoint
 from llmprune.conversion.commands import apply, convert, export_adapter
 from llmprune.conversion.export import keep_everything
-from llmprune.conversion.verify import compare, open_for_comparison
+from llmprune.conversion.verify import compare_models, open_for_comparison
 from llmprune.jobs.train import train
 from llmprune.models.loading import load_model, load_model_config
-from llmprune.models.parameters import prime
+from llmprune.models.parameters import init_optimizer_state
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans.plan import KeptBlock
 from llmprune.training.trainer import build_trainer
@@ -62,7 +62,7 @@ loggers: {{console: false}}
 def kinds(teacher: Path) -> dict[str, str]:
     """What each kind of recovery adds to the config; ranks drop other inputs of adapters, so nothing is dropped."""
     return {
-        "parts": "trainable={parts: [final_norm, last.1], later: {3ba: [norms, block.0], 6ba: [all]}}",
+        "parts": "trainable={parameters: [final_norm, last.1], later: {3ba: [norms, block.0], 6ba: [all]}}",
         "lora": "lora={dropout: 0.0}",
         "teacher": f"distillation={{teacher: {teacher}, dtype: float32, temperature: 2.0, "
         "objectives: {kl: 1.0, mse: 0.5, cosine: 0.1}, final_objectives: {lm: 1.0}}",
@@ -137,7 +137,8 @@ def test_adapters_leave_their_base_as_it_is(runs: Path, student: Path, ranks: st
 
 def test_phases_freeze_and_unfreeze(config: Path, student: Path, tmp_path: Path) -> None:
     """Weights that are frozen again stay as the phase before left them."""
-    text = "trainable={parts: [final_norm, last.1], later: {4ba: [norms, block.0], 6ba: [model.layers.*.mlp.up_proj]}}"
+    later = "{4ba: [norms, block.0], 6ba: [model.layers.*.mlp.up_proj]}"
+    text = f"trainable={{parameters: [final_norm, last.1], later: {later}}}"
     overrides = [
         f"run.folder={tmp_path}/run",
         text,
@@ -162,7 +163,9 @@ def test_phases_freeze_and_unfreeze(config: Path, student: Path, tmp_path: Path)
 
 
 def test_frozen_weights_cost_no_gradient(config: Path, tmp_path: Path) -> None:
-    trainer = build_trainer(load_training_job(config, [f"run.folder={tmp_path}/run", "trainable={parts: [block.3]}"]))
+    trainer = build_trainer(
+        load_training_job(config, [f"run.folder={tmp_path}/run", "trainable={parameters: [block.3]}"])
+    )
     trainer.fit()
     trainer.close()
     trained = {name for name, p in trainer.state.model.named_parameters() if p.requires_grad}
@@ -177,7 +180,7 @@ def test_a_primed_optimiser_steps_as_a_new_one(name: str) -> None:
         parameter = torch.nn.Parameter(torch.arange(4.0))
         optimizer = OPTIMIZERS[name]([parameter], OptimizerConfig(lr=0.1, weight_decay=0.1))
         if primed:
-            prime(optimizer)
+            init_optimizer_state(optimizer)
             assert torch.equal(parameter, torch.arange(4.0))
         for step in range(3):
             parameter.grad = torch.tensor([1.0, -2.0, 0.5, 0.0]) * (step + 1)
@@ -223,7 +226,7 @@ def test_merged_is_adapted(
     run = four_bits / "whole" if name == "four_bits" else runs / name
     convert(run, tmp_path / "merged")
     merged = open_for_comparison(tmp_path / "merged")
-    assert compare(open_for_comparison(run), merged).max_rel <= 1e-5
+    assert compare_models(open_for_comparison(run), merged).max_rel <= 1e-5
     export_adapter(run, tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     with_adapter = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -267,13 +270,13 @@ def test_microbatches_change_nothing(config: Path, trained_folder: Path, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["trainable={}"], "trainable.parts is empty"),
-        (["trainable={parts: [layers.2]}"], "there is no part 'layers.2'"),
-        (["trainable={parts: [block.4]}"], "there is no part 'block.4': the model has 4 blocks"),
-        (["trainable={parts: [output]}"], "its embedding, too"),
-        (["trainable={parts: [last.1], later: {soon: [all]}}"], "'soon' is no point of a run"),
-        (["trainable={parts: [last.1], later: {2ba: [all], 0.5dur: [norms]}}"], "in the same unit"),
-        (["trainable={parts: [last.1]}", "lora={}"], "leave one out"),
+        (["trainable={}"], "trainable.parameters is empty"),
+        (["trainable={parameters: [layers.2]}"], "there is no part 'layers.2'"),
+        (["trainable={parameters: [block.4]}"], "there is no part 'block.4': the model has 4 blocks"),
+        (["trainable={parameters: [output]}"], "its embedding, too"),
+        (["trainable={parameters: [last.1], later: {soon: [all]}}"], "'soon' is no point of a run"),
+        (["trainable={parameters: [last.1], later: {2ba: [all], 0.5dur: [norms]}}"], "in the same unit"),
+        (["trainable={parameters: [last.1]}", "lora={}"], "leave one out"),
         (["lora={rank: 0}"], "lora.rank is 0"),
         (["lora={targets: [mpl]}"], "'mpl' is unknown; did you mean 'mlp'"),
         (["lora={targets: []}"], "lora.targets is empty"),

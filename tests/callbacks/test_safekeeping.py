@@ -12,7 +12,7 @@ import boto3
 import pytest
 import torch
 
-from llmprune.callbacks.checkpoint_uploading import Safekeeping
+from llmprune.callbacks.checkpoint_uploading import CheckpointUploading
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.job_files import load_training_job
 from llmprune.conversion.checkpoint import Checkpoint
@@ -210,7 +210,7 @@ def test_what_is_still_being_written_does_not_count(tmp_path: Path) -> None:
     top.mkdir()
     torch.save({"a": 1}, top / "ba100-rank0.pt")
     (top / "ba150-rank0.pt").write_bytes(b"the first bytes")
-    safe = Safekeeping(tmp_path, keep=1)
+    safe = CheckpointUploading(tmp_path, keep=1)
     safe.finish(100)
     assert {path.name for path in top.iterdir()} == {"ba100-rank0.pt", "ba100.sums-0.json", "ba150-rank0.pt"}
     torch.save({"a": 1}, top / "ba150-rank0.pt")

@@ -37,9 +37,9 @@ def report(events: int, at: str, number: int, **more: Any) -> dict[str, Any]:
 )
 def test_who_is_to_blame(before: list[Any], now: list[Any], ranks: list[int], words: str) -> None:
     def reports(numbers: list[Any]) -> dict[int, dict[str, Any]]:
-        behind = 1 if ranks == [1] else None
+        after = 1 if ranks == [1] else None
         return {
-            rank: report(4 if rank == behind else 9, f"batch_end of batch {5 if rank == behind else 9}", number)
+            rank: report(4 if rank == after else 9, f"batch_end of batch {5 if rank == after else 9}", number)
             for rank, number in enumerate(numbers)
             if number is not None
         }

@@ -35,7 +35,7 @@ from llmprune.pruning.replacements.span import Span
 from llmprune.pruning.scoring.criteria import CRITERIA
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.selection.methods import PlanConfig, Request, select
-from llmprune.recovery.lora import targets_of
+from llmprune.recovery.lora import lora_targets
 from llmprune.recovery.trainable import phases
 from llmprune.training.checks import check
 from llmprune.training.replacement import check_replacement
@@ -311,7 +311,7 @@ def test_adapters(name: str) -> None:
     lora, config = job.lora, recovered(name)
     assert lora is not None and job.trainable is None and job.model.dtype == "bfloat16"
     assert (lora.rank, lora.alpha, lora.dropout) == (8, 16, 0.05)
-    assert targets_of(config, lora.targets) == SEVEN
+    assert lora_targets(config, lora.targets) == SEVEN
     assert lora.quantize == ("nf4" if "qlora" in name else None)
 
 
@@ -319,11 +319,11 @@ def test_adapters(name: str) -> None:
 def test_parts_that_train(name: str) -> None:
     job, model = recipe(f"reassessing_{name}"), on_meta(recovered(f"reassessing_{name}"))
     assert job.trainable is not None and job.lora is None and job.model.dtype == "float32"
-    (phase,) = phases(model, job.trainable.parts, job.trainable.later)
+    (phase,) = phases(model, job.trainable.parameters, job.trainable.later)
     kept = tuple(f"model.layers.{block}." for block in range(24 - PARTS[name], 24))
     wanted = {n for n, _ in model.named_parameters() if n in ("lm_head.weight", "model.norm.weight")}
     wanted |= {n for n, _ in model.named_parameters() if n.startswith(kept)} if kept else set()
-    assert phase.names == set(parameter_names_of(model, job.trainable.parts)) == wanted
+    assert phase.names == set(parameter_names_of(model, job.trainable.parameters)) == wanted
     assert len(wanted) == 2 + 9 * PARTS[name]
     if name == "last_3":
         assert round(sum(model.get_parameter(n).numel() for n in wanted) / 1e9, 2) == 1.18  # published

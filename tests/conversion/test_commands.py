@@ -13,7 +13,7 @@ from llmprune.config.job_files import load_training_job
 from llmprune.conversion.checkpoint import Checkpoint
 from llmprune.conversion.commands import apply, convert, push_to_hub
 from llmprune.conversion.export import export, keep_everything
-from llmprune.conversion.verify import compare, open_for_comparison
+from llmprune.conversion.verify import compare_models, open_for_comparison
 from llmprune.jobs.train import train
 from llmprune.models.loading import load_model
 from llmprune.models.stored_weights import StoredWeights, fingerprint
@@ -43,10 +43,10 @@ def test_the_gated_checkpoint_and_its_export_agree(pruned_run: Path, tmp_path: P
     plan = convert(pruned_run, tmp_path / "out")
     assert (plan.shape.layers, plan.shape.hidden, plan.shape.heads, plan.shape.intermediate) == (3, 20, 4, 32)
     gated, cut = open_for_comparison(pruned_run), open_for_comparison(tmp_path / "out")
-    difference = compare(gated, cut)
+    difference = compare_models(gated, cut)
     assert difference.max_rel <= 1e-5 and difference.mean_abs <= difference.max_abs
     dense = open_for_comparison(Path(load_training_job(pruned_run / "config.yaml").model.path or ""))
-    assert compare(gated, dense).max_rel > 1e-2
+    assert compare_models(gated, dense).max_rel > 1e-2
 
 
 # Every family that gates can prune, with the target that its config can express.
@@ -89,7 +89,7 @@ def check_run(model: str, target: str, pruned_run: Path, folder: Path) -> None:
     ]
     train(load_training_job(pruned_run / "config.yaml", overrides))
     convert(folder / "run", folder / "out")
-    assert compare(open_for_comparison(folder / "run"), open_for_comparison(folder / "out")).max_rel <= 1e-5
+    assert compare_models(open_for_comparison(folder / "run"), open_for_comparison(folder / "out")).max_rel <= 1e-5
 
 
 def test_the_gates_of_a_checkpoint_are_not_used_by_apply(pruned_run: Path, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_shards_hold_what_one_file_holds(model_folder: Path, tmp_path: Path) -> 
     export(weights, model.config, plan, tmp_path / "out", companions=model_folder, source="x", max_shard_size="20KB")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
-    assert compare(load_model(model_folder), load_model(tmp_path / "out")).max_abs == 0
+    assert compare_models(load_model(model_folder), load_model(tmp_path / "out")).max_abs == 0
 
 
 def test_nothing_is_half_written(pruned_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from llmprune.checkpoints.checkpoint_folder import METADATA
-from llmprune.conversion.stored_state import harmless, open_state
+from llmprune.conversion.stored_state import open_state, safe_unpickling
 from llmprune.utils.errors import UserError
 
 WEIGHT = torch.arange(12.0).reshape(3, 4)
@@ -45,7 +45,7 @@ def a_chunk(metadata: Any, offsets: Any, sizes: Any) -> None:
 def test_what_was_saved_is_read(sharded: Path) -> None:
     found = open_state(sharded).tensors("model")
     assert torch.equal(found["a"], WEIGHT) and found["none"].numel() == 0 and found["scalar"] == 2
-    with harmless(sharded):
+    with safe_unpickling(sharded):
         pass
 
 
@@ -83,7 +83,7 @@ def test_what_is_not_true_of_the_files_is_refused(sharded: Path, damage: Callabl
     (sharded / METADATA).write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match="use another one|not to be trusted") as converting:
         open_state(sharded)
-    with pytest.raises(UserError) as resuming, harmless(sharded):
+    with pytest.raises(UserError) as resuming, safe_unpickling(sharded):
         raise AssertionError("Composer reads it")
     assert str(resuming.value) == str(converting.value) and "\n" not in str(converting.value)
 
@@ -110,7 +110,10 @@ def test_a_part_that_can_not_be_loaded_is_told_in_one_line(sharded: Path) -> Non
     failure: Any = CheckpointException(
         "loading", {0: (pickle.UnpicklingError("Weights only load failed\nand more"), [])}
     )  # type: ignore[dict-item]
-    with pytest.raises(UserError, match=r"can't be gone on with \(Weights only load failed\)"), harmless(sharded):
+    with (
+        pytest.raises(UserError, match=r"can't be gone on with \(Weights only load failed\)"),
+        safe_unpickling(sharded),
+    ):
         raise failure
 
 

@@ -34,11 +34,17 @@ def stream(
     start: int = 0,
     state: dict[str, Any] | None = None,
     changes: dict[int, list[int]] | None = None,
-    lanes: int = 1,
+    partitions: int = 1,
 ) -> list[list[int]]:
     """The samples of one rank's batches, each flattened to a list with its domain at the end."""
     dataset = MixedDataset(
-        PreparedData(data), global_batch_size=BATCH, weights=WEIGHTS, seed=3, rank=rank, world_size=ranks, lanes=lanes
+        PreparedData(data),
+        global_batch_size=BATCH,
+        weights=WEIGHTS,
+        seed=3,
+        rank=rank,
+        world_size=ranks,
+        partitions=partitions,
     )
     if state is not None:
         dataset.load_state_dict(state)
@@ -103,31 +109,33 @@ def test_resumed_anywhere_between_changes(data: Path, killed: int, workers: int)
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 1), (4, 0)])
 def test_lanes_on_any_number_of_ranks_and_resumed(data: Path, ranks: int, workers: int) -> None:
-    whole = stream(data, 20, changes=CHANGES, lanes=4)
+    whole = stream(data, 20, changes=CHANGES, partitions=4)
     assert sorted(map(tuple, whole)) != sorted(map(tuple, stream(data, 20, changes=CHANGES)))
-    dataset = MixedDataset(PreparedData(data), global_batch_size=BATCH, weights=WEIGHTS, seed=3, lanes=4)
+    dataset = MixedDataset(PreparedData(data), global_batch_size=BATCH, weights=WEIGHTS, seed=3, partitions=4)
     for number in (2, 3):
         dataset.change_weights(CHANGES[number], number + DELAY)
     state = json.loads(json.dumps(dataset.state_dict(5 * BATCH, True)))
     parts = [
-        stream(data, 15, rank=r, ranks=ranks, workers=workers, start=5, state=state, changes={9: CHANGES[9]}, lanes=4)
+        stream(
+            data, 15, rank=r, ranks=ranks, workers=workers, start=5, state=state, changes={9: CHANGES[9]}, partitions=4
+        )
         for r in range(ranks)
     ]
     size = BATCH // ranks
     assert [row for i in range(0, 15 * size, size) for part in parts for row in part[i : i + size]] == whole[
         5 * BATCH :
     ]
-    with pytest.raises(UserError, match="data.lanes is 2, but the run began with 4"):
-        stream(data, 1, state=state, lanes=2)
+    with pytest.raises(UserError, match="data.partitions is 2, but the run began with 4"):
+        stream(data, 1, state=state, partitions=2)
     with pytest.raises(UserError, match="of another version"):
         stream(data, 1, state={"samples": 3})
-    with pytest.raises(UserError, match="not one for each of 5000 lanes"):
-        stream(data, 1, lanes=5000)
+    with pytest.raises(UserError, match="not one for each of 5000 partitions"):
+        stream(data, 1, partitions=5000)
 
 
 def test_lanes_of_a_domain_see_all_of_it_before_they_repeat(data: Path) -> None:
     samples = DataManifest.load(data).domains["letters"]["train"].samples
-    stream = iter(MixedDataset(PreparedData(data), global_batch_size=4, weights={"letters": 1}, seed=0, lanes=4))
+    stream = iter(MixedDataset(PreparedData(data), global_batch_size=4, weights={"letters": 1}, seed=0, partitions=4))
     seen = [tuple(next(stream)["input_ids"].tolist()) for _ in range(samples - samples % 4)]
     whole = iter(MixedDataset(PreparedData(data), global_batch_size=1, weights={"letters": 1}, seed=0))
     once = Counter(tuple(next(whole)["input_ids"].tolist()) for _ in range(samples))

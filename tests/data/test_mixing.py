@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprune.data.mixing import PARTS, Mixer, domain_weights, integer_weights
-from llmprune.data.partitions import Lanes
+from llmprune.data.mixing import PPM, Mixer, domain_weights, integer_weights
+from llmprune.data.partitions import Partitions
 
 weights = st.lists(st.just(0.0) | st.floats(1e-4, 1), min_size=1, max_size=9).filter(any)
 
@@ -22,15 +22,15 @@ def test_every_prefix_is_within_one_sample(raw: list[float]) -> None:
         domain, number = mixer.next()
         assert number == seen[domain]  # samples of a domain are numbered without gaps
         seen[domain] += 1
-        assert all(abs(count - n * part / PARTS) < 1 for count, part in zip(seen, parts, strict=True))
+        assert all(abs(count - n * part / PPM) < 1 for count, part in zip(seen, parts, strict=True))
 
 
 @settings(max_examples=60, deadline=None)
 @given(weights)
 def test_integer_weights_sum_to_a_million_and_are_nearest(raw: list[float]) -> None:
     parts = integer_weights(raw)
-    assert sum(parts) == PARTS
-    assert all(abs(part - w / sum(raw) * PARTS) < 1 for part, w in zip(parts, raw, strict=True))
+    assert sum(parts) == PPM
+    assert all(abs(part - w / sum(raw) * PPM) < 1 for part, w in zip(parts, raw, strict=True))
 
 
 @pytest.mark.parametrize("domains", [2, 3, 7, 12])
@@ -49,7 +49,7 @@ def test_changed_weights_lose_no_share(domains: int) -> None:
         for _ in range(random.choice([1, 2, 8, 30])):
             due = [d + w for d, w in zip(due, mixer.weights, strict=True)]
             mixer.next()
-            worst = max(worst, *(abs(c - d / PARTS) for c, d in zip(mixer.counts, due, strict=True)))
+            worst = max(worst, *(abs(c - d / PPM) for c, d in zip(mixer.counts, due, strict=True)))
         mixer.change(some())
     assert worst < 1.2
 
@@ -93,29 +93,31 @@ def test_impossible_weights_are_refused(raw: list[float]) -> None:
 def test_a_weight_too_small_ever_to_be_drawn_is_refused(raw: list[float]) -> None:
     with pytest.raises(ValueError, match="never be drawn, the smallest possible share is 1e-06"):
         integer_weights(raw)
-    assert integer_weights([1e-6, 1 - 1e-6]) == [1, PARTS - 1]
+    assert integer_weights([1e-6, 1 - 1e-6]) == [1, PPM - 1]
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_lanes_get_even_shares_of_every_domain(seed: int) -> None:
-    """Of whatever batches, changes of weights included: each lane stays within a few samples of its share."""
+    """Of whatever batches, changes of weights included: each partition stays within a few samples of its share."""
     draw = Random(seed)
-    domains, lanes, room = draw.randint(1, 9), draw.choice([2, 3, 4, 8, 16]), draw.choice([1, 2, 3, 8])
+    domains, partitions, room = draw.randint(1, 9), draw.choice([2, 3, 4, 8, 16]), draw.choice([1, 2, 3, 8])
 
     def parts() -> list[int]:
         return integer_weights([draw.random() ** 3 + 1e-4 for _ in range(domains)])
 
-    mixer, dealer, seen = Mixer(parts()), Lanes(domains, lanes), [[0] * lanes for _ in range(domains)]
+    mixer, dealer, seen = Mixer(parts()), Partitions(domains, partitions), [[0] * partitions for _ in range(domains)]
     for _ in range(200):
         if draw.random() < 0.05:
             mixer.change(parts())
         batch = [0] * domains
-        for _ in range(lanes * room):
+        for _ in range(partitions * room):
             batch[mixer.next()[0]] += 1
         dealt = dealer.deal(batch)
-        assert [lane for _, lane, _ in dealt] == [lane for lane in range(lanes) for _ in range(room)]
-        for domain, lane, number in sorted(dealt):
-            assert number == seen[domain][lane]  # without gaps
-            seen[domain][lane] += 1
+        assert [partition for _, partition, _ in dealt] == [
+            partition for partition in range(partitions) for _ in range(room)
+        ]
+        for domain, partition, number in sorted(dealt):
+            assert number == seen[domain][partition]  # without gaps
+            seen[domain][partition] += 1
         assert [sum(counts) for counts in seen] == mixer.counts
-        assert all(abs(count - sum(counts) / lanes) < 5 for counts in seen for count in counts)
+        assert all(abs(count - sum(counts) / partitions) < 5 for counts in seen for count in counts)

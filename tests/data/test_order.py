@@ -36,18 +36,18 @@ def test_neighbours_come_from_one_window_of_shards() -> None:
         assert len({order.locate(window * 30 + n)[0] for n in range(30)}) == 3
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 3, 7])
+@pytest.mark.parametrize("partitions", [1, 2, 3, 7])
 @pytest.mark.parametrize("sizes", [[7], [5, 3, 9, 1, 4, 8, 2, 6, 7, 5, 3], [10] * 9])
-def test_lanes_share_no_sample_and_hardly_a_shard(sizes: list[int], lanes: int) -> None:
-    orders = domain_order(sizes, 1, 0, window=2, lanes=lanes)
+def test_lanes_share_no_sample_and_hardly_a_shard(sizes: list[int], partitions: int) -> None:
+    orders = domain_order(sizes, 1, 0, window=2, partitions=partitions)
     epochs = [[{order.locate(e * order.samples + n) for n in range(order.samples)} for e in (0, 1)] for order in orders]
-    assert all(first == second for first, second in epochs)  # a lane keeps its samples
+    assert all(first == second for first, second in epochs)  # a partition keeps its samples
     everything = {(shard, i) for shard, size in enumerate(sizes) for i in range(size)}
     assert set.union(*(first for first, _ in epochs)) == everything
     assert sum(order.samples for order in orders) == sum(sizes)
     assert max(order.samples for order in orders) - min(order.samples for order in orders) <= 1
     shards = [{shard for shard, _ in first} for first, _ in epochs]
-    assert sum(map(len, shards)) <= len(sizes) + lanes - 1
+    assert sum(map(len, shards)) <= len(sizes) + partitions - 1
 
 
 def test_what_is_read_next_is_known() -> None:

@@ -1,4 +1,4 @@
-"""Data behind a URL, in another folder, or compressed: read through a cache."""
+"""Data at a URL, in another folder, or compressed: read through a cache."""
 
 import contextlib
 import json
@@ -129,11 +129,11 @@ def test_shards_are_fetched_before_they_are_needed(shards: Path, tmp_path: Path)
 
 def test_machines_read_shards_of_their_own(shards: Path, tmp_path: Path) -> None:
     """All they have in common is the shard that is cut in two, one in each domain."""
-    expected = stream(PreparedData(shards), 40, lanes=2)
+    expected = stream(PreparedData(shards), 40, partitions=2)
     parts = []
     for machine in range(2):
         data = PreparedData(shards, CacheConfig(str(tmp_path / str(machine))))
-        parts.append(stream(data, 40, rank=machine, world_size=2, machines=2, lanes=2))
+        parts.append(stream(data, 40, rank=machine, world_size=2, machines=2, partitions=2))
     assert [row for i in range(0, 160, 4) for part in parts for row in part[i : i + 4]] == expected
     common = cached(tmp_path / "0") & cached(tmp_path / "1")
     assert len(common) <= 2 and len(cached(tmp_path / "0")) > 10

@@ -347,7 +347,7 @@ def test_a_dataset_that_breaks_off_is_no_damaged_file(tmp_path: Path, monkeypatc
     monkeypatch.setattr("llmprune.data.records._open_dataset", lambda source: Broken())
     found = documents(find_inputs(["hf:a/b"]), Fields())
     assert isinstance(next(found), Document)
-    with pytest.raises(UserError, match="hf:a/b ends behind record 1: the line is cut"):
+    with pytest.raises(UserError, match="hf:a/b ends after record 1: the line is cut"):
         next(found)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprune.data.mixing import PARTS, integer_weights
+from llmprune.data.mixing import PPM, integer_weights
 from llmprune.data.updates import (
     DynamicLoadingConfig,
     Measured,
@@ -159,7 +159,7 @@ def test_no_domain_drops_out_by_rounding() -> None:
     for _ in range(3):
         weights = integer_weights(drawable(new_weights(Measured(weights, [900.0, 0.0, 0.0], 0), config, DOMAINS) or []))
         assert min(weights) >= 1
-        weights = [part / PARTS for part in weights]
+        weights = [part / PPM for part in weights]
     back = new_weights(Measured(weights, [0.0, 900.0, 0.0], 0), config, DOMAINS)
     assert back is not None and back[1] > 0.99
 

@@ -19,9 +19,9 @@ from transformers import AutoTokenizer
 from data_prep.builtin import build_corpus, reference
 from data_prep.conversations import ConversationSettings
 from data_prep.describe import lacking, table
-from data_prep.job import Job
+from data_prep.job import PackingJob
 from data_prep.join import Encoded
-from data_prep.pack import merge, prepare
+from data_prep.pack import merge_prepared, prepare
 from data_prep.packer import Arrival, Layout, Packer
 from data_prep.recipe import PackSettings
 from data_prep.tokenizer import train_tokenizer
@@ -107,10 +107,10 @@ def test_a_stopped_job_goes_on_to_the_same_files(
 KILLED = """
 import os, signal, sys
 from data_prep import pack, reading, recipe
-from data_prep.job import Job
+from data_prep.job import PackingJob
 
 reading._BATCH_CHARACTERS, pack._SAVE_SECONDS = 600, 0.0
-after, save, saved = int(sys.argv[4]), Job.save, 0
+after, save, saved = int(sys.argv[4]), PackingJob.save, 0
 
 def killed(self, packers, progress):
     global saved
@@ -120,7 +120,7 @@ def killed(self, packers, progress):
         os.kill(os.getpid(), signal.SIGKILL)
     save(self, packers, progress)
 
-Job.save = killed
+PackingJob.save = killed
 pack.prepare([sys.argv[1]], sys.argv[2], sys.argv[3], recipe.PackSettings(32, eval_fraction=0.1), processes=2)
 """
 
@@ -129,7 +129,7 @@ def test_a_job_killed_outright_goes_on(many: Path, data: Path, tmp_path: Path) -
     prepare([many], data / "tokenizer", tmp_path / "whole", PackSettings(LENGTH, eval_fraction=0.1), processes=1)
     arguments = [str(many), str(data / "tokenizer"), str(tmp_path / "out")]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments, "7"], timeout=120)
-    assert killed.returncode == -signal.SIGKILL and Job(tmp_path / ".out.partial").has_progress
+    assert killed.returncode == -signal.SIGKILL and PackingJob(tmp_path / ".out.partial").has_progress
     prepare([many], data / "tokenizer", tmp_path / "out", PackSettings(LENGTH, eval_fraction=0.1), processes=1)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -185,7 +185,7 @@ def test_parts_merge_into_all_documents(many: Path, data: Path, tmp_path: Path) 
         prepare([many], data / "tokenizer", part, settings, shard=(number, 3), processes=1)
         with pytest.raises(UserError, match="part of prepared data: join"):
             DataManifest.load(part)
-    merged = merge([parts[2], parts[0], parts[1]], tmp_path / "out").manifest
+    merged = merge_prepared([parts[2], parts[0], parts[1]], tmp_path / "out").manifest
     for domain in "ab":
         for split in ("train", "eval"):
             assert merged.domains[domain][split].documents == whole.domains[domain][split].documents
@@ -194,12 +194,12 @@ def test_parts_merge_into_all_documents(many: Path, data: Path, tmp_path: Path) 
             assert (there - here).total() <= LENGTH  # the ends of streams
     assert all(part.exists() for part in parts)
     with pytest.raises(UserError, match="of 3 parts these are missing: 1"):
-        merge([parts[0], parts[2]], tmp_path / "again")
+        merge_prepared([parts[0], parts[2]], tmp_path / "again")
     with pytest.raises(UserError, match="are the same part, 0 of 3"):
-        merge([parts[0], parts[0]], tmp_path / "again")
+        merge_prepared([parts[0], parts[0]], tmp_path / "again")
     prepare([many], data / "tokenizer", tmp_path / "other", PackSettings(16), shard=(1, 3), processes=1)
     with pytest.raises(UserError, match="different settings"):
-        merge([parts[0], tmp_path / "other", parts[2]], tmp_path / "again")
+        merge_prepared([parts[0], tmp_path / "other", parts[2]], tmp_path / "again")
     with pytest.raises(UserError, match="fewer files than parts"):
         prepare([many], data / "tokenizer", tmp_path / "more", settings, shard=(6, 7), processes=1)
 
@@ -306,7 +306,7 @@ def test_inputs_know_their_fields(tmp_path: Path) -> None:
 def test_bad_records_are_counted_once_however_often_a_job_stops(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_prep.reading.EARLY_STOP", 3)  # batches end behind a few bad records
+    monkeypatch.setattr("data_prep.reading.EARLY_STOP", 3)  # batches end after a few bad records
     monkeypatch.setattr("data_prep.pack.EARLY_STOP", 1000)
     lines = [json.dumps({"text": f"{n} fine words " * 4}) if n % 3 else "{bad" for n in range(60)]
     (tmp_path / "in").mkdir()
@@ -341,11 +341,11 @@ def test_parts_of_other_jobs_are_refused(many: Path, data: Path, tmp_path: Path)
     prepare([many], data / "tokenizer", tmp_path / "p1", settings, shard=(1, 2), processes=1)
     for other in ("e1", "p1"):
         with pytest.raises(UserError, match="different settings, tokenizers or inputs"):
-            merge([tmp_path / "p0", tmp_path / other], tmp_path / "out")
+            merge_prepared([tmp_path / "p0", tmp_path / other], tmp_path / "out")
     progress = tmp_path / "p1" / "progress.json"
     progress.write_text(progress.read_text().replace('"complete": true', '"complete": false'))
     with pytest.raises(UserError, match="p1 was stopped before its end"):
-        merge([tmp_path / "p0", tmp_path / "p1"], tmp_path / "out")
+        merge_prepared([tmp_path / "p0", tmp_path / "p1"], tmp_path / "out")
 
 
 @pytest.mark.usefixtures("small")
@@ -371,7 +371,7 @@ def test_names_that_clash_do_so_across_parts_and_stops(
             processes=1,
         )
     with pytest.raises(UserError, match=r"'p q' and 'p/q' would both be named 'p_q'"):
-        merge([tmp_path / "p0", tmp_path / "p1"], tmp_path / "out")
+        merge_prepared([tmp_path / "p0", tmp_path / "p1"], tmp_path / "out")
 
     def stopping(*arguments: Any, **options: Any) -> Iterator[Any]:
         for number, item in enumerate(documents(*arguments, **options)):
@@ -475,7 +475,7 @@ def test_empty_documents_are_counted(data: Path, tmp_path: Path, monkeypatch: py
         prepare(
             [tmp_path / "in"], data / "tokenizer", tmp_path / f"p{number}", settings, shard=(number, 2), processes=1
         )
-    merged = merge([tmp_path / "p0", tmp_path / "p1"], tmp_path / "merged").manifest
+    merged = merge_prepared([tmp_path / "p0", tmp_path / "p1"], tmp_path / "merged").manifest
     assert [merged.domains[domain]["train"].empty for domain in ("few", "void")] == [33, 2]
     with pytest.raises(UserError, match="the inputs hold no text"):
         prepare([tmp_path / "in" / "void"], data / "tokenizer", tmp_path / "none", PackSettings(LENGTH), processes=1)
@@ -496,7 +496,7 @@ def test_of_two_writers_of_an_output_one_is_told(
     calls: dict[str, Callable[[], Any]] = {
         "tokenizer": lambda: train_tokenizer([many], out, vocab_size=280),
         "corpus": lambda: build_corpus(out, megabytes=0.01),
-        "merge": lambda: merge([tmp_path / "part"], out),
+        "merge": lambda: merge_prepared([tmp_path / "part"], out),
         "conversations": lambda: prepare([chats], data / "tokenizer", out, talk, processes=1),
     }
     told: list[str] = []

@@ -95,7 +95,7 @@ def test_parameters_moments_and_shares_of_ranks(config: Config, tmp_path: Path) 
     lora = estimate(changed(config, tmp_path, "lora={rank: 2}"), model, 32, CLUSTER)
     per_block = 2 * (2 * (32 + 64) + 2 * (32 + 32) + 2 * (32 + 48) + (48 + 32))  # q and o, k and v, gate and up, down
     assert lora.facts["trained"] == 6 * per_block
-    parts = estimate(changed(config, tmp_path, "trainable={parts: [last.1]}"), model, 32, CLUSTER)
+    parts = estimate(changed(config, tmp_path, "trainable={parameters: [last.1]}"), model, 32, CLUSTER)
     assert parts.facts["trained"] * 6 == pytest.approx(count - 300 * 32 - 32)
     saved = one.memory["activations and logits"] - parts.memory["activations and logits"]
     kept = kept_by(model, samples=4, length=32, dtype=torch.float32, autocast=None)

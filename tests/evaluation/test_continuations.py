@@ -18,13 +18,13 @@ from llmprune.evaluation.continuations import (
     save_continuations,
     write_continuations,
 )
-from llmprune.models.opened import OpenedModel, open_model
+from llmprune.models.opened import LoadedModel, open_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def opened(trained_folder: Path) -> OpenedModel:
+def opened(trained_folder: Path) -> LoadedModel:
     return open_model(str(trained_folder), Placement(device="cpu"))
 
 
@@ -43,7 +43,7 @@ def test_known_scores() -> None:
         continuation_scores([{"output": "x", "reference": None}])
 
 
-def test_greedy_is_the_likeliest_token_whatever_the_batch(opened: OpenedModel) -> None:
+def test_greedy_is_the_likeliest_token_whatever_the_batch(opened: LoadedModel) -> None:
     prompts = [Prompt("3: one two"), Prompt("7: alpha beta gamma delta alpha"), Prompt("1")]
     config = GenerationConfig(max_new_tokens=8, temperature=0, batch_size=3)
     together = write_continuations(opened, prompts, config)
@@ -64,7 +64,7 @@ def test_odd_line_ends_are_text(tmp_path: Path) -> None:
     assert read_continuations(tmp_path / "o.jsonl") == records
 
 
-def test_seeds(opened: OpenedModel) -> None:
+def test_seeds(opened: LoadedModel) -> None:
     prompts = [Prompt("3: one two", "three")]
     config = GenerationConfig(max_new_tokens=12, temperature=1.0, per_prompt=3, seed=1)
     first, again = (write_continuations(opened, prompts, config) for _ in range(2))
@@ -132,7 +132,7 @@ def test_bad_settings(config: GenerationConfig, message: str) -> None:
         config.check()
 
 
-def test_a_prompt_too_long(opened: OpenedModel) -> None:
+def test_a_prompt_too_long(opened: LoadedModel) -> None:
     with pytest.raises(UserError, match="must have between 1 and 128"):
         write_continuations(opened, [Prompt("one " * 100)], GenerationConfig(max_new_tokens=100))
 
@@ -152,7 +152,7 @@ def test_references_that_are_no_text(tmp_path: Path) -> None:
         read_prompts(file)
 
 
-def test_a_broken_model(opened: OpenedModel) -> None:
+def test_a_broken_model(opened: LoadedModel) -> None:
     broken = dataclasses.replace(opened, model=copy.deepcopy(opened.model))
     with torch.no_grad():
         next(broken.model.parameters()).fill_(float("nan"))

@@ -29,7 +29,7 @@ from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.selection.methods import PlanConfig
 from llmprune.reporting.collect import collect
 from llmprune.training.checks import check
-from llmprune.utils.checksums import record, verify
+from llmprune.utils.checksums import record, verify_checksums
 from llmprune.utils.errors import UserError
 
 TRIES = 120
@@ -150,7 +150,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "run manifest": ("run/checkpoints/manifest.json", convertible, "run"),
     "checksums of a checkpoint": ("run/checkpoints/ba2.sums-0.json", convertible, "run/checkpoints/ba2-rank0.pt"),
     "checkpoint": ("run/checkpoints/ba2-rank0.pt", convertible, "run/checkpoints/ba2-rank0.pt"),
-    "checksums": ("model/checksums.json", verify, "model"),
+    "checksums": ("model/checksums.json", verify_checksums, "model"),
     "config of a model": ("model/config.json", load_model, "model"),
     "weights": ("model/model.safetensors", load_model, "model"),
     "speeds": ("speed.json", lambda path: collect([path]), "speed.json"),

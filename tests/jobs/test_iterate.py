@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from llmprune.config.job_files import load_job
 from llmprune.config.schema import IterationConfig
-from llmprune.conversion.verify import compare, open_for_comparison
+from llmprune.conversion.verify import compare_models, open_for_comparison
 from llmprune.jobs import iterate as iteration
 from llmprune.jobs import stages
 from llmprune.jobs.iterate import iterate, round_shapes
@@ -82,7 +82,7 @@ def test_the_rounds_end_in_the_shape(once: Path) -> None:
     assert all(torch.equal(recovered[name], final[name]) for name in final)
     second = Plan.load(once / "round-2" / "plan.json")
     whole = open_for_comparison(once / "round-1" / "recovered", second)
-    assert compare(whole, open_for_comparison(once / "round-2" / "pruned"), length=48).max_rel <= 1e-5
+    assert compare_models(whole, open_for_comparison(once / "round-2" / "pruned"), length=48).max_rel <= 1e-5
     losses = [json.loads(line) for line in (once / "round-1" / "recover" / "metrics.jsonl").read_text().splitlines()]
     assert any("metrics/eval/loss" in line for line in losses)
 

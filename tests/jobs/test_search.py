@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from llmprune.config.job_files import load_job
 from llmprune.config.schema import SearchConfig
-from llmprune.conversion.verify import compare, open_for_comparison
+from llmprune.conversion.verify import compare_models, open_for_comparison
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.jobs import search as searching
@@ -93,7 +93,7 @@ def test_figures_are_those_of_the_models(once: Path, data: Path, trained_folder:
         assert row["recovered"]["loss"] == pytest.approx(loss, abs=1e-5)
         plan = Plan.load(place / "plan.json")
         cut = open_for_comparison(place / "pruned")
-        assert compare(open_for_comparison(trained_folder, plan), cut, length=48).max_rel <= 1e-5
+        assert compare_models(open_for_comparison(trained_folder, plan), cut, length=48).max_rel <= 1e-5
 
 
 def test_the_best_few_within_the_budget_are_recovered(once: Path, trained_folder: Path) -> None:
@@ -277,7 +277,7 @@ def test_the_front_is_that_of_a_naive_comparison() -> None:
         (["search.criteria=[attention]", "search.remove=[]", "search.shapes=[]"], "attention"),
         (["search.protect_first=6", "search.remove=[]", "search.shapes=[]"], "protected"),
         (["search.budget.multiple=1000"], "is a multiple of 1000"),
-        (["trainable={parts: [block.9]}"], "there is no part 'block.9'"),
+        (["trainable={parameters: [block.9]}"], "there is no part 'block.9'"),
         (["distillation={teacher: somewhere, plan: plan.json}"], "leave out distillation.plan"),
         (["data.path=s3://bucket/data"], "search.calibration.path"),
         (["search.remove=[6]"], "6 of 6 blocks can't be removed"),

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from llmprune.cli import app
 from llmprune.models.loading import load_model
-from llmprune.models.opened import FoundModel, OpenedModel, open_model
+from llmprune.models.opened import LoadedModel, ModelSource, open_model
 from llmprune.models.placement import Placement, dtype_for_inference
 from llmprune.utils.errors import UserError
 
@@ -87,7 +87,7 @@ def test_the_second_models_mistakes_show_before_the_first_is_measured(
     def opened(*arguments: object) -> None:
         raise AssertionError("a model was opened")
 
-    monkeypatch.setattr(FoundModel, "open", opened)
+    monkeypatch.setattr(ModelSource, "open", opened)
     (tmp_path / "empty").mkdir()
     (tmp_path / "mute").mkdir()
     (tmp_path / "mute/config.json").write_text((trained_folder / "config.json").read_text())
@@ -102,14 +102,14 @@ def test_the_second_models_mistakes_show_before_the_first_is_measured(
 def test_results_stay_when_a_later_model_fails(
     trained_folder: Path, model_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_it = FoundModel.open
+    open_it = ModelSource.open
 
-    def fail(found: FoundModel) -> OpenedModel:
+    def fail(found: ModelSource) -> LoadedModel:
         if found.name == str(model_folder):
             raise UserError("no memory")
         return open_it(found)
 
-    monkeypatch.setattr(FoundModel, "open", fail)
+    monkeypatch.setattr(ModelSource, "open", fail)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "one", "reference": " two"}')
     out = tmp_path / "r.json"

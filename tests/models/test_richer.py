@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmprune.conversion.commands import enrich
-from llmprune.conversion.verify import compare, open_for_comparison
+from llmprune.conversion.verify import compare_models, open_for_comparison
 from llmprune.models.block_hooks import blocks_of
 from llmprune.models.families import RicherHeadsConfig, family_of, module_name
 from llmprune.models.loading import count_parameters, load_model, load_model_config, new_model
@@ -207,7 +207,9 @@ with torch.no_grad():
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert compare(open_for_comparison(tmp_path / "plain"), open_for_comparison(tmp_path / "again")).max_rel <= 1e-6
+    assert (
+        compare_models(open_for_comparison(tmp_path / "plain"), open_for_comparison(tmp_path / "again")).max_rel <= 1e-6
+    )
 
 
 # The published study: d 1024, 8 heads, FFN 2752, 32k vocabulary, untied; parameters in millions of the plain models.
@@ -258,4 +260,4 @@ def test_heads_are_made_richer_once(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="richer already"):
         enrich(tmp_path / "richer", RicherHeadsConfig(residual=True), tmp_path / "again")
     assert load_model_config(tmp_path / "richer").model_type == "llmprune_llama"
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "richer").config.llmprune_stand_in is None
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "richer").config.llmprune_replacement is None

@@ -48,7 +48,7 @@ def test_each_objective_alone(name: str, tokens: torch.Tensor) -> None:
         loss = objective.loss({"input_ids": tokens})
         loss.backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in student.parameters()]
-        return objective.parts[name], grads
+        return objective.terms[name], grads
 
     part, alone = of({name: 1.0})
     whole, twice = of({**WEIGHTS, name: WEIGHTS[name] + 1.0})
@@ -81,7 +81,7 @@ def test_loss_and_gradients_are_naive(name: str, tokens: torch.Tensor) -> None:
         "mse": sum(((a - b).square().mean(-1) / b.square().mean(-1)).mean() for a, b in pairs) / 2,
         "cosine": sum((1 - cosine(a, b, dim=-1)).mean() for a, b in pairs) / 2,
     }
-    found = wrapped.objective.parts
+    found = wrapped.objective.terms
     assert {key: value.item() for key, value in found.items()} == pytest.approx(
         {key: float(value) for key, value in parts.items()}, rel=1e-4
     )
@@ -96,7 +96,7 @@ def test_loss_and_gradients_are_naive(name: str, tokens: torch.Tensor) -> None:
 
 
 def test_a_plan_says_what_corresponds() -> None:
-    """The states behind a block are those that the next kept one was given, in its dimensions and with its factors."""
+    """The states after a block are those that the next kept one was given, in its dimensions and with its factors."""
     teacher = family_of(CONFIGS["llama-grouped-tied"]).shape(CONFIGS["llama-grouped-tied"])
     teacher = replace(teacher, layers=8)
     blocks = tuple(map(KeptBlock.whole, (0, 3, 4, 6)))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmprune.recovery.lora import AdaptedWeights, LoRAConfig, add_adapters, targets_of
+from llmprune.recovery.lora import AdaptedWeights, LoRAConfig, add_adapters, lora_targets
 from llmprune.utils.errors import UserError
 from tests.conftest import random_model
 from tests.models.families.test_conformance import CONFIGS
@@ -25,8 +25,8 @@ def test_targets_are_the_blocks_matrices(name: str) -> None:
     """By hand for each architecture; an adapter sits on as many matrices as there are, and on none elsewhere."""
     config = CONFIGS[name]
     attention, mlp = OTHERS.get(config.model_type.removeprefix("llmprune_"), LLAMA)
-    assert set(targets_of(config, ["attention"])) == attention
-    assert set(targets_of(config, ["mlp"])) == mlp
+    assert set(lora_targets(config, ["attention"])) == attention
+    assert set(lora_targets(config, ["mlp"])) == mlp
     model = random_model(config)
     matrices = {
         module_name
@@ -65,6 +65,6 @@ def test_the_seed_decides_how_adapters_begin() -> None:
 
 
 def test_other_targets() -> None:
-    assert targets_of(CONFIGS["opt"], ["self_attn.q_proj", "mlp"]) == ["fc1", "fc2", "self_attn.q_proj"]
+    assert lora_targets(CONFIGS["opt"], ["self_attn.q_proj", "mlp"]) == ["fc1", "fc2", "self_attn.q_proj"]
     with pytest.raises(UserError, match="'block_sparse_moe.gate' is unknown"):
-        targets_of(CONFIGS["mixtral"], ["block_sparse_moe.gate"])
+        lora_targets(CONFIGS["mixtral"], ["block_sparse_moe.gate"])

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmprune.config.job_files import load_training_job
 from llmprune.conversion.commands import convert
-from llmprune.conversion.verify import compare, open_for_comparison
+from llmprune.conversion.verify import compare_models, open_for_comparison
 from llmprune.jobs.train import train
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.loading import load_model
@@ -37,7 +37,7 @@ JOBS: dict[str, list[str]] = {
     ],
     "distillation": ["distillation={teacher: MODEL, objectives: {kl: 1.0, lm: 0.5}}"],
     "distillation of states": ["distillation={teacher: MODEL, objectives: {kl: 1.0, mse: 0.5, cosine: 0.5}}"],
-    "parts": ["trainable={parts: [final_norm, last.1]}"],
+    "parts": ["trainable={parameters: [final_norm, last.1]}"],
     "adapters": ["lora={}"],
     "replacement by states": [REPLACE % "{mse: 1.0, cosine: 1.0}"],
     "replacement by predictions": [REPLACE % "{kl: 1.0, lm: 1.0}"],
@@ -121,7 +121,7 @@ def test_gated_is_cut_within_rounding(yaml: Path, tmp_path: Path) -> None:
     train(load_training_job(yaml, [TARGET, "train.duration=4ba"]))
     convert(tmp_path / "run", tmp_path / "cut")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert compare(open_for_comparison(tmp_path / "run"), load_model(tmp_path / "cut")).max_rel < 2e-2
+        assert compare_models(open_for_comparison(tmp_path / "run"), load_model(tmp_path / "cut")).max_rel < 2e-2
 
 
 def test_half_precision_is_refused(yaml: Path) -> None:

@@ -30,14 +30,14 @@ from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.pruning.budgets.trial import Trial
 from llmprune.pruning.gates.settings import L0PruningConfig, TargetShape
 from llmprune.pruning.replacements.cache import StatesCache
-from llmprune.pruning.replacements.modules import STAND_INS
+from llmprune.pruning.replacements.modules import REPLACEMENTS
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.pruning.replacements.span import Span
 from llmprune.pruning.scoring.criteria import CRITERIA
 from llmprune.pruning.scoring.criterion import ScoringJob
 from llmprune.pruning.scoring.scorer import Scorer
 from llmprune.pruning.selection.correction import corrected
-from llmprune.pruning.selection.methods import Opened
+from llmprune.pruning.selection.methods import ScoredModel
 from llmprune.recovery.correspondence import corresponding
 from llmprune.recovery.lora import LoRAConfig
 from llmprune.recovery.settings import DistillationConfig
@@ -108,7 +108,7 @@ def test_gates(waits: Waits, goal: str, manner: str) -> None:
 
 
 @pytest.mark.parametrize("objectives", [{"mse": 1.0, "cosine": 1.0}, {"lm": 1.0, "kl": 1.0}], ids="+".join)
-@pytest.mark.parametrize("kind", sorted({*list(STAND_INS)} - {"none"}))
+@pytest.mark.parametrize("kind", sorted({*list(REPLACEMENTS)} - {"none"}))
 def test_block_replacement(waits: Waits, kind: str, objectives: dict[str, float]) -> None:
     callback = BlockReplacement(
         BlockReplacementConfig(start=1, length=2, kind=kind, objectives=objectives, force=True),
@@ -242,7 +242,7 @@ def test_perplexity(waits: Waits, bos: str) -> None:
 
 def test_correction_and_trial(waits: Waits) -> None:
     tokens = torch.randint(300, (32, LENGTH), generator=torch.Generator().manual_seed(1))
-    opened = Opened(random_model(tiny_config()).to(DEVICE), tokens.to(DEVICE), 32)
+    opened = ScoredModel(random_model(tiny_config()).to(DEVICE), tokens.to(DEVICE), 32)
     blocks = tuple(KeptBlock(n, n, heads=(0, 1, 2, 3), channels=tuple(range(40))) for n in (0, 1, 3))
     plan = Plan(family="llama", model="", source=shape_of(4), blocks=blocks, hidden=None, factors={})
     trial, better = Trial(opened), corrected(plan, "refit", opened)

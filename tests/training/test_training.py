@@ -156,7 +156,7 @@ def test_a_resumed_run_must_be_the_same_model_and_target(yaml: Path) -> None:
         "data.weights={letters: 1}",
         "data.shuffle_window=2",
         "data.document_boundaries=true",
-        "data.lanes=2",
+        "data.partitions=2",
     ):
         with pytest.raises(UserError, match=f"of a run with {change.split('=')[0]} .*keep what the run began with"):
             train(load_training_job(yaml, ["run.autoresume=true", change]))
@@ -332,7 +332,7 @@ def test_pruning_to_a_size_prints_what_uniform_blocks_cost(
     assert len(rivals) > 1 and float(found[1]) == min(float(loss) for _, loss, _ in rivals)
     chosen = tmp_path / "run/checkpoints/shape.json"
     once = chosen.read_bytes()
-    chosen.unlink()  # as a kill behind the last checkpoint would leave it
+    chosen.unlink()  # as a kill after the last checkpoint would leave it
     train(load_training_job(yaml, ["l0_pruning={target_sparsity: 0.5}", "train.duration=40ba", "run.autoresume=true"]))
     assert chosen.read_bytes() == once
     plan = convert(tmp_path / "run", tmp_path / "out")

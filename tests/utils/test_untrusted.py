@@ -23,7 +23,7 @@ from llmprune.models.opened import open_model
 from llmprune.models.placement import Placement
 from llmprune.models.source import read_config, resolve_model
 from llmprune.pruning.scoring.settings import LayerScoringConfig
-from llmprune.utils.checksums import record, verify
+from llmprune.utils.checksums import record, verify_checksums
 from llmprune.utils.errors import UserError
 from llmprune.utils.untrusted import inspect, open_tokenizer
 
@@ -41,7 +41,7 @@ def change(path: Path, **fields: Any) -> None:
 
 
 class Payload:
-    """Leaves a file behind when it is unpickled."""
+    """Leaves a file after when it is unpickled."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -223,12 +223,12 @@ def test_files_that_no_checksum_vouches_for_are_refused_when_asked(model: Path) 
     for name in ("README.md", ".gitattributes", "images/loss.png"):  # what a hub or a reader may add
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text("text")
-    verify(model)
+    verify_checksums(model)
     for name in ("custom_generate/generate.py", "chat_template.jinja", "model-00002-of-00002.safetensors"):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text("text")
         with pytest.raises(UserError, match=f"{name} is not in checksums.json"):
-            verify(model)
+            verify_checksums(model)
         (model / name).unlink()
 
 

@@ -255,7 +255,7 @@ class Family:
 
     @property
     def ends_linearly(self) -> bool:
-        """Whether what an MLP adds to the residual stream is linear in its output matrix: no norm comes behind."""
+        """Whether what an MLP adds to the residual stream is linear in its output matrix: no norm comes after."""
         return Role.MLP_OUT in self.block.values()
 
     def tied(self, config: PretrainedConfig) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.pruning.budgets.limits import BudgetConfig
 from llmprune.pruning.scoring.criteria import CRITERIA
-from llmprune.pruning.scoring.criterion import Section
+from llmprune.pruning.scoring.criterion import ScoreSection
 from llmprune.pruning.selection.methods import PlanConfig
 from llmprune.utils.errors import UserError
 
@@ -144,4 +144,4 @@ def _method(criterion: str | None) -> str:
         return "lowest"
     if criterion == GREEDY:
         return GREEDY
-    return "span" if CRITERIA[criterion].section is Section.SPANS else "lowest"
+    return "span" if CRITERIA[criterion].section is ScoreSection.SPANS else "lowest"

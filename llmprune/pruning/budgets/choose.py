@@ -14,7 +14,7 @@ from llmprune.models.families import Shape
 from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.limits import Latency, Limit
 from llmprune.pruning.budgets.losses import PlanLosses
-from llmprune.pruning.budgets.sizes import Sizes, of_size, prunable_dimensions
+from llmprune.pruning.budgets.sizes import ShapeSizes, of_size, prunable_dimensions
 from llmprune.utils.errors import UserError
 
 LARGEST_MULTIPLE = 256
@@ -89,7 +89,7 @@ class Steps:
     whole_heads: int | None = None
 
     @classmethod
-    def of(cls, sizes: Sizes, multiple: int | None, least_layers: int, *, depth: bool, width: bool) -> "Steps":
+    def of(cls, sizes: ShapeSizes, multiple: int | None, least_layers: int, *, depth: bool, width: bool) -> "Steps":
         """Those of a model.
 
         Args:
@@ -156,7 +156,7 @@ class Chooser:
 
     def __init__(
         self,
-        sizes: Sizes,
+        sizes: ShapeSizes,
         steps: Steps,
         limits: Sequence[Limit],
         plan_for: Callable[[Shape], Plan],

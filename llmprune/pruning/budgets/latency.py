@@ -16,7 +16,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from llmprune.models.families import Shape
 from llmprune.models.loading import unfilled_model
-from llmprune.pruning.budgets.sizes import Sizes, of_size, prunable_dimensions
+from llmprune.pruning.budgets.sizes import ShapeSizes, of_size, prunable_dimensions
 from llmprune.utils.errors import UserError
 
 FEW, MANY = 1, 5  # blocks of the two models
@@ -24,7 +24,7 @@ STEPS, ROUNDS = 8, 5
 
 
 class LatencyTable:
-    """Seconds for a token of every sequence in a batch, behind a cache of some length."""
+    """Seconds for a token of every sequence in a batch, after a cache of some length."""
 
     def __init__(
         self, config: PretrainedConfig, *, batch: int, context: int, device: torch.device, dtype: torch.dtype
@@ -38,7 +38,7 @@ class LatencyTable:
             device: where.
             dtype: of the weights.
         """
-        self._sizes = Sizes(config)
+        self._sizes = ShapeSizes(config)
         self.source = self._sizes.source
         limit = getattr(config, "max_position_embeddings", None)
         self._context = context if limit is None else min(context, limit - 1)  # one is for the token itself
@@ -104,7 +104,7 @@ class LatencyTable:
         return 0.8 * float(free)
 
     def _decoder(self, shape: Shape) -> "_Decoder":
-        """A model of ``shape`` that computes one token behind a full cache."""
+        """A model of ``shape`` that computes one token after a full cache."""
         blocks = [block % self.source.layers for block in range(shape.layers)]
         # A head size that follows from hidden and heads may not fit sizes that are timed one by one.
         config = self._sizes.family.with_shape(self._sizes.config, _coupled(shape, self._sizes), blocks)
@@ -126,7 +126,7 @@ class _Decoder:
         self._token = torch.ones(len(states), 1, dtype=torch.int64, device=states.device)
 
     def fill(self) -> None:
-        """Let the cache hold so many tokens as the next one is to come behind."""
+        """Let the cache hold so many tokens as the next one is to come after."""
         self._cache = DynamicCache(config=self._model.config)
         for block in range(self._layers):
             self._cache.update(self._states, self._states, block)
@@ -138,7 +138,7 @@ class _Decoder:
         return logits
 
 
-def _coupled(shape: Shape, sizes: Sizes) -> Shape:
+def _coupled(shape: Shape, sizes: ShapeSizes) -> Shape:
     if not sizes.family.head_size_is_derived(sizes.config):
         return shape
     groups = shape.hidden // shape.head_dim // sizes.source.heads_per_group

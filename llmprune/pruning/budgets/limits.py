@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from llmprune.models.families import Shape
 from llmprune.models.placement import DTYPES
 from llmprune.pruning.budgets.latency import LatencyTable
-from llmprune.pruning.budgets.sizes import Sizes
+from llmprune.pruning.budgets.sizes import ShapeSizes
 from llmprune.utils.errors import UserError
 
 _COUNTS = {"K": 10**3, "M": 10**6, "B": 10**9}
@@ -29,7 +29,7 @@ class BudgetConfig:
     Attributes:
         params: parameters: a share of the source's up to 1, or a number such as ``1.3B``.
         memory: of weights and a full key/value cache, such as ``8GB``, or a share of the source's.
-        latency: of a token behind a cache: a share of the source's.
+        latency: of a token after a cache: a share of the source's.
         context: tokens in the cache; null = 2048, or as many as the model takes.
         batch: sequences in it.
         dtype: of the weights and the cache: float32, bfloat16 or float16.
@@ -83,7 +83,7 @@ class Parameters:
 
     name = "params"
 
-    def __init__(self, sizes: Sizes, amount: str | None) -> None:
+    def __init__(self, sizes: ShapeSizes, amount: str | None) -> None:
         self._sizes = sizes
         self.most = _amount(amount, "params", sizes.parameters(sizes.source))
 
@@ -97,7 +97,7 @@ class Memory:
 
     name = "memory"
 
-    def __init__(self, sizes: Sizes, amount: str | None, *, batch: int, context: int, itemsize: int) -> None:
+    def __init__(self, sizes: ShapeSizes, amount: str | None, *, batch: int, context: int, itemsize: int) -> None:
         self._sizes, self._batch, self._context, self._itemsize = sizes, batch, context, itemsize
         self.most = _amount(amount, "memory", self.cost(sizes.source, range(sizes.source.layers)))
 
@@ -140,7 +140,7 @@ class Latency:
         self._scale *= measured / self.cost(shape, ())
 
 
-def costs_of(budget: BudgetConfig, sizes: Sizes, device: torch.device) -> list[Limit]:
+def costs_of(budget: BudgetConfig, sizes: ShapeSizes, device: torch.device) -> list[Limit]:
     """Every cost that a budget may limit; the most is infinite where it does not.
 
     Raises:

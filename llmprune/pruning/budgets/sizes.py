@@ -11,7 +11,7 @@ from llmprune.models.families import Parameter, Shape, family_of
 from llmprune.models.stored_weights import parameter_names
 
 
-class Sizes:
+class ShapeSizes:
     """The sizes of models with one config but for their shape; exact for every family."""
 
     def __init__(self, config: PretrainedConfig) -> None:

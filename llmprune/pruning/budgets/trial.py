@@ -13,7 +13,7 @@ from llmprune.plans.plan import Plan
 from llmprune.plans.surgery import Surgery
 from llmprune.pruning.gates.attach import attach
 from llmprune.pruning.gates.from_plan import factors_of, mask_experts
-from llmprune.pruning.selection.methods import Opened
+from llmprune.pruning.selection.methods import ScoredModel
 
 
 class Trial:
@@ -23,7 +23,7 @@ class Trial:
         opened: the model; between trials it computes as before.
     """
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(self, opened: ScoredModel) -> None:
         """Let the model compute with gates."""
         self.opened = opened
         family = family_of(opened.model.config)

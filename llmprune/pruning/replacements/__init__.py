@@ -1,1 +1,1 @@
-"""Stand-ins for spans of blocks, and how they learn."""
+"""Replacement modules for spans of blocks, and how they learn."""

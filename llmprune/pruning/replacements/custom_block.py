@@ -1,4 +1,4 @@
-"""A stand-in that no config of its family can describe, on its way into a Hugging Face folder."""
+"""A replacement module that no config of its family can describe, on its way into a Hugging Face folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Network:
     Attributes:
         kind: its name in ``modeling_llmprune.NETWORKS``.
         settings: what it is made with.
-        place: the number of the block behind it, in the exported model.
+        place: the number of the block after it, in the exported model.
         tensors: by name.
     """
 
@@ -31,7 +31,7 @@ class Network:
     def config(self, plain: PretrainedConfig) -> PretrainedConfig:
         """The config of a model with the network, from that of the model without."""
         config = own_config(plain)
-        config.llmprune_stand_in = {
+        config.llmprune_replacement = {
             "kind": self.kind,
             "settings": dict(self.settings),
             "place": self.place,
@@ -41,5 +41,5 @@ class Network:
 
     def named(self, plain: PretrainedConfig) -> dict[str, Tensor]:
         """Its tensors under the names that they have in the model."""
-        prefix = f"{family_of(plain).blocks}.{host(self.place)}.stand_in."
+        prefix = f"{family_of(plain).blocks}.{host(self.place)}.replacement."
         return {prefix + name: tensor for name, tensor in self.tensors.items()}

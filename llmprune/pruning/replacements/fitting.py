@@ -1,4 +1,4 @@
-"""Stand-ins that are computed from states: what they are fitted on, and what they come to on other tokens."""
+"""Replacement modules that are computed from states: what they are fitted on, and what they come to on other tokens."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Map:
-    """What is added to the residual stream: xW + b of what a stand-in reads; None = nothing.
+    """What is added to the residual stream: xW + b of what a replacement module reads; None = nothing.
 
     Attributes:
         weight: W, float64 [hidden, hidden].
@@ -23,7 +23,7 @@ class Map:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over tokens, float64, of the states X that a stand-in reads and of what Y it should add to the stream.
+    """Sums over tokens, float64, of the states X that a replacement module reads and of what Y it should add to them.
 
     Attributes:
         tokens: how many.
@@ -82,12 +82,12 @@ def best_map(ways: Sequence[Map], tried: Sums) -> Map:
 
 @dataclass(frozen=True)
 class FittedLosses:
-    """Losses, nats per token, on tokens that a stand-in was not fitted on.
+    """Losses, nats per token, on tokens that a replacement module was not fitted on.
 
     Attributes:
         source: of the whole model.
         nothing: with nothing in the span's place.
-        fitted: with the stand-in.
+        fitted: with the replacement module.
     """
 
     source: float
@@ -96,7 +96,7 @@ class FittedLosses:
 
     @property
     def helps(self) -> bool:
-        """Whether the stand-in is better than nothing."""
+        """Whether the replacement module is better than nothing."""
         return self.fitted < self.nothing
 
     def __str__(self) -> str:

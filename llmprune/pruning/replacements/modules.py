@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from llmprune.models.block_hooks import Run, blocks_of
+from llmprune.models.block_hooks import RunBlock, blocks_of
 from llmprune.models.families import Family, Role, Shape, family_of
 from llmprune.models.least_squares import least_squares
 from llmprune.models.modeling_llmprune import FFN, Linear, Mean, RicherHeads, SwiGLU
@@ -20,8 +20,10 @@ from llmprune.pruning.replacements.span import Span
 from llmprune.utils.errors import UserError
 from llmprune.utils.registry import Registry
 
-STAND_INS: "Registry[Callable[[Site, BlockReplacementConfig], StandIn]]" = Registry("stand_ins", "stand-in")
-"""Kinds of stand-ins by name."""
+REPLACEMENTS: "Registry[Callable[[Site, BlockReplacementConfig], ReplacementModule]]" = Registry(
+    "replacements", "replacement module"
+)
+"""Kinds of replacement modules by name."""
 
 Changes = Mapping[str, Callable[[], Tensor]]
 TAKEN = ("first", "last", "spread", "random")
@@ -29,7 +31,7 @@ TAKEN = ("first", "last", "spread", "random")
 
 @dataclass(frozen=True)
 class Site:
-    """Where a stand-in is to stand.
+    """Where a replacement module is to stand.
 
     Attributes:
         model: the source.
@@ -64,11 +66,11 @@ class Site:
         return next((value for value in found if value is not None), 1e-5)
 
 
-class StandIn(nn.Module):
+class ReplacementModule(nn.Module):
     """A network in the place of a span; while the model walks through the span's blocks, it is asked at each of them.
 
     Attributes:
-        offsets: the blocks of the span that stay in the shortened model, with the stand-in's weights.
+        offsets: the blocks of the span that stay in the shortened model, with the replacement module's weights.
         reads_update: whether it needs what the MLP before the span adds to the residual stream.
         is_fitted: whether it is computed from states before any training.
     """
@@ -82,13 +84,14 @@ class StandIn(nn.Module):
         """What is exported with a modelling file; None = the result needs none."""
         return None
 
-    def step(self, offset: int, run: Run, states: Tensor, update: Tensor | None) -> Tensor:
+    def step(self, offset: int, run: RunBlock, states: Tensor, update: Tensor | None) -> Tensor:
         """Take the place of one block.
 
         Args:
             offset: its number within the span.
             run: runs a block with this one's masks and positions.
-            states: the residual stream [batch, length, hidden], which the stand-in's earlier steps have changed.
+            states: the residual stream [batch, length, hidden], which the replacement module's earlier steps have
+                changed.
             update: see ``reads_update``, [batch, length, hidden].
         """
         return states
@@ -108,15 +111,15 @@ class StandIn(nn.Module):
         return {}
 
 
-@STAND_INS.register("none")
-class NoStandIn(StandIn):
+@REPLACEMENTS.register("none")
+class NoReplacement(ReplacementModule):
     """Nothing: the span is removed."""
 
     def __init__(self, site: Site, config: BlockReplacementConfig) -> None:
         super().__init__()
 
 
-class _Network(StandIn):
+class _Network(ReplacementModule):
     """A network that reads one token's state at a time."""
 
     def __init__(self, site: Site, config: BlockReplacementConfig) -> None:
@@ -134,16 +137,16 @@ class _Network(StandIn):
         raise NotImplementedError
 
     def forward(self, states: Tensor) -> Tensor:
-        """The states behind the span."""
+        """The states after the span."""
         found: Tensor = self.net(states)
         return found
 
-    def step(self, offset: int, run: Run, states: Tensor, update: Tensor | None) -> Tensor:
+    def step(self, offset: int, run: RunBlock, states: Tensor, update: Tensor | None) -> Tensor:
         return states if offset else self(states)
 
 
-@STAND_INS.register("mean")
-class MeanStandIn(_Network):
+@REPLACEMENTS.register("mean")
+class MeanReplacement(_Network):
     """What the span adds on average (mean ablation)."""
 
     is_fitted = True
@@ -158,8 +161,8 @@ class MeanStandIn(_Network):
         _assign(self.get_parameter("net.bias"), chosen.bias)
 
 
-@STAND_INS.register("linear")
-class LinearStandIn(_Network):
+@REPLACEMENTS.register("linear")
+class LinearReplacement(_Network):
     """A linear map, from least squares on."""
 
     is_fitted = True
@@ -178,8 +181,8 @@ class LinearStandIn(_Network):
         _assign(self.get_parameter("net.update.bias"), chosen.bias)
 
 
-@STAND_INS.register("closed_form")
-class ClosedForm(StandIn):
+@REPLACEMENTS.register("closed_form")
+class ClosedForm(ReplacementModule):
     """A linear map of what the MLP before the span adds, folded into that MLP (ReplaceMe, arXiv:2505.02819)."""
 
     reads_update = True
@@ -191,15 +194,15 @@ class ClosedForm(StandIn):
             raise UserError("closed_form is folded into the MLP before the span: the span can't begin at block 0")
         if not site.family.ends_linearly:
             raise UserError(
-                f"{site.family.name} models have a norm behind the MLP, so nothing can be folded into it: choose linear"
+                f"{site.family.name} models have a norm after the MLP, so nothing can be folded into it: choose linear"
             )
         self.update = nn.Parameter(torch.zeros(site.shape.hidden, site.shape.hidden))  # T − 1
 
     def forward(self, states: Tensor, update: Tensor) -> Tensor:
-        """The states behind the span: [batch, length, hidden] from such states and updates."""
+        """The states after the span: [batch, length, hidden] from such states and updates."""
         return states + (update.to(self.update.dtype) @ self.update).to(states.dtype)
 
-    def step(self, offset: int, run: Run, states: Tensor, update: Tensor | None) -> Tensor:
+    def step(self, offset: int, run: RunBlock, states: Tensor, update: Tensor | None) -> Tensor:
         if offset:
             return states
         assert update is not None
@@ -224,24 +227,24 @@ class ClosedForm(StandIn):
         return (whole.T @ tensor.float()).to(tensor.dtype)
 
 
-@STAND_INS.register("ffn")
-class FFNStandIn(_Network):
+@REPLACEMENTS.register("ffn")
+class FFNReplacement(_Network):
     """Norm, two matrices with a ReLU between, residual; d → 4d → d by default."""
 
     def make(self, site: Site, config: BlockReplacementConfig) -> nn.Module:
         return FFN(site.shape.hidden, config.intermediate or 4 * site.shape.hidden, site.eps)
 
 
-@STAND_INS.register("swiglu")
-class SwiGLUStandIn(_Network):
+@REPLACEMENTS.register("swiglu")
+class SwiGLUReplacement(_Network):
     """Norm, gated MLP, residual; as many channels as the model's own MLPs by default."""
 
     def make(self, site: Site, config: BlockReplacementConfig) -> nn.Module:
         return SwiGLU(site.shape.hidden, config.intermediate or site.shape.intermediate, site.eps)
 
 
-@STAND_INS.register("blocks")
-class BlocksStandIn(StandIn):
+@REPLACEMENTS.register("blocks")
+class BlocksReplacement(ReplacementModule):
     """Blocks like the model's own, which begin as some of the span's; the result is a plain model."""
 
     def __init__(self, site: Site, config: BlockReplacementConfig) -> None:
@@ -275,7 +278,7 @@ class BlocksStandIn(StandIn):
         """Never called: blocks run where the model would run its own."""
         raise NotImplementedError
 
-    def step(self, offset: int, run: Run, states: Tensor, update: Tensor | None) -> Tensor:
+    def step(self, offset: int, run: RunBlock, states: Tensor, update: Tensor | None) -> Tensor:
         return run(states, self.blocks[self.offsets.index(offset)]) if offset in self.offsets else states
 
     def changes(self, family: Family, span: Span, weights: Mapping[str, Tensor]) -> "Changes":

@@ -28,14 +28,14 @@ class BlockReplacementConfig:
         start: the span's first block; null = of all spans of ``length`` the one whose ends are most alike (cosine).
         length: blocks of the span.
         score_samples: with ``start: null``, training samples that decide.
-        kind: the stand-in, a registered one: none, mean, linear, closed_form, ffn, swiglu or blocks.
+        kind: the replacement module, a registered one: none, mean, linear, closed_form, ffn, swiglu or blocks.
         blocks: with ``blocks``: how many.
         take: with ``blocks``: which of the span they begin as: first, last or spread; or random.
         intermediate: with ``ffn`` and ``swiglu``: channels; null = four times the hidden size, and the model's own.
         objectives: weights of what is minimised: mse, cosine, lm, kl; none given = mse.
         top_k: with ``kl``: tell apart so many of the source's likeliest tokens; null = all.
         temperature: with ``kl``: divides the logits of both.
-        also: what trains beside the stand-in: output, final_norm, block.N behind the span.
+        also: what trains beside the replacement module: output, final_norm, block.N after the span.
         fit_samples: training samples that mean, linear and closed_form are computed from, before any training.
         ridge: of those fits, over the mean square of what they read; null = the one that does best on the quarter of
             the samples that they are not fitted on.

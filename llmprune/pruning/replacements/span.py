@@ -21,7 +21,7 @@ class Span:
 
     @property
     def end(self) -> int:
-        """The number of the block behind it."""
+        """The number of the block after it."""
         return self.start + self.length
 
     def __contains__(self, block: int) -> bool:

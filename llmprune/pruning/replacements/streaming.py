@@ -1,4 +1,4 @@
-"""Training of a stand-in: the source's prefix runs once and feeds both the span and the stand-in."""
+"""Training of a replacement module: the source's prefix runs once and feeds both the span and the module."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.models.autocast import in_autocast
-from llmprune.models.block_hooks import Run, blocks_of, given, visited
+from llmprune.models.block_hooks import RunBlock, blocks_of, hidden_states_in, hooked_blocks
 from llmprune.models.causal_lm import Batch, labels_of, run_model
 from llmprune.models.families import family_of
 from llmprune.models.objectives import (
@@ -19,13 +19,13 @@ from llmprune.models.objectives import (
     forward_kl,
     mean_over,
     next_token,
+    next_tokens,
     places,
     predicting,
     squared_error,
-    targets_of,
 )
 from llmprune.models.vocabulary import Head, head_of, mean_loss, without_head
-from llmprune.pruning.replacements.modules import StandIn
+from llmprune.pruning.replacements.modules import ReplacementModule
 from llmprune.pruning.replacements.span import Span
 
 
@@ -35,8 +35,9 @@ class Source:
 
     Attributes:
         before: the residual stream before the span, [batch, length, hidden].
-        after: behind the span, alike; None if it was not asked for.
-        update: what the MLP before the span added to ``before``, alike; None if the stand-in does not read it.
+        after: after the span, alike; None if it was not asked for.
+        update: what the MLP before the span added to ``before``, alike; None if the replacement module does not read
+            it.
         final: what the output layer is given, [batch · length, hidden]; None if it was not asked for.
     """
 
@@ -53,10 +54,10 @@ class Source:
 
 @dataclass
 class Shortened:
-    """What the model with the stand-in makes of a batch.
+    """What the model with the replacement module makes of a batch.
 
     Attributes:
-        after: the residual stream behind the stand-in, [batch, length, hidden].
+        after: the residual stream after the replacement module, [batch, length, hidden].
         final: what the output layer is given, [batch · length, hidden]; None if it was not asked for.
     """
 
@@ -65,19 +66,19 @@ class Shortened:
 
 
 class Streaming:
-    """The objective of a stand-in (see ``llmprune.models.causal_lm.Objective``).
+    """The objective of a replacement module (see ``llmprune.models.causal_lm.Objective``).
 
     The source's weights serve as the teacher and, outside the span, as the shortened model. No gradient reaches the
-    blocks before the span, so these run once for both. What lies behind the span runs only for objectives that need it.
+    blocks before the span, so these run once for both. What comes after the span runs only for objectives that need it.
 
     Attributes:
-        parts: the objectives of the last batch, each a number without its weight.
+        terms: the objectives of the last batch, each a number without its weight.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        stand_in: StandIn,
+        replacement: ReplacementModule,
         span: Span,
         weights: Mapping[str, float],
         *,
@@ -88,18 +89,18 @@ class Streaming:
 
         Args:
             model: the source.
-            stand_in: what learns.
+            replacement: what learns.
             span: of blocks of the source.
             weights: of the objectives.
             top_k: see ``forward_kl``.
             temperature: see there.
         """
-        self.model, self.stand_in, self.span = model, stand_in, span
+        self.model, self.replacement, self.span = model, replacement, span
         self._top_k, self._temperature = top_k, temperature
         self._weights = dict(weights)
         self._needs_after = any(name in weights for name in HIDDEN_OBJECTIVES)
         self._needs_final = any(name not in HIDDEN_OBJECTIVES for name in weights)
-        self.parts: dict[str, Tensor] = {}
+        self.terms: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch) -> tuple[Source, Shortened]:
         """Run both, as far as the objectives need it."""
@@ -111,15 +112,15 @@ class Streaming:
         source, shortened = self.forward(batch)
         labels = labels_of(batch)
         chosen = predicting(labels)
-        parts: dict[str, Tensor] = {}
+        terms: dict[str, Tensor] = {}
         for name, measure in (("mse", squared_error), ("cosine", cosine_distance)):
             if name in self._weights:
                 assert source.after is not None
-                parts[name] = mean_over(measure(shortened.after, source.after), chosen)
-        self.parts = {name: value.detach() for name, value in parts.items()}
+                terms[name] = mean_over(measure(shortened.after, source.after), chosen)
+        self.terms = {name: value.detach() for name, value in terms.items()}
         total = torch.zeros((), device=chosen.device)
-        for name, part in parts.items():
-            total = total + self._weights[name] * part
+        for name, term in terms.items():
+            total = total + self._weights[name] * term
         return total + self._of_predictions(source, shortened, labels, chosen) if self._needs_final else total
 
     def _of_predictions(self, source: Source, shortened: Shortened, labels: Tensor, chosen: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ class Streaming:
         assert shortened.final is not None
         wanted = None if source.final is None else in_autocast(source.final[rows])
         teachers = None if wanted is None else head.cast(wanted.dtype)
-        following = next_token(targets_of(labels).flatten()[rows])
+        following = next_token(next_tokens(labels).flatten()[rows])
 
         def measure(logits: Tensor, part: slice) -> list[Tensor]:
             found = [*following(logits, part)] if "lm" in self._weights else []
@@ -140,7 +141,7 @@ class Streaming:
 
         names = [name for name in ("lm", "kl") if name in self._weights]
         total, means = mean_loss(shortened.final[rows], head, measure, [self._weights[name] for name in names])
-        self.parts |= dict(zip(names, means, strict=True))
+        self.terms |= dict(zip(names, means, strict=True))
         return total
 
     def final_states(self, batch: Batch) -> tuple[Tensor, Head]:
@@ -162,15 +163,15 @@ class Streaming:
             return 2 * sum(p.numel() for p in part.parameters()) + count * 4 * shape.heads * shape.head_dim * length
 
         span, layers = self.span, len(blocks)
-        cost = 3 * forward(self.stand_in, len(self.stand_in.offsets))
+        cost = 3 * forward(self.replacement, len(self.replacement.offsets))
         if "before" not in batch:
             cost += forward(blocks[: span.start], span.start)
             if self._needs_after or "kl" in self._weights:
                 cost += forward(blocks[span.start : span.end], span.length)
         if self._needs_final:
-            behind = forward(blocks[span.end :], layers - span.end)
-            behind += 2 * self.model.get_output_embeddings().weight.numel()
-            cost += behind * (3 if "kl" in self._weights else 2)
+            after = forward(blocks[span.end :], layers - span.end)
+            after += 2 * self.model.get_output_embeddings().weight.numel()
+            cost += after * (3 if "kl" in self._weights else 2)
         return samples * length * cost
 
     @torch.no_grad()
@@ -179,7 +180,7 @@ class Streaming:
 
         Args:
             batch: see ``ComposerCausalLM``.
-            after: whether the states behind the span are needed.
+            after: whether the states after the span are needed.
             final: whether the states before its output layer are.
         """
         if "before" in batch:  # from a cache
@@ -187,7 +188,7 @@ class Streaming:
         found, span, layers = Source(), self.span, len(blocks_of(self.model))
         last = layers if final else span.end if after else span.start
 
-        def visit(number: int, run: Run, states: Tensor) -> Tensor:
+        def visit(number: int, run: RunBlock, states: Tensor) -> Tensor:
             if number == span.start:
                 found.before = states
                 found.shape_update()
@@ -196,22 +197,22 @@ class Streaming:
                 found.after = out if after else None
             return out if final or number < layers - 1 else _least(out)
 
-        with visited(self.model, visit, self.stand_in), self._reading_update(found), without_head(self.model):
+        with hooked_blocks(self.model, visit, self.replacement), self._reading_update(found), without_head(self.model):
             out = run_model(self.model, batch)
         found.final = out.flatten(0, -2) if final else None
         return found
 
     def shortened(self, batch: Batch, source: Source | None, *, final: bool) -> Shortened:
-        """Run the model with the stand-in.
+        """Run the model with the replacement module.
 
         Args:
             batch: see ``ComposerCausalLM``.
             source: what the source made of the same batch; None = run its prefix, too.
-            final: whether to go on behind the stand-in.
+            final: whether to go on after the replacement module.
         """
         found, span, own, layers = Shortened(), self.span, source or Source(), len(blocks_of(self.model))
 
-        def visit(number: int, run: Run, states: Tensor) -> Tensor:
+        def visit(number: int, run: RunBlock, states: Tensor) -> Tensor:
             if number < span.start:
                 return states if source is not None else run(states)
             if number == span.start and source is not None:
@@ -220,7 +221,7 @@ class Streaming:
                 own.before = states
                 own.shape_update()
             if number in span:
-                states = self.stand_in.step(number - span.start, run, states, own.update)
+                states = self.replacement.step(number - span.start, run, states, own.update)
             elif final:
                 states = run(states)
             if number == span.end - 1:
@@ -228,22 +229,22 @@ class Streaming:
             return states if final or number < layers - 1 else _least(states)
 
         reading = nullcontext() if source is not None else self._reading_update(own)
-        with visited(self.model, visit, self.stand_in), reading, without_head(self.model):
+        with hooked_blocks(self.model, visit, self.replacement), reading, without_head(self.model):
             out = run_model(self.model, batch)
         found.final = out.flatten(0, -2) if final else None
         return found
 
     @contextmanager
     def _reading_update(self, found: Source) -> Iterator[None]:
-        """Note what the MLP before the span adds, if the stand-in reads it."""
-        if not self.stand_in.reads_update:
+        """Note what the MLP before the span adds, if the replacement module reads it."""
+        if not self.replacement.reads_update:
             yield
             return
         family = family_of(self.model.config)
         mlp = blocks_of(self.model)[self.span.start - 1].get_submodule(family.update("mlp"))
 
         def note(module: Any, inputs: Any, output: Any) -> None:
-            found.update = given(output)
+            found.update = hidden_states_in(output)
 
         handle = mlp.register_forward_hook(note)
         try:

@@ -14,7 +14,7 @@ from llmprune.models.families import Parameter, Shape, family_of
 from llmprune.utils.registry import Registry
 
 
-class Section(StrEnum):
+class ScoreSection(StrEnum):
     """The part of scores.json that a criterion writes to.
 
     ``blocks``: one number per block, higher = keep. ``subblocks``: the same for attention or MLP. ``spans``: by length
@@ -104,7 +104,7 @@ class Criterion:
         needs_experts: whether it is one of mixtures of experts only.
     """  # noqa: D205
 
-    section: ClassVar[Section] = Section.BLOCKS
+    section: ClassVar[ScoreSection] = ScoreSection.BLOCKS
     reads: ClassVar[str | None] = None
     needs_experts: ClassVar[bool] = False
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmprune.pruning.scoring.criterion import CRITERIA, BlockStep, Criterion, ScoringJob, Section
+from llmprune.pruning.scoring.criterion import CRITERIA, BlockStep, Criterion, ScoreSection, ScoringJob
 
 CKA_POSITIONS = 256
 
@@ -60,7 +60,7 @@ class RelativeMagnitude(_MeanOfTokens):
 class AttentionInfluence(_MeanOfTokens):
     """1 − mean cosine before and after the attention's residual step alone (arXiv:2406.15786)."""
 
-    section, reads = Section.SUBBLOCKS, "updates"
+    section, reads = ScoreSection.SUBBLOCKS, "updates"
 
     def observe(self, step: BlockStep) -> None:
         self.add(step.block, one_minus_cosine(step.before, step.before + step.updates["attention"]))
@@ -70,7 +70,7 @@ class AttentionInfluence(_MeanOfTokens):
 class MLPInfluence(_MeanOfTokens):
     """1 − mean cosine before and after the MLP's residual step alone (arXiv:2406.15786)."""
 
-    section, reads = Section.SUBBLOCKS, "updates"
+    section, reads = ScoreSection.SUBBLOCKS, "updates"
 
     def observe(self, step: BlockStep) -> None:
         before = step.before if step.parallel else step.before + step.updates["attention"]
@@ -80,7 +80,7 @@ class MLPInfluence(_MeanOfTokens):
 class _Spans(Criterion):
     """Something between the residual streams at every two places, by length of the span between them."""
 
-    section, reads = Section.SPANS, "states"
+    section, reads = ScoreSection.SPANS, "states"
 
     def __init__(self, job: ScoringJob) -> None:
         super().__init__(job)
@@ -146,7 +146,7 @@ class CKA(Criterion):
     A linear kernel over at most 256 evenly spaced positions of each sample; HSIC is averaged over samples.
     """
 
-    section, reads = Section.PAIRS, "states"
+    section, reads = ScoreSection.PAIRS, "states"
 
     def __init__(self, job: ScoringJob) -> None:
         super().__init__(job)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmprune.models.block_hooks import Run, visited
+from llmprune.models.block_hooks import RunBlock, hooked_blocks
 from llmprune.models.causal_lm import token_losses
 from llmprune.pruning.scoring.criterion import CRITERIA, Criterion, ScoringJob
 
@@ -55,7 +55,7 @@ class Removals:
         self._batch_size = batch_size
         self._states: list[Tensor] = []
 
-    def advance(self, run: Run, before: Tensor) -> None:
+    def advance(self, run: RunBlock, before: Tensor) -> None:
         """Take every variant through the next block, and start the one that skips it from ``before``."""
         self._states = [in_batches(run, states, self._batch_size) for states in self._states]
         self._states.append(before)
@@ -85,14 +85,14 @@ def final_losses(model: PreTrainedModel, forward: Forward, tokens: Tensor, state
     found = []
     for start in range(0, len(tokens), batch_size):
         part = slice(start, start + batch_size)
-        with visited(model, lambda number, run, x, part=part: states[part]):  # type: ignore[misc]
+        with hooked_blocks(model, lambda number, run, x, part=part: states[part]):  # type: ignore[misc]
             logits = forward(tokens[part])
         loss, count = token_losses(logits, tokens[part])
         found.append(torch.stack([loss.double(), count.double()]))
     return torch.cat(found, dim=1)
 
 
-def in_batches(run: Run, states: Tensor, batch_size: int) -> Tensor:
+def in_batches(run: RunBlock, states: Tensor, batch_size: int) -> Tensor:
     """A block's output for any number of samples, so many at a time."""
     if len(states) <= batch_size:
         return run(states)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmprune.models.block_hooks import Run, given, visited
+from llmprune.models.block_hooks import RunBlock, hidden_states_in, hooked_blocks
 from llmprune.models.causal_lm import token_losses
 from llmprune.models.families import family_of
 from llmprune.pruning.scoring.criteria import CRITERIA
-from llmprune.pruning.scoring.criterion import BlockStep, Criterion, ScoringJob, Section
+from llmprune.pruning.scoring.criterion import BlockStep, Criterion, ScoreSection, ScoringJob
 from llmprune.pruning.scoring.removals import Forward, RemovalPerplexity, Removals, in_batches
 from llmprune.utils.errors import UserError
 
@@ -85,7 +85,7 @@ class Scorer:
         """
         last = self._job.layers - 1
 
-        def visit(number: int, run: Run, states: Tensor) -> Tensor:
+        def visit(number: int, run: RunBlock, states: Tensor) -> Tensor:
             with self._loaded(number):
                 self._weigh(number)
                 after = self._observe(number, run, states)
@@ -94,7 +94,7 @@ class Scorer:
             self._end = after
             return after if need_logits or number < last else after[:1, :1]
 
-        with visited(self._model, visit):
+        with hooked_blocks(self._model, visit):
             yield
         assert self._end is not None
         if self._reading("removals"):
@@ -115,7 +115,7 @@ class Scorer:
         for number in range(self._job.layers):
             with self._loaded(number) if self._unweighed(number) else nullcontext():
                 self._weigh(number)
-        found: dict[str, dict[str, Any]] = {section.value: {} for section in Section}
+        found: dict[str, dict[str, Any]] = {section.value: {} for section in ScoreSection}
         for name, criterion in self.criteria.items():
             for sums in criterion.sums():
                 add_up(sums)
@@ -129,7 +129,7 @@ class Scorer:
     def _reading(self, *what: str) -> list[Criterion]:
         return [criterion for criterion in self.criteria.values() if criterion.reads in what]
 
-    def _observe(self, number: int, run: Run, states: Tensor) -> Tensor:
+    def _observe(self, number: int, run: RunBlock, states: Tensor) -> Tensor:
         """Run a block on the samples, and show the criteria what it does."""
         observers = self._reading("states", "updates")
         if not observers and not self._reading("activations"):
@@ -156,7 +156,7 @@ class Scorer:
         """Keep what attention and MLP of a block add to the residual stream."""
 
         def keep(name: str) -> Callable[..., None]:
-            return lambda module, inputs, output: updates.__setitem__(name, given(output))
+            return lambda module, inputs, output: updates.__setitem__(name, hidden_states_in(output))
 
         hooks = [
             self._blocks[number].get_submodule(self._family.update(name)).register_forward_hook(keep(name))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmprune.models.families import Parameter, Shape
-from llmprune.pruning.scoring.criterion import CRITERIA, Criterion, ScoringJob, Section
+from llmprune.pruning.scoring.criterion import CRITERIA, Criterion, ScoreSection, ScoringJob
 from llmprune.utils.errors import UserError, nearest
 
 AGGREGATIONS = ("mean", "l2")
@@ -44,7 +44,7 @@ def unit_sums(parameter: Parameter, values: Tensor, shape: Shape) -> dict[str, T
 class _Units(Criterion):
     """Scores of units from sums; [blocks, units] for each dimension of ``Axis``."""
 
-    section = Section.UNITS
+    section = ScoreSection.UNITS
     dimensions: ClassVar[tuple[str, ...]] = ("query", "key_value", "channel", "hidden", "expert")
 
     def __init__(self, job: ScoringJob) -> None:
@@ -126,7 +126,7 @@ class _OfActivations(_Units):
     """Means over calibration tokens of what each unit gives.
 
     Heads are measured at what the attention's output matrix reads, channels at what the MLP's reads, hidden dimensions
-    at what both sub-layers read (behind the norm, where there is one), experts at their output. A token's value becomes
+    at what both sub-layers read (after the norm, where there is one), experts at their output. A token's value becomes
     a sample's and that a score by the aggregations chosen, mean or root mean square; experts, which see some tokens
     only, always have the mean over all.
     """

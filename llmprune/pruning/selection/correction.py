@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from llmprune.models.block_hooks import Run, blocks_of, visited
+from llmprune.models.block_hooks import RunBlock, blocks_of, hooked_blocks
 from llmprune.models.families import family_of
 from llmprune.models.least_squares import LEAST, RIDGES, least_squares, samples_fitted, samples_for
 from llmprune.plans.plan import KeptBlock, Plan
@@ -27,7 +27,7 @@ from llmprune.pruning.scoring.removals import in_batches
 from llmprune.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from llmprune.pruning.selection.methods import Opened
+    from llmprune.pruning.selection.methods import ScoredModel
 
 CORRECTIONS = ("none", "mean", "refit")
 
@@ -103,7 +103,7 @@ def is_correctable(plan: Plan) -> bool:
 
 
 @torch.no_grad()
-def corrected(plan: Plan, kind: str, opened: "Opened") -> Plan:
+def corrected(plan: Plan, kind: str, opened: "ScoredModel") -> Plan:
     """The plan with corrections of the output matrices of all attentions and MLPs that it narrows.
 
     Args:
@@ -132,7 +132,7 @@ def corrected(plan: Plan, kind: str, opened: "Opened") -> Plan:
         raise UserError("merged blocks have no matrices of their own to correct: leave out the merge or the correction")
     found: dict[str, Tensor] = {}
 
-    def visit(number: int, run: Run, states: Tensor) -> Tensor:
+    def visit(number: int, run: RunBlock, states: Tensor) -> Tensor:
         reads = {
             sublayer: _empty(plan, narrowed[sublayer, number], sublayer, kind, states.device)
             for sublayer in outputs
@@ -150,7 +150,7 @@ def corrected(plan: Plan, kind: str, opened: "Opened") -> Plan:
         return after[:1, :1] if number == len(blocks) - 1 else after
 
     blocks = nn.ModuleList(blocks)  # as they are before they are visited
-    with visited(model, visit):
+    with hooked_blocks(model, visit):
         model(input_ids=samples, use_cache=False)
     return replace(plan, corrections=found)
 

@@ -6,12 +6,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from llmprune.models.block_hooks import Run, shortened, visited
+from llmprune.models.block_hooks import RunBlock, hooked_blocks, shortened
 from llmprune.models.causal_lm import token_losses
 from llmprune.plans.plan import KeptBlock
-from llmprune.pruning.scoring.criterion import CRITERIA, ScoringJob, Section
+from llmprune.pruning.scoring.criterion import CRITERIA, ScoreSection, ScoringJob
 from llmprune.pruning.scoring.scorer import Scorer
-from llmprune.pruning.selection.methods import SELECTIONS, Opened, Request, lowest_blocks, no_criterion, without
+from llmprune.pruning.selection.methods import SELECTIONS, Request, ScoredModel, lowest_blocks, no_criterion, without
 from llmprune.utils.errors import UserError
 
 
@@ -19,7 +19,7 @@ from llmprune.utils.errors import UserError
 def iterative(request: Request) -> tuple[KeptBlock, ...]:
     """The block with the lowest score goes and what is left is scored anew, until enough are gone."""
     name = request.criterion
-    if CRITERIA[name].section is not Section.BLOCKS:
+    if CRITERIA[name].section is not ScoreSection.BLOCKS:
         raise UserError(f"iterative selection needs a criterion of blocks; {name} is none")
     removable, opened = set(request.removable()), request.open()
     settings = request.scores.settings
@@ -37,7 +37,7 @@ def iterative(request: Request) -> tuple[KeptBlock, ...]:
             if scorer.reads_text:
                 for tokens in opened.tokens.split(opened.batch_size):
                     scorer.update(tokens)
-            scores = scorer.scores()[Section.BLOCKS.value][name]
+            scores = scorer.scores()[ScoreSection.BLOCKS.value][name]
         places = [place for place, block in enumerate(live) if block in removable]
         (gone,) = lowest_blocks(scores, places, 1)
         del live[gone]
@@ -84,12 +84,12 @@ class _Trace:
         self.live, self.inputs, self.loss = list(live), inputs, 0.0
 
     @classmethod
-    def of_whole(cls, opened: Opened, layers: int) -> "_Trace":
+    def of_whole(cls, opened: ScoredModel, layers: int) -> "_Trace":
         trace = cls(range(layers), {})
         trace._walk(opened, start=0)
         return trace
 
-    def without(self, opened: Opened, block: int) -> "_Trace":
+    def without(self, opened: ScoredModel, block: int) -> "_Trace":
         """The same with one block less, computed from that block on."""
         live = [other for other in self.live if other != block]
         trace = _Trace(live, {number: states for number, states in self.inputs.items() if number < block})
@@ -98,7 +98,7 @@ class _Trace:
         return trace
 
     @torch.no_grad()
-    def _walk(self, opened: Opened, start: int, states: Tensor | None = None) -> None:
+    def _walk(self, opened: ScoredModel, start: int, states: Tensor | None = None) -> None:
         """Compute from block ``start`` on, which reads ``states`` (None: what the embedding gives)."""
         recorded: dict[int, list[Tensor]] = {number: [] for number in self.live if number >= start}
         loss, count = 0.0, 0
@@ -106,7 +106,7 @@ class _Trace:
             part = slice(first, first + opened.batch_size)
             tokens = opened.tokens[part]
 
-            def visit(number: int, run: Run, x: Tensor, part: slice = part) -> Tensor:
+            def visit(number: int, run: RunBlock, x: Tensor, part: slice = part) -> Tensor:
                 if number == start and states is not None:
                     x = states[part].to(x.device)
                 if number not in recorded:
@@ -114,7 +114,7 @@ class _Trace:
                 recorded[number].append(x.cpu())
                 return run(x)
 
-            with visited(opened.model, visit):
+            with hooked_blocks(opened.model, visit):
                 logits = opened.model(input_ids=tokens, use_cache=False).logits
             losses, counts = token_losses(logits, tokens)
             loss, count = loss + losses.double().sum().item(), count + int(counts.sum())
@@ -122,7 +122,7 @@ class _Trace:
         self.loss = loss / count
 
 
-def _check_memory(request: Request, opened: Opened) -> None:
+def _check_memory(request: Request, opened: ScoredModel) -> None:
     """Refuse what can't fit: the states of three models (present, best, tried) at every block."""
     size = next(opened.model.parameters()).element_size()
     needed = 3 * request.layers * opened.tokens.numel() * request.scores.source.hidden * size

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmprune.models.block_hooks import Run, shortened, visited
+from llmprune.models.block_hooks import RunBlock, hooked_blocks, shortened
 from llmprune.models.families import family_of
 from llmprune.plans.plan import KeptBlock
-from llmprune.pruning.selection.methods import SELECTIONS, Opened, Request, no_criterion
+from llmprune.pruning.selection.methods import SELECTIONS, Request, ScoredModel, no_criterion
 from llmprune.utils.errors import UserError
 
 Mixture = dict[int, float]
@@ -79,7 +79,7 @@ def _mixture(parts: list[Mixture]) -> Mixture:
 
 
 @contextmanager
-def _merged_weights(opened: Opened, members: list[int]) -> Iterator[Callable[[], None]]:
+def _merged_weights(opened: ScoredModel, members: list[int]) -> Iterator[Callable[[], None]]:
     """The first of some blocks merged with the others; undone at the end unless the yielded function was called."""
     blocks = opened.model.get_submodule(family_of(opened.model.config).blocks)
     assert isinstance(blocks, nn.ModuleList)
@@ -101,19 +101,19 @@ def _merged_weights(opened: Opened, members: list[int]) -> Iterator[Callable[[],
 
 
 @torch.no_grad()
-def _final_states(opened: Opened) -> Tensor:
+def _final_states(opened: ScoredModel) -> Tensor:
     """What the last block leaves, before the final norm: [samples, length, hidden], on the host."""
     found: list[Tensor] = []
     last = len(list(opened.model.get_submodule(family_of(opened.model.config).blocks).children())) - 1
 
-    def visit(number: int, run: Run, states: Tensor) -> Tensor:
+    def visit(number: int, run: RunBlock, states: Tensor) -> Tensor:
         after = run(states)
         if number < last:
             return after
         found.append(after.cpu())
         return after[:1, :1]
 
-    with visited(opened.model, visit):
+    with hooked_blocks(opened.model, visit):
         for tokens in opened.tokens.split(opened.batch_size):
             opened.model(input_ids=tokens, use_cache=False)
     return torch.cat(found)

@@ -120,7 +120,7 @@ class PlansConfig:
 
 
 @dataclass(frozen=True)
-class Opened:
+class ScoredModel:
     """The model itself, for the ways that look at it again.
 
     Attributes:
@@ -158,7 +158,7 @@ class Request:
 
     scores: Scores
     config: PlanConfig
-    open: Callable[[], Opened]
+    open: Callable[[], ScoredModel]
     parallel: bool
 
     @property
@@ -231,7 +231,7 @@ def select(request: Request) -> Plan:
     config.check()
     if config.shape is None and (config.unit_criterion or config.expert_criterion or config.correction != "none"):
         raise UserError("a criterion of units and a correction go with a shape: name it with --shape")
-    plan = Plan(scores.family, scores.fingerprint, scores.source, blocks_of(request))
+    plan = Plan(scores.family, scores.fingerprint, scores.source, selected_blocks(request))
     if config.shape is None:
         return plan
     target = target_shape(scores.source, {**config.shape, "layers": len(plan.blocks)})
@@ -261,7 +261,7 @@ def calibration_size(data: Mapping[str, Any]) -> tuple[int, int]:
     return samples, length
 
 
-def blocks_of(request: Request) -> tuple[KeptBlock, ...]:
+def selected_blocks(request: Request) -> tuple[KeptBlock, ...]:
     """The blocks that stay, whole."""
     config, layers = request.config, request.layers
     depth = config.of_depth(layers)

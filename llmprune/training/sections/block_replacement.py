@@ -25,7 +25,7 @@ from llmprune.models.families import family_of
 from llmprune.models.parameters import parameter_names_of
 from llmprune.plans.plan import Plan
 from llmprune.pruning.replacements.cache import CachedStates, StatesCache
-from llmprune.pruning.replacements.modules import STAND_INS, Site
+from llmprune.pruning.replacements.modules import REPLACEMENTS, Site
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.pruning.replacements.span import Span, given_span
 from llmprune.training.loaders import first_batches
@@ -56,7 +56,7 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
         return [] if self.own.plan is None else [self.own.plan]
 
     def check(self, inputs: Inputs) -> None:
-        """See that the stand-in fits the model and the span."""
+        """See that the replacement module fits the model and the span."""
         own, config, model_config = self.own, self.config, inputs.model_config
         own.check()
         if own.cache is not None and any(section.name == "dynamic_loading" for section in inputs.sections):
@@ -83,7 +83,7 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
 
     @property
     def trains(self) -> bool:
-        """A stand-in may only be computed, or be none."""
+        """A replacement module may only be computed, or be none."""
         return Time.from_timestring(self.config.train.duration).value > 0 and self.own.trains
 
     def recorded(self) -> dict[str, Any]:
@@ -144,13 +144,13 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
 
     @classmethod
     def learning(cls, own: BlockReplacementConfig, model: PreTrainedModel, before: Learning) -> Learning:
-        """The stand-in, and what trains beside it."""
+        """The replacement module, and what trains beside it."""
         layers, span = family_of(model.config).shape(model.config).layers, given_span(own)
         if span is None:  # any of that length but the first, at which not every kind can begin
             assert own.length is not None
             span = Span(max(layers - own.length, 0), own.length)
         with torch.device("meta"):
-            network = STAND_INS[own.kind](Site(model, span, 0), own)
+            network = REPLACEMENTS[own.kind](Site(model, span, 0), own)
         end = span.end if {"lm", "kl"} & set(own.weights) else layers
         stands = own.blocks if own.kind == "blocks" else 1
         added = sum(p.numel() for p in network.parameters())
@@ -158,11 +158,11 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
 
     @classmethod
     def convert(cls, own: BlockReplacementConfig, checkpoint: Checkpoint, result: Result) -> Result:
-        """The span's blocks go, and the stand-in comes in their place."""
+        """The span's blocks go, and the replacement module comes in their place."""
         replaced = read_replaced(checkpoint, best=result.newest)
         _say_which(replaced)
         plan = result.plan
-        plan = dataclasses.replace(plan, blocks=replaced.kept(plan.source.layers), stand_in=replaced.described)
+        plan = dataclasses.replace(plan, blocks=replaced.kept(plan.source.layers), replacement=replaced.described)
         return dataclasses.replace(result, weights=replaced.weights, plan=plan, network=replaced.network)
 
 
@@ -190,14 +190,15 @@ def _make_cache(folder: str | None, samples: int, build: Build, span: Span) -> S
 
 
 def _say_which(replaced: Replaced) -> None:
-    """Name the stand-in that is exported, and what the model needs."""
+    """Name the replacement module that is exported, and what the model needs."""
     if replaced.best is not None:
         log.warning(
-            "the stand-in of batch %d is exported, whose held-out loss is the lowest: %.4f", *replaced.best[::-1]
+            "the replacement module of batch %d is exported, whose held-out loss is the lowest: %.4f",
+            *replaced.best[::-1],
         )
     if replaced.network is not None:
         log.warning(
-            "no config of this family can describe the stand-in '%s': the model loads with trust_remote_code=True, or "
-            "with llmprune's own commands",
+            "no config of this family can describe the replacement module '%s': the model loads with "
+            "trust_remote_code=True, or with llmprune's own commands",
             replaced.settings.kind,
         )

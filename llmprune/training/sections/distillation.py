@@ -43,8 +43,8 @@ class DistillationSection(Section[DistillationConfig]):
         self.own.check()
         if self.config.section(BlockReplacementConfig) is not None:
             raise UserError(
-                "a stand-in learns from the source as it is: leave out distillation and name block_replacement's "
-                "objectives kl, mse or cosine"
+                "a replacement module learns from the source as it is: leave out distillation and name "
+                "block_replacement's objectives kl, mse or cosine"
             )
         model, data = inputs.model_config, inputs.data.manifest
         if self.own.teacher is not None:

@@ -8,7 +8,7 @@ from composer.core import Time
 from llmprune.callbacks.dynamic_loading import DynamicLoading
 from llmprune.config.sections import SECTIONS
 from llmprune.data.format import EVAL, TRAIN
-from llmprune.data.mixing import PARTS, domain_weights
+from llmprune.data.mixing import PPM, domain_weights
 from llmprune.data.updates import DynamicLoadingConfig, check_updates, read_references
 from llmprune.training.section import Build, Inputs, Section
 from llmprune.utils.errors import UserError
@@ -30,7 +30,7 @@ class DynamicLoadingSection(Section[DynamicLoadingConfig]):
         if own.update == "schedule" and config.data.weights is not None:
             raise UserError("dynamic_loading.schedule has the weights of the whole run: leave data.weights out")
         parts = domain_weights({domain: data.samples(domain, TRAIN) for domain in domains}, config.data.weights)
-        drawn = {domain: part / PARTS for domain, part in zip(domains, parts, strict=True) if part}
+        drawn = {domain: part / PPM for domain, part in zip(domains, parts, strict=True) if part}
         check_updates(own, domains, drawn, [d for d in domains if data.samples(d, EVAL)])
         if own.update_delay < (ahead := config.data.workers * config.data.prefetch):
             raise UserError(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from llmprune.callbacks.low_rank_adaptation import LowRankAdaptation
 from llmprune.config.sections import SECTIONS
 from llmprune.estimate.sizes import Learning
-from llmprune.recovery.lora import AdaptedWeights, LoRAConfig, add_adapters, targets_of
+from llmprune.recovery.lora import AdaptedWeights, LoRAConfig, add_adapters, lora_targets
 from llmprune.training.section import Build, Inputs, Section
 from llmprune.utils.errors import UserError
 
@@ -30,7 +30,7 @@ class LoRASection(Section[LoRAConfig]):
         """See that the model has such matrices, and that they can be held so."""
         own, config = self.own, self.config
         own.check()
-        targets_of(inputs.model_config, own.targets)
+        lora_targets(inputs.model_config, own.targets)
         if config.model.path is None:
             raise UserError("adapters train beside a model's weights: name it with model.path")
         if config.sharding is not None and config.model.dtype != "float32":

@@ -20,14 +20,14 @@ class TrainableSection(Section[TrainableConfig]):
 
     name = "trainable"
     settings = TrainableConfig
-    fixed = ("parts", "later")
+    fixed = ("parameters", "later")
     chooses_weights = True
 
     def check(self, inputs: Inputs) -> None:
         """See that the model has these parts."""
         self.own.check()
         with torch.device("meta"):
-            phases(AutoModelForCausalLM.from_config(inputs.model_config), self.own.parts, self.own.later)
+            phases(AutoModelForCausalLM.from_config(inputs.model_config), self.own.parameters, self.own.later)
 
     def callbacks(self, build: Build) -> Iterable[Callback]:
         """``PartialTraining``."""
@@ -36,5 +36,5 @@ class TrainableSection(Section[TrainableConfig]):
     @classmethod
     def learning(cls, own: TrainableConfig, model: PreTrainedModel, before: Learning) -> Learning:
         """The parts that train at some time."""
-        parts = [own.parts, *own.later.values()]
+        parts = [own.parameters, *own.later.values()]
         return Learning({name for each in parts for name in parameter_names_of(model, each)})

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from llmprune.utils.checksums import verify_checksums
 from tests.harness.faults.attempts import TOLD, Attempts, Fault, log_of
 from tests.harness.faults.jobs import BATCHES, JOBS, prepare
 
@@ -145,10 +146,9 @@ def damaged_output(bench: Bench, job: str, folder: Path, chance: random.Random) 
 def read_everything(folder: Path) -> None:
     """Read a model or data with their checksums."""
     from llmprune.data.prepared import PreparedData
-    from llmprune.utils.checksums import verify
 
     if (folder / "model").is_dir():
-        return verify(folder / "model")
+        return verify_checksums(folder / "model")
     data = PreparedData(folder / "data")
     for domain, splits in data.manifest.domains.items():
         for split in splits:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmprune.utils.checksums import verify_checksums
+
 MODEL = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 300, "max_position_embeddings": 128,
@@ -41,7 +43,7 @@ TRAINING = {  # kind: overrides
     "continue": [],
     "prune": ["l0_pruning={target: {layers: 3, hidden: 24, heads: 4}, lagrangian_warmup: 4ba, gate_lr: 0.05}"],
     "replace": ["block_replacement={start: 1, length: 2, kind: swiglu, intermediate: 16}"],
-    "parts": ["trainable={parts: [final_norm, last.1], later: {3ba: [norms], 6ba: [all]}}"],
+    "parts": ["trainable={parameters: [final_norm, last.1], later: {3ba: [norms], 6ba: [all]}}"],
     "lora": ["lora={dropout: 0.3}"],
     "distil": ["distillation={teacher: MODEL, objectives: {kl: 1.0}, final_objectives: {lm: 1.0}, dtype: float32}"],
     "rounds": [],
@@ -148,9 +150,8 @@ def _export(folder: Path, inputs: Path, more: list[str]) -> None:
 
 
 def _exported(folder: Path) -> str:
-    from llmprune.utils.checksums import verify
 
-    verify(folder / "model")
+    verify_checksums(folder / "model")
     return _files(folder, "model/model.safetensors", "model/config.json", "model/llmprune/plan.json")
 
 

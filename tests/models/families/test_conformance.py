@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmprune.conversion.commands import apply
-from llmprune.models.block_hooks import Run, visited
+from llmprune.models.block_hooks import RunBlock, hooked_blocks
 from llmprune.models.causal_lm import logits_of
 from llmprune.models.families import RicherHeadsConfig, Role, family_of
 from llmprune.models.loading import new_model
@@ -193,7 +193,7 @@ def test_skipped_equals_removed(name: str, tokens: torch.Tensor) -> None:
     source = family.shape(model.config)
     smaller = cut(model, Plan(family.name, "", source, tuple(KeptBlock.whole(i) for i in (0, 2, 3))))
     dense = logits(model, tokens)
-    with visited(model, lambda number, run, states: states if number == 1 else run(states)):
+    with hooked_blocks(model, lambda number, run, states: states if number == 1 else run(states)):
         skipped = logits(model, tokens)
     assert relative(skipped, logits(smaller, tokens)) <= 1e-6
     assert torch.equal(logits(model, tokens), dense) and relative(dense, skipped) > 1e-3
@@ -204,11 +204,11 @@ def test_skipped_equals_removed(name: str, tokens: torch.Tensor) -> None:
 def test_a_visited_block_runs_on_any_number_of_samples(name: str, attention: str, tokens: torch.Tensor) -> None:
     model = random_model(CONFIGS[name], attention=attention)
 
-    def one_by_one(number: int, run: Run, states: torch.Tensor) -> torch.Tensor:
+    def one_by_one(number: int, run: RunBlock, states: torch.Tensor) -> torch.Tensor:
         return torch.cat([run(states[i : i + 1]) for i in range(len(states))])
 
     dense = logits(model, tokens)
-    with visited(model, one_by_one):
+    with hooked_blocks(model, one_by_one):
         assert relative(dense, logits(model, tokens)) <= 1e-5
 
 

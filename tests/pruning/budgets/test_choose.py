@@ -21,12 +21,12 @@ from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.pruning.budgets.choose import Chooser, Steps
 from llmprune.pruning.budgets.latency import LatencyTable
 from llmprune.pruning.budgets.limits import BudgetConfig, Latency, Parameters, costs_of, limits_of
-from llmprune.pruning.budgets.sizes import Sizes, of_size
+from llmprune.pruning.budgets.sizes import ShapeSizes, of_size
 from llmprune.pruning.budgets.trial import Trial
 from llmprune.pruning.planning import choose_plan, make_plan
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.scoring.settings import LayerScoringConfig
-from llmprune.pruning.selection.methods import Opened, PlanConfig
+from llmprune.pruning.selection.methods import PlanConfig, ScoredModel
 from llmprune.utils.errors import UserError
 from tests.conftest import random_model, tiny_config
 from tests.models.families.test_conformance import CONFIGS
@@ -63,7 +63,7 @@ def test_a_trial_has_the_loss_of_the_cut_model(name: str, tokens: Tensor, data: 
     model.save_pretrained(tmp_path / "model")
     load_tokenizer(data / "tokenizer").save_pretrained(tmp_path / "model")
     found, dense = scored(tmp_path / "model", data), mean_loss(model, tokens)
-    trial = Trial(Opened(model, tokens, 2))
+    trial = Trial(ScoredModel(model, tokens, 2))
     family, source = family_of(config), family_of(config).shape(config)
     target = {"layers": 3, "kv_heads": source.kv_heads // 2, "hidden": 24}
     if family.head_size_is_derived(config):
@@ -91,7 +91,7 @@ def test_parameters(scores: Scores, trained_folder: Path, tmp_path: Path, params
     plan, choice = choose_plan(scores, BOTH, BudgetConfig(params=params, multiple=2, tries=30))
     apply(trained_folder, plan, tmp_path / "cut")
     built = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "cut").parameters())
-    whole = Sizes(load_model_config(trained_folder)).parameters(scores.source)
+    whole = ShapeSizes(load_model_config(trained_folder)).parameters(scores.source)
     most = float(params) * whole if params != "40k" else 40_000
     assert built == choice.costs["params"] and 0.9 * most < built <= most
     assert plan.shape.hidden % 2 == plan.shape.intermediate % 2 == 0 and choice.tried <= 30
@@ -104,7 +104,7 @@ def test_memory(scores: Scores, trained_folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     assert choice.costs["memory"] == weights + kept_bytes(model, 4, 96)
-    before = Sizes(load_model_config(trained_folder))
+    before = ShapeSizes(load_model_config(trained_folder))
     whole = 4 * before.parameters(before.source) + 2 * 6 * 4 * 96 * 4 * 8 * 4
     assert 0.5 * whole < choice.costs["memory"] <= 0.6 * whole
 
@@ -112,7 +112,7 @@ def test_memory(scores: Scores, trained_folder: Path, tmp_path: Path) -> None:
 def test_two_budgets_at_once(scores: Scores) -> None:
     budget = BudgetConfig(params="0.8", memory="0.5", context=128, batch=16, dtype="float32")
     _, choice = choose_plan(scores, BOTH, budget)
-    sizes = Sizes(load_model_config(scores.model))
+    sizes = ShapeSizes(load_model_config(scores.model))
     limits = limits_of(costs_of(budget, sizes, torch.device("cpu")), sizes.source)
     assert set(choice.costs) == {"params", "memory"}
     assert all(choice.costs[limit.name] <= limit.most for limit in limits)
@@ -121,7 +121,7 @@ def test_two_budgets_at_once(scores: Scores) -> None:
 class Known:
     """A loss known beforehand: how far a shape is from a best one."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: ShapeSizes) -> None:
         self.source, self.tried = sizes.source, 0
 
     def plan(self, shape: Shape) -> Plan:
@@ -141,7 +141,7 @@ def test_the_best_shape_is_found() -> None:
     config = tiny_config(
         num_hidden_layers=12, hidden_size=64, num_attention_heads=8, num_key_value_heads=8, intermediate_size=160
     )
-    sizes = Sizes(config)
+    sizes = ShapeSizes(config)
     steps, known = Steps.of(sizes, 4, 1, depth=True, width=True), Known(sizes)
     choice = Chooser(sizes, steps, [Parameters(sizes, "0.6")], known.plan, known.loss, 100).choose()
     shape = choice.plan.shape
@@ -166,7 +166,7 @@ class _Clock(LatencyTable):
 
 def test_a_latency_is_mended_by_what_is_measured() -> None:
     config = tiny_config(num_hidden_layers=12, hidden_size=64, intermediate_size=160)
-    sizes = Sizes(config)
+    sizes = ShapeSizes(config)
     steps, known = Steps.of(sizes, 4, 1, depth=True, width=True), Known(sizes)
     table = _Clock(config, batch=1, context=8, device=torch.device("cpu"), dtype=torch.float32)
     choice = Chooser(sizes, steps, [Latency(table, "0.5")], known.plan, known.loss, 100).choose()
@@ -195,7 +195,7 @@ def test_timing_needs_room() -> None:
 @pytest.mark.parametrize("params", ["0.45", "0.3", "0.12"])
 def test_small_budgets(scores: Scores, params: str) -> None:
     """Shapes far below half of the depth and the width are found where there are any."""
-    whole = Sizes(load_model_config(scores.model)).parameters(scores.source)
+    whole = ShapeSizes(load_model_config(scores.model)).parameters(scores.source)
     _, choice = choose_plan(scores, BOTH, BudgetConfig(params=params, multiple=1))
     assert 0.5 * float(params) * whole < choice.costs["params"] <= float(params) * whole
     if float(params) >= 0.3:
@@ -222,7 +222,7 @@ def test_families(name: str, data: Path, tmp_path: Path) -> None:
     found = scored(tmp_path / "model", data)
     settings = replace(BOTH, expert_criterion="expert_frequency") if name == "mixtral" else BOTH
     plan, choice = choose_plan(found, settings, BudgetConfig(params="0.7", context=16, tries=12))
-    sizes = Sizes(config)
+    sizes = ShapeSizes(config)
     built = sizes.family.with_shape(config, plan.shape, [block.attention for block in plan.blocks])
     assert sum(p.numel() for p in new_model(built, seed=0).parameters()) == choice.costs["params"]
     assert choice.costs["params"] <= 0.7 * sizes.parameters(sizes.source)

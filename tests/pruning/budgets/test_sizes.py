@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.models.families import Shape, family_of
 from llmprune.models.loading import count_parameters, new_model
-from llmprune.pruning.budgets.sizes import Sizes, of_size, prunable_dimensions
+from llmprune.pruning.budgets.sizes import ShapeSizes, of_size, prunable_dimensions
 from tests.models.families.test_conformance import CONFIGS
 
 
@@ -41,7 +41,7 @@ def kept_bytes(model: PreTrainedModel, batch: int, context: int) -> int:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_predicted_is_what_is_built(name: str) -> None:
     config = CONFIGS[name]
-    sizes = Sizes(config)
+    sizes = ShapeSizes(config)
     for shape, blocks in shapes(config):
         built = sizes.family.with_shape(config, shape, blocks)
         assert sizes.parameters(shape) == count_parameters(built)

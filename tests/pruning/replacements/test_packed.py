@@ -44,7 +44,7 @@ def source(attention: str, seed: int = 0, model_type: str = "llama") -> PreTrain
 
 
 def replaced(model: PreTrainedModel, cache: StatesCache | None = None, **settings: Any) -> ComposerCausalLM:
-    """The model with a stand-in for blocks 1 and 2, computed from a batch or beginning as blocks."""
+    """The model with a replacement module for blocks 1 and 2, computed from a batch or beginning as blocks."""
     wrapped, batch = ComposerCausalLM(model), batch_of_documents()
     optimizers = [torch.optim.SGD(wrapped.parameters())]
     parts = {"model": wrapped, "device": DeviceCPU(), "precision": Precision.FP32, "optimizers": optimizers}

@@ -1,4 +1,4 @@
-"""Objectives of stand-ins against an implementation that stores everything, and their export, in every family."""
+"""Objectives of replacement modules against one that stores everything, and their export, in every family."""
 
 import copy
 from dataclasses import replace
@@ -18,7 +18,7 @@ from llmprune.models.loading import load_any_model, load_model_config
 from llmprune.models.objectives import forward_kl
 from llmprune.models.stored_weights import fingerprint
 from llmprune.pruning.replacements.custom_block import Network
-from llmprune.pruning.replacements.modules import STAND_INS, Site, StandIn
+from llmprune.pruning.replacements.modules import REPLACEMENTS, ReplacementModule, Site
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.pruning.replacements.span import Span
 from llmprune.pruning.replacements.streaming import Streaming
@@ -30,10 +30,10 @@ OBJECTIVES = {"mse": 0.5, "cosine": 2.0, "lm": 1.0, "kl": 0.7}
 SPAN = Span(1, 2)
 
 
-def stand_in_for(model: PreTrainedModel, span: Span = SPAN, **settings: object) -> StandIn:
-    """A stand-in none of whose parameters is zero."""
+def stand_in_for(model: PreTrainedModel, span: Span = SPAN, **settings: object) -> ReplacementModule:
+    """A replacement module none of whose parameters is zero."""
     config = BlockReplacementConfig(length=span.length, **settings)  # type: ignore[arg-type]
-    made = STAND_INS[config.kind](Site(model, span, 3), config)
+    made = REPLACEMENTS[config.kind](Site(model, span, 3), config)
     made.begin(blocks_of(model)[span.start : span.end])
     made.requires_grad_(True)
     generator = torch.Generator().manual_seed(4)
@@ -74,14 +74,14 @@ def outputs(model: PreTrainedModel, block: int, tokens: torch.Tensor) -> tuple[t
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_are_those_of_storing_everything(name: str, tokens: torch.Tensor) -> None:
     model = random_model(CONFIGS[name]).requires_grad_(False)
-    stand_in = stand_in_for(model, kind="blocks", blocks=1, take="last")
-    streaming = Streaming(model, stand_in, SPAN, OBJECTIVES, temperature=2.0)
+    replacement = stand_in_for(model, kind="blocks", blocks=1, take="last")
+    streaming = Streaming(model, replacement, SPAN, OBJECTIVES, temperature=2.0)
     batch = {"input_ids": tokens}
     loss = streaming.loss(batch)
     loss.backward()
-    found = [parameter.grad for parameter in stand_in.parameters()]
+    found = [parameter.grad for parameter in replacement.parameters()]
 
-    block = copy.deepcopy(stand_in.get_submodule("blocks.0"))
+    block = copy.deepcopy(replacement.get_submodule("blocks.0"))
     block.zero_grad()
     blocks = list(copy.deepcopy(blocks_of(model)))
     short = with_blocks(model, [blocks[0], block, blocks[3]])
@@ -120,14 +120,14 @@ def test_only_what_is_needed_runs(tokens: torch.Tensor) -> None:
         block.register_forward_hook(lambda *_, number=number: ran.append(number))
     wide = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: wide.append(output.shape[-1]))
-    stand_in = stand_in_for(model, kind="ffn")
+    replacement = stand_in_for(model, kind="ffn")
     for weights, blocks in (
         ({"mse": 1.0}, [0, 1, 2]),
         ({"lm": 1.0}, [0, 3]),
         ({"kl": 1.0}, [0, 1, 2, 3, 3]),
         ({"mse": 1.0, "lm": 1.0}, [0, 1, 2, 3]),
     ):
-        streaming = Streaming(model, stand_in, SPAN, weights)
+        streaming = Streaming(model, replacement, SPAN, weights)
         ran.clear()
         wide.clear()
         streaming.loss({"input_ids": tokens}).backward()
@@ -138,9 +138,9 @@ def test_only_what_is_needed_runs(tokens: torch.Tensor) -> None:
 def test_the_span_itself_begins_at_zero(name: str, tokens: torch.Tensor) -> None:
     model = random_model(CONFIGS[name]).requires_grad_(False)
     settings = BlockReplacementConfig(length=2, blocks=2)
-    stand_in = STAND_INS["blocks"](Site(model, SPAN, 0), settings)
-    stand_in.begin(blocks_of(model)[1:3])
-    streaming = Streaming(model, stand_in, SPAN, {"mse": 1.0, "kl": 1.0})
+    replacement = REPLACEMENTS["blocks"](Site(model, SPAN, 0), settings)
+    replacement.begin(blocks_of(model)[1:3])
+    streaming = Streaming(model, replacement, SPAN, {"mse": 1.0, "kl": 1.0})
     batch = {"input_ids": tokens}
     assert streaming.loss(batch).item() == pytest.approx(0, abs=1e-9)
 
@@ -171,14 +171,16 @@ def test_documents_are_kept_apart(tokens: torch.Tensor) -> None:
     assert torch.allclose(short.after[:, 9:], shorter.after, atol=1e-5)
 
 
-def exported(model: PreTrainedModel, stand_in: StandIn, kind: str, folder: Path, span: Span = SPAN) -> None:
-    """Write the model with the stand-in to ``folder``/out."""
+def exported(
+    model: PreTrainedModel, replacement: ReplacementModule, kind: str, folder: Path, span: Span = SPAN
+) -> None:
+    """Write the model with the replacement module to ``folder``/out."""
     weights, network = dict(model.state_dict()), None
-    changed = Changed(weights, stand_in.changes(family_of(model.config), span, weights))
+    changed = Changed(weights, replacement.changes(family_of(model.config), span, weights))
     whole = keep_everything(model.config, fingerprint(changed, model.config))
-    plan = replace(whole, blocks=span.kept(4, stand_in.offsets))
-    if stand_in.network is not None:
-        network = Network(kind, stand_in.network.settings, span.start, stand_in.network.state_dict())  # type: ignore[arg-type]
+    plan = replace(whole, blocks=span.kept(4, replacement.offsets))
+    if replacement.network is not None:
+        network = Network(kind, replacement.network.settings, span.start, replacement.network.state_dict())  # type: ignore[arg-type]
     export(changed, model.config, plan, folder / "out", companions=folder, source="x", network=network)
 
 
@@ -190,14 +192,14 @@ KINDS = ["none", "mean", "linear", "closed_form", "ffn", "swiglu", "blocks"]
 def test_exported_models_compute_the_same(name: str, kind: str, tokens: torch.Tensor, tmp_path: Path) -> None:
     model = random_model(CONFIGS[name]).requires_grad_(False)
     if kind == "closed_form" and not family_of(model.config).ends_linearly:
-        with pytest.raises(UserError, match="norm behind the MLP"):
+        with pytest.raises(UserError, match="norm after the MLP"):
             stand_in_for(model, kind=kind)
         return
-    stand_in = stand_in_for(model, kind=kind)
-    exported(model, stand_in, kind, tmp_path)
+    replacement = stand_in_for(model, kind=kind)
+    exported(model, replacement, kind, tmp_path)
 
     with torch.no_grad():
-        wanted = logits_of(Streaming(model, stand_in, SPAN, {}), tokens)
+        wanted = logits_of(Streaming(model, replacement, SPAN, {}), tokens)
         reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
         found = reloaded(input_ids=tokens).logits
         assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
@@ -206,17 +208,17 @@ def test_exported_models_compute_the_same(name: str, kind: str, tokens: torch.Te
         assert torch.equal(cached, reloaded.generate(tokens, **settings, use_cache=False))
         own = load_any_model(tmp_path / "out")
         assert torch.equal(own(input_ids=tokens).logits, found)
-    if stand_in.network is None and richer_heads_of(model.config) is None:
+    if replacement.network is None and richer_heads_of(model.config) is None:
         assert type(reloaded).__module__.startswith("transformers.models")
 
 
 def test_a_stand_in_before_the_first_block(tokens: torch.Tensor, tmp_path: Path) -> None:
     model = random_model(CONFIGS["opt"]).requires_grad_(False)
     span = Span(0, 1)
-    stand_in = stand_in_for(model, span, kind="swiglu")
-    exported(model, stand_in, "swiglu", tmp_path, span)
+    replacement = stand_in_for(model, span, kind="swiglu")
+    exported(model, replacement, "swiglu", tmp_path, span)
     with torch.no_grad():
-        wanted = logits_of(Streaming(model, stand_in, span, {}), tokens)
+        wanted = logits_of(Streaming(model, replacement, span, {}), tokens)
         found = load_any_model(tmp_path / "out")(input_ids=tokens).logits
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
@@ -224,8 +226,8 @@ def test_a_stand_in_before_the_first_block(tokens: torch.Tensor, tmp_path: Path)
 def test_a_type_of_its_own(tmp_path: Path) -> None:
     """So that nothing takes such a model for a plain one."""
     model = random_model(CONFIGS["llama-grouped-tied"])
-    stand_in = stand_in_for(model, kind="mean")
-    exported(model, stand_in, "mean", tmp_path)
+    replacement = stand_in_for(model, kind="mean")
+    exported(model, replacement, "mean", tmp_path)
     assert '"model_type": "llmprune_llama"' in (tmp_path / "out" / "config.json").read_text()
     with pytest.raises(UserError, match="neither pruned nor trained"):
         load_model_config(tmp_path / "out")
@@ -255,9 +257,9 @@ def test_operations_are_those_of_torchs_counter(tokens: torch.Tensor) -> None:
     config = CONFIGS["llama-grouped-untied"]
     model = random_model(config, attention="eager").requires_grad_(False)
     for kind in ("blocks", "swiglu"):
-        stand_in = stand_in_for(model, kind=kind)
+        replacement = stand_in_for(model, kind=kind)
         for weights in ({"mse": 1.0}, {"lm": 1.0}, {"kl": 1.0}, {"mse": 1.0, "lm": 1.0}):
-            streaming = Streaming(model, stand_in, SPAN, weights)
+            streaming = Streaming(model, replacement, SPAN, weights)
             with FlopCounterMode(display=False) as counter:
                 streaming.loss({"input_ids": tokens}).backward()
             counted = streaming.flops({"input_ids": tokens})

@@ -18,7 +18,7 @@ from llmprune.models.stored_weights import fingerprint
 from llmprune.plans.plan import KeptBlock
 from llmprune.pruning.planning import SELECTIONS
 from llmprune.pruning.scoring.scores import Scores
-from llmprune.pruning.selection.methods import Opened, PlanConfig, Request, cheapest_pairs, select
+from llmprune.pruning.selection.methods import PlanConfig, Request, ScoredModel, cheapest_pairs, select
 from llmprune.utils.errors import UserError
 
 LAYERS = 6
@@ -42,7 +42,7 @@ def scores_of(model: PreTrainedModel, **sections: object) -> Scores:
 def request(model: PreTrainedModel, tokens: Tensor, config: PlanConfig, **sections: object) -> Request:
     sections = sections or {"blocks": {"given": NUMBERS}}
     parallel = family_of(model.config).is_parallel(model.config)
-    return Request(scores_of(model, **sections), config, lambda: Opened(model, tokens, 4), parallel)
+    return Request(scores_of(model, **sections), config, lambda: ScoredModel(model, tokens, 4), parallel)
 
 
 def kept(model: PreTrainedModel, tokens: Tensor, config: PlanConfig, **sections: object) -> list[int]:

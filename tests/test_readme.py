@@ -21,7 +21,7 @@ COMMANDS = [
     line.removeprefix(".venv/bin/")
     for block in BLOCKS
     for line in block.splitlines()
-    if not line.startswith(("git ", "bash scripts/"))
+    if not line.startswith(("git ", "pip ", "bash scripts/"))
 ]
 
 

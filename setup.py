@@ -45,6 +45,7 @@ setup(
         "sacrebleu>=2.4",
         "rouge-score>=0.1.2",
         "scipy>=1.14",
+        "tenacity>=8",
         "rapidfuzz>=3.9",
         "chardet<6",  # what requests accepts
         "jinja2>=3.1",

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from docstring_parser import DocstringStyle, parse
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
@@ -227,9 +228,8 @@ def _describe_key(key: "dataclasses.Field[Any]", meaning: str | None) -> list[st
 
 def _attributes(cls: Any) -> dict[str, str]:
     """What a dataclass's docstring says of each attribute."""
-    _, _, section = inspect.cleandoc(cls.__doc__).partition("Attributes:\n")
-    entries = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", section, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+    told = parse(cls.__doc__ or "", DocstringStyle.GOOGLE).params
+    return {each.arg_name: " ".join((each.description or "").split()) for each in told}
 
 
 def _merge(schema: Any, update: Any, source: str) -> Any:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from llmprune.checkpoints.run_folder import RANDOM
 from llmprune.plans.plan import Plan
@@ -29,13 +29,13 @@ def model_card(
         facts: further sections, heading → JSON-like value.
         needs_code: whether it loads with the modelling file beside it only.
     """
-    header: dict[str, object] = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["llmprune", "pruned", model_type],
-    }
-    if source.count("/") == 1 and not source.startswith((".", "/")):
-        header["base_model"] = source
+    on_hub = source.count("/") == 1 and not source.startswith((".", "/"))
+    header = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["llmprune", "pruned", model_type],
+        base_model=source if on_hub else None,
+    )
     before, after = asdict(plan.source), asdict(plan.shape)
     rows = [
         f"| {name.replace('_', ' ')} | {size:,} | {after[name]:,} |"
@@ -45,7 +45,7 @@ def model_card(
     trust = ", trust_remote_code=True" if needs_code else ""
     origin = "random weights" if source == RANDOM else f"`{source}`"
     sections = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"---\n{header.to_yaml()}\n---",
         f"# A {model_type} model of {parameters:,} parameters",
         f"Made from {origin} with llmprune. "
         + ("It needs the code in modeling_llmprune.py:" if needs_code else "It loads with plain transformers:"),

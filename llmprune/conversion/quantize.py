@@ -24,6 +24,7 @@ from llmprune.utils.files import make_readable
 from llmprune.utils.outputs import output_folder, refuse_existing, refuse_replacing
 
 BITS = 4
+DAMPENING = 0.01  # added to the diagonal of the Hessian, as a share of its mean
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,6 @@ class QuantizeConfig:
         data: the calibration samples; the papers take 128 of 2048 tokens.
         group_size: weights of a row that share a scale.
         activation_order: quantise the columns with the largest activations first.
-        dampening: added to the Hessian's diagonal, as a share of its mean.
         dtype: of what stays unquantised (embeddings, output layer, norms) and of the scales; None = as stored, but
             bfloat16 where that is float32, in which they would outweigh all the rest.
     """
@@ -42,7 +42,6 @@ class QuantizeConfig:
     data: CalibrationConfig = field(default_factory=lambda: CalibrationConfig(samples=128, length=2048))
     group_size: int = 128
     activation_order: bool = True
-    dampening: float = 0.01
     dtype: torch.dtype | None = None
 
 
@@ -95,7 +94,7 @@ def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, over
     recipe = GPTQModifier(
         config_groups={"weights": QuantizationScheme(targets=["Linear"], weights=weights)},
         ignore=[*output, "re:.*[.]gate$"],  # the output layer, and the routers of mixtures of experts
-        dampening_frac=config.dampening,
+        dampening_frac=DAMPENING,
     )
     texts = {"input_ids": samples.tolist(), "attention_mask": torch.ones_like(samples).tolist()}
     with output_folder(out, overwrite) as written:
@@ -138,8 +137,8 @@ def _check(source: PretrainedConfig, config: QuantizeConfig) -> None:
             "the model has a modelling file of its own, which llm-compressor can't trace: quantise the model without "
             "richer heads or replacement module"
         )
-    if config.group_size < 1 or config.dampening <= 0:
-        raise UserError("the group size and the dampening must be positive")
+    if config.group_size < 1:
+        raise UserError(f"the group size is {config.group_size}; it must be positive")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(source, trust_remote_code=False)
     output = model.get_output_embeddings()

@@ -10,7 +10,6 @@ from llmprune.utils.files import inside, read_json, write_json
 
 CHECKSUMS = "checksums.json"
 _HARMLESS = (".md", ".png", ".jpg", ".jpeg", ".svg", ".gif")
-_PIECE = 2**22  # bytes that are read at a time
 
 
 class NewerRecord(UserError):
@@ -46,12 +45,9 @@ VERIFICATION = Verification()  # of this process
 
 def describe_file(path: Path) -> dict[str, Any]:
     """A file's size and hash, as they stand in records: {"bytes": n, "sha256": hexadecimal}."""
-    digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-            size += len(piece)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+        digest = hashlib.file_digest(file, "sha256")
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
 def record(folder: Path) -> None:

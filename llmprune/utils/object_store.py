@@ -2,12 +2,12 @@
 
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from composer.utils import ObjectStore, maybe_create_object_store_from_uri, parse_uri
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from llmprune.utils.errors import UserError, first_line
 from llmprune.utils.files import temporary_for
@@ -69,15 +69,22 @@ def retry(work: Callable[[], T], what: str) -> T:
     Raises:
         UserError: it failed each time, or can't ever succeed.
     """
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return work()
-        except Exception as error:  # each kind of store has errors of its own
-            final = isinstance(error, FileNotFoundError | ValueError | ImportError | UserError)
-            if final or "not found" in str(error) or attempt == ATTEMPTS:
-                raise UserError(f"{what}: {first_line(error)}") from None
-        time.sleep(WAIT * 2 ** (attempt - 1))
-    raise AssertionError
+    attempts = Retrying(
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_exponential(multiplier=WAIT),
+        retry=retry_if_exception(_may_pass),
+        reraise=True,
+    )
+    try:
+        return attempts(work)
+    except Exception as error:  # each kind of store has errors of its own
+        raise UserError(f"{what}: {first_line(error)}") from None
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether what failed may succeed later."""
+    final = isinstance(error, FileNotFoundError | ValueError | ImportError | UserError)
+    return isinstance(error, Exception) and not final and "not found" not in str(error)
 
 
 class _Folder:

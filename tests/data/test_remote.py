@@ -143,14 +143,14 @@ def test_a_file_is_fetched_once_however_many_want_it(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched: list[str] = []
-    download = caching.download
+    download = caching.download_file
 
     def slow(url: str, path: Path, downloader: CloudDownloader) -> None:
         fetched.append(url)
         time.sleep(0.02)
         download(url, path, downloader)
 
-    monkeypatch.setattr(caching, "download", slow)
+    monkeypatch.setattr(caching, "download_file", slow)
     readers = [PreparedData(shards, CacheConfig(str(tmp_path))).reader("letters", "train") for _ in range(4)]
     threads = [threading.Thread(target=reader.read, args=(shard, 0)) for reader in readers for shard in range(3)]
     for thread in threads:

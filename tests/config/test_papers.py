@@ -74,11 +74,7 @@ MODELS: dict[str, PretrainedConfig] = {
         hidden_size=2048, ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32, word_embed_proj_dim=2048
     ),
 }
-SCORING = sorted(
-    path
-    for criterion in ("ppl", "taylor", "magnitude", "tail", "bi", "l1", "l2")
-    for path in PAPERS.glob(f"*_{criterion}.yaml")
-)
+SCORING = sorted(path for path in PAPERS.glob("*.yaml") if "\nplan:\n  criterion: [" in path.read_text())
 # Blocks that go in Shortened LLaMA, by the number that there are.
 SHORTENED = {32: [6, 9, 11], 40: [8, 11, 15], 18: [4], 28: [5]}
 
@@ -141,7 +137,7 @@ def test_sheared_pythia() -> None:
 
 
 def test_all_models_and_criteria_are_there() -> None:
-    assert len(SCORING) == 8 * 3 + 4 * 6
+    assert len(SCORING) == 8 + 4
 
 
 @pytest.mark.parametrize("path", SCORING, ids=lambda path: path.stem)
@@ -150,16 +146,20 @@ def test_scoring_recipes(path: Path) -> None:
     assert isinstance(job, ScoringConfig) and job.plan is not None and job.run.name == path.stem
     config = MODELS[job.model.path]
     family, layers = family_of(config), config.num_hidden_layers
-    (name,) = job.layer_scoring.names(config)
-    assert name == job.plan.criterion and name in CRITERIA
+    names = job.layer_scoring.names(config)
+    assert names == job.plan.criterion and set(names) <= set(CRITERIA)
     assert (job.layer_scoring.data.samples, job.layer_scoring.data.length) == (10, 128)
     assert job.layer_scoring.data.bos == ("each" if family.name.startswith("gemma") else "none")
     shortened = path.stem.startswith("shortened")
+    assert len(names) == (3 if shortened else 6)
     wanted = SHORTENED[layers] if shortened else [layers // 4]
     assert job.plan.remove[: len(wanted)] == wanted
     worst_first = [float(block) for block in range(layers)]  # the first blocks would go first
-    scores = Scores("", family.name, "", family.shape(config), {}, {}, None, blocks={name: worst_first})
-    for settings in job.plan.each().values():
+    blocks = dict.fromkeys(names, worst_first)
+    scores = Scores("", family.name, "", family.shape(config), {}, {}, None, blocks=blocks)
+    assert len(job.plan.each()) == len(names) * len(job.plan.remove)
+    for file, settings in job.plan.each().items():
+        assert file == f"plan-{settings.criterion}-{settings.remove}.json"
         count = settings.remove
         assert count is not None
         request = Request(scores, settings, lambda: pytest.fail("no need to open a model"), parallel=False)
@@ -291,7 +291,8 @@ def test_depth_is_recovered_from_what_scoring_leads_to(name: str) -> None:
     job = load_job(PAPERS / f"{scored}.yaml", ["layer_scoring.data.path=somewhere"])
     assert isinstance(job, ScoringConfig) and job.plan is not None
     removed = int(pruned.removeprefix("pruned-"))
-    assert f"plan-{removed}.json" in job.plan.each()
+    criterion = "tail" if name.startswith("reassessing") else "perplexity"
+    assert f"plan-{criterion}-{removed}.json" in job.plan.each()
     assert MODELS[job.model.path].num_hidden_layers - removed == recovered(name).num_hidden_layers
 
 

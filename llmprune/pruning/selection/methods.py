@@ -76,9 +76,11 @@ class PlanConfig:
 class PlansConfig:
     """The plans that a scoring job writes: ``plan-N.json`` for every N in ``remove``, or ``plan.json``.
 
+    With several criteria each has its plans: ``plan-CRITERION-N.json``.
+
     Attributes:
         method: a registered way to select blocks.
-        criterion: whose scores of blocks decide.
+        criterion: whose scores of blocks decide; a name, or several in a list.
         remove: how many blocks go, for each plan.
         protect_first: so many blocks at the start stay.
         protect_last: so many at the end.
@@ -88,7 +90,7 @@ class PlansConfig:
         correction: of output matrices: none, mean or refit.
     """
 
-    criterion: str | None = None
+    criterion: Any = None
     remove: list[int] = field(default_factory=list)
     method: str = "lowest"
     protect_first: int | None = None
@@ -99,14 +101,26 @@ class PlansConfig:
     correction: str = "none"
 
     def each(self) -> dict[str, PlanConfig]:
-        """The settings of every plan, by the name of its file."""
+        """The settings of every plan, by the name of its file.
+
+        Raises:
+            UserError: the criterion is neither a name nor a list of names.
+        """
+        criteria = [*self.criterion] if isinstance(self.criterion, list) else [self.criterion]
+        if not all(name is None or isinstance(name, str) for name in criteria):
+            raise UserError(f"plan.criterion is {self.criterion}; it must be a name, or a list of names")
         counts: list[int | None] = [*self.remove]
         if not counts and self.shape is not None:
             counts = [None]
+
+        def file(name: str | None, count: int | None) -> str:
+            parts = ["plan", *([str(name)] if len(criteria) > 1 else []), *([] if count is None else [str(count)])]
+            return f"{'-'.join(parts)}.json"
+
         return {
-            "plan.json" if count is None else f"plan-{count}.json": PlanConfig(
+            file(name, count): PlanConfig(
                 self.method,
-                self.criterion,
+                name,
                 count,
                 protect_first=self.protect_first,
                 protect_last=self.protect_last,
@@ -115,6 +129,7 @@ class PlansConfig:
                 expert_criterion=self.expert_criterion,
                 correction=self.correction,
             )
+            for name in criteria
             for count in counts
         }
 

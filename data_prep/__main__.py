@@ -160,7 +160,7 @@ def conversations(
 
 
 @app.command()
-def merge_prepared(
+def merge(
     parts: Annotated[list[Path], typer.Argument(help="What --shard 0/n … n-1/n wrote.")],
     out: Out,
     overwrite: Overwrite = False,

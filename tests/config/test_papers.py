@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,11 @@ from llmprune.training.checks import check
 from llmprune.training.replacement import check_replacement
 
 PAPERS = Path(__file__).parents[2] / "yamls" / "papers"
+LINES = {  # of docs/papers.md: the file and the overrides, by the name of the run
+    words[-1]: (line.split()[4], shlex.split(line)[5:])
+    for line in (PAPERS.parents[1] / "docs" / "papers.md").read_text(encoding="utf-8").splitlines()
+    if (words := re.findall(r"^composer .* run\.name=(\S+)", line))
+}
 
 # The published configs.
 LLAMA_7B = LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5)
@@ -79,6 +85,14 @@ SCORING = sorted(path for path in PAPERS.glob("*.yaml") if "\nplan:\n  criterion
 SHORTENED = {32: [6, 9, 11], 40: [8, 11, 15], 18: [4], 28: [5]}
 
 
+def recipe(name: str, *overrides: str) -> Config:
+    """The job of a file, or of a line in docs/papers.md."""
+    file, line = LINES.get(name, (f"yamls/papers/{name}.yaml", []))
+    job = load_training_job(PAPERS.parents[1] / file, [*line, "data.path=somewhere", *overrides])
+    assert job.run.name == name
+    return job
+
+
 def built(config: PretrainedConfig, plan: Plan) -> PreTrainedModel:
     return on_meta(Surgery(config, plan).config)
 
@@ -102,8 +116,8 @@ SHEARED = {"370m": 373_867_520, "1.3b": 1_345_423_360, "2.7b": 2_701_560_320}
 
 @pytest.mark.parametrize("size", SHEARED)
 def test_sheared_llama(size: str) -> None:
-    prune = load_training_job(PAPERS / f"sheared_llama_{size}_prune.yaml", ["data.path=somewhere"])
-    for job in (prune, load_training_job(PAPERS / f"sheared_llama_{size}_continue.yaml", ["data.path=somewhere"])):
+    prune = recipe(f"sheared_llama_{size}_prune")
+    for job in (prune, recipe(f"sheared_llama_{size}_continue")):
         assert job.dynamic_loading is not None and job.data.weights is not None
         domains = list(job.data.weights)
         check_updates(job.dynamic_loading, domains, job.data.weights, domains)
@@ -117,7 +131,7 @@ def test_sheared_llama(size: str) -> None:
     plan = GateSet(family_of(source).shape(source), make_goal(source, prune.l0_pruning)).plan("llama", "")
     assert parameters(built(source, plan)) == SHEARED[size]
 
-    continued = load_training_job(PAPERS / f"sheared_llama_{size}_continue.yaml", ["data.path=somewhere"])
+    continued = recipe(f"sheared_llama_{size}_continue")
     tokens = 4096 * continued.train.global_batch_size * int(continued.train.duration.removesuffix("ba"))
     assert tokens == pytest.approx(50e9, rel=0.01) and continued.l0_pruning is None and continued.sharding is not None
     assert continued.model.path == f"runs/sheared_llama_{size}_pruned"
@@ -127,12 +141,12 @@ def test_sheared_llama(size: str) -> None:
 
 
 def test_sheared_pythia() -> None:
-    prune = load_training_job(PAPERS / "sheared_pythia_160m_prune.yaml", ["data.path=somewhere"])
+    prune = recipe("sheared_pythia_160m_prune")
     assert prune.l0_pruning is not None and prune.data.weights is None and prune.model.path == "EleutherAI/pythia-410m"
     shape = family_of(PYTHIA_410M).shape(PYTHIA_410M)
     plan = GateSet(shape, make_goal(PYTHIA_410M, prune.l0_pruning)).plan("gpt_neox", "")
     assert parameters(built(PYTHIA_410M, plan)) == 162_322_944  # Pythia-160M's own
-    continued = load_training_job(PAPERS / "sheared_pythia_160m_continue.yaml", ["data.path=somewhere"])
+    continued = recipe("sheared_pythia_160m_continue")
     assert continued.model.path == "runs/sheared_pythia_160m_pruned" and continued.data.weights is None
 
 
@@ -186,7 +200,7 @@ STREAMLINE = {"llama2_4.7b": 4.7, "llama3.1_5.4b": 5.4, "opt_1.3b": 1.0}
 @pytest.mark.parametrize("loss", ["mse", "lm"])
 @pytest.mark.parametrize("name", STREAMLINE)
 def test_llm_streamline(name: str, loss: str) -> None:
-    job = load_training_job(PAPERS / f"streamline_{name}_{loss}.yaml", ["data.path=x"])
+    job = recipe(f"streamline_{name}_{loss}")
     settings = job.block_replacement
     assert settings is not None and settings.weights == {loss: 1.0} and settings.length is not None
     settings.check()
@@ -199,12 +213,6 @@ def test_llm_streamline(name: str, loss: str) -> None:
     assert round(parameters(built(config, plan)) / 1e9, 1) == STREAMLINE[name]
     assert (job.train.global_batch_size, job.train.clip_norm) == (128, {"mse": 5.0, "lm": 1.0}[loss])
     assert job.optimizer.lr * job.scheduler.final == pytest.approx(5e-5)
-
-
-def recipe(name: str, *overrides: str) -> Config:
-    job = load_training_job(PAPERS / f"{name}.yaml", ["data.path=somewhere", *overrides])
-    assert job.run.name == name
-    return job
 
 
 def shorter(model: str, removed: int) -> PretrainedConfig:
@@ -385,8 +393,10 @@ def test_every_recipe_is_tested() -> None:
     while found:  # what they are laid over counts, too
         found = {Path(base).stem for name in found if (base := _base(name)) is not None} - bases
         bases |= found
-    assert bases == {path.stem for path in PAPERS.glob("*.yaml")}
+    assert bases == {path.stem for path in PAPERS.glob("*.yaml")} | set(LINES)
 
 
 def _base(name: str) -> str | None:
+    if name in LINES:
+        return LINES[name][0]
     return yaml.safe_load((PAPERS / f"{name}.yaml").read_text()).get("base")

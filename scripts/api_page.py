@@ -30,7 +30,7 @@ with a model of six blocks, `base`, and some text, `text`.
 def page() -> str:
     """The page's text."""
     (example,) = (text for text in inspect.cleandoc(llmprune.__doc__ or "").split("\n\n") if text.startswith(">>>"))
-    parts = [BEGIN.format(example=example.replace(">>> ", ""))]
+    parts = [BEGIN.format(example=example.replace(">>> ", "").replace("import llmprune\n", "import llmprune\n\n"))]
     for name in NAMES:
         function = getattr(functions, name)
         told = parse(function.__doc__, DocstringStyle.GOOGLE)

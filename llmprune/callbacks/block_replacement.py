@@ -19,7 +19,7 @@ from llmprune.models.block_hooks import blocks_of
 from llmprune.models.causal_lm import Batch, ComposerCausalLM, labels_of
 from llmprune.models.least_squares import LEAST, RIDGES, samples_fitted, samples_for
 from llmprune.models.objectives import predicting
-from llmprune.models.parameters import parameters_after, train_only
+from llmprune.models.parameters import parameters_after, plain_name, train_only
 from llmprune.models.sharded import reshard
 from llmprune.pruning.replacements.cache import StatesCache
 from llmprune.pruning.replacements.fitting import FittedLosses, Map, Sums, best_map
@@ -253,7 +253,7 @@ class BlockReplacement(Callback):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-                tensors[name.replace("_checkpoint_wrapped_module.", "")] = whole.detach().cpu()
+                tensors[plain_name(name)] = whole.detach().cpu()
         if self._folder is not None and dist.get_global_rank() == 0 and tensors:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_tensors(self._folder / f".{BEST}", tensors, {"loss": repr(loss), "batch": str(batch)})

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from composer.core import Callback, State, get_precision_context
 from composer.loggers import Logger
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from llmprune.models.causal_lm import ComposerCausalLM
+from llmprune.models.causal_lm import composer_model
 
 Measure = Callable[[PreTrainedModel, Callable[[dict[str, Tensor]], Tensor]], dict[str, float]]
 
@@ -34,8 +33,7 @@ class Evaluation(Callback):
         if batch == self._measured_at:
             return
         self._measured_at = batch
-        wrapped = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
-        assert isinstance(wrapped, ComposerCausalLM)
+        wrapped = composer_model(state)
         with get_precision_context(state.precision, state.precision_config):
             found = self._measure(wrapped.model, wrapped.logits)
         logger.log_metrics({f"metrics/eval/{name}": value for name, value in found.items()})

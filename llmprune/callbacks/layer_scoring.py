@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any
 
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from llmprune.models.causal_lm import ComposerCausalLM
+from llmprune.models.causal_lm import composer_model
 from llmprune.pruning.scoring.scorer import Scorer
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 
@@ -40,9 +39,7 @@ class LayerScoring(Callback):
         """
         if state.dataloader_label != CALIBRATION:
             return
-        wrapped = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
-        model = cast(ComposerCausalLM, wrapped)
-        config = self._config
+        model, config = composer_model(state), self._config
         self._scorer = Scorer(
             model.model,
             config.names(model.model.config),

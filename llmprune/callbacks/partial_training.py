@@ -8,7 +8,7 @@ from composer.loggers import Logger
 from torch.nn.parallel import DistributedDataParallel
 
 from llmprune.models.causal_lm import ComposerCausalLM
-from llmprune.models.parameters import init_optimizer_state, train_only
+from llmprune.models.parameters import init_optimizer_state, plain_name, train_only
 from llmprune.recovery.trainable import Phase, TrainableConfig, phases
 
 
@@ -72,5 +72,5 @@ class PartialTraining(Callback):
 
     def _parameters(self, state: State) -> dict[str, torch.nn.Parameter]:
         model = cast(ComposerCausalLM, getattr(state.model, "module", state.model)).model
-        named = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters())
+        named = ((plain_name(name), p) for name, p in model.named_parameters())
         return {name: parameter for name, parameter in named if name in self._names}

@@ -148,7 +148,7 @@ def generate(
         save_continuations,
         write_continuations,
     )
-    from llmprune.models.opened import open_model
+    from llmprune.models.loaded import open_model
     from llmprune.models.placement import Placement
     from llmprune.utils.outputs import check_output
 

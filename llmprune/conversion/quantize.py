@@ -17,7 +17,7 @@ from llmprune.data.calibration import CalibrationConfig, calibration_samples
 from llmprune.models.companions import GENERATION, copy_companions
 from llmprune.models.custom_code import needs_code
 from llmprune.models.loading import load_any_model, load_tokenizer
-from llmprune.models.source import read_config, resolve_model
+from llmprune.models.source import longest_input, read_config, resolve_model
 from llmprune.utils.checksums import record
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import make_readable
@@ -76,7 +76,7 @@ def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, over
     _check(source, config)
     tokenizer = load_tokenizer(model)
     samples = calibration_samples(config.data, tokenizer)
-    limit = getattr(source, "max_position_embeddings", None)
+    limit = longest_input(source)
     if limit is not None and samples.shape[1] > limit:
         raise UserError(f"samples of {samples.shape[1]} tokens are too long: the model takes {limit}")
     loaded = load_any_model(model, dtype=config.dtype or _sixteen_bits(source))

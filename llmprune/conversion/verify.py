@@ -12,7 +12,7 @@ from llmprune.conversion.checkpoint import Checkpoint, is_checkpoint
 from llmprune.conversion.replaced import Replaced, read_replaced
 from llmprune.models.loading import load_any_model, load_model, new_model
 from llmprune.models.quantised import quantised_as
-from llmprune.models.source import has_replacement, resolve_model
+from llmprune.models.source import has_replacement, longest_input, resolve_model
 from llmprune.plans.plan import Plan
 from llmprune.plans.surgery import Surgery
 from llmprune.pruning.gates.attach import attach
@@ -131,7 +131,7 @@ def compare_models(
         raise UserError(
             f"the vocabularies differ ({a.config.vocab_size} and {b.config.vocab_size}): these models can't be compared"
         )
-    length = min(length, a.config.max_position_embeddings, b.config.max_position_embeddings)
+    length = min(length, *(limit for one in (a, b) if (limit := longest_input(one.config)) is not None))
     generator = torch.Generator().manual_seed(seed)
     difference, total, largest = 0.0, 0.0, 0.0
     for _ in range(samples):

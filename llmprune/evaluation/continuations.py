@@ -13,7 +13,8 @@ from rapidfuzz.distance import Levenshtein
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
-from llmprune.models.opened import LoadedModel, check_vocabulary
+from llmprune.models.loaded import LoadedModel, check_vocabulary
+from llmprune.models.source import longest_input
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import JSON_LIMIT, parse_json, read_bytes, write_text
 
@@ -144,7 +145,7 @@ def encode_prompts(
     Raises:
         UserError: a prompt has no tokens or some that the model does not know, or leaves no room for an output.
     """
-    limit = getattr(model, "max_position_embeddings", None)
+    limit = longest_input(model)
     encoded = [tokenizer(prompt.prompt)["input_ids"] for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         check_vocabulary(max(ids, default=0), model, f"the prompt '{prompt.prompt[:40]}'")

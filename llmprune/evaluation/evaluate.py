@@ -29,7 +29,7 @@ from llmprune.evaluation.perplexity import (
     read_streams,
 )
 from llmprune.evaluation.tasks import Tasks, TasksConfig, language_model, save_samples
-from llmprune.models.opened import LoadedModel, ModelSource, find_model
+from llmprune.models.loaded import LoadedModel, ModelSource, find_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
 from llmprune.utils.outputs import mark, output_folder, refuse_existing, remove

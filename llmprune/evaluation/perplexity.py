@@ -22,8 +22,9 @@ from llmprune.data.prepared import PreparedData
 from llmprune.data.records import find_inputs
 from llmprune.data.sources import Document, Fields, documents
 from llmprune.models.causal_lm import token_losses
+from llmprune.models.loaded import check_vocabulary
 from llmprune.models.objectives import IGNORED
-from llmprune.models.opened import check_vocabulary
+from llmprune.models.source import longest_input
 from llmprune.utils.errors import UserError, nearest
 
 BOS_MODES = ("none", "once", "each")
@@ -135,7 +136,7 @@ def check_streams(
     """Raise ``UserError`` if a model can't read these streams: no BOS, segments too long, tokens that it lacks."""
     if bos is None and any(mode != "none" for mode in config.bos):
         raise UserError("this tokenizer has no BOS (and no EOS in its place): measure with --bos none")
-    limit, each = getattr(model, "max_position_embeddings", None), "each" in config.bos
+    limit, each = longest_input(model), "each" in config.bos
     if streams and limit is not None and config.segment + each > limit:
         more = " and the BOS before each" if each else ""
         raise UserError(f"segments of {config.segment} tokens{more} are too long: the model takes {limit}")

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from llmprune.data.format import tokenizer_fingerprint
 from llmprune.data.prepared import PreparedData
 from llmprune.evaluation.losses import evaluate_losses
+from llmprune.models.loaded import find_model
 from llmprune.models.loading import count_parameters
-from llmprune.models.opened import find_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
 

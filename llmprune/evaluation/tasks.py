@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.evaluation.suites import SUITES, expand
-from llmprune.models.opened import check_vocabulary
+from llmprune.models.loaded import check_vocabulary
 from llmprune.utils.errors import UserError, nearest
 
 _FUNCTION = re.compile(r"!function\s+(\S+)")  # how a task file names Python code

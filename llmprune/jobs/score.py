@@ -24,11 +24,12 @@ from llmprune.config.schema import ScoringConfig
 from llmprune.data.calibration import calibration_samples, samples_fingerprint
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.families import family_of
+from llmprune.models.loaded import check_vocabulary
 from llmprune.models.loading import load_model, load_model_config, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.offloading import OffloadedModel
-from llmprune.models.opened import check_vocabulary
 from llmprune.models.placement import DTYPES, TRAINABLE, Placement
+from llmprune.models.source import longest_input
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.pruning.planning import make_plan, rehearse
 from llmprune.pruning.scoring.pictures import draw_scores
@@ -123,7 +124,7 @@ def _samples(
 
     if all(CRITERIA[name].reads in (None, "weights") for name in names):
         return None
-    limit = getattr(model_config, "max_position_embeddings", None)
+    limit = longest_input(model_config)
     if limit is not None and config.data.length > limit:
         raise UserError(f"samples of {config.data.length} tokens are too long: the model takes {limit}")
     samples = calibration_samples(config.data, load_tokenizer(tokenizer))

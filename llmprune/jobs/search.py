@@ -31,8 +31,8 @@ from llmprune.evaluation.losses import Losses, evaluate_losses
 from llmprune.jobs.score import save_scores, score
 from llmprune.jobs.stages import asked_to_end, begin, check_pruning_job, keep_result, recover, recovery_of
 from llmprune.models.families import Shape, shape_from
+from llmprune.models.loaded import open_model
 from llmprune.models.loading import load_model_config
-from llmprune.models.opened import open_model
 from llmprune.models.placement import Placement
 from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.choose import NoShapeError, Steps

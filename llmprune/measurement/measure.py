@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from llmprune.measurement.flops import macs
 from llmprune.measurement.monitor import UtilisationWatch, peak_memory
-from llmprune.models.opened import LoadedModel, find_model
+from llmprune.models.loaded import LoadedModel, find_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
+from composer.core import State
 from composer.models import ComposerModel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
@@ -294,3 +296,10 @@ class ComposerCausalLM(ComposerModel):
         samples, length = batch["input_ids"].shape
         attention = 12 * shape.layers * shape.heads * shape.head_dim * length
         return samples * length * (6 * multiplied + attention)
+
+
+def composer_model(state: State) -> ComposerCausalLM:
+    """The Composer model of a trainer's state, whether data-parallel training wraps it or not."""
+    return cast(
+        ComposerCausalLM, state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
+    )

@@ -115,3 +115,8 @@ def init_optimizer_state(optimizer: Optimizer) -> None:
         made: dict[str, Any] = optimizer.state[parameter]
         if "step" in made:
             made["step"] = torch.zeros_like(made["step"]) if isinstance(made["step"], torch.Tensor) else 0
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what activation checkpointing has put into it."""
+    return name.replace("_checkpoint_wrapped_module.", "")

@@ -11,6 +11,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from llmprune.models.block_hooks import blocks_of
+from llmprune.models.parameters import plain_name
 from llmprune.models.stored_weights import StoredWeights
 
 
@@ -39,7 +40,7 @@ def fill(model: PreTrainedModel, weights: StoredWeights) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
-        stored = name.replace("_checkpoint_wrapped_module.", "").replace(".base_layer.", ".")
+        stored = plain_name(name).replace(".base_layer.", ".")
         assert isinstance(parameter, DTensor), name
         shape, offset = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements

@@ -77,3 +77,8 @@ def read_config(model: str | Path) -> PretrainedConfig:
     if hasattr(config, "auto_map") and not str(config.model_type).startswith(OWN):
         del config.auto_map
     return config
+
+
+def longest_input(config: PretrainedConfig) -> int | None:
+    """How many tokens a model with this config takes at most, if it says so."""
+    return getattr(config, "max_position_embeddings", None)

@@ -10,7 +10,7 @@ from typing import Any
 from llmprune.evaluation.continuations import GenerationConfig, Prompt, write_continuations
 from llmprune.measurement.measure import weights_bytes
 from llmprune.measurement.monitor import peak_memory
-from llmprune.models.opened import LoadedModel, open_model
+from llmprune.models.loaded import LoadedModel, open_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
 

@@ -23,6 +23,7 @@ from llmprune.models.families import family_of, richer_heads_of
 from llmprune.models.fields import config_from_fields
 from llmprune.models.loading import load_model_config, load_tokenizer
 from llmprune.models.richer import with_richer_heads
+from llmprune.models.source import longest_input
 from llmprune.training.section import Inputs, Section
 from llmprune.utils.checksums import VERIFICATION
 from llmprune.utils.errors import UserError
@@ -70,7 +71,7 @@ def check(config: Config) -> Inputs:
             f"the model's vocabulary ({model_config.vocab_size}) is smaller than the data's "
             f"({data.manifest.vocab_size}): use the model's own tokenizer"
         )
-    limit = getattr(model_config, "max_position_embeddings", None)
+    limit = longest_input(model_config)
     length = data.manifest.sequence_length
     if limit is not None and length > limit:
         raise UserError(f"the data's samples have {length} tokens, the model takes {limit}")

@@ -4,6 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from composer import Callback, Trainer
@@ -11,7 +12,8 @@ from composer.algorithms import GradientClipping
 from composer.callbacks import LRMonitor, SpeedMonitor
 from composer.core import Algorithm, DataSpec, Time, TimeUnit
 from composer.utils import dist, get_device
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from llmprune.callbacks.checkpoint_uploading import CheckpointUploading
 from llmprune.callbacks.domain_losses import DomainLosses
@@ -30,6 +32,7 @@ from llmprune.config.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.config.schema import Config
 from llmprune.config.sharding import AverageGradients, parallelism
 from llmprune.conversion.stored_state import safe_unpickling
+from llmprune.data.dataset import EvalDataset
 from llmprune.data.updates import DynamicLoadingConfig
 from llmprune.estimate.job import check_fits
 from llmprune.models.batch_halving import Halving
@@ -69,13 +72,38 @@ def build_trainer(config: Config, inputs: Inputs | None = None, callbacks: Seque
 
     Args:
         config: of the run.
-        inputs: what ``prepare`` gave for it; None = it is called.
+        inputs: what ``prepare_job`` gave for it; None = it is called.
         callbacks: further ones, after llmprune's own.
 
     Raises:
         UserError: see ``check`` and ``RunFolder.find``.
     """
     inputs = inputs or prepare_job(config)
+    build, store = _begin(config, inputs)
+    for section in inputs.sections:
+        section.begin(build)
+    if build.resume is not None:
+        check_same_run(build.folder, _manifest(config, inputs), config, inputs.model_config)
+    model = build.model = make_model(config, inputs)
+    instead = None
+    for section in inputs.sections:
+        section.model_loaded(build)
+        instead = section.dataset(build) or instead
+    stream, train, evaluation = make_loaders(config, inputs.data, instead)
+    present = [] if evaluation is None else evaluation.domains_present
+    build.stream, build.evaluated = stream, {number: stream.domains[number] for number in present}
+    wrapped = ComposerCausalLM(model, build.evaluated, products=torch.bfloat16 if _own_autocast(config) else None)
+    if config.train.microbatch_size == "auto":
+        wrapped.halving = Halving()
+    own = _own_callbacks(build, store, replaced=instead is not None)
+    for section in inputs.sections:
+        own += section.callbacks(build)
+    on_rank_zero(lambda: _write_run(build, _manifest(config, inputs)))
+    return _compose(build, wrapped, train, evaluation, [*own, *added_callbacks(config.callbacks), *callbacks])
+
+
+def _begin(config: Config, inputs: Inputs) -> tuple[Build, Store | None]:
+    """See whether the run may use its folder, and whether it goes on; nothing is written."""
     run = RunFolder(Path(config.run.folder))
     store = None if config.checkpoint.remote is None else open_store(config.checkpoint.remote)
     if store is not None and config.run.autoresume:
@@ -87,42 +115,34 @@ def build_trainer(config: Config, inputs: Inputs | None = None, callbacks: Seque
         on_rank_zero(lambda: check_unused(store))
     if config.train.check_memory:
         on_rank_zero(lambda: check_fits(config, inputs.model_config, inputs.data.manifest.sequence_length))
-    build = Build(config, inputs, run, resume)
-    for section in inputs.sections:
-        section.begin(build)
-    if resume is not None:
-        check_same_run(run, _manifest(config, inputs), config, inputs.model_config)
-    model = build.model = make_model(config, inputs)
-    instead = None
-    for section in inputs.sections:
-        section.model_loaded(build)
-        instead = section.dataset(build) or instead
-    stream, train, evaluation = make_loaders(config, inputs.data, instead)
-    present = [] if evaluation is None else evaluation.domains_present
-    build.stream, build.evaluated = stream, {number: stream.domains[number] for number in present}
-    on_cpu = get_device(config.train.device).name == "cpu"
-    own_autocast = on_cpu and config.train.precision == "amp_bf16"  # Composer has it on GPUs only
-    wrapped = ComposerCausalLM(model, build.evaluated, products=torch.bfloat16 if own_autocast else None)
-    if config.train.microbatch_size == "auto":
-        wrapped.halving = Halving()
-    optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
-    own = _own_callbacks(build, store, replaced=instead is not None)
-    for section in inputs.sections:
-        own += section.callbacks(build)
-    on_rank_zero(lambda: _write_run(config, run, _manifest(config, inputs), model, inputs.tokenizer, resume))
+    return Build(config, inputs, run, resume), store
+
+
+def _own_autocast(config: Config) -> bool:
+    """Whether the model itself casts products to bfloat16: Composer does it on GPUs only."""
+    return get_device(config.train.device).name == "cpu" and config.train.precision == "amp_bf16"
+
+
+def _compose(
+    build: Build,
+    model: ComposerCausalLM,
+    train: DataLoader[Any],
+    evaluation: EvalDataset | None,
+    callbacks: list[Callback],
+) -> Trainer:
+    """Composer's trainer."""
+    config, inputs, run, resume = build.config, build.inputs, build.folder, build.resume
     per_rank = config.train.global_batch_size // dist.get_world_size()
     eval_batch = per_rank if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
-    sums = config.sharding is not None and on_cpu  # gloo does, where ranks meet
-    clipping = config.train.clip_norm
     algorithms: list[Algorithm] = []
-    if clipping is not None:
-        algorithms.append(GradientClipping("norm", clipping_threshold=clipping))
-    if sums:
+    if config.train.clip_norm is not None:
+        algorithms.append(GradientClipping("norm", clipping_threshold=config.train.clip_norm))
+    if config.sharding is not None and get_device(config.train.device).name == "cpu":  # gloo adds up, where ranks meet
         algorithms.append(AverageGradients())  # after a batch, Composer runs the last algorithm first
     with contextlib.nullcontext() if resume is None else safe_unpickling(resume), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Specifying the ProgressBarLogger")  # our own has no state
         return Trainer(
-            model=wrapped,
+            model=model,
             run_name=config.run.name,
             seed=config.run.seed,
             device=config.train.device,
@@ -131,16 +151,16 @@ def build_trainer(config: Config, inputs: Inputs | None = None, callbacks: Seque
             eval_dataloader=None if evaluation is None else eval_loader(evaluation, eval_batch),
             max_duration=config.train.duration if trains(inputs) else "1ba",
             eval_interval=interval(config.train.eval_interval, config.train.duration),
-            optimizers=optimizer,
+            optimizers=OPTIMIZERS[config.optimizer.name](model.parameters(), config.optimizer),
             schedulers=SCHEDULERS[config.scheduler.name](config.scheduler),
             step_schedulers_every_batch=True,
             algorithms=algorithms,
-            callbacks=[*own, *added_callbacks(config.callbacks), *callbacks],
+            callbacks=callbacks,
             loggers=make_loggers(config.loggers, run, config.run.name),
             progress_bar=False,
             log_to_console=config.loggers.console,
             console_log_interval=config.loggers.console_interval,
-            precision="fp32" if own_autocast else config.train.precision,
+            precision="fp32" if _own_autocast(config) else config.train.precision,
             device_train_microbatch_size=config.train.microbatch_size,
             parallelism_config=parallelism(config.sharding, config.train.activation_checkpointing),
             save_folder=str(run.checkpoints),
@@ -228,18 +248,13 @@ def _manifest(config: Config, inputs: Inputs) -> Manifest:
     )
 
 
-def _write_run(
-    config: Config,
-    run: RunFolder,
-    manifest: Manifest,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    resume: Path | None,
-) -> None:
-    if resume is None:
+def _write_run(build: Build, manifest: Manifest) -> None:
+    config, run = build.config, build.folder
+    if build.resume is None:
         run.create()
         source = None if config.model.path is None else resolve_model(config.model.path)
-        manifest.save(run.checkpoints, model.config, tokenizer, source)
+        assert build.model is not None
+        manifest.save(run.checkpoints, build.model.config, build.inputs.tokenizer, source)
     else:
-        CheckpointFolder(run.checkpoints).keep(config.checkpoint.keep, resume)
+        CheckpointFolder(run.checkpoints).keep(config.checkpoint.keep, build.resume)
     save_config(config, run.config)

@@ -160,7 +160,7 @@ class Study:
         from llmprune.evaluation.continuations import GenerationConfig, read_prompts, write_continuations
         from llmprune.evaluation.continuations import continuation_scores as scores
         from llmprune.evaluation.losses import evaluate_losses
-        from llmprune.models.opened import open_model
+        from llmprune.models.loaded import open_model
         from llmprune.models.placement import Placement
 
         path = self._out / name / "results.json"

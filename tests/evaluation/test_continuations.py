@@ -18,7 +18,7 @@ from llmprune.evaluation.continuations import (
     save_continuations,
     write_continuations,
 )
-from llmprune.models.opened import LoadedModel, open_model
+from llmprune.models.loaded import LoadedModel, open_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
 

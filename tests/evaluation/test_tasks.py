@@ -16,7 +16,7 @@ from llmprune.cli import app
 from llmprune.evaluation.stability import read_answers, stability
 from llmprune.evaluation.suites import SUITES, TaskRun, expand
 from llmprune.evaluation.tasks import Tasks, TasksConfig, language_model, task_manager
-from llmprune.models.opened import open_model
+from llmprune.models.loaded import open_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
 from tests.evaluation.local_task import make_task

@@ -18,8 +18,8 @@ from llmprune.evaluation.continuations import GenerationConfig, Prompt, write_co
 from llmprune.measurement import measure as module
 from llmprune.measurement.measure import MeasureConfig, Setting, _measure_setting, _runner, measure, spread
 from llmprune.measurement.monitor import UtilisationWatch, peak_memory
+from llmprune.models.loaded import open_model
 from llmprune.models.loading import load_tokenizer
-from llmprune.models.opened import open_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
 

@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Page
 
 from llmprune.evaluation.continuations import GenerationConfig, Prompt, write_continuations
-from llmprune.models.opened import open_model
+from llmprune.models.loaded import open_model
 from llmprune.models.placement import Placement
 from llmprune.reporting.demo import answer, check_request, serve
 from llmprune.utils.errors import UserError

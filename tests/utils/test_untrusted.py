@@ -18,8 +18,8 @@ from llmprune.evaluation.evaluate import EvaluationConfig, evaluate
 from llmprune.evaluation.perplexity import PerplexityConfig
 from llmprune.evaluation.tasks import language_model
 from llmprune.jobs.score import score
+from llmprune.models.loaded import open_model
 from llmprune.models.loading import load_any_model, load_model, load_tokenizer
-from llmprune.models.opened import open_model
 from llmprune.models.placement import Placement
 from llmprune.models.source import read_config, resolve_model
 from llmprune.pruning.scoring.settings import LayerScoringConfig

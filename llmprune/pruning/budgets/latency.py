@@ -16,6 +16,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from llmprune.models.families import Shape
 from llmprune.models.loading import unfilled_model
+from llmprune.models.source import longest_input
 from llmprune.pruning.budgets.sizes import ShapeSizes, of_size, prunable_dimensions
 from llmprune.utils.errors import UserError
 
@@ -40,7 +41,7 @@ class LatencyTable:
         """
         self._sizes = ShapeSizes(config)
         self.source = self._sizes.source
-        limit = getattr(config, "max_position_embeddings", None)
+        limit = longest_input(config)
         self._context = context if limit is None else min(context, limit - 1)  # one is for the token itself
         self._batch, self._device, self._dtype = batch, device, dtype
         self._timed: dict[tuple[int, int, int], tuple[float, float]] = {}

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from llmprune.models.families import Shape
 from llmprune.models.placement import DTYPES
+from llmprune.models.source import longest_input
 from llmprune.pruning.budgets.latency import LatencyTable
 from llmprune.pruning.budgets.sizes import ShapeSizes
 from llmprune.utils.errors import UserError
@@ -60,7 +61,7 @@ class BudgetConfig:
     def tokens(self, config: PretrainedConfig) -> int:
         """The context for a model of this config, no longer than what it takes."""
         wanted = CONTEXT if self.context is None else self.context
-        return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)
+        return min(wanted, longest_input(config) or wanted)
 
 
 class Limit(Protocol):

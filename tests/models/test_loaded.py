@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from llmprune.cli import app
+from llmprune.models.loaded import LoadedModel, ModelSource, open_model
 from llmprune.models.loading import load_model
-from llmprune.models.opened import LoadedModel, ModelSource, open_model
 from llmprune.models.placement import Placement, dtype_for_inference
 from llmprune.utils.errors import UserError
 

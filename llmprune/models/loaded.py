@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from llmprune.models.loading import count_parameters, load_any_model, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.placement import Placement
-from llmprune.models.source import read_config, resolve_model
+from llmprune.models.source import longest_input, read_config, resolve_model
 from llmprune.utils.errors import UserError
 
 
@@ -74,7 +74,7 @@ class ModelSource:
     @property
     def limit(self) -> int | None:
         """How many tokens it takes at most, if it says so."""
-        return getattr(self.config, "max_position_embeddings", None)
+        return longest_input(self.config)
 
     def open(self) -> LoadedModel:
         """Read its weights.

@@ -46,7 +46,7 @@ class CheckpointUploading(Callback):
         Args:
             folder: of the run; its checkpoints are in ``checkpoints``.
             keep: how many checkpoints stay in it; -1 = all.
-            store: where copies go; it may hold nothing, or a run that was gone on with.
+            store: where copies go; it may hold nothing, or a run that was resumed.
             writers: ranks that write a part of a sharded checkpoint.
             resumed: whether the run goes on with a checkpoint.
 

@@ -95,6 +95,6 @@ class Distillation(Callback):
         self._means.add(self.objective.terms, state.batch)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Log them."""
+        """Log the mean of every term of the loss."""
         self._means.log(logger)
         logger.log_metrics({f"distillation/weight/{name}": w for name, w in self.objective.weights.items()})

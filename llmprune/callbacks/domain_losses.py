@@ -20,7 +20,7 @@ class DomainLosses(Callback):
         self._domains = dict(domains)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Log them."""
+        """Log the loss of every domain that was evaluated."""
         label = state.dataloader_label
         assert label is not None
         metric = state.eval_metrics[label]["loss"]

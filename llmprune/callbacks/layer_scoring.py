@@ -24,7 +24,7 @@ class LayerScoring(Callback):
     """
 
     def __init__(self, config: LayerScoringConfig) -> None:
-        """Prepare."""
+        """Prepare to score the model at the next calibration evaluation."""
         self._config = config
         self._scorer: Scorer | None = None
         self._watching = ExitStack()

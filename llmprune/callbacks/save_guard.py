@@ -1,4 +1,4 @@
-"""Looking at a model before it is saved: a checkpoint that can't be gone on with is not written."""
+"""Looking at a model before it is saved: a checkpoint that can't be resumed from is not written."""
 
 import math
 from typing import cast

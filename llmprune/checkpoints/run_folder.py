@@ -211,7 +211,7 @@ class RunFolder:
             return None
         if not overwrite and self.config.exists():
             raise UserError(
-                f"{self.path} holds a run already: pass run.autoresume=true to go on with it, "
+                f"{self.path} holds a run already: pass run.autoresume=true to resume it, "
                 "run.overwrite=true to delete it, or another run.folder"
             )
         if not overwrite:

@@ -48,6 +48,6 @@ def check_unused(store: Store) -> None:
     """Raise ``UserError`` if a store holds a run, which a new one would mix with."""
     if store.names("checkpoints/"):
         raise UserError(
-            f"{store.url} holds a run's checkpoints already: pass run.autoresume=true to go on with it, or another "
+            f"{store.url} holds a run's checkpoints already: pass run.autoresume=true to resume it, or another "
             "checkpoint.remote"
         )

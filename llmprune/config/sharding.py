@@ -78,7 +78,7 @@ class AverageGradients(Algorithm):
         return event == Event.AFTER_TRAIN_BATCH
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Divide."""
+        """Divide the summed gradients by the number of ranks."""
         for parameter in state.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.div_(dist.get_world_size())

@@ -39,7 +39,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
         self._state = state
 
     def __getitem__(self, name: str) -> Tensor:
-        """One tensor."""
+        """Read one tensor by its Hugging Face name."""
         return self._state[_PREFIX + name]
 
     def __iter__(self) -> Iterator[str]:

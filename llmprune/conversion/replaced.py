@@ -28,7 +28,7 @@ class Changed(Mapping[str, Tensor]):
         self._weights, self._others = weights, others
 
     def __getitem__(self, name: str) -> Tensor:
-        """One tensor."""
+        """Read or make one tensor by its name."""
         return self._others[name]() if name in self._others else self._weights[name]
 
     def __iter__(self) -> Iterator[str]:

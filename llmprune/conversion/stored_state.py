@@ -100,9 +100,9 @@ def safe_unpickling(path: Path) -> Iterator[None]:
         with torch.serialization.safe_globals(_SAFE_IN_WHOLE):
             yield
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} can't be gone on with ({first_line(error)}): use another checkpoint") from None
+        raise UserError(f"{path} can't be loaded to resume ({first_line(error)}): use another checkpoint") from None
     except CheckpointException as error:
-        raise UserError(f"{path} can't be gone on with ({_failure(error)}): use another checkpoint") from None
+        raise UserError(f"{path} can't be loaded to resume ({_failure(error)}): use another checkpoint") from None
     finally:
         if forced is None:
             del os.environ[_FORCE]

@@ -34,7 +34,7 @@ class Mean(nn.Module):
         self.settings = {"hidden": hidden}
 
     def forward(self, states: Tensor) -> Tensor:
-        """Add it."""
+        """Add what the network makes of the states, [batch, length, hidden]."""
         return states + self.bias.to(states.dtype)
 
 
@@ -48,7 +48,7 @@ class Linear(nn.Module):
         self.settings = {"hidden": hidden}
 
     def forward(self, states: Tensor) -> Tensor:
-        """Add it."""
+        """Add what the network makes of the states, [batch, length, hidden]."""
         return states + self.update(states.to(self.update.weight.dtype)).to(states.dtype)
 
 
@@ -64,7 +64,7 @@ class FFN(nn.Module):
         self.settings = {"hidden": hidden, "intermediate": intermediate, "eps": eps}
 
     def forward(self, states: Tensor) -> Tensor:
-        """Add it."""
+        """Add what the network makes of the states, [batch, length, hidden]."""
         x = self.norm(states.to(self.norm.weight.dtype))
         return states + self.down(F.relu(self.up(x))).to(states.dtype)
 
@@ -82,7 +82,7 @@ class SwiGLU(nn.Module):
         self.settings = {"hidden": hidden, "intermediate": intermediate, "eps": eps}
 
     def forward(self, states: Tensor) -> Tensor:
-        """Add it."""
+        """Add what the network makes of the states, [batch, length, hidden]."""
         x = self.norm(states.to(self.norm.weight.dtype))
         return states + self.down(F.silu(self.gate(x)) * self.up(x)).to(states.dtype)
 

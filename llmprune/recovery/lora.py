@@ -123,7 +123,7 @@ class AdaptedWeights(Mapping[str, Tensor]):
                 self._descriptions.setdefault(f"{module}weight", []).append(name)
 
     def __getitem__(self, name: str) -> Tensor:
-        """One tensor."""
+        """Read one matrix, with its adapter merged into it."""
         stored = self._names[name]
         base = self._stored[stored]
         if (description := self._descriptions.get(stored)) is not None:

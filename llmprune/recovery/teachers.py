@@ -49,7 +49,7 @@ def states_of(model: PreTrainedModel, batch: Batch, blocks: Iterable[int]) -> St
 
 
 class Teacher(Protocol):
-    """Knows better."""
+    """What a student learns from: it gives predictions and states."""
 
     def lesson(self, batch: Batch, chosen: Tensor) -> tuple[Divergence, dict[int, Tensor]]:
         """What it says of a batch.
@@ -144,5 +144,5 @@ class KeptPredictions:
         """See ``Teacher``."""
 
     def flops(self, batch: Batch) -> int:
-        """None."""
+        """No operations: the predictions are read."""
         return 0

@@ -1,4 +1,4 @@
-"""What is saved can be gone on with."""
+"""What is saved can be resumed from."""
 
 import shutil
 from pathlib import Path

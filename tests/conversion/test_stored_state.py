@@ -111,7 +111,7 @@ def test_a_part_that_can_not_be_loaded_is_told_in_one_line(sharded: Path) -> Non
         "loading", {0: (pickle.UnpicklingError("Weights only load failed\nand more"), [])}
     )  # type: ignore[dict-item]
     with (
-        pytest.raises(UserError, match=r"can't be gone on with \(Weights only load failed\)"),
+        pytest.raises(UserError, match=r"can't be loaded to resume \(Weights only load failed\)"),
         safe_unpickling(sharded),
     ):
         raise failure

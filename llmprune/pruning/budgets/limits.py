@@ -89,7 +89,7 @@ class Parameters:
         self.most = _amount(amount, "params", sizes.parameters(sizes.source))
 
     def cost(self, shape: Shape, blocks: Sequence[int]) -> float:
-        """Parameters."""
+        """How many parameters a shape has."""
         return self._sizes.parameters(shape)
 
 
@@ -103,7 +103,7 @@ class Memory:
         self.most = _amount(amount, "memory", self.cost(sizes.source, range(sizes.source.layers)))
 
     def cost(self, shape: Shape, blocks: Sequence[int]) -> float:
-        """Bytes."""
+        """How many bytes weights and cache of a shape take."""
         cache = self._sizes.cache_bytes(
             shape, blocks, batch=self._batch, context=self._context, itemsize=self._itemsize
         )

@@ -43,7 +43,7 @@ class Sums:
 
     @classmethod
     def empty(cls, hidden: int, device: torch.device) -> "Sums":
-        """Of nothing."""
+        """Sums over no tokens yet."""
         shapes: tuple[tuple[int, ...], ...] = ((), (hidden,), (hidden,), (hidden, hidden), (hidden, hidden), ())
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 

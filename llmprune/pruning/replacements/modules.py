@@ -133,7 +133,7 @@ class _Network(ReplacementModule):
         return self.net
 
     def make(self, site: Site, config: BlockReplacementConfig) -> nn.Module:
-        """The network."""
+        """Make the network for a site."""
         raise NotImplementedError
 
     def forward(self, states: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ from llmprune.models.placement import dtype_for_inference
 from llmprune.models.sharded import fill, mesh_of, shard
 from llmprune.models.stored_weights import StoredWeights
 from llmprune.recovery.correspondence import Correspondence
-from llmprune.recovery.distilling import Distilling
-from llmprune.recovery.settings import DistillationConfig
+from llmprune.recovery.distillation import DistillationConfig, Distilling
 from llmprune.recovery.teachers import KeptPredictions, ModelTeacher
 from llmprune.utils.errors import UserError
 

@@ -19,9 +19,8 @@ from yaml import YAMLError
 
 from llmprune.config.jobs import JOBS, Job
 from llmprune.config.schema import Config, ScoringConfig
-from llmprune.config.secrets import refuse_secrets
 from llmprune.config.sections import with_sections
-from llmprune.config.yaml_files import check_yaml, read_yaml
+from llmprune.config.yaml_files import check_yaml, read_yaml, refuse_secrets
 from llmprune.utils.errors import UserError, first_line, nearest
 from llmprune.utils.files import write_text
 from llmprune.utils.recorded_settings import as_typed, literal, remember

@@ -7,7 +7,7 @@ from llmprune.config.schema import Config
 from llmprune.config.sections import sections_of
 from llmprune.models.placement import ATTENTIONS, TRAINABLE
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
-from llmprune.recovery.settings import DistillationConfig
+from llmprune.recovery.distillation import DistillationConfig
 from llmprune.utils.errors import UserError, nearest
 
 LONGEST = 2**53  # of a duration, whatever its unit: floats count so far

@@ -18,11 +18,10 @@ from llmprune.data.prepared import PreparedData
 from llmprune.estimate.memory import memory_of, samples_of
 from llmprune.estimate.sizes import FLOAT, JobSizes, checkpoint_bytes, products_of, teacher_itemsize
 from llmprune.measurement.flops import macs
-from llmprune.models.fields import config_from_fields
-from llmprune.models.loading import load_model_config, load_tokenizer
+from llmprune.models.custom_code import with_richer_heads
+from llmprune.models.loading import config_from_fields, load_model_config, load_tokenizer
 from llmprune.models.placement import DTYPES
-from llmprune.models.richer import with_richer_heads
-from llmprune.recovery.settings import DistillationConfig
+from llmprune.recovery.distillation import DistillationConfig
 from llmprune.utils.errors import UserError
 
 

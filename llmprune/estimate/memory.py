@@ -14,8 +14,8 @@ from llmprune.models.families import family_of
 from llmprune.models.placement import DTYPES
 from llmprune.models.vocabulary import CHUNKS, LEAST
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
+from llmprune.recovery.distillation import DistillationConfig
 from llmprune.recovery.lora import LoRAConfig, add_adapters
-from llmprune.recovery.settings import DistillationConfig
 
 FRAGMENTATION = 0.06  # of all that is allocated: what the allocator can't use
 CONTEXT = {"cuda": 1.0e9, "cpu": 0.0}  # bytes of libraries and their buffers on the device

@@ -11,8 +11,8 @@ from llmprune.models.families import EMBEDDINGS, Role, family_of
 from llmprune.models.loading import load_model_config
 from llmprune.models.placement import DTYPES, dtype_for_inference
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
+from llmprune.recovery.distillation import DistillationConfig
 from llmprune.recovery.lora import LoRAConfig
-from llmprune.recovery.settings import DistillationConfig
 
 FLOAT = 4  # bytes
 MOMENTS = {"decoupled_adamw": 2, "adamw": 2, "decoupled_lion": 1}  # of every parameter that learns

@@ -26,7 +26,7 @@ from llmprune.pruning.budgets.losses import HarmfulCorrectionError
 from llmprune.pruning.planning import make_plan, rehearse
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.pruning.selection.methods import PlanConfig
-from llmprune.recovery.settings import DistillationConfig
+from llmprune.recovery.distillation import DistillationConfig
 from llmprune.utils.errors import UserError
 from llmprune.utils.processes import TERMINATION
 from llmprune.utils.ranks import init_distributed, on_rank_zero, share_cores

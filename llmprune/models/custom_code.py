@@ -1,13 +1,15 @@
-"""Configs of llmprune's own model types: those of Transformers with what they can't describe."""
+"""llmprune's own model types: configs of Transformers with what they can't describe, and the code that goes along."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from llmprune.models import modeling_llmprune
-from llmprune.models.families import OWN
+from llmprune.models.families import OWN, RicherHeadsConfig, attention_output, family_of, richer_heads_of
 from llmprune.models.modeling_llmprune import config_class, register
+from llmprune.utils.errors import UserError
 
 
 def own_config(plain: PretrainedConfig) -> PretrainedConfig:
@@ -34,3 +36,21 @@ def needs_code(config: PretrainedConfig) -> bool:
 def write_code(folder: Path) -> None:
     """Put the modelling file into a model's folder."""
     shutil.copy(modeling_llmprune.__file__, folder)
+
+
+def with_richer_heads(plain: PretrainedConfig, heads: RicherHeadsConfig) -> PretrainedConfig:
+    """The config of a model with richer heads, from that of the model without.
+
+    Raises:
+        UserError: it has them already.
+    """
+    if richer_heads_of(plain) is not None:
+        raise UserError("the heads of this model are richer already")
+    family = family_of(plain)
+    config = own_config(plain)
+    config.llmprune_richer_heads = {
+        "blocks": family.blocks,
+        "output": attention_output(family),
+        **asdict(heads),
+    }
+    return config

@@ -3,9 +3,11 @@
 import contextlib
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     GenerationConfig,
     PretrainedConfig,
@@ -16,12 +18,12 @@ from transformers.integrations.accelerate import init_empty_weights
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmprune.models.families import family_of
+from llmprune.models.families import by_model_type, family_of
 from llmprune.models.finite import first_not_finite
 from llmprune.models.quantised import refuse_plain_as_quantised, refuse_quantised
 from llmprune.models.source import has_replacement, read_config, resolve_model
 from llmprune.models.stored_weights import StoredWeights, parameter_names
-from llmprune.utils.errors import UserError, first_line
+from llmprune.utils.errors import UserError, first_line, nearest
 from llmprune.utils.files import read_json
 from llmprune.utils.untrusted import inspect, open_tokenizer
 
@@ -240,3 +242,30 @@ def count_parameters(config: PretrainedConfig) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(plain)
     return sum(p.numel() for p in model.parameters())
+
+
+def config_from_fields(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """A Hugging Face config from its fields; vocabulary and special tokens come from the tokenizer unless given.
+
+    Raises:
+        UserError: the model type is missing or unsupported, a field is unknown, or the values make no model.
+    """
+    values = dict(values)
+    model_type = values.pop("model_type", None)
+    family = by_model_type().get(str(model_type))
+    if family is None:
+        supported = ", ".join(sorted(by_model_type()))
+        raise UserError(f"model.config.model_type '{model_type}' is not supported; supported: {supported}")
+    known = {name for name in vars(CONFIG_MAPPING[model_type]()) if not name.startswith("_")} | {
+        *family.fields.values()
+    }
+    for name in values:
+        if name not in known:
+            raise UserError(f"model.config has the unknown field '{name}'; {nearest(name, known)}")
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    try:
+        config = CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **special, **values})
+        family.shape(config)
+    except (TypeError, ValueError, ZeroDivisionError, UserError) as error:
+        raise UserError(f"model.config makes no {model_type} model ({first_line(error)})") from None
+    return config

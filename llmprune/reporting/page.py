@@ -17,8 +17,14 @@ from llmprune.conversion.commands import last_evaluation
 from llmprune.data.sources import clean_name
 from llmprune.measurement.results import rows as speed_rows
 from llmprune.reporting.collect import Material, Model, ReportedRun, collect, short_names
-from llmprune.reporting.figures import Picture, fastest, pictures_of_quality, pictures_of_run, pictures_of_scores
-from llmprune.reporting.plan_picture import picture_of_plan
+from llmprune.reporting.figures import (
+    Picture,
+    fastest,
+    picture_of_plan,
+    pictures_of_quality,
+    pictures_of_run,
+    pictures_of_scores,
+)
 from llmprune.utils.files import write_text
 from llmprune.utils.outputs import output_folder, refuse_existing, refuse_replacing
 

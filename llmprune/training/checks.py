@@ -19,10 +19,9 @@ from llmprune.config.static_checks import check_config
 from llmprune.data.changes import WORKERS
 from llmprune.data.format import EVAL, TRAIN, DataManifest, tokenizer_fingerprint
 from llmprune.data.prepared import PreparedData
+from llmprune.models.custom_code import with_richer_heads
 from llmprune.models.families import family_of, richer_heads_of
-from llmprune.models.fields import config_from_fields
-from llmprune.models.loading import load_model_config, load_tokenizer
-from llmprune.models.richer import with_richer_heads
+from llmprune.models.loading import config_from_fields, load_model_config, load_tokenizer
 from llmprune.models.source import longest_input
 from llmprune.training.section import Inputs, Section
 from llmprune.utils.checksums import VERIFICATION

@@ -25,8 +25,7 @@ from llmprune.callbacks.registry import added_callbacks
 from llmprune.callbacks.save_guard import SaveGuard
 from llmprune.callbacks.watchdog import Watchdog
 from llmprune.checkpoints.checkpoint_folder import CheckpointFolder
-from llmprune.checkpoints.run_folder import RANDOM, Manifest, RunFolder, git_commit, versions
-from llmprune.checkpoints.run_store import check_unused, fetch_run
+from llmprune.checkpoints.run_folder import RANDOM, Manifest, RunFolder, check_unused, fetch_run, git_commit, versions
 from llmprune.config.job_files import save_config
 from llmprune.config.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.config.schema import Config

@@ -16,7 +16,7 @@ def distillation_step(runs: int) -> Ratio:
 
     from llmprune.models.causal_lm import ComposerCausalLM
     from llmprune.models.loading import new_model
-    from llmprune.recovery.distilling import Distilling
+    from llmprune.recovery.distillation import Distilling
     from llmprune.recovery.teachers import ModelTeacher
 
     config = LlamaConfig(

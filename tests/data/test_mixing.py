@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmprune.data.mixing import PPM, Mixer, domain_weights, integer_weights
-from llmprune.data.partitions import Partitions
+from llmprune.data.sampler_state import Partitions
 
 weights = st.lists(st.just(0.0) | st.floats(1e-4, 1), min_size=1, max_size=9).filter(any)
 

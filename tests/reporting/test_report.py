@@ -20,8 +20,8 @@ from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.reporting.collect import collect
+from llmprune.reporting.figures import picture_of_plan
 from llmprune.reporting.page import write_report
-from llmprune.reporting.plan_picture import picture_of_plan
 from llmprune.utils.errors import UserError
 from tests.harness.browser import chromium
 

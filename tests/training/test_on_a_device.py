@@ -39,8 +39,8 @@ from llmprune.pruning.scoring.scorer import Scorer
 from llmprune.pruning.selection.correction import corrected
 from llmprune.pruning.selection.methods import ScoredModel
 from llmprune.recovery.correspondence import corresponding
+from llmprune.recovery.distillation import DistillationConfig
 from llmprune.recovery.lora import LoRAConfig
-from llmprune.recovery.settings import DistillationConfig
 from llmprune.recovery.trainable import TrainableConfig
 from llmprune.training.replacement import most_alike
 from llmprune.utils.processes import TERMINATION

@@ -36,7 +36,7 @@ class ScoringJob:
     Attributes:
         config: the model's.
         device: where to keep sums.
-        row_reduction: see ``llmprune.pruning.scoring.reductions``.
+        row_reduction: see ``llmprune.pruning.scoring.weights``.
         matrix_reduction: see there.
         sequence_aggregation: of activations, over the tokens of a sample: mean or l2 (root mean square).
         batch_aggregation: of them, over samples.

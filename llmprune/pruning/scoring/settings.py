@@ -9,8 +9,8 @@ from llmprune.data.calibration import CalibrationConfig
 from llmprune.models.families import family_of
 from llmprune.pruning.scoring.criteria import CRITERIA
 from llmprune.pruning.scoring.criterion import ScoringJob
-from llmprune.pruning.scoring.reductions import REDUCTIONS
 from llmprune.pruning.scoring.units import AGGREGATIONS
+from llmprune.pruning.scoring.weights import REDUCTIONS
 from llmprune.utils.errors import UserError, nearest
 
 

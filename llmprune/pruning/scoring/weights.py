@@ -3,13 +3,13 @@
 They look at a block's matrices and the weights of its norms; biases are left out, as in the papers.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from llmprune.pruning.scoring.criterion import CRITERIA, Criterion, ScoringJob
-from llmprune.pruning.scoring.reductions import reduce_block
 
 
 def row_sums(weight: Tensor) -> Tensor:
@@ -93,3 +93,26 @@ class TaylorSigned(Criterion):
             reduce_block([row_sums(p[name].abs()) for name in sorted(p)], job.row_reduction, job.matrix_reduction)
             for p in self._products
         ]
+
+
+# From logarithms to the logarithm of what the name says.
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda logs: logs.logsumexp(0),
+    "mean": lambda logs: logs.logsumexp(0) - math.log(len(logs)),
+    "max": lambda logs: logs.amax(0),
+    "prod": lambda logs: logs.sum(0),
+}
+_SMALLEST = 1e-300
+
+
+def reduce_block(rows: Sequence[Tensor], row_reduction: str, matrix_reduction: str) -> float:
+    """The score of a block.
+
+    Args:
+        rows: of every matrix, the sums along its rows (not negative), [rows].
+        row_reduction: over the rows of a matrix: sum, mean, max or prod.
+        matrix_reduction: over the block's matrices.
+    """
+    matrices = [REDUCTIONS[row_reduction](sums.double().clamp(min=_SMALLEST).log()) for sums in rows]
+    value = REDUCTIONS[matrix_reduction](torch.stack(matrices)).item()
+    return value if "prod" in (row_reduction, matrix_reduction) else math.exp(value)

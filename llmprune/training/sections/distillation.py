@@ -16,7 +16,7 @@ from llmprune.plans.plan import Plan
 from llmprune.pruning.gates.settings import L0PruningConfig
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.recovery.correspondence import Correspondence, corresponding
-from llmprune.recovery.settings import DistillationConfig
+from llmprune.recovery.distillation import DistillationConfig
 from llmprune.training.section import Build, Inputs, Section
 from llmprune.utils.errors import UserError
 

@@ -18,7 +18,7 @@ from llmprune.pruning.replacements.cache import StatesCache
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.pruning.replacements.span import Span
 from llmprune.recovery.correspondence import corresponding
-from llmprune.recovery.distilling import Distilling
+from llmprune.recovery.distillation import Distilling
 from llmprune.recovery.teachers import ModelTeacher
 from tests.conftest import random_model, tiny_config
 from tests.harness.flash import flashed

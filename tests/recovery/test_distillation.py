@@ -11,8 +11,7 @@ from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.families import family_of
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.recovery.correspondence import Correspondence, corresponding
-from llmprune.recovery.distilling import Distilling
-from llmprune.recovery.settings import DistillationConfig
+from llmprune.recovery.distillation import DistillationConfig, Distilling
 from llmprune.recovery.teachers import ModelTeacher
 from llmprune.utils.errors import UserError
 from tests.conftest import random_model

@@ -18,9 +18,10 @@ BEGIN = """# Python
 ```
 
 `import llmprune` imports nothing else: every function below loads what it needs when it is called, and does what the
-command of the same name does. A mistake raises `llmprune.UserError`, whose text says what to do. The types in the
-signatures are `llmprune.Scores`, `llmprune.Plan`, `llmprune.Difference` and `llmprune.BudgetConfig`;
-`llmprune.load_job` reads a YAML.
+command of the same name does. A mistake raises `llmprune.UserError`, whose text says what to do. In the
+signatures `Place` is a path or a hub name (`str | Path`); `Scores`, `Plan`, `Difference` and `BudgetConfig` are
+`llmprune.Scores` and so on, `Config` is what `llmprune.load_job` makes of a YAML, `Callback` and `Trainer` are
+Composer's. The settings of `plan` are listed by `llmprune plan --help`.
 
 This page is written by `python scripts/api_page.py`. Its examples are run by a test, one after the other, in a folder
 with a model of six blocks, `base`, and some text, `text`.

@@ -15,8 +15,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.ratios import peak_of
-
 if TYPE_CHECKING:
     from composer.core import State
     from composer.loggers import Logger
@@ -70,6 +68,7 @@ def run_all(out: Path, setting: str, what: str) -> None:
     """Do every job in this rank, and write what was seen: its speed and losses, or its memory."""
     import gc
 
+    from benchmarks.ratios import peak_of  # of scripts/, which the command that starts the ranks puts on the path
     from composer import Callback
     from composer.utils import dist
 

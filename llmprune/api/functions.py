@@ -55,7 +55,8 @@ def score(
         offload: hold one block at a time, read from the files.
 
     Returns:
-        The scores, higher = keep; ``scores.save("scores.json")`` writes them.
+        The scores: of blocks and units higher = keep, of spans higher = more alike at both ends.
+        ``scores.save("scores.json")`` writes them.
 
     Raises:
         UserError: the model or the text can't be read, or a criterion is impossible here.
@@ -102,7 +103,7 @@ def plan(
         The plan; ``plan.save("plan.json")`` writes it.
 
     Raises:
-        UserError: the request is impossible, or the plan is ruined by its calibration loss.
+        UserError: the request is impossible, or the calibration loss of what is left is too high.
     """
     from llmprune.pruning.planning import choose_plan, make_plan
     from llmprune.pruning.scoring.scores import Scores
@@ -160,13 +161,14 @@ def train(job: "Config | Place", overrides: Sequence[str] = (), *, callbacks: "S
     Raises:
         UserError: something in the YAML does not fit; nothing is written then.
     """
-    from llmprune.config.job_files import load_training_job
-    from llmprune.config.schema import Config
+    from llmprune.config.job_files import load_training_job, training_job
     from llmprune.jobs.train import train as run
 
-    if isinstance(job, Config) and overrides:
+    if isinstance(job, str | Path):
+        return run(load_training_job(job, overrides), callbacks)
+    if overrides:
         raise UserError("overrides are of a YAML: change the config itself")
-    return run(job if isinstance(job, Config) else load_training_job(job, overrides), callbacks)
+    return run(training_job(job), callbacks)
 
 
 def convert(checkpoint: Place, out: Place, *, dtype: str | None = None, overwrite: bool = False) -> Path:
@@ -242,7 +244,7 @@ def evaluate(
         models: Hugging Face folders or hub names.
         perplexity: text, Markdown, JSON lines or prepared data to measure perplexity on.
         segment: tokens of a segment of it.
-        bos: where a BOS stands: ``none``, ``once``, ``each``, or several of them.
+        bos: where a BOS token is put: ``none``, ``once``, ``each``, or several of them.
         tasks: tasks of lm-eval, or suites.
         num_fewshot: examples in the prompt; None = the tasks' own.
         limit: questions of each task, or a share below 1; None = all.

@@ -1,1 +1,1 @@
-"""The product's verbs: Composer callbacks, one to a file."""
+"""Composer callbacks: what can happen during training, one to a file; and the logger of metrics.jsonl."""

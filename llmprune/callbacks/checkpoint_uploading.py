@@ -56,7 +56,7 @@ class CheckpointUploading(Callback):
         self._folder, self._keep, self._store = folder, keep, store
         self._checkpoints, self._rank = CheckpointFolder(folder / "checkpoints"), dist.get_global_rank()
         self._writers, self._resumed = writers, resumed
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="safekeeping")
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-uploading")
         self._pending: deque[Future[None]] = deque()
         self._noticed: int | None = None
         self._missing: UserError | None = None  # why the newest checkpoint is not in the store

@@ -11,7 +11,7 @@ from composer.utils import dist
 
 from llmprune.data.dataset import MixedDataset
 from llmprune.data.mixing import integer_weights
-from llmprune.data.updates import NEEDS_LOSSES, DynamicLoadingConfig, Measured, drawable, new_weights
+from llmprune.data.weight_updates import NEEDS_LOSSES, DynamicLoadingConfig, Measured, drawable, new_weights
 
 log = logging.getLogger(__name__)
 

@@ -40,8 +40,8 @@ def batch_of(checkpoint: Path) -> int:
 def record_name(batch: int, rank: int) -> str:
     """The file with the checksums of a rank's part of a checkpoint.
 
-    It holds {"schema": 1, "ranks": how many have a part, "files": see ``checksums.describe``}, names being relative to
-    the folder of checkpoints.
+    It holds {"schema": 1, "ranks": how many have a part, "files": see ``checksums.describe_file``}; names are relative
+    to the folder of checkpoints.
     """
     return f"ba{batch}.sums-{rank}.json"
 

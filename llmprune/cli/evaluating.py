@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from llmprune.cli.options import Json, app, command_line, names_in
-from llmprune.evaluation.evaluate import results_table
 from llmprune.utils.errors import UserError
 
 Models = Annotated[list[str], typer.Argument(metavar="MODEL…", help="Hugging Face folders or hub names.")]
@@ -68,7 +67,7 @@ def evaluate(
     from pathlib import Path
 
     from llmprune.evaluation.continuations import GenerationConfig, continuation_scores, read_continuations
-    from llmprune.evaluation.evaluate import EvaluationConfig
+    from llmprune.evaluation.evaluate import EvaluationConfig, results_table
     from llmprune.evaluation.evaluate import evaluate as evaluate_models
     from llmprune.evaluation.perplexity import PerplexityConfig
     from llmprune.evaluation.tasks import TasksConfig

@@ -7,7 +7,6 @@ import typer
 
 from llmprune.cli.evaluating import Adapter, Attention, Device, DeviceMap, DTypeToRun, Models
 from llmprune.cli.options import DType, Json, Out, Overwrite, app, command_line, numbers_in
-from llmprune.measurement.results import speed_table
 
 
 @app.command()
@@ -36,7 +35,7 @@ def measure(
 
     from llmprune.measurement.measure import MeasureConfig
     from llmprune.measurement.measure import measure as measure_models
-    from llmprune.measurement.results import files_beside, save
+    from llmprune.measurement.results import files_beside, save, speed_table
     from llmprune.models.placement import Placement
     from llmprune.utils.outputs import check_output
 

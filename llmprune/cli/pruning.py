@@ -11,7 +11,7 @@ from llmprune.utils.errors import UserError
 
 def _list_criteria(wanted: bool) -> None:
     if wanted:
-        from llmprune.pruning.scoring.criteria import CRITERIA
+        from llmprune.pruning.scoring.all_criteria import CRITERIA
 
         _describe(CRITERIA.describe())
 

@@ -40,7 +40,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Config | Scorin
         UserError: the file can't be read, a key is unknown, a value has the wrong type or is missing.
     """
     sections = _read(Path(path))
-    named = [text.removeprefix("job=") for text in overrides if text.startswith("job=")]
+    named = [_given(text, "job", text)["job"] for text in overrides if text.partition("=")[0].strip() == "job"]
     job = JOBS[str([sections.get("job", "train"), *named][-1])]
     for name in JOBS:
         own = {key.name for key in dataclasses.fields(JOBS[name].schema)}
@@ -58,9 +58,17 @@ def load_training_job(path: str | Path, overrides: Sequence[str] = ()) -> Config
     Raises:
         UserError: see ``load_job``; or it is a job of another kind.
     """
-    config = load_job(path, overrides)
-    if not isinstance(config, Config):
-        raise UserError(f"{path} is a job that does not train (job: {config.job})")
+    return training_job(load_job(path, overrides), path)
+
+
+def training_job(config: Config | ScoringConfig, path: str | Path = "the config") -> Config:
+    """The config of a job, if all it does is to train.
+
+    Raises:
+        UserError: it is a job of another kind.
+    """
+    if not isinstance(config, Config) or JOBS[config.job].schema is not Config:
+        raise UserError(f"{path} is another kind of job ({config.job}): run it with `composer train.py`")
     return config
 
 

@@ -194,7 +194,8 @@ class LoggersConfig:
 class Config:
     """A job that trains.
 
-    Every section (``l0_pruning`` prunes, ``block_replacement`` replaces blocks, …) adds a field; see ``sections.py``.
+    Every section (``l0_pruning`` prunes, ``block_replacement`` replaces blocks, …) adds a field; see
+    ``llmprune/config/sections.py``.
 
     Attributes:
         job: what the job is: train, prune (which has ``l0_pruning``) or replace (which has ``block_replacement``).

@@ -19,24 +19,33 @@ OWN = (  # in the order in which they are checked, and their callbacks called
 SECTIONS: Registry[Any] = Registry("sections", "section")
 
 
-@cache
 def all_sections() -> dict[str, Any]:
     """Every section's class by its name, llmprune's own first."""
     for name in OWN:
         importlib.import_module(f"llmprune.training.sections.{name}")
-    return {name: SECTIONS[name] for name in dict.fromkeys([*OWN, *list(SECTIONS)])}
+    return _all_sections(SECTIONS.changes)
 
 
 @cache
+def _all_sections(changes: int) -> dict[str, Any]:
+    return {name: SECTIONS[name] for name in dict.fromkeys([*OWN, *list(SECTIONS)])}
+
+
 def with_sections(schema: type[C]) -> type[C]:
-    """A job's schema with a field for every section, ``None`` unless the YAML has it.
+    """A job's schema with a field for every section, ``None`` unless the YAML has it; the same class each time.
 
     >>> from llmprune.config.schema import Config
     >>> with_sections(Config)().lora is None
     True
     """
     kinds = {name: section.settings for name, section in all_sections().items()}
-    fields = [(name, kind | None, dataclasses.field(default=None)) for name, kind in kinds.items()]
+    made: type[C] = _with(schema, tuple(kinds.items()))  # type: ignore[arg-type] # a class is hashable
+    return made
+
+
+@cache
+def _with(schema: type[C], kinds: tuple[tuple[str, Any], ...]) -> type[C]:
+    fields = [(name, kind | None, dataclasses.field(default=None)) for name, kind in kinds]
     made = dataclasses.make_dataclass(schema.__name__, fields, bases=(schema,))
     made.__doc__, made.__module__ = schema.__doc__, schema.__module__
     return made

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from llmprune.conversion.model_card import model_card
 from llmprune.models.companions import copy_companions, save_model_config
-from llmprune.models.custom_code import needs_code, write_code
 from llmprune.models.families import family_of
 from llmprune.models.finite import is_finite
+from llmprune.models.own_model_types import needs_code, write_code
 from llmprune.models.stored_weights import parameter_names
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.plans.surgery import Surgery

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 
 from llmprune.data.calibration import CalibrationConfig, calibration_samples
 from llmprune.models.companions import GENERATION, copy_companions
-from llmprune.models.custom_code import needs_code
 from llmprune.models.loading import load_any_model, load_tokenizer
+from llmprune.models.own_model_types import needs_code
 from llmprune.models.source import longest_input, read_config, resolve_model
 from llmprune.utils.checksums import record
 from llmprune.utils.errors import UserError

@@ -1,1 +1,1 @@
-"""Prepared data: its format, its order, and the streams that training reads."""
+"""Records of text, calibration samples, and prepared data: format, order, the streams that training reads."""

@@ -18,8 +18,8 @@ from llmprune.data.prepared import PreparedData
 from llmprune.estimate.memory import memory_of, samples_of
 from llmprune.estimate.sizes import FLOAT, JobSizes, checkpoint_bytes, products_of, teacher_itemsize
 from llmprune.measurement.flops import macs
-from llmprune.models.custom_code import with_richer_heads
 from llmprune.models.loading import config_from_fields, load_model_config, load_tokenizer
+from llmprune.models.own_model_types import with_richer_heads
 from llmprune.models.placement import DTYPES
 from llmprune.recovery.distillation import DistillationConfig
 from llmprune.utils.errors import UserError

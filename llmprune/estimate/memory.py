@@ -9,7 +9,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.config.schema import Config
 from llmprune.estimate.activations import Kept, kept_by
-from llmprune.estimate.sizes import FLOAT, MOMENTS, JobSizes, adds, autocast_of, held_by, products_of, teacher_itemsize
+from llmprune.estimate.sizes import (
+    FLOAT,
+    MOMENTS,
+    MOST_MOMENTS,
+    JobSizes,
+    adds,
+    autocast_of,
+    held_by,
+    products_of,
+    teacher_itemsize,
+)
 from llmprune.models.families import family_of
 from llmprune.models.placement import DTYPES
 from llmprune.models.vocabulary import CHUNKS, LEAST
@@ -40,7 +50,7 @@ def memory_of(
     dtype, autocast = DTYPES[config.model.dtype], autocast_of(config)
     held = held_by(config)
     shards = 1 if config.sharding is None else ranks // config.sharding.replicas
-    moments = MOMENTS[config.optimizer.name]
+    moments = MOMENTS.get(config.optimizer.name, MOST_MOMENTS)
     weights = sizes.parameters * dtype.itemsize / shards
     lora, distillation = config.section(LoRAConfig), config.section(DistillationConfig)
     if lora is not None and lora.quantize is not None:

@@ -16,6 +16,7 @@ from llmprune.recovery.lora import LoRAConfig
 
 FLOAT = 4  # bytes
 MOMENTS = {"decoupled_adamw": 2, "adamw": 2, "decoupled_lion": 1}  # of every parameter that learns
+MOST_MOMENTS = 2  # of an optimiser that another package brings
 
 
 @dataclass(frozen=True)
@@ -151,5 +152,7 @@ def teacher_itemsize(config: Config, device: str) -> int:
 def checkpoint_bytes(config: Config, sizes: JobSizes) -> float:
     """Bytes of a checkpoint: weights and moments."""
     learning = sizes.trained * held_by(config)
-    found = sizes.parameters * DTYPES[config.model.dtype].itemsize + learning * MOMENTS[config.optimizer.name]
+    found = sizes.parameters * DTYPES[config.model.dtype].itemsize + learning * MOMENTS.get(
+        config.optimizer.name, MOST_MOMENTS
+    )
     return found + learning if adds(config) else found

@@ -1,1 +1,1 @@
-"""How good a model is, and whether two are the same."""
+"""How good a model is: losses, perplexity, tasks, continuations, stability."""

@@ -1,1 +1,1 @@
-"""What can be run from a YAML, one file for each job."""
+"""What can be run from a YAML (the table is in ``llmprune/config/jobs.py``), and what such jobs share."""

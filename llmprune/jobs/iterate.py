@@ -2,9 +2,9 @@
 
 The folder::
 
-round-1/scores.json plan.json pruned/ recover/ recovered/   what the round did
-round-2/…
-model/                                                      the last round's result
+    round-1/scores.json plan.json pruned/ recover/ recovered/   what the round did
+    round-2/…
+    model/                                                      the last round's result
 """
 
 from collections.abc import Sequence

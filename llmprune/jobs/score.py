@@ -120,7 +120,7 @@ def _samples(
     tokenizer: str, model_config: PretrainedConfig, config: LayerScoringConfig, names: list[str]
 ) -> Tensor | None:
     """The calibration samples; None if no criterion reads any."""
-    from llmprune.pruning.scoring.criteria import CRITERIA
+    from llmprune.pruning.scoring.all_criteria import CRITERIA
 
     if all(CRITERIA[name].reads in (None, "weights") for name in names):
         return None

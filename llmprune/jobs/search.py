@@ -49,7 +49,7 @@ from llmprune.pruning.planning import (
     open_scored,
     rehearse,
 )
-from llmprune.pruning.scoring.criteria import CRITERIA
+from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.criterion import ScoreSection
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.scoring.settings import LayerScoringConfig

@@ -14,7 +14,7 @@ from llmprune.checkpoints.checkpoint_folder import CheckpointFolder
 from llmprune.checkpoints.metrics import read_metrics
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.schema import Config
-from llmprune.data.updates import DynamicLoadingConfig
+from llmprune.data.weight_updates import DynamicLoadingConfig
 from llmprune.reporting.collect import ReportedRun
 from llmprune.reporting.figures import draw_domain_weights
 from llmprune.training.checks import trains

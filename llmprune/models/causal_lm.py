@@ -178,7 +178,7 @@ class PerplexityMetric(MeanLoss):
     """exp of the mean next-token loss."""
 
     def compute(self) -> Tensor:
-        """PerplexityMetric per token."""
+        """Perplexity per token."""
         return super().compute().exp()
 
 

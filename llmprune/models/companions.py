@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
-from llmprune.models.custom_code import needs_code
+from llmprune.models.own_model_types import needs_code
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json, write_json
 

@@ -10,10 +10,10 @@ from llmprune.models.vocabulary import Measure
 
 IGNORED = -100  # what PyTorch's losses pass over
 OBJECTIVES = {
-    "mse": "mean squared error of the span's output",
-    "cosine": "1 − cosine to the span's output",
-    "lm": "next-token loss of the shortened model",
-    "kl": "forward KL divergence from the source model's predictions",
+    "mse": "mean squared error of hidden states",
+    "cosine": "1 − cosine of hidden states",
+    "lm": "next-token loss of the model that learns",
+    "kl": "forward KL divergence from the teacher's (or source's) predictions",
 }
 HIDDEN_OBJECTIVES = ("mse", "cosine")
 

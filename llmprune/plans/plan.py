@@ -31,6 +31,11 @@ def tensors_beside(path: Path) -> Path:
     return path.with_suffix(".safetensors")
 
 
+_KEYS = {  # of a plan file: what is not understood could change what is cut
+    "schema", "family", "model", "source", "hidden", "blocks", "factors", "replacement", "richer_heads",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class KeptBlock:
     """One block of the cut model, and its units that stay (numbers in the source; None = all).
@@ -259,6 +264,8 @@ class Plan:
         try:
             if values["schema"] != 1:
                 raise UserError(f"{path} has schema {values['schema']}; this version reads 1")
+            if unknown := sorted({*values} - _KEYS):
+                raise UserError(f"{path} has the key '{unknown[0]}', which plans of this version do not have")
             blocks = tuple(
                 KeptBlock(
                     block["attention"],

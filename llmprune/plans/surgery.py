@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from llmprune.models.custom_code import with_richer_heads
 from llmprune.models.families import OUTPUTS, Axis, Family, Parameter, Role, family_of, module_name
+from llmprune.models.own_model_types import with_richer_heads
 from llmprune.plans.plan import Plan
 from llmprune.utils.errors import UserError
 

@@ -21,7 +21,7 @@ from llmprune.pruning.budgets.limits import BudgetConfig, Limit, costs_of, limit
 from llmprune.pruning.budgets.losses import PlanLosses
 from llmprune.pruning.budgets.sizes import ShapeSizes
 from llmprune.pruning.budgets.trial import Trial
-from llmprune.pruning.scoring.criteria import CRITERIA
+from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.criterion import ScoreSection
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.selection import iterative as repeated

@@ -1,1 +1,1 @@
-"""One page that shows what was done and how well it went."""
+"""The page that shows what was done and how well it went, and the page to try models on."""

@@ -10,6 +10,7 @@ from composer.core import Time
 from composer.utils import dist, get_device
 from transformers import PretrainedConfig
 
+from llmprune.callbacks.registry import CALLBACKS
 from llmprune.checkpoints.run_folder import Manifest, RunFolder
 from llmprune.config.job_files import load_recorded
 from llmprune.config.schema import Config
@@ -19,10 +20,11 @@ from llmprune.config.static_checks import check_config
 from llmprune.data.changes import WORKERS
 from llmprune.data.format import EVAL, TRAIN, DataManifest, tokenizer_fingerprint
 from llmprune.data.prepared import PreparedData
-from llmprune.models.custom_code import with_richer_heads
 from llmprune.models.families import family_of, richer_heads_of
 from llmprune.models.loading import config_from_fields, load_model_config, load_tokenizer
+from llmprune.models.own_model_types import with_richer_heads
 from llmprune.models.source import longest_input
+from llmprune.training.loggers import LOGGERS
 from llmprune.training.section import Inputs, Section
 from llmprune.utils.checksums import VERIFICATION
 from llmprune.utils.errors import UserError
@@ -129,7 +131,7 @@ def check_same_run(run: RunFolder, manifest: Manifest, config: Config, model_con
     """Check that a run's checkpoints can go on under ``config``.
 
     Raises:
-        UserError: the model, the target, the data, their order, the seed or the batch size is another one.
+        UserError: the model, the data, their order, the seed, the batch size, or a ``fixed`` key of a section differs.
     """
     saved, before = Manifest.load(run.checkpoints), load_recorded(run.config)
     if not isinstance(before, Config):
@@ -168,9 +170,15 @@ def _check_packages(config: Config) -> None:
     for wanted, package, extra in (
         (config.model.attention == "flash_attention_2", "flash_attn", "gpu"),
         (config.loggers.wandb is not None, "wandb", "wandb"),
+        ("mlflow" in config.loggers.others, "mlflow", None),
     ):
         if wanted and importlib.util.find_spec(package) is None:
-            raise UserError(f"the package {package} is not installed: pip install -e '.[{extra}]'")
+            how = package if extra is None else f"-e '.[{extra}]'"
+            raise UserError(f"the package {package} is not installed: pip install {how}")
+    for name, arguments in config.callbacks.items():
+        CALLBACKS.check(name, arguments)
+    for name, arguments in config.loggers.others.items():
+        LOGGERS.check(name, arguments)
 
 
 def _check_numbers(config: Config) -> None:

@@ -12,7 +12,7 @@ from llmprune.config.schema import Config
 from llmprune.data.dataset import EvalDataset, MixedDataset
 from llmprune.data.format import EVAL
 from llmprune.data.prepared import PreparedData
-from llmprune.data.updates import DynamicLoadingConfig, first_weights
+from llmprune.data.weight_updates import DynamicLoadingConfig, first_weights
 from llmprune.models.causal_lm import Batch
 from llmprune.utils.processes import outlast_one_termination
 

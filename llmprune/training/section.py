@@ -68,16 +68,16 @@ class Build:
 class Section(Generic[S]):
     """A section of a job that trains; what a subclass leaves out has no effect.
 
-    One object lives as long as its job: what ``check`` finds out, ``callbacks`` may use. The order of the calls is that
-    of the methods below.
+    One object lives as long as its job: what ``check`` finds out, ``callbacks`` may use.
 
     Attributes:
         name: the section's key in the YAML.
         settings: the dataclass of its keys; the first line of its docstring describes the section.
         fixed: keys that a resumed run must not change.
-        decides: other keys of the job, such as ``train.eval_interval``, that decide what comes out of one with this
-            section.
-        places: keys that name files or folders: the manifest keeps them as they were typed.
+        decides: keys of other sections, such as ``train.eval_interval``, that change the result when this section is
+            used.
+        places: keys whose texts the manifest keeps as they were typed, since they may come from the environment: those
+            that name files; None = all.
         prunes: whether the job makes the model smaller.
         chooses_weights: whether it says which of the model's weights train.
         no_auto_microbatch: when ``train.microbatch_size=auto`` can't be used with it, in words.
@@ -87,7 +87,7 @@ class Section(Generic[S]):
     settings: ClassVar[type[Any]]
     fixed: ClassVar[tuple[str, ...]] = ()
     decides: ClassVar[tuple[str, ...]] = ()
-    places: ClassVar[tuple[str, ...]] = ()
+    places: ClassVar[tuple[str, ...] | None] = None
     prunes: ClassVar[bool] = False
     chooses_weights: ClassVar[bool] = False
     no_auto_microbatch: ClassVar[str | None] = None
@@ -138,10 +138,16 @@ class Section(Generic[S]):
         """Whether the job trains anything with this section."""
         return True
 
-    def recorded(self) -> dict[str, Any]:
-        """What the manifest of the run's checkpoints keeps of the settings; ``convert`` reads it."""
+    def recorded(self) -> dict[str, Any] | None:
+        """What the manifest of the run's checkpoints keeps of the settings; ``convert`` reads it. None = nothing.
+
+        Nothing is kept of a section without ``fixed`` keys.
+        """
+        if not self.fixed:
+            return None
         values = asdict(self.own)  # type: ignore[call-overload]
-        return {k: as_typed(v, f"{self.name}.{k}") if k in self.places else v for k, v in values.items()}
+        typed = values if self.places is None else self.places
+        return {k: as_typed(v, f"{self.name}.{k}") if k in typed else v for k, v in values.items()}
 
     def begin(self, build: Build) -> None:
         """Prepare what can be prepared before the model is loaded."""
@@ -167,7 +173,7 @@ class Section(Generic[S]):
 
     @classmethod
     def learning(cls, own: S, model: PreTrainedModel, before: Learning) -> Learning:
-        """What learns, for ``llmprune estimate``.
+        """What learns: for ``llmprune estimate``, and for the look at the memory before a run begins.
 
         Args:
             own: the section's settings.

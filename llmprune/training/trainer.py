@@ -12,6 +12,7 @@ from composer.algorithms import GradientClipping
 from composer.callbacks import LRMonitor, SpeedMonitor
 from composer.core import Algorithm, DataSpec, Time, TimeUnit
 from composer.utils import dist, get_device
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -32,7 +33,7 @@ from llmprune.config.schema import Config
 from llmprune.config.sharding import AverageGradients, parallelism
 from llmprune.conversion.stored_state import safe_unpickling
 from llmprune.data.dataset import EvalDataset
-from llmprune.data.updates import DynamicLoadingConfig
+from llmprune.data.weight_updates import DynamicLoadingConfig
 from llmprune.estimate.job import check_fits
 from llmprune.models.batch_halving import Halving
 from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
@@ -54,7 +55,7 @@ from llmprune.utils.recorded_settings import as_typed
 
 
 def prepare_job(config: Config) -> Inputs:
-    """Check the config and let the ranks meet.
+    """Check the config and connect the ranks.
 
     Raises:
         UserError: see ``check``.
@@ -97,8 +98,10 @@ def build_trainer(config: Config, inputs: Inputs | None = None, callbacks: Seque
     own = _own_callbacks(build, store, replaced=instead is not None)
     for section in inputs.sections:
         own += section.callbacks(build)
-    on_rank_zero(lambda: _write_run(build, _manifest(config, inputs)))
-    return _compose(build, wrapped, train, evaluation, [*own, *added_callbacks(config.callbacks), *callbacks])
+    own += [*added_callbacks(config.callbacks), *callbacks]
+    optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
+    on_rank_zero(lambda: _write_run(build, _manifest(config, inputs)))  # from here on nothing of the YAML is refused
+    return _compose(build, wrapped, optimizer, train, evaluation, own)
 
 
 def _begin(config: Config, inputs: Inputs) -> tuple[Build, Store | None]:
@@ -125,6 +128,7 @@ def _own_autocast(config: Config) -> bool:
 def _compose(
     build: Build,
     model: ComposerCausalLM,
+    optimizer: Optimizer,
     train: DataLoader[Any],
     evaluation: EvalDataset | None,
     callbacks: list[Callback],
@@ -150,7 +154,7 @@ def _compose(
             eval_dataloader=None if evaluation is None else eval_loader(evaluation, eval_batch),
             max_duration=config.train.duration if trains(inputs) else "1ba",
             eval_interval=interval(config.train.eval_interval, config.train.duration),
-            optimizers=OPTIMIZERS[config.optimizer.name](model.parameters(), config.optimizer),
+            optimizers=optimizer,
             schedulers=SCHEDULERS[config.scheduler.name](config.scheduler),
             step_schedulers_every_batch=True,
             algorithms=algorithms,
@@ -243,7 +247,7 @@ def _manifest(config: Config, inputs: Inputs) -> Manifest:
         seed=config.run.seed,
         versions=versions(),
         git_commit=git_commit(),
-        sections={section.name: section.recorded() for section in inputs.sections},
+        sections={s.name: kept for s in inputs.sections if (kept := s.recorded()) is not None},
     )
 
 

@@ -1,1 +1,1 @@
-"""What every package stands on: errors, files, locks, processes, ranks, plug-ins, places outside this machine."""
+"""What every package uses: errors, files, locks, processes, ranks, plug-ins, object stores."""

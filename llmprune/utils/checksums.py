@@ -58,7 +58,7 @@ def record(folder: Path) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A record of files: ``files`` maps names to what ``describe`` gives; there may be more.
+    """A record of files: ``files`` maps names to what ``describe_file`` gives; there may be more.
 
     Raises:
         UserError: it is missing, damaged, or names a file that lies outside its folder.

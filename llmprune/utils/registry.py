@@ -35,6 +35,7 @@ class Registry(Mapping[str, T]):
             word: what one choice is called in messages.
         """
         self._word = word
+        self.changes = 0  # how often a choice was registered: what follows from all choices is kept until the next
         self._entries = catalogue.create("llmprune", kind, entry_points=True)
 
     def register(self, name: str) -> Callable[[C], C]:
@@ -42,6 +43,7 @@ class Registry(Mapping[str, T]):
 
         def decorate(choice: C) -> C:
             self._entries.register(name)(choice)
+            self.changes += 1
             return choice
 
         return decorate
@@ -79,12 +81,23 @@ class Registry(Mapping[str, T]):
         Raises:
             UserError: there is no such choice, or it does not take these arguments.
         """
+        self.check(name, arguments)
         choice: Any = self[name]
+        return choice(**(arguments or {}))
+
+    def check(self, name: str, arguments: Mapping[str, Any] | None = None) -> None:
+        """See that ``build`` could be called with these.
+
+        Raises:
+            UserError: there is no such choice, or it does not take these arguments.
+        """
+        choice: Any = self[name]
+        if arguments is not None and not isinstance(arguments, Mapping):
+            raise UserError(f"{self._word} '{name}': its arguments must be names with values, such as {{scale: 1}}")
         try:
             inspect.signature(choice).bind(**(arguments or {}))
         except TypeError as error:
             raise UserError(f"{self._word} '{name}': {error}") from None
-        return choice(**(arguments or {}))
 
     def describe(self) -> dict[str, str]:
         """Every choice with its description."""

@@ -15,9 +15,9 @@ def _blocks(shared: bool) -> tuple[nn.Module, nn.Module, dict[str, Tensor], Tens
     from transformers import LlamaConfig
 
     from llmprune.models.block_hooks import blocks_of
-    from llmprune.models.custom_code import with_richer_heads
     from llmprune.models.families import RicherHeadsConfig
     from llmprune.models.loading import new_model
+    from llmprune.models.own_model_types import with_richer_heads
 
     config = LlamaConfig(
         vocab_size=64,

@@ -90,7 +90,7 @@ def unit_scores(runs: int) -> Ratio:
 
 def of_blocks() -> list[str]:
     """The criteria that score blocks, sub-layers or spans."""
-    from llmprune.pruning.scoring.criteria import CRITERIA
+    from llmprune.pruning.scoring.all_criteria import CRITERIA
     from llmprune.pruning.scoring.criterion import ScoreSection
 
     return [name for name in CRITERIA if CRITERIA[name].section is not ScoreSection.UNITS]

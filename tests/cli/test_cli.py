@@ -54,3 +54,10 @@ def test_train_py_tells_mistakes_in_one_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"error: {tmp_path / 'missing.yaml'} does not exist"
+
+
+def test_the_command_imports_nothing_that_takes_long() -> None:
+    """``llmprune download`` tells the hub's library where to keep things before it is imported."""
+    slow = ("torch", "transformers", "composer", "huggingface_hub", "lm_eval", "streaming")
+    code = f"import sys, llmprune.cli; print([name for name in {slow} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -307,3 +307,32 @@ def test_nothing_is_looked_up_in_what_is_recorded(yaml: Path, tmp_path: Path) ->
     assert manifest.source == manifest.git_commit == manifest.versions["a"] == "${oc.env:WORD}"
     assert manifest.data["path"] == "a ${oc.env:PLACE} \\${x}"
     assert manifest.sections["l0_pruning"]["gates"] == ["${oc.env:WORD}"]
+
+
+def test_a_job_that_does_more_than_train_is_no_training_job(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(f"{MINIMAL}\njob: iterate\niterate: {{rounds: 1, shape: {{layers: 2}}, criterion: tail}}\n")
+    assert load_job(path).job == "iterate"
+    with pytest.raises(UserError, match=r"is another kind of job \(iterate\): run it with `composer train.py`"):
+        load_training_job(path)
+    with pytest.raises(UserError, match="the section iterate belongs to another job: write job: iterate"):
+        load_job(path, ["job=train"])
+    with pytest.raises(UserError, match="there is no job 'itrate'; did you mean 'iterate'"):
+        load_job(path, ['job="itrate"'])
+    path.write_text(MINIMAL)
+    with pytest.raises(UserError, match="job prune needs the section l0_pruning"):
+        load_job(path, ["job=prune"])
+
+
+@pytest.mark.parametrize("criterion", ["[]", "[tail, null]", "3"])
+def test_criteria_of_plans_are_names(criterion: str, tmp_path: Path) -> None:
+    path = tmp_path / "score.yaml"
+    path.write_text("job: score\nrun: {name: x}\nmodel: {path: here}\n")
+    job = load_job(path, [f"plan={{criterion: {criterion}, remove: [1]}}"])
+    assert isinstance(job, ScoringConfig) and job.plan is not None
+    with pytest.raises(UserError, match="it must be a name, or a list of names"):
+        job.plan.each()
+    assert list(load_job(path, ["plan={criterion: [tail, random], remove: [1]}"]).plan.each()) == [  # type: ignore[union-attr]
+        "plan-tail-1.json",
+        "plan-random-1.json",
+    ]

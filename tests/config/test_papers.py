@@ -24,7 +24,7 @@ from transformers import (
 from llmprune.config.job_files import load_job, load_training_job
 from llmprune.config.schema import Config, ScoringConfig
 from llmprune.data.sources import clean_name
-from llmprune.data.updates import check_updates
+from llmprune.data.weight_updates import check_updates
 from llmprune.models.families import family_of
 from llmprune.models.loading import load_tokenizer
 from llmprune.models.parameters import parameter_names_of
@@ -33,7 +33,7 @@ from llmprune.plans.surgery import Surgery
 from llmprune.pruning.gates.gate_set import GateSet
 from llmprune.pruning.gates.settings import make_goal
 from llmprune.pruning.replacements.span import Span
-from llmprune.pruning.scoring.criteria import CRITERIA
+from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.selection.methods import PlanConfig, Request, select
 from llmprune.recovery.lora import lora_targets

@@ -11,7 +11,7 @@ from llmprune.checkpoints.run_folder import Manifest
 from llmprune.config.job_files import load_job, load_recorded
 from llmprune.config.yaml_files import BYTES
 from llmprune.data.format import DataManifest
-from llmprune.data.updates import read_references
+from llmprune.data.weight_updates import read_references
 from llmprune.evaluation.continuations import read_continuations, read_prompts
 from llmprune.evaluation.stability import read_answers
 from llmprune.models.loading import load_model_config

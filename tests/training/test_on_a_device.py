@@ -33,7 +33,7 @@ from llmprune.pruning.replacements.cache import StatesCache
 from llmprune.pruning.replacements.modules import REPLACEMENTS
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.pruning.replacements.span import Span
-from llmprune.pruning.scoring.criteria import CRITERIA
+from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.criterion import ScoringJob
 from llmprune.pruning.scoring.scorer import Scorer
 from llmprune.pruning.selection.correction import corrected

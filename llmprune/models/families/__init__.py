@@ -59,9 +59,13 @@ def richer_heads_of(config: PretrainedConfig) -> RicherHeadsConfig | None:
     return RicherHeadsConfig(described["shared"], described["activation"], described["residual"])
 
 
-@cache
 def by_model_type() -> dict[str, Family]:
     """Every family by each of its model types."""
+    return _by_model_type(FAMILIES.changes)
+
+
+@cache
+def _by_model_type(changes: int) -> dict[str, Family]:
     return {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
 
 

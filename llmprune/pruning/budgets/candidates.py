@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.pruning.budgets.limits import BudgetConfig
-from llmprune.pruning.scoring.criteria import CRITERIA
+from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.criterion import ScoreSection
 from llmprune.pruning.selection.methods import PlanConfig
 from llmprune.utils.errors import UserError

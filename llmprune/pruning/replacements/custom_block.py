@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from llmprune.models.custom_code import own_config
 from llmprune.models.families import family_of
 from llmprune.models.modeling_llmprune import host
+from llmprune.models.own_model_types import own_config
 
 
 @dataclass(frozen=True)

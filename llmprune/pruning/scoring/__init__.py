@@ -1,1 +1,1 @@
-"""How much each block of a model matters, by every published criterion, and which blocks go."""
+"""How much each block and each unit of a model matters, by every published criterion."""

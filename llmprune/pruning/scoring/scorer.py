@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from llmprune.models.block_hooks import RunBlock, hidden_states_in, hooked_blocks
 from llmprune.models.causal_lm import token_losses
 from llmprune.models.families import family_of
-from llmprune.pruning.scoring.criteria import CRITERIA
+from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.criterion import BlockStep, Criterion, ScoreSection, ScoringJob
 from llmprune.pruning.scoring.removals import Forward, RemovalPerplexity, Removals, in_batches
 from llmprune.utils.errors import UserError

@@ -1,4 +1,4 @@
-"""The settings of scoring and of the plans that follow from it."""
+"""The settings of scoring."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from llmprune.data.calibration import CalibrationConfig
 from llmprune.models.families import family_of
-from llmprune.pruning.scoring.criteria import CRITERIA
+from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.criterion import ScoringJob
 from llmprune.pruning.scoring.units import AGGREGATIONS
 from llmprune.pruning.scoring.weights import REDUCTIONS

@@ -106,8 +106,9 @@ class PlansConfig:
         Raises:
             UserError: the criterion is neither a name nor a list of names.
         """
-        criteria = [*self.criterion] if isinstance(self.criterion, list) else [self.criterion]
-        if not all(name is None or isinstance(name, str) for name in criteria):
+        several = isinstance(self.criterion, list)
+        criteria: list[str | None] = [*self.criterion] if several else [self.criterion]
+        if not criteria or not all(isinstance(name, str) or (name is None and not several) for name in criteria):
             raise UserError(f"plan.criterion is {self.criterion}; it must be a name, or a list of names")
         counts: list[int | None] = [*self.remove]
         if not counts and self.shape is not None:

@@ -1,1 +1,1 @@
-"""The sections of a training job, one file each: settings, checks, callbacks, estimate and conversion."""
+"""The sections of a training job, one file each: checks, callbacks, estimate and conversion."""

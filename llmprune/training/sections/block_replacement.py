@@ -88,7 +88,7 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
 
     def recorded(self) -> dict[str, Any]:
         """The settings with the span that was found."""
-        return {**super().recorded(), **({} if self._span is None else asdict(self._span))}
+        return {**(super().recorded() or {}), **({} if self._span is None else asdict(self._span))}
 
     def begin(self, build: Build) -> None:
         """Find the span that the settings name, or that a run which goes on has found."""

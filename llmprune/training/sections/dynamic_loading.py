@@ -9,7 +9,7 @@ from llmprune.callbacks.dynamic_loading import DynamicLoading
 from llmprune.config.sections import SECTIONS
 from llmprune.data.format import EVAL, TRAIN
 from llmprune.data.mixing import PPM, domain_weights
-from llmprune.data.updates import DynamicLoadingConfig, check_updates, read_references
+from llmprune.data.weight_updates import DynamicLoadingConfig, check_updates, read_references
 from llmprune.training.section import Build, Inputs, Section
 from llmprune.utils.errors import UserError
 

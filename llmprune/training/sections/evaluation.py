@@ -16,7 +16,6 @@ class EvaluationSection(Section[LiveEvaluationConfig]):
 
     name = "evaluation"
     settings = LiveEvaluationConfig
-    places = ("include_path", "texts")
 
     def begin(self, build: Build) -> None:
         """Load tasks and texts before the model."""

@@ -32,6 +32,7 @@ class L0PruningSection(Section[L0PruningConfig]):
 
     name = "l0_pruning"
     settings = L0PruningConfig
+    places = ()
     fixed = ("target", "target_sparsity", "gates")
     prunes = True
     no_auto_microbatch = "while gates train"

@@ -22,8 +22,9 @@ class LoRASection(Section[LoRAConfig]):
 
     name = "lora"
     settings = LoRAConfig
+    places = ()
     fixed = ("rank", "alpha", "dropout", "targets", "quantize")
-    decides = ("train.microbatch_size",)  # what is dropped goes by it
+    decides = ("train.microbatch_size",)  # dropout depends on it
     chooses_weights = True
 
     def check(self, inputs: Inputs) -> None:

@@ -20,6 +20,7 @@ class TrainableSection(Section[TrainableConfig]):
 
     name = "trainable"
     settings = TrainableConfig
+    places = ()
     fixed = ("parameters", "later")
     chooses_weights = True
 

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from llmprune.conversion.commands import apply
 from llmprune.models.block_hooks import RunBlock, hooked_blocks
 from llmprune.models.causal_lm import logits_of
-from llmprune.models.custom_code import with_richer_heads
 from llmprune.models.families import RicherHeadsConfig, Role, family_of
 from llmprune.models.loading import new_model
+from llmprune.models.own_model_types import with_richer_heads
 from llmprune.models.stored_weights import fingerprint
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.plans.surgery import Surgery

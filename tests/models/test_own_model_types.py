@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from llmprune.conversion.commands import enrich
 from llmprune.conversion.verify import compare_models, open_for_comparison
 from llmprune.models.block_hooks import blocks_of
-from llmprune.models.custom_code import with_richer_heads
 from llmprune.models.families import RicherHeadsConfig, family_of, module_name
 from llmprune.models.loading import count_parameters, load_model, load_model_config, new_model
 from llmprune.models.modeling_llmprune import RicherHeads
+from llmprune.models.own_model_types import with_richer_heads
 from llmprune.plans.plan import Plan
 from llmprune.utils.errors import UserError
 from tests.conftest import random_model, tiny_config

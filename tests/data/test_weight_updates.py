@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmprune.data.mixing import PPM, integer_weights
-from llmprune.data.updates import (
+from llmprune.data.weight_updates import (
     DynamicLoadingConfig,
     Measured,
     bounded,

@@ -264,7 +264,7 @@ class Plan:
         try:
             if values["schema"] != 1:
                 raise UserError(f"{path} has schema {values['schema']}; this version reads 1")
-            if unknown := sorted({*values} - _KEYS):
+            if unknown := sorted(key for key, value in values.items() if key not in _KEYS and value is not None):
                 raise UserError(f"{path} has the key '{unknown[0]}', which plans of this version do not have")
             blocks = tuple(
                 KeptBlock(

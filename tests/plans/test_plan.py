@@ -102,3 +102,14 @@ def test_numbers_that_are_none_are_refused(kind: str, name: str, size: int, numb
     save_tensors(tmp_path / "plan.safetensors", {name: tensor})
     with pytest.raises(UserError, match=f"plan.json: '{name}' holds NaN or infinite numbers"):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_a_plan_with_something_unknown_is_refused(tmp_path: Path) -> None:
+    whole = Plan("llama", "0" * 64, SOURCE, tuple(KeptBlock.whole(number) for number in range(SOURCE.layers)))
+    whole.save(tmp_path / "plan.json")
+    values = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**values, "later": None}))
+    Plan.load(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text(json.dumps({**values, "later": "ffn"}))
+    with pytest.raises(UserError, match="has the key 'later', which plans of this version do not have"):
+        Plan.load(tmp_path / "plan.json")

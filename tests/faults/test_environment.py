@@ -40,7 +40,7 @@ def test_the_environment_stays_out_of_every_file(yaml: Path, tmp_path: Path, mon
     assert len(files) > 10
     assert [path for path in (*files, tmp_path / "report.html") if b"hunter2" in path.read_bytes()] == []
     manifest = json.loads((tmp_path / "run/checkpoints/manifest.json").read_text())
-    assert manifest["source"] == manifest["distillation"]["teacher"] == "${oc.env:PLACE}/model"
+    assert manifest["source"] == manifest["sections"]["distillation"]["teacher"] == "${oc.env:PLACE}/model"
     assert manifest["data"]["path"] == "${oc.env:PLACE}/data"
     monkeypatch.delenv("PLACE")
     with pytest.raises(UserError, match="PLACE"):

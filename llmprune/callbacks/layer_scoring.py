@@ -19,7 +19,7 @@ CALIBRATION = "calibration"
 class LayerScoring(Callback):
     """Scores the blocks of a model while the evaluator called ``calibration`` runs.
 
-    The evaluation's own forward pass is the walk that the criteria watch. Every rank takes its share of the samples;
+    The criteria watch the evaluation's own forward pass. Every rank takes its share of the samples;
     sums are added up over ranks at the end, so any number of ranks gives the same scores.
     """
 

@@ -27,7 +27,7 @@ class FolderConfig:
     Attributes:
         name: of the run, in loggers and in the default folder.
         folder: everything the run writes goes here.
-        overwrite: delete what stands in the folder.
+        overwrite: delete what llmprune left in the folder.
         offline: use no network, and name what is missing before any work (``llmprune download`` gets it).
     """
 
@@ -44,7 +44,7 @@ class RunConfig(FolderConfig):
     Attributes:
         name: of the run, in loggers and in the default folder.
         folder: everything the run writes goes here.
-        overwrite: delete what stands in the folder.
+        overwrite: delete what llmprune left in the folder.
         offline: use no network, and name what is missing before any work (``llmprune download`` gets it).
         seed: of weights, order of the data and gates.
         autoresume: go on from the folder's newest checkpoint, if there is one.

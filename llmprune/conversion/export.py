@@ -56,7 +56,7 @@ def export(
         out: folder to write.
         companions: folder with the tokenizer and generation config.
         source: name of the source model, for the card.
-        network: stands in for blocks that the plan removes; the model then needs a modelling file.
+        network: takes the place of blocks that the plan removes; the model then needs a modelling file.
         card: further facts for the card, each a heading and its value.
         dtype: of the weights written; None = as they are.
         overwrite: whether ``out`` may be replaced.

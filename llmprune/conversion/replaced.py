@@ -67,7 +67,7 @@ class Replaced:
 
     @property
     def described(self) -> str | None:
-        """What stands in for what, in words; None = nothing."""
+        """What replaces which blocks, in words; None = nothing does."""
         return None if self.settings.kind == "none" else f"{self.settings.kind} for {self.span}"
 
     @property

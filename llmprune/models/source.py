@@ -51,7 +51,7 @@ def _known(folder: Path) -> Path:
 
 
 def has_replacement(model: str | Path) -> bool:
-    """Whether a folder holds a model in which a network stands in for blocks."""
+    """Whether a folder holds a model in which a replacement module takes the place of blocks."""
     config = Path(model) / "config.json"
     return config.is_file() and read_json(config).get("llmprune_replacement") is not None
 

@@ -1,4 +1,4 @@
-"""What stands in for a span of blocks: plug-ins."""
+"""The kinds of replacement modules: what can take the place of a span of blocks."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -67,7 +67,7 @@ class Site:
 
 
 class ReplacementModule(nn.Module):
-    """A network in the place of a span; while the model walks through the span's blocks, it is asked at each of them.
+    """A network in the place of a span; in a forward pass it is called at each of the span's blocks.
 
     Attributes:
         offsets: the blocks of the span that stay in the shortened model, with the replacement module's weights.

@@ -21,7 +21,7 @@ class StatesCacheConfig:
 
 @dataclass
 class BlockReplacementConfig:
-    """A light network that stands in for a span of blocks, and learns to do what they do.
+    """A light network that takes the place of a span of blocks, and learns to do what they do.
 
     Attributes:
         plan: a plan.json whose removed blocks are the span; else ``start`` and ``length``.

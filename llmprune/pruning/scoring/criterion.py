@@ -78,7 +78,7 @@ class BlockStep:
 
     Attributes:
         block: its number.
-        first: number of the first of these samples, among those that are walked together.
+        first: number of the first of these samples, among those of one forward pass.
         before: the residual stream that it read.
         after: that it left.
         updates: what attention and MLP added, by sub-layer.

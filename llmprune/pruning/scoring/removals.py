@@ -1,4 +1,4 @@
-"""The perplexity of every model that lacks one block, in one walk.
+"""The perplexity of every model that lacks one block, in one forward pass.
 
 Every variant starts from the states that it shares with the whole model, and all variants go through a block together,
 so that N removals cost N(N + 1)/2 block evaluations and each block's weights are needed once per batch.
@@ -48,7 +48,7 @@ class RemovalPerplexity(Criterion):
 
 
 class Removals:
-    """The states of all variants, while they walk through the model together."""
+    """The states of all variants, which go through the model together."""
 
     def __init__(self, batch_size: int) -> None:
         """Nothing has been removed yet; at most ``batch_size`` samples go through a block at a time."""

@@ -1,4 +1,4 @@
-"""Scoring by any number of criteria at once, from one walk through the model per batch."""
+"""Scoring by any number of criteria at once, from one forward pass per batch."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext

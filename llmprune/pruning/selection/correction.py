@@ -110,7 +110,7 @@ def corrected(plan: Plan, kind: str, opened: "ScoredModel") -> Plan:
         plan: which units stay.
         kind: ``mean`` folds the mean of what goes into the bias, for models that have one there; ``refit`` fits the
             kept columns by least squares, and the bias where there is one.
-        opened: the model and its calibration samples; one walk through the model, with a matrix of [inputs, kept
+        opened: the model and its calibration samples; one forward pass, with a matrix of [inputs, kept
             inputs] in float64 for one block at a time.
 
     Raises:

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @SECTIONS.register("block_replacement")
 class BlockReplacementSection(Section[BlockReplacementConfig]):
-    """A light network that stands in for a span of blocks."""
+    """A light network that takes the place of a span of blocks."""
 
     name = "block_replacement"
     settings = BlockReplacementConfig

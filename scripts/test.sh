@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up .venv and run every check: format, lint, types, layers, tests. Further arguments go to pytest.
-#   bash scripts/test.sh --fast     the tests that end within three minutes: plans, pruning, families, configs, data
+#   bash scripts/test.sh --fast     the quick part of the tests: plans, pruning, families, configs, data
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh

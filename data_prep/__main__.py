@@ -9,6 +9,7 @@ import typer
 
 from llmprune.data.sources import BadRecord, Fields
 from llmprune.utils.errors import UserError, check_surroundings, one_line
+from llmprune.utils.formats import TeacherFormat
 from llmprune.utils.processes import end_on_signals, stopped_by
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def teach(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples of a forward pass.")] = 8,
     dtype: Annotated[
-        str, typer.Option(help="Of the teacher's weights: bfloat16 or float32; auto = bfloat16 where it is fast.")
+        TeacherFormat, typer.Option(help="Of the teacher's weights; auto = bfloat16 where it is fast.")
     ] = "auto",
     overwrite: Overwrite = False,
 ) -> None:

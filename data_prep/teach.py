@@ -39,10 +39,12 @@ from llmprune.models.causal_lm import final_states
 from llmprune.models.loading import load_model, load_model_config, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.objectives import likeliest
-from llmprune.models.placement import TEACHER, dtype_for_inference
-from llmprune.utils.errors import UserError, nearest
+from llmprune.models.placement import dtype_for_inference
+from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json, sha256_text, write_json
+from llmprune.utils.formats import TeacherFormat
 from llmprune.utils.outputs import output_folder, refuse_existing
+from llmprune.utils.settings import check_settings, limited
 
 _PIECE_BYTES = 1 << 27
 _WAIT = 2.0  # seconds between looks at what others do
@@ -61,23 +63,18 @@ class TeachConfig:
     """
 
     top_k: int = 64
-    temperature: float = 1.0
+    temperature: float = limited(1.0, above=0)
     boundaries: bool | None = None
-    batch_size: int = 8
-    dtype: str = "auto"
+    batch_size: int = limited(8, least=1)
+    dtype: TeacherFormat = "auto"
 
     def check(self, vocabulary: int) -> None:
         """Raise ``UserError`` for what is out of range."""
+        check_settings(self)
         if not 1 <= self.top_k < vocabulary:
             raise UserError(
                 f"--top-k is {self.top_k}; it must be positive and below the vocabulary's size, {vocabulary}"
             )
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature is {self.temperature}; it must be positive")
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size is {self.batch_size}; it must be positive")
-        if self.dtype not in TEACHER:
-            raise UserError(f"--dtype '{self.dtype}' is unknown; {nearest(self.dtype, TEACHER)}")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llmprune.config.job_files import load_job
     from llmprune.conversion.verify import Difference
     from llmprune.plans.plan import Plan
-    from llmprune.pruning.budgets.limits import BudgetConfig
+    from llmprune.pruning.budgets.settings import BudgetConfig
     from llmprune.pruning.scoring.scores import Scores
     from llmprune.utils.errors import UserError
 
@@ -34,7 +34,7 @@ _PUBLIC = {
     "measure": _FUNCTIONS,
     "report": _FUNCTIONS,
     "load_job": "llmprune.config.job_files",
-    "BudgetConfig": "llmprune.pruning.budgets.limits",
+    "BudgetConfig": "llmprune.pruning.budgets.settings",
     "Difference": "llmprune.conversion.verify",
     "Plan": "llmprune.plans.plan",
     "Scores": "llmprune.pruning.scoring.scores",

@@ -9,10 +9,10 @@ where the first was stopped. What comes out is OUT/table.md.
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llmprune.conversion.commands import apply
-from llmprune.data.calibration import CalibrationConfig
+from llmprune.data.settings import CalibrationConfig
 from llmprune.evaluation.perplexity import PerplexityConfig, measure_perplexity, read_streams
 from llmprune.jobs.score import score
 from llmprune.models.loading import load_model, load_tokenizer
@@ -20,7 +20,7 @@ from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.losses import PlanLosses
 from llmprune.pruning.planning import make_plan
 from llmprune.pruning.scoring.settings import LayerScoringConfig
-from llmprune.pruning.selection.methods import PlanConfig
+from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.files import read_json, write_json, write_text
 
 LENGTH = 512
@@ -38,14 +38,15 @@ def try_seed(model: str, data: CalibrationConfig, text: str, intermediate: int) 
     scores = score(model, LayerScoringConfig(data, criteria=["unit_taylor"], batch_size=4))
     told: list[PlanLosses] = []
 
-    def plan(correction: str) -> Plan:
+    def plan(correction: Literal["none", "refit"]) -> Plan:
         settings = PlanConfig(
             shape={"intermediate": intermediate}, unit_criterion="unit_taylor", correction=correction, force=True
         )
         return make_plan(scores, settings, told=told.append)
 
     found: dict[str, Any] = {}
-    for correction in ("none", "refit"):
+    corrections: tuple[Literal["none", "refit"], ...] = ("none", "refit")
+    for correction in corrections:
         made = plan(correction)
         with tempfile.TemporaryDirectory() as folder:
             apply(model, made, Path(folder) / "cut")

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from llmprune.data.calibration import CalibrationConfig
+from llmprune.data.settings import CalibrationConfig
 from llmprune.plans.plan import Plan
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.scoring.settings import LayerScoringConfig
-from llmprune.pruning.selection.methods import PlanConfig
+from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import write_json
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune.data.calibration import CalibrationConfig
+from llmprune.data.settings import CalibrationConfig
 from llmprune.plans.plan import Plan
 from llmprune.pruning.scoring.scores import Scores
-from llmprune.pruning.selection.methods import PlanConfig
+from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.files import read_json, sha256_text, write_json, write_text
 from llmprune.utils.outputs import remove
 
@@ -51,7 +51,7 @@ class Entry:
 
 def entries(scores: Scores) -> Iterator[Entry]:
     """All models of the study."""
-    from llmprune.pruning.budgets.limits import BudgetConfig
+    from llmprune.pruning.budgets.settings import BudgetConfig
     from llmprune.pruning.planning import choose_plan, make_plan
 
     def made(**settings: Any) -> Callable[[Scores], Plan]:
@@ -154,10 +154,10 @@ class Study:
             ROOT / "yamls" / "iterate.yaml",
             [
                 *self._common("rounds", self._base),
-                f"iterate.shape={_braces(BOTH)}",
+                f"plan.shape={_braces(BOTH)}",
                 f"iterate.rounds={entry.rounds}",
-                "iterate.criterion=perplexity",
-                "iterate.calibration.samples=64",
+                "plan.criterion=perplexity",
+                "layer_scoring.data.samples=64",
                 f"train.duration={entry.batches // entry.rounds}ba",
             ],
         )

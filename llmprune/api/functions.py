@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmprune.utils.errors import UserError
 
@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from llmprune.config.schema import Config
     from llmprune.conversion.verify import Difference
     from llmprune.plans.plan import Plan
-    from llmprune.pruning.budgets.limits import BudgetConfig
+    from llmprune.pruning.budgets.settings import BudgetConfig
     from llmprune.pruning.scoring.scores import Scores
+    from llmprune.utils.formats import Device, StoredFormat, TrainableFormat
 
 Place = str | Path
 
@@ -25,12 +26,12 @@ def score(
     criteria: Sequence[str] | None = None,
     samples: int = 32,
     seq_len: int = 128,
-    bos: str = "none",
+    bos: Literal["none", "first", "each"] = "none",
     text_field: str = "text",
     batch_size: int = 8,
     seed: int = 17,
-    dtype: str = "float32",
-    device: str | None = None,
+    dtype: "TrainableFormat" = "float32",
+    device: "Device | None" = None,
     offload: bool = False,
 ) -> "Scores":
     """Score every block and every unit of a model by every criterion, in one pass.
@@ -61,7 +62,7 @@ def score(
     Raises:
         UserError: the model or the text can't be read, or a criterion is impossible here.
     """
-    from llmprune.data.calibration import CalibrationConfig
+    from llmprune.data.settings import CalibrationConfig
     from llmprune.jobs.score import score as score_model
     from llmprune.models.placement import Placement
     from llmprune.pruning.scoring.settings import LayerScoringConfig
@@ -107,7 +108,7 @@ def plan(
     """
     from llmprune.pruning.planning import choose_plan, make_plan
     from llmprune.pruning.scoring.scores import Scores
-    from llmprune.pruning.selection.methods import PlanConfig
+    from llmprune.pruning.selection.settings import PlanConfig
 
     loaded = scores if isinstance(scores, Scores) else Scores.load(str(scores))
     config = PlanConfig(criterion=criterion, remove=remove, **settings)
@@ -231,8 +232,8 @@ def evaluate(
     num_fewshot: int | None = None,
     limit: float | None = None,
     batch_size: int | str = 8,
-    dtype: str = "auto",
-    device: str | None = None,
+    dtype: "StoredFormat" = "auto",
+    device: "Device | None" = None,
 ) -> dict[str, Any]:
     """Measure perplexity and tasks of one or several models.
 
@@ -282,8 +283,8 @@ def measure(
     warmups: int = 10,
     repeats: int = 20,
     seed: int = 17,
-    dtype: str = "auto",
-    device: str | None = None,
+    dtype: "StoredFormat" = "auto",
+    device: "Device | None" = None,
 ) -> dict[str, Any]:
     """Measure latency, throughput, memory and operations; several models run in turns.
 

@@ -21,8 +21,8 @@ from llmprune.pruning.gates.gate_set import Factors, GateSet, load_gates
 from llmprune.pruning.gates.settings import L0PruningConfig, make_goal
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import save_tensors
+from llmprune.utils.settings import check_settings
 
-EVALUATIONS = ("expected", "target")
 WARMUP_UNITS = (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.DURATION)
 
 
@@ -48,13 +48,7 @@ class L0Pruning(Callback):
         Raises:
             UserError: a setting is out of range.
         """
-        if config.evaluate_at not in EVALUATIONS:
-            raise UserError(f"l0_pruning.evaluate_at is '{config.evaluate_at}'; choose {' or '.join(EVALUATIONS)}")
-        if not 0 <= config.start_sparsity < 1:
-            raise UserError(f"l0_pruning.start_sparsity is {config.start_sparsity}; it must lie in [0, 1)")
-        for name in ("gate_lr", "multiplier_lr"):
-            if getattr(config, name) < 0:
-                raise UserError(f"l0_pruning.{name} is {getattr(config, name)}; it must be zero or positive")
+        check_settings(config, "l0_pruning")
         try:
             self._warmup = Time.from_timestring(config.lagrangian_warmup)
             if self._warmup.value < 0 or self._warmup.unit not in WARMUP_UNITS:

@@ -11,6 +11,7 @@ from llmprune.data.order import keyed_generator
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.parameters import train_only
 from llmprune.recovery.lora import LoRAConfig, add_adapters
+from llmprune.utils.settings import check_settings
 
 
 class LowRankAdaptation(Callback):
@@ -25,7 +26,7 @@ class LowRankAdaptation(Callback):
         Raises:
             UserError: a setting is out of range.
         """
-        config.check()
+        check_settings(config, "lora")
         self.config, self._seed, self._microbatch = config, seed, 0
 
     def init(self, state: State, logger: Logger) -> None:

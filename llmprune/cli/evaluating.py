@@ -1,20 +1,22 @@
 """How good models are."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from llmprune.cli.options import Json, app, command_line, names_in
+from llmprune.utils import formats
 from llmprune.utils.errors import UserError
 
 Models = Annotated[list[str], typer.Argument(metavar="MODEL…", help="Hugging Face folders or hub names.")]
-DTypeToRun = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16; auto = as stored.")]
-Device = Annotated[str | None, typer.Option(help="cpu or gpu; default: what is there.")]
-DeviceMap = Annotated[str | None, typer.Option(help="auto: spread over all devices and the machine's memory.")]
-Attention = Annotated[
-    str | None, typer.Option(help="sdpa, eager or flash_attention_2; default: sdpa where the architecture has it.")
+DTypeToRun = Annotated[formats.StoredFormat, typer.Option(help="Of the weights; auto = as stored.")]
+Device = Annotated[formats.Device | None, typer.Option(help="Default: what is there.")]
+DeviceMap = Annotated[
+    Literal["auto", "balanced", "sequential"] | None,
+    typer.Option(help="Spread the model over all devices and the machine's memory."),
 ]
+Attention = Annotated[formats.Attention | None, typer.Option(help="Default: sdpa where the architecture has it.")]
 Adapter = Annotated[str | None, typer.Option(help="Folder of a PEFT adapter to put on the model.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Continuations: tokens at most.")]
 Temperature = Annotated[float, typer.Option(help="Continuations: 0 = always the likeliest token.")]

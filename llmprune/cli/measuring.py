@@ -1,12 +1,13 @@
 """How fast and how large models are, and how they become smaller still."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from llmprune.cli.evaluating import Adapter, Attention, Device, DeviceMap, DTypeToRun, Models
-from llmprune.cli.options import DType, Json, Out, Overwrite, app, command_line, numbers_in
+from llmprune.cli.options import Json, Out, Overwrite, app, command_line, numbers_in
+from llmprune.utils.formats import Format
 
 
 @app.command()
@@ -105,12 +106,12 @@ def quantize(
     data: Annotated[str, typer.Option(help="Calibration text: prepared data, text, Markdown or JSON lines.")],
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens of each.")] = 2048,
-    bos: Annotated[str, typer.Option(help="A BOS before no sample, the first or each: none, first, each.")] = "none",
+    bos: Annotated[Literal["none", "first", "each"], typer.Option(help="Put a BOS before these samples.")] = "none",
     text_field: Annotated[str, typer.Option(help="Field of a JSON record that holds the text.")] = "text",
     group_size: Annotated[int, typer.Option(help="Weights of a row that share a scale.")] = 128,
     activation_order: Annotated[bool, typer.Option(help="Columns with the largest activations first.")] = True,
     dtype: Annotated[
-        DType | None,
+        Format | None,
         typer.Option(help="Of embeddings, output layer, norms and scales; default: as stored, bfloat16 for float32."),
     ] = None,
     overwrite: Overwrite = False,
@@ -120,13 +121,13 @@ def quantize(
 
     from llmprune.conversion.quantize import QuantizeConfig
     from llmprune.conversion.quantize import quantize as quantize_model
-    from llmprune.data.calibration import CalibrationConfig
+    from llmprune.data.settings import CalibrationConfig
 
     config = QuantizeConfig(
         CalibrationConfig(data, samples, seq_len, bos, text_field),
         group_size,
         activation_order,
-        dtype=None if dtype is None else getattr(torch, dtype.value),
+        dtype=None if dtype is None else getattr(torch, dtype),
     )
     size = quantize_model(model, out, config, overwrite=overwrite)
     print(f"{out}: {size / 1e6:,.1f} MB")

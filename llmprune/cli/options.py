@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -15,14 +14,6 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it 
 Out = Annotated[str, typer.Option(help="Folder to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 PushToHub = Annotated[str | None, typer.Option(help="Also upload OUT to the Hugging Face hub under this name.")]
-
-
-class DType(StrEnum):
-    """Number formats that weights can be written in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def names_in(text: str | None) -> list[str] | None:

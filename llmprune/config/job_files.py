@@ -6,13 +6,11 @@ A job is one YAML file, which may name another as its ``base``, and ``key=value`
 import dataclasses
 import inspect
 import re
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from docstring_parser import DocstringStyle, parse
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
@@ -24,6 +22,7 @@ from llmprune.config.yaml_files import check_yaml, read_yaml, refuse_secrets
 from llmprune.utils.errors import UserError, first_line, nearest
 from llmprune.utils.files import write_text
 from llmprune.utils.recorded_settings import as_typed, literal, remember
+from llmprune.utils.settings import check_settings, check_word, dataclass_in, hints_of, meanings_of
 
 J = TypeVar("J")
 MOST = 1e30  # of a setting: what float32 holds, and no run needs
@@ -42,14 +41,23 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Config | Scorin
     sections = _read(Path(path))
     named = [_given(text, "job", text)["job"] for text in overrides if text.partition("=")[0].strip() == "job"]
     job = JOBS[str([sections.get("job", "train"), *named][-1])]
-    for name in JOBS:
-        own = {key.name for key in dataclasses.fields(JOBS[name].schema)}
-        if other := sorted((own - {key.name for key in dataclasses.fields(_schema_of(job))}) & {*sections}):
-            raise UserError(f"{path}: the section {other[0]} belongs to another job: write job: {name}")
+    _refuse_foreign(path, {*sections} - _keys_of(job))
     config: Config | ScoringConfig = _load(path, sections, overrides, _schema_of(job))
     if job.needs is not None and getattr(config, job.needs) is None:
         raise UserError(f"{path}: job {config.job} needs the section {job.needs}")
     return config
+
+
+def _refuse_foreign(path: str | Path, foreign: set[str]) -> None:
+    """Raise ``UserError`` for sections of another job, and name the job that has most of them."""
+    found = {name: sorted(_keys_of(JOBS[name]) & foreign) for name in JOBS}
+    name = max(found, key=lambda name: len(found[name]))
+    if found[name]:
+        raise UserError(f"{path}: the section {found[name][0]} belongs to another job: write job: {name}")
+
+
+def _keys_of(job: Job) -> set[str]:
+    return {key.name for key in dataclasses.fields(_schema_of(job))}
 
 
 def load_training_job(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -108,6 +116,7 @@ def _load(path: str | Path, loaded: dict[str, Any], overrides: Sequence[str], sc
     values = dataclasses.asdict(config)  # type: ignore[call-overload]
     refuse_secrets(values)
     _check_numbers(values)
+    check_settings(config)
     remember(OmegaConf.to_container(merged, resolve=False), values)
     return config
 
@@ -201,11 +210,11 @@ def describe_jobs() -> str:
         known = shown if issubclass(schema, Config) else set()
         shown = shown | {key.name for key in dataclasses.fields(schema)}
         for section in dataclasses.fields(schema):
-            cls = _dataclass_in(typing.get_type_hints(schema)[section.name])
+            cls = dataclass_in(hints_of(schema)[section.name])
             if section.name in known:
                 continue
             if cls is None:
-                lines += ["", *_describe_key(section, _attributes(schema).get(section.name))]
+                lines += ["", *_describe_key(section, meanings_of(schema).get(section.name))]
                 continue
             optional = " (optional)" if section.default is None else ""
             lines += ["", f"{section.name}:{optional}  # {inspect.cleandoc(cls.__doc__).splitlines()[0]}"]
@@ -215,9 +224,9 @@ def describe_jobs() -> str:
 
 
 def _describe_fields(cls: Any, indent: str) -> list[str]:
-    lines, meanings = [], _attributes(cls)
+    lines, meanings = [], meanings_of(cls)
     for key in dataclasses.fields(cls):
-        hint = typing.get_type_hints(cls)[key.name]
+        hint = hints_of(cls)[key.name]
         meaning = f"  # {meanings[key.name]}" if key.name in meanings else ""
         nested = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
         if nested is not None:
@@ -233,12 +242,6 @@ def _describe_key(key: "dataclasses.Field[Any]", meaning: str | None) -> list[st
     return [f"{key.name}: {shown}" + ("" if meaning is None else f"  # {meaning}")]
 
 
-def _attributes(cls: Any) -> dict[str, str]:
-    """What a dataclass's docstring says of each attribute."""
-    told = parse(cls.__doc__ or "", DocstringStyle.GOOGLE).params
-    return {each.arg_name: " ".join((each.description or "").split()) for each in told}
-
-
 def _merge(schema: Any, update: Any, source: str) -> Any:
     try:
         return OmegaConf.merge(OmegaConf.structured(schema), update)
@@ -247,21 +250,24 @@ def _merge(schema: Any, update: Any, source: str) -> Any:
         section, _, name = key.rpartition(".")
         raise UserError(f"{source}: unknown key '{key}'; {nearest(name, _fields_of(schema, section))}") from None
     except OmegaConfBaseException as error:
-        where = f"{error.full_key}: " if error.full_key else ""
-        raise UserError(f"{source}: {where}{first_line(error)}") from None
+        key = error.full_key or ""
+        check_word(error.value, _hint_of(schema, key), f"{source}: {key}")
+        raise UserError(f"{source}: {key}{': ' if key else ''}{first_line(error)}") from None
     except TypeError:  # omegaconf's own for a list where fields by name belong
         raise UserError(f"{source}: a list stands where names with values belong, such as {{name: value}}") from None
 
 
 def _fields_of(schema: Any, section: str) -> Iterator[str]:
     """Names of the fields of the section with this dotted name."""
-    cls: Any = schema
-    for part in filter(None, section.split(".")):
-        cls = _dataclass_in(typing.get_type_hints(cls)[re.sub(r"\[.*", "", part)])
+    cls = dataclass_in(_hint_of(schema, section))
     return (f.name for f in dataclasses.fields(cls))
 
 
-def _dataclass_in(hint: Any) -> Any:
-    """The dataclass of ``X`` or ``X | None``; ``None`` = another type."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+def _hint_of(schema: Any, key: str) -> Any:
+    """The type of what a dotted key names; of a mapping's or a list's item, that of the whole."""
+    hint: Any = schema
+    for part in filter(None, key.split(".")):
+        cls = dataclass_in(hint)
+        if cls is not None:
+            hint = hints_of(cls)[re.sub(r"\[.*", "", part)]
+    return hint

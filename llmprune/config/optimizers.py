@@ -1,7 +1,7 @@
 """The optimisers and learning-rate schedules that a YAML can name."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from composer.optim import (
 from lion_pytorch import Lion
 
 from llmprune.utils.registry import Registry
+from llmprune.utils.settings import limited
 
 
 @dataclass
@@ -30,10 +31,10 @@ class OptimizerConfig:
     """
 
     name: str = "decoupled_adamw"
-    lr: float = 1e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: float = limited(1e-4, least=0)
+    betas: list[float] = limited(make=lambda: [0.9, 0.95], least=0, below=1)
+    eps: float = limited(1e-8, above=0)
+    weight_decay: float = limited(0.0, least=0)
 
 
 @dataclass
@@ -47,7 +48,7 @@ class SchedulerConfig:
 
     name: str = "cosine"
     warmup: str = "0ba"
-    final: float = 0.1
+    final: float = limited(0.1, least=0, most=1)
 
 
 OPTIMIZERS: Registry[Callable[[Any, OptimizerConfig], torch.optim.Optimizer]] = Registry("optimizers", "optimiser")

@@ -4,18 +4,19 @@ Every key is a field of a dataclass below; a section that configures a component
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from omegaconf import MISSING
 
 from llmprune.config.optimizers import OptimizerConfig, SchedulerConfig
 from llmprune.config.sharding import ShardingConfig
-from llmprune.data.cache import CacheConfig
-from llmprune.data.calibration import CalibrationConfig
+from llmprune.data.settings import WORKERS, CacheConfig
 from llmprune.models.families import RicherHeadsConfig
 from llmprune.pruning.budgets.candidates import CandidatesConfig
 from llmprune.pruning.scoring.settings import LayerScoringConfig
-from llmprune.pruning.selection.methods import PlansConfig
+from llmprune.pruning.selection.settings import PlanConfig, PlansConfig
+from llmprune.utils.formats import Attention, Device, TrainableFormat
+from llmprune.utils.settings import limited
 
 S = TypeVar("S")
 
@@ -50,7 +51,7 @@ class RunConfig(FolderConfig):
         autoresume: go on from the folder's newest checkpoint, if there is one.
     """
 
-    seed: int = 17
+    seed: int = limited(17, least=0, most=2**32 - 1)
     autoresume: bool = False
 
 
@@ -73,8 +74,8 @@ class ModelConfig:
     config: dict[str, Any] | None = None
     richer_heads: RicherHeadsConfig | None = None
     tokenizer: str | None = None
-    attention: str = "sdpa"
-    dtype: str = "float32"
+    attention: Attention = "sdpa"
+    dtype: TrainableFormat = "float32"
     verify: bool = False
 
 
@@ -100,11 +101,11 @@ class DataConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     document_boundaries: bool | None = None
     weights: dict[str, float] | None = None
-    workers: int = 0
-    prefetch: int = 2
-    partitions: int = 1
-    shuffle_window: int = 8
-    eval_samples_per_domain: int | None = None
+    workers: int = limited(0, least=0, most=WORKERS)
+    prefetch: int = limited(2, least=1, most=1024)  # far more than any loader needs
+    partitions: int = limited(1, least=1)
+    shuffle_window: int = limited(8, least=1)
+    eval_samples_per_domain: int | None = limited(None, least=1)
 
 
 @dataclass
@@ -131,17 +132,17 @@ class TrainConfig:
     """
 
     duration: str = MISSING
-    global_batch_size: int = MISSING
-    microbatch_size: Any = 1
+    global_batch_size: int = limited(MISSING, least=1)
+    microbatch_size: int | Literal["auto"] = limited(1, least=1)
     activation_checkpointing: bool = False
-    precision: str = "fp32"
-    clip_norm: float | None = 1.0
-    loss_spike_factor: float | None = 2.0
-    loss_spike: str = "log"
+    precision: Literal["fp32", "amp_bf16"] = "fp32"
+    clip_norm: float | None = limited(1.0, above=0)
+    loss_spike_factor: float | None = limited(2.0, above=1)
+    loss_spike: Literal["log", "skip"] = "log"
     eval_interval: str = "1dur"
     eval_first: bool = False
-    device: str | None = None
-    hang_timeout: float | None = 1800.0
+    device: Device | None = None
+    hang_timeout: float | None = limited(1800.0, above=0, most=10**7)
     check_memory: bool = True
 
 
@@ -233,9 +234,9 @@ class ScoredModelConfig:
 
     path: str = MISSING
     tokenizer: str | None = None
-    attention: str = "sdpa"
-    dtype: str = "float32"
-    device: str | None = None
+    attention: Attention = "sdpa"
+    dtype: TrainableFormat = "float32"
+    device: Device | None = None
 
 
 @dataclass
@@ -260,29 +261,9 @@ class RoundsConfig:
 
     Attributes:
         rounds: how many; every size shrinks by the same share in each.
-        shape: what comes out of the last one, any of layers, hidden, heads, kv_heads, intermediate and experts.
-        method: a registered way to select blocks.
-        criterion: of blocks, if any go.
-        unit_criterion: of heads, channels and hidden dimensions, if any go.
-        expert_criterion: of experts; null = unit_criterion.
-        correction: of output matrices, on the calibration samples: none, mean or refit.
-        protect_first: so many blocks at the start stay.
-        protect_last: so many at the end.
-        calibration: the samples; without a path, of the data's training part.
-        batch_size: samples that go through a block at a time.
     """
 
-    rounds: int = 2
-    shape: dict[str, int] = field(default_factory=dict)
-    method: str = "lowest"
-    criterion: str | None = None
-    unit_criterion: str | None = None
-    expert_criterion: str | None = None
-    correction: str = "none"
-    protect_first: int | None = None
-    protect_last: int | None = None
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    batch_size: int = 8
+    rounds: int = limited(2, least=1)
 
 
 @dataclass
@@ -291,9 +272,14 @@ class IterationConfig(Config):
 
     Attributes:
         job: iterate.
+        layer_scoring: of every round; without ``data.path`` the samples are of the training data, without ``criteria``
+            the plan's are scored.
+        plan: how every round selects what goes; ``shape`` is what comes out of the last one.
     """
 
     job: str = "iterate"
+    layer_scoring: LayerScoringConfig = field(default_factory=LayerScoringConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     iterate: RoundsConfig = field(default_factory=RoundsConfig)
 
 
@@ -303,7 +289,12 @@ class SearchConfig(Config):
 
     Attributes:
         job: search.
+        layer_scoring: without ``data.path`` the samples are of the training data, without ``criteria`` the candidates'
+            are scored.
+        plan: what all candidates share, such as ``correction``.
     """
 
     job: str = "search"
+    layer_scoring: LayerScoringConfig = field(default_factory=LayerScoringConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     search: CandidatesConfig = field(default_factory=CandidatesConfig)

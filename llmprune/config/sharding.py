@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
@@ -9,8 +10,9 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 
 from llmprune.utils.errors import UserError
+from llmprune.utils.settings import limited
 
-STATE_DICTS = {"sharded": "sharded", "whole": "full"}
+STATE_DICTS = {"sharded": "sharded", "whole": "full"}  # what Composer calls them
 
 
 @dataclass
@@ -25,9 +27,9 @@ class ShardingConfig:
         checkpoints: ``sharded`` (every rank writes its part) or ``whole`` (one file).
     """
 
-    replicas: int = 1
+    replicas: int = limited(1, least=1)
     reshard_after_forward: bool = True
-    checkpoints: str = "sharded"
+    checkpoints: Literal["sharded", "whole"] = "sharded"
 
 
 @dataclass
@@ -58,10 +60,8 @@ def check_sharding(config: ShardingConfig, *, on_cpu: bool) -> None:
     Raises:
         UserError: a value is out of range or does not fit the number of ranks.
     """
-    if config.checkpoints not in STATE_DICTS:
-        raise UserError(f"sharding.checkpoints '{config.checkpoints}' is unknown: choose {' or '.join(STATE_DICTS)}")
     ranks = dist.get_world_size()
-    if config.replicas < 1 or ranks % config.replicas:
+    if ranks % config.replicas:
         raise UserError(f"sharding.replicas {config.replicas} must divide the number of ranks, {ranks}")
     if config.replicas > 1 and on_cpu:
         raise UserError("hybrid sharding (sharding.replicas > 1) needs GPUs: gloo can't average between replicas")

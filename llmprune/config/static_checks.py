@@ -5,33 +5,25 @@ from composer.core import Time, TimeUnit
 from llmprune.config.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.config.schema import Config
 from llmprune.config.sections import sections_of
-from llmprune.models.placement import ATTENTIONS, TRAINABLE
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.recovery.distillation import DistillationConfig
 from llmprune.utils.errors import UserError, nearest
+from llmprune.utils.settings import check_settings
 
 LONGEST = 2**53  # of a duration, whatever its unit: floats count so far
 _STREAM_UNITS = {TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN}
 
 
 def check_config(config: Config) -> None:
-    """Check names and durations, whatever machine the job is for.
+    """Check every value by itself, names and durations, whatever machine the job is for.
 
     Raises:
-        UserError: one is unknown, or none.
+        UserError: a value is out of range, unknown, or no duration.
     """
-    if config.train.precision == "amp_fp16":
-        raise UserError(
-            "train.precision amp_fp16 is not offered: gradients would fall below its smallest number; take amp_bf16"
-        )
+    check_settings(config)
     for key, value, valid in (
         ("optimizer.name", config.optimizer.name, OPTIMIZERS),
         ("scheduler.name", config.scheduler.name, SCHEDULERS),
-        ("model.dtype", config.model.dtype, TRAINABLE),
-        ("train.precision", config.train.precision, ("fp32", "amp_bf16")),
-        ("train.loss_spike", config.train.loss_spike, ("log", "skip")),
-        ("train.device", config.train.device or "cpu", ("cpu", "gpu")),
-        ("model.attention", config.model.attention, ATTENTIONS),
     ):
         if value not in valid:
             raise UserError(f"{key} '{value}' is unknown; {nearest(value, valid)}")

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
-from llmprune.data.calibration import CalibrationConfig, calibration_samples
+from llmprune.data.calibration import calibration_samples
+from llmprune.data.settings import CalibrationConfig
 from llmprune.models.companions import GENERATION, copy_companions
 from llmprune.models.loading import load_any_model, load_tokenizer
 from llmprune.models.own_model_types import needs_code

@@ -14,6 +14,7 @@ from streaming.base.hashing import get_hash
 from streaming.base.storage.download import CloudDownloader
 from streaming.base.util import bytes_to_int
 
+from llmprune.data.settings import CacheConfig
 from llmprune.data.unpacking import unpack
 from llmprune.utils.errors import UserError, first_line
 from llmprune.utils.object_store import retry
@@ -21,31 +22,19 @@ from llmprune.utils.object_store import retry
 _READ_TIMEOUT = 60.0  # seconds without a byte
 
 
-@dataclass
-class CacheConfig:
-    """Where each machine keeps shards of remote or compressed data.
+def limit_of(config: CacheConfig) -> int | None:
+    """``limit`` as a number of bytes.
 
-    Attributes:
-        folder: null = one in the system's temporary folder. Give a folder to read any data through a faster disk.
-        limit: such as 200gb: the shards used longest ago make room, and those under way may exceed it. Null = none.
+    Raises:
+        UserError: it is no size.
     """
-
-    folder: str | None = None
-    limit: str | None = None
-
-    def limit_bytes(self) -> int | None:
-        """``limit`` as a number.
-
-        Raises:
-            UserError: it is no size.
-        """
-        try:
-            limit = None if self.limit is None else bytes_to_int(self.limit)
-        except ValueError:
-            limit = -1
-        if limit is not None and limit < 0:
-            raise UserError(f"data.cache.limit '{self.limit}' is no size: write 500mb or 200gb")
-        return limit
+    try:
+        limit = None if config.limit is None else bytes_to_int(config.limit)
+    except ValueError:
+        limit = -1
+    if limit is not None and limit < 0:
+        raise UserError(f"data.cache.limit '{config.limit}' is no size: write 500mb or 200gb")
+    return limit
 
 
 @dataclass(frozen=True)

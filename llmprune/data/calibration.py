@@ -3,7 +3,6 @@
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -15,36 +14,14 @@ from llmprune.data.dataset import MixedDataset
 from llmprune.data.format import TRAIN, tokenizer_fingerprint
 from llmprune.data.prepared import PreparedData
 from llmprune.data.records import find_inputs
+from llmprune.data.settings import CalibrationConfig
 from llmprune.data.sources import Document, Fields, documents
-from llmprune.utils.errors import UserError, nearest
+from llmprune.utils.errors import UserError
+from llmprune.utils.settings import check_settings
 
 log = logging.getLogger(__name__)
 
 BYTES_PER_TOKEN = 32  # more than any text has, but for long runs of blanks
-BOS_MODES = ("none", "first", "each")
-
-
-@dataclass
-class CalibrationConfig:
-    """Calibration samples.
-
-    Attributes:
-        path: a folder prepared by ``python -m data_prep tokenize`` (its training split is used), or text, Markdown or
-            JSON lines (a file or a folder, plain, .gz or .zst).
-        samples: how many.
-        length: tokens of each.
-        bos: put a BOS before every sample (``each``), before the first one (``first``) or nowhere (``none``); it counts
-            as one of the tokens.
-        text_field: the field of a JSON record that holds the text.
-        seed: of the choice among prepared samples.
-    """
-
-    path: str | None = None
-    samples: int = 32
-    length: int = 128
-    bos: str = "none"
-    text_field: str = "text"
-    seed: int = 17
 
 
 def calibration_samples(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -58,10 +35,7 @@ def calibration_samples(config: CalibrationConfig, tokenizer: PreTrainedTokenize
     """
     if config.path is None:
         raise UserError("the criteria need calibration text: name it with --data (layer_scoring.data.path in a YAML)")
-    if config.samples < 1 or config.length < 8:
-        raise UserError(f"calibration needs at least 1 sample of 8 tokens; got {config.samples} of {config.length}")
-    if config.bos not in BOS_MODES:
-        raise UserError(f"there is no BOS mode '{config.bos}'; {nearest(config.bos, BOS_MODES)}")
+    check_settings(config)
     bos = tokenizer.bos_token_id
     if config.bos != "none" and bos is None:
         raise UserError(f"this tokenizer has no BOS token: choose bos none instead of {config.bos}")

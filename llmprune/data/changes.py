@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from llmprune.data.settings import WORKERS
+
 ROWS = 1024  # changes that may be under way at a time; each takes effect within a few dozen batches
-WORKERS = 64  # of a rank
 
 
 class WeightChanges:

@@ -5,9 +5,10 @@ import tempfile
 from functools import cached_property
 from pathlib import Path
 
-from llmprune.data.cache import CacheConfig, ShardCache, connect, download_file
+from llmprune.data.cache import ShardCache, connect, download_file, limit_of
 from llmprune.data.format import DataManifest
 from llmprune.data.reader import SplitReader
+from llmprune.data.settings import CacheConfig
 from llmprune.utils.errors import UserError
 
 
@@ -46,7 +47,7 @@ class PreparedData:
         if is_remote or cache.folder is not None or self.manifest.compression is not None:
             top = Path(cache.folder or Path(tempfile.gettempdir()) / f"llmprune-data-{getpass.getuser()}")
             self._root = top / self.manifest.fingerprint()[:16]
-            self._cache = ShardCache(self.location, self._root, cache.limit_bytes())
+            self._cache = ShardCache(self.location, self._root, limit_of(cache))
 
     @cached_property
     def tokenizer(self) -> Path:

@@ -10,6 +10,7 @@ from llmprune.data.mixing import PPM
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json
 from llmprune.utils.registry import Registry
+from llmprune.utils.settings import check_settings, limited
 
 TINY = 1e-100  # a weight below it is none
 
@@ -38,13 +39,13 @@ class DynamicLoadingConfig:
 
     update: str = "doremi"
     references: Any = None
-    eta: float = 1.0
-    smoothing: float = 1e-4
+    eta: float = limited(1.0, least=0)
+    smoothing: float = limited(1e-4, least=0, most=1)
     clamp: bool = True
     schedule: list[dict[str, Any]] = field(default_factory=list)
     floor: Any = 0.0
     ceiling: Any = 1.0
-    update_delay: int = 8
+    update_delay: int = limited(8, least=0)
 
 
 @dataclass(frozen=True)
@@ -204,13 +205,7 @@ def check_updates(
         UserError: what is wrong.
     """
     UPDATES[config.update]
-    for name, good, wanted in (
-        ("eta", 0 <= config.eta < math.inf, "be zero or positive"),
-        ("smoothing", 0 <= config.smoothing <= 1, "lie in [0, 1]"),
-        ("update_delay", config.update_delay >= 0, "be zero or positive"),
-    ):
-        if not good:
-            raise UserError(f"dynamic_loading.{name} is {getattr(config, name)}; it must {wanted}")
+    check_settings(config, "dynamic_loading")
     for name, named in (("references", config.references), ("floor", config.floor), ("ceiling", config.ceiling)):
         if isinstance(named, Mapping):
             if unknown := sorted(set(named) - set(domains)):

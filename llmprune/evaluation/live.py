@@ -57,8 +57,6 @@ class LiveEvaluation:
         self._config, self._tokenizer = config, tokenizer
         if not (config.tasks or config.texts):
             raise UserError("evaluation names neither tasks nor texts")
-        if config.batch_size < 1:
-            raise UserError(f"evaluation.batch_size is {config.batch_size}; it must be positive")
         self._perplexity = PerplexityConfig(config.segment, bos=["none" if bos_of(tokenizer) is None else "each"])
         self._perplexity.check()
         tasks = TasksConfig(config.tasks, config.num_fewshot, config.limit, config.include_path)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from llmprune.utils.settings import limited
+
 
 @dataclass
 class LiveEvaluationConfig:
@@ -18,9 +20,9 @@ class LiveEvaluationConfig:
     """
 
     tasks: list[str] = field(default_factory=list)
-    num_fewshot: int | None = None
-    limit: float | None = None
+    num_fewshot: int | None = limited(None, least=0)
+    limit: float | None = limited(None, above=0)
     include_path: str | None = None
     texts: list[str] = field(default_factory=list)
     segment: int = 128
-    batch_size: int = 8
+    batch_size: int = limited(8, least=1)

@@ -15,21 +15,20 @@ from composer.utils import dist
 from transformers import PretrainedConfig
 
 from llmprune.checkpoints.run_folder import RunFolder
-from llmprune.config.schema import IterationConfig, RoundsConfig
+from llmprune.config.schema import IterationConfig
 from llmprune.conversion.commands import apply
-from llmprune.jobs.score import save_scores, score
-from llmprune.jobs.stages import asked_to_end, begin, check_pruning_job, keep_result, recover
+from llmprune.jobs.score import save_scores
+from llmprune.jobs.stages import asked_to_end, begin, check_pruning_job, keep_result, recover, score_for
 from llmprune.models.families import Shape, family_of, shapes_between, target_shape
 from llmprune.models.loading import load_model_config
-from llmprune.models.placement import Placement
 from llmprune.pruning.budgets.losses import HarmfulCorrectionError
 from llmprune.pruning.planning import make_plan, rehearse
-from llmprune.pruning.scoring.settings import LayerScoringConfig
-from llmprune.pruning.selection.methods import PlanConfig
+from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.recovery.distillation import DistillationConfig
 from llmprune.utils.errors import UserError
 from llmprune.utils.processes import TERMINATION
 from llmprune.utils.ranks import init_distributed, on_rank_zero, share_cores
+from llmprune.utils.settings import check_settings
 
 
 def iterate(config: IterationConfig) -> None:
@@ -38,11 +37,11 @@ def iterate(config: IterationConfig) -> None:
     Raises:
         UserError: something does not fit, or the folder holds something else.
     """
-    source = check_pruning_job(config, "iterate", config.iterate.calibration)
+    source = check_pruning_job(config)
     distillation = config.section(DistillationConfig)
     if distillation is not None and distillation.compares_states and config.iterate.rounds > 1:
         raise UserError("states compare with the source's in the first round only: take the objectives kl and lm")
-    shapes = round_shapes(config.iterate, load_model_config(source))
+    shapes = round_shapes(config, load_model_config(source))
     share_cores()
     init_distributed(config.train.device)
     with TERMINATION.ending(asked_to_end), RunFolder(Path(config.run.folder)).claimed():
@@ -65,78 +64,72 @@ def _iterate(config: IterationConfig, source: str, shapes: Sequence[Shape]) -> N
     on_rank_zero(lambda: keep_result(folder, Path(model)))
 
 
-def round_shapes(rounds: RoundsConfig, model: PretrainedConfig) -> list[Shape]:
+def round_shapes(config: IterationConfig, model: PretrainedConfig) -> list[Shape]:
     """The shape after each round.
 
     Raises:
         UserError: the target, or a criterion, is impossible for this model.
     """
-    if rounds.rounds < 1:
-        raise UserError(f"iterate.rounds is {rounds.rounds}; it must be positive")
+    rounds, plan = config.iterate.rounds, config.plan
+    check_settings(config)
+    plan.refuse("iterate", "remove", "drop")
     family = family_of(model)
     source = family.shape(model)
-    target = target_shape(source, rounds.shape)
+    target = target_shape(source, plan.shape or {})
     if target == source:
-        raise UserError("iterate.shape is the model's own: nothing would be pruned")
-    shapes = shapes_between(source, target, rounds.rounds)
+        raise UserError("plan.shape is the model's own: nothing would be pruned")
+    shapes = shapes_between(source, target, rounds)
     if family.head_size_is_derived(model):
         shapes = [replace(shape, hidden=shape.heads * shape.head_dim) for shape in shapes[:-1]] + shapes[-1:]
     if family.keeps_whole_heads(model):
         shapes = [
             replace(shape, hidden=-(-shape.hidden // shape.heads) * shape.heads) for shape in shapes[:-1]
         ] + shapes[-1:]
-    names = _criteria(rounds)
+    names = _criteria(plan)
     for number, (before, after) in enumerate(zip([source, *shapes], shapes, strict=False), start=1):
         if before == after:
-            raise UserError(f"round {number} of {rounds.rounds} would remove nothing: take fewer rounds")
+            raise UserError(f"round {number} of {rounds} would remove nothing: take fewer rounds")
         rehearse(
-            _plan_config(rounds, before, after),
+            _plan_of_round(plan, before, after),
             names,
             family.with_shape(model, before, range(before.layers)),
-            rounds.calibration,
+            config.layer_scoring.data,
         )
     return shapes
 
 
-def _criteria(rounds: RoundsConfig) -> list[str]:
-    named = (rounds.criterion, rounds.unit_criterion, rounds.expert_criterion)
+def _criteria(plan: PlanConfig) -> list[str]:
+    named = (plan.criterion, plan.unit_criterion, plan.expert_criterion)
     found = list(dict.fromkeys(name for name in named if name is not None))
-    if rounds.method == "sublayers":
+    if plan.method == "sublayers":
         found += ["attention", "mlp"]
     if not found:
-        raise UserError("name the criteria that decide: iterate.criterion of blocks, iterate.unit_criterion of units")
+        raise UserError("name the criteria that decide: plan.criterion of blocks, plan.unit_criterion of units")
     return found
 
 
-def _plan_config(rounds: RoundsConfig, before: Shape, after: Shape) -> PlanConfig:
+def _plan_of_round(plan: PlanConfig, before: Shape, after: Shape) -> PlanConfig:
     """How to plan one round; what does not change is left out."""
     sizes = {name: size for name, size in asdict(after).items() if name != "head_dim" and size is not None}
     narrower = (after.heads, after.kv_heads, after.intermediate) != (before.heads, before.kv_heads, before.intermediate)
-    return PlanConfig(
-        rounds.method,
-        None if after.layers == before.layers else rounds.criterion,
-        protect_first=rounds.protect_first,
-        protect_last=rounds.protect_last,
+    return replace(
+        plan,
+        criterion=None if after.layers == before.layers else plan.criterion,
         shape=sizes,
-        unit_criterion=rounds.unit_criterion,
-        expert_criterion=rounds.expert_criterion,
-        correction=rounds.correction if narrower else "none",
+        correction=plan.correction if narrower else "none",
     )
 
 
 def _prune(config: IterationConfig, model: str, shape: Shape, place: Path) -> None:
     """Score, plan and cut, as far as it is not done yet."""
-    rounds, plan_file = config.iterate, place / "plan.json"
+    plan_file = place / "plan.json"
     if not plan_file.exists():
-        data = replace(rounds.calibration, path=rounds.calibration.path or config.data.path)
-        settings = LayerScoringConfig(data, _criteria(rounds), rounds.batch_size, seed=config.run.seed)
-        placement = Placement(config.model.dtype, config.train.device, attention=config.model.attention)
-        scores = score(model, settings, placement, tokenizer=config.model.tokenizer)
+        scores = score_for(config, model, _criteria(config.plan))
 
         def decide() -> None:
             place.mkdir(exist_ok=True)
             save_scores(scores, place / "scores.json")
-            chosen = _plan_config(rounds, scores.source, shape)
+            chosen = _plan_of_round(config.plan, scores.source, shape)
             try:
                 plan = make_plan(scores, chosen)
             except HarmfulCorrectionError:

@@ -28,8 +28,8 @@ from llmprune.conversion.commands import apply
 from llmprune.data.prepared import PreparedData
 from llmprune.data.sources import clean_name
 from llmprune.evaluation.losses import Losses, evaluate_losses
-from llmprune.jobs.score import save_scores, score
-from llmprune.jobs.stages import asked_to_end, begin, check_pruning_job, keep_result, recover, recovery_of
+from llmprune.jobs.score import save_scores
+from llmprune.jobs.stages import asked_to_end, begin, check_pruning_job, keep_result, recover, recovery_of, score_for
 from llmprune.models.families import Shape, shape_from
 from llmprune.models.loaded import open_model
 from llmprune.models.loading import load_model_config
@@ -52,7 +52,6 @@ from llmprune.pruning.planning import (
 from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.criterion import ScoreSection
 from llmprune.pruning.scoring.scores import Scores
-from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.reporting.search import picture, search_table
 from llmprune.training.checks import check
 from llmprune.utils.errors import BrokenModelError, UserError
@@ -71,7 +70,7 @@ def search(config: SearchConfig) -> None:
     Raises:
         UserError: something does not fit, no candidate keeps to the budget, or the folder holds something else.
     """
-    source = check_pruning_job(config, "search", config.search.calibration)
+    source = check_pruning_job(config)
     check_candidates(config, load_model_config(source))
     share_cores()
     init_distributed(config.train.device)
@@ -83,7 +82,7 @@ def _search(config: SearchConfig, source: str) -> None:
     folder = Path(config.run.folder)
     on_rank_zero(lambda: begin(config, "search"))
     if not (folder / "scores.json").exists():
-        scores = _score(config, source)
+        scores = score_for(config, source, config.search.scored(config.plan))
         on_rank_zero(lambda: save_scores(scores, folder / "scores.json"))
     job = _Job(config, source, folder)
     best = on_rank_zero(job.compare)
@@ -106,10 +105,10 @@ def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
     Raises:
         UserError: one is not.
     """
-    settings = config.search
-    names, data = settings.scored(), settings.calibration
+    settings, data = config.search, config.layer_scoring.data
+    names = settings.scored(config.plan)
     sizes = ShapeSizes(model)
-    for candidate in settings.candidates():
+    for candidate in settings.candidates(config.plan):
         plan = candidate.config
         if candidate.under_budget:
             check_choice(plan)
@@ -133,20 +132,12 @@ def _check_units(name: str) -> None:
         raise UserError(f"search.unit_criteria: '{name}' does not score heads, channels and hidden dimensions")
 
 
-def _score(config: SearchConfig, source: str) -> Scores:
-    settings = config.search
-    data = replace(settings.calibration, path=settings.calibration.path or config.data.path)
-    scoring = LayerScoringConfig(data, settings.scored(), settings.batch_size, seed=config.run.seed)
-    placement = Placement(config.model.dtype, config.train.device, attention=config.model.attention)
-    return score(source, scoring, placement, tokenizer=config.model.tokenizer)
-
-
 class _Job:
     """What rank 0 does alone, and what is known of the candidates: a row of numbers for each."""
 
     def __init__(self, config: SearchConfig, source: str, folder: Path) -> None:
         self._config, self._settings, self._source, self._folder = config, config.search, source, folder
-        self._candidates = self._settings.candidates()
+        self._candidates = self._settings.candidates(config.plan)
         self._sizes = ShapeSizes(load_model_config(source))
         self._known = folder / "candidates.json"
         self._costs = costs_of(self._settings.budget, self._sizes, default_device())

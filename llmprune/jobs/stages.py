@@ -6,17 +6,21 @@ in; a recovery goes on from its newest checkpoint.
 
 import copy
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from llmprune.callbacks.preemption import Preempted
 from llmprune.config.job_files import load_recorded, save_config
-from llmprune.config.schema import Config, SearchConfig
+from llmprune.config.schema import Config, IterationConfig, SearchConfig
 from llmprune.config.sections import sections_of, with_sections
 from llmprune.conversion.commands import convert
-from llmprune.data.calibration import CalibrationConfig
 from llmprune.data.prepared import PreparedData
+from llmprune.jobs.score import score
 from llmprune.jobs.train import train
+from llmprune.models.placement import Placement
+from llmprune.pruning.scoring.scores import Scores
+from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.training.checks import check, inputs_of
 from llmprune.utils.checksums import CHECKSUMS, describe_file
 from llmprune.utils.errors import UserError
@@ -24,7 +28,7 @@ from llmprune.utils.files import read_json, temporary_for, write_json
 from llmprune.utils.outputs import clear, is_empty, refuse_deleting, refuse_replacing, remove
 from llmprune.utils.processes import TERMINATION
 from llmprune.utils.ranks import on_rank_zero
-from llmprune.utils.recorded_settings import as_typed
+from llmprune.utils.recorded_settings import as_typed, leaves
 
 _FREE = (  # what may change when a job goes on: where it runs, and what it shows
     "run.name", "run.folder", "run.overwrite", "run.autoresume", "loggers", "checkpoint", "evaluation", "sharding",
@@ -32,10 +36,12 @@ _FREE = (  # what may change when a job goes on: where it runs, and what it show
     "data.prefetch", "data.eval_samples_per_domain",
 )  # fmt: skip
 
+ScoringJobConfig = IterationConfig | SearchConfig
+
 _INPUTS = "inputs.json"  # of a job's folder: what its inputs held when it was begun
 
 
-def begin(config: Config, kind: str) -> None:
+def begin(config: ScoringJobConfig, kind: str) -> None:
     """Make the job's folder, or see that what it holds is this job's.
 
     Args:
@@ -60,13 +66,13 @@ def begin(config: Config, kind: str) -> None:
         except UserError:
             if not config.run.overwrite:
                 raise
-    refuse_replacing(folder, [*inputs_of(config), *_calibration(config)])
+    refuse_replacing(folder, [*inputs_of(config), *_calibration_text(config)])
     clear(folder)
     save_config(config, known)
     write_json(folder / _INPUTS, {"schema": 1, "contents": _contents(config)})
 
 
-def _refuse_other(folder: Path, before: Config, config: Config) -> None:
+def _refuse_other(folder: Path, before: Config, config: ScoringJobConfig) -> None:
     """Raise ``UserError`` if a job is not the one that its folder was begun with.
 
     What it reads is told by its contents where these are known: data that were moved or renamed are the same data.
@@ -89,17 +95,11 @@ def _refuse_other(folder: Path, before: Config, config: Config) -> None:
             )
 
 
-def _contents(config: Config) -> dict[str, str]:
+def _contents(config: ScoringJobConfig) -> dict[str, str]:
     """What tells the contents of everything that the job reads, by its path; what only its path tells is left out."""
-    paths = dict.fromkeys([*inputs_of(config), config.data.path, *_calibration(config)])
+    paths = dict.fromkeys([*inputs_of(config), config.data.path, *_calibration_text(config)])
     found = {path: _content(path) for path in paths if path}
     return {path: content for path, content in found.items() if content is not None}
-
-
-def _calibration(config: Config) -> list[str]:
-    """The calibration texts that a job names."""
-    sections = (section.get("calibration") or {} for section in asdict(config).values() if isinstance(section, dict))
-    return [path for settings in sections if (path := settings.get("path"))]
 
 
 def _content(path: str) -> str | None:
@@ -119,13 +119,14 @@ def _identity(config: Config) -> dict[str, object]:
         free.discard("data.eval_samples_per_domain")  # the held-out loss decides
     for section in sections_of(config):
         free.difference_update(section.decides)
-    found: dict[str, object] = {}
-    for section, value in as_typed(asdict(config)).items():
-        values = {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
-        if isinstance(calibration := values.pop(f"{section}.calibration", None), dict):
-            values |= {f"{section}.calibration.{key}": v for key, v in calibration.items()}
-        found |= {key: v for key, v in values.items() if section not in free and key not in free}
-    return found
+    values = dict(leaves(as_typed(asdict(config))))
+    return {key: value for key, value in values.items() if not any(f"{key}.".startswith(f"{one}.") for one in free)}
+
+
+def _calibration_text(config: ScoringJobConfig) -> list[str]:
+    """The text that the job names for calibration, if it is not the training data."""
+    path = config.layer_scoring.data.path
+    return [] if path is None else [path]
 
 
 def asked_to_end() -> Preempted:
@@ -167,25 +168,38 @@ def recovery_of(config: Config, place: Path, *, name: str, seed: int) -> Config:
     return schema(**{**parts, "job": "train", "run": run, "model": replace(config.model, path=str(place / "pruned"))})
 
 
-def check_pruning_job(config: Config, kind: str, calibration: CalibrationConfig) -> str:
+def check_pruning_job(config: ScoringJobConfig) -> str:
     """What every job that prunes by scores and recovers needs; returns the model's folder or name.
-
-    Args:
-        config: of the job.
-        kind: what it is, in a word.
-        calibration: its samples.
 
     Raises:
         UserError: something does not fit.
     """
     if config.model.path is None:
-        raise UserError(f"{kind} prunes a model: name it with model.path")
+        raise UserError(f"{config.job} prunes a model: name it with model.path")
     for section in sections_of(config):
-        section.check_steps(kind)
-    if calibration.path is None and "://" in config.data.path:
-        raise UserError(f"calibration samples are read from this machine: name text with {kind}.calibration.path")
+        section.check_steps(config.job)
+    if config.layer_scoring.data.path is None and "://" in config.data.path:
+        raise UserError("calibration samples are read from this machine: name text with layer_scoring.data.path")
     check(config)
     return config.model.path
+
+
+def scoring_of(config: ScoringJobConfig, criteria: Sequence[str]) -> LayerScoringConfig:
+    """How the job scores a model.
+
+    Args:
+        config: of the job.
+        criteria: those that decide; ``layer_scoring.criteria`` may name others, whose scores are kept beside theirs.
+    """
+    own = config.layer_scoring
+    names = list(dict.fromkeys([*criteria, *(own.criteria or ())]))
+    return replace(own, data=replace(own.data, path=own.data.path or config.data.path), criteria=names)
+
+
+def score_for(config: ScoringJobConfig, model: str, criteria: Sequence[str]) -> Scores:
+    """Score a model as the job says; ``criteria`` are those that decide."""
+    placement = Placement(config.model.dtype, config.train.device, attention=config.model.attention)
+    return score(model, scoring_of(config, criteria), placement, tokenizer=config.model.tokenizer)
 
 
 def keep_result(folder: Path, result: Path) -> None:

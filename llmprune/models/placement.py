@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 
 from llmprune.utils.errors import UserError, nearest
+from llmprune.utils.formats import Attention, Device, StoredFormat, TrainableFormat
+from llmprune.utils.settings import check_settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TRAINABLE = ("float32", "bfloat16")  # formats in which gradients neither vanish nor overflow
-TEACHER = ("auto", *TRAINABLE)  # of a model that does not learn, see ``dtype_for_inference``
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+TRAINABLE: tuple[str, ...] = get_args(TrainableFormat)
 
 
 def dtype_for_inference(name: str, *, on_gpu: bool) -> torch.dtype:
@@ -40,25 +41,19 @@ class Placement:
         adapter: folder of a PEFT adapter to put on the model.
     """
 
-    dtype: str = "auto"
-    device: str | None = None
-    device_map: str | None = None
-    attention: str | None = None
+    dtype: StoredFormat = "auto"
+    device: Device | None = None
+    device_map: Literal["auto", "balanced", "sequential"] | None = None
+    attention: Attention | None = None
     adapter: str | None = None
 
     def check(self, dtypes: Sequence[str] = ("auto", *DTYPES)) -> None:
         """Raise ``UserError`` for what is unknown or not there; ``dtypes`` are those that will do."""
-        for word, value, valid in (
-            ("dtype", self.dtype, dtypes),
-            ("device map", self.device_map or "auto", ("auto", "balanced", "sequential")),
-            ("attention", self.attention or "sdpa", ATTENTIONS),
-        ):
-            if value not in valid:
-                raise UserError(f"{word} '{value}' is unknown; {nearest(value, valid)}")
+        check_settings(self)
+        if self.dtype not in dtypes:
+            raise UserError(f"dtype '{self.dtype}' is unknown; {nearest(self.dtype, dtypes)}")
         if self.adapter is not None and not (Path(self.adapter) / "adapter_config.json").is_file():
             raise UserError(f"{self.adapter} holds no adapter: it has no adapter_config.json")
-        if self.device not in (None, "cpu", "gpu"):
-            raise UserError(f"device '{self.device}' is unknown; valid: cpu, gpu")
         if self.device == "gpu" and not torch.cuda.is_available():
             raise UserError("the device is gpu, but there is none")
 

@@ -8,7 +8,8 @@ from functools import cache
 import torch
 from transformers import PretrainedConfig
 
-from llmprune.data.calibration import CalibrationConfig, calibration_samples, samples_fingerprint
+from llmprune.data.calibration import calibration_samples, samples_fingerprint
+from llmprune.data.settings import CalibrationConfig
 from llmprune.models.families import Shape, family_of
 from llmprune.models.loading import load_model, load_model_config, load_tokenizer
 from llmprune.models.memory import check_memory
@@ -17,8 +18,9 @@ from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.plans.surgery import Surgery
 from llmprune.pruning.budgets.choose import Choice, Chooser, Steps
-from llmprune.pruning.budgets.limits import BudgetConfig, Limit, costs_of, limits_of
+from llmprune.pruning.budgets.limits import Limit, costs_of, limits_of
 from llmprune.pruning.budgets.losses import PlanLosses
+from llmprune.pruning.budgets.settings import BudgetConfig
 from llmprune.pruning.budgets.sizes import ShapeSizes
 from llmprune.pruning.budgets.trial import Trial
 from llmprune.pruning.scoring.all_criteria import CRITERIA
@@ -29,13 +31,13 @@ from llmprune.pruning.selection import merging
 from llmprune.pruning.selection.correction import check_correction, check_tokens, corrected, is_correctable
 from llmprune.pruning.selection.methods import (
     SELECTIONS,
-    PlanConfig,
     Request,
     ScoredModel,
     calibration_size,
     select,
     selected_blocks,
 )
+from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.pruning.selection.width import narrowed, whole
 from llmprune.utils.errors import UserError
 

@@ -1,7 +1,7 @@
 """Distillation: its settings, and learning from a teacher as the objective of a model (Minitron, arXiv:2407.14679)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,11 +18,12 @@ from llmprune.models.objectives import (
     predicting,
     relative_error,
 )
-from llmprune.models.placement import TEACHER
 from llmprune.models.vocabulary import Head, head_of, mean_loss
 from llmprune.recovery.correspondence import Correspondence
 from llmprune.recovery.teachers import Teacher, states_of
 from llmprune.utils.errors import UserError, nearest
+from llmprune.utils.formats import TeacherFormat
+from llmprune.utils.settings import check_settings, limited
 
 
 @dataclass
@@ -44,32 +45,25 @@ class DistillationConfig:
     """
 
     teacher: str | None = None
-    objectives: dict[str, float] = field(default_factory=dict)
-    final_objectives: dict[str, float] = field(default_factory=dict)
-    temperature: float = 1.0
-    top_k: int | None = None
+    objectives: dict[str, float] = limited(make=dict, least=0)
+    final_objectives: dict[str, float] = limited(make=dict, least=0)
+    temperature: float = limited(1.0, above=0)
+    top_k: int | None = limited(None, least=1)
     plan: str | None = None
     blocks: list[int] | None = None
-    dtype: str = "auto"
+    dtype: TeacherFormat = "auto"
 
     def check(self) -> None:
         """Raise ``UserError`` for what is wrong whatever the models."""
+        check_settings(self, "distillation")
         for key, objectives in (("objectives", self.objectives), ("final_objectives", self.final_objectives)):
-            for name, weight in objectives.items():
+            for name in objectives:
                 if name not in OBJECTIVES:
                     raise UserError(f"distillation.{key}: there is no objective '{name}'; {nearest(name, OBJECTIVES)}")
-                if not 0 <= weight < float("inf"):
-                    raise UserError(f"distillation.{key}: the weight of {name} is {weight}; it must be zero or more")
             if objectives and not any(objectives.values()):
                 raise UserError(f"distillation.{key} need a positive weight: write {{kl: 1.0}}")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"distillation.temperature is {self.temperature}; it must be positive")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"distillation.top_k is {self.top_k}; it must be positive")
         if "kl" not in self.names and (self.top_k is not None or self.temperature != 1):
             raise UserError("distillation.temperature and top_k belong to the objective kl")
-        if self.dtype not in TEACHER:
-            raise UserError(f"distillation.dtype '{self.dtype}' is unknown; {nearest(self.dtype, TEACHER)}")
         if self.blocks is not None and not self.compares_states:
             raise UserError("distillation.blocks belongs to the objectives mse and cosine")
         if not self.names - {"lm"}:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llmprune.models.families import MATRICES, SUBLAYERS, Role, family_of
 from llmprune.recovery.four_bits import MARK, describe_packed, written_out
 from llmprune.utils.errors import UserError, nearest
+from llmprune.utils.settings import limited
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftConfig
@@ -32,22 +33,11 @@ class LoRAConfig:
             = as they are.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.05
+    rank: int = limited(8, least=1)
+    alpha: float = limited(16.0, above=0)
+    dropout: float = limited(0.05, least=0, below=1)
     targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])
-    quantize: str | None = None
-
-    def check(self) -> None:
-        """Raise ``UserError`` for what is wrong whatever the model."""
-        if self.rank < 1:
-            raise UserError(f"lora.rank is {self.rank}; it must be positive")
-        if not self.alpha > 0:
-            raise UserError(f"lora.alpha is {self.alpha}; it must be positive")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
-        if self.quantize not in (None, "nf4"):
-            raise UserError(f"lora.quantize '{self.quantize}' is unknown: choose nf4, or null")
+    quantize: Literal["nf4"] | None = None
 
     def peft(self, config: PretrainedConfig, base: str | None = None) -> "PeftConfig":
         """The settings as PEFT's, for a model of this config."""

@@ -1,6 +1,7 @@
 """The uniform shape of a model that was pruned to a size: chosen by its held-out loss once the run has ended."""
 
 import math
+from typing import Literal
 
 from composer import Trainer
 from composer.utils import dist
@@ -38,7 +39,7 @@ def choose_shape(trainer: Trainer, run: RunFolder) -> None:
         save_shape(run.checkpoints, trainer.state.timestamp.batch.value, rivals, losses, best)
 
 
-def _held_out(trainer: Trainer, pruning: L0Pruning, manner: str) -> float:
+def _held_out(trainer: Trainer, pruning: L0Pruning, manner: Literal["expected", "target"]) -> float:
     pruning.evaluate_at = manner
     trainer.eval()
     return float(trainer.state.eval_metric_values["loss"])

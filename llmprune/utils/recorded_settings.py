@@ -38,7 +38,7 @@ def remember(typed: Any, came_to: Any) -> None:
         UserError: a whole section comes from outside: it could not be recorded.
     """
     _TEXTS.clear()
-    raw, resolved = dict(_leaves(typed)), dict(_leaves(came_to))
+    raw, resolved = dict(leaves(typed)), dict(leaves(came_to))
     if not any(isinstance(value, str) and _LOOK_UP.search(value) for value in raw.values()):
         return
     for key, text in raw.items():
@@ -73,10 +73,11 @@ def as_typed(values: Any, key: str = "") -> Any:
     return values
 
 
-def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value within nested mappings and lists, with its dotted key."""
     if isinstance(values, dict | list):
         for name, value in values.items() if isinstance(values, dict) else enumerate(values):
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+            yield from leaves(value, f"{key}.{name}" if key else str(name))
     else:
         yield key, values
 

@@ -123,7 +123,7 @@ def test_gate_values_are_saved_at_every_evaluation(config: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"evaluate_at": "expcted"}, "choose expected or target"),
+        ({"evaluate_at": "expcted"}, "l0_pruning.evaluate_at 'expcted' is unknown; valid: expected, target"),
         ({"start_sparsity": 1.5}, "must lie in"),
         ({"lagrangian_warmup": "soon"}, "no duration"),
     ],

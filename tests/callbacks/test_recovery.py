@@ -280,7 +280,7 @@ def test_microbatches_change_nothing(config: Path, trained_folder: Path, tmp_pat
         (["lora={rank: 0}"], "lora.rank is 0"),
         (["lora={targets: [mpl]}"], "'mpl' is unknown; did you mean 'mlp'"),
         (["lora={targets: []}"], "lora.targets is empty"),
-        (["lora={quantize: int8}"], "choose nf4"),
+        (["lora={quantize: int8}"], "lora.quantize 'int8' is unknown; valid: nf4"),
         (["lora={quantize: nf4}", "sharding={}"], "can't be sharded"),
         (["lora={}", "sharding={}", "model.dtype=bfloat16"], "shards hold one dtype"),
         (["lora={}", "l0_pruning={target: {layers: 2}}"], "leave out lora"),

@@ -76,7 +76,7 @@ layer_scoring: {{criteria: [magnitude_l1], data: {{path: {data}}}}}
         "train": lambda *more: train(load_training_job(yaml, more)),
         "score": lambda *more: run_scoring(load_job(scored, [one for one in more if "autoresume" not in one])),
         "iterate": lambda *more: iterate(
-            load_job(_with(yaml, "iterate: {rounds: 1, shape: {layers: 3}, criterion: tail}"), more)
+            load_job(_with(yaml, "iterate: {rounds: 1}\nplan: {shape: {layers: 3}, criterion: tail}"), more)
         ),
         "search": lambda *more: search(
             load_job(_with(yaml, "search: {criteria: [tail], remove: [1], budget: {params: '0.9'}}"), more)

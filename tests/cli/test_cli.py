@@ -9,6 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from llmprune.cli import app, main
+from llmprune.data.settings import CalibrationConfig
+from llmprune.pruning.scoring.settings import LayerScoringConfig
+from llmprune.pruning.selection.settings import PlanConfig
+from llmprune.utils.settings import hints_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +37,9 @@ def test_families_are_listed() -> None:
         ["measure"],
         ["measure", "model", "--nosuch"],
         ["measure", "model", "--repeats", "many"],
+        ["score", "model", "--out", "x.json", "--device", "tpu"],
+        ["plan", "scores.json", "--correction", "fit"],
+        ["plan", "scores.json", "--remove", "many"],
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
@@ -54,6 +61,15 @@ def test_train_py_tells_mistakes_in_one_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"error: {tmp_path / 'missing.yaml'} does not exist"
+
+
+def test_options_come_from_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    renamed = {"path": "data", "length": "seq-len"}
+    for command, cls in (("plan", PlanConfig), ("score", LayerScoringConfig), ("score", CalibrationConfig)):
+        app([command, "--help"], standalone_mode=False)
+        shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        for name in {*hints_of(cls)} - {"data"}:
+            assert f"--{renamed.get(name, name).replace('_', '-')} " in shown
 
 
 def test_the_command_imports_nothing_that_takes_long() -> None:

@@ -311,7 +311,9 @@ def test_nothing_is_looked_up_in_what_is_recorded(yaml: Path, tmp_path: Path) ->
 
 def test_a_job_that_does_more_than_train_is_no_training_job(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
-    path.write_text(f"{MINIMAL}\njob: iterate\niterate: {{rounds: 1, shape: {{layers: 2}}, criterion: tail}}\n")
+    path.write_text(
+        f"{MINIMAL}\njob: iterate\niterate: {{rounds: 1}}\nplan: {{shape: {{layers: 2}}, criterion: tail}}\n"
+    )
     assert load_job(path).job == "iterate"
     with pytest.raises(UserError, match=r"is another kind of job \(iterate\): run it with `composer train.py`"):
         load_training_job(path)

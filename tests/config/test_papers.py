@@ -35,7 +35,8 @@ from llmprune.pruning.gates.settings import make_goal
 from llmprune.pruning.replacements.span import Span
 from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.scores import Scores
-from llmprune.pruning.selection.methods import PlanConfig, Request, select
+from llmprune.pruning.selection.methods import Request, select
+from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.recovery.lora import lora_targets
 from llmprune.recovery.trainable import phases
 from llmprune.training.checks import check

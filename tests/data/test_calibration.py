@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmprune.data.calibration import CalibrationConfig, calibration_samples
+from llmprune.data.calibration import calibration_samples
 from llmprune.data.dataset import MixedDataset
 from llmprune.data.prepared import PreparedData
+from llmprune.data.settings import CalibrationConfig
 from llmprune.models.loading import load_tokenizer
 from llmprune.utils.errors import UserError
 
@@ -41,9 +42,9 @@ def test_prepared_data_give_training_samples(data: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": 0}, "at least 1 sample of 8"),
-        ({"length": 4}, "at least 1 sample of 8"),
-        ({"bos": "all"}, "no BOS mode 'all'"),
+        ({"samples": 0}, "samples is 0; it must be positive"),
+        ({"length": 4}, "length is 4; it must be at least 8"),
+        ({"bos": "all"}, "bos 'all' is unknown; valid: none, first, each"),
         ({"path": None}, "need calibration text"),
         ({"path": "nowhere.txt"}, "nowhere.txt does not exist"),
         ({"length": 64}, "have 32 tokens"),

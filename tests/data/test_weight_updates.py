@@ -108,7 +108,7 @@ def test_bounded_keeps_proportions_where_it_can() -> None:
         ({"ceiling": {"a": 0.1, "b": 0.1, "c": 0.1}}, "at least 1"),
         ({"floor": {"a": 0.5}, "ceiling": 0.4}, "floor ≤"),
         ({"floor": "much"}, "must be a number"),
-        ({"smoothing": 2.0}, "must lie in"),
+        ({"smoothing": 2.0}, "must lie between 0 and 1"),
         ({"eta": math.nan}, "must be zero or positive"),
         ({"update_delay": -1}, "update_delay is -1"),
         ({"update": "schedule"}, "needs points"),

@@ -166,9 +166,9 @@ def test_what_was_not_kept_is_refused(
     [
         (TeachConfig(top_k=0), "--top-k is 0"),
         (TeachConfig(top_k=300), "--top-k is 300"),
-        (TeachConfig(temperature=-1), "--temperature is -1"),
-        (TeachConfig(batch_size=0), "--batch-size is 0"),
-        (TeachConfig(dtype="int8"), "--dtype 'int8' is unknown"),
+        (TeachConfig(temperature=-1), "temperature is -1"),
+        (TeachConfig(batch_size=0), "batch_size is 0"),
+        (TeachConfig(dtype="int8"), "dtype 'int8' is unknown"),
     ],
 )
 def test_mistakes(data: Path, trained_folder: Path, tmp_path: Path, config: TeachConfig, message: str) -> None:

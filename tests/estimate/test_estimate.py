@@ -209,7 +209,7 @@ def test_the_command(data: Path, trained_folder: Path, capsys: pytest.CaptureFix
         (["train.precision=bf16"], "train.precision 'bf16' is unknown"),
         (["model.dtype=int3"], "model.dtype 'int3' is unknown"),
         (["train.duration=soon"], "train.duration 'soon' is no duration"),
-        (["train.global_batch_size=0"], "train.global_batch_size 0 is no multiple"),
+        (["train.global_batch_size=0"], "train.global_batch_size is 0; it must be positive"),
     ):
         with pytest.raises(UserError, match=message):
             app([*arguments, *wrong], standalone_mode=False)

@@ -53,10 +53,11 @@ train: {{duration: 2ba, global_batch_size: 4, microbatch_size: 4, eval_interval:
 checkpoint: {{interval: 1ba}}
 """)
     for name, section in (
-        ("iterate", "job: iterate\niterate: {rounds: 1, shape: {layers: 3}, criterion: tail}"),
+        ("iterate", "job: iterate\niterate: {rounds: 1}\nplan: {shape: {layers: 3}, criterion: tail}"),
         (
             "search",
-            "job: search\nsearch: {criteria: [tail], remove: [1], budget: {params: '0.9'}, calibration: {length: 32}}",
+            "job: search\nsearch: {criteria: [tail], remove: [1], budget: {params: '0.9'}}\n"
+            "layer_scoring: {data: {length: 32}}",
         ),
     ):
         (folder / f"{name}.yaml").write_text(f"{job.read_text()}{section}\n")

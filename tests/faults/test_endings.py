@@ -225,12 +225,14 @@ def test_a_stopped_job(number: signal.Signals, job: str, inside: str, inputs: Pa
     [
         (
             "iterate",
-            "job: iterate\niterate: {rounds: 1, shape: {layers: 3}, criterion: tail, calibration: CALIBRATION}",
-            "jobs.iterate.score",
+            "job: iterate\niterate: {rounds: 1}\nplan: {shape: {layers: 3}, criterion: tail}\n"
+            "layer_scoring: {data: CALIBRATION}",
+            "jobs.stages.score",
         ),
         (
             "search",
-            "job: search\nsearch: {criteria: [tail], remove: [1], budget: {params: '0.9'}, calibration: CALIBRATION}",
+            "job: search\nsearch: {criteria: [tail], remove: [1], budget: {params: '0.9'}}\n"
+            "layer_scoring: {data: CALIBRATION}",
             "jobs.search.open_scored",
         ),
     ],

@@ -26,7 +26,7 @@ from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans.plan import Plan
 from llmprune.pruning.planning import make_plan
 from llmprune.pruning.scoring.scores import Scores
-from llmprune.pruning.selection.methods import PlanConfig
+from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.reporting.collect import collect
 from llmprune.training.checks import check
 from llmprune.utils.checksums import record, verify_checksums

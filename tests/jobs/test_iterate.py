@@ -39,13 +39,13 @@ run: {{name: test, folder: {folder}/once, seed: 3}}
 model: {{path: {trained_folder}}}
 data: {{path: {data}, eval_samples_per_domain: 2}}
 job: iterate
-iterate:
-  rounds: 2
+iterate: {{rounds: 2}}
+plan:
   shape: {{layers: 4, hidden: 24, heads: 4, intermediate: 24}}
   criterion: block_influence
   unit_criterion: unit_taylor
   correction: refit
-  calibration: {{samples: 64, length: 24}}
+layer_scoring: {{data: {{samples: 64, length: 24}}}}
 optimizer: {{lr: 1.0e-3}}
 scheduler: {{warmup: 1ba}}
 train: {{duration: 4ba, global_batch_size: 8, microbatch_size: 4, eval_interval: 2ba}}
@@ -101,7 +101,7 @@ def test_a_stopped_job_goes_on_where_it_was(
             patch.setattr(stages, "train", killing)
         else:
             name = {"scoring": "score", "cutting": "apply", "exporting": "convert"}[stop]
-            module = stages if stop == "exporting" else iteration
+            module = iteration if stop == "cutting" else stages
             real = getattr(module, name)
             calls = []
 
@@ -149,9 +149,9 @@ def test_shapes_of_every_family(name: str) -> None:
     if family.head_size_is_derived(config):
         target["hidden"] = target["kv_heads"] * source.heads_per_group * source.head_dim
     loaded = IterationConfig()
-    loaded.iterate.rounds, loaded.iterate.shape = 3, target
-    loaded.iterate.criterion, loaded.iterate.unit_criterion = "block_influence", "unit_activation_l2"
-    shapes = round_shapes(loaded.iterate, config)
+    loaded.iterate.rounds, loaded.plan.shape = 3, target
+    loaded.plan.criterion, loaded.plan.unit_criterion = "block_influence", "unit_activation_l2"
+    shapes = round_shapes(loaded, config)
     assert len(shapes) == 3 and {key: getattr(shapes[-1], key) for key in target} == target
     for before, after in zip([source, *shapes], shapes, strict=False):
         assert all(getattr(before, size) >= getattr(after, size) for size in ("layers", "hidden", "heads", "kv_heads"))
@@ -159,9 +159,9 @@ def test_shapes_of_every_family(name: str) -> None:
 
 def test_a_round_that_takes_no_heads_and_no_channels_has_nothing_to_correct() -> None:
     loaded = IterationConfig()
-    loaded.iterate.shape, loaded.iterate.rounds, loaded.iterate.correction = {"hidden": 16, "heads": 4}, 3, "refit"
-    loaded.iterate.unit_criterion = "unit_activation_l2"
-    shapes = round_shapes(loaded.iterate, tiny_config())
+    loaded.plan.shape, loaded.iterate.rounds, loaded.plan.correction = {"hidden": 16, "heads": 4}, 3, "refit"
+    loaded.plan.unit_criterion = "unit_activation_l2"
+    shapes = round_shapes(loaded, tiny_config())
     assert [shape.kv_heads for shape in shapes] == [3, 3, 2]  # the second round is narrower in hidden dimensions alone
 
 
@@ -177,14 +177,14 @@ def test_every_size_shrinks_by_the_same_share() -> None:
     [
         (["iterate.rounds=0"], "rounds is 0"),
         (["distillation={teacher: x, objectives: {mse: 1.0}}", "model.path=null"], "name it with model.path"),
-        (["iterate.shape={}"], "the target shape is empty"),
-        (["iterate.shape={hidden: 64}"], "must lie between 1 and the source's 32"),
-        (["iterate.shape={layers: 6}"], "nothing would be pruned"),
-        (["iterate.shape={layers: 5}"], "round 1 of 2 would remove nothing|round 2 of 2 would remove nothing"),
-        (["iterate.correction=mean"], "has no biases in self_attn.o_proj"),
-        (["iterate.criterion=null"], "name the criterion that decides"),
-        (["iterate.unit_criterion=null"], "name the criterion that ranks"),
-        (["iterate.unit_criterion=unit_tailor"], "did you mean 'unit_taylor'"),
+        (["plan.shape={}"], "the target shape is empty"),
+        (["plan.shape={hidden: 64}"], "must lie between 1 and the source's 32"),
+        (["plan.shape={layers: 6}"], "nothing would be pruned"),
+        (["plan.shape={layers: 5}"], "round 1 of 2 would remove nothing|round 2 of 2 would remove nothing"),
+        (["plan.correction=mean"], "has no biases in self_attn.o_proj"),
+        (["plan.criterion=null"], "name the criterion that decides"),
+        (["plan.unit_criterion=null"], "name the criterion that ranks"),
+        (["plan.unit_criterion=unit_tailor"], "did you mean 'unit_taylor'"),
         (["model.path=null", "model.config={model_type: llama}"], "name it with model.path"),
         (["l0_pruning.target_sparsity=0.5"], "leave out l0_pruning"),
         (["iterate.round=3"], "unknown key 'iterate.round'"),
@@ -217,7 +217,7 @@ def test_data_that_were_moved_are_the_same_data(yaml: Path, once: Path, data: Pa
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("key", ["data.path", "iterate.calibration.path", "model.path", "distillation.teacher"])
+@pytest.mark.parametrize("key", ["data.path", "layer_scoring.data.path", "model.path", "distillation.teacher"])
 def test_what_a_job_reads_is_told_by_its_contents(
     yaml: Path, corpus: Path, data: Path, trained_folder: Path, tmp_path: Path, key: str
 ) -> None:
@@ -227,7 +227,7 @@ def test_what_a_job_reads_is_told_by_its_contents(
     record(model)  # as llmprune's own models have it
     own = {
         "data.path": shutil.copytree(data, tmp_path / "data"),
-        "iterate.calibration.path": text,
+        "layer_scoring.data.path": text,
         "model.path": model,
         "distillation.teacher": model,
     }
@@ -236,8 +236,8 @@ def test_what_a_job_reads_is_told_by_its_contents(
     def put(moved: Path | None = None) -> IterationConfig:
         paths = {name: str(moved if moved and path == own[key] else path) for name, path in own.items()}
         config.data.path, config.model.path = paths["data.path"], paths["model.path"]
-        config.iterate.calibration.path, config.distillation.teacher = (
-            paths["iterate.calibration.path"],
+        config.layer_scoring.data.path, config.distillation.teacher = (
+            paths["layer_scoring.data.path"],
             paths["distillation.teacher"],
         )
         return config
@@ -247,7 +247,7 @@ def test_what_a_job_reads_is_told_by_its_contents(
     stages.begin(put(place), "job of rounds")
     if key == "data.path":
         (place / "manifest.json").write_text((place / "manifest.json").read_text().replace('"seed": ', '"seed": 1'))
-    elif key == "iterate.calibration.path":
+    elif key == "layer_scoring.data.path":
         place.write_text(place.read_text() + "{}\n")
     else:
         (place / "another.json").write_text("{}")

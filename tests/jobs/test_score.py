@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from llmprune.cli import app
-from llmprune.data.calibration import CalibrationConfig
+from llmprune.data.settings import CalibrationConfig
 from llmprune.jobs.score import save_scores, score, share
 from llmprune.models.loading import load_model_config, load_tokenizer
 from llmprune.models.placement import Placement
@@ -21,7 +21,7 @@ from llmprune.plans.plan import Plan
 from llmprune.pruning.planning import make_plan, rehearse
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.scoring.settings import LayerScoringConfig
-from llmprune.pruning.selection.methods import PlanConfig
+from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.errors import UserError
 from tests.conftest import random_model, tiny_config
 from tests.models.families.test_conformance import CONFIGS
@@ -180,7 +180,6 @@ def test_mistakes(scores: Scores, trained_folder: Path, model_folder: Path, data
     refused("can't be read: Is a directory", "plan", str(tmp_path), "--out", out)
     refused("can't write /proc", "score", str(trained_folder), "--data", str(data), "--out", "/proc/a.json")
     refused("need calibration text", "score", str(trained_folder), "--out", out)
-    refused("device 'tpu' is unknown", "score", str(trained_folder), "--out", out, "--device", "tpu")
     refused("9 of 6 blocks can't be removed", "plan", str(path), "--compare", "--remove", "9")
     refused("the model takes 128", "score", str(trained_folder), "--data", str(data), "--out", out, "--seq-len", "129")
     refused("must be a file whose name ends in .json", "score", str(trained_folder), "--out", str(tmp_path / "x.txt"))
@@ -309,7 +308,7 @@ def test_every_rank_has_as_many_batches(batch_size: int) -> None:
         (PlanConfig("lowest", "cosine", 1), "scores spans: pass --span"),
         (PlanConfig("lowest", "taylor", 1), "no criterion 'taylor'"),
         (PlanConfig("lowest", "tail", 6), "6 of 6 blocks"),
-        (PlanConfig("lowest", "tail", 1, protect_first=-1), "fewer than none"),
+        (PlanConfig("lowest", "tail", 1, protect_first=-1), "protect_first is -1; it must be zero or positive"),
         (PlanConfig("greedy", None, 5), "only 4 of 6 can go"),
         (PlanConfig("sublayers", None, 1), "no influence of sub-layers"),
         (PlanConfig("list", None, 1), "--drop"),

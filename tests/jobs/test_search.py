@@ -45,10 +45,10 @@ search:
   remove: [0, 1, 2]
   unit_criteria: [unit_taylor]
   shapes: [{{}}, {{layers: 5, hidden: 24, intermediate: 40}}]
-  correction: refit
   budget: {{params: "0.75", context: 64, dtype: float32, tries: 5, multiple: 8}}
   best: 2
-  calibration: {{samples: 16, length: 24}}
+plan: {{correction: refit}}
+layer_scoring: {{data: {{samples: 16, length: 24}}}}
 optimizer: {{lr: 1.0e-3}}
 scheduler: {{warmup: 1ba}}
 train: {{duration: 4ba, global_batch_size: 8, microbatch_size: 4, eval_interval: 0ba}}
@@ -275,15 +275,15 @@ def test_the_front_is_that_of_a_naive_comparison() -> None:
         (["search.criteria=[perplexty]"], "did you mean 'perplexity'"),
         (["search.unit_criteria=[perplexity]"], "perplexity"),
         (["search.criteria=[attention]", "search.remove=[]", "search.shapes=[]"], "attention"),
-        (["search.protect_first=6", "search.remove=[]", "search.shapes=[]"], "protected"),
+        (["plan.protect_first=6", "search.remove=[]", "search.shapes=[]"], "protected"),
         (["search.budget.multiple=1000"], "is a multiple of 1000"),
         (["trainable={parameters: [block.9]}"], "there is no part 'block.9'"),
         (["distillation={teacher: somewhere, plan: plan.json}"], "leave out distillation.plan"),
-        (["data.path=s3://bucket/data"], "search.calibration.path"),
+        (["data.path=s3://bucket/data"], "layer_scoring.data.path"),
         (["search.remove=[6]"], "6 of 6 blocks can't be removed"),
         (["search.shapes=[{hidden: 64}]"], "must lie between 1 and the source's 32"),
         (["search.shapes=[{hiden: 16}]"], "a shape has no 'hiden'"),
-        (["search.correction=mean"], "has no biases"),
+        (["plan.correction=mean"], "has no biases"),
         (["search.criteria=[]", "search.unit_criteria=[]", "search.shapes=[]", "search.remove=[]"], "no candidates"),
         (["model.path=null", "model.config={model_type: llama}"], "name it with model.path"),
         (["l0_pruning.target_sparsity=0.5"], "leave out l0_pruning"),

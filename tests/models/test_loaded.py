@@ -69,8 +69,8 @@ def test_evaluate_with_an_adapter(trained_folder: Path, adapter: Path, corpus: P
     [
         (Placement(adapter="nowhere"), "holds no adapter"),
         (Placement(dtype="float8"), "dtype 'float8' is unknown"),
-        (Placement(device_map="autos"), "did you mean 'auto'"),
-        (Placement(device="cuda"), "valid: cpu, gpu"),
+        (Placement(device_map="autos"), "valid: auto, balanced, sequential"),
+        (Placement(device="cuda"), "device 'cuda' is unknown; valid: cpu, gpu"),
         (Placement(device="gpu"), "device is gpu, but there is none"),
     ],
 )

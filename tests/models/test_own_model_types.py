@@ -243,7 +243,7 @@ def test_a_new_model_is_not_the_identity() -> None:
 @pytest.mark.parametrize(
     ("heads", "message"),
     [
-        (RicherHeadsConfig(activation="silo", residual=True), "did you mean 'silu'"),
+        (RicherHeadsConfig(activation="silo", residual=True), "valid: silu, gelu, tanh, relu"),
         (RicherHeadsConfig(activation="relu", residual=True), "would never learn"),
         (RicherHeadsConfig(), "must be residual"),
     ],

@@ -1,13 +1,14 @@
 """Families whose attention heads each pass a non-linear layer before they are joined (richer heads)."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from llmprune.models.families.base import Family
 from llmprune.models.families.roles import Role
-from llmprune.utils.errors import UserError, nearest
+from llmprune.utils.errors import UserError
+from llmprune.utils.settings import check_settings
 
 FIELD = "llmprune_richer_heads"  # of the config
-ACTIVATIONS = ("silu", "gelu", "tanh", "relu")
 
 
 @dataclass
@@ -21,17 +22,14 @@ class RicherHeadsConfig:
     """
 
     shared: bool = True
-    activation: str = "silu"
+    activation: Literal["silu", "gelu", "tanh", "relu"] = "silu"
     residual: bool = False
 
     def check(self) -> None:
         """Raise ``UserError`` for what can't be or can't learn."""
         if not isinstance(self.shared, bool) or not isinstance(self.residual, bool):
             raise UserError("shared and residual of richer heads are true or false")
-        if self.activation not in ACTIVATIONS:
-            raise UserError(
-                f"richer heads have no activation '{self.activation}'; {nearest(str(self.activation), ACTIVATIONS)}"
-            )
+        check_settings(self, "richer_heads")
         if self.residual and self.activation == "relu":
             raise UserError(
                 "the residual form begins at relu(0), where no gradient passes: it would never learn; choose silu, "

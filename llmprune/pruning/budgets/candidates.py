@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from llmprune.data.calibration import CalibrationConfig
-from llmprune.pruning.budgets.limits import BudgetConfig
+from llmprune.pruning.budgets.settings import BudgetConfig
 from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.criterion import ScoreSection
-from llmprune.pruning.selection.methods import PlanConfig
+from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.errors import UserError
+from llmprune.utils.settings import check_settings, limited
 
 _CORRECTED = {"heads", "kv_heads", "intermediate"}  # where there are output matrices to correct
 GREEDY = "greedy"  # a way to select blocks that needs no criterion
@@ -19,6 +19,8 @@ _SAMPLED = "block_influence"  # costs next to nothing, and lets the scores know 
 class CandidatesConfig:
     """Ways to prune, the budget that they have to keep to, and how many of them are recovered.
 
+    What all candidates share is said by the job's section ``plan``.
+
     Attributes:
         criteria: of blocks (those with the lowest scores go) or of spans (the one most alike at both ends goes), or
             ``greedy``.
@@ -26,49 +28,37 @@ class CandidatesConfig:
         unit_criteria: of heads, channels and hidden dimensions.
         shapes: sizes that come out, any of hidden, heads, kv_heads, intermediate, experts, and layers in place of
             ``remove``; {} = the model's own.
-        expert_criterion: of experts; null = the criterion of units.
-        correction: of output matrices, on the calibration samples: none, mean or refit.
         under_budget: whether the shape that ``llmprune plan`` would choose under the budget is a candidate too, for
             every pair of criteria.
-        protect_first: so many blocks at the start stay.
-        protect_last: so many at the end.
         budget: what a candidate may cost.
         best: how many of the candidates are recovered, by their loss on the calibration samples.
-        calibration: the samples; without a path, of the data's training part.
-        batch_size: samples that go through a block at a time.
     """
 
     criteria: list[str] = field(default_factory=list)
-    remove: list[int] = field(default_factory=list)
+    remove: list[int] = limited(make=list, least=0)
     unit_criteria: list[str] = field(default_factory=list)
     shapes: list[dict[str, int]] = field(default_factory=list)
-    expert_criterion: str | None = None
-    correction: str = "none"
     under_budget: bool = True
-    protect_first: int | None = None
-    protect_last: int | None = None
     budget: BudgetConfig = field(default_factory=BudgetConfig)
-    best: int = 3
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    batch_size: int = 8
+    best: int = limited(3, least=1)
 
-    def scored(self) -> list[str]:
-        """The criteria whose scores are needed."""
-        named = [*self.criteria, *self.unit_criteria, *([self.expert_criterion] if self.expert_criterion else [])]
+    def scored(self, shared: PlanConfig) -> list[str]:
+        """The criteria whose scores are needed; ``shared`` is what all candidates share."""
+        named = [*self.criteria, *self.unit_criteria, *([shared.expert_criterion] if shared.expert_criterion else [])]
         return list(dict.fromkeys([name for name in named if name != GREEDY] + [_SAMPLED]))
 
-    def candidates(self) -> list["Candidate"]:
+    def candidates(self, shared: PlanConfig) -> list["Candidate"]:
         """All of them, each once.
+
+        Args:
+            shared: what all of them share.
 
         Raises:
             UserError: there is none, or a number is out of range.
         """
-        if self.best < 1:
-            raise UserError(f"search.best is {self.best}; it must be positive")
-        for count in self.remove:
-            if count < 0:
-                raise UserError(f"search.remove holds {count}; it must be zero or positive")
-        found = {candidate.words: candidate for candidate in [*self._named(), *self._chosen()]}
+        check_settings(self, "search")
+        shared.refuse("search", "method", "criterion", "remove", "drop", "shape", "unit_criterion")
+        found = {candidate.words: candidate for candidate in [*self._named(shared), *self._chosen(shared)]}
         if not found:
             raise UserError(
                 "the search has no candidates: name search.criteria with search.remove, search.unit_criteria with "
@@ -76,7 +66,7 @@ class CandidatesConfig:
             )
         return list(found.values())
 
-    def _named(self) -> Iterator["Candidate"]:
+    def _named(self, shared: PlanConfig) -> Iterator["Candidate"]:
         for shape in self.shapes or [{}]:
             sizes = {name: size for name, size in shape.items() if name != "layers"}
             counts = [None] if "layers" in shape else self.remove or [0]
@@ -86,15 +76,15 @@ class CandidatesConfig:
                     continue  # the model itself
                 for criterion in self._needed(deep, self.criteria, "criteria"):
                     for unit in self._needed(wide, self.unit_criteria, "unit_criteria"):
-                        yield self._candidate(criterion, unit, count or None, dict(shape) or None)
+                        yield _candidate(shared, criterion, unit, count or None, dict(shape) or None)
 
-    def _chosen(self) -> Iterator["Candidate"]:
+    def _chosen(self, shared: PlanConfig) -> Iterator["Candidate"]:
         if not self.under_budget:
             return
         for criterion in [None, *self.criteria]:
             for unit in [None, *self.unit_criteria]:
                 if criterion is not None or unit is not None:
-                    named = self._candidate(criterion, unit, None, None)
+                    named = _candidate(shared, criterion, unit, None, None)
                     yield replace(named, words=f"{named.words}, by the budget", under_budget=True)
 
     def _needed(self, needed: bool, names: list[str], key: str) -> list[str | None]:
@@ -103,25 +93,6 @@ class CandidatesConfig:
         if not names:
             raise UserError(f"search.{key} is empty: name the criteria that decide")
         return [*names]
-
-    def _candidate(
-        self, criterion: str | None, unit: str | None, remove: int | None, shape: dict[str, int] | None
-    ) -> "Candidate":
-        config = PlanConfig(
-            _method(criterion),
-            None if criterion == GREEDY else criterion,
-            remove,
-            protect_first=self.protect_first,
-            protect_last=self.protect_last,
-            shape=shape,
-            unit_criterion=unit,
-            expert_criterion=self.expert_criterion if unit is not None else None,
-            correction=self.correction if unit is not None and (shape is None or _CORRECTED & set(shape)) else "none",
-        )
-        sizes = [f"{name} {size}" for name, size in (shape or {}).items()]
-        gone = [] if remove is None else [f"without {remove} blocks"]
-        deciding = " and ".join(filter(None, (criterion, unit)))
-        return Candidate(", ".join([deciding, *gone, *sizes]), config)
 
 
 @dataclass(frozen=True)
@@ -145,3 +116,23 @@ def _method(criterion: str | None) -> str:
     if criterion == GREEDY:
         return GREEDY
     return "span" if CRITERIA[criterion].section is ScoreSection.SPANS else "lowest"
+
+
+def _candidate(
+    shared: PlanConfig, criterion: str | None, unit: str | None, remove: int | None, shape: dict[str, int] | None
+) -> Candidate:
+    narrows = unit is not None and (shape is None or bool(_CORRECTED & set(shape)))
+    config = replace(
+        shared,
+        method=_method(criterion),
+        criterion=None if criterion == GREEDY else criterion,
+        remove=remove,
+        shape=shape,
+        unit_criterion=unit,
+        expert_criterion=shared.expert_criterion if unit is not None else None,
+        correction=shared.correction if narrows else "none",
+    )
+    sizes = [f"{name} {size}" for name, size in (shape or {}).items()]
+    gone = [] if remove is None else [f"without {remove} blocks"]
+    deciding = " and ".join(filter(None, (criterion, unit)))
+    return Candidate(", ".join([deciding, *gone, *sizes]), config)

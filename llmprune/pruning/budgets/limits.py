@@ -3,65 +3,24 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from transformers import PretrainedConfig
 
 from llmprune.models.families import Shape
 from llmprune.models.placement import DTYPES
 from llmprune.models.source import longest_input
 from llmprune.pruning.budgets.latency import LatencyTable
+from llmprune.pruning.budgets.settings import BudgetConfig
 from llmprune.pruning.budgets.sizes import ShapeSizes
 from llmprune.utils.errors import UserError
+from llmprune.utils.settings import check_settings
 
 _COUNTS = {"K": 10**3, "M": 10**6, "B": 10**9}
 _BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS: dict[str, dict[str, int]] = {"params": _COUNTS, "memory": _BYTES, "latency": {}}
-CONTEXT = 2048
+CONTEXT = 2048  # tokens, unless the settings or the model say otherwise
 TOLERANCE = 0.1  # by which a latency from the table may miss the built model's
-
-
-@dataclass
-class BudgetConfig:
-    """What the model that a plan leaves may cost; every budget that is given must be kept.
-
-    Attributes:
-        params: parameters: a share of the source's up to 1, or a number such as ``1.3B``.
-        memory: of weights and a full key/value cache, such as ``8GB``, or a share of the source's.
-        latency: of a token after a cache: a share of the source's.
-        context: tokens in the cache; null = 2048, or as many as the model takes.
-        batch: sequences in it.
-        dtype: of the weights and the cache: float32, bfloat16 or float16.
-        multiple: what hidden dimensions and channels must be multiples of; null = a sixteenth of the source's, as a
-            power of two that divides them, at most 256.
-        tries: how many shapes are tried on the calibration samples.
-    """
-
-    params: str | None = None
-    memory: str | None = None
-    latency: str | None = None
-    context: int | None = None
-    batch: int = 1
-    dtype: str = "bfloat16"
-    multiple: int | None = None
-    tries: int = 48
-
-    def check(self, config: PretrainedConfig) -> None:
-        """Raise ``UserError`` for numbers that are none or impossible for a model of this config."""
-        for name in ("context", "batch", "multiple", "tries"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"--{name} is {value}; it must be positive")
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype '{self.dtype}' is unknown; valid: {', '.join(DTYPES)}")
-        if self.context is not None and self.context > self.tokens(config):
-            raise UserError(f"a context of {self.context} tokens is too long: the model takes {self.tokens(config)}")
-
-    def tokens(self, config: PretrainedConfig) -> int:
-        """The context for a model of this config, no longer than what it takes."""
-        wanted = CONTEXT if self.context is None else self.context
-        return min(wanted, longest_input(config) or wanted)
 
 
 class Limit(Protocol):
@@ -147,8 +106,11 @@ def costs_of(budget: BudgetConfig, sizes: ShapeSizes, device: torch.device) -> l
     Raises:
         UserError: one is no number.
     """
-    budget.check(sizes.config)
-    dtype, context = DTYPES[budget.dtype], budget.tokens(sizes.config)
+    check_settings(budget)
+    longest = longest_input(sizes.config)
+    if budget.context is not None and longest is not None and budget.context > longest:
+        raise UserError(f"a context of {budget.context} tokens is too long: the model takes {longest}")
+    dtype, context = DTYPES[budget.dtype], budget.context or min(CONTEXT, longest or CONTEXT)
     table = LatencyTable(sizes.config, batch=budget.batch, context=context, device=device, dtype=dtype)
     return [
         Parameters(sizes, budget.params),

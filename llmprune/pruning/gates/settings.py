@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from transformers import PretrainedConfig
 
@@ -9,6 +10,7 @@ from llmprune.models.families import family_of, target_shape
 from llmprune.pruning.gates.goals import Goal, ShapeGoal, SizeGoal
 from llmprune.pruning.gates.kinds import HIDDEN, INTERMEDIATE, KV_GROUP, LAYER
 from llmprune.utils.errors import UserError
+from llmprune.utils.settings import limited
 
 DEFAULT_GATES = [HIDDEN, KV_GROUP, INTERMEDIATE, LAYER]
 
@@ -43,8 +45,8 @@ class TargetShape:
 class Multiples:
     """What the cut model's sizes must be multiples of (hardware likes 64 or 128); heads are always kept whole."""
 
-    hidden: int = 1
-    intermediate: int = 1
+    hidden: int = limited(1, least=1)
+    intermediate: int = limited(1, least=1)
 
 
 @dataclass
@@ -69,11 +71,11 @@ class L0PruningConfig:
     target_sparsity: float | None = None
     gates: list[str] | None = None
     multiples: Multiples = field(default_factory=Multiples)
-    start_sparsity: float = 0.0
+    start_sparsity: float = limited(0.0, least=0, below=1)
     lagrangian_warmup: str = "0.2dur"
-    gate_lr: float = 1.0
-    multiplier_lr: float = 1.0
-    evaluate_at: str = "expected"
+    gate_lr: float = limited(1.0, least=0)
+    multiplier_lr: float = limited(1.0, least=0)
+    evaluate_at: Literal["expected", "target"] = "expected"
 
 
 def make_goal(model: PretrainedConfig, config: L0PruningConfig) -> Goal:
@@ -90,7 +92,7 @@ def make_goal(model: PretrainedConfig, config: L0PruningConfig) -> Goal:
     source = family.shape(model)
     wanted, multiples = vars(config.target or TargetShape()), vars(config.multiples)
     for name, multiple in multiples.items():
-        if multiple < 1 or multiple > getattr(source, name):
+        if multiple > getattr(source, name):
             raise UserError(
                 f"l0_pruning.multiples.{name} {multiple} must lie between 1 and the source's {getattr(source, name)}"
             )

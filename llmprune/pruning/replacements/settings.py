@@ -1,9 +1,11 @@
 """The settings of block replacement."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from llmprune.models.objectives import HIDDEN_OBJECTIVES, OBJECTIVES
 from llmprune.utils.errors import UserError
+from llmprune.utils.settings import check_settings, limited
 
 
 @dataclass
@@ -15,7 +17,7 @@ class StatesCacheConfig:
         folder: where they are kept; null = in the run folder.
     """
 
-    samples: int = 1024
+    samples: int = limited(1024, least=1)
     folder: str | None = None
 
 
@@ -45,18 +47,18 @@ class BlockReplacementConfig:
 
     plan: str | None = None
     start: int | None = None
-    length: int | None = None
-    score_samples: int = 50
+    length: int | None = limited(None, least=1)
+    score_samples: int = limited(50, least=1)
     kind: str = "blocks"
-    blocks: int = 1
-    take: str = "first"
-    intermediate: int | None = None
-    objectives: dict[str, float] = field(default_factory=dict)
-    top_k: int | None = None
-    temperature: float = 1.0
+    blocks: int = limited(1, least=1)
+    take: Literal["first", "last", "spread", "random"] = "first"
+    intermediate: int | None = limited(None, least=1)
+    objectives: dict[str, float] = limited(make=dict, least=0)
+    top_k: int | None = limited(None, least=1)
+    temperature: float = limited(1.0, above=0)
     also: list[str] = field(default_factory=list)
-    fit_samples: int = 256
-    ridge: float | None = None
+    fit_samples: int = limited(256, least=2)
+    ridge: float | None = limited(None, least=0)
     force: bool = False
     cache: StatesCacheConfig | None = None
 
@@ -72,18 +74,17 @@ class BlockReplacementConfig:
 
     def check(self) -> None:
         """Raise ``UserError`` for what contradicts itself, whatever the model."""
+        check_settings(self, "block_replacement")
         if self.plan is None and self.length is None:
             raise UserError("block_replacement names no span: give plan, or length (and start)")
         if self.plan is not None and (self.start is not None or self.length is not None):
             raise UserError("block_replacement.plan names the span: leave out start and length")
         if unknown := sorted(set(self.objectives) - set(OBJECTIVES)):
             raise UserError(f"there is no objective '{unknown[0]}': choose from {', '.join(OBJECTIVES)}")
-        if not self.weights or not all(0 < weight < float("inf") for weight in self.weights.values()):
-            raise UserError("block_replacement.objectives need positive weights: write {mse: 1.0}")
-        if self.top_k is not None and ("kl" not in self.weights or self.top_k < 1):
-            raise UserError("block_replacement.top_k belongs to the objective kl, and must be positive")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"block_replacement.temperature is {self.temperature}; it must be positive")
+        if not self.weights:
+            raise UserError("block_replacement.objectives need a positive weight: write {mse: 1.0}")
+        if self.top_k is not None and "kl" not in self.weights:
+            raise UserError("block_replacement.top_k belongs to the objective kl")
         if self.temperature != 1 and "kl" not in self.weights:
             raise UserError("block_replacement.temperature belongs to the objective kl")
         if self.also and "kl" in self.weights:
@@ -96,14 +97,3 @@ class BlockReplacementConfig:
             raise UserError("block_replacement.cache holds the states that mse and cosine need: lm and kl need more")
         if self.cache is not None and self.kind in ("none", "closed_form"):
             raise UserError(f"{self.kind} does not learn from what block_replacement.cache holds: leave the cache out")
-        if self.cache is not None and self.cache.samples < 1:
-            raise UserError(f"block_replacement.cache.samples is {self.cache.samples}; it must be positive")
-        for name, least in (("score_samples", 1), ("fit_samples", 2), ("blocks", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"block_replacement.{name} is {getattr(self, name)}; it must be {least} at least")
-        if self.length is not None and self.length < 1:
-            raise UserError(f"block_replacement.length is {self.length}; it must be positive")
-        if self.ridge is not None and not 0 <= self.ridge < float("inf"):
-            raise UserError(f"block_replacement.ridge is {self.ridge}; it must be zero or positive")
-        if self.intermediate is not None and self.intermediate < 1:
-            raise UserError(f"block_replacement.intermediate is {self.intermediate}; it must be positive")

@@ -1,17 +1,20 @@
 """The settings of scoring."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from transformers import PretrainedConfig
+from llmprune.data.settings import CalibrationConfig
+from llmprune.utils.errors import UserError
+from llmprune.utils.settings import check_settings, limited
 
-from llmprune.data.calibration import CalibrationConfig
-from llmprune.models.families import family_of
-from llmprune.pruning.scoring.all_criteria import CRITERIA
-from llmprune.pruning.scoring.criterion import ScoringJob
-from llmprune.pruning.scoring.units import AGGREGATIONS
-from llmprune.pruning.scoring.weights import REDUCTIONS
-from llmprune.utils.errors import UserError, nearest
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+    from llmprune.pruning.scoring.criterion import ScoringJob
+
+Reduction = Literal["sum", "mean", "max", "prod"]
+Aggregation = Literal["mean", "l2"]
 
 
 @dataclass
@@ -31,14 +34,14 @@ class LayerScoringConfig:
 
     data: CalibrationConfig = field(default_factory=CalibrationConfig)
     criteria: list[str] | None = None
-    batch_size: int = 8
-    row_reduction: str = "sum"
-    matrix_reduction: str = "sum"
-    sequence_aggregation: str = "mean"
-    batch_aggregation: str = "mean"
-    seed: int = 17
+    batch_size: int = limited(8, least=1)
+    row_reduction: Reduction = "sum"
+    matrix_reduction: Reduction = "sum"
+    sequence_aggregation: Aggregation = "mean"
+    batch_aggregation: Aggregation = "mean"
+    seed: int = limited(17, least=0)
 
-    def names(self, model: PretrainedConfig, *, gradients: bool = True) -> list[str]:
+    def names(self, model: "PretrainedConfig", *, gradients: bool = True) -> list[str]:
         """The criteria asked for.
 
         Args:
@@ -48,19 +51,10 @@ class LayerScoringConfig:
         Raises:
             UserError: one is unknown or not for this model, or a setting is unknown.
         """
-        for name, value in (
-            ("sequence_aggregation", self.sequence_aggregation),
-            ("batch_aggregation", self.batch_aggregation),
-        ):
-            if value not in AGGREGATIONS:
-                raise UserError(f"{name} '{value}' is unknown; {nearest(value, AGGREGATIONS)}")
-        for name, value in (("row_reduction", self.row_reduction), ("matrix_reduction", self.matrix_reduction)):
-            if value not in REDUCTIONS:
-                raise UserError(f"{name} '{value}' is unknown; {nearest(value, REDUCTIONS)}")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size is {self.batch_size}; it must be positive")
-        if self.seed < 0 or self.data.seed < 0:
-            raise UserError(f"seed is {min(self.seed, self.data.seed)}; it must be zero or positive")
+        from llmprune.models.families import family_of
+        from llmprune.pruning.scoring.all_criteria import CRITERIA
+
+        check_settings(self)
         experts = family_of(model).shape(model).experts is not None
         kinds = {name: CRITERIA[name] for name in CRITERIA}
         possible = [
@@ -76,8 +70,10 @@ class LayerScoringConfig:
                 raise UserError(f"{name} is of mixtures of experts: this model has no experts")
         return names
 
-    def job(self, model: PretrainedConfig, device: torch.device) -> ScoringJob:
+    def job(self, model: "PretrainedConfig", device: "torch.device") -> "ScoringJob":
         """What the criteria know of ``model`` before they see anything."""
+        from llmprune.pruning.scoring.criterion import ScoringJob
+
         return ScoringJob(
             model,
             device,

@@ -1,138 +1,21 @@
 """Which blocks go: plug-ins that turn scores into the blocks of a plan."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmprune.models.families import PRUNED, target_shape
+from llmprune.models.families import target_shape
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.pruning.scoring.scores import Scores
-from llmprune.pruning.selection.correction import CORRECTIONS, check_samples, corrected, is_correctable
+from llmprune.pruning.selection.correction import check_samples, corrected, is_correctable
+from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.pruning.selection.width import narrowed, whole
-from llmprune.utils.errors import UserError, nearest
+from llmprune.utils.errors import UserError
 from llmprune.utils.registry import Registry
-
-
-@dataclass
-class PlanConfig:
-    """How a plan follows from scores.
-
-    Attributes:
-        method: a registered way to select blocks: lowest, span, list, sublayers, iterative, greedy or merge.
-        criterion: whose scores of blocks decide.
-        remove: how many blocks go.
-        shape: what comes out, any of layers, hidden, heads, kv_heads, intermediate and experts; the rest stays.
-        unit_criterion: whose scores of units decide.
-        expert_criterion: the same for experts; null = unit_criterion.
-        correction: of the output matrices of narrowed attentions and MLPs on the calibration samples: none, mean (what
-            goes is folded into biases) or refit (the columns that stay are fitted by least squares).
-        drop: with ``list``, what goes: numbers of blocks, or ``attention.N`` and ``mlp.N``.
-        protect_first: so many blocks at the start stay; null = none (greedy and merge: one).
-        protect_last: so many at the end.
-        threshold: with ``merge``, the mean cosine that the final hidden states must keep.
-        merge_size: with ``merge``, how many blocks become one at a time.
-        merge_step: with ``merge``, how many blocks to go back after a merge.
-        force: take a plan with corrections, or under a budget, even if its calibration loss says that it is ruined.
-    """
-
-    method: str = "lowest"
-    criterion: str | None = None
-    remove: int | None = None
-    drop: list[str] | None = None
-    protect_first: int | None = None
-    protect_last: int | None = None
-    threshold: float = 0.65
-    merge_size: int = 4
-    merge_step: int = 2
-    shape: dict[str, int] | None = None
-    unit_criterion: str | None = None
-    expert_criterion: str | None = None
-    correction: str = "none"
-    force: bool = False
-
-    def check(self) -> None:
-        """Raise ``UserError`` for settings that contradict each other."""
-        if self.correction not in CORRECTIONS:
-            raise UserError(f"there is no correction '{self.correction}'; {nearest(self.correction, CORRECTIONS)}")
-        if self.shape is not None and not self.shape:
-            raise UserError(f"the shape is empty: name at least one of {', '.join(PRUNED)}")
-        if self.shape is not None and "layers" in self.shape and (self.remove is not None or self.drop is not None):
-            raise UserError("the shape says how many layers stay: leave out --remove and --drop")
-
-    def of_depth(self, layers: int) -> "PlanConfig | None":
-        """How blocks are selected; None if all stay."""
-        if self.shape is None:
-            return self
-        if (kept := self.shape.get("layers")) is not None:
-            return None if kept == layers else replace(self, remove=layers - kept)
-        return None if self.remove is None and self.drop is None and self.method == "lowest" else self
-
-
-@dataclass
-class PlansConfig:
-    """The plans that a scoring job writes: ``plan-N.json`` for every N in ``remove``, or ``plan.json``.
-
-    With several criteria each has its plans: ``plan-CRITERION-N.json``.
-
-    Attributes:
-        method: a registered way to select blocks.
-        criterion: whose scores of blocks decide; a name, or several in a list.
-        remove: how many blocks go, for each plan.
-        protect_first: so many blocks at the start stay.
-        protect_last: so many at the end.
-        shape: what comes out; see ``PlanConfig``.
-        unit_criterion: whose scores of units decide.
-        expert_criterion: the same for experts; null = unit_criterion.
-        correction: of output matrices: none, mean or refit.
-    """
-
-    criterion: Any = None
-    remove: list[int] = field(default_factory=list)
-    method: str = "lowest"
-    protect_first: int | None = None
-    protect_last: int | None = None
-    shape: dict[str, int] | None = None
-    unit_criterion: str | None = None
-    expert_criterion: str | None = None
-    correction: str = "none"
-
-    def each(self) -> dict[str, PlanConfig]:
-        """The settings of every plan, by the name of its file.
-
-        Raises:
-            UserError: the criterion is neither a name nor a list of names.
-        """
-        several = isinstance(self.criterion, list)
-        criteria: list[str | None] = [*self.criterion] if several else [self.criterion]
-        if not criteria or not all(isinstance(name, str) or (name is None and not several) for name in criteria):
-            raise UserError(f"plan.criterion is {self.criterion}; it must be a name, or a list of names")
-        counts: list[int | None] = [*self.remove]
-        if not counts and self.shape is not None:
-            counts = [None]
-
-        def file(name: str | None, count: int | None) -> str:
-            parts = ["plan", *([str(name)] if len(criteria) > 1 else []), *([] if count is None else [str(count)])]
-            return f"{'-'.join(parts)}.json"
-
-        return {
-            file(name, count): PlanConfig(
-                self.method,
-                name,
-                count,
-                protect_first=self.protect_first,
-                protect_last=self.protect_last,
-                shape=self.shape,
-                unit_criterion=self.unit_criterion,
-                expert_criterion=self.expert_criterion,
-                correction=self.correction,
-            )
-            for name in criteria
-            for count in counts
-        }
 
 
 @dataclass(frozen=True)
@@ -222,8 +105,6 @@ class Request:
         wanted = 1 if self.config.remove is None else self.remove
         ends = self.config.protect_first, self.config.protect_last
         first, last = (default if end is None else end for end in ends)
-        if first < 0 or last < 0:
-            raise UserError("protected blocks can't be fewer than none")
         blocks = list(range(first, self.layers - last))
         if len(blocks) < wanted:
             raise UserError(

@@ -30,7 +30,6 @@ class LoRASection(Section[LoRAConfig]):
     def check(self, inputs: Inputs) -> None:
         """See that the model has such matrices, and that they can be held so."""
         own, config = self.own, self.config
-        own.check()
         lora_targets(inputs.model_config, own.targets)
         if config.model.path is None:
             raise UserError("adapters train beside a model's weights: name it with model.path")

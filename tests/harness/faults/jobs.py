@@ -29,13 +29,13 @@ loggers: {{console: false}}
 ROUNDS = """
 base: job.yaml
 job: iterate
-iterate:
-  rounds: 2
+iterate: {rounds: 2}
+plan:
   shape: {layers: 3, hidden: 24}
   criterion: block_influence
   unit_criterion: unit_taylor
   correction: refit
-  calibration: {samples: 6, length: 24}
+layer_scoring: {data: {samples: 6, length: 24}}
 train: {duration: 4ba}
 """
 TRAINING = {  # kind: overrides

@@ -3,6 +3,7 @@
 import pytest
 
 from llmprune.pruning.budgets.candidates import CandidatesConfig
+from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.errors import UserError
 
 NARROW, BOTH = {"hidden": 24}, {"layers": 3, "intermediate": 32}
@@ -10,7 +11,7 @@ NARROW, BOTH = {"hidden": 24}, {"layers": 3, "intermediate": 32}
 
 def words(**settings: object) -> list[str]:
     config = CandidatesConfig(**settings)  # type: ignore[arg-type]
-    return [candidate.words for candidate in config.candidates()]
+    return [candidate.words for candidate in config.candidates(PlanConfig())]
 
 
 def test_every_combination_once() -> None:
@@ -20,7 +21,7 @@ def test_every_combination_once() -> None:
         unit_criteria=["unit_taylor", "unit_random"],
         shapes=[{}, NARROW, BOTH],
         under_budget=False,
-    ).candidates()
+    ).candidates(PlanConfig())
     # Depth alone: 3 criteria × 2 counts; narrow: 2 criteria, with every depth; both: 3 × 2.
     assert len(found) == len({candidate.words for candidate in found}) == 6 + (2 + 6 * 2) + 6
     ways = {(c.config.criterion, c.config.method) for c in found}
@@ -44,7 +45,7 @@ def test_what_a_budget_chooses() -> None:
 def test_scores_that_are_needed() -> None:
     settings = CandidatesConfig(criteria=["greedy", "magnitude_l1"], unit_criteria=["unit_random"])
     # block_influence reads the calibration samples, on which candidates are compared.
-    assert settings.scored() == ["magnitude_l1", "unit_random", "block_influence"]
+    assert settings.scored(PlanConfig()) == ["magnitude_l1", "unit_random", "block_influence"]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_scores_that_are_needed() -> None:
         ({"remove": [2]}, "search.criteria is empty"),
         ({"shapes": [NARROW], "criteria": ["perplexity"]}, "search.unit_criteria is empty"),
         ({"criteria": ["perplexity"], "best": 0}, "search.best is 0"),
-        ({"criteria": ["perplexity"], "remove": [-1]}, "search.remove holds -1"),
+        ({"criteria": ["perplexity"], "remove": [-1]}, "search.remove.0. is -1; it must be zero or positive"),
         ({"criteria": ["perplexty"], "remove": [1]}, "did you mean 'perplexity'"),
     ],
 )

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.cli import app
 from llmprune.conversion.commands import apply
-from llmprune.data.calibration import CalibrationConfig
+from llmprune.data.settings import CalibrationConfig
 from llmprune.jobs.score import score
 from llmprune.models.families import Shape, family_of
 from llmprune.models.loading import load_model_config, load_tokenizer, new_model
@@ -20,13 +20,15 @@ from llmprune.models.placement import Placement
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.pruning.budgets.choose import Chooser, Steps
 from llmprune.pruning.budgets.latency import LatencyTable
-from llmprune.pruning.budgets.limits import BudgetConfig, Latency, Parameters, costs_of, limits_of
+from llmprune.pruning.budgets.limits import Latency, Parameters, costs_of, limits_of
+from llmprune.pruning.budgets.settings import BudgetConfig
 from llmprune.pruning.budgets.sizes import ShapeSizes, of_size
 from llmprune.pruning.budgets.trial import Trial
 from llmprune.pruning.planning import choose_plan, make_plan
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.scoring.settings import LayerScoringConfig
-from llmprune.pruning.selection.methods import PlanConfig, ScoredModel
+from llmprune.pruning.selection.methods import ScoredModel
+from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.errors import UserError
 from tests.conftest import random_model, tiny_config
 from tests.models.families.test_conformance import CONFIGS
@@ -273,7 +275,7 @@ def test_the_command(scores: Scores, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--budget-params", "0.5", "--expert-criterion", "unit_activation_l2"], "this model has none"),
         (["--budget-params", "0.5", "--remove", "2"], "leave out --shape, --remove and --drop"),
         (["--budget-params", "0.5", "--multiple", "64"], "no size of hidden up to the model's is a multiple of 64"),
-        (["--budget-params", "0.5", "--tries", "0"], "--tries is 0"),
+        (["--budget-params", "0.5", "--tries", "0"], "tries is 0; it must be positive"),
     ],
 )
 def test_mistakes(scores: Scores, tmp_path: Path, arguments: Sequence[str], message: str) -> None:

@@ -18,7 +18,8 @@ from llmprune.models.stored_weights import fingerprint
 from llmprune.plans.plan import KeptBlock
 from llmprune.pruning.planning import SELECTIONS
 from llmprune.pruning.scoring.scores import Scores
-from llmprune.pruning.selection.methods import PlanConfig, Request, ScoredModel, cheapest_pairs, select
+from llmprune.pruning.selection.methods import Request, ScoredModel, cheapest_pairs, select
+from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.errors import UserError
 
 LAYERS = 6

@@ -1,0 +1,117 @@
+"""The settings of plans: which blocks and units go."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from llmprune.utils.errors import UserError
+from llmprune.utils.settings import check_settings, limited
+
+
+@dataclass
+class PlanConfig:
+    """How a plan follows from scores.
+
+    Attributes:
+        method: a registered way to select blocks: lowest, span, list, sublayers, iterative, greedy or merge.
+        criterion: whose scores of blocks decide.
+        remove: how many blocks go.
+        shape: what comes out, any of layers, hidden, heads, kv_heads, intermediate and experts; the rest stays.
+        unit_criterion: whose scores of heads, channels and hidden dimensions decide.
+        expert_criterion: whose scores of experts decide; null = unit_criterion.
+        correction: of the output matrices of narrowed attentions and MLPs on the calibration samples: none, mean (what
+            goes is folded into biases) or refit (the columns that stay are fitted by least squares).
+        drop: with ``list``, what goes: numbers of blocks, or ``attention.N`` and ``mlp.N``.
+        protect_first: so many blocks at the start stay; null = none (greedy and merge: one).
+        protect_last: so many blocks at the end stay; null = none (greedy and merge: one).
+        threshold: with ``merge``, the mean cosine that the final hidden states must keep.
+        merge_size: with ``merge``, how many blocks become one at a time.
+        merge_step: with ``merge``, how many blocks to go back after a merge.
+        force: take a plan with corrections, or under a budget, even if its calibration loss says that it is ruined.
+    """
+
+    method: str = "lowest"
+    criterion: str | None = None
+    remove: int | None = None
+    shape: dict[str, int] | None = None
+    unit_criterion: str | None = None
+    expert_criterion: str | None = None
+    correction: Literal["none", "mean", "refit"] = "none"
+    drop: list[str] | None = None
+    protect_first: int | None = limited(None, least=0)
+    protect_last: int | None = limited(None, least=0)
+    threshold: float = 0.65
+    merge_size: int = 4
+    merge_step: int = 2
+    force: bool = False
+
+    def check(self) -> None:
+        """Raise ``UserError`` for settings that contradict each other."""
+        check_settings(self)
+        if self.shape is not None and not self.shape:
+            raise UserError("the shape is empty: name layers, hidden, heads, kv_heads, intermediate or experts")
+        if self.shape is not None and "layers" in self.shape and (self.remove is not None or self.drop is not None):
+            raise UserError("the shape says how many layers stay: leave out --remove and --drop")
+
+    def of_depth(self, layers: int) -> "PlanConfig | None":
+        """How blocks are selected; None if all stay."""
+        if self.shape is None:
+            return self
+        if (kept := self.shape.get("layers")) is not None:
+            return None if kept == layers else replace(self, remove=layers - kept)
+        return None if self.remove is None and self.drop is None and self.method == "lowest" else self
+
+    def refuse(self, section: str, *names: str) -> None:
+        """Refuse keys that the job decides itself.
+
+        Args:
+            section: where the job's own keys are, for the message.
+            names: of the keys.
+
+        Raises:
+            UserError: one of them is set.
+        """
+        for name in names:
+            if getattr(self, name) != getattr(PlanConfig, name, None):
+                raise UserError(f"leave out plan.{name}: {section} decides it")
+
+
+@dataclass
+class PlansConfig(PlanConfig):
+    """How plans follow from scores: ``plan-N.json`` for every N in ``remove``, or ``plan.json``.
+
+    With several criteria each has its plans: ``plan-CRITERION-N.json``.
+
+    Attributes:
+        criterion: whose scores of blocks decide; a name, or several in a list.
+        remove: how many blocks go; a number, or several in a list.
+    """
+
+    criterion: Any = None
+    remove: Any = None
+
+    def each(self) -> dict[str, PlanConfig]:
+        """The settings of every plan, by the name of its file.
+
+        Raises:
+            UserError: a criterion is no name, or a number of blocks no number.
+        """
+        criteria = _listed(self.criterion, str, "plan.criterion", "a name, or a list of names")
+        counts = _listed(self.remove, int, "plan.remove", "a number, or a list of numbers")
+
+        def file(name: str | None, count: int | None) -> str:
+            parts = ["plan", *([str(name)] if len(criteria) > 1 else []), *([] if count is None else [str(count)])]
+            return f"{'-'.join(parts)}.json"
+
+        return {
+            file(name, count): PlanConfig(**{**vars(self), "criterion": name, "remove": count})
+            for name in criteria
+            for count in counts
+        }
+
+
+def _listed(value: Any, kind: type, key: str, wanted: str) -> list[Any]:
+    several = isinstance(value, list)
+    listed = [*value] if several else [value]
+    if not listed or not all(isinstance(one, kind) or (one is None and not several) for one in listed):
+        raise UserError(f"{key} is {value}; it must be {wanted}")
+    return listed

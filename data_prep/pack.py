@@ -17,7 +17,7 @@ from data_prep.packer import Arrival, Layout, Packer
 from data_prep.reading import EARLY_STOP, Reading, part_of
 from data_prep.recipe import PackSettings, Recipe, load_fast_tokenizer, tokens_of
 from llmprune.data.format import DataManifest
-from llmprune.data.records import find_inputs
+from llmprune.data.records import Input, find_inputs
 from llmprune.data.sources import BadRecord, DomainNames, Fields
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json
@@ -79,22 +79,49 @@ def prepare(
     """
     settings = replace(settings, eval_fraction=0.0) if eval_inputs else settings
     held_out, found = (find_inputs(names) if names else [] for names in (eval_inputs, inputs))
-    local = [Path(tokenizer)] if Path(tokenizer).exists() else []  # else it is a name on the hub
     read = [source.path for source in (*held_out, *found) if source.path is not None]
-    refuse_replacing(out, [*(path for path in map(Path, (*inputs, *eval_inputs)) if path.exists()), *read, *local])
+    named = [path for path in map(Path, (*inputs, *eval_inputs, tokenizer)) if path.exists()]  # else on the hub
+    refuse_replacing(out, [*named, *read])
     refuse_existing(Path(out), overwrite)
     settings.check()
-    if processes is not None and processes < 1:
-        raise UserError(f"{processes} processes can't do anything: choose 1 or more")
-    if shard is not None and not 0 <= shard[0] < shard[1]:
-        raise UserError(f"there is no part {shard[0]} of {shard[1]}: they are numbered from 0")
+    _check_numbers(processes, shard)
     loaded = load_fast_tokenizer(tokenizer)
     tokens, render = tokens_of(loaded, settings, str(tokenizer))
     reading = Reading(part_of(held_out, shard), part_of(found, shard), settings, fields or Fields(), render)
     if shard and not reading.training:
         raise UserError(f"part {shard[0]} of {shard[1]} has no input: there are fewer files than parts")
     recipe = Recipe.of(settings, loaded, settle=shard is None)
-    description = {
+    with opened_job(out, _describe(recipe, reading, found, held_out, shard), overwrite=overwrite) as job:
+        packers = recipe.packers(job)
+        done = _go_on(job, packers, reading, tokens, held_out, processes or _cores(), progress=progress)
+        if shard is None:
+            return Summary(_finish(job, packers, recipe, loaded, out, overwrite), done.bad)
+        job.save(packers, replace(done, complete=True))
+        loaded.save_pretrained(job.folder / "tokenizer")
+        put_in_place(job.folder, Path(out).resolve(), overwrite)
+        return Summary({}, done.bad)
+
+
+def _check_numbers(processes: int | None, shard: tuple[int, int] | None) -> None:
+    if processes is not None and processes < 1:
+        raise UserError(f"{processes} processes can't do anything: choose 1 or more")
+    if shard is not None and not 0 <= shard[0] < shard[1]:
+        raise UserError(f"there is no part {shard[0]} of {shard[1]}: they are numbered from 0")
+
+
+def _describe(
+    recipe: Recipe, reading: Reading, found: list[Input], held_out: list[Input], shard: tuple[int, int] | None
+) -> dict[str, Any]:
+    """What a job is, of which only one with the same description goes on.
+
+    Args:
+        recipe: how the data are made.
+        reading: of the inputs of this part.
+        found: the inputs of all parts.
+        held_out: those for evaluation.
+        shard: which part.
+    """
+    return {
         "recipe": asdict(recipe),
         "inputs": [asdict(source) for source in reading.training],
         "eval_inputs": [asdict(source) for source in held_out],
@@ -102,21 +129,6 @@ def prepare(
         "fields": asdict(reading.fields),
         "shard": None if shard is None else list(shard),
     }
-    with opened_job(out, description, overwrite=overwrite) as job:
-        packers = recipe.packers(job)
-        done = job.resume(packers)
-        reading.names = DomainNames(done.names)
-        reading.leave_out(held_out)
-        total = sum(source.size for source in reading.inputs)
-        with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
-            _pack(reading, tokens, packers, job, done, processes or _cores(), bar)
-        _check_bad(done.bad, done.documents, settings.max_bad)
-        if shard is not None:
-            job.save(packers, replace(done, complete=True))
-            loaded.save_pretrained(job.folder / "tokenizer")
-            put_in_place(job.folder, Path(out).resolve(), overwrite)
-            return Summary({}, done.bad)
-        return Summary(_finish(job, packers, recipe, loaded, out, overwrite), done.bad)
 
 
 def merge_prepared(parts: Sequence[Path | str], out: Path | str, *, overwrite: bool = False) -> Summary:
@@ -165,6 +177,31 @@ def merge_prepared(parts: Sequence[Path | str], out: Path | str, *, overwrite: b
                 packer.absorb(state / (name or "all"), part.data / name)
         tokenizer = open_tokenizer(jobs[0].folder / "tokenizer")
         return Summary(_finish(job, packers, recipe, tokenizer, out, overwrite), bad)
+
+
+def _go_on(
+    job: PackingJob,
+    packers: Mapping[str, Packer],
+    reading: Reading,
+    tokens: Tokens,
+    held_out: list[Input],
+    processes: int,
+    *,
+    progress: bool,
+) -> Progress:
+    """Pack what the job has not packed yet, without the texts of ``held_out`` in training.
+
+    Raises:
+        UserError: too many records can't be used.
+    """
+    done = job.resume(packers)
+    reading.names = DomainNames(done.names)
+    reading.leave_out(held_out)
+    total = sum(source.size for source in reading.inputs)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+        _pack(reading, tokens, packers, job, done, processes, bar)
+    _check_bad(done.bad, done.documents, reading.settings.max_bad)
+    return done
 
 
 def _pack(

@@ -1,13 +1,17 @@
 """How good models are."""
 
 import json
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from llmprune.cli.options import Json, app, command_line, names_in
 from llmprune.utils import formats
 from llmprune.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from llmprune.evaluation.evaluate import EvaluationConfig
+    from llmprune.models.placement import Placement
 
 Models = Annotated[list[str], typer.Argument(metavar="MODEL…", help="Hugging Face folders or hub names.")]
 DTypeToRun = Annotated[formats.StoredFormat, typer.Option(help="Of the weights; auto = as stored.")]
@@ -66,14 +70,41 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, tasks and continuations of one or several models."""
-    from pathlib import Path
-
-    from llmprune.evaluation.continuations import GenerationConfig, continuation_scores, read_continuations
-    from llmprune.evaluation.evaluate import EvaluationConfig, results_table
-    from llmprune.evaluation.evaluate import evaluate as evaluate_models
+    from llmprune.evaluation.continuations import GenerationConfig
+    from llmprune.evaluation.evaluate import EvaluationConfig
     from llmprune.evaluation.perplexity import PerplexityConfig
     from llmprune.evaluation.tasks import TasksConfig
     from llmprune.models.placement import Placement
+
+    config = EvaluationConfig(
+        perplexity or (),
+        PerplexityConfig(segment, stride, names_in(bos) or (), text_field, samples_per_domain),
+        TasksConfig(names_in(tasks) or (), num_fewshot, limit, include_path),
+        prompts,
+        prompt_share,
+        GenerationConfig(max_new_tokens, temperature, top_p, top_k, per_prompt, seed),
+        _batch_size(batch_size),
+    )
+    placement = Placement(dtype, device, device_map, attention, adapter)
+    _evaluate(models or [], generated or [], config, placement, out, overwrite=overwrite, as_json=as_json)
+
+
+def _evaluate(
+    models: list[str],
+    generated: list[str],
+    config: "EvaluationConfig",
+    placement: "Placement",
+    out: str | None,
+    *,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Measure models, and score continuations that were written before; print the results, and keep them in ``out``."""
+    from pathlib import Path
+
+    from llmprune.evaluation.continuations import continuation_scores, read_continuations
+    from llmprune.evaluation.evaluate import evaluate as evaluate_models
+    from llmprune.evaluation.evaluate import results_table
     from llmprune.utils.files import to_json, write_json
     from llmprune.utils.outputs import check_output
 
@@ -81,8 +112,7 @@ def evaluate(
         check_output(out, ".json", overwrite)
     results: dict[str, Any] = {"schema": 1, "models": {}}
     written = {
-        path: {"continuations": {Path(path).stem: continuation_scores(read_continuations(path))}}
-        for path in generated or ()
+        path: {"continuations": {Path(path).stem: continuation_scores(read_continuations(path))}} for path in generated
     }
 
     def save(results: dict[str, Any]) -> None:
@@ -92,22 +122,8 @@ def evaluate(
             write_json(out, {**results, "command": command_line()})
 
     if models:
-        results = evaluate_models(
-            models,
-            EvaluationConfig(
-                perplexity or (),
-                PerplexityConfig(segment, stride, names_in(bos) or (), text_field, samples_per_domain),
-                TasksConfig(names_in(tasks) or (), num_fewshot, limit, include_path),
-                prompts,
-                prompt_share,
-                GenerationConfig(max_new_tokens, temperature, top_p, top_k, per_prompt, seed),
-                _batch_size(batch_size),
-            ),
-            Placement(dtype, device, device_map, attention, adapter),
-            None if out is None else Path(out).with_suffix(".samples"),
-            overwrite=overwrite,
-            keep=save,
-        )
+        samples = None if out is None else Path(out).with_suffix(".samples")
+        results = evaluate_models(models, config, placement, samples, overwrite=overwrite, keep=save)
     elif not written:
         raise UserError("name a model to evaluate, or continuations to score with --generated")
     else:

@@ -65,49 +65,91 @@ def export(
     Raises:
         UserError: the plan does not fit the model, or ``out`` exists.
     """
-    surgery = Surgery(config, plan)
-    sources = {new: name for name in parameter_names(weights, config) if (new := surgery.new_name(name)) is not None}
-    config = surgery.config if network is None else network.config(surgery.config)
-    added = {name: torch.zeros(size) for name, size in surgery.added().items()}
-    if network is not None:
-        added |= network.named(surgery.config)
-    expected = _meta_tensors(config, dtype or _stored_dtype(weights, sources), surgery.config, set(added))
-    if missing := sorted(set(expected) ^ {*sources, *added}):
-        raise UserError(f"the weights do not fit the config: '{missing[0]}' is missing or left over")
-    split = split_torch_state_dict_into_shards(expected, max_shard_size=max_shard_size)
+    made = _CutModel(weights, config, plan, network, dtype)
+    split = split_torch_state_dict_into_shards(made.expected, max_shard_size=max_shard_size)
     with output_folder(out, overwrite) as folder:
         for filename, names in split.filename_to_tensors.items():
-            shard = {}
-            for name in names:
-                tensor = added[name] if name in added else surgery.cut(sources[name], weights)
-                tensor = tensor.to(expected[name].dtype)
-                if not is_finite(tensor):
-                    raise UserError(f"'{name}' holds NaN or infinite numbers: a model of them is not written")
-                if tensor.shape != expected[name].shape:
-                    raise UserError(
-                        f"'{name}' comes out as {list(tensor.shape)}, the config wants {list(expected[name].shape)}: "
-                        "are these the weights of this config?"
-                    )
-                shard[name] = tensor
-            save_tensors(folder / filename, shard, {"format": "pt"})
-            del shard
+            save_tensors(folder / filename, {name: made.tensor(name) for name in names}, {"format": "pt"})
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             write_json(folder / "model.safetensors.index.json", index)
-        config.use_cache = True
-        config.dtype = next(iter(expected.values())).dtype
-        save_model_config(config, folder)
+        made.save_config(folder)
         copy_companions(companions, folder)
-        if needs_code(config):
-            write_code(folder)
         (folder / "llmprune").mkdir()
         plan.save(folder / "llmprune" / "plan.json")
-        parameters = sum(tensor.numel() for tensor in expected.values())
         text = model_card(
-            source, plan, parameters, surgery.config.model_type, card or {}, needs_code=needs_code(config)
+            source, plan, made.parameters, made.plain.model_type, card or {}, needs_code=needs_code(made.config)
         )
         (folder / "README.md").write_text(text, encoding="utf-8")
         record(folder)
+
+
+class _CutModel:
+    """The model that comes of a cut; a tensor of it is made when it is asked for.
+
+    Attributes:
+        config: its config.
+        plain: the config of the same without a network in the place of blocks.
+        expected: its parameters, without memory, by name, in the dtype that they are written in.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        config: PretrainedConfig,
+        plan: Plan,
+        network: Network | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """See ``export``.
+
+        Raises:
+            UserError: the plan or the weights do not fit the config.
+        """
+        self._weights, self._surgery = weights, Surgery(config, plan)
+        renamed = {name: self._surgery.new_name(name) for name in parameter_names(weights, config)}
+        self._sources = {new: name for name, new in renamed.items() if new is not None}
+        self._added = {name: torch.zeros(size) for name, size in self._surgery.added().items()}
+        self.config = self.plain = self._surgery.config
+        if network is not None:
+            self.config = network.config(self.plain)
+            self._added |= network.named(self.plain)
+        self.expected = _meta_tensors(
+            self.config, dtype or _stored_dtype(weights, self._sources), self.plain, set(self._added)
+        )
+        if missing := sorted(set(self.expected) ^ {*self._sources, *self._added}):
+            raise UserError(f"the weights do not fit the config: '{missing[0]}' is missing or left over")
+
+    @property
+    def parameters(self) -> int:
+        """How many it has."""
+        return sum(tensor.numel() for tensor in self.expected.values())
+
+    def tensor(self, name: str) -> Tensor:
+        """One of its parameters.
+
+        Raises:
+            UserError: it has a number that is none, or not the shape that the config wants.
+        """
+        expected = self.expected[name]
+        cut = self._added[name] if name in self._added else self._surgery.cut(self._sources[name], self._weights)
+        tensor = cut.to(expected.dtype)
+        if not is_finite(tensor):
+            raise UserError(f"'{name}' holds NaN or infinite numbers: a model of them is not written")
+        if tensor.shape != expected.shape:
+            raise UserError(
+                f"'{name}' comes out as {list(tensor.shape)}, the config wants {list(expected.shape)}: "
+                "are these the weights of this config?"
+            )
+        return tensor
+
+    def save_config(self, folder: Path) -> None:
+        """Write its config, and its modelling file if it needs one."""
+        self.config.use_cache = True
+        self.config.dtype = next(iter(self.expected.values())).dtype
+        save_model_config(self.config, folder)
+        if needs_code(self.config):
+            write_code(folder)
 
 
 def _meta_tensors(

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from llmprune.data.calibration import calibration_samples
 from llmprune.data.settings import CalibrationConfig
@@ -61,26 +61,47 @@ def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, over
     Raises:
         UserError: llm-compressor is not installed, the groups do not fit, the samples can't be read, ``out`` exists.
     """
-    try:
-        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-        from datasets import Dataset
-        from llmcompressor import oneshot
-        from llmcompressor.modifiers.quantization import GPTQModifier
-        from loguru import logger
-    except ImportError:
-        raise UserError("the package llmcompressor is not installed: pip install -e '.[quantize]'") from None
-    logger.disable("llmcompressor")
+    _require_library()
     refuse_existing(Path(out), overwrite)
     folder = resolve_model(model)
     refuse_replacing(out, [folder, *filter(None, [config.data.path])])
     source = read_config(model)
     _check(source, config)
-    tokenizer = load_tokenizer(model)
-    samples = calibration_samples(config.data, tokenizer)
+    samples = calibration_samples(config.data, load_tokenizer(model))
     limit = longest_input(source)
     if limit is not None and samples.shape[1] > limit:
         raise UserError(f"samples of {samples.shape[1]} tokens are too long: the model takes {limit}")
     loaded = load_any_model(model, dtype=config.dtype or _sixteen_bits(source))
+    with output_folder(out, overwrite) as written:
+        _compress(loaded, samples, config)
+        _save(loaded, folder, written)
+        record(written)
+        return sum(file.stat().st_size for file in written.glob("*.safetensors"))
+
+
+def _require_library() -> None:
+    """See that llm-compressor is there, and keep what it would print from the user.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import compressed_tensors  # noqa: F401
+        import datasets  # noqa: F401
+        import llmcompressor  # noqa: F401
+        from loguru import logger
+    except ImportError:
+        raise UserError("the package llmcompressor is not installed: pip install -e '.[quantize]'") from None
+    logger.disable("llmcompressor")
+
+
+def _compress(loaded: PreTrainedModel, samples: Tensor, config: QuantizeConfig) -> None:
+    """Quantise a model's weights where they are, by samples [samples, length]."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier
+
     last = loaded.get_output_embeddings()
     output = [name for name, module in loaded.named_modules() if module is last]
     weights = QuantizationArgs(
@@ -92,32 +113,30 @@ def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, over
         actorder="group" if config.activation_order else None,
         observer="minmax",
     )
-    recipe = GPTQModifier(
-        config_groups={"weights": QuantizationScheme(targets=["Linear"], weights=weights)},
-        ignore=[*output, "re:.*[.]gate$"],  # the output layer, and the routers of mixtures of experts
-        dampening_frac=DAMPENING,
+    oneshot(
+        model=loaded,
+        dataset=Dataset.from_dict({"input_ids": samples.tolist(), "attention_mask": torch.ones_like(samples).tolist()}),
+        recipe=GPTQModifier(
+            config_groups={"weights": QuantizationScheme(targets=["Linear"], weights=weights)},
+            ignore=[*output, "re:.*[.]gate$"],  # the output layer, and the routers of mixtures of experts
+            dampening_frac=DAMPENING,
+        ),
+        max_seq_length=samples.shape[1],
+        num_calibration_samples=len(samples),
+        pipeline="sequential",
     )
-    texts = {"input_ids": samples.tolist(), "attention_mask": torch.ones_like(samples).tolist()}
-    with output_folder(out, overwrite) as written:
-        oneshot(
-            model=loaded,
-            dataset=Dataset.from_dict(texts),
-            recipe=recipe,
-            max_seq_length=samples.shape[1],
-            num_calibration_samples=len(samples),
-            pipeline="sequential",
-        )
-        loaded.generation_config = GenerationConfig()  # Transformers would refuse to save many; the file is copied
-        loaded.save_pretrained(written, save_compressed=True)
-        (written / GENERATION).unlink(missing_ok=True)
-        copy_companions(folder, written)
-        if (folder / "llmprune").is_dir():
-            shutil.copytree(folder / "llmprune", written / "llmprune")
-        files = list(written.glob("*.safetensors"))
-        for file in files:  # the library makes them private
-            make_readable(file)
-        record(written)
-        return sum(file.stat().st_size for file in files)
+
+
+def _save(loaded: PreTrainedModel, source: Path, folder: Path) -> None:
+    """Write a quantised model, and what lies beside its source's weights."""
+    loaded.generation_config = GenerationConfig()  # Transformers would refuse to save many; the file is copied
+    loaded.save_pretrained(folder, save_compressed=True)
+    (folder / GENERATION).unlink(missing_ok=True)
+    copy_companions(source, folder)
+    if (source / "llmprune").is_dir():
+        shutil.copytree(source / "llmprune", folder / "llmprune")
+    for file in folder.glob("*.safetensors"):  # the library makes them private
+        make_readable(file)
 
 
 def _sixteen_bits(source: PretrainedConfig) -> torch.dtype:

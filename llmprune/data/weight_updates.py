@@ -206,6 +206,24 @@ def check_updates(
     """
     UPDATES[config.update]
     check_settings(config, "dynamic_loading")
+    _check_by_domain(config, domains)
+    free, share = _changing(config, domains, drawn, evaluated)
+    floor, ceiling = _bounds(config, free)
+    if any(not 0 <= lo <= hi <= 1 for lo, hi in zip(floor, ceiling, strict=True)):
+        raise UserError("every domain needs 0 ≤ dynamic_loading.floor ≤ dynamic_loading.ceiling ≤ 1")
+    if sum(floor) > share + 1e-9 or sum(ceiling) < share - 1e-9:
+        raise UserError(
+            f"dynamic_loading: the floors of the domains that change must sum to at most {share:g}, their ceilings to "
+            f"at least {share:g}"
+        )
+    if config.update == "schedule":
+        _check_schedule(config, domains, floor, ceiling)
+    if config.update in NEEDS_LOSSES:
+        _check_references(config, free)
+
+
+def _check_by_domain(config: DynamicLoadingConfig, domains: Sequence[str]) -> None:
+    """Refuse settings by domain that name others, or are no numbers."""
     for name, named in (("references", config.references), ("floor", config.floor), ("ceiling", config.ceiling)):
         if isinstance(named, Mapping):
             if unknown := sorted(set(named) - set(domains)):
@@ -219,38 +237,42 @@ def check_updates(
                 raise UserError(f"dynamic_loading.{name} must hold numbers")
         elif name != "references" and not isinstance(named, int | float):
             raise UserError(f"dynamic_loading.{name} must be a number, or numbers by domain; got '{named}'")
-    free, share = list(domains if config.update == "schedule" else drawn), 1.0
-    if config.update in NEEDS_LOSSES:
-        measured = set(evaluated)
-        free = [domain for domain in drawn if domain in measured]
-        share = sum(drawn[domain] for domain in free)
-        lacking, remedy = "that are drawn from", "give them weights"
-        if len(drawn) > 1:
-            lacking, remedy = "with evaluation samples", "prepare the data with a larger --eval-fraction"
-        if len(free) < 2:
-            raise UserError(
-                f"dynamic_loading.update={config.update} needs two domains {lacking}: {remedy}, or take "
-                "dynamic_loading=null"
-            )
-    floor, ceiling = _bounds(config, free)
-    if any(not 0 <= lo <= hi <= 1 for lo, hi in zip(floor, ceiling, strict=True)):
-        raise UserError("every domain needs 0 ≤ dynamic_loading.floor ≤ dynamic_loading.ceiling ≤ 1")
-    if sum(floor) > share + 1e-9 or sum(ceiling) < share - 1e-9:
-        raise UserError(
-            f"dynamic_loading: the floors of the domains that change must sum to at most {share:g}, their ceilings to "
-            f"at least {share:g}"
-        )
+
+
+def _changing(
+    config: DynamicLoadingConfig, domains: Sequence[str], drawn: Mapping[str, float], evaluated: Sequence[str]
+) -> tuple[list[str], float]:
+    """The domains whose weights change, and the share of all that they have together.
+
+    Raises:
+        UserError: losses decide, and fewer than two have one.
+    """
     if config.update == "schedule":
-        _check_schedule(config, domains, floor, ceiling)
-    if config.update in NEEDS_LOSSES:
-        if not config.references:
-            raise UserError(
-                f"dynamic_loading.update={config.update} needs dynamic_loading.references: the loss that each domain "
-                "is expected to come down to"
-            )
-        for domain in free:
-            if domain not in config.references:
-                raise UserError(f"dynamic_loading.references has no loss for the domain '{domain}'")
+        return list(domains), 1.0
+    if config.update not in NEEDS_LOSSES:
+        return list(drawn), 1.0
+    measured = set(evaluated)
+    free = [domain for domain in drawn if domain in measured]
+    lacking, remedy = "that are drawn from", "give them weights"
+    if len(drawn) > 1:
+        lacking, remedy = "with evaluation samples", "prepare the data with a larger --eval-fraction"
+    if len(free) < 2:
+        raise UserError(
+            f"dynamic_loading.update={config.update} needs two domains {lacking}: {remedy}, or take "
+            "dynamic_loading=null"
+        )
+    return free, sum(drawn[domain] for domain in free)
+
+
+def _check_references(config: DynamicLoadingConfig, domains: Sequence[str]) -> None:
+    if not config.references:
+        raise UserError(
+            f"dynamic_loading.update={config.update} needs dynamic_loading.references: the loss that each domain "
+            "is expected to come down to"
+        )
+    for domain in domains:
+        if domain not in config.references:
+            raise UserError(f"dynamic_loading.references has no loss for the domain '{domain}'")
 
 
 def _check_schedule(

@@ -10,17 +10,21 @@ import psutil
 import torch
 from composer.core import Time, TimeUnit
 from composer.utils import dist, get_device
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from llmprune.config.schema import Config
 from llmprune.config.static_checks import check_config
 from llmprune.data.prepared import PreparedData
 from llmprune.estimate.memory import memory_of, samples_of
 from llmprune.estimate.sizes import FLOAT, JobSizes, checkpoint_bytes, products_of, teacher_itemsize
-from llmprune.measurement.flops import macs
+from llmprune.models.flops import macs, step_flops
 from llmprune.models.loading import config_from_fields, load_model_config, load_tokenizer
 from llmprune.models.own_model_types import with_richer_heads
 from llmprune.models.placement import DTYPES
+from llmprune.pruning.gates.settings import L0PruningConfig
+from llmprune.pruning.replacements.modules import planned_replacement
+from llmprune.pruning.replacements.settings import BlockReplacementConfig
+from llmprune.pruning.replacements.streaming import replacement_flops
 from llmprune.recovery.distillation import DistillationConfig
 from llmprune.utils.errors import UserError
 
@@ -225,16 +229,24 @@ def estimate(config: Config, model: PretrainedConfig, length: int, cluster: Clus
     )
 
 
-def _flops(config: Config, model: PretrainedConfig, length: int, sizes: JobSizes) -> float:
-    """Operations of a sample's training step."""
-    forward = 2 * macs(model, length).total
-    share = max(sizes.reached, 1) / sizes.layers
-    backward = share * forward + 2 * length * sizes.trained  # of what goes in, and of what learns
-    again = share * forward if config.train.activation_checkpointing else 0
-    total = float(forward + backward + again)
-    if config.section(DistillationConfig) is not None:
-        total += 2 * sizes.teacher * length if sizes.teacher else forward
-    return total
+def _flops(config: Config, model: PretrainedConfig, length: int, sizes: JobSizes) -> int:
+    """Operations of a sample's training step, and of what activation checkpointing computes again."""
+    replacement, distillation = config.section(BlockReplacementConfig), config.section(DistillationConfig)
+    if replacement is not None:
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(model)
+        span, network = planned_replacement(built, replacement)
+        cached, also = replacement.cache is not None, sizes.learned.own
+        found = replacement_flops(model, span, network, replacement.weights, length, also=also, cached=cached)
+    else:
+        found = step_flops(model, length, sizes.learned)
+    if config.train.activation_checkpointing:
+        found += macs(model, length, blocks=sizes.reached, logits=0).forward
+    if distillation is not None and distillation.teacher is not None:
+        found += macs(load_model_config(distillation.teacher), length).forward
+    elif distillation is not None and config.section(L0PruningConfig) is not None:
+        found += macs(model, length).forward  # the model with open gates; kept predictions take nothing
+    return found
 
 
 def _network(config: Config, cluster: Cluster, sizes: JobSizes, microbatches: int) -> float:

@@ -46,39 +46,17 @@ def memory_of(
         ranks: in all.
         device: cuda or cpu.
     """
-    per_rank, micro = samples_of(config, ranks)
-    dtype, autocast = DTYPES[config.model.dtype], autocast_of(config)
-    held = held_by(config)
+    dtype, held = DTYPES[config.model.dtype], held_by(config)
     shards = 1 if config.sharding is None else ranks // config.sharding.replicas
     moments = MOMENTS.get(config.optimizer.name, MOST_MOMENTS)
-    weights = sizes.parameters * dtype.itemsize / shards
-    lora, distillation = config.section(LoRAConfig), config.section(DistillationConfig)
-    if lora is not None and lora.quantize is not None:
-        weights = sizes.outside * dtype.itemsize + (sizes.parameters - sizes.outside) * FOUR_BITS
-    if adds(config):
-        weights += sizes.trained * held
-    gradients = sizes.trained * held / shards
-    products = products_of(config)
-    in_states = products if config.sharding is not None else dtype  # as FSDP2 gathers them
-    kept = kept_by(
-        model,
-        samples=micro,
-        length=length,
-        dtype=in_states,
-        autocast=autocast,
-        attention=config.model.attention,
-        prepare=None if lora is None else lambda built: _adapt(built, lora, device),
-    )
-    away = gradients if per_rank <= micro else 0.0  # they come as activations go
-    stages = _stages(config, model, sizes, kept, micro * length, device)
-    totals = [(stage.working - (0.0 if stage.late else away), stage.gathered) for stage in stages]
-    working, gathered = max(totals, key=sum)
+    weights, gradients = _weights(config, sizes, shards), sizes.trained * held / shards
+    working, gathered = _at_peak(config, model, sizes, gradients, length=length, ranks=ranks, device=device)
     found = {
         "weights": weights,
         "gradients": gradients,
         f"moments of {config.optimizer.name}": sizes.trained * held * moments / shards,
     }
-    if sizes.teacher and distillation is not None:
+    if sizes.teacher:
         found["teacher"] = sizes.teacher * teacher_itemsize(config, device) / shards
     if sizes.gates:
         found["gates"] = sizes.gates * FLOAT * 4 + sizes.matrix * FLOAT
@@ -88,8 +66,6 @@ def memory_of(
             found["sums of groups"] = sizes.trained * FLOAT / shards
     elif ranks > 1:
         found["gradients on their way"] = sizes.trained * held
-    if autocast is not None and config.sharding is None:
-        working += (sizes.parameters - sizes.outside) * autocast.itemsize  # weights cast for a whole pass
     found["activations and logits"] = max(working, 0.0)
     if config.sharding is None and ranks > 1:  # before anything trains, all ranks get the weights of the first
         more = weights + min(weights, BROADCAST) - sum(found.values())
@@ -97,6 +73,56 @@ def memory_of(
             found["weights on their way"] = more
     found["lost to fragmentation, and libraries"] = FRAGMENTATION * sum(found.values()) + CONTEXT[device]
     return found
+
+
+def _weights(config: Config, sizes: JobSizes, shards: int) -> float:
+    """Bytes of the weights of a rank, and of what is added to them."""
+    itemsize, lora = DTYPES[config.model.dtype].itemsize, config.section(LoRAConfig)
+    weights = sizes.parameters * itemsize / shards
+    if lora is not None and lora.quantize is not None:
+        weights = sizes.outside * itemsize + (sizes.parameters - sizes.outside) * FOUR_BITS
+    return weights + sizes.trained * held_by(config) if adds(config) else weights
+
+
+def _at_peak(
+    config: Config,
+    model: PretrainedConfig,
+    sizes: JobSizes,
+    gradients: float,
+    *,
+    length: int,
+    ranks: int,
+    device: str,
+) -> tuple[float, float]:
+    """Bytes of what a pass makes on its way, and of what FSDP2 has gathered, when they are the most.
+
+    Args:
+        config: of the job.
+        model: of the model that trains.
+        sizes: of the job.
+        gradients: bytes of all gradients of a rank, which are counted apart.
+        length: tokens of a sample.
+        ranks: in all.
+        device: cuda or cpu.
+    """
+    per_rank, micro = samples_of(config, ranks)
+    autocast, lora = autocast_of(config), config.section(LoRAConfig)
+    kept = kept_by(
+        model,
+        samples=micro,
+        length=length,
+        dtype=products_of(config) if config.sharding is not None else DTYPES[config.model.dtype],  # as FSDP2 gathers
+        autocast=autocast,
+        attention=config.model.attention,
+        prepare=None if lora is None else lambda built: _adapt(built, lora, device),
+    )
+    away = gradients if per_rank <= micro else 0.0  # they come as activations go
+    stages = _stages(config, model, sizes, kept, micro * length, device)
+    totals = [(stage.working - (0.0 if stage.late else away), stage.gathered) for stage in stages]
+    working, gathered = max(totals, key=sum)
+    if autocast is not None and config.sharding is None:
+        working += (sizes.parameters - sizes.outside) * autocast.itemsize  # weights cast for a whole pass
+    return working, gathered
 
 
 def samples_of(config: Config, ranks: int) -> tuple[int, int]:

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from llmprune.config.schema import Config
 from llmprune.config.sections import sections_of
-from llmprune.models.families import EMBEDDINGS, Role, family_of
+from llmprune.models.families import Role, family_of
+from llmprune.models.flops import Learned, learned_of
 from llmprune.models.loading import load_model_config
 from llmprune.models.placement import DTYPES, dtype_for_inference
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
@@ -54,7 +55,7 @@ class JobSizes:
         intermediate: channels of an MLP.
         output_trained: whether the output layer's weight learns.
         layers: blocks.
-        reached: of them, those that gradients pass through: from the lowest that learns on.
+        learned: what learns, as far as operations depend on it.
     """
 
     parameters: int
@@ -70,7 +71,12 @@ class JobSizes:
     intermediate: int
     output_trained: bool
     layers: int
-    reached: int
+    learned: Learned
+
+    @property
+    def reached(self) -> int:
+        """Blocks that gradients pass through: from the lowest that learns on."""
+        return self.learned.reached
 
     @classmethod
     def of(cls, config: Config, model: PretrainedConfig) -> "JobSizes":
@@ -91,9 +97,8 @@ class JobSizes:
             learning = section.learning(section.own, built, learning)
         names, lowest = learning.names, learning.lowest
         trained = learning.added + sum(sizes[name] for name in names)
-        if lowest is None:
-            located = [family.locate(name) for name in names]
-            lowest = min(-1 if p.role in EMBEDDINGS else shape.layers if p.block is None else p.block for p in located)
+        own = learned_of(model, {name: sizes[name] for name in names})
+        reached = own.reached if lowest is None else shape.layers - max(lowest, 0)
         distillation = config.section(DistillationConfig)
         teacher = teacher_outside = 0
         if distillation is not None and distillation.teacher is not None:
@@ -117,7 +122,7 @@ class JobSizes:
             shape.intermediate,
             f"{output}.weight" in names,
             shape.layers,
-            shape.layers - max(lowest, 0),
+            Learned(own.own, learning.added, reached),
         )
 
 

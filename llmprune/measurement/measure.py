@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llmprune.measurement.flops import macs
 from llmprune.measurement.monitor import UtilisationWatch, peak_memory
+from llmprune.models.flops import macs
 from llmprune.models.loaded import LoadedModel, find_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
@@ -153,10 +153,10 @@ def size(opened: LoadedModel, context: int) -> dict[str, Any]:
         "prefill": [],
     }
     try:
-        entry["macs_per_token"] = macs(model.config, 1, context).total
+        found = macs(model.config, 1, context)
     except UserError:
         return entry  # an architecture whose formula nobody has written down
-    return {**entry, "flops_per_token": 2 * entry["macs_per_token"]}
+    return {**entry, "macs_per_token": found.total, "flops_per_token": found.forward}
 
 
 def weights_bytes(opened: LoadedModel) -> int:

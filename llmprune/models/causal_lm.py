@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from llmprune.models.autocast import forgetting_casts, in_autocast, products_in
 from llmprune.models.batch_halving import Halving
 from llmprune.models.families import family_of
+from llmprune.models.flops import learned_by, step_flops
 from llmprune.models.objectives import IGNORED, next_token, next_tokens, predicting
 from llmprune.models.vocabulary import Head, head_of, mean_loss, token_measures, without_head
 
@@ -280,22 +281,13 @@ class ComposerCausalLM(ComposerModel):
         metric.update(**outputs)
 
     def flops_per_batch(self, batch: Batch) -> int:
-        """Floating-point operations of a training step, forward and backward, for Composer's speed monitor.
-
-        6 per parameter that is multiplied with every token, and 12 · layers · heads · head size · length per token for
-        attention (PaLM, arXiv:2204.02311, appendix B). The embedding counts only where it is the output layer too.
-        """
+        """Floating-point operations of a training step, forward and backward, for Composer's speed monitor."""
         return self.own_flops(batch) if self.objective is None else self.objective.flops(batch)
 
     def own_flops(self, batch: Batch) -> int:
-        """Those of the model itself, all of which trains."""
-        shape = self.family.shape(self.model.config)
-        multiplied = sum(p.numel() for p in self.parameters())
-        if not self.family.tied(self.model.config):
-            multiplied -= self.model.get_input_embeddings().weight.numel()
+        """Those of the model itself, as much of it as trains."""
         samples, length = batch["input_ids"].shape
-        attention = 12 * shape.layers * shape.heads * shape.head_dim * length
-        return samples * length * (6 * multiplied + attention)
+        return samples * step_flops(self.model.config, length, learned_by(self.model))
 
 
 def composer_model(state: State) -> ComposerCausalLM:

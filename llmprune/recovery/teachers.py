@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from llmprune.models.autocast import in_autocast
 from llmprune.models.block_hooks import RunBlock, hooked_blocks
 from llmprune.models.causal_lm import Batch, run_model
+from llmprune.models.flops import macs
 from llmprune.models.objectives import forward_kl, kl_to_likeliest
 from llmprune.models.sharded import reshard
 from llmprune.models.vocabulary import head_of, without_head
@@ -121,7 +122,8 @@ class ModelTeacher:
 
     def flops(self, batch: Batch) -> int:
         """See ``Teacher``."""
-        return 2 * batch["input_ids"].numel() * sum(p.numel() for p in self.model.parameters())
+        samples, length = batch["input_ids"].shape
+        return samples * macs(self.model.config, length).forward
 
 
 class KeptPredictions:

@@ -16,6 +16,8 @@ from llmprune.config.job_files import load_training_job
 from llmprune.config.schema import Config
 from llmprune.estimate.activations import kept_by
 from llmprune.estimate.job import Cluster, Estimate, estimate
+from llmprune.models.flops import Macs, macs
+from llmprune.models.loading import load_model_config
 from llmprune.pruning.gates.gate_set import GateSet
 from llmprune.pruning.gates.settings import make_goal
 from llmprune.training.trainer import build_trainer
@@ -158,6 +160,28 @@ def test_all_ranks_get_the_first_ones_weights(config: Config, tmp_path: Path) ->
     assert "weights on their way" not in estimate(job, wide, 32, CLUSTER).memory
 
 
+def test_operations_of_what_is_not_plain_training(config: Config, tmp_path: Path, trained_folder: Path) -> None:
+    model = tiny_config(num_hidden_layers=6)
+
+    def of(*overrides: str) -> float:
+        return estimate(changed(config, tmp_path, *overrides), model, 32, CLUSTER).facts["flops_of_batch"] / 64
+
+    def block(count: int) -> Macs:
+        return macs(model, 32, blocks=count, logits=0)
+
+    assert of("train.activation_checkpointing=true") == macs(model, 32).step + block(6).forward
+    half = macs(model, 32).forward + macs(model, 32, blocks=2).backward
+    assert of("trainable={parameters: [last.2]}") == half + block(2).weight_gradients
+    replaced = "block_replacement={start: 1, length: 3, blocks: 1, kind: blocks, "
+    assert of(replaced + "objectives: {mse: 1}}") == block(1).forward + block(3).forward + block(1).step
+    rest = macs(model, 32, blocks=2)
+    assert of(replaced + "objectives: {lm: 1}}") == block(1).forward + block(1).step + rest.forward + rest.backward
+    assert of(replaced + "objectives: {mse: 1}, cache: {samples: 64}}") == block(1).step
+    teacher = macs(load_model_config(trained_folder), 32).forward
+    assert of("distillation={}") == macs(model, 32).step  # of kept predictions
+    assert of(f"distillation={{teacher: {trained_folder}}}") == macs(model, 32).step + teacher
+
+
 def test_time_follows_from_operations_and_from_what_travels(config: Config, tmp_path: Path) -> None:
     model = tiny_config(num_hidden_layers=6)
 
@@ -167,8 +191,7 @@ def test_time_follows_from_operations_and_from_what_travels(config: Config, tmp_
     one = of(replace(CLUSTER, price=2.0))
     matrices = 6 * (2 * 32 * 64 + 2 * 32 * 32 + 3 * 32 * 48) + 300 * 32
     forward = 2 * (32 * matrices + 2 * 6 * 32 * 32 * 64)
-    trained = matrices + 13 * 32
-    assert one.facts["flops_of_batch"] == pytest.approx(64 * (2 * forward + 2 * 32 * trained))
+    assert one.facts["flops_of_batch"] == 64 * 3 * forward
     assert one.compute_s == pytest.approx(one.facts["flops_of_batch"] / (989e12 * 0.4)) and one.network_s == 0
     assert one.tokens == 1000 * 64 * 32 and one.cost == pytest.approx(2 * 1000 * one.step_s / 3600)
     count = one.facts["parameters"]

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -63,40 +64,82 @@ def uniform_counts(
     Returns:
         How many gates of every row stay, by kind, for each of at most ``RIVALS`` shapes.
     """
-    full = {kind: size[-1] for kind, size in gate_sizes(source).items()}
+    full = _full(source)
     wanted = (1 - sparsity) * _size(source, matrices, full)
-    follows = coupled and HIDDEN in keep
+    ties = _Ties(multiples, source.head_dim if coupled and HIDDEN in keep else None, whole_heads)
     closed = {kind: 1 - _mean_count(kind, keep) / full[kind] for kind in keep}
-    if follows:
+    if ties.hidden_per_group is not None:
         closed[HIDDEN] = closed[KV_GROUP] = (closed[HIDDEN] + closed[KV_GROUP]) / 2
     centre = _at_size(source, matrices, closed, wanted)
-    solved = next((kind for kind in (INTERMEDIATE, HIDDEN) if kind in keep and not (follows and kind == HIDDEN)), None)
-    tried = [kind for kind in keep if kind not in (solved, HIDDEN)]
-    candidates = [_around(centre[kind], multiples.get(kind, 1), full[kind]) for kind in tried]
-    if follows:
-        fitting = [n for n in range(1, full[KV_GROUP] + 1) if n * source.head_dim % multiples.get(HIDDEN, 1) == 0]
-        near = sorted(fitting, key=lambda n: abs(n - centre[KV_GROUP]))[:2]
-        candidates[tried.index(KV_GROUP)] = near or [full[KV_GROUP]]
+    solved = next((kind for kind in (INTERMEDIATE, HIDDEN) if kind in keep and not ties.fixes(kind)), None)
     found: list[tuple[float, float, dict[str, int]]] = []
-    for counts in itertools.product(*candidates):
-        chosen = dict(zip(tried, counts, strict=True))
-        heads = chosen.get(KV_GROUP, full[KV_GROUP]) * chosen.get(HEAD, full[HEAD]) if whole_heads else 1
-        of_hidden = math.lcm(multiples.get(HIDDEN, 1), heads)
-        hidden: list[dict[str, int]] = [{}]
-        if follows:
-            hidden = [{HIDDEN: chosen[KV_GROUP] * source.head_dim}]
-        elif HIDDEN in keep and solved != HIDDEN:
-            hidden = [{HIDDEN: count} for count in _around(centre[HIDDEN], of_hidden, full[HIDDEN])]
-        for more in hidden:
-            shape = {**chosen, **more}
-            if solved is not None:
-                multiple = of_hidden if solved == HIDDEN else multiples.get(solved, 1)
-                shape[solved] = _solve(source, matrices, {**full, **shape}, solved, wanted, multiple)
-            error = abs(_size(source, matrices, {**full, **shape}) / wanted - 1)
-            change = sum(abs(shape[kind] - centre[kind]) / full[kind] for kind in keep)
-            found.append((round(error, 2), change, shape))
+    for shape in _near(centre, [kind for kind in keep if kind != solved], full, ties):
+        if solved is not None:
+            multiple = ties.multiple(solved, {**full, **shape})
+            shape[solved] = _solve(source, matrices, {**full, **shape}, solved, wanted, multiple)
+        error = abs(_size(source, matrices, {**full, **shape}) / wanted - 1)
+        change = sum(abs(shape[kind] - centre[kind]) / full[kind] for kind in keep)
+        found.append((round(error, 2), change, shape))
     found.sort(key=lambda one: one[:2])
     return [shape for error, _, shape in found if error <= max(found[0][0], 0.01)][:RIVALS]
+
+
+@dataclass(frozen=True)
+class _Ties:
+    """What counts have to be.
+
+    Attributes:
+        multiples: kind → what its count must be a multiple of; absent = 1.
+        hidden_per_group: hidden dimensions that come with each key/value group; None = the two are free.
+        whole_heads: whether hidden must be a multiple of the heads.
+    """
+
+    multiples: Mapping[str, int]
+    hidden_per_group: int | None
+    whole_heads: bool
+
+    def fixes(self, kind: str) -> bool:
+        """Whether the count of a kind follows from the others."""
+        return kind == HIDDEN and self.hidden_per_group is not None
+
+    def multiple(self, kind: str, counts: Mapping[str, int]) -> int:
+        """What the count of a kind must be a multiple of beside these of the others."""
+        own = self.multiples.get(kind, 1)
+        return math.lcm(own, counts[KV_GROUP] * counts[HEAD]) if kind == HIDDEN and self.whole_heads else own
+
+    def groups(self, wanted: float, limit: int) -> list[int]:
+        """The numbers of key/value groups next to ``wanted`` with which hidden is what it has to be."""
+        assert self.hidden_per_group is not None
+        multiple = self.multiples.get(HIDDEN, 1)
+        fitting = [n for n in range(1, limit + 1) if n * self.hidden_per_group % multiple == 0]
+        return sorted(fitting, key=lambda n: abs(n - wanted))[:2] or [limit]
+
+
+def _near(
+    centre: Mapping[str, float], kinds: Sequence[str], full: Mapping[str, int], ties: _Ties
+) -> Iterator[dict[str, int]]:
+    """The counts of ``kinds`` on all sides of ``centre``, in all combinations that ``ties`` allow."""
+    tried = [kind for kind in kinds if kind != HIDDEN]  # what hidden can be follows from these
+    candidates = [
+        ties.groups(centre[kind], full[kind])
+        if kind == KV_GROUP and ties.hidden_per_group is not None
+        else _around(centre[kind], ties.multiples.get(kind, 1), full[kind])
+        for kind in tried
+    ]
+    for counts in itertools.product(*candidates):
+        chosen = dict(zip(tried, counts, strict=True))
+        if HIDDEN not in kinds:
+            yield chosen
+        elif ties.hidden_per_group is not None:
+            yield {**chosen, HIDDEN: chosen[KV_GROUP] * ties.hidden_per_group}
+        else:
+            multiple = ties.multiple(HIDDEN, {**full, **chosen})
+            yield from ({**chosen, HIDDEN: count} for count in _around(centre[HIDDEN], multiple, full[HIDDEN]))
+
+
+def _full(source: Shape) -> dict[str, int]:
+    """How many gates of every kind a row has: the counts of the model as it is."""
+    return {kind: size[-1] for kind, size in gate_sizes(source).items()}
 
 
 def _at_size(
@@ -110,7 +153,7 @@ def _at_size(
         closed: share of every kind that is expected to be zero, in (0, 1).
         wanted: the size.
     """
-    full = {kind: size[-1] for kind, size in gate_sizes(source).items()}
+    full = _full(source)
 
     def at(step: float) -> dict[str, float]:
         return {kind: max(full[kind] * (1 - step * share), 1.0) for kind, share in closed.items()}

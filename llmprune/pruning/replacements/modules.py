@@ -16,7 +16,7 @@ from llmprune.models.least_squares import least_squares
 from llmprune.models.modeling_llmprune import FFN, Linear, Mean, RicherHeads, SwiGLU
 from llmprune.pruning.replacements.fitting import Map, Sums
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
-from llmprune.pruning.replacements.span import Span
+from llmprune.pruning.replacements.span import Span, given_span
 from llmprune.utils.errors import UserError
 from llmprune.utils.registry import Registry
 
@@ -293,6 +293,20 @@ class BlocksReplacement(ReplacementModule):
         for offset, block in zip(self.offsets, self.blocks, strict=True) if self._taken else ():
             for parameter, source in zip(block.parameters(), blocks[offset].parameters(), strict=True):
                 _local(parameter).copy_(_local(source))
+
+
+def planned_replacement(model: PreTrainedModel, config: BlockReplacementConfig) -> tuple[Span, ReplacementModule]:
+    """The span and the replacement module that settings ask for, without memory.
+
+    Of a span that is yet to be found only the length is right. It is not at the first block, at which not every kind
+    can begin.
+    """
+    span = given_span(config)
+    if span is None:
+        assert config.length is not None
+        span = Span(max(family_of(model.config).shape(model.config).layers - config.length, 0), config.length)
+    with torch.device("meta"):
+        return span, REPLACEMENTS[config.kind](Site(model, span, 0), config)
 
 
 def _local(parameter: Tensor) -> Tensor:

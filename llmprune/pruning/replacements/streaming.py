@@ -1,18 +1,19 @@
 """Training of a replacement module: the source's prefix runs once and feeds both the span and the module."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.models.autocast import in_autocast
 from llmprune.models.block_hooks import RunBlock, blocks_of, hidden_states_in, hooked_blocks
 from llmprune.models.causal_lm import Batch, labels_of, run_model
 from llmprune.models.families import family_of
+from llmprune.models.flops import Macs, learned_by, macs
 from llmprune.models.objectives import (
     HIDDEN_OBJECTIVES,
     cosine_distance,
@@ -151,28 +152,17 @@ class Streaming:
         return found, head_of(self.model)
 
     def flops(self, batch: Batch) -> int:
-        """Operations of a training step: per parameter and token 2 forward, 2 more where a gradient passes through.
-
-        What trains takes 6; attention adds 4 · heads · head size · length per token, block and forward pass.
-        """
-        family = family_of(self.model.config)
-        shape, blocks = family.shape(self.model.config), blocks_of(self.model)
+        """See ``replacement_flops``."""
         samples, length = batch["input_ids"].shape
-
-        def forward(part: nn.Module, count: int) -> int:
-            return 2 * sum(p.numel() for p in part.parameters()) + count * 4 * shape.heads * shape.head_dim * length
-
-        span, layers = self.span, len(blocks)
-        cost = 3 * forward(self.replacement, len(self.replacement.offsets))
-        if "before" not in batch:
-            cost += forward(blocks[: span.start], span.start)
-            if self._needs_after or "kl" in self._weights:
-                cost += forward(blocks[span.start : span.end], span.length)
-        if self._needs_final:
-            after = forward(blocks[span.end :], layers - span.end)
-            after += 2 * self.model.get_output_embeddings().weight.numel()
-            cost += after * (3 if "kl" in self._weights else 2)
-        return samples * length * cost
+        return samples * replacement_flops(
+            self.model.config,
+            self.span,
+            self.replacement,
+            self._weights,
+            length,
+            also=learned_by(self.model).own,
+            cached="before" in batch,
+        )
 
     @torch.no_grad()
     def source(self, batch: Batch, *, after: bool, final: bool) -> Source:
@@ -251,6 +241,45 @@ class Streaming:
             yield
         finally:
             handle.remove()
+
+
+def replacement_flops(
+    config: PretrainedConfig,
+    span: Span,
+    replacement: ReplacementModule,
+    objectives: Collection[str],
+    length: int,
+    *,
+    also: int = 0,
+    cached: bool = False,
+) -> int:
+    """Floating-point operations of a training step on one sample, forward and backward.
+
+    Args:
+        config: of the source.
+        span: of its blocks, that is replaced.
+        replacement: what learns.
+        objectives: names of those that count.
+        length: tokens of the sample.
+        also: multiply-accumulate operations of a token with the source's weights that learn, too.
+        cached: whether the states at both ends of the span come from a cache.
+    """
+    layers = family_of(config).shape(config).layers
+    cost = _macs_of(replacement, config, length).step + 2 * length * also
+    if not cached:
+        cost += macs(config, length, blocks=span.start, logits=0).forward
+        if {"kl", *HIDDEN_OBJECTIVES} & set(objectives):
+            cost += macs(config, length, blocks=span.length, logits=0).forward
+    if set(objectives) - set(HIDDEN_OBJECTIVES):
+        after = macs(config, length, blocks=layers - span.end)
+        cost += after.forward + after.backward + (after.forward if "kl" in objectives else 0)
+    return cost
+
+
+def _macs_of(replacement: ReplacementModule, config: PretrainedConfig, length: int) -> Macs:
+    if replacement.offsets:
+        return macs(config, length, blocks=len(replacement.offsets), logits=0)
+    return Macs(0, 0, length * sum(p.numel() for p in replacement.parameters() if p.ndim > 1), 0)
 
 
 def _least(states: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from composer import Callback
 from composer.core import Time
 from composer.utils import dist, get_device
@@ -25,7 +24,7 @@ from llmprune.models.families import family_of
 from llmprune.models.parameters import parameter_names_of
 from llmprune.plans.plan import Plan
 from llmprune.pruning.replacements.cache import CachedStates, StatesCache
-from llmprune.pruning.replacements.modules import REPLACEMENTS, Site
+from llmprune.pruning.replacements.modules import planned_replacement
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.pruning.replacements.span import Span, given_span
 from llmprune.training.loaders import first_batches
@@ -145,12 +144,8 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
     @classmethod
     def learning(cls, own: BlockReplacementConfig, model: PreTrainedModel, before: Learning) -> Learning:
         """The replacement module, and what trains beside it."""
-        layers, span = family_of(model.config).shape(model.config).layers, given_span(own)
-        if span is None:  # any of that length but the first, at which not every kind can begin
-            assert own.length is not None
-            span = Span(max(layers - own.length, 0), own.length)
-        with torch.device("meta"):
-            network = REPLACEMENTS[own.kind](Site(model, span, 0), own)
+        span, network = planned_replacement(model, own)
+        layers = family_of(model.config).shape(model.config).layers
         end = span.end if {"lm", "kl"} & set(own.weights) else layers
         stands = own.blocks if own.kind == "blocks" else 1
         added = sum(p.numel() for p in network.parameters())

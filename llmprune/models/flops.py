@@ -1,0 +1,173 @@
+"""What passes through a model cost: the one place that counts operations, from the config alone.
+
+Products that a causal or a sliding-window mask throws away are counted, since dense kernels compute them and counters
+count them; a token after a cache that holds only a sliding window takes fewer. Norms, activations and rotations are
+left out, as everywhere, and what activation checkpointing computes again. Of a mixture of experts those count that a
+token goes through.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from llmprune.models.families import EMBEDDINGS, Family, Role, family_of, richer_heads_of
+from llmprune.models.parameters import plain_name
+from llmprune.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulate operations of a forward pass; the costs that follow from them are FLOPs, two for each.
+
+    Attributes:
+        projections: of the attention's matrices, and of the layers of richer heads.
+        attention: queries by keys, and weights by values.
+        mlp: of the MLPs' matrices; of a mixture of experts, of those that a token goes through, and of the router.
+        output: of the output layer.
+    """
+
+    projections: int
+    attention: int
+    mlp: int
+    output: int
+
+    @property
+    def matrices(self) -> int:
+        """Those with weights."""
+        return self.projections + self.mlp + self.output
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.matrices + self.attention
+
+    @property
+    def forward(self) -> int:
+        """FLOPs of the forward pass."""
+        return 2 * self.total
+
+    @property
+    def backward(self) -> int:
+        """FLOPs of the gradients of everything that goes in; attention multiplies two things that have one."""
+        return 2 * (self.matrices + 2 * self.attention)
+
+    @property
+    def weight_gradients(self) -> int:
+        """FLOPs of the gradients of all weights."""
+        return 2 * self.matrices
+
+    @property
+    def step(self) -> int:
+        """FLOPs of a training step in which all weights learn: three times the forward pass."""
+        return self.forward + self.backward + self.weight_gradients
+
+
+def macs(
+    config: PretrainedConfig, tokens: int, past: int = 0, *, logits: int | None = None, blocks: int | None = None
+) -> Macs:
+    """Count one sequence's forward pass.
+
+    Args:
+        config: of a supported family.
+        tokens: that go through the model together.
+        past: tokens in the cache.
+        logits: tokens whose logits are computed; None = all.
+        blocks: that they go through; None = all.
+
+    Raises:
+        UserError: the architecture is not supported, or has a replacement module.
+    """
+    if getattr(config, "llmprune_replacement", None) is not None:
+        raise UserError("what a replacement module for blocks takes is not counted")
+    family = family_of(config)
+    shape = family.shape(config)
+    layers = shape.layers if blocks is None else blocks
+    matrices = family.matrices(config)
+    columns = matrices["query"] * shape.heads + matrices["key_value"] * shape.kv_heads
+    richer = 0 if richer_heads_of(config) is None else shape.heads * shape.head_dim
+    channels, router = matrices["channel"] * shape.intermediate, 0
+    if shape.experts is not None and family.chosen_experts is not None:
+        channels = channels // shape.experts * getattr(config, family.chosen_experts)
+        router = matrices["expert"] * shape.experts
+    return Macs(
+        projections=tokens * layers * shape.head_dim * (shape.hidden * columns + richer),
+        attention=2 * tokens * (past + tokens) * layers * shape.heads * shape.head_dim,
+        mlp=tokens * layers * shape.hidden * (channels + router),
+        output=(tokens if logits is None else logits) * shape.hidden * config.vocab_size,
+    )
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What learns, as far as a training step's cost depends on it.
+
+    Attributes:
+        own: multiply-accumulate operations of a token with those of the model's weights that learn.
+        added: with weights that were added to the model's, such as adapters.
+        reached: blocks that gradients pass through: from the lowest that learns on.
+    """
+
+    own: int
+    added: int
+    reached: int
+
+
+def learned_of(config: PretrainedConfig, sizes: Mapping[str, int]) -> Learned:
+    """What parameters are in this respect.
+
+    Args:
+        config: of a model of a supported family.
+        sizes: how many numbers each parameter that learns has, by Hugging Face name; those that the family does not
+            know are matrices that were added to its blocks.
+    """
+    family = family_of(config)
+    shape = family.shape(config)
+    whole = chosen = added = 0
+    lowest = shape.layers
+    for name, size in sizes.items():
+        lowest = min(lowest, _lowest_block(family, name, shape.layers))
+        try:
+            parameter = family.locate(name)
+        except UserError:
+            added += size
+            continue
+        if len(parameter.axes) < 2 or (parameter.role in EMBEDDINGS and not _is_output(family, config, parameter.role)):
+            continue  # of norms, biases and embeddings no matrix product is made
+        if parameter.expert is not None:
+            chosen += size
+        else:
+            whole += size * (shape.heads if parameter.role is Role.SHARED_RICHER_HEADS else 1)
+    if shape.experts is not None and family.chosen_experts is not None:
+        chosen = chosen * getattr(config, family.chosen_experts) // shape.experts
+    return Learned(whole + chosen, added, shape.layers - lowest)
+
+
+def learned_by(model: PreTrainedModel) -> Learned:
+    """What learns of a model: the parameters that get a gradient."""
+    learning = {plain_name(name): p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    return learned_of(model.config, learning)
+
+
+def step_flops(config: PretrainedConfig, length: int, learned: Learned) -> int:
+    """FLOPs of a training step on one sample, forward and backward.
+
+    Args:
+        config: of the model.
+        length: tokens of the sample.
+        learned: what learns.
+    """
+    reached = macs(config, length, blocks=learned.reached)
+    own = macs(config, length).forward + reached.backward + 2 * length * learned.own
+    return own + 6 * length * learned.added
+
+
+def _lowest_block(family: Family, name: str, layers: int) -> int:
+    """The lowest block that a parameter's gradient comes through; ``layers`` = none."""
+    if name.startswith(f"{family.blocks}."):
+        return int(name.removeprefix(f"{family.blocks}.").partition(".")[0])
+    return 0 if family.outer.get(name.rpartition(".")[0]) in EMBEDDINGS else layers
+
+
+def _is_output(family: Family, config: PretrainedConfig, role: Role) -> bool:
+    return role is Role.EMBEDDING and family.tied(config)

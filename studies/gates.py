@@ -36,7 +36,7 @@ def prunable_share_of_attention(base: Path) -> float:
 
     from llmprune.models.families import family_of
     from llmprune.models.loading import load_model_config
-    from llmprune.pruning.gates.size import prunable_size
+    from llmprune.pruning.gates.uniform_shape import prunable_size
 
     config = load_model_config(base)
     family = family_of(config)

@@ -17,7 +17,7 @@ from llmprune.evaluation.perplexity import PerplexityConfig, measure_perplexity,
 from llmprune.jobs.score import score
 from llmprune.models.loading import load_model, load_tokenizer
 from llmprune.plans.plan import Plan
-from llmprune.pruning.budgets.losses import PlanLosses
+from llmprune.pruning.budgets.plan_losses import PlanLosses
 from llmprune.pruning.planning import make_plan
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.pruning.selection.settings import PlanConfig

@@ -81,7 +81,7 @@ class BlockReplacement(Callback):
     def init(self, state: State, logger: Logger) -> None:
         """Make the replacement module, before the model is sharded."""
         model = cast(ComposerCausalLM, state.model)
-        self.span.check(len(blocks_of(model.model)))
+        self.span.check_within(len(blocks_of(model.model)))
         self.replacement = make_replacement(model, self.config, self.span, self._seed)
         if state.precision != Precision.FP32 or model.products is not None:
             self.replacement.float()  # frozen weights may be bfloat16: what trains may not

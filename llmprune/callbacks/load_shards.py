@@ -1,6 +1,6 @@
 """Filling a sharded model from disk, each rank with its own part."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import cast
 
 from composer.core import Callback, State
@@ -8,6 +8,7 @@ from composer.loggers import Logger
 
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.sharded import fill
+from llmprune.models.source import Model
 from llmprune.models.stored_weights import StoredWeights
 
 
@@ -17,10 +18,15 @@ class LoadShards(Callback):
     Use it with ``empty_model``. It acts after Composer has sharded the model and before it loads a checkpoint.
     """
 
-    def __init__(self, model: str | Path) -> None:
-        """Read from ``model``, a folder or hub name."""
-        self._source = model
+    def __init__(self, model: Model, stored_name: Callable[[str], str | None] = lambda name: name) -> None:
+        """Prepare.
+
+        Args:
+            model: a folder or hub name.
+            stored_name: what a parameter is called there; None = it was added to the model and stays as it is.
+        """
+        self._source, self._stored_name = model, stored_name
 
     def before_load(self, state: State, logger: Logger) -> None:
         """Fill every parameter."""
-        fill(cast(ComposerCausalLM, state.model).model, StoredWeights(self._source))
+        fill(cast(ComposerCausalLM, state.model).model, StoredWeights(self._source), self._stored_name)

@@ -111,7 +111,7 @@ class CheckpointFolder:
             try:
                 if not is_complete(path):
                     raise UserError("it was not written to its end, or is being copied")
-                self.check(path, contents=contents)
+                self.check_whole(path, contents=contents)
                 return path
             except (UserError, OSError) as error:
                 if careful and isinstance(error, OSError | NewerRecord):
@@ -170,7 +170,7 @@ class CheckpointFolder:
         names = (path.name for path in (self.path / f"ba{batch}").glob("__*_*.distcp"))
         return {int(match[1]) for name in names if (match := _PART.match(name))}
 
-    def check(self, checkpoint: Path, *, contents: bool) -> None:
+    def check_whole(self, checkpoint: Path, *, contents: bool) -> None:
         """Compare a checkpoint with the checksums of its parts, as far as these were written.
 
         Args:

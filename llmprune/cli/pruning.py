@@ -178,7 +178,7 @@ def plan(
 
     from llmprune.plans.plan import tensors_beside
     from llmprune.pruning import planning
-    from llmprune.pruning.budgets.losses import PlanLosses
+    from llmprune.pruning.budgets.plan_losses import PlanLosses
     from llmprune.pruning.scoring.scores import Scores
     from llmprune.utils.outputs import check_output, refuse_replacing
 

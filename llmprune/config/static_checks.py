@@ -1,12 +1,13 @@
 """What can be checked of a config without a machine, a model or data: names and durations."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from composer.core import Time, TimeUnit
 
 from llmprune.config.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.config.schema import Config
 from llmprune.config.sections import sections_of
-from llmprune.pruning.replacements.settings import BlockReplacementConfig
-from llmprune.recovery.distillation import DistillationConfig
 from llmprune.utils.errors import UserError, nearest
 from llmprune.utils.settings import check_settings
 
@@ -28,7 +29,10 @@ def check_config(config: Config) -> None:
         if value not in valid:
             raise UserError(f"{key} '{value}' is unknown; {nearest(value, valid)}")
     _check_attention(config)
-    _check_times(config)
+    sections = sections_of(config)
+    _check_times(config, sections)
+    for section in sections:
+        section.check_own()
 
 
 def _check_attention(config: Config) -> None:
@@ -40,24 +44,19 @@ def _check_attention(config: Config) -> None:
         raise UserError(
             f"model.attention=flash_attention_2 computes in half precision only: take train.precision=amp_bf16{other}"
         )
-    distillation = config.section(DistillationConfig)
-    if distillation is not None and distillation.teacher and distillation.dtype == "float32":
-        raise UserError(
-            "model.attention=flash_attention_2 computes in half precision only: take distillation.dtype=bfloat16"
-        )
 
 
-def _check_times(config: Config) -> None:
+def _check_times(config: Config, sections: Sequence[Any]) -> None:
     times = {}
     for key, text, least in (
-        ("train.duration", config.train.duration, 0 if config.section(BlockReplacementConfig) else 1),
+        ("train.duration", config.train.duration, 0 if any(section.may_not_train for section in sections) else 1),
         ("train.eval_interval", config.train.eval_interval, 0),
         ("checkpoint.interval", config.checkpoint.interval, 1),
         ("scheduler.warmup", config.scheduler.warmup, 0),
         ("loggers.console_interval", config.loggers.console_interval, 1),
         *(
             (f"{section.name}.{name}", text, least)
-            for section in sections_of(config)
+            for section in sections
             for name, (text, least) in section.durations(section.own).items()
         ),
     ):

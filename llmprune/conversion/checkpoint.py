@@ -83,7 +83,7 @@ class Checkpoint:
                 _refuse_foreign(path.parent, path)
                 folder = CheckpointFolder(path.parent)
                 reading.enter_context(folder.reading(batch_of(path)))
-                folder.check(path, contents=VERIFICATION.asked)
+                folder.check_whole(path, contents=VERIFICATION.asked)
             path = path.resolve()
             found = cls(path, Manifest.load(path.parent), load_model_config(path.parent / "model"))
             weakref.finalize(found, reading.pop_all().close)

@@ -16,7 +16,7 @@ from llmprune.conversion.export import export, keep_everything
 from llmprune.conversion.result import Result
 from llmprune.models.families import RicherHeadsConfig
 from llmprune.models.loading import load_model_config
-from llmprune.models.source import resolve_model
+from llmprune.models.source import find_folder
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans.plan import Plan
 from llmprune.recovery.lora import LoRAConfig, adapter_tensors
@@ -89,8 +89,8 @@ def apply(model: Path | str, plan: Plan | Path | str, out: Path | str, *, overwr
         checkpoint = Checkpoint.open(model)
         config, weights, folder, place = checkpoint.config, checkpoint.weights, checkpoint.model_folder, checkpoint.path
     else:
-        config, weights, folder = load_model_config(model), StoredWeights(model), resolve_model(model)
-        place = folder
+        source = find_folder(model)
+        config, weights, folder, place = load_model_config(source), StoredWeights(source), source.path, source.path
     refuse_replacing(out, [place] if isinstance(plan, Plan) else [place, plan])
     refuse_existing(Path(out), overwrite)
     if not isinstance(plan, Plan):

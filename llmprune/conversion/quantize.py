@@ -18,7 +18,7 @@ from llmprune.data.settings import CalibrationConfig
 from llmprune.models.companions import GENERATION, copy_companions
 from llmprune.models.loading import load_any_model, load_tokenizer
 from llmprune.models.own_model_types import needs_code
-from llmprune.models.source import longest_input, read_config, resolve_model
+from llmprune.models.source import find_folder, longest_input, read_config
 from llmprune.utils.checksums import record
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import make_readable
@@ -63,18 +63,18 @@ def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, over
     """
     _require_library()
     refuse_existing(Path(out), overwrite)
-    folder = resolve_model(model)
-    refuse_replacing(out, [folder, *filter(None, [config.data.path])])
-    source = read_config(model)
+    folder = find_folder(model)
+    refuse_replacing(out, [folder.path, *filter(None, [config.data.path])])
+    source = read_config(folder)
     _check(source, config)
-    samples = calibration_samples(config.data, load_tokenizer(model))
+    samples = calibration_samples(config.data, load_tokenizer(folder))
     limit = longest_input(source)
     if limit is not None and samples.shape[1] > limit:
         raise UserError(f"samples of {samples.shape[1]} tokens are too long: the model takes {limit}")
-    loaded = load_any_model(model, dtype=config.dtype or _sixteen_bits(source))
+    loaded = load_any_model(folder, dtype=config.dtype or _sixteen_bits(source))
     with output_folder(out, overwrite) as written:
         _compress(loaded, samples, config)
-        _save(loaded, folder, written)
+        _save(loaded, folder.path, written)
         record(written)
         return sum(file.stat().st_size for file in written.glob("*.safetensors"))
 

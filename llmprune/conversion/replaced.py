@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from llmprune.checkpoints.checkpoint_folder import BEST
 from llmprune.conversion.checkpoint import Checkpoint
@@ -15,6 +16,7 @@ from llmprune.pruning.replacements.custom_block import Network
 from llmprune.pruning.replacements.modules import REPLACEMENTS, ReplacementModule, Site
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.pruning.replacements.span import Span
+from llmprune.pruning.replacements.streaming import Streaming
 from llmprune.utils.errors import UserError
 
 _REPLACEMENT, _MODEL = "replacement.", "model."
@@ -119,3 +121,19 @@ def _best(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], tuple[float, int] 
     with safe_open(path, framework="pt") as file:
         score = float(file.metadata()["loss"]), int(file.metadata()["batch"])
         return {name: file.get_tensor(name) for name in file.keys()}, score  # noqa: SIM118 - it is no mapping
+
+
+def compute_with(model: PreTrainedModel, replaced: Replaced) -> None:
+    """Let a whole model compute with a replacement module in place of the span."""
+    streaming = Streaming(model, replaced.replacement.float().eval(), replaced.span, {})
+    plain = model.forward
+
+    def forward(input_ids: torch.Tensor) -> CausalLMOutput:
+        model.forward = plain  # the streaming runs the model itself
+        try:
+            states, head = streaming.final_states({"input_ids": input_ids})
+            return CausalLMOutput(logits=head.logits(states).view(*input_ids.shape, -1))
+        finally:
+            model.forward = forward
+
+    model.forward = forward

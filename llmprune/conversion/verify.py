@@ -6,19 +6,15 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
 
 from llmprune.conversion.checkpoint import Checkpoint, is_checkpoint
-from llmprune.conversion.replaced import Replaced, read_replaced
 from llmprune.models.loading import load_any_model, load_model, new_model
 from llmprune.models.quantised import quantised_as
-from llmprune.models.source import has_replacement, longest_input, resolve_model
+from llmprune.models.source import find_folder, has_replacement, longest_input
 from llmprune.plans.plan import Plan
 from llmprune.plans.surgery import Surgery
 from llmprune.pruning.gates.attach import attach
 from llmprune.pruning.gates.from_plan import factors_of, mask_experts
-from llmprune.pruning.replacements.settings import BlockReplacementConfig
-from llmprune.pruning.replacements.streaming import Streaming
 from llmprune.utils.errors import UserError
 
 
@@ -58,9 +54,10 @@ def open_for_comparison(path: Path | str, plan: Plan | None = None) -> PreTraine
         UserError: it can't be read, or the plan is for another shape.
     """
     if not is_checkpoint(path):
-        if plan is None and (has_replacement(path) or quantised_as(resolve_model(path)) is not None):
-            return load_any_model(path, dtype=torch.float32, finite=False)
-        model = load_model(path, finite=False)
+        folder = find_folder(path)
+        if plan is None and (has_replacement(folder) or quantised_as(folder) is not None):
+            return load_any_model(folder, dtype=torch.float32, finite=False)
+        model = load_model(folder, finite=False)
         return model if plan is None else _follow(model, plan)
     checkpoint = Checkpoint.open(path)
     model = new_model(checkpoint.config, seed=0).eval()
@@ -69,31 +66,9 @@ def open_for_comparison(path: Path | str, plan: Plan | None = None) -> PreTraine
         parameter.copy_(weights[name])
     if plan is not None:
         return _follow(model, plan)  # as in ``apply``: the plan decides, not the gates
-    if (gates := checkpoint.gates()) is not None:
-        factors = gates.factors(gates.at_target())
-        attach(model, checkpoint.family, set(factors.trainable())).factors = factors
-    if checkpoint.manifest.section(BlockReplacementConfig) is not None:
-        replaced = read_replaced(checkpoint, best=checkpoint.path != Path(path).resolve(), model=model)
-        for name, parameter in model.named_parameters():
-            parameter.copy_(replaced.trained.get(name, parameter))
-        replacement(model, replaced)
+    for section, settings in checkpoint.sections:
+        section.install(settings, checkpoint, model, newest=checkpoint.path != Path(path).resolve())
     return model
-
-
-def replacement(model: PreTrainedModel, replaced: Replaced) -> None:
-    """Let a whole model compute with a replacement module in place of the span."""
-    streaming = Streaming(model, replaced.replacement.float().eval(), replaced.span, {})
-    plain = model.forward
-
-    def forward(input_ids: torch.Tensor) -> CausalLMOutput:
-        model.forward = plain  # the streaming runs the model itself
-        try:
-            states, head = streaming.final_states({"input_ids": input_ids})
-            return CausalLMOutput(logits=head.logits(states).view(*input_ids.shape, -1))
-        finally:
-            model.forward = forward
-
-    model.forward = forward
 
 
 def _follow(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:

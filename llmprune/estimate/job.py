@@ -10,22 +10,17 @@ import psutil
 import torch
 from composer.core import Time, TimeUnit
 from composer.utils import dist, get_device
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from llmprune.config.schema import Config
 from llmprune.config.static_checks import check_config
 from llmprune.data.prepared import PreparedData
 from llmprune.estimate.memory import memory_of, samples_of
-from llmprune.estimate.sizes import FLOAT, JobSizes, checkpoint_bytes, products_of, teacher_itemsize
+from llmprune.estimate.needs import FLOAT, JobSizes, checkpoint_bytes, products_of
 from llmprune.models.flops import macs, step_flops
 from llmprune.models.loading import config_from_fields, load_model_config, load_tokenizer
 from llmprune.models.own_model_types import with_richer_heads
 from llmprune.models.placement import DTYPES
-from llmprune.pruning.gates.settings import L0PruningConfig
-from llmprune.pruning.replacements.modules import planned_replacement
-from llmprune.pruning.replacements.settings import BlockReplacementConfig
-from llmprune.pruning.replacements.streaming import replacement_flops
-from llmprune.recovery.distillation import DistillationConfig
 from llmprune.utils.errors import UserError
 
 
@@ -231,21 +226,12 @@ def estimate(config: Config, model: PretrainedConfig, length: int, cluster: Clus
 
 def _flops(config: Config, model: PretrainedConfig, length: int, sizes: JobSizes) -> int:
     """Operations of a sample's training step, and of what activation checkpointing computes again."""
-    replacement, distillation = config.section(BlockReplacementConfig), config.section(DistillationConfig)
-    if replacement is not None:
-        with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(model)
-        span, network = planned_replacement(built, replacement)
-        cached, also = replacement.cache is not None, sizes.learned.own
-        found = replacement_flops(model, span, network, replacement.weights, length, also=also, cached=cached)
-    else:
-        found = step_flops(model, length, sizes.learned)
+    learned, needs = sizes.learned, sizes.needs
+    found = step_flops(model, length, learned) if needs.flops is None else needs.flops(length, learned.own)
     if config.train.activation_checkpointing:
         found += macs(model, length, blocks=sizes.reached, logits=0).forward
-    if distillation is not None and distillation.teacher is not None:
-        found += macs(load_model_config(distillation.teacher), length).forward
-    elif distillation is not None and config.section(L0PruningConfig) is not None:
-        found += macs(model, length).forward  # the model with open gates; kept predictions take nothing
+    if needs.teaching is not None and needs.teaching.model is not None:
+        found += macs(needs.teaching.model, length).forward
     return found
 
 
@@ -267,8 +253,8 @@ def _network(config: Config, cluster: Cluster, sizes: JobSizes, microbatches: in
     inside = group <= cluster.per_node
     travels = gathers * sizes.parameters * products + sizes.trained * FLOAT
     sharded = microbatches * seconds(travels, group, inside)
-    if sizes.teacher:
-        other = sizes.teacher * teacher_itemsize(config, cluster.device)
+    if (teaching := sizes.needs.teaching) is not None:
+        other = teaching.parameters * teaching.itemsize(cluster.device)
         sharded += microbatches * seconds(other, group, inside)
     if config.sharding.replicas > 1:
         sharded += 2 * seconds(sizes.trained * FLOAT / group, config.sharding.replicas, one_node)

@@ -2,35 +2,27 @@
 
 from dataclasses import dataclass
 
-import torch
 from composer.core import Time
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from llmprune.config.schema import Config
 from llmprune.estimate.activations import Kept, kept_by
-from llmprune.estimate.sizes import (
+from llmprune.estimate.needs import (
     FLOAT,
     MOMENTS,
     MOST_MOMENTS,
     JobSizes,
-    adds,
     autocast_of,
-    held_by,
+    learning_bytes,
     products_of,
-    teacher_itemsize,
 )
 from llmprune.models.families import family_of
 from llmprune.models.placement import DTYPES
 from llmprune.models.vocabulary import CHUNKS, LEAST
-from llmprune.pruning.replacements.settings import BlockReplacementConfig
-from llmprune.recovery.distillation import DistillationConfig
-from llmprune.recovery.lora import LoRAConfig, add_adapters
 
 FRAGMENTATION = 0.06  # of all that is allocated: what the allocator can't use
 CONTEXT = {"cuda": 1.0e9, "cpu": 0.0}  # bytes of libraries and their buffers on the device
 BROADCAST = 250 * 2**20  # bytes that PyTorch sends at a time when ranks get the same weights
-FOUR_BITS = 0.52  # bytes of a number in nf4 with its share of the scales
 
 
 def memory_of(
@@ -46,26 +38,26 @@ def memory_of(
         ranks: in all.
         device: cuda or cpu.
     """
-    dtype, held = DTYPES[config.model.dtype], held_by(config)
+    dtype, teaching, learning = DTYPES[config.model.dtype], sizes.needs.teaching, learning_bytes(config, sizes)
     shards = 1 if config.sharding is None else ranks // config.sharding.replicas
     moments = MOMENTS.get(config.optimizer.name, MOST_MOMENTS)
-    weights, gradients = _weights(config, sizes, shards), sizes.trained * held / shards
+    weights, gradients = _weights(config, sizes, shards), learning / shards
     working, gathered = _at_peak(config, model, sizes, gradients, length=length, ranks=ranks, device=device)
     found = {
         "weights": weights,
         "gradients": gradients,
-        f"moments of {config.optimizer.name}": sizes.trained * held * moments / shards,
+        f"moments of {config.optimizer.name}": learning * moments / shards,
     }
-    if sizes.teacher:
-        found["teacher"] = sizes.teacher * teacher_itemsize(config, device) / shards
-    if sizes.gates:
-        found["gates"] = sizes.gates * FLOAT * 4 + sizes.matrix * FLOAT
+    if teaching is not None and teaching.parameters:
+        found["teacher"] = teaching.parameters * teaching.itemsize(device) / shards
+    if sizes.needs.gates:
+        found["gates"] = sizes.needs.gates * FLOAT * 4 + sizes.matrix * FLOAT
     if config.sharding is not None:
         found["gathered shards"] = gathered
         if config.sharding.replicas > 1 and dtype.itemsize < FLOAT:
             found["sums of groups"] = sizes.trained * FLOAT / shards
     elif ranks > 1:
-        found["gradients on their way"] = sizes.trained * held
+        found["gradients on their way"] = learning
     found["activations and logits"] = max(working, 0.0)
     if config.sharding is None and ranks > 1:  # before anything trains, all ranks get the weights of the first
         more = weights + min(weights, BROADCAST) - sum(found.values())
@@ -77,11 +69,11 @@ def memory_of(
 
 def _weights(config: Config, sizes: JobSizes, shards: int) -> float:
     """Bytes of the weights of a rank, and of what is added to them."""
-    itemsize, lora = DTYPES[config.model.dtype].itemsize, config.section(LoRAConfig)
+    itemsize, block_itemsize = DTYPES[config.model.dtype].itemsize, sizes.needs.block_itemsize
     weights = sizes.parameters * itemsize / shards
-    if lora is not None and lora.quantize is not None:
-        weights = sizes.outside * itemsize + (sizes.parameters - sizes.outside) * FOUR_BITS
-    return weights + sizes.trained * held_by(config) if adds(config) else weights
+    if block_itemsize is not None:
+        weights = sizes.outside * itemsize + (sizes.parameters - sizes.outside) * block_itemsize
+    return weights + learning_bytes(config, sizes) if sizes.needs.added else weights
 
 
 def _at_peak(
@@ -106,7 +98,7 @@ def _at_peak(
         device: cuda or cpu.
     """
     per_rank, micro = samples_of(config, ranks)
-    autocast, lora = autocast_of(config), config.section(LoRAConfig)
+    autocast, adding = autocast_of(config), sizes.needs.added_to
     kept = kept_by(
         model,
         samples=micro,
@@ -114,7 +106,7 @@ def _at_peak(
         dtype=products_of(config) if config.sharding is not None else DTYPES[config.model.dtype],  # as FSDP2 gathers
         autocast=autocast,
         attention=config.model.attention,
-        prepare=None if lora is None else lambda built: _adapt(built, lora, device),
+        prepare=None if adding is None else lambda built: adding(built, device),
     )
     away = gradients if per_rank <= micro else 0.0  # they come as activations go
     stages = _stages(config, model, sizes, kept, micro * length, device)
@@ -130,14 +122,6 @@ def samples_of(config: Config, ranks: int) -> tuple[int, int]:
     per_rank = config.train.global_batch_size // ranks
     micro = config.train.microbatch_size
     return per_rank, 1 if micro == "auto" else min(int(micro), per_rank)
-
-
-def _adapt(model: PreTrainedModel, config: LoRAConfig, device: str) -> None:
-    """Add adapters that keep what they drop as they do on the device: GPUs note it in a byte."""
-    add_adapters(model, config, 0)
-    for module in model.modules():
-        if device == "cuda" and isinstance(module, nn.Dropout):
-            module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]  # type: ignore[method-assign, misc]
 
 
 @dataclass(frozen=True)
@@ -160,13 +144,12 @@ def _stages(
 ) -> list[_Stage]:
     """The moments that may be the peak of a pass: at the output layer, in the last blocks, in the first, at its end."""
     products, autocast, sharding = products_of(config).itemsize, autocast_of(config), config.sharding
-    checkpointed, distillation = config.train.activation_checkpointing, config.section(DistillationConfig)
+    checkpointed, teaching = config.train.activation_checkpointing, sizes.needs.teaching
     matrix = sizes.vocabulary * sizes.hidden
     of_output = matrix if sizes.output_trained else 0  # its gradient is made beside the losses, in float32
     standing = kept.outside + (sizes.reached * kept.states if checkpointed else max(sizes.reached, 1) * kept.block)
-    if distillation is not None and distillation.compares_states:  # the teacher's states, and their differences
-        pairs = sizes.layers if distillation.blocks is None else len(distillation.blocks)
-        standing += pairs * tokens * sizes.hidden * (teacher_itemsize(config, device) + FLOAT)
+    if teaching is not None:  # the teacher's states, and their differences
+        standing += teaching.compared_blocks * tokens * sizes.hidden * (teaching.itemsize(device) + FLOAT)
     at_output = standing + _logits(config, model, sizes, tokens, device) + of_output * FLOAT
     if products < FLOAT:
         at_output += of_output * products  # a chunk's share
@@ -184,8 +167,8 @@ def _stages(
         blocks += min(sizes.trained, sizes.block) * products
         blocks += min(max(sizes.trained - sizes.block, 0), sizes.block) * FLOAT
         leaving = min(sizes.trained, sizes.outside) * (products + FLOAT)
-        if sizes.teacher and distillation is not None:
-            teacher = sizes.teacher_outside * teacher_itemsize(config, device)
+        if teaching is not None:
+            teacher = teaching.outside * teaching.itemsize(device)
     return [
         _Stage(at_output, outside + teacher),
         _Stage(in_blocks, outside + blocks),
@@ -196,14 +179,12 @@ def _stages(
 
 def _logits(config: Config, model: PretrainedConfig, sizes: JobSizes, tokens: int, device: str) -> float:
     """Bytes of a chunk's logits as they come, in float32, their exponentials, their gradient; of states' gradient."""
-    products, replacement = products_of(config).itemsize, config.section(BlockReplacementConfig)
+    products, use = products_of(config).itemsize, sizes.needs.logits
     chunk = min(max(CHUNKS[device] // sizes.vocabulary, LEAST), tokens) * sizes.vocabulary
     softcap = family_of(model).softcap
     capped = 2 * FLOAT if softcap is not None and getattr(model, softcap) is not None else 0
-    if replacement is not None and not {"lm", "kl"} & set(replacement.weights):  # only evaluations need them
+    if use == "evaluated":
         evaluates = Time.from_timestring(config.train.eval_interval).value > 0
         return chunk * (max(products + FLOAT, 2 * FLOAT) + capped) if evaluates else 0.0
-    compared = replacement is not None and "kl" in replacement.weights
-    compared = compared or config.section(DistillationConfig) is not None
-    each = products + 7 * FLOAT if compared else 2 * products + 2 * FLOAT
+    each = products + 7 * FLOAT if use == "compared" else 2 * products + 2 * FLOAT
     return chunk * (each + capped) + tokens * sizes.hidden * products * 2

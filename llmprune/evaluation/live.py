@@ -11,6 +11,7 @@ from llmprune.evaluation.perplexity import PerplexityConfig, bos_of, check_strea
 from llmprune.evaluation.settings import LiveEvaluationConfig
 from llmprune.evaluation.tasks import EvaluatedModel, Tasks, TasksConfig, quiet
 from llmprune.utils.errors import UserError
+from llmprune.utils.settings import check_settings
 
 Forward = Callable[[dict[str, Tensor]], Tensor]
 
@@ -57,6 +58,7 @@ class LiveEvaluation:
         self._config, self._tokenizer = config, tokenizer
         if not (config.tasks or config.texts):
             raise UserError("evaluation names neither tasks nor texts")
+        check_settings(config, "evaluation")
         self._perplexity = PerplexityConfig(config.segment, bos=["none" if bos_of(tokenizer) is None else "each"])
         self._perplexity.check()
         tasks = TasksConfig(config.tasks, config.num_fewshot, config.limit, config.include_path)

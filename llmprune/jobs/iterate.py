@@ -21,10 +21,9 @@ from llmprune.jobs.score import save_scores
 from llmprune.jobs.stages import asked_to_end, begin, check_pruning_job, keep_result, recover, score_for
 from llmprune.models.families import Shape, family_of, shapes_between, target_shape
 from llmprune.models.loading import load_model_config
-from llmprune.pruning.budgets.losses import HarmfulCorrectionError
+from llmprune.pruning.budgets.plan_losses import HarmfulCorrectionError
 from llmprune.pruning.planning import make_plan, rehearse
 from llmprune.pruning.selection.settings import PlanConfig
-from llmprune.recovery.distillation import DistillationConfig
 from llmprune.utils.errors import UserError
 from llmprune.utils.processes import TERMINATION
 from llmprune.utils.ranks import init_distributed, on_rank_zero, share_cores
@@ -38,9 +37,6 @@ def iterate(config: IterationConfig) -> None:
         UserError: something does not fit, or the folder holds something else.
     """
     source = check_pruning_job(config)
-    distillation = config.section(DistillationConfig)
-    if distillation is not None and distillation.compares_states and config.iterate.rounds > 1:
-        raise UserError("states compare with the source's in the first round only: take the objectives kl and lm")
     shapes = round_shapes(config, load_model_config(source))
     share_cores()
     init_distributed(config.train.device)

@@ -29,7 +29,7 @@ from llmprune.models.loading import load_model, load_model_config, load_tokenize
 from llmprune.models.memory import check_memory
 from llmprune.models.offloading import OffloadedModel
 from llmprune.models.placement import DTYPES, TRAINABLE, Placement
-from llmprune.models.source import longest_input
+from llmprune.models.source import Model, find_folder, longest_input
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.pruning.planning import make_plan, rehearse
 from llmprune.pruning.scoring.pictures import draw_scores
@@ -66,24 +66,25 @@ def score(
     placement.check(TRAINABLE)
     if placement.device_map is not None or placement.adapter is not None:
         raise UserError("scoring takes neither a device map nor an adapter")
-    model_config = load_model_config(model)
+    source = find_folder(model)
+    model_config = load_model_config(source)
     names = config.names(model_config, gradients=not offload)
     family = family_of(model_config)
     shape = family.shape(model_config)
-    tokens = _samples(tokenizer or model, model_config, config, names)
+    tokens = _samples(tokenizer or source, model_config, config, names)
     if not offload:
         check_memory(
-            model,
+            source,
             dtype=placement.torch_dtype,
             on_gpu=placement.on_gpu,
             remedy="hold one block at a time with --offload, or take bfloat16",
         )
     scored = _offloaded if offload else _by_trainer
-    sections, perplexity = scored(model, placement, config, names, tokens)
+    sections, perplexity = scored(source, placement, config, names, tokens)
     scores = Scores(
         model=_settled(model),
         family=family.name,
-        fingerprint=fingerprint(StoredWeights(model), model_config),
+        fingerprint=fingerprint(StoredWeights(source), model_config),
         source=shape,
         data={} if tokens is None else asdict(config.data) | {"path": str(Path(config.data.path or "").resolve())},
         settings={
@@ -100,7 +101,7 @@ def score(
         perplexity=perplexity,
         **sections,
     )
-    scores.check()
+    scores.check_finite()
     return scores
 
 
@@ -117,7 +118,7 @@ def _settled(model: str) -> str:
 
 
 def _samples(
-    tokenizer: str, model_config: PretrainedConfig, config: LayerScoringConfig, names: list[str]
+    tokenizer: Model, model_config: PretrainedConfig, config: LayerScoringConfig, names: list[str]
 ) -> Tensor | None:
     """The calibration samples; None if no criterion reads any."""
     from llmprune.pruning.scoring.all_criteria import CRITERIA
@@ -133,7 +134,7 @@ def _samples(
 
 
 def _by_trainer(
-    model: str, placement: Placement, config: LayerScoringConfig, names: list[str], tokens: Tensor | None
+    model: Model, placement: Placement, config: LayerScoringConfig, names: list[str], tokens: Tensor | None
 ) -> tuple[dict[str, dict[str, Any]], float | None]:
     """Score with the whole model in memory, every rank its share of the samples."""
     init_distributed(placement.device)
@@ -163,7 +164,7 @@ def _by_trainer(
 
 
 def _offloaded(
-    model: str, placement: Placement, config: LayerScoringConfig, names: list[str], tokens: Tensor | None
+    model: Model, placement: Placement, config: LayerScoringConfig, names: list[str], tokens: Tensor | None
 ) -> tuple[dict[str, dict[str, Any]], float | None]:
     """Score block by block: all samples pass a block before the next one is read."""
     device = get_device(placement.device)._device

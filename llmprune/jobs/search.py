@@ -37,8 +37,8 @@ from llmprune.models.placement import Placement
 from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.choose import NoShapeError, Steps
 from llmprune.pruning.budgets.limits import Latency, Limit, costs_of, limits_of
-from llmprune.pruning.budgets.losses import RuinousPlanError
-from llmprune.pruning.budgets.sizes import ShapeSizes
+from llmprune.pruning.budgets.plan_losses import RuinousPlanError
+from llmprune.pruning.budgets.shape_sizes import ShapeSizes
 from llmprune.pruning.budgets.trial import Trial
 from llmprune.pruning.planning import (
     best_under,

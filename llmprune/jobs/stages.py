@@ -177,7 +177,7 @@ def check_pruning_job(config: ScoringJobConfig) -> str:
     if config.model.path is None:
         raise UserError(f"{config.job} prunes a model: name it with model.path")
     for section in sections_of(config):
-        section.check_steps(config.job)
+        section.check_steps(config.job, again=isinstance(config, IterationConfig) and config.iterate.rounds > 1)
     if config.layer_scoring.data.path is None and "://" in config.data.path:
         raise UserError("calibration samples are read from this machine: name text with layer_scoring.data.path")
     check(config)

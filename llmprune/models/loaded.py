@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from llmprune.models.loading import count_parameters, load_any_model, load_tokenizer
 from llmprune.models.memory import check_memory
 from llmprune.models.placement import Placement
-from llmprune.models.source import longest_input, read_config, resolve_model
+from llmprune.models.source import ModelFolder, find_folder, longest_input, read_config
 from llmprune.utils.errors import UserError
 
 
@@ -54,15 +54,13 @@ class ModelSource:
     """A model that can be opened, as far as can be known without reading its weights.
 
     Attributes:
-        name: as the user gave it.
-        folder: where it lies.
+        folder: of the model.
         config: its own.
         tokenizer: its own.
         placement: how it is to be held.
     """
 
-    name: str
-    folder: Path
+    folder: ModelFolder
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     placement: Placement
@@ -70,6 +68,11 @@ class ModelSource:
     def __post_init__(self) -> None:
         """Raise ``UserError`` if it is too large."""
         self._check_memory()
+
+    @property
+    def name(self) -> str:
+        """As the user gave it."""
+        return self.folder.name
 
     @property
     def limit(self) -> int | None:
@@ -85,7 +88,7 @@ class ModelSource:
         self._check_memory()
         placement = self.placement
         model = load_any_model(
-            self.name,
+            self.folder,
             dtype=placement.torch_dtype or "auto",
             attention=placement.attention,
             device_map=placement.device_map,
@@ -93,12 +96,12 @@ class ModelSource:
         )
         if placement.device_map is None:
             model.to(placement.torch_device)  # type: ignore[arg-type]
-        return LoadedModel(self.name, self.folder, model, self.tokenizer)
+        return LoadedModel(self.name, self.folder.path, model, self.tokenizer)
 
     def _check_memory(self) -> None:
         if self.placement.device_map is None:
             remedy = "spread it over all devices with --device-map auto, or take bfloat16"
-            check_memory(self.name, dtype=self.placement.torch_dtype, on_gpu=self.placement.on_gpu, remedy=remedy)
+            check_memory(self.folder, dtype=self.placement.torch_dtype, on_gpu=self.placement.on_gpu, remedy=remedy)
 
 
 def check_vocabulary(largest: int, config: PretrainedConfig, what: str) -> None:
@@ -127,7 +130,8 @@ def find_model(name: str, placement: Placement) -> ModelSource:
         UserError: it is not there or is too large, or the placement is impossible.
     """
     placement.check()
-    return ModelSource(name, resolve_model(name), read_config(name), load_tokenizer(name), placement)
+    folder = find_folder(name)
+    return ModelSource(folder, read_config(folder), load_tokenizer(folder), placement)
 
 
 def open_model(name: str, placement: Placement) -> LoadedModel:

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmprune.models.families import by_model_type, family_of
 from llmprune.models.finite import first_not_finite
 from llmprune.models.quantised import refuse_plain_as_quantised, refuse_quantised
-from llmprune.models.source import has_replacement, read_config, resolve_model
+from llmprune.models.source import Model, find_folder, has_replacement, read_config, resolve_model
 from llmprune.models.stored_weights import StoredWeights, parameter_names
 from llmprune.utils.errors import UserError, first_line, nearest
 from llmprune.utils.files import read_json
@@ -30,26 +30,26 @@ from llmprune.utils.untrusted import inspect, open_tokenizer
 transformers_logging.disable_progress_bar()
 
 
-def load_model_config(model: str | Path) -> PretrainedConfig:
+def load_model_config(model: Model) -> PretrainedConfig:
     """The config of a model of a supported family, with plain weights.
 
     Raises:
         UserError: it can't be read, its architecture is not supported, or its weights are quantised.
     """
-    folder = resolve_model(model)
-    if has_replacement(folder):
+    model = find_folder(model)
+    if has_replacement(model):
         raise UserError(
             f"{model} has a replacement module that no config of its family describes: it can be run and measured, "
             "but neither pruned nor trained; do so before the replacement, or replace by blocks"
         )
-    refuse_quantised(model, folder)
+    refuse_quantised(model)
     config = read_config(model)
     family_of(config).shape(config)
     return config
 
 
 def load_model(
-    model: str | Path,
+    model: Model,
     *,
     dtype: torch.dtype | str = torch.float32,
     attention: str | None = None,
@@ -68,10 +68,9 @@ def load_model(
     Raises:
         UserError: it can't be read, is quantised, or its architecture is not supported.
     """
+    model = find_folder(model)
     config = load_model_config(model)
-    if (resolve_model(model) / "model.safetensors.index.json").is_file() or any(
-        resolve_model(model).glob("*.safetensors")
-    ):
+    if (model.path / "model.safetensors.index.json").is_file() or any(model.path.glob("*.safetensors")):
         parameter_names(StoredWeights(model), config)
     loaded = load_any_model(model, dtype=dtype, attention=attention, quantization=quantization, finite=finite)
     if quantization is not None:
@@ -81,7 +80,7 @@ def load_model(
 
 
 def load_any_model(
-    model: str | Path,
+    model: Model,
     *,
     dtype: torch.dtype | str = "auto",
     attention: str | None = None,
@@ -106,8 +105,9 @@ def load_any_model(
     Raises:
         UserError: it can't be read, or its weights are not finite.
     """
-    folder, config = resolve_model(model), read_config(model)
-    refuse_plain_as_quantised(model, folder)
+    model = find_folder(model)
+    folder, config = model.path, read_config(model)
+    refuse_plain_as_quantised(model)
     packed = {} if quantization is None else {"quantization_config": quantization}  # None would be its own config's
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -146,7 +146,7 @@ def _generation_config(folder: Path, config: PretrainedConfig) -> GenerationConf
     return found
 
 
-def _add_adapter(loaded: PreTrainedModel, adapter: Path, model: str | Path) -> None:
+def _add_adapter(loaded: PreTrainedModel, adapter: Path, model: Model) -> None:
     """Put a PEFT adapter on a model; only safetensors are read.
 
     Raises:
@@ -163,7 +163,7 @@ def _add_adapter(loaded: PreTrainedModel, adapter: Path, model: str | Path) -> N
         raise UserError(f"the adapter {adapter} does not fit {model}: {first_line(error)}") from None
 
 
-def _misfit(model: str | Path, config: PretrainedConfig) -> str | None:
+def _misfit(model: Model, config: PretrainedConfig) -> str | None:
     """What of a model's stored weights does not fit its config, in words; None = nothing that can be named."""
     try:
         weights = StoredWeights(model)
@@ -189,7 +189,7 @@ def new_model(config: PretrainedConfig, *, seed: int, attention: str = "sdpa") -
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
 
 
-def empty_model(model: str | Path, *, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
+def empty_model(model: Model, *, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
     """A causal LM whose parameters have a place in memory but no values yet.
 
     Memory that is never written is never occupied, so this costs nothing until the model has been sharded and each
@@ -200,6 +200,7 @@ def empty_model(model: str | Path, *, dtype: torch.dtype, attention: str = "sdpa
         dtype: of the parameters.
         attention: see ``load_any_model``.
     """
+    model = find_folder(model)
     empty = unfilled_model(load_model_config(model), dtype=dtype, attention=attention)
     with contextlib.suppress(OSError):
         empty.generation_config = GenerationConfig.from_pretrained(resolve_model(model))
@@ -219,7 +220,7 @@ def unfilled_model(config: PretrainedConfig, *, dtype: torch.dtype, attention: s
     return empty
 
 
-def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, or from a folder that holds only a tokenizer.
 
     Raises:

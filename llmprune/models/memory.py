@@ -1,16 +1,16 @@
 """Whether a model fits, before it is read."""
 
 import math
-from pathlib import Path
 
 import psutil
 import torch
 
+from llmprune.models.source import Model
 from llmprune.models.stored_weights import StoredWeights
 from llmprune.utils.errors import UserError
 
 
-def check_memory(model: str | Path, *, dtype: torch.dtype | None, on_gpu: bool, remedy: str) -> None:
+def check_memory(model: Model, *, dtype: torch.dtype | None, on_gpu: bool, remedy: str) -> None:
     """Refuse a model that can't be held.
 
     Args:

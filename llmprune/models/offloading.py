@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from transformers.integrations.accelerate import init_empty_weights
 
 from llmprune.models.families import family_of
 from llmprune.models.loading import load_model_config
+from llmprune.models.source import Model
 from llmprune.models.stored_weights import StoredWeights
 from llmprune.utils.errors import UserError
 
@@ -26,9 +26,7 @@ class OffloadedModel:
         model: the model; its blocks have weights only within ``loaded``.
     """
 
-    def __init__(
-        self, path: str | Path, *, dtype: torch.dtype, device: torch.device, attention: str | None = None
-    ) -> None:
+    def __init__(self, path: Model, *, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> None:
         """Read what lies outside the blocks.
 
         Raises:

@@ -1,9 +1,8 @@
 """Quantised models, whose weights are packed: told from plain ones by their config, their files or their tensors."""
 
-from pathlib import Path
 from typing import Any
 
-from llmprune.models.source import DEQUANTISE
+from llmprune.models.source import DEQUANTISE, ModelFolder
 from llmprune.models.stored_weights import StoredWeights
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json
@@ -19,36 +18,32 @@ _PACKED = (  # how the tensors of packed matrices are called
 )  # fmt: skip
 
 
-def refuse_quantised(model: str | Path, folder: Path) -> None:
-    """Raise ``UserError`` for what can be run but neither scored, cut nor trained.
-
-    Args:
-        model: as the user named it.
-        folder: where it lies.
-    """
-    if (kind := quantised_as(folder)) is not None:
+def refuse_quantised(model: ModelFolder) -> None:
+    """Raise ``UserError`` for what can be run but neither scored, cut nor trained."""
+    if (kind := quantised_as(model)) is not None:
         raise UserError(
             f"{model} is quantised ({kind}): prune the model that it was made from; packed weights can be neither "
             "scored, cut nor trained"
         )
-    if not any(folder.glob("*.safetensors")) and (ggufs := sorted(folder.glob("*.gguf"))):
+    if not any(model.path.glob("*.safetensors")) and (ggufs := sorted(model.path.glob("*.gguf"))):
         raise UserError(f"{model} holds a GGUF file ({ggufs[0].name}) and no safetensors: {DEQUANTISE}")
 
 
-def refuse_plain_as_quantised(model: str | Path, folder: Path) -> None:
+def refuse_plain_as_quantised(model: ModelFolder) -> None:
     """Raise ``UserError`` if a config says that weights are packed by bitsandbytes, and they are plain."""
-    described = _described(read_json(folder / "config.json"))
-    if described is None or _method(described) != "bitsandbytes" or not any(folder.glob("*.safetensors")):
+    described = _described(read_json(model.path / "config.json"))
+    if described is None or _method(described) != "bitsandbytes" or not any(model.path.glob("*.safetensors")):
         return
     if _PLAIN.issuperset(StoredWeights(model).dtypes().values()):
         raise UserError(
-            f"{folder}/config.json says that the weights are quantised by bitsandbytes, but they are plain: delete "
+            f"{model.path}/config.json says that the weights are quantised by bitsandbytes, but they are plain: delete "
             "quantization_config from it"
         )
 
 
-def quantised_as(folder: Path) -> str | None:
+def quantised_as(model: ModelFolder) -> str | None:
     """What the weights of a model are quantised by, as far as can be told; None if they are plain."""
+    folder = model.path
     fields = read_json(folder / "config.json")
     if (described := _described(fields)) is not None:
         return _method(described)
@@ -56,7 +51,7 @@ def quantised_as(folder: Path) -> str | None:
         if (folder / name).is_file():
             return f"{kind}, by its {name}"
     if any(folder.glob("*.safetensors")):
-        for name, dtype in StoredWeights(folder).dtypes().items():
+        for name, dtype in StoredWeights(model).dtypes().items():
             if name.endswith(_PACKED) or (name.endswith(".weight") and dtype not in _PLAIN):
                 return f"'{name}' is stored as {dtype}"
     return None

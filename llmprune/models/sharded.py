@@ -1,6 +1,6 @@
 """Models whose parameters are spread over ranks (FSDP2)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -35,12 +35,20 @@ def reshard(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def fill(model: PreTrainedModel, weights: StoredWeights) -> None:
-    """Read the parameters of a sharded model, of each the rows of this rank; those of adapters stay as they are."""
+def fill(
+    model: PreTrainedModel, weights: StoredWeights, stored_name: Callable[[str], str | None] = lambda name: name
+) -> None:
+    """Read the parameters of a sharded model, of each the rows of this rank.
+
+    Args:
+        model: the sharded model.
+        weights: of the model that it was, before anything was added.
+        stored_name: what a parameter is called there; None = it was added and stays as it is.
+    """
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        stored = stored_name(plain_name(name))
+        if stored is None:
             continue
-        stored = plain_name(name).replace(".base_layer.", ".")
         assert isinstance(parameter, DTensor), name
         shape, offset = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements

@@ -1,5 +1,6 @@
 """Models where they lie: found, looked at, and their configs read."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
@@ -16,12 +17,49 @@ DEQUANTISE = "dequantise it first, with Transformers' from_pretrained(FOLDER, gg
 _LARGEST = 2**31  # of any size in a config
 
 
-def resolve_model(model: str | Path) -> Path:
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's folder that was found and inspected; every function that takes a model's name takes it too.
+
+    A job finds its model once, with ``find_folder``, and hands this around: nothing is fetched or inspected again.
+
+    Attributes:
+        name: of the model, as the user wrote it.
+        path: the folder on this machine.
+    """
+
+    name: str
+    path: Path
+
+    def __fspath__(self) -> str:
+        """The folder, wherever a path is wanted."""
+        return str(self.path)
+
+    def __str__(self) -> str:
+        """The name, for messages."""
+        return self.name
+
+
+Model = str | Path | ModelFolder
+
+
+def find_folder(model: Model) -> ModelFolder:
+    """The folder of a model, looked at once.
+
+    Raises:
+        UserError: see ``resolve_model``.
+    """
+    return model if isinstance(model, ModelFolder) else ModelFolder(str(model), resolve_model(model))
+
+
+def resolve_model(model: Model) -> Path:
     """The local folder of a model: the folder itself, or the downloaded (or cached) snapshot of a hub name.
 
     Raises:
         UserError: there is no such folder, no such model can be reached, or it is damaged (see ``Verification``).
     """
+    if isinstance(model, ModelFolder):
+        return model.path
     folder = Path(model)
     if folder.is_dir():
         if (folder / "checkpoints" / "manifest.json").is_file():
@@ -50,13 +88,13 @@ def _known(folder: Path) -> Path:
     return folder
 
 
-def has_replacement(model: str | Path) -> bool:
+def has_replacement(model: Model) -> bool:
     """Whether a folder holds a model in which a replacement module takes the place of blocks."""
     config = Path(model) / "config.json"
     return config.is_file() and read_json(config).get("llmprune_replacement") is not None
 
 
-def read_config(model: str | Path) -> PretrainedConfig:
+def read_config(model: Model) -> PretrainedConfig:
     """The config of a model of any architecture that Transformers knows.
 
     Code that a folder brings along is never run, and what refers to it is left out of the config.

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from llmprune.models.families import Role, family_of
-from llmprune.models.source import resolve_model
+from llmprune.models.source import Model, resolve_model
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json
 
@@ -18,7 +18,7 @@ from llmprune.utils.files import read_json
 class StoredWeights(Mapping[str, Tensor]):
     """The weights of a model folder, read from its safetensors files one tensor at a time."""
 
-    def __init__(self, model: str | Path) -> None:
+    def __init__(self, model: Model) -> None:
         """Open the folder (or the snapshot of a hub name).
 
         Raises:

@@ -19,9 +19,9 @@ from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.plans.surgery import Surgery
 from llmprune.pruning.budgets.choose import Choice, Chooser, Steps
 from llmprune.pruning.budgets.limits import Limit, costs_of, limits_of
-from llmprune.pruning.budgets.losses import PlanLosses
+from llmprune.pruning.budgets.plan_losses import PlanLosses
 from llmprune.pruning.budgets.settings import BudgetConfig
-from llmprune.pruning.budgets.sizes import ShapeSizes
+from llmprune.pruning.budgets.shape_sizes import ShapeSizes
 from llmprune.pruning.budgets.trial import Trial
 from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.criterion import ScoreSection
@@ -79,7 +79,7 @@ def make_plan(
         if told is not None:
             told(losses)
         if not config.force:
-            losses.check()
+            losses.refuse_ruinous()
     return plan
 
 
@@ -169,7 +169,7 @@ def best_under(
         plan = corrected(plan, config.correction, trial.opened)
     losses = PlanLosses.of(plan, trial)
     if not config.force:
-        losses.check()
+        losses.refuse_ruinous()
     return plan, replace(choice, plan=plan, losses=losses)
 
 

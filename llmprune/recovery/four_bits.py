@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from llmprune.models.families import Role, family_of
 
+NF4_ITEMSIZE = 0.52  # bytes of a number with its share of the scales
 MARK = "four_bits__"  # of the buffers that describe a packed matrix
 _DOT = "__dot__"
 

@@ -95,6 +95,11 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> list[
     return [parameter for adapter in adapters for parameter in adapter.parameters()]
 
 
+def base_name(name: str) -> str | None:
+    """What a parameter of a model with adapters is called without them; None = it is an adapter's."""
+    return None if ".lora_" in name else name.replace(BASE, ".")
+
+
 class AdaptedWeights(Mapping[str, Tensor]):
     """A model's weights with its adapters merged into them, each made when it is asked for.
 
@@ -105,7 +110,7 @@ class AdaptedWeights(Mapping[str, Tensor]):
     def __init__(self, stored: Mapping[str, Tensor], config: LoRAConfig) -> None:
         """Wrap the tensors of a model with adapters, by name."""
         self._stored, self._scale = stored, config.alpha / config.rank
-        self._names = {name.replace(BASE, "."): name for name in stored if ".lora_" not in name and MARK not in name}
+        self._names = {base: name for name in stored if (base := base_name(name)) is not None and MARK not in name}
         self._descriptions: dict[str, list[str]] = {}
         for name in stored:
             module, inside, _ = name.partition(MARK)

@@ -22,7 +22,7 @@ from llmprune.data.prepared import PreparedData
 from llmprune.models.families import family_of, richer_heads_of
 from llmprune.models.loading import config_from_fields, load_model_config, load_tokenizer
 from llmprune.models.own_model_types import with_richer_heads
-from llmprune.models.source import longest_input
+from llmprune.models.source import find_folder, longest_input
 from llmprune.training.loggers import LOGGERS
 from llmprune.training.section import Inputs, Section
 from llmprune.utils.checksums import VERIFICATION
@@ -49,12 +49,12 @@ def check(config: Config) -> Inputs:
         raise UserError(
             "model.richer_heads goes with model.config: a model that is there gets them by `llmprune enrich MODEL`"
         )
-    tokenizer_at = config.model.tokenizer or config.model.path or str(data.tokenizer)
-    if config.model.path is not None:
-        model_config = load_model_config(config.model.path)
-        tokenizer = load_tokenizer(tokenizer_at)
+    source = None if config.model.path is None else find_folder(config.model.path)
+    tokenizer_at = config.model.tokenizer or source or str(data.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_at)
+    if source is not None:
+        model_config = load_model_config(source)
     else:
-        tokenizer = load_tokenizer(tokenizer_at)
         model_config = config_from_fields(config.model.config or {}, tokenizer)
         if config.model.richer_heads is not None:
             config.model.richer_heads.check()
@@ -74,10 +74,10 @@ def check(config: Config) -> Inputs:
     if limit is not None and length > limit:
         raise UserError(f"the data's samples have {length} tokens, the model takes {limit}")
     _check_batch(config.train.global_batch_size, data.manifest)
-    inputs = Inputs(model_config, tokenizer, data, sections_of(config))
+    inputs = Inputs(source, model_config, tokenizer, data, sections_of(config))
     _check_together(inputs.sections)
     for section in inputs.sections:
-        section.check(inputs)
+        section.check_inputs(inputs)
     _check_evaluation(config, inputs)
     return inputs
 
@@ -173,9 +173,9 @@ def _check_packages(config: Config) -> None:
             how = package if extra is None else f"-e '.[{extra}]'"
             raise UserError(f"the package {package} is not installed: pip install {how}")
     for name, arguments in config.callbacks.items():
-        CALLBACKS.check(name, arguments)
+        CALLBACKS.check_arguments(name, arguments)
     for name, arguments in config.loggers.others.items():
-        LOGGERS.check(name, arguments)
+        LOGGERS.check_arguments(name, arguments)
 
 
 def _check_numbers(config: Config) -> None:

@@ -14,7 +14,8 @@ from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.schema import Config
 from llmprune.data.dataset import MixedDataset
 from llmprune.data.prepared import PreparedData
-from llmprune.estimate.sizes import Learning
+from llmprune.estimate.needs import Needs
+from llmprune.models.source import ModelFolder
 from llmprune.utils.errors import UserError
 from llmprune.utils.recorded_settings import as_typed
 
@@ -30,12 +31,14 @@ class Inputs:
     """What a job trains and what it trains on, opened and found to fit.
 
     Attributes:
+        source: the folder of the model that training begins with; None = random weights.
         model_config: of the model.
         tokenizer: of the model and the data.
         data: the prepared data.
         sections: of the job.
     """
 
+    source: ModelFolder | None
     model_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
@@ -68,7 +71,7 @@ class Build:
 class Section(Generic[S]):
     """A section of a job that trains; what a subclass leaves out has no effect.
 
-    One object lives as long as its job: what ``check`` finds out, ``callbacks`` may use.
+    One object lives as long as its job: what ``check_inputs`` finds out, ``callbacks`` may use.
 
     Attributes:
         name: the section's key in the YAML.
@@ -80,6 +83,7 @@ class Section(Generic[S]):
             that name files; None = all.
         prunes: whether the job makes the model smaller.
         chooses_weights: whether it says which of the model's weights train.
+        mixes: whether it decides the weights of the domains.
         no_auto_microbatch: when ``train.microbatch_size=auto`` can't be used with it, in words.
     """
 
@@ -90,6 +94,7 @@ class Section(Generic[S]):
     places: ClassVar[tuple[str, ...] | None] = None
     prunes: ClassVar[bool] = False
     chooses_weights: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
     no_auto_microbatch: ClassVar[str | None] = None
 
     def __init__(self, own: S, config: Config) -> None:
@@ -109,18 +114,26 @@ class Section(Generic[S]):
         """Files that it reads."""
         return []
 
-    def check(self, inputs: Inputs) -> None:
+    def check_own(self) -> None:
+        """See that the settings fit each other and those of the job, whatever the model and the data.
+
+        Raises:
+            UserError: they don't.
+        """
+
+    def check_inputs(self, inputs: Inputs) -> None:
         """See that the settings fit the model, the data and the other sections; nothing is loaded or written.
 
         Raises:
             UserError: they don't.
         """
 
-    def check_steps(self, job: str) -> None:
+    def check_steps(self, job: str, *, again: bool) -> None:
         """See that the section fits a job of several steps, each of which cuts the model by scores.
 
         Args:
             job: what the job is, in a word.
+            again: whether what one step has recovered is cut again by the next.
 
         Raises:
             UserError: it does not.
@@ -132,6 +145,11 @@ class Section(Generic[S]):
     def needs_evaluation(self) -> str | None:
         """What of the section needs evaluation samples; None = nothing."""
         return None
+
+    @property
+    def may_not_train(self) -> bool:
+        """Whether a job with this section may have no batches at all (``train.duration=0ba``)."""
+        return False
 
     @property
     def trains(self) -> bool:
@@ -148,6 +166,10 @@ class Section(Generic[S]):
         values = asdict(self.own)  # type: ignore[call-overload]
         typed = values if self.places is None else self.places
         return {k: as_typed(v, f"{self.name}.{k}") if k in typed else v for k, v in values.items()}
+
+    def quantization(self, inputs: Inputs) -> Any:
+        """How the model is quantised when it is loaded, for Transformers; None = not."""
+        return None
 
     def begin(self, build: Build) -> None:
         """Prepare what can be prepared before the model is loaded."""
@@ -172,13 +194,13 @@ class Section(Generic[S]):
         return False
 
     @classmethod
-    def learning(cls, own: S, model: PreTrainedModel, before: Learning) -> Learning:
-        """What learns: for ``llmprune estimate``, and for the look at the memory before a run begins.
+    def needs(cls, own: S, model: PreTrainedModel, before: Needs) -> Needs:
+        """What learns and what it takes: for ``llmprune estimate``, and for the check of memory before a run begins.
 
         Args:
             own: the section's settings.
             model: that trains, without memory.
-            before: what would learn without this section.
+            before: the needs without this section.
         """
         return before
 
@@ -191,6 +213,22 @@ class Section(Generic[S]):
             stored: what the checkpoint holds under the prefix of the model.
         """
         return stored
+
+    @classmethod
+    def source_name(cls, own: S, name: str) -> str | None:
+        """What a parameter of the run's model is called in the model that the run began with; None = it is new."""
+        return name
+
+    @classmethod
+    def install(cls, own: S, checkpoint: "Checkpoint", model: PreTrainedModel, *, newest: bool) -> None:
+        """Let a whole model compute what a checkpoint's does, without cutting it: for ``llmprune verify``.
+
+        Args:
+            own: the settings, as the run's manifest has them.
+            checkpoint: that is compared.
+            model: with the checkpoint's ``weights``.
+            newest: whether the run was named, not one of its checkpoints.
+        """
 
     @classmethod
     def convert(cls, own: S, checkpoint: "Checkpoint", result: "Result") -> "Result":

@@ -33,16 +33,12 @@ from llmprune.config.schema import Config
 from llmprune.config.sharding import AverageGradients, parallelism
 from llmprune.conversion.stored_state import safe_unpickling
 from llmprune.data.dataset import EvalDataset
-from llmprune.data.weight_updates import DynamicLoadingConfig
 from llmprune.estimate.job import check_fits
 from llmprune.models.batch_halving import Halving
 from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
 from llmprune.models.families import family_of
 from llmprune.models.loading import empty_model, load_model, new_model
 from llmprune.models.placement import DTYPES
-from llmprune.models.source import resolve_model
-from llmprune.recovery.four_bits import quantization
-from llmprune.recovery.lora import LoRAConfig
 from llmprune.training.checks import check, check_same_run, data_contents, inputs_of, trains
 from llmprune.training.loaders import eval_loader, make_loaders
 from llmprune.training.loggers import make_loggers
@@ -198,17 +194,17 @@ def make_model(config: Config, inputs: Inputs) -> PreTrainedModel:
     alone, from where Composer spreads it.
     """
     dtype, attention = DTYPES[config.model.dtype], config.model.attention
-    if config.model.path is None:
+    source = inputs.source
+    if source is None:
         elsewhere = config.sharding is not None and dist.get_global_rank() != 0
         with torch.device("meta") if elsewhere else contextlib.nullcontext():
             model = new_model(inputs.model_config, seed=config.run.seed, attention=attention).to(dtype)
     elif config.sharding is not None:
-        model = empty_model(config.model.path, dtype=dtype, attention=attention)
+        model = empty_model(source, dtype=dtype, attention=attention)
     else:
-        lora = config.section(LoRAConfig)
-        four_bits = lora is not None and lora.quantize is not None
-        packed = quantization(inputs.model_config, dtype) if four_bits else None
-        model = load_model(config.model.path, dtype=dtype, attention=attention, quantization=packed)
+        packed = (section.quantization(inputs) for section in inputs.sections)
+        quantization = next((each for each in packed if each is not None), None)
+        model = load_model(source, dtype=dtype, attention=attention, quantization=quantization)
     if config.train.activation_checkpointing and config.sharding is None:  # sharded, Composer does it
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -227,16 +223,24 @@ def _own_callbacks(build: Build, store: Store | None, *, replaced: bool) -> list
     callbacks: list[Callback] = [guard, LRMonitor(), SpeedMonitor(window_size=10), Preemption(TERMINATION)]
     if config.train.hang_timeout is not None:
         callbacks.insert(0, Watchdog(config.train.hang_timeout))
-    if config.sharding is not None and config.model.path is not None and not resumed:
-        callbacks.append(LoadShards(config.model.path))
+    if config.sharding is not None and build.inputs.source is not None and not resumed:
+        callbacks.append(LoadShards(build.inputs.source, lambda name: _source_name(name, build.inputs)))
     callbacks.append(DomainLosses(build.evaluated))
-    if config.section(DynamicLoadingConfig) is None and not replaced:
+    if not replaced and not any(section.mixes for section in build.inputs.sections):
         assert build.stream is not None
         callbacks.append(DynamicLoading(None, build.stream, build.evaluated.values()))
     callbacks.append(SaveGuard(CheckpointFolder(run.checkpoints)))
     writers = dist.get_world_size() // (1 if config.sharding is None else config.sharding.replicas)
     callbacks.append(CheckpointUploading(run.path, config.checkpoint.keep, store, writers=writers, resumed=resumed))
     return callbacks
+
+
+def _source_name(name: str, inputs: Inputs) -> str | None:
+    """What a parameter of the run's model is called in the model's own files; None = a section has added it."""
+    found: str | None = name
+    for section in inputs.sections:
+        found = None if found is None else section.source_name(section.own, found)
+    return found
 
 
 def _manifest(config: Config, inputs: Inputs) -> Manifest:
@@ -255,9 +259,10 @@ def _write_run(build: Build, manifest: Manifest) -> None:
     config, run = build.config, build.folder
     if build.resume is None:
         run.create()
-        source = None if config.model.path is None else resolve_model(config.model.path)
+        source = build.inputs.source
         assert build.model is not None
-        manifest.save(run.checkpoints, build.model.config, build.inputs.tokenizer, source)
+        where = None if source is None else source.path
+        manifest.save(run.checkpoints, build.model.config, build.inputs.tokenizer, where)
     else:
         CheckpointFolder(run.checkpoints).keep(config.checkpoint.keep, build.resume)
     save_config(config, run.config)

@@ -81,11 +81,11 @@ class Registry(Mapping[str, T]):
         Raises:
             UserError: there is no such choice, or it does not take these arguments.
         """
-        self.check(name, arguments)
+        self.check_arguments(name, arguments)
         choice: Any = self[name]
         return choice(**(arguments or {}))
 
-    def check(self, name: str, arguments: Mapping[str, Any] | None = None) -> None:
+    def check_arguments(self, name: str, arguments: Mapping[str, Any] | None = None) -> None:
         """See that ``build`` could be called with these.
 
         Raises:

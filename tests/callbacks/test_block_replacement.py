@@ -26,7 +26,7 @@ from llmprune.plans.plan import Plan
 from llmprune.pruning.replacements.cache import CachedStates, StatesCache
 from llmprune.pruning.scoring.hidden_states import one_minus_cosine
 from llmprune.training.loaders import first_batches
-from llmprune.training.replacement import most_alike
+from llmprune.training.replaced_span import most_alike
 from llmprune.training.trainer import build_trainer
 from llmprune.utils.errors import UserError
 from tests.callbacks import plain_runs
@@ -357,11 +357,11 @@ def test_a_cache_gives_the_same_training(config: Path, tmp_path: Path) -> None:
         states = plain(input_ids=tokens, output_hidden_states=True).hidden_states
     cache = StatesCache(run / "states", 16, 32, 32, {})
     with pytest.raises(UserError, match="of another model, span or data"):
-        cache.check()
+        cache.check_room()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "labels").touch()
     with pytest.raises(UserError, match="holds something else"):
-        StatesCache(tmp_path / "other", 16, 32, 32, {}).check()
+        StatesCache(tmp_path / "other", 16, 32, 32, {}).check_room()
     for place in range(16):
         stored = cache.read(place)
         assert torch.equal(stored["labels"], tokens[place])

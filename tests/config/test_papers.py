@@ -40,7 +40,7 @@ from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.recovery.lora import lora_targets
 from llmprune.recovery.trainable import phases
 from llmprune.training.checks import check
-from llmprune.training.replacement import check_replacement
+from llmprune.training.replaced_span import check_replacement
 
 PAPERS = Path(__file__).parents[2] / "yamls" / "papers"
 LINES = {  # of docs/papers.md: the file and the overrides, by the name of the run

@@ -16,6 +16,7 @@ from llmprune.jobs.score import score
 from llmprune.models.families import RicherHeadsConfig
 from llmprune.models.loading import load_any_model, load_model, load_model_config
 from llmprune.models.quantised import quantised_as
+from llmprune.models.source import find_folder
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.utils.errors import UserError
 from tests.conftest import tiny_config
@@ -73,9 +74,9 @@ KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize(("change", "kind"), KINDS.values(), ids=KINDS)
 def test_every_kind_is_told(change: Callable[[Path], None], kind: str, model: Path) -> None:
-    assert quantised_as(model) is None
+    assert quantised_as(find_folder(model)) is None
     change(model)
-    assert kind in str(quantised_as(model))
+    assert kind in str(quantised_as(find_folder(model)))
     for use in (load_model_config, load_model):
         with pytest.raises(UserError, match="is quantised .*: prune the model that it was made from") as found:
             use(model)

@@ -42,7 +42,7 @@ from llmprune.recovery.correspondence import corresponding
 from llmprune.recovery.distillation import DistillationConfig
 from llmprune.recovery.lora import LoRAConfig
 from llmprune.recovery.trainable import TrainableConfig
-from llmprune.training.replacement import most_alike
+from llmprune.training.replaced_span import most_alike
 from llmprune.utils.processes import TERMINATION
 from tests.conftest import random_model, tiny_config
 from tests.harness.flash import flashed

@@ -79,7 +79,7 @@ def family_of(config: PretrainedConfig) -> Family:
     model_type = config.model_type if richer is None else config.model_type.removeprefix(OWN)
     family = by_model_type().get(model_type)
     if family is not None:
-        family.check(config)
+        family.check_config(config)
         return family if richer is None else richer_family(family, shared=richer.shared)
     supported = sorted(by_model_type())
     raise UserError(

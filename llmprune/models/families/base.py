@@ -115,7 +115,7 @@ class Family:
     tuple_blocks: bool = False
     buffers: tuple[str, ...] = ()
 
-    def check(self, config: PretrainedConfig) -> None:
+    def check_config(self, config: PretrainedConfig) -> None:
         """Check that ``config`` is of a variant that this entry describes.
 
         Raises:

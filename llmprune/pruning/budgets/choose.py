@@ -13,8 +13,8 @@ from tqdm import tqdm
 from llmprune.models.families import Shape
 from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.limits import Latency, Limit
-from llmprune.pruning.budgets.losses import PlanLosses
-from llmprune.pruning.budgets.sizes import ShapeSizes, of_size, prunable_dimensions
+from llmprune.pruning.budgets.plan_losses import PlanLosses
+from llmprune.pruning.budgets.shape_sizes import ShapeSizes, of_size, prunable_dimensions
 from llmprune.utils.errors import UserError
 
 LARGEST_MULTIPLE = 256

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from llmprune.models.families import Shape
 from llmprune.models.loading import unfilled_model
 from llmprune.models.source import longest_input
-from llmprune.pruning.budgets.sizes import ShapeSizes, of_size, prunable_dimensions
+from llmprune.pruning.budgets.shape_sizes import ShapeSizes, of_size, prunable_dimensions
 from llmprune.utils.errors import UserError
 
 FEW, MANY = 1, 5  # blocks of the two models

@@ -12,7 +12,7 @@ from llmprune.models.placement import DTYPES
 from llmprune.models.source import longest_input
 from llmprune.pruning.budgets.latency import LatencyTable
 from llmprune.pruning.budgets.settings import BudgetConfig
-from llmprune.pruning.budgets.sizes import ShapeSizes
+from llmprune.pruning.budgets.shape_sizes import ShapeSizes
 from llmprune.utils.errors import UserError
 from llmprune.utils.settings import check_settings
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from llmprune.models.families import AXES, EMBEDDINGS, NORMS, Family
 from llmprune.pruning.gates.gate_set import Factors
-from llmprune.pruning.gates.linear import gated_linear
+from llmprune.pruning.gates.gated_linear import gated_linear
 
 
 @dataclass

@@ -18,7 +18,7 @@ from llmprune.pruning.gates.kinds import (
     check_kinds,
     gate_sizes,
 )
-from llmprune.pruning.gates.size import prunable_size, uniform_counts
+from llmprune.pruning.gates.uniform_shape import prunable_size, uniform_counts
 from llmprune.utils.errors import UserError
 
 

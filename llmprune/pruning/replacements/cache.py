@@ -50,7 +50,7 @@ class StatesCache:
         mark = self._folder / _MARK
         return mark.is_file() and bool(read_json(mark)["complete"])
 
-    def check(self) -> None:
+    def check_room(self) -> None:
         """See whether the states are there, or could be written.
 
         Raises:

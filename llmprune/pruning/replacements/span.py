@@ -31,7 +31,7 @@ class Span:
     def __str__(self) -> str:
         return f"block {self.start}" if self.length == 1 else f"blocks {self.start} to {self.end - 1}"
 
-    def check(self, layers: int) -> None:
+    def check_within(self, layers: int) -> None:
         """Raise ``UserError`` unless it lies within a model of so many blocks, and leaves some."""
         if self.length < 1 or self.start < 0 or self.end > layers:
             raise UserError(

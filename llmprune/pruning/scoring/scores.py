@@ -85,7 +85,7 @@ class Scores:
             )
         return section[criterion]
 
-    def check(self) -> None:
+    def check_finite(self) -> None:
         """Check that what was computed are numbers.
 
         Raises:

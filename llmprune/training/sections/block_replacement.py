@@ -17,9 +17,9 @@ from llmprune.callbacks.block_replacement import BlockReplacement
 from llmprune.checkpoints.run_folder import Manifest
 from llmprune.config.sections import SECTIONS
 from llmprune.conversion.checkpoint import Checkpoint
-from llmprune.conversion.replaced import Replaced, read_replaced
+from llmprune.conversion.replaced import Replaced, compute_with, read_replaced
 from llmprune.conversion.result import Result
-from llmprune.estimate.sizes import Learning
+from llmprune.estimate.needs import Needs
 from llmprune.models.families import family_of
 from llmprune.models.parameters import parameter_names_of
 from llmprune.plans.plan import Plan
@@ -27,8 +27,9 @@ from llmprune.pruning.replacements.cache import CachedStates, StatesCache
 from llmprune.pruning.replacements.modules import planned_replacement
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.pruning.replacements.span import Span, given_span
+from llmprune.pruning.replacements.streaming import replacement_flops
 from llmprune.training.loaders import first_batches
-from llmprune.training.replacement import check_plan, check_replacement, most_alike, source_fingerprint
+from llmprune.training.replaced_span import check_plan, check_replacement, most_alike, source_fingerprint
 from llmprune.training.section import Build, Inputs, Section
 from llmprune.utils.errors import UserError
 
@@ -54,10 +55,13 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
         """The plan."""
         return [] if self.own.plan is None else [self.own.plan]
 
-    def check(self, inputs: Inputs) -> None:
+    def check_own(self) -> None:
+        """See that the settings name a span and do not contradict each other."""
+        self.own.check()
+
+    def check_inputs(self, inputs: Inputs) -> None:
         """See that the replacement module fits the model and the span."""
         own, config, model_config = self.own, self.config, inputs.model_config
-        own.check()
         if own.cache is not None and any(section.name == "dynamic_loading" for section in inputs.sections):
             raise UserError("the mix in block_replacement.cache can't change any more: take dynamic_loading=null")
         if own.also and config.model.dtype != "float32":
@@ -79,6 +83,11 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
             span = Span(max(family_of(model_config).shape(model_config).layers - own.length, 0), own.length)
             settings = replace(own, also=[])
         check_replacement(settings, model_config, span)
+
+    @property
+    def may_not_train(self) -> bool:
+        """A replacement module may only be computed."""
+        return True
 
     @property
     def trains(self) -> bool:
@@ -142,14 +151,37 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
         ]
 
     @classmethod
-    def learning(cls, own: BlockReplacementConfig, model: PreTrainedModel, before: Learning) -> Learning:
+    def needs(cls, own: BlockReplacementConfig, model: PreTrainedModel, before: Needs) -> Needs:
         """The replacement module, and what trains beside it."""
         span, network = planned_replacement(model, own)
         layers = family_of(model.config).shape(model.config).layers
-        end = span.end if {"lm", "kl"} & set(own.weights) else layers
+        predicts = {"lm", "kl"} & set(own.weights)
+        end = span.end if predicts else layers
         stands = own.blocks if own.kind == "blocks" else 1
         added = sum(p.numel() for p in network.parameters())
-        return Learning(set(parameter_names_of(model, own.also)), added, lowest=max(end - stands, 0))
+
+        def flops(length: int, also: int) -> int:
+            cached = own.cache is not None
+            return replacement_flops(model.config, span, network, own.weights, length, also=also, cached=cached)
+
+        return replace(
+            before,
+            names=set(parameter_names_of(model, own.also)),
+            added=added,
+            lowest=max(end - stands, 0),
+            logits="compared" if "kl" in predicts else "learned" if predicts else "evaluated",
+            flops=flops,
+        )
+
+    @classmethod
+    def install(
+        cls, own: BlockReplacementConfig, checkpoint: Checkpoint, model: PreTrainedModel, *, newest: bool
+    ) -> None:
+        """The replacement module computes in the span's place."""
+        replaced = read_replaced(checkpoint, best=newest, model=model)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(replaced.trained.get(name, parameter))
+        compute_with(model, replaced)
 
     @classmethod
     def convert(cls, own: BlockReplacementConfig, checkpoint: Checkpoint, result: Result) -> Result:
@@ -180,7 +212,7 @@ def _make_cache(folder: str | None, samples: int, build: Build, span: Span) -> S
     place = Path(folder) if folder is not None else build.folder.path / "states"
     hidden = family_of(model_config).shape(model_config).hidden
     cache = StatesCache(place, samples, data.manifest.sequence_length, hidden, identity)
-    cache.check()
+    cache.check_room()
     return cache
 
 

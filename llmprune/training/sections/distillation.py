@@ -1,15 +1,18 @@
 """``distillation``: a teacher."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from composer import Callback
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmprune.callbacks.distillation import Distillation
 from llmprune.config.schema import Config
 from llmprune.config.sections import SECTIONS
 from llmprune.data.format import DataManifest, tokenizer_fingerprint
+from llmprune.estimate.needs import Needs, Teaching
 from llmprune.models.families import family_of
 from llmprune.models.loading import load_model_config, load_tokenizer
 from llmprune.plans.plan import Plan
@@ -38,14 +41,21 @@ class DistillationSection(Section[DistillationConfig]):
         """The plan."""
         return [] if self.own.plan is None else [self.own.plan]
 
-    def check(self, inputs: Inputs) -> None:
-        """See that the teacher, or what is kept of it, fits the model and the data."""
+    def check_own(self) -> None:
+        """See that the objectives can be computed in this job."""
         self.own.check()
+        if self.config.model.attention == "flash_attention_2" and self.own.teacher and self.own.dtype == "float32":
+            raise UserError(
+                "model.attention=flash_attention_2 computes in half precision only: take distillation.dtype=bfloat16"
+            )
         if self.config.section(BlockReplacementConfig) is not None:
             raise UserError(
                 "a replacement module learns from the source as it is: leave out distillation and name "
                 "block_replacement's objectives kl, mse or cosine"
             )
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        """See that the teacher, or what is kept of it, fits the model and the data."""
         model, data = inputs.model_config, inputs.data.manifest
         if self.own.teacher is not None:
             _check_teacher(self.own.teacher, model, data)
@@ -53,8 +63,10 @@ class DistillationSection(Section[DistillationConfig]):
             _check_kept(self.config, self.own, model, data)
         self._correspondence = correspondence_of(self.config, self.own, model)
 
-    def check_steps(self, job: str) -> None:
+    def check_steps(self, job: str, *, again: bool) -> None:
         """What compares states by one plan fits one step only."""
+        if again and self.own.compares_states:
+            raise UserError("states compare with the source's in the first round only: take the objectives kl and lm")
         if self.own.plan is not None or self.own.blocks is not None:
             raise UserError(f"what {job} recovers are models of several plans: leave out distillation.plan and blocks")
 
@@ -63,6 +75,23 @@ class DistillationSection(Section[DistillationConfig]):
         kept = self.own.teacher is None and self.config.section(L0PruningConfig) is None
         attention = self.config.model.attention
         return [Distillation(self.own, correspondence=self._correspondence, attention=attention, kept=kept)]
+
+    @classmethod
+    def needs(cls, own: DistillationConfig, model: PreTrainedModel, before: Needs) -> Needs:
+        """The teacher's weights, its pass, and the states that are compared."""
+        teacher, parameters, outside = None, 0, 0
+        if own.teacher is not None:
+            teacher = load_model_config(own.teacher)
+            with torch.device("meta"):
+                sizes = {n: p.numel() for n, p in AutoModelForCausalLM.from_config(teacher).named_parameters()}
+            locate = family_of(teacher).locate
+            parameters = sum(sizes.values())
+            outside = sum(size for name, size in sizes.items() if locate(name).block is None)
+        elif before.gates:
+            teacher = model.config  # the same model with open gates; kept predictions take nothing
+        layers = family_of(model.config).shape(model.config).layers
+        compared = 0 if not own.compares_states else layers if own.blocks is None else len(own.blocks)
+        return replace(before, teaching=Teaching(teacher, parameters, outside, own.dtype, compared), logits="compared")
 
 
 def _check_teacher(name: str, model: PretrainedConfig, data: DataManifest) -> None:

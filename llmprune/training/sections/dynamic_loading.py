@@ -21,8 +21,9 @@ class DynamicLoadingSection(Section[DynamicLoadingConfig]):
     name = "dynamic_loading"
     settings = DynamicLoadingConfig
     decides = ("train.eval_interval",)  # after evaluations the mix changes
+    mixes = True
 
-    def check(self, inputs: Inputs) -> None:
+    def check_inputs(self, inputs: Inputs) -> None:
         """See that the domains have what the update needs; the references are read now."""
         own, config, data = self.own, self.config, inputs.data.manifest
         own.references = read_references(own.references)  # a run keeps them, whatever becomes of the file

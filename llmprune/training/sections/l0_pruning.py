@@ -2,9 +2,12 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterable
+from typing import Literal
 
 from composer import Callback, Trainer
+from composer.utils import dist
 from transformers import PreTrainedModel
 
 from llmprune.callbacks.l0_pruning import L0Pruning
@@ -12,13 +15,13 @@ from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.sections import SECTIONS
 from llmprune.conversion.checkpoint import Checkpoint
 from llmprune.conversion.result import Result
-from llmprune.estimate.sizes import Learning
+from llmprune.estimate.needs import Needs
 from llmprune.models.families import family_of
-from llmprune.pruning.gates.chosen_shape import is_chosen
+from llmprune.pruning.gates.attach import attach
+from llmprune.pruning.gates.chosen_shape import is_chosen, save_shape
 from llmprune.pruning.gates.gate_set import GateSet
 from llmprune.pruning.gates.settings import L0PruningConfig, make_goal
 from llmprune.training.section import Build, Inputs, Section
-from llmprune.training.shape import choose_shape
 from llmprune.utils.ranks import on_rank_zero
 
 UNFINISHED = 0.02  # distance from the target sparsity that is worth a warning
@@ -42,7 +45,7 @@ class L0PruningSection(Section[L0PruningConfig]):
         """The warm-up of the target."""
         return {"lagrangian_warmup": (own.lagrangian_warmup, 0)}
 
-    def check(self, inputs: Inputs) -> None:
+    def check_inputs(self, inputs: Inputs) -> None:
         """See that the model can come to the target."""
         make_goal(inputs.model_config, self.own)
 
@@ -64,10 +67,18 @@ class L0PruningSection(Section[L0PruningConfig]):
         return True
 
     @classmethod
-    def learning(cls, own: L0PruningConfig, model: PreTrainedModel, before: Learning) -> Learning:
+    def needs(cls, own: L0PruningConfig, model: PreTrainedModel, before: Needs) -> Needs:
         """The gates and their multipliers."""
         gates = GateSet(family_of(model.config).shape(model.config), make_goal(model.config, own))
         return dataclasses.replace(before, gates=sum(p.numel() for p in gates.parameters()))
+
+    @classmethod
+    def install(cls, own: L0PruningConfig, checkpoint: Checkpoint, model: PreTrainedModel, *, newest: bool) -> None:
+        """The gates multiply, as they would at the end."""
+        gates = checkpoint.gates()
+        assert gates is not None
+        factors = gates.factors(gates.at_target())
+        attach(model, checkpoint.family, set(factors.trainable())).factors = factors
 
     @classmethod
     def convert(cls, own: L0PruningConfig, checkpoint: Checkpoint, result: Result) -> Result:
@@ -92,3 +103,37 @@ def _warn_of_unfinished(gates: GateSet) -> None:
             "could make it; train longer",
             listed,
         )
+
+
+def choose_shape(trainer: Trainer, run: RunFolder) -> None:
+    """Choose the uniform shape that is cut, and say what it costs that every block has the same.
+
+    The shapes of the size wanted that follow from the gates are evaluated under the gates, before anything is cut. The
+    choice lies beside the checkpoints, where ``convert`` finds it.
+    """
+    pruning = next(callback for callback in trainer.state.callbacks if isinstance(callback, L0Pruning))
+    gates = pruning.gates
+    learned = _held_out(trainer, pruning, "expected")
+    rivals = gates.goal.counts(gates.keep_probability())
+    losses = []
+    for gates.chosen in rivals:
+        losses.append(_held_out(trainer, pruning, "target"))
+    best = min(range(len(rivals)), key=lambda place: losses[place] if math.isfinite(losses[place]) else math.inf)
+    gates.chosen = rivals[best]
+    if best != len(rivals) - 1:
+        _held_out(trainer, pruning, "target")  # the last evaluation is that of the result
+    if dist.get_global_rank() == 0:
+        print(f"the loss is {learned:.4f} with the gates as learned, which may differ from block to block")
+        print("the model is cut to one shape for all blocks; those of the size wanted:")
+        for place, counts in enumerate(rivals):
+            gates.chosen = counts
+            mark = "chosen" if place == best else ""
+            print(f"  {gates.plan('', '').shape}: loss {losses[place]:.4f} {mark}".rstrip())
+        gates.chosen = rivals[best]
+        save_shape(run.checkpoints, trainer.state.timestamp.batch.value, rivals, losses, best)
+
+
+def _held_out(trainer: Trainer, pruning: L0Pruning, manner: Literal["expected", "target"]) -> float:
+    pruning.evaluate_at = manner
+    trainer.eval()
+    return float(trainer.state.eval_metric_values["loss"])

@@ -2,16 +2,20 @@
 
 import importlib.util
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from composer import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.callbacks.low_rank_adaptation import LowRankAdaptation
 from llmprune.config.sections import SECTIONS
-from llmprune.estimate.sizes import Learning
-from llmprune.recovery.lora import AdaptedWeights, LoRAConfig, add_adapters, lora_targets
+from llmprune.estimate.needs import Needs
+from llmprune.models.placement import DTYPES
+from llmprune.recovery.four_bits import NF4_ITEMSIZE, quantization
+from llmprune.recovery.lora import AdaptedWeights, LoRAConfig, add_adapters, base_name, lora_targets
 from llmprune.training.section import Build, Inputs, Section
 from llmprune.utils.errors import UserError
 
@@ -27,10 +31,13 @@ class LoRASection(Section[LoRAConfig]):
     decides = ("train.microbatch_size",)  # dropout depends on it
     chooses_weights = True
 
-    def check(self, inputs: Inputs) -> None:
-        """See that the model has such matrices, and that they can be held so."""
+    def check_inputs(self, inputs: Inputs) -> None:
+        """See that the model has such matrices."""
+        lora_targets(inputs.model_config, self.own.targets)
+
+    def check_own(self) -> None:
+        """See that there are weights to train beside, and that they can be held so."""
         own, config = self.own, self.config
-        lora_targets(inputs.model_config, own.targets)
         if config.model.path is None:
             raise UserError("adapters train beside a model's weights: name it with model.path")
         if config.sharding is not None and config.model.dtype != "float32":
@@ -47,17 +54,42 @@ class LoRASection(Section[LoRAConfig]):
                 "a base of four bits can't be sharded, every rank holds it: leave out sharding or lora.quantize"
             )
 
+    def quantization(self, inputs: Inputs) -> Any:
+        """Of the blocks' matrices, to four bits."""
+        return None if self.own.quantize is None else quantization(inputs.model_config, DTYPES[self.config.model.dtype])
+
     def callbacks(self, build: Build) -> Iterable[Callback]:
         """``LowRankAdaptation``."""
         return [LowRankAdaptation(self.own, seed=self.config.run.seed)]
 
     @classmethod
-    def learning(cls, own: LoRAConfig, model: PreTrainedModel, before: Learning) -> Learning:
-        """The adapters alone."""
+    def needs(cls, own: LoRAConfig, model: PreTrainedModel, before: Needs) -> Needs:
+        """The adapters alone learn; the blocks may have four bits."""
         with torch.device("meta"):
-            return Learning(set(), sum(p.numel() for p in add_adapters(model, own, 0)), lowest=0)
+            added = sum(p.numel() for p in add_adapters(model, own, 0))
+        return replace(
+            before,
+            names=set(),
+            added=added,
+            lowest=0,
+            block_itemsize=None if own.quantize is None else NF4_ITEMSIZE,
+            added_to=lambda built, device: _adapt(built, own, device),
+        )
+
+    @classmethod
+    def source_name(cls, own: LoRAConfig, name: str) -> str | None:
+        """Adapters are new; the matrices beside them have another name."""
+        return base_name(name)
 
     @classmethod
     def weights(cls, own: LoRAConfig, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Adapters are merged into the matrices beside them."""
         return AdaptedWeights(stored, own)
+
+
+def _adapt(model: PreTrainedModel, config: LoRAConfig, device: str) -> None:
+    """Add adapters that keep what they drop as they do on the device: GPUs note it in a byte."""
+    add_adapters(model, config, 0)
+    for module in model.modules():
+        if device == "cuda" and isinstance(module, nn.Dropout):
+            module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]  # type: ignore[method-assign, misc]

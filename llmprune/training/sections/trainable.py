@@ -1,6 +1,7 @@
 """``trainable``: which weights train."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from composer import Callback
@@ -8,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.callbacks.partial_training import PartialTraining
 from llmprune.config.sections import SECTIONS
-from llmprune.estimate.sizes import Learning
+from llmprune.estimate.needs import Needs
 from llmprune.models.parameters import parameter_names_of
 from llmprune.recovery.trainable import TrainableConfig, phases
 from llmprune.training.section import Build, Inputs, Section
@@ -24,9 +25,12 @@ class TrainableSection(Section[TrainableConfig]):
     fixed = ("parameters", "later")
     chooses_weights = True
 
-    def check(self, inputs: Inputs) -> None:
-        """See that the model has these parts."""
+    def check_own(self) -> None:
+        """See that something trains, and that every point of the run is one."""
         self.own.check()
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        """See that the model has these parts."""
         with torch.device("meta"):
             phases(AutoModelForCausalLM.from_config(inputs.model_config), self.own.parameters, self.own.later)
 
@@ -35,7 +39,7 @@ class TrainableSection(Section[TrainableConfig]):
         return [PartialTraining(self.own)]
 
     @classmethod
-    def learning(cls, own: TrainableConfig, model: PreTrainedModel, before: Learning) -> Learning:
+    def needs(cls, own: TrainableConfig, model: PreTrainedModel, before: Needs) -> Needs:
         """The parts that train at some time."""
         parts = [own.parameters, *own.later.values()]
-        return Learning({name for each in parts for name in parameter_names_of(model, each)})
+        return replace(before, names={name for each in parts for name in parameter_names_of(model, each)})

@@ -22,7 +22,7 @@ from llmprune.pruning.budgets.choose import Chooser, Steps
 from llmprune.pruning.budgets.latency import LatencyTable
 from llmprune.pruning.budgets.limits import Latency, Parameters, costs_of, limits_of
 from llmprune.pruning.budgets.settings import BudgetConfig
-from llmprune.pruning.budgets.sizes import ShapeSizes, of_size
+from llmprune.pruning.budgets.shape_sizes import ShapeSizes, of_size
 from llmprune.pruning.budgets.trial import Trial
 from llmprune.pruning.planning import choose_plan, make_plan
 from llmprune.pruning.scoring.scores import Scores
@@ -32,7 +32,7 @@ from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.errors import UserError
 from tests.conftest import random_model, tiny_config
 from tests.models.families.test_conformance import CONFIGS
-from tests.pruning.budgets.test_sizes import kept_bytes
+from tests.pruning.budgets.test_shape_sizes import kept_bytes
 
 CRITERIA = ["block_influence", "unit_activation_l2", "expert_frequency"]
 BOTH = PlanConfig(criterion="block_influence", unit_criterion="unit_activation_l2")

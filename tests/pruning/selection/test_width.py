@@ -22,7 +22,7 @@ from llmprune.models.least_squares import RIDGES
 from llmprune.models.loading import load_model_config, load_tokenizer
 from llmprune.models.placement import Placement
 from llmprune.plans.plan import Plan
-from llmprune.pruning.budgets.losses import PlanLosses
+from llmprune.pruning.budgets.plan_losses import PlanLosses
 from llmprune.pruning.planning import make_plan
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.scoring.settings import LayerScoringConfig
@@ -342,8 +342,8 @@ def test_losses_of_a_plan_are_told_and_ruinous_ones_refused(
 def test_a_plan_that_is_worse_than_guessing_is_refused() -> None:
     """Unless the source is, too: then a guess says nothing."""
     with pytest.raises(UserError, match="ruins the model: calibration loss 6.0000, a uniform guess has 5.7000"):
-        PlanLosses(source=2.0, uncorrected=None, plan=6.0, uniform=5.7).check()
+        PlanLosses(source=2.0, uncorrected=None, plan=6.0, uniform=5.7).refuse_ruinous()
     with pytest.raises(UserError, match="ruins the model"):
-        PlanLosses(source=2.0, uncorrected=None, plan=float("nan"), uniform=5.7).check()
-    PlanLosses(source=5.9, uncorrected=None, plan=6.0, uniform=5.7).check()
-    PlanLosses(source=2.0, uncorrected=4.0, plan=3.9, uniform=5.7).check()
+        PlanLosses(source=2.0, uncorrected=None, plan=float("nan"), uniform=5.7).refuse_ruinous()
+    PlanLosses(source=5.9, uncorrected=None, plan=6.0, uniform=5.7).refuse_ruinous()
+    PlanLosses(source=2.0, uncorrected=4.0, plan=3.9, uniform=5.7).refuse_ruinous()

@@ -9,7 +9,7 @@ from torch import Tensor
 from llmprune.models.families import Shape
 from llmprune.models.families.llama import LLAMA
 from llmprune.pruning.gates.kinds import gate_sizes
-from llmprune.pruning.gates.size import uniform_counts
+from llmprune.pruning.gates.uniform_shape import uniform_counts
 from tests.conftest import tiny_config
 
 SMOLLM2 = Shape(layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64, intermediate=1536)

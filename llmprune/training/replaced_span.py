@@ -50,7 +50,7 @@ def check_replacement(settings: BlockReplacementConfig, model_config: Pretrained
     Raises:
         UserError: it does not fit the model or the span.
     """
-    span.check(family_of(model_config).shape(model_config).layers)
+    span.check_within(family_of(model_config).shape(model_config).layers)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
         REPLACEMENTS[settings.kind](Site(model, span, 0), settings)
@@ -69,7 +69,7 @@ def most_alike(model: PreTrainedModel, batches: Iterable[Batch], length: int, de
     """
     model = device.module_to_device(model)
     job = ScoringJob(model.config, next(model.parameters()).device)
-    Span(0, length).check(job.layers)
+    Span(0, length).check_within(job.layers)
     scorer = Scorer(model, ["cosine"], job, batch_size=1)
     for batch in batches:
         scorer.update(batch["input_ids"].to(job.device))

@@ -1,19 +1,17 @@
 """How many parameters a training job has, which of them learn, and the bytes of each."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmprune.config.schema import Config
 from llmprune.config.sections import sections_of
 from llmprune.models.families import Role, family_of
 from llmprune.models.flops import Learned, learned_of
-from llmprune.models.loading import load_model_config
 from llmprune.models.placement import DTYPES, dtype_for_inference
-from llmprune.pruning.replacements.settings import BlockReplacementConfig
-from llmprune.recovery.distillation import DistillationConfig
-from llmprune.recovery.lora import LoRAConfig
 
 FLOAT = 4  # bytes
 MOMENTS = {"decoupled_adamw": 2, "adamw": 2, "decoupled_lion": 1}  # of every parameter that learns
@@ -21,20 +19,55 @@ MOST_MOMENTS = 2  # of an optimiser that another package brings
 
 
 @dataclass(frozen=True)
-class Learning:
-    """What learns in a job.
+class Teaching:
+    """What learning from a teacher takes.
 
     Attributes:
-        names: of the model's own parameters.
-        added: how many learn beside the model's.
-        gates: and multipliers.
+        model: the config of the model that predicts beside the student; None = its predictions were kept.
+        parameters: of a model that is held beside the student; 0 = none.
+        outside: of them, those of its embedding, final norm and output layer.
+        dtype: of its weights: float32, bfloat16 or auto.
+        compared_blocks: blocks whose states are compared.
+    """
+
+    model: PretrainedConfig | None
+    parameters: int
+    outside: int
+    dtype: str
+    compared_blocks: int
+
+    def itemsize(self, device: str) -> int:
+        """Bytes of a number of the teacher on a device, cuda or cpu."""
+        return dtype_for_inference(self.dtype, on_gpu=device == "cuda").itemsize
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a job learns, and what its sections add to the memory and the operations of plain training.
+
+    Attributes:
+        names: of the model's own parameters that learn.
+        added: how many numbers learn beside the model's, in float32.
+        gates: numbers of gates and multipliers.
         lowest: the first block that gradients pass through; None = as follows from the names.
+        block_itemsize: bytes of a number of the blocks' weights; None = as ``model.dtype`` says.
+        added_to: adds to a model, on a device (cuda or cpu), what its forward pass keeps activations of.
+        teaching: what a teacher takes; None = there is none.
+        logits: what is done with them: ``learned`` (the next token), ``compared`` with a teacher's, or ``evaluated``
+            only.
+        flops: operations of a sample's training step, given its length and the multiply-accumulate operations of a
+            token with the model's own weights that learn; None = those of the model.
     """
 
     names: set[str]
     added: int = 0
     gates: int = 0
     lowest: int | None = None
+    block_itemsize: float | None = None
+    added_to: Callable[[PreTrainedModel, str], object] | None = None
+    teaching: Teaching | None = None
+    logits: Literal["learned", "compared", "evaluated"] = "learned"
+    flops: Callable[[int, int], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,15 +80,13 @@ class JobSizes:
         block: of a block.
         outside: of embedding, final norm and output layer.
         matrix: of the largest one.
-        gates: and multipliers.
-        teacher: of another model; 0 = none.
-        teacher_outside: of its embedding, final norm and output layer.
         vocabulary: tokens.
         hidden: dimensions.
         intermediate: channels of an MLP.
         output_trained: whether the output layer's weight learns.
         layers: blocks.
         learned: what learns, as far as operations depend on it.
+        needs: of the job's sections.
     """
 
     parameters: int
@@ -63,15 +94,13 @@ class JobSizes:
     block: int
     outside: int
     matrix: int
-    gates: int
-    teacher: int
-    teacher_outside: int
     vocabulary: int
     hidden: int
     intermediate: int
     output_trained: bool
     layers: int
     learned: Learned
+    needs: Needs
 
     @property
     def reached(self) -> int:
@@ -92,21 +121,13 @@ class JobSizes:
             built = AutoModelForCausalLM.from_config(model)
         sizes = {name: parameter.numel() for name, parameter in built.named_parameters()}
         outside = sum(n for name, n in sizes.items() if family.locate(name).block is None)
-        learning = Learning(set(sizes))
+        needs = Needs(set(sizes))
         for section in sections_of(config):
-            learning = section.learning(section.own, built, learning)
-        names, lowest = learning.names, learning.lowest
-        trained = learning.added + sum(sizes[name] for name in names)
+            needs = section.needs(section.own, built, needs)
+        names, lowest = needs.names, needs.lowest
+        trained = needs.added + sum(sizes[name] for name in names)
         own = learned_of(model, {name: sizes[name] for name in names})
         reached = own.reached if lowest is None else shape.layers - max(lowest, 0)
-        distillation = config.section(DistillationConfig)
-        teacher = teacher_outside = 0
-        if distillation is not None and distillation.teacher is not None:
-            with torch.device("meta"):
-                other = AutoModelForCausalLM.from_config(load_model_config(distillation.teacher))
-            teacher = sum(p.numel() for p in other.parameters())
-            locate = family_of(other.config).locate
-            teacher_outside = sum(p.numel() for name, p in other.named_parameters() if locate(name).block is None)
         output = family.outer_name(Role.EMBEDDING if family.tied(model) else Role.OUTPUT)
         return cls(
             sum(sizes.values()),
@@ -114,26 +135,19 @@ class JobSizes:
             (sum(sizes.values()) - outside) // shape.layers,
             outside,
             max(sizes.values()),
-            learning.gates,
-            teacher,
-            teacher_outside,
             model.vocab_size,
             shape.hidden,
             shape.intermediate,
             f"{output}.weight" in names,
             shape.layers,
-            Learned(own.own, learning.added, reached),
+            Learned(own.own, needs.added, reached),
+            needs,
         )
 
 
-def adds(config: Config) -> bool:
-    """Whether what learns is added to the model, in float32."""
-    return config.section(LoRAConfig) is not None or config.section(BlockReplacementConfig) is not None
-
-
-def held_by(config: Config) -> int:
-    """Bytes of a number that learns."""
-    return FLOAT if adds(config) else DTYPES[config.model.dtype].itemsize
+def learning_bytes(config: Config, sizes: JobSizes) -> float:
+    """Bytes of all numbers that learn, or of their gradients: what is added to a model is float32."""
+    return sizes.trained * (FLOAT if sizes.needs.added else DTYPES[config.model.dtype].itemsize)
 
 
 def autocast_of(config: Config) -> torch.dtype | None:
@@ -147,17 +161,8 @@ def products_of(config: Config) -> torch.dtype:
     return autocast_of(config) or stored
 
 
-def teacher_itemsize(config: Config, device: str) -> int:
-    """Bytes of a number of the teacher on a device, cuda or cpu."""
-    distillation = config.section(DistillationConfig)
-    assert distillation is not None
-    return dtype_for_inference(distillation.dtype, on_gpu=device == "cuda").itemsize
-
-
 def checkpoint_bytes(config: Config, sizes: JobSizes) -> float:
     """Bytes of a checkpoint: weights and moments."""
-    learning = sizes.trained * held_by(config)
-    found = sizes.parameters * DTYPES[config.model.dtype].itemsize + learning * MOMENTS.get(
-        config.optimizer.name, MOST_MOMENTS
-    )
-    return found + learning if adds(config) else found
+    learning, moments = learning_bytes(config, sizes), MOMENTS.get(config.optimizer.name, MOST_MOMENTS)
+    found = sizes.parameters * DTYPES[config.model.dtype].itemsize + learning * moments
+    return found + learning if sizes.needs.added else found

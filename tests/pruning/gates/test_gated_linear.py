@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from llmprune.pruning.gates.linear import gated_linear
+from llmprune.pruning.gates.gated_linear import gated_linear
 
 
 @pytest.mark.parametrize(("with_rows", "with_columns", "with_bias"), list(itertools.product([True, False], repeat=3)))

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.models.families import Shape, family_of
 from llmprune.models.loading import count_parameters, new_model
-from llmprune.pruning.budgets.sizes import ShapeSizes, of_size, prunable_dimensions
+from llmprune.pruning.budgets.shape_sizes import ShapeSizes, of_size, prunable_dimensions
 from tests.models.families.test_conformance import CONFIGS
 
 

@@ -45,7 +45,7 @@ class PlanLosses:
         uncorrected = trial.loss(replace(plan, corrections={})) if plan.corrections else None
         return cls(trial.loss(whole), uncorrected, trial.loss(plan), math.log(trial.opened.model.config.vocab_size))
 
-    def check(self) -> None:
+    def refuse_ruinous(self) -> None:
         """Refuse a plan that nobody can want.
 
         Raises:

@@ -9,6 +9,7 @@ import typer
 
 from llmprune.data.sources import BadRecord, Fields
 from llmprune.utils.errors import UserError, check_surroundings, one_line
+from llmprune.utils.logs import logs_shown
 from llmprune.utils.processes import end_on_signals, stopped_by
 
 if TYPE_CHECKING:
@@ -237,7 +238,8 @@ def main() -> None:
     try:
         end_on_signals()
         check_surroundings(sys.argv)
-        app()
+        with logs_shown():
+            app()
     except (KeyboardInterrupt, SystemExit) as ended:
         if (code := stopped_by(ended)) is None:
             raise

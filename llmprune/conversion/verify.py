@@ -1,5 +1,6 @@
 """Whether two models compute the same."""
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from llmprune.pruning.gates.from_plan import factors_of, mask_experts
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.pruning.replacements.streaming import Streaming
 from llmprune.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ def compare_models(
         raise UserError(
             f"the vocabularies differ ({a.config.vocab_size} and {b.config.vocab_size}): these models can't be compared"
         )
+    log.info("comparing the logits of %d random samples", samples)
     length = min(length, *(limit for one in (a, b) if (limit := longest_input(one.config)) is not None))
     generator = torch.Generator().manual_seed(seed)
     difference, total, largest = 0.0, 0.0, 0.0

@@ -147,9 +147,9 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
         span, network = planned_replacement(model, own)
         layers = family_of(model.config).shape(model.config).layers
         end = span.end if {"lm", "kl"} & set(own.weights) else layers
-        stands = own.blocks if own.kind == "blocks" else 1
+        places = own.blocks if own.kind == "blocks" else 1  # of the span, that the module takes
         added = sum(p.numel() for p in network.parameters())
-        return Learning(set(parameter_names_of(model, own.also)), added, lowest=max(end - stands, 0))
+        return Learning(set(parameter_names_of(model, own.also)), added, lowest=max(end - places, 0))
 
     @classmethod
     def convert(cls, own: BlockReplacementConfig, checkpoint: Checkpoint, result: Result) -> Result:

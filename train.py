@@ -5,6 +5,7 @@ import sys
 import time
 
 from llmprune.utils.errors import UserError, check_surroundings, one_line
+from llmprune.utils.logs import logs_shown
 from llmprune.utils.processes import TERMINATION, end_on_signals, end_with_launcher, stopped_by
 
 SAVED_AND_LEFT = 75  # the exit code of a run that was asked to end and can go on: "try again", EX_TEMPFAIL
@@ -23,7 +24,8 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         check_surroundings(arguments)
-        return _carry_out(arguments)
+        with logs_shown():
+            return _carry_out(arguments)
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             # The launcher kills all ranks when one ends: let rank 0 tell the mistake and set the exit code.

@@ -10,6 +10,7 @@ import typer
 from llmprune.data.sources import BadRecord, Fields
 from llmprune.utils.errors import UserError, check_surroundings, one_line
 from llmprune.utils.formats import TeacherFormat
+from llmprune.utils.logs import logs_shown
 from llmprune.utils.processes import end_on_signals, stopped_by
 
 if TYPE_CHECKING:
@@ -238,7 +239,8 @@ def main() -> None:
     try:
         end_on_signals()
         check_surroundings(sys.argv)
-        app()
+        with logs_shown():
+            app()
     except (KeyboardInterrupt, SystemExit) as ended:
         if (code := stopped_by(ended)) is None:
             raise

@@ -105,7 +105,7 @@ def opened_job(out: Path | str, description: Mapping[str, Any], *, overwrite: bo
     """The job that writes ``out``: a new one, or the one of this description that was stopped.
 
     Its folder stands beside ``out``. What is to become the output must be moved there by the caller, before the block
-    ends; then the folder is removed. If the block fails, a job that has progress stays, to go on with.
+    ends; then the folder is removed. If the block fails, a job that has progress stays, so that it can go on.
 
     Raises:
         UserError: ``out`` exists, another job for it was stopped or is at work, or the place can't be written.

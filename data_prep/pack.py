@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_prep.encode import Tokens, encoded
 from data_prep.job import PackingJob, Progress, opened_job
+from data_prep.pace import Pace
 from data_prep.packer import Arrival, Layout, Packer
 from data_prep.reading import EARLY_STOP, Reading, part_of
 from data_prep.recipe import PackSettings, Recipe, load_fast_tokenizer, tokens_of
@@ -215,6 +216,7 @@ def _pack(
 ) -> None:
     """Pack everything after what is done, and write down from time to time how far that is."""
     settings, saved = reading.settings, time.monotonic()
+    pace = Pace(bar.total, sum(source.size for source in reading.inputs[: done.place[0]]))
     with closing(encoded(tokens, reading.batches(done.place), processes)) as results:
         for batch, contents in results:
             done.bad += batch.bad
@@ -245,6 +247,8 @@ def _pack(
             if time.monotonic() - saved > _SAVE_SECONDS:
                 job.save(packers, done)
                 saved = time.monotonic()
+                pace.log(batch.position, packers.values())
+    pace.log(bar.total)
     bar.update((bar.total or bar.n) - bar.n)
 
 

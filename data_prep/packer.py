@@ -196,6 +196,15 @@ class Packer:
                     found |= {int(rank) for rank in np.intersect1d(wanted, there[begin : begin + (1 << 22)])}
         return found
 
+    def progress(self) -> list[tuple[str, int, int]]:
+        """Every domain with the documents and samples that it has so far; those that are held are not among them."""
+        found: dict[str, list[int]] = {}
+        for (name, _), counts in self._counts.items():
+            total = found.setdefault(name, [0, 0])
+            total[0] += counts.documents
+            total[1] += counts.samples
+        return [(name, documents, samples) for name, (documents, samples) in sorted(found.items())]
+
     def finish(self) -> dict[str, dict[str, SplitCounts]]:
         """Write what is left; what each domain and split holds.
 

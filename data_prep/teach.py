@@ -6,6 +6,7 @@ on one machine or on several that see the same folder; a piece that a killed one
 
 import dataclasses
 import json
+import logging
 import secrets
 import shutil
 import time
@@ -45,6 +46,8 @@ from llmprune.utils.files import read_json, sha256_text, write_json
 from llmprune.utils.formats import TeacherFormat
 from llmprune.utils.outputs import output_folder, refuse_existing
 from llmprune.utils.settings import check_settings, limited
+
+log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 1 << 27
 _WAIT = 2.0  # seconds between looks at what others do
@@ -228,6 +231,7 @@ class _Work:
 
     def _do(self, piece: _Piece, model: PreTrainedModel) -> None:
         reader = self._data.reader(piece.domain, piece.split, boundaries=self._boundaries)
+        began = time.monotonic()
         places = [(shard, index) for shard, size in enumerate(reader.shard_sizes) for index in range(size)]
         own = [places[number] for number in piece.samples]
         aside = self._folder / "work" / piece.name
@@ -245,6 +249,16 @@ class _Work:
         aside.rename(target)
         self.description(piece).parent.mkdir(parents=True, exist_ok=True)
         write_json(self.description(piece), shard)
+        alike = [other for other in self.pieces if (other.domain, other.split) == (piece.domain, piece.split)]
+        rate = len(own) * self._data.manifest.sequence_length / max(time.monotonic() - began, 1e-9)
+        log.info(
+            "%s, %s: piece %d of %d is done, %.0f tokens/s",
+            piece.domain,
+            piece.split,
+            piece.number + 1,
+            len(alike),
+            rate,
+        )
 
     def shards(self, piece: _Piece) -> Path:
         """The folder with a piece's shard."""

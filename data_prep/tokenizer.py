@@ -1,5 +1,6 @@
 """Training a byte-level BPE tokenizer."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -11,6 +12,8 @@ from llmprune.data.records import Input, find_inputs
 from llmprune.data.sources import BadRecord, Document, Fields, documents
 from llmprune.utils.errors import UserError
 from llmprune.utils.outputs import output_folder, refuse_existing, refuse_replacing
+
+log = logging.getLogger(__name__)
 
 BOS, EOS = "<s>", "</s>"
 
@@ -53,6 +56,12 @@ def train_tokenizer(
         raise UserError(
             f"{megabytes} megabytes leave nothing to read of {len(files)} files: choose a larger --megabytes"
         )
+    log.info(
+        "training a tokenizer of %d tokens on %.1f MB of each of %d files at most",
+        vocab_size,
+        characters / 1e6,
+        len(files),
+    )
     with output_folder(out, overwrite) as folder:
         return _train(_texts(files, characters, Fields(text_field), bad), folder, vocab_size, bad)
 

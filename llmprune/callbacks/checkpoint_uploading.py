@@ -152,6 +152,8 @@ class CheckpointUploading(Callback):
                 write_json(top / name, {"schema": 1, "ranks": ranks, "files": described})
                 if self._rank == 0:
                     self._checkpoints.note_written(batch)
+                    size = sum(file["bytes"] for file in described.values()) / 1e9
+                    log.info("the checkpoint after batch %d is saved: %.3f GB by rank 0", batch, size)
             if self._store is not None:
                 if self._rank == 0:
                     self._copy_rest(self._store)
@@ -159,6 +161,7 @@ class CheckpointUploading(Callback):
                     self._store.put(path, f"checkpoints/{path.relative_to(top).as_posix()}")
                 self._store.put(top / name, f"checkpoints/{name}")
                 self._there.add(f"checkpoints/{name}")
+                log.info("the checkpoint after batch %d is copied to %s", batch, self._store.url)
             self._missing = None
         except UserError as error:
             self._missing = error
@@ -200,3 +203,5 @@ class CheckpointUploading(Callback):
                 (self._checkpoints.path / record_name(batch, rank)).unlink(missing_ok=True)
             with suppress(OSError):  # others have parts in it
                 (self._checkpoints.path / f"ba{batch}").rmdir()
+            if self._rank == 0:
+                log.info("the checkpoint after batch %d is deleted: there are %d newer ones", batch, self._keep)

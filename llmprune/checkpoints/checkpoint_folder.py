@@ -212,6 +212,7 @@ class CheckpointFolder:
                 kept.add(batch)
             elif batch not in kept or not is_complete(path):
                 remove(path)
+                log.info("%s is deleted", path)
         for batch, records in records_in(path.name for path in self.path.iterdir()).items():
             if batch not in kept:
                 for record in records:

@@ -3,6 +3,7 @@
 RUN/
   config.yaml        the resolved config
   metrics.jsonl      everything logged
+  log.txt            what train.py did, in words
   gates/             gate values at every evaluation (pruning)
   checkpoints/       Composer checkpoints; ``latest-rank0.pt`` points to the newest complete one
     manifest.json    what the checkpoints are: read before anything of theirs is loaded
@@ -33,6 +34,7 @@ from llmprune.models.companions import GENERATION, name_inputs, save_model_confi
 from llmprune.utils.checksums import compare_checksums, describe_file, read_record, record
 from llmprune.utils.errors import UserError, first_line
 from llmprune.utils.files import inside, read_json, temporary_for, write_json
+from llmprune.utils.job_log import logged_in
 from llmprune.utils.object_store import Store
 from llmprune.utils.outputs import (
     clear,
@@ -182,6 +184,8 @@ class RunFolder:
         """
         with ExitStack() as stack:
             on_rank_zero(lambda: stack.enter_context(working_folder(self.path)) and None)
+            if dist.get_global_rank() == 0:
+                stack.enter_context(logged_in(self.path))
             yield
 
     def find(self, *, overwrite: bool, autoresume: bool) -> Path | None:
@@ -203,6 +207,7 @@ class RunFolder:
             checkpoints = CheckpointFolder(self.checkpoints)
             found = checkpoints.newest(contents=True, careful=not overwrite)
             if found is not None:
+                log.info("the run goes on from %s", found)
                 return found
             if not overwrite and not self.checkpoints.is_dir():  # what every run has from the start
                 raise UserError(f"{self.path} holds something that is no training run: choose another run.folder")

@@ -7,6 +7,7 @@ import typer
 from llmprune.cli import downloading, evaluating, measuring, pruning, showing  # noqa: F401  # their commands
 from llmprune.cli.options import app
 from llmprune.utils.errors import check_surroundings, one_line
+from llmprune.utils.logs import logs_shown
 from llmprune.utils.processes import end_on_signals, stopped_by
 
 
@@ -18,7 +19,8 @@ def main() -> None:
     try:
         end_on_signals()
         check_surroundings(sys.argv)
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        with logs_shown():
+            sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except typer.TyperException as error:
         _end(error.format_message(), 2)
     except (typer.Abort, KeyboardInterrupt):

@@ -1,5 +1,6 @@
 """A checkpoint of llmprune: Composer's state, and the manifest that says what it is."""
 
+import logging
 import re
 import sys
 import weakref
@@ -26,6 +27,8 @@ from llmprune.pruning.gates.gate_set import GateSet, load_gates
 from llmprune.pruning.gates.settings import L0PruningConfig, make_goal
 from llmprune.utils.checksums import VERIFICATION
 from llmprune.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _PREFIX = "model."
 ATTEMPTS = 20  # to open a checkpoint that a run has not deleted meanwhile
@@ -85,6 +88,7 @@ class Checkpoint:
                 reading.enter_context(folder.reading(batch_of(path)))
                 folder.check_whole(path, contents=VERIFICATION.asked)
             path = path.resolve()
+            log.info("reading the checkpoint %s", path)
             found = cls(path, Manifest.load(path.parent), load_model_config(path.parent / "model"))
             weakref.finalize(found, reading.pop_all().close)
             return found

@@ -1,6 +1,7 @@
 """The ways to a Hugging Face folder: from a checkpoint, and from a model and a plan."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from llmprune.utils.checksums import record
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import save_tensors
 from llmprune.utils.outputs import output_folder, refuse_existing, refuse_replacing
+
+log = logging.getLogger(__name__)
 
 
 def convert(
@@ -153,6 +156,7 @@ def push_to_hub(folder: Path | str, name: str) -> str:
         UserError: the hub refuses or can't be reached.
     """
     api = HfApi()
+    log.info("uploading %s as %s", folder, name)
     try:
         api.create_repo(name, exist_ok=True)
         return str(api.upload_folder(repo_id=name, folder_path=folder))

@@ -1,5 +1,6 @@
 """Writing a plain Hugging Face folder, tensor by tensor, cut by a plan on the way."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from llmprune.utils.checksums import record
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import save_tensors, write_json
 from llmprune.utils.outputs import output_folder
+
+log = logging.getLogger(__name__)
 
 
 def keep_everything(config: PretrainedConfig, model: str) -> Plan:
@@ -67,9 +70,14 @@ def export(
     """
     made = _CutModel(weights, config, plan, network, dtype)
     split = split_torch_state_dict_into_shards(made.expected, max_shard_size=max_shard_size)
+    log.info(
+        "%s becomes a %s of %d blocks with %s parameters", source, plan.family, len(plan.blocks), f"{made.parameters:,}"
+    )
     with output_folder(out, overwrite) as folder:
-        for filename, names in split.filename_to_tensors.items():
+        for number, (filename, names) in enumerate(split.filename_to_tensors.items(), 1):
             save_tensors(folder / filename, {name: made.tensor(name) for name in names}, {"format": "pt"})
+            size = (folder / filename).stat().st_size / 1e9
+            log.info("file %d of %d is written: %.3f GB", number, len(split.filename_to_tensors), size)
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             write_json(folder / "model.safetensors.index.json", index)

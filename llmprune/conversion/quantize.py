@@ -4,6 +4,7 @@ llm-compressor installs beside Composer's pins, works on CPUs as on GPUs, one bl
 compressed-tensors format, which Transformers and vLLM read.
 """
 
+import logging
 import math
 import shutil
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from llmprune.utils.checksums import record
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import make_readable
 from llmprune.utils.outputs import output_folder, refuse_existing, refuse_replacing
+
+log = logging.getLogger(__name__)
 
 BITS = 4
 DAMPENING = 0.01  # added to the diagonal of the Hessian, as a share of its mean
@@ -72,8 +75,10 @@ def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, over
     if limit is not None and samples.shape[1] > limit:
         raise UserError(f"samples of {samples.shape[1]} tokens are too long: the model takes {limit}")
     loaded = load_any_model(folder, dtype=config.dtype or _sixteen_bits(source))
+    log.info("quantising %s to %d bits by %d samples of %d tokens", model, BITS, *samples.shape)
     with output_folder(out, overwrite) as written:
         _compress(loaded, samples, config)
+        log.info("writing the quantised weights")
         _save(loaded, folder.path, written)
         record(written)
         return sum(file.stat().st_size for file in written.glob("*.safetensors"))

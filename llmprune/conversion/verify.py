@@ -1,5 +1,6 @@
 """Whether two models compute the same."""
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from llmprune.plans.surgery import Surgery
 from llmprune.pruning.gates.attach import attach
 from llmprune.pruning.gates.from_plan import factors_of, mask_experts
 from llmprune.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def compare_models(
         raise UserError(
             f"the vocabularies differ ({a.config.vocab_size} and {b.config.vocab_size}): these models can't be compared"
         )
+    log.info("comparing the logits of %d random samples", samples)
     length = min(length, *(limit for one in (a, b) if (limit := longest_input(one.config)) is not None))
     generator = torch.Generator().manual_seed(seed)
     difference, total, largest = 0.0, 0.0, 0.0

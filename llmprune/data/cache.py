@@ -1,6 +1,7 @@
 """Shards of remote or compressed data in a folder of this machine."""
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,8 @@ from llmprune.data.settings import CacheConfig
 from llmprune.data.unpacking import unpack
 from llmprune.utils.errors import UserError, first_line
 from llmprune.utils.object_store import retry
+
+log = logging.getLogger(__name__)
 
 _READ_TIMEOUT = 60.0  # seconds without a byte
 
@@ -102,6 +105,7 @@ class ShardCache:
                 url = f"{self.remote}/{Path(file.name).with_name(Path(stored.basename).name)}"
                 self._download(url, part)
                 check_file(part, stored, url)
+                log.info("%s is fetched: %.1f MB", url, stored.bytes / 1e6)
                 if file.packed is not None:
                     part.write_bytes(unpack(file.algorithm, part.read_bytes(), file.raw.bytes, url))
                     check_file(part, file.raw, url)

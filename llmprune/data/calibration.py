@@ -42,6 +42,7 @@ def calibration_samples(config: CalibrationConfig, tokenizer: PreTrainedTokenize
     path = Path(config.path)
     read = _prepared if (path / "manifest.json").is_file() else _from_text
     samples = torch.tensor(list(read(config, tokenizer)), dtype=torch.int64)
+    log.info("%d calibration samples of %d tokens are read from %s", *samples.shape, config.path)
     if config.bos == "each":
         samples = torch.cat([torch.full((len(samples), 1), bos), samples], dim=1)
     elif config.bos == "first":

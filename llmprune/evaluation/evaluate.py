@@ -1,5 +1,6 @@
 """The quality of one or several models: perplexity, tasks, continuations."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,8 @@ from llmprune.models.loaded import LoadedModel, ModelSource, find_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
 from llmprune.utils.outputs import mark, output_folder, refuse_existing, remove
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 LARGEST_BATCH = 64  # where ``auto`` begins
@@ -135,6 +138,7 @@ def _prepare(found: ModelSource, config: EvaluationConfig) -> _Work:
 
 def _evaluate_model(work: _Work, config: EvaluationConfig, tasks: Tasks | None, logs: Path | None) -> dict[str, Any]:
     opened = work.found.open()
+    log.info("evaluating %s: %s parameters", work.found.name, f"{opened.parameters:,}")
     found: dict[str, Any] = {"parameters": opened.parameters}
     if work.streams:
         found["perplexity"] = {name: _perplexity(opened, tokens, config) for name, tokens in work.streams.items()}
@@ -145,6 +149,7 @@ def _evaluate_model(work: _Work, config: EvaluationConfig, tasks: Tasks | None, 
         if logs is not None:
             save_samples(ran.samples, logs)
     if config.prompts is not None:
+        log.info("writing continuations of %d prompts", len(work.prompts))
         records = _with_batch_size(
             config, lambda size: write_continuations(opened, work.prompts, replace(config.generation, batch_size=size))
         )
@@ -169,6 +174,7 @@ def _perplexity(opened: LoadedModel, tokens: Tensor, config: EvaluationConfig) -
             return measure_perplexity(opened.model, tokens, settings, mode, bos=bos, batch_size=batch_size)
 
         measured = _with_batch_size(config, measure)
+        log.info("perplexity %.4f of %s tokens, bos %s", measured.value, f"{measured.tokens:,}", mode)
         entry[f"bos_{mode}"] = measured.value
         entry["tokens"][f"bos_{mode}"] = measured.tokens
     return entry

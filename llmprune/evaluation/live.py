@@ -1,5 +1,6 @@
 """Tasks and texts measured on a model that is being trained, shared among the ranks."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,8 @@ from llmprune.evaluation.settings import LiveEvaluationConfig
 from llmprune.evaluation.tasks import EvaluatedModel, Tasks, TasksConfig, quiet
 from llmprune.utils.errors import UserError
 from llmprune.utils.settings import check_settings
+
+log = logging.getLogger(__name__)
 
 Forward = Callable[[dict[str, Tensor]], Tensor]
 
@@ -86,6 +89,8 @@ class LiveEvaluation:
                 forward=lambda inputs: forward({"input_ids": inputs}),
             )
             found[f"perplexity/{name}"] = measured.value
+            if dist.get_global_rank() == 0:
+                log.info("%s: perplexity %.4f", name, measured.value)
         if self._tasks is not None:
             with quiet():
                 live = LiveModel(model, forward, self._tokenizer, size)

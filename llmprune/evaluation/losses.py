@@ -1,5 +1,6 @@
 """Held-out losses of a model on prepared data."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from transformers import PreTrainedModel
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.models.causal_lm import labels_of, logits_of, token_losses
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def evaluate_losses(
         loss, number = token_losses(logits_of(model, placed), labels_of(placed))
         sums.index_add_(0, batch["domain"], loss.double().cpu())
         counts.index_add_(0, batch["domain"], number.cpu())
-    return Losses(
-        loss=(sums.sum() / counts.sum()).item(),
-        domains={dataset.domains[i]: (sums[i] / counts[i]).item() for i in dataset.domains_present},
-    )
+    domains = {dataset.domains[i]: (sums[i] / counts[i]).item() for i in dataset.domains_present}
+    for i, name in zip(dataset.domains_present, domains, strict=True):
+        log.info("%s: loss %.4f on %s tokens", name, domains[name], f"{int(counts[i]):,}")
+    return Losses(loss=(sums.sum() / counts.sum()).item(), domains=domains)

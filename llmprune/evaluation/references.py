@@ -1,5 +1,6 @@
 """The loss that each domain should come down to: measured on the source, or by the scaling law of its family."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from llmprune.models.loaded import find_model
 from llmprune.models.loading import count_parameters
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 EXPONENTS = np.geomspace(1e-3, 3.0, 200)  # between which the fit looks
@@ -120,6 +123,7 @@ def references(
     measured: dict[str, dict[str, Any]] = {}
     for one in tqdm(found, desc="models", disable=len(found) < 2):
         opened = one.open()
+        log.info("measuring the losses of %s: %s parameters", one.name, f"{opened.parameters:,}")
         losses = evaluate_losses(
             opened.model, data, samples_per_domain=samples_per_domain, batch_size=batch_size, boundaries=boundaries
         )

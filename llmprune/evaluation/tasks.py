@@ -143,6 +143,7 @@ class Tasks:
             for task, values in one["results"].items():
                 name = f"{task}@{shots}" if times[task] > 1 else task
                 results.tasks[name] = _metrics(values) | {"num_fewshot": one["n-shot"].get(task, shots)}
+                log.info("%s: %s", name, _shown(results.tasks[name]))
                 if task in one["samples"]:
                     results.samples[name] = [_with_option_tokens(sample, lm) for sample in one["samples"][task]]
         for suite in [name for name in self.config.names if name in SUITES]:
@@ -151,6 +152,8 @@ class Tasks:
 
     def _run_at(self, shots: int | None, tasks: list[str], lm: HFLM) -> dict[str, Any]:
         """What lm-eval gives for some tasks; nothing on ranks but the first."""
+        if not lm.rank:
+            log.info("running %s at %s shots", ", ".join(tasks), "their own" if shots is None else shots)
         with quiet(), _random_state_kept():
             try:
                 return (
@@ -246,6 +249,12 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in values.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and name != "sample_len"
     }
+
+
+def _shown(metrics: Mapping[str, Any]) -> str:
+    """The numbers among a task's metrics, but for their errors, in a line."""
+    named = {name: value for name, value in metrics.items() if isinstance(value, float) and "stderr" not in name}
+    return ", ".join(f"{name} {value:.4f}" for name, value in named.items())
 
 
 def _with_option_tokens(sample: dict[str, Any], lm: HFLM) -> dict[str, Any]:

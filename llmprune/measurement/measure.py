@@ -1,5 +1,6 @@
 """Speed and memory of one or several models, run in turns so that what disturbs one disturbs all."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from llmprune.models.flops import macs
 from llmprune.models.loaded import LoadedModel, find_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 
@@ -197,6 +200,9 @@ def _measure_setting(
             entries[one.name] |= {"latency_s": spread(seconds_of), "tokens_per_s": setting.tokens / np.mean(seconds_of)}
             if one is not opened[0] and first:
                 entries[one.name]["speedup"] = _ratios(first, seconds_of)
+        took = f"{np.mean(times[one.name]):.4f} s" if times[one.name] else "out of memory"
+        sizes = ", ".join(f"{name} {value}" for name, value in setting.describe().items())
+        log.info("%s of %s, %s: %s", setting.kind, one.name, sizes, took)
     return entries
 
 

@@ -110,7 +110,7 @@ def mean_loss(states: Tensor, head: Head, measure: Measure, weights: Sequence[fl
     """The weighted sum of the means of losses over tokens.
 
     Gradients are computed beside the losses, so that a chunk's logits are made once and then dropped; in the backward
-    pass they are there already. It can be gone through once.
+    pass they are there already. There can be one backward pass.
 
     Args:
         states: before the output layer, [tokens, hidden].
@@ -179,5 +179,5 @@ class _MeanLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         found, ctx.gradients = ctx.gradients, None  # so that no second copy of the weight's gradient is made
         if found is None:
-            raise RuntimeError("the loss over the vocabulary can be gone through backwards only once")
+            raise RuntimeError("the loss over the vocabulary takes one backward pass only")
         return *(None if grad is None else grad.mul_(grads[0]) for grad in found), None, None, None

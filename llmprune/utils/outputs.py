@@ -20,6 +20,7 @@ from llmprune.utils.locks import locked
 
 MARK = ".llmprune"
 LOCK = ".llmprune.lock"  # in a folder that a job works in
+LOG = "log.txt"  # what a job logged there; without anything else it is no content
 # What ``temporary_for`` names, and locks, also those that filelock was taking over.
 _LEFTOVER = re.compile(r"\..*(\.llmprune-[0-9a-f]{8}\.(tmp|old)|\.lock(\.(break|restore)\..*)?)")
 
@@ -47,8 +48,19 @@ def is_leftover(path: Path) -> bool:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but leftovers and llmprune's mark; one that is not there is empty, too."""
-    return not folder.is_dir() or all(is_leftover(path) or path.name == MARK for path in folder.iterdir())
+    """Whether a folder holds nothing but leftovers, llmprune's mark and, beside that, what was logged.
+
+    One that is not there is empty, too.
+    """
+    if not folder.is_dir():
+        return True
+    nothing = (MARK, LOG) if is_ours(folder) else (MARK,)
+    return all(is_leftover(path) or path.name in nothing for path in folder.iterdir())
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether llmprune made a folder and something is in it."""
+    return is_ours(folder) and not is_empty(folder)
 
 
 def refuse_deleting(path: Path) -> None:

@@ -127,7 +127,7 @@ def test_what_is_frozen_stays_bit_for_bit(runs: Path, trained_folder: Path, name
     assert all(key.startswith(trained) for key in changed) and bool(changed) == bool(trained)
 
 
-def test_a_plan_with_a_stand_in_is_a_record(runs: Path, trained_folder: Path, tmp_path: Path) -> None:
+def test_a_plan_with_a_replacement_module_is_a_record(runs: Path, trained_folder: Path, tmp_path: Path) -> None:
     """Without its weights it would silently make another model."""
     plan = convert(runs / "one", tmp_path / "out")
     stored = Plan.load(tmp_path / "out" / "llmprune" / "plan.json")
@@ -194,7 +194,7 @@ def test_the_number_of_samples_that_is_named_will_do(
     train(load_training_job(config, [*settings, named, "run.overwrite=true"]))
 
 
-def test_computed_stand_ins_are_least_squares(config: Path, tmp_path: Path) -> None:
+def test_computed_replacement_modules_are_least_squares(config: Path, tmp_path: Path) -> None:
     """Against numpy, from all states stored."""
     settings = ["train.duration=0ba", "block_replacement.fit_samples=16", "block_replacement.ridge=0.0"]
     settings += ["block_replacement.force=true"]
@@ -288,7 +288,7 @@ def test_a_plan_names_the_span(config: Path, tmp_path: Path, trained_folder: Pat
         (["block_replacement.length=null"], "names no span"),
         (["block_replacement.plan=x.json"], "leave out start and length"),
         (["block_replacement.kind=bloks"], "did you mean 'blocks'"),
-        (["block_replacement.blocks=4"], "4 blocks can't stand in for 3"),
+        (["block_replacement.blocks=4"], "4 blocks can't replace 3"),
         (["block_replacement.take=middle"], "take 'middle' is unknown; valid: first, last, spread, random"),
         (["block_replacement.objectives={mse: 0.0}"], "need a positive weight"),
         (["block_replacement.objectives={mse: -1.0}"], "mse is -1.0; it must be zero or positive"),
@@ -318,7 +318,7 @@ def test_mistakes(config: Path, tmp_path: Path, overrides: list[str], message: s
     assert not (tmp_path / "run").exists()
 
 
-def test_a_resumed_run_keeps_its_stand_in(config: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_replacement_module(config: Path, tmp_path: Path) -> None:
     base = [f"run.folder={tmp_path}/run", "train.duration=4ba"]
     train(load_training_job(config, base))
     for change, named in (
@@ -330,7 +330,7 @@ def test_a_resumed_run_keeps_its_stand_in(config: Path, tmp_path: Path) -> None:
             build_trainer(load_training_job(config, [*base, "run.autoresume=true", f"block_replacement.{change}"]))
 
 
-def test_a_stand_in_that_saves_nothing_is_an_alarm(
+def test_a_replacement_module_that_saves_nothing_is_an_alarm(
     config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     build_trainer(load_training_job(config, [f"run.folder={tmp_path}/run", "block_replacement.blocks=3"])).close()

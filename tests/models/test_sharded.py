@@ -34,7 +34,7 @@ def test_blocks_that_were_visited_are_sharded_again(tokens: torch.Tensor, grad: 
 
 
 def test_what_runs_beside_is_a_part_of_the_sharded_model(tokens: torch.Tensor) -> None:
-    """Two blocks stand in for two others, as a module of their own, which is sharded, too."""
+    """Two blocks replace two others, as a module of their own, which is sharded, too."""
     init_distributed("cpu")
     model, mesh = random_model(tiny_config()), init_device_mesh("cpu", (1,))
     others = nn.ModuleList(copy.deepcopy(block) for block in list(blocks_of(model))[1:3])

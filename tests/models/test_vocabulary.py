@@ -121,9 +121,9 @@ def test_only_one_chunk_of_logits_exists(monkeypatch: pytest.MonkeyPatch, tokens
     assert sum(sizes) == 3 * 16 and max(sizes) == 4 and wide == [32]
 
 
-def test_it_is_gone_through_backwards_once() -> None:
+def test_it_takes_one_backward_pass_only() -> None:
     states = made(0, 3, HIDDEN).requires_grad_()
     total, _ = mean_loss(states, Head(made(1, VOCABULARY, HIDDEN)), next_token(torch.arange(3)), [1.0])
     total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="only once"):
+    with pytest.raises(RuntimeError, match="one backward pass only"):
         total.backward()

@@ -119,7 +119,7 @@ def test_block_replacement(waits: Waits, kind: str, objectives: dict[str, float]
     steps(Loop(wrapped(), [callback], waits), 4 if "lm" in objectives else 2, 1)
 
 
-def test_removal_without_a_stand_in(waits: Waits) -> None:
+def test_removal_without_a_replacement_module(waits: Waits) -> None:
     config = BlockReplacementConfig(start=1, length=2, kind="none")
     loop = Loop(wrapped(), [BlockReplacement(config, Span(1, 2), seed=1)], waits)
     loop.evaluate(a_batch())

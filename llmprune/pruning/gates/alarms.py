@@ -1,20 +1,22 @@
-"""Noticing gates that collapse or do not move."""
+"""Noticing gates that collapse, do not move, or have come where they should."""
 
 import logging
 from collections.abc import Mapping
 
 STILL, GAP, MOVED = 50, 0.05, 1e-4  # batches between looks; distance from the target; movement that is none
+THERE = 0.005  # distance from the final target at which it counts as reached
 
 log = logging.getLogger(__name__)
 
 
 class GateAlarms:
-    """Warns, once of each thing, when training the gates goes wrong."""
+    """Warns, once of each thing, when training the gates goes wrong; says once of each target that it is reached."""
 
     def __init__(self) -> None:
         """Nothing has been seen yet."""
         self._before: dict[str, float] = {}
         self._warned: set[tuple[str, str]] = set()
+        self._reached: set[str] = set()
 
     def look(
         self,
@@ -41,6 +43,8 @@ class GateAlarms:
                         f"all {kind} gates of one row are zero at batch {batch}, before the warm-up has ended: lower "
                         "l0_pruning.gate_lr or lengthen l0_pruning.lagrangian_warmup",
                     )
+        else:
+            self._say_reached(batch, expected, targets)
         if batch % STILL:
             return
         for name, target in targets.items():
@@ -52,6 +56,12 @@ class GateAlarms:
                     f"{target:.4f}: raise l0_pruning.gate_lr or l0_pruning.multiplier_lr",
                 )
         self._before = {name: expected[name] for name in targets}
+
+    def _say_reached(self, batch: int, expected: Mapping[str, float], targets: Mapping[str, float]) -> None:
+        for name, target in targets.items():
+            if name not in self._reached and abs(expected[name] - target) < THERE:
+                self._reached.add(name)
+                log.info("the expected sparsity of %s has reached its target, %.4f, at batch %d", name, target, batch)
 
     def _warn(self, alarm: tuple[str, str], message: str) -> None:
         if alarm not in self._warned:

@@ -1,5 +1,6 @@
 """States at both ends of a span on disk, for several epochs over them that run no block of the source."""
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from llmprune.data.order import keyed_generator
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json, write_json
+
+log = logging.getLogger(__name__)
 
 BYTES = 2  # bfloat16
 _MARK = "states.json"
@@ -86,6 +89,9 @@ class StatesCache:
     def complete(self) -> None:
         """Mark the states as complete."""
         self._note(complete=True)
+        log.info(
+            "the states of %s samples are written: %.2f GB in %s", f"{self.samples:,}", self.size / 1e9, self._folder
+        )
 
     def _note(self, *, complete: bool) -> None:
         write_json(self._folder / _MARK, {"complete": complete, "of": self._identity})

@@ -1,11 +1,14 @@
 """Replacement modules that are computed from states: what they are fitted on, and what they come to on other tokens."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def best_map(ways: Sequence[Map], tried: Sums) -> Map:
     """The map with the least error on tokens that none was fitted on; an empty one if none is better than nothing."""
     errors = [error if math.isfinite(error := tried.error(way)) else math.inf for way in (Map(), *ways)]
     place = errors.index(min(errors))
+    share, chosen = errors[place] / errors[0] if errors[0] else 0.0, f"map {place}" if place else "nothing"
+    log.info("%s is the best of %d maps: it leaves %.4f of what the span adds", chosen, len(ways), share)
     return ways[place - 1] if place else Map()
 
 

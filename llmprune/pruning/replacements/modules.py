@@ -251,7 +251,7 @@ class BlocksReplacement(ReplacementModule):
         super().__init__()
         length, count = site.span.length, config.blocks
         if count > length:
-            raise UserError(f"{count} blocks can't stand in for {length}: choose block_replacement.blocks ≤ {length}")
+            raise UserError(f"{count} blocks can't replace {length}: choose block_replacement.blocks ≤ {length}")
         if config.take not in TAKEN:
             raise UserError(f"block_replacement.take is '{config.take}'; choose {', '.join(TAKEN)}")
         places = {

@@ -157,7 +157,7 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
         layers = family_of(model.config).shape(model.config).layers
         predicts = {"lm", "kl"} & set(own.weights)
         end = span.end if predicts else layers
-        stands = own.blocks if own.kind == "blocks" else 1
+        places = own.blocks if own.kind == "blocks" else 1  # of the span, that the module takes
         added = sum(p.numel() for p in network.parameters())
 
         def flops(length: int, also: int) -> int:
@@ -168,7 +168,7 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
             before,
             names=set(parameter_names_of(model, own.also)),
             added=added,
-            lowest=max(end - stands, 0),
+            lowest=max(end - places, 0),
             logits="compared" if "kl" in predicts else "learned" if predicts else "evaluated",
             flops=flops,
         )

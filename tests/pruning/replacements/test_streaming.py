@@ -30,7 +30,7 @@ OBJECTIVES = {"mse": 0.5, "cosine": 2.0, "lm": 1.0, "kl": 0.7}
 SPAN = Span(1, 2)
 
 
-def stand_in_for(model: PreTrainedModel, span: Span = SPAN, **settings: object) -> ReplacementModule:
+def replacement_for(model: PreTrainedModel, span: Span = SPAN, **settings: object) -> ReplacementModule:
     """A replacement module none of whose parameters is zero."""
     config = BlockReplacementConfig(length=span.length, **settings)  # type: ignore[arg-type]
     made = REPLACEMENTS[config.kind](Site(model, span, 3), config)
@@ -74,7 +74,7 @@ def outputs(model: PreTrainedModel, block: int, tokens: torch.Tensor) -> tuple[t
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_are_those_of_storing_everything(name: str, tokens: torch.Tensor) -> None:
     model = random_model(CONFIGS[name]).requires_grad_(False)
-    replacement = stand_in_for(model, kind="blocks", blocks=1, take="last")
+    replacement = replacement_for(model, kind="blocks", blocks=1, take="last")
     streaming = Streaming(model, replacement, SPAN, OBJECTIVES, temperature=2.0)
     batch = {"input_ids": tokens}
     loss = streaming.loss(batch)
@@ -120,7 +120,7 @@ def test_only_what_is_needed_runs(tokens: torch.Tensor) -> None:
         block.register_forward_hook(lambda *_, number=number: ran.append(number))
     wide = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: wide.append(output.shape[-1]))
-    replacement = stand_in_for(model, kind="ffn")
+    replacement = replacement_for(model, kind="ffn")
     for weights, blocks in (
         ({"mse": 1.0}, [0, 1, 2]),
         ({"lm": 1.0}, [0, 3]),
@@ -149,7 +149,7 @@ def test_the_span_itself_begins_at_zero(name: str, tokens: torch.Tensor) -> None
 def test_spans_at_both_ends(start: int, tokens: torch.Tensor) -> None:
     model = random_model(CONFIGS["llama-grouped-tied"]).requires_grad_(False)
     span = Span(start, 2)
-    streaming = Streaming(model, stand_in_for(model, span, kind="linear"), span, {"mse": 1.0})
+    streaming = Streaming(model, replacement_for(model, span, kind="linear"), span, {"mse": 1.0})
     source, short = streaming.forward({"input_ids": tokens})
     states = model(input_ids=tokens, output_hidden_states=True).hidden_states
     assert torch.allclose(source.before, states[start], atol=1e-5)
@@ -161,7 +161,7 @@ def test_spans_at_both_ends(start: int, tokens: torch.Tensor) -> None:
 def test_documents_are_kept_apart(tokens: torch.Tensor) -> None:
     """What follows a boundary does not depend on what stands before it."""
     model = random_model(CONFIGS["opt"]).requires_grad_(False)
-    streaming = Streaming(model, stand_in_for(model, kind="blocks"), SPAN, {"mse": 1.0})
+    streaming = Streaming(model, replacement_for(model, kind="blocks"), SPAN, {"mse": 1.0})
     positions = torch.cat([torch.arange(9), torch.arange(8)]).expand(3, -1)
     source, short = streaming.forward({"input_ids": tokens, "position_ids": positions})
     alone = tokens[:, 9:]
@@ -193,9 +193,9 @@ def test_exported_models_compute_the_same(name: str, kind: str, tokens: torch.Te
     model = random_model(CONFIGS[name]).requires_grad_(False)
     if kind == "closed_form" and not family_of(model.config).ends_linearly:
         with pytest.raises(UserError, match="norm after the MLP"):
-            stand_in_for(model, kind=kind)
+            replacement_for(model, kind=kind)
         return
-    replacement = stand_in_for(model, kind=kind)
+    replacement = replacement_for(model, kind=kind)
     exported(model, replacement, kind, tmp_path)
 
     with torch.no_grad():
@@ -212,10 +212,10 @@ def test_exported_models_compute_the_same(name: str, kind: str, tokens: torch.Te
         assert type(reloaded).__module__.startswith("transformers.models")
 
 
-def test_a_stand_in_before_the_first_block(tokens: torch.Tensor, tmp_path: Path) -> None:
+def test_a_replacement_module_before_the_first_block(tokens: torch.Tensor, tmp_path: Path) -> None:
     model = random_model(CONFIGS["opt"]).requires_grad_(False)
     span = Span(0, 1)
-    replacement = stand_in_for(model, span, kind="swiglu")
+    replacement = replacement_for(model, span, kind="swiglu")
     exported(model, replacement, "swiglu", tmp_path, span)
     with torch.no_grad():
         wanted = logits_of(Streaming(model, replacement, span, {}), tokens)
@@ -226,7 +226,7 @@ def test_a_stand_in_before_the_first_block(tokens: torch.Tensor, tmp_path: Path)
 def test_a_type_of_its_own(tmp_path: Path) -> None:
     """So that nothing takes such a model for a plain one."""
     model = random_model(CONFIGS["llama-grouped-tied"])
-    replacement = stand_in_for(model, kind="mean")
+    replacement = replacement_for(model, kind="mean")
     exported(model, replacement, "mean", tmp_path)
     assert '"model_type": "llmprune_llama"' in (tmp_path / "out" / "config.json").read_text()
     with pytest.raises(UserError, match="neither pruned nor trained"):
@@ -234,10 +234,10 @@ def test_a_type_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_bfloat16_model_teaches_a_float32_stand_in(name: str, tokens: torch.Tensor) -> None:
+def test_a_bfloat16_model_teaches_a_float32_replacement_module(name: str, tokens: torch.Tensor) -> None:
     """As with model.dtype=bfloat16 and amp_bf16: the same as in float32, but for rounding."""
     model = random_model(CONFIGS[name]).requires_grad_(False)
-    exact, mixed = (stand_in_for(model, kind="blocks"), stand_in_for(model, kind="blocks"))
+    exact, mixed = (replacement_for(model, kind="blocks"), replacement_for(model, kind="blocks"))
     batch, weights = {"input_ids": tokens}, {"mse": 1.0, "kl": 1.0}
     wanted = Streaming(model, exact, SPAN, weights)
     loss = wanted.loss(batch)
@@ -257,7 +257,7 @@ def test_operations_are_those_of_torchs_counter(tokens: torch.Tensor) -> None:
     config = CONFIGS["llama-grouped-untied"]
     model = random_model(config, attention="eager").requires_grad_(False)
     for kind in ("blocks", "swiglu"):
-        replacement = stand_in_for(model, kind=kind)
+        replacement = replacement_for(model, kind=kind)
         for weights in ({"mse": 1.0}, {"lm": 1.0}, {"kl": 1.0}, {"mse": 1.0, "lm": 1.0}):
             streaming = Streaming(model, replacement, SPAN, weights)
             with FlopCounterMode(display=False) as counter:

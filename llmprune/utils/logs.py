@@ -1,0 +1,52 @@
+"""Where log lines go: to standard error, from a level of choice on. Imported before anything that takes long."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from llmprune.utils.errors import UserError, nearest
+
+VARIABLE = "LLMPRUNE_LOG"
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+FORM = "%(asctime)s %(name)s: %(message)s"
+_LOGGERS = ("llmprune", "data_prep")
+
+
+class _Shown(logging.Handler):
+    """Prints lines on whatever standard error is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one."""
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def logs_shown() -> Iterator[None]:
+    """Print the lines of llmprune and data_prep from the level in ``LLMPRUNE_LOG`` on (default: WARNING).
+
+    Raises:
+        UserError: there is no such level.
+    """
+    name = os.environ.get(VARIABLE, "").upper() or "WARNING"
+    if name not in LEVELS:
+        raise UserError(f"{VARIABLE} is '{os.environ[VARIABLE]}'; {nearest(name, LEVELS)}")
+    shown = _Shown(name)
+    shown.setFormatter(logging.Formatter(FORM, "%H:%M:%S"))
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(shown)
+        logger.setLevel(name)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(shown)
+            logger.setLevel(level)
+
+
+def is_shown(logger: logging.Logger) -> bool:
+    """Whether a command is running that shows its lines, not a program that imports llmprune."""
+    return any(isinstance(handler, _Shown) for handler in logger.handlers)

@@ -46,26 +46,26 @@ def convert(
     Raises:
         UserError: there is no checkpoint, it is damaged, or ``out`` exists.
     """
-    opened = Checkpoint.open(checkpoint)
-    refuse_replacing(out, [opened.path])
+    found = Checkpoint.open(checkpoint)
+    refuse_replacing(out, [found.path])
     refuse_existing(Path(out), overwrite)
-    manifest = opened.manifest
-    whole = keep_everything(opened.config, opened.fingerprint())
-    result = Result(opened.weights, whole, newest=opened.path != Path(checkpoint).resolve())
-    for section, settings in opened.sections:
-        result = section.convert(settings, opened, result)
+    manifest = found.manifest
+    whole = keep_everything(found.config, found.fingerprint())
+    result = Result(found.weights, whole, newest=found.path != Path(checkpoint).resolve())
+    for section, settings in found.sections:
+        result = section.convert(settings, found, result)
     card = {
         "Data": f"Trained on `{manifest.data['path']}`.",
         "Training": {"seed": manifest.seed, "versions": manifest.versions, **manifest.sections},
     }
-    if results := last_evaluation(RunFolder(opened.path.parent.parent).metrics, opened.batch):
+    if results := last_evaluation(RunFolder(found.path.parent.parent).metrics, found.batch):
         card["Results of the last evaluation in training"] = results
     export(
         result.weights,
-        opened.config,
+        found.config,
         result.plan,
         out,
-        companions=opened.model_folder,
+        companions=found.model_folder,
         source=manifest.source,
         network=result.network,
         card=card,
@@ -135,17 +135,17 @@ def export_adapter(checkpoint: Path | str, out: Path | str, *, overwrite: bool =
     Raises:
         UserError: it has none, is damaged, or ``out`` exists.
     """
-    opened = Checkpoint.open(checkpoint)
-    refuse_replacing(out, [opened.path])
+    found = Checkpoint.open(checkpoint)
+    refuse_replacing(out, [found.path])
     refuse_existing(Path(out), overwrite)
-    lora = opened.manifest.section(LoRAConfig)
+    lora = found.manifest.section(LoRAConfig)
     if lora is None:
-        raise UserError(f"{opened.path} has no adapters: it was not trained with lora")
-    settings = lora.peft(opened.config, opened.manifest.source)
+        raise UserError(f"{found.path} has no adapters: it was not trained with lora")
+    settings = lora.peft(found.config, found.manifest.source)
     settings.inference_mode = True
     with output_folder(out, overwrite) as folder:
         settings.save_pretrained(str(folder))
-        save_tensors(folder / "adapter_model.safetensors", adapter_tensors(CheckpointWeights(opened.state)), {})
+        save_tensors(folder / "adapter_model.safetensors", adapter_tensors(CheckpointWeights(found.state)), {})
         record(folder)
 
 

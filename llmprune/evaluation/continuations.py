@@ -159,7 +159,7 @@ def encode_prompts(
 
 @torch.inference_mode()
 def write_continuations(
-    opened: LoadedModel, prompts: Sequence[Prompt], config: GenerationConfig
+    loaded: LoadedModel, prompts: Sequence[Prompt], config: GenerationConfig
 ) -> list[dict[str, Any]]:
     """Let a model go on from every prompt.
 
@@ -172,9 +172,9 @@ def write_continuations(
         UserError: a prompt has no tokens or leaves no room for an output, or the model is broken.
     """
     config.check()
-    model, tokenizer = opened.model, opened.tokenizer
+    model, tokenizer = loaded.model, loaded.tokenizer
     encoded = encode_prompts(prompts, tokenizer, config.max_new_tokens, model.config)
-    generation = opened.generation(**config.settings)
+    generation = loaded.generation(**config.settings)
     pad = generation["generation_config"].pad_token_id
     set_seed(config.seed)
     outputs: list[str] = []
@@ -188,7 +188,7 @@ def write_continuations(
         except RuntimeError as error:
             if "probability tensor" not in str(error):
                 raise
-            raise UserError(f"the logits of {opened.name} are no numbers: its weights are broken") from None
+            raise UserError(f"the logits of {loaded.name} are no numbers: its weights are broken") from None
         outputs += tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
     repeated = [prompt for prompt in prompts for _ in range(config.per_prompt)]
     return [

@@ -137,13 +137,13 @@ def _prepare(found: ModelSource, config: EvaluationConfig) -> _Work:
 
 
 def _evaluate_model(work: _Work, config: EvaluationConfig, tasks: Tasks | None, logs: Path | None) -> dict[str, Any]:
-    opened = work.found.open()
-    log.info("evaluating %s: %s parameters", work.found.name, f"{opened.parameters:,}")
-    found: dict[str, Any] = {"parameters": opened.parameters}
+    loaded = work.found.open()
+    log.info("evaluating %s: %s parameters", work.found.name, f"{loaded.parameters:,}")
+    found: dict[str, Any] = {"parameters": loaded.parameters}
     if work.streams:
-        found["perplexity"] = {name: _perplexity(opened, tokens, config) for name, tokens in work.streams.items()}
+        found["perplexity"] = {name: _perplexity(loaded, tokens, config) for name, tokens in work.streams.items()}
     if tasks is not None:
-        ran = tasks.run(language_model(opened.model, opened.tokenizer, batch_size=config.batch_size))
+        ran = tasks.run(language_model(loaded.model, loaded.tokenizer, batch_size=config.batch_size))
         assert ran is not None  # there is one rank
         found |= {"tasks": ran.tasks, "averages": ran.averages}
         if logs is not None:
@@ -151,7 +151,7 @@ def _evaluate_model(work: _Work, config: EvaluationConfig, tasks: Tasks | None, 
     if config.prompts is not None:
         log.info("writing continuations of %d prompts", len(work.prompts))
         records = _with_batch_size(
-            config, lambda size: write_continuations(opened, work.prompts, replace(config.generation, batch_size=size))
+            config, lambda size: write_continuations(loaded, work.prompts, replace(config.generation, batch_size=size))
         )
         found["continuations"] = {Path(config.prompts).stem: continuation_scores(records)}
         if logs is not None:
@@ -159,7 +159,7 @@ def _evaluate_model(work: _Work, config: EvaluationConfig, tasks: Tasks | None, 
     return found
 
 
-def _perplexity(opened: LoadedModel, tokens: Tensor, config: EvaluationConfig) -> dict[str, Any]:
+def _perplexity(loaded: LoadedModel, tokens: Tensor, config: EvaluationConfig) -> dict[str, Any]:
     """A stream's perplexity in every mode."""
     settings = config.perplexity
     entry: dict[str, Any] = {
@@ -170,8 +170,8 @@ def _perplexity(opened: LoadedModel, tokens: Tensor, config: EvaluationConfig) -
     for mode in settings.bos:
 
         def measure(batch_size: int, mode: str = mode) -> Perplexity:
-            bos = bos_of(opened.tokenizer)
-            return measure_perplexity(opened.model, tokens, settings, mode, bos=bos, batch_size=batch_size)
+            bos = bos_of(loaded.tokenizer)
+            return measure_perplexity(loaded.model, tokens, settings, mode, bos=bos, batch_size=batch_size)
 
         measured = _with_batch_size(config, measure)
         log.info("perplexity %.4f of %s tokens, bos %s", measured.value, f"{measured.tokens:,}", mode)

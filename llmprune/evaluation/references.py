@@ -122,12 +122,12 @@ def references(
         _check_sizes([count_parameters(one.config) for one in found])
     measured: dict[str, dict[str, Any]] = {}
     for one in tqdm(found, desc="models", disable=len(found) < 2):
-        opened = one.open()
-        log.info("measuring the losses of %s: %s parameters", one.name, f"{opened.parameters:,}")
+        loaded = one.open()
+        log.info("measuring the losses of %s: %s parameters", one.name, f"{loaded.parameters:,}")
         losses = evaluate_losses(
-            opened.model, data, samples_per_domain=samples_per_domain, batch_size=batch_size, boundaries=boundaries
+            loaded.model, data, samples_per_domain=samples_per_domain, batch_size=batch_size, boundaries=boundaries
         )
-        measured[one.name] = {"parameters": opened.parameters, "losses": losses.domains}
+        measured[one.name] = {"parameters": loaded.parameters, "losses": losses.domains}
     result: dict[str, Any] = {"schema": SCHEMA, "models": measured}
     if size is None:
         return {**result, "references": measured[models[0]]["losses"]}

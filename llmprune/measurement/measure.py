@@ -117,39 +117,39 @@ def measure(
     for one in found_models:
         if one.limit is not None and longest > one.limit:
             raise UserError(f"prompt and output have {longest} tokens together; {one.name} takes {one.limit}")
-    opened = [one.open() for one in found_models]
-    found: dict[str, Any] = {one.name: size(one, max(config.prompt_tokens)) for one in opened}
-    watch = UtilisationWatch(opened[0].model.device)
+    loaded = [one.open() for one in found_models]
+    found: dict[str, Any] = {one.name: size(one, max(config.prompt_tokens)) for one in loaded}
+    watch = UtilisationWatch(loaded[0].model.device)
     bar = tqdm(settings, desc="settings", disable=not progress)
     with watch.running():
         for setting in bar:
-            for name, entry in _measure_setting(opened, setting, config, watch).items():
+            for name, entry in _measure_setting(loaded, setting, config, watch).items():
                 found[name][setting.kind].append(setting.describe() | entry)
     for entry in found.values():
         peaks = [e["peak_memory_bytes"] for kind in ("generation", "prefill") for e in entry[kind] if "latency_s" in e]
         entry["peak_memory_bytes"] = max(peaks, default=None)
-    device = opened[0].model.device.type
+    device = loaded[0].model.device.type
     return {
         "schema": SCHEMA,
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "dtype": str(opened[0].model.dtype).removeprefix("torch."),
+        "dtype": str(loaded[0].model.dtype).removeprefix("torch."),
         "warmups": config.warmups,
         "repeats": config.repeats,
         "models": found,
     }, watch
 
 
-def size(opened: LoadedModel, context: int) -> dict[str, Any]:
+def size(loaded: LoadedModel, context: int) -> dict[str, Any]:
     """Parameters, and operations for one token after ``context`` others."""
-    model = opened.model
-    total = opened.parameters
+    model = loaded.model
+    total = loaded.parameters
     embeddings = {id(p): p.numel() for p in model.get_input_embeddings().parameters()}
     if (output := model.get_output_embeddings()) is not None:
         embeddings |= {id(p): p.numel() for p in output.parameters()}
     entry: dict[str, Any] = {
         "parameters": total,
         "parameters_without_embeddings": total - sum(embeddings.values()),
-        "weights_bytes": weights_bytes(opened),
+        "weights_bytes": weights_bytes(loaded),
         "macs_per_token": None,
         "context": context,
         "generation": [],
@@ -162,19 +162,19 @@ def size(opened: LoadedModel, context: int) -> dict[str, Any]:
     return {**entry, "macs_per_token": found.total, "flops_per_token": found.forward}
 
 
-def weights_bytes(opened: LoadedModel) -> int:
+def weights_bytes(loaded: LoadedModel) -> int:
     """Bytes of parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in (*opened.model.parameters(), *opened.model.buffers()))
+    return sum(t.numel() * t.element_size() for t in (*loaded.model.parameters(), *loaded.model.buffers()))
 
 
 def _measure_setting(
-    opened: Sequence[LoadedModel], setting: Setting, config: MeasureConfig, watch: UtilisationWatch
+    loaded: Sequence[LoadedModel], setting: Setting, config: MeasureConfig, watch: UtilisationWatch
 ) -> dict[str, dict[str, Any]]:
     """Time one setting of every model, in turns."""
-    runs = {one.name: _runner(one, setting, config.seed) for one in opened}
-    entries: dict[str, dict[str, Any]] = {one.name: {} for one in opened}
-    times: dict[str, list[float]] = {one.name: [] for one in opened}
-    for one in opened:
+    runs = {one.name: _runner(one, setting, config.seed) for one in loaded}
+    entries: dict[str, dict[str, Any]] = {one.name: {} for one in loaded}
+    times: dict[str, list[float]] = {one.name: [] for one in loaded}
+    for one in loaded:
         device = one.model.device
         fits = _timed(runs[one.name], device) is not None  # a run before, so that what stays allocated is there
         with peak_memory(device) as peak:
@@ -185,7 +185,7 @@ def _measure_setting(
             else {"out_of_memory": True}
         )
     for number in range(config.warmups + config.repeats):
-        for one in opened:
+        for one in loaded:
             if "out_of_memory" in entries[one.name]:
                 continue
             watch.doing = f"{setting.kind} {one.name} batch {setting.batch}"
@@ -194,11 +194,11 @@ def _measure_setting(
                 entries[one.name], times[one.name] = {"out_of_memory": True}, []
             elif number >= config.warmups:
                 times[one.name].append(seconds)
-    first = times[opened[0].name]
-    for one in opened:
+    first = times[loaded[0].name]
+    for one in loaded:
         if seconds_of := times[one.name]:
             entries[one.name] |= {"latency_s": spread(seconds_of), "tokens_per_s": setting.tokens / np.mean(seconds_of)}
-            if one is not opened[0] and first:
+            if one is not loaded[0] and first:
                 entries[one.name]["speedup"] = _ratios(first, seconds_of)
         took = f"{np.mean(times[one.name]):.4f} s" if times[one.name] else "out of memory"
         sizes = ", ".join(f"{name} {value}" for name, value in setting.describe().items())
@@ -206,8 +206,8 @@ def _measure_setting(
     return entries
 
 
-def _runner(opened: LoadedModel, setting: Setting, seed: int) -> Callable[[], Tensor]:
-    model = opened.model
+def _runner(loaded: LoadedModel, setting: Setting, seed: int) -> Callable[[], Tensor]:
+    model = loaded.model
 
     @cache  # made by the first run, which is not timed: it may already be too large
     def prompts() -> dict[str, Tensor]:
@@ -218,7 +218,7 @@ def _runner(opened: LoadedModel, setting: Setting, seed: int) -> Callable[[], Te
 
     length = {"min_new_tokens": setting.output, "max_new_tokens": setting.output}
     generation = (
-        {} if setting.output is None else opened.generation(do_sample=False, use_cache=setting.cached, **length)
+        {} if setting.output is None else loaded.generation(do_sample=False, use_cache=setting.cached, **length)
     )
     last_alone = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
 

@@ -68,14 +68,14 @@ def make_plan(
     place = model or scores.model
 
     @cache
-    def opened() -> ScoredModel:
-        return open_scored(scores, place) if trial is None else trial.opened
+    def scored() -> ScoredModel:
+        return open_scored(scores, place) if trial is None else trial.scored
 
-    plan = select(Request(scores, config, opened, _parallel(scores, config, place)))
+    plan = select(Request(scores, config, scored, _parallel(scores, config, place)))
     if config.shape is not None:
         Surgery(load_model_config(place), plan)
     if config.correction != "none":
-        losses = PlanLosses.of(plan, trial or Trial(opened()))
+        losses = PlanLosses.of(plan, trial or Trial(scored()))
         if told is not None:
             told(losses)
         if not config.force:
@@ -155,7 +155,7 @@ def best_under(
         budget: its multiple and tries.
         model: where the model lies now; None = where it lay when it was scored.
     """
-    request = _request(scores, config, model or scores.model, trial.opened)
+    request = _request(scores, config, model or scores.model, trial.scored)
     sizes, blocks = ShapeSizes(load_model_config(model or scores.model)), _Blocks(request)
     steps = _steps(request, sizes, budget.multiple)
 
@@ -166,7 +166,7 @@ def best_under(
     choice = Chooser(sizes, steps, limits, plan_for, trial.loss, budget.tries).choose()
     plan = choice.plan
     if config.correction != "none" and is_correctable(plan):
-        plan = corrected(plan, config.correction, trial.opened)
+        plan = corrected(plan, config.correction, trial.scored)
     losses = PlanLosses.of(plan, trial)
     if not config.force:
         losses.refuse_ruinous()
@@ -328,8 +328,8 @@ def comparison_table(gone: dict[str, list[int]], layers: int) -> str:
     return "\n".join(lines)
 
 
-def _request(scores: Scores, config: PlanConfig, model: str, opened: ScoredModel | None = None) -> Request:
-    return Request(scores, config, lambda: opened or open_scored(scores, model), _parallel(scores, config, model))
+def _request(scores: Scores, config: PlanConfig, model: str, scored: ScoredModel | None = None) -> Request:
+    return Request(scores, config, lambda: scored or open_scored(scores, model), _parallel(scores, config, model))
 
 
 def _parallel(scores: Scores, config: PlanConfig, model: str) -> bool:

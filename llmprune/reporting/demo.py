@@ -45,20 +45,20 @@ class Generated:
         )
 
 
-def answer(opened: LoadedModel, prompt: str, config: GenerationConfig) -> Generated:
+def answer(loaded: LoadedModel, prompt: str, config: GenerationConfig) -> Generated:
     """Let a model go on from a prompt, ``config.batch_size`` times at once.
 
     Raises:
         UserError: the prompt is empty or too long.
     """
     prompts = [Prompt(prompt)] * config.batch_size
-    with peak_memory(opened.model.device) as peak:
+    with peak_memory(loaded.model.device) as peak:
         start = time.perf_counter()
-        records = write_continuations(opened, prompts, config)
+        records = write_continuations(loaded, prompts, config)
         seconds = time.perf_counter() - start
     texts = [record["output"] for record in records]
-    tokens = sum(len(ids) for ids in opened.tokenizer(texts, add_special_tokens=False)["input_ids"])
-    return Generated(texts, seconds, tokens, weights_bytes(opened) + peak.added)
+    tokens = sum(len(ids) for ids in loaded.tokenizer(texts, add_special_tokens=False)["input_ids"])
+    return Generated(texts, seconds, tokens, weights_bytes(loaded) + peak.added)
 
 
 def check_request(prompt: str, **settings: float | None) -> None:
@@ -82,7 +82,7 @@ def build(models: Sequence[LoadedModel]) -> Any:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr
 
-    sizes = [opened.parameters for opened in models]
+    sizes = [loaded.parameters for loaded in models]
 
     def run(
         prompt: str, tokens: float, batch: float, seed: float, temperature: float, top_k: float, top_p: float
@@ -103,9 +103,9 @@ def build(models: Sequence[LoadedModel]) -> Any:
             seed=int(seed),
             batch_size=int(batch),
         )
-        for number, opened in enumerate(models):
+        for number, loaded in enumerate(models):
             try:
-                found = answer(opened, prompt, config)
+                found = answer(loaded, prompt, config)
             except UserError as error:
                 raise gr.Error(str(error)) from None
             shown[2 * number : 2 * number + 2] = ["\n\n———\n\n".join(found.texts), found.describe(sizes[number])]
@@ -126,9 +126,9 @@ def build(models: Sequence[LoadedModel]) -> Any:
         button = gr.Button("Generate", variant="primary")
         outputs = []
         with gr.Row():
-            for opened in models:
+            for loaded in models:
                 with gr.Column(min_width=260):
-                    outputs += [gr.Textbox(label=opened.name, lines=10), gr.Markdown()]
+                    outputs += [gr.Textbox(label=loaded.name, lines=10), gr.Markdown()]
         inputs = [prompt, tokens, batch, seed, temperature, top_k, top_p]
         button.click(run, inputs, outputs, api_name="generate", concurrency_limit=1)
         prompt.submit(run, inputs, outputs, api_name=False, concurrency_limit=1)

@@ -43,7 +43,7 @@ class PlanLosses:
             corrections={},
         )
         uncorrected = trial.loss(replace(plan, corrections={})) if plan.corrections else None
-        return cls(trial.loss(whole), uncorrected, trial.loss(plan), math.log(trial.opened.model.config.vocab_size))
+        return cls(trial.loss(whole), uncorrected, trial.loss(plan), math.log(trial.scored.model.config.vocab_size))
 
     def refuse_ruinous(self) -> None:
         """Refuse a plan that nobody can want.

@@ -20,20 +20,20 @@ class Trial:
     """A model that computes what plans leave of it, one after the other.
 
     Attributes:
-        opened: the model; between trials it computes as before.
+        scored: the model; between trials it computes as before.
     """
 
-    def __init__(self, opened: ScoredModel) -> None:
+    def __init__(self, scored: ScoredModel) -> None:
         """Let the model compute with gates."""
-        self.opened = opened
-        family = family_of(opened.model.config)
-        self._slot = attach(opened.model, family, {"hidden", "attention", "mlp", "query", "channel"})
+        self.scored = scored
+        family = family_of(scored.model.config)
+        self._slot = attach(scored.model, family, {"hidden", "attention", "mlp", "query", "channel"})
         self._whole = self._slot.factors
 
     @torch.no_grad()
     def loss(self, plan: Plan) -> float:
         """The mean loss per token in nats on the calibration samples."""
-        model, tokens = self.opened.model, self.opened.tokens
+        model, tokens = self.scored.model, self.scored.tokens
         factors = factors_of(plan)
         on_device = {name: value.to(tokens.device) for name, value in factors.trainable().items()}
         kept = {name: value.to(tokens.device) for name, value in factors.kept.items()}
@@ -49,8 +49,8 @@ class Trial:
 
     def _mean_loss(self) -> float:
         total, count = 0.0, 0
-        for part in self.opened.tokens.split(self.opened.batch_size):
-            losses, counts = token_losses(self.opened.model(input_ids=part, use_cache=False).logits, part)
+        for part in self.scored.tokens.split(self.scored.batch_size):
+            losses, counts = token_losses(self.scored.model(input_ids=part, use_cache=False).logits, part)
             total, count = total + losses.double().sum().item(), count + int(counts.sum())
         return total / count
 
@@ -59,8 +59,8 @@ class Trial:
         """While open, output matrices and their biases are as the plan corrects them."""
         before: dict[str, Tensor] = {}
         if plan.corrections:
-            surgery = Surgery(self.opened.model.config, plan)
-            weights = dict(self.opened.model.named_parameters())
+            surgery = Surgery(self.scored.model.config, plan)
+            weights = dict(self.scored.model.named_parameters())
             corrected = {
                 name: surgery.whole(name, weights)
                 for name in weights

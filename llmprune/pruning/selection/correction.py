@@ -103,20 +103,20 @@ def is_correctable(plan: Plan) -> bool:
 
 
 @torch.no_grad()
-def corrected(plan: Plan, kind: str, opened: "ScoredModel") -> Plan:
+def corrected(plan: Plan, kind: str, scored: "ScoredModel") -> Plan:
     """The plan with corrections of the output matrices of all attentions and MLPs that it narrows.
 
     Args:
         plan: which units stay.
         kind: ``mean`` folds the mean of what goes into the bias, for models that have one there; ``refit`` fits the
             kept columns by least squares, and the bias where there is one.
-        opened: the model and its calibration samples; one forward pass, with a matrix of [inputs, kept
+        scored: the model and its calibration samples; one forward pass, with a matrix of [inputs, kept
             inputs] in float64 for one block at a time.
 
     Raises:
         UserError: there are no biases for ``mean``, blocks are merged, or the samples are too few.
     """
-    model, samples = opened.model, opened.tokens
+    model, samples = scored.model, scored.tokens
     check_samples(plan, kind, *samples.shape)
     fitted = samples_fitted(len(samples))
     family = family_of(model.config)
@@ -140,11 +140,11 @@ def corrected(plan: Plan, kind: str, opened: "ScoredModel") -> Plan:
         }
         modules = {sublayer: blocks[number].get_submodule(outputs[sublayer]) for sublayer in reads}
         with _reading(modules, {sublayer: read.add for sublayer, read in reads.items()}):
-            after = in_batches(run, states[:fitted], opened.batch_size)
+            after = in_batches(run, states[:fitted], scored.batch_size)
         ways = {name: _ways(read, modules[name], family.name) for name, read in reads.items()}
         tried = {name: _Tried(read, modules[name], ways[name]) for name, read in reads.items()}
         with _reading(modules, {sublayer: one.add for sublayer, one in tried.items()}):
-            after = torch.cat([after, in_batches(run, states[fitted:], opened.batch_size)])
+            after = torch.cat([after, in_batches(run, states[fitted:], scored.batch_size)])
         for sublayer, one in tried.items():
             found.update({f"{name}.{sublayer}.{number}": tensor.float().cpu() for name, tensor in one.best().items()})
         return after[:1, :1] if number == len(blocks) - 1 else after

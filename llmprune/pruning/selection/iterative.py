@@ -21,21 +21,21 @@ def iterative(request: Request) -> tuple[KeptBlock, ...]:
     name = request.criterion
     if CRITERIA[name].section is not ScoreSection.BLOCKS:
         raise UserError(f"iterative selection needs a criterion of blocks; {name} is none")
-    removable, opened = set(request.removable()), request.open()
+    removable, scored = set(request.removable()), request.open()
     settings = request.scores.settings
     live = list(range(request.layers))
     for _ in range(request.remove):
-        with shortened(opened.model, live):
+        with shortened(scored.model, live):
             job = ScoringJob(
-                opened.model.config,
-                opened.model.device,
+                scored.model.config,
+                scored.model.device,
                 settings["row_reduction"],
                 settings["matrix_reduction"],
                 seed=settings["seed"],
             )
-            scorer = Scorer(opened.model, [name], job, batch_size=opened.batch_size)
+            scorer = Scorer(scored.model, [name], job, batch_size=scored.batch_size)
             if scorer.reads_text:
-                for tokens in opened.tokens.split(opened.batch_size):
+                for tokens in scored.tokens.split(scored.batch_size):
                     scorer.update(tokens)
             scores = scorer.scores()[ScoreSection.BLOCKS.value][name]
         places = [place for place, block in enumerate(live) if block in removable]
@@ -53,16 +53,16 @@ def greedy(request: Request) -> tuple[KeptBlock, ...]:
     N + Σ_k (N−k−2)(N−k−1)/2 block evaluations per batch, k from 0 to K − 1.
     """
     no_criterion(request)
-    removable, opened = request.removable(default=1), request.open()
-    _check_memory(request, opened)
-    present = _Trace.of_whole(opened, request.layers)
+    removable, scored = request.removable(default=1), request.open()
+    _check_memory(request, scored)
+    present = _Trace.of_whole(scored, request.layers)
     gone: list[int] = []
     for _ in range(request.remove):
         best: tuple[float, int, _Trace] | None = None
         for block in removable:
             if block in gone:
                 continue
-            trace = present.without(opened, block)
+            trace = present.without(scored, block)
             if best is None or trace.loss < best[0]:
                 best = trace.loss, block, trace
         assert best is not None
@@ -84,27 +84,27 @@ class _Trace:
         self.live, self.inputs, self.loss = list(live), inputs, 0.0
 
     @classmethod
-    def of_whole(cls, opened: ScoredModel, layers: int) -> "_Trace":
+    def of_whole(cls, scored: ScoredModel, layers: int) -> "_Trace":
         trace = cls(range(layers), {})
-        trace._walk(opened, start=0)
+        trace._walk(scored, start=0)
         return trace
 
-    def without(self, opened: ScoredModel, block: int) -> "_Trace":
+    def without(self, scored: ScoredModel, block: int) -> "_Trace":
         """The same with one block less, computed from that block on."""
         live = [other for other in self.live if other != block]
         trace = _Trace(live, {number: states for number, states in self.inputs.items() if number < block})
         following = next((other for other in live if other > block), None)
-        trace._walk(opened, start=block if following is None else following, states=self.inputs[block])
+        trace._walk(scored, start=block if following is None else following, states=self.inputs[block])
         return trace
 
     @torch.no_grad()
-    def _walk(self, opened: ScoredModel, start: int, states: Tensor | None = None) -> None:
+    def _walk(self, scored: ScoredModel, start: int, states: Tensor | None = None) -> None:
         """Compute from block ``start`` on, which reads ``states`` (None: what the embedding gives)."""
         recorded: dict[int, list[Tensor]] = {number: [] for number in self.live if number >= start}
         loss, count = 0.0, 0
-        for first in range(0, len(opened.tokens), opened.batch_size):
-            part = slice(first, first + opened.batch_size)
-            tokens = opened.tokens[part]
+        for first in range(0, len(scored.tokens), scored.batch_size):
+            part = slice(first, first + scored.batch_size)
+            tokens = scored.tokens[part]
 
             def visit(number: int, run: RunBlock, x: Tensor, part: slice = part) -> Tensor:
                 if number == start and states is not None:
@@ -114,18 +114,18 @@ class _Trace:
                 recorded[number].append(x.cpu())
                 return run(x)
 
-            with hooked_blocks(opened.model, visit):
-                logits = opened.model(input_ids=tokens, use_cache=False).logits
+            with hooked_blocks(scored.model, visit):
+                logits = scored.model(input_ids=tokens, use_cache=False).logits
             losses, counts = token_losses(logits, tokens)
             loss, count = loss + losses.double().sum().item(), count + int(counts.sum())
         self.inputs |= {number: torch.cat(parts) for number, parts in recorded.items()}
         self.loss = loss / count
 
 
-def _check_memory(request: Request, opened: ScoredModel) -> None:
+def _check_memory(request: Request, scored: ScoredModel) -> None:
     """Refuse what can't fit: the states of three models (present, best, tried) at every block."""
-    size = next(opened.model.parameters()).element_size()
-    needed = 3 * request.layers * opened.tokens.numel() * request.scores.source.hidden * size
+    size = next(scored.model.parameters()).element_size()
+    needed = 3 * request.layers * scored.tokens.numel() * request.scores.source.hidden * size
     free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(

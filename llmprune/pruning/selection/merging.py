@@ -33,8 +33,8 @@ def merge(request: Request) -> tuple[KeptBlock, ...]:
     if config.merge_size > len(removable):
         raise UserError(f"merge_size is {config.merge_size}, but only {len(removable)} blocks can be merged")
     most = request.layers - 1 if config.remove is None else request.remove
-    opened = request.open()
-    reference = _final_states(opened)
+    scored = request.open()
+    reference = _final_states(scored)
     mixtures: list[Mixture] = [{block: 1.0} for block in range(request.layers)]
     live = list(range(request.layers))
     first, last = removable[0], removable[-1]
@@ -47,9 +47,9 @@ def merge(request: Request) -> tuple[KeptBlock, ...]:
             continue
         merged = _mixture([mixtures[live[p]] for p in members])
         rest = [block for p, block in enumerate(live) if p not in members[1:]]
-        with _merged_weights(opened, [live[p] for p in members]) as keep:
-            with shortened(opened.model, rest):
-                alike = _mean_cosine(_final_states(opened), reference)
+        with _merged_weights(scored, [live[p] for p in members]) as keep:
+            with shortened(scored.model, rest):
+                alike = _mean_cosine(_final_states(scored), reference)
             if accepted := alike >= config.threshold:
                 keep()
         if accepted:
@@ -79,9 +79,9 @@ def _mixture(parts: list[Mixture]) -> Mixture:
 
 
 @contextmanager
-def _merged_weights(opened: ScoredModel, members: list[int]) -> Iterator[Callable[[], None]]:
+def _merged_weights(scored: ScoredModel, members: list[int]) -> Iterator[Callable[[], None]]:
     """The first of some blocks merged with the others; undone at the end unless the yielded function was called."""
-    blocks = opened.model.get_submodule(family_of(opened.model.config).blocks)
+    blocks = scored.model.get_submodule(family_of(scored.model.config).blocks)
     assert isinstance(blocks, nn.ModuleList)
     first, *others = (dict(blocks[member].named_parameters()) for member in members)
     before = {name: parameter.detach().clone() for name, parameter in first.items()}
@@ -101,10 +101,10 @@ def _merged_weights(opened: ScoredModel, members: list[int]) -> Iterator[Callabl
 
 
 @torch.no_grad()
-def _final_states(opened: ScoredModel) -> Tensor:
+def _final_states(scored: ScoredModel) -> Tensor:
     """What the last block leaves, before the final norm: [samples, length, hidden], on the host."""
     found: list[Tensor] = []
-    last = len(list(opened.model.get_submodule(family_of(opened.model.config).blocks).children())) - 1
+    last = len(list(scored.model.get_submodule(family_of(scored.model.config).blocks).children())) - 1
 
     def visit(number: int, run: RunBlock, states: Tensor) -> Tensor:
         after = run(states)
@@ -113,9 +113,9 @@ def _final_states(opened: ScoredModel) -> Tensor:
         found.append(after.cpu())
         return after[:1, :1]
 
-    with hooked_blocks(opened.model, visit):
-        for tokens in opened.tokens.split(opened.batch_size):
-            opened.model(input_ids=tokens, use_cache=False)
+    with hooked_blocks(scored.model, visit):
+        for tokens in scored.tokens.split(scored.batch_size):
+            scored.model(input_ids=tokens, use_cache=False)
     return torch.cat(found)
 
 

@@ -28,8 +28,15 @@ if [ -x .venv/bin/python ] && [ "$(cat .venv/stamp 2>/dev/null)" = "$stamp" ]; t
   exit 0
 fi
 
+if [ -L .venv ] || { [ -e .venv ] && [ ! -e .venv/made-by-setup ]; }; then
+  echo "error: .venv was not made by this script, which would replace it: rename or remove it" >&2
+  exit 2
+fi
 echo "setup: making .venv with $("$python" -V 2>&1) (torch and its CUDA libraries are about 7 GB; some minutes)"
-"$python" -m venv --clear .venv
+rm -rf .venv
+mkdir .venv
+touch .venv/made-by-setup  # before anything else, so that what is cut off can be made anew
+"$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --upgrade "pip>=24"
 .venv/bin/python -m pip install --quiet --constraint requirements/pinned.txt --editable ".[dev,demo,quantize]"
 echo "$stamp" > .venv/stamp

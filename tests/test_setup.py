@@ -63,3 +63,16 @@ def test_what_was_cut_off_is_made_anew_and_what_is_current_stays(checkout: Path)
     (checkout / "requirements/pinned.txt").write_text("other pins\n")
     assert begin(checkout).wait(60) == 0
     assert log(checkout)[3:] == ["made", "installed"]
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_an_environment_of_others_stays(checkout: Path, link: bool) -> None:
+    own = checkout.parent / "own" if link else checkout / ".venv"
+    own.mkdir()
+    (own / "package").touch()
+    if link:
+        (checkout / ".venv").symlink_to(own)
+    run = begin(checkout)
+    error = run.communicate(timeout=60)[1]
+    assert run.returncode == 2 and error.splitlines()[-1].startswith("error: .venv was not made by this script")
+    assert [file.name for file in own.iterdir()] == ["package"]

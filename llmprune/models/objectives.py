@@ -1,12 +1,13 @@
 """Losses token by token: of the next one, and between a model and the one that it comes from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmprune.models.vocabulary import Measure
+from llmprune.models.autocast import in_autocast
+from llmprune.models.vocabulary import Head, Measure, mean_loss
 
 IGNORED = -100  # what PyTorch's losses pass over
 OBJECTIVES = {
@@ -16,6 +17,8 @@ OBJECTIVES = {
     "kl": "forward KL divergence from the teacher's (or source's) predictions",
 }
 HIDDEN_OBJECTIVES = ("mse", "cosine")
+Divergence = Callable[[Tensor, slice], Tensor]
+"""The KL divergence of logits [tokens, vocabulary] from a teacher's for a part of the tokens: nats, [tokens]."""
 
 
 def next_tokens(labels: Tensor) -> Tensor:
@@ -103,3 +106,53 @@ def kl_to_likeliest(logits: Tensor, tokens: Tensor, logs: Tensor, temperature: f
     rest = (1 - logs.exp().sum(-1)).clamp(min=1e-9)  # as float32 knows it
     kept = (logs.exp() * (logs - own.gather(-1, tokens))).sum(-1)
     return (kept + rest * (rest.log() - others)) * temperature**2
+
+
+def divergence_from(final: Tensor, head: Head, top_k: int | None, temperature: float) -> Divergence:
+    """How far predictions are from those of a model that does not learn.
+
+    Args:
+        final: the states before its output layer, [tokens, hidden].
+        head: its output layer.
+        top_k: see ``forward_kl``.
+        temperature: see ``forward_kl``.
+    """
+    states = in_autocast(final)
+    cast = head.cast(states.dtype)
+
+    def divergence(logits: Tensor, part: slice) -> Tensor:
+        with torch.no_grad():
+            wanted = cast.logits(states[part])
+        return forward_kl(logits, wanted, top_k, temperature)
+
+    return divergence
+
+
+def loss_of_predictions(
+    states: Tensor, head: Head, targets: Tensor, divergence: Divergence | None, weights: Mapping[str, float]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the objectives that look at predictions: kl and lm.
+
+    Args:
+        states: of the model that learns, before its output layer, [tokens, hidden].
+        head: its output layer.
+        targets: the token that follows each, int64 [tokens].
+        divergence: from a teacher, for kl.
+        weights: of the objectives by name; others than kl and lm are left out.
+
+    Returns:
+        The sum, and the mean of each objective without its weight. Without kl and lm: 0, and none.
+    """
+    names = [name for name in ("kl", "lm") if name in weights]
+    following = next_token(targets)
+
+    def measure(logits: Tensor, part: slice) -> list[Tensor]:
+        found = []
+        if "kl" in weights and divergence is not None:
+            found.append(divergence(logits, part))
+        return [*found, *(following(logits, part) if "lm" in weights else [])]
+
+    if not names:
+        return states.sum() * 0.0, {}
+    loss, means = mean_loss(states, head, measure, [weights[name] for name in names])
+    return loss, dict(zip(names, means, strict=True))

@@ -11,14 +11,14 @@ from llmprune.models.objectives import (
     HIDDEN_OBJECTIVES,
     OBJECTIVES,
     cosine_distance,
+    loss_of_predictions,
     mean_over,
-    next_token,
     next_tokens,
     places,
     predicting,
     relative_error,
 )
-from llmprune.models.vocabulary import Head, head_of, mean_loss
+from llmprune.models.vocabulary import Head, head_of
 from llmprune.recovery.correspondence import Correspondence
 from llmprune.recovery.teachers import Teacher, states_of
 from llmprune.utils.errors import UserError, nearest
@@ -132,26 +132,17 @@ class Distilling:
         labels = labels_of(batch)
         chosen = predicting(labels)
         rows = places(chosen)
-        divergence, targets = self._teacher.lesson(batch, rows)
+        divergence, teachers = self._teacher.lesson(batch, rows)
         pairs = {} if self._correspondence is None else self._correspondence.blocks
         found = states_of(self._student.model, batch, pairs)
-        following = next_token(next_tokens(labels).flatten()[rows])
-        names = [name for name in ("kl", "lm") if name in self.weights]
-
-        def measure(logits: Tensor, part: slice) -> list[Tensor]:
-            kl = [divergence(logits, part)] if "kl" in self.weights else []
-            return [*kl, *(following(logits, part) if "lm" in self.weights else [])]
-
-        loss, self.terms = found.final.sum() * 0.0, {}
-        if names:
-            states, weights = found.final[rows], [self.weights[name] for name in names]
-            loss, means = mean_loss(states, head_of(self._student.model), measure, weights)
-            self.terms = dict(zip(names, means, strict=True))
+        targets = next_tokens(labels).flatten()[rows]
+        head = head_of(self._student.model)
+        loss, self.terms = loss_of_predictions(found.final[rows], head, targets, divergence, self.weights)
         self._teacher.done()
         for name in self.weights:
             if name in _OF_STATES:
                 assert self._correspondence is not None
-                wanted = {own: self._correspondence.target(targets[other]) for own, other in pairs.items()}
+                wanted = {own: self._correspondence.target(teachers[other]) for own, other in pairs.items()}
                 each = [mean_over(_OF_STATES[name](found.after[own], target), chosen) for own, target in wanted.items()]
                 part = torch.stack(each).mean()
                 self.terms[name] = part.detach()

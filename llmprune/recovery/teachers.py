@@ -9,16 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmprune.models.autocast import in_autocast
 from llmprune.models.block_hooks import RunBlock, hooked_blocks
 from llmprune.models.causal_lm import Batch, run_model
 from llmprune.models.flops import macs
-from llmprune.models.objectives import forward_kl, kl_to_likeliest
+from llmprune.models.objectives import Divergence, divergence_from, kl_to_likeliest
 from llmprune.models.sharded import reshard
 from llmprune.models.vocabulary import head_of, without_head
-
-Divergence = Callable[[Tensor, slice], Tensor]
-"""The divergence from the teacher of some tokens' logits, [tokens] from float32 [tokens, vocabulary]."""
 
 
 @dataclass
@@ -105,15 +101,8 @@ class ModelTeacher:
             with self._alone():
                 found = states_of(self.model.eval(), batch, self._blocks)
             self.model.train(training)
-        final = in_autocast(found.final[chosen])
-        head = head_of(self.model).cast(final.dtype)
-
-        def divergence(logits: Tensor, part: slice) -> Tensor:
-            with torch.no_grad():
-                wanted = head.logits(final[part])
-            return forward_kl(logits, wanted, self._top_k, self._temperature)
-
-        return divergence, found.after
+        head = head_of(self.model)
+        return divergence_from(found.final[chosen], head, self._top_k, self._temperature), found.after
 
     def done(self) -> None:
         """See ``Teacher``; what the student itself has gathered it needs."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llmprune.models.autocast import in_autocast
 from llmprune.models.block_hooks import RunBlock, blocks_of, hidden_states_in, hooked_blocks
 from llmprune.models.causal_lm import Batch, labels_of, run_model
 from llmprune.models.families import family_of
@@ -17,15 +16,15 @@ from llmprune.models.flops import Macs, learned_by, macs
 from llmprune.models.objectives import (
     HIDDEN_OBJECTIVES,
     cosine_distance,
-    forward_kl,
+    divergence_from,
+    loss_of_predictions,
     mean_over,
-    next_token,
     next_tokens,
     places,
     predicting,
     squared_error,
 )
-from llmprune.models.vocabulary import Head, head_of, mean_loss, without_head
+from llmprune.models.vocabulary import Head, head_of, without_head
 from llmprune.pruning.replacements.modules import ReplacementModule
 from llmprune.pruning.replacements.span import Span
 
@@ -128,22 +127,13 @@ class Streaming:
         """The part of the loss that looks at predictions."""
         head, rows = head_of(self.model), places(chosen)
         assert shortened.final is not None
-        wanted = None if source.final is None else in_autocast(source.final[rows])
-        teachers = None if wanted is None else head.cast(wanted.dtype)
-        following = next_token(next_tokens(labels).flatten()[rows])
-
-        def measure(logits: Tensor, part: slice) -> list[Tensor]:
-            found = [*following(logits, part)] if "lm" in self._weights else []
-            if wanted is not None and teachers is not None:
-                with torch.no_grad():
-                    teacher = teachers.logits(wanted[part])
-                found.append(forward_kl(logits, teacher, self._top_k, self._temperature))
-            return found
-
-        names = [name for name in ("lm", "kl") if name in self._weights]
-        total, means = mean_loss(shortened.final[rows], head, measure, [self._weights[name] for name in names])
-        self.terms |= dict(zip(names, means, strict=True))
-        return total
+        divergence = None
+        if source.final is not None:
+            divergence = divergence_from(source.final[rows], head, self._top_k, self._temperature)
+        targets = next_tokens(labels).flatten()[rows]
+        loss, terms = loss_of_predictions(shortened.final[rows], head, targets, divergence, self._weights)
+        self.terms |= terms
+        return loss
 
     def final_states(self, batch: Batch) -> tuple[Tensor, Head]:
         """The shortened model's, in one pass."""

@@ -37,8 +37,8 @@ from llmprune.data.format import (
 from llmprune.data.prepared import PreparedData
 from llmprune.data.reader import SplitReader
 from llmprune.models.causal_lm import final_states
+from llmprune.models.enough_memory import check_memory
 from llmprune.models.loading import load_model, load_model_config, load_tokenizer
-from llmprune.models.memory import check_memory
 from llmprune.models.objectives import likeliest
 from llmprune.models.placement import dtype_for_inference
 from llmprune.utils.errors import UserError

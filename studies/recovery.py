@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from llmprune.data.settings import CalibrationConfig
+from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.files import read_json, write_json, write_text
 from llmprune.utils.outputs import remove

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmprune.conversion.commands import apply
-from llmprune.data.settings import CalibrationConfig
+from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.evaluation.perplexity import PerplexityConfig, measure_perplexity, read_streams
 from llmprune.jobs.score import score
 from llmprune.models.loading import load_model, load_tokenizer

@@ -18,7 +18,7 @@ from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.conversion.commands import convert
 from llmprune.models.loading import count_parameters
 from llmprune.models.source import read_config
-from llmprune.pruning.gates.chosen_shape import save_shape
+from llmprune.pruning.gates.shape_record import save_shape
 from llmprune.utils.files import read_json, write_json, write_text
 from llmprune.utils.outputs import remove
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune.data.settings import CalibrationConfig
+from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.plans.plan import Plan
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.selection.settings import PlanConfig

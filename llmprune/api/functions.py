@@ -62,7 +62,7 @@ def score(
     Raises:
         UserError: the model or the text can't be read, or a criterion is impossible here.
     """
-    from llmprune.data.settings import CalibrationConfig
+    from llmprune.data.calibration_settings import CalibrationConfig
     from llmprune.jobs.score import score as score_model
     from llmprune.models.placement import Placement
     from llmprune.pruning.scoring.settings import LayerScoringConfig

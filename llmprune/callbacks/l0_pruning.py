@@ -17,7 +17,8 @@ from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.parameters import init_optimizer_state
 from llmprune.pruning.gates.alarms import GateAlarms
 from llmprune.pruning.gates.attach import GateSlot, attach
-from llmprune.pruning.gates.gate_set import Factors, GateSet, load_gates
+from llmprune.pruning.gates.factors import Factors
+from llmprune.pruning.gates.gate_set import GateSet, load_gates
 from llmprune.pruning.gates.settings import L0PruningConfig, make_goal
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import save_tensors

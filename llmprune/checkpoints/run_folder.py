@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llmprune.checkpoints.checkpoint_folder import LATEST, METADATA, CheckpointFolder, batch_of, records_in
-from llmprune.config.sections import all_sections
+from llmprune.config.section_registry import all_sections
 from llmprune.models.companions import GENERATION, name_inputs, save_model_config
 from llmprune.utils.checksums import compare_checksums, describe_file, read_record, record
 from llmprune.utils.errors import UserError, first_line

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from llmprune.cli import downloading, evaluating, measuring, pruning, showing  # noqa: F401  # their commands
-from llmprune.cli.options import app
+from llmprune.cli.common import app
 from llmprune.utils.errors import check_surroundings, one_line
 from llmprune.utils.logs import logs_shown
 from llmprune.utils.processes import end_on_signals, stopped_by

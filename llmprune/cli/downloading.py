@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmprune.cli.options import app
+from llmprune.cli.common import app
 from llmprune.utils.errors import UserError
 
 

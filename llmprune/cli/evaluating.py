@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from llmprune.cli.options import Json, app, command_line, names_in
+from llmprune.cli.common import Json, app, command_line, names_in
 from llmprune.utils import formats
 from llmprune.utils.errors import UserError
 

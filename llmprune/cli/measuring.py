@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from llmprune.cli.common import Json, Out, Overwrite, app, command_line, numbers_in
 from llmprune.cli.evaluating import Adapter, Attention, Device, DeviceMap, DTypeToRun, Models
-from llmprune.cli.options import Json, Out, Overwrite, app, command_line, numbers_in
 from llmprune.utils.formats import Format
 
 
@@ -121,7 +121,7 @@ def quantize(
 
     from llmprune.conversion.quantize import QuantizeConfig
     from llmprune.conversion.quantize import quantize as quantize_model
-    from llmprune.data.settings import CalibrationConfig
+    from llmprune.data.calibration_settings import CalibrationConfig
 
     config = QuantizeConfig(
         CalibrationConfig(data, samples, seq_len, bos, text_field),

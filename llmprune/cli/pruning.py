@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from llmprune.cli.options import Json, Out, Overwrite, PushToHub, app
-from llmprune.cli.settings import options_from_settings
+from llmprune.cli.common import Json, Out, Overwrite, PushToHub, app
+from llmprune.cli.options_from_settings import options_from_settings
 from llmprune.pruning.budgets.settings import BudgetConfig
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.pruning.selection.settings import PlanConfig

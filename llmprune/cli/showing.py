@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
+from llmprune.cli.common import app
 from llmprune.cli.evaluating import Adapter, Attention, Device, DeviceMap, DTypeToRun, Models
-from llmprune.cli.options import app
 
 
 @app.command()

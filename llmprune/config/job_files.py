@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from llmprune.config.jobs import JOBS, Job
 from llmprune.config.schema import Config, ScoringConfig
-from llmprune.config.sections import with_sections
+from llmprune.config.section_registry import with_sections
 from llmprune.config.yaml_files import check_yaml, read_yaml, refuse_secrets
 from llmprune.utils.errors import UserError, first_line, nearest
 from llmprune.utils.files import write_text

@@ -10,7 +10,8 @@ from omegaconf import MISSING
 
 from llmprune.config.optimizers import OptimizerConfig, SchedulerConfig
 from llmprune.config.sharding import ShardingConfig
-from llmprune.data.settings import WORKERS, CacheConfig
+from llmprune.data.cache import CacheConfig
+from llmprune.data.weight_changes import WORKERS
 from llmprune.models.families import RicherHeadsConfig
 from llmprune.pruning.budgets.candidates import CandidatesConfig
 from llmprune.pruning.scoring.settings import LayerScoringConfig
@@ -196,7 +197,7 @@ class Config:
     """A job that trains.
 
     Every section (``l0_pruning`` prunes, ``block_replacement`` replaces blocks, …) adds a field; see
-    ``llmprune/config/sections.py``.
+    ``llmprune/config/section_registry.py``.
 
     Attributes:
         job: what the job is: train, prune (which has ``l0_pruning``) or replace (which has ``block_replacement``).

@@ -7,7 +7,7 @@ from composer.core import Time, TimeUnit
 
 from llmprune.config.optimizers import OPTIMIZERS, SCHEDULERS
 from llmprune.config.schema import Config
-from llmprune.config.sections import sections_of
+from llmprune.config.section_registry import sections_of
 from llmprune.utils.errors import UserError, nearest
 from llmprune.utils.settings import check_settings
 

@@ -16,15 +16,15 @@ from transformers import PretrainedConfig
 
 from llmprune.checkpoints.checkpoint_folder import METADATA, CheckpointFolder, batch_of, is_complete
 from llmprune.checkpoints.run_folder import Manifest
-from llmprune.config.sections import all_sections
-from llmprune.conversion.foreign import checkpoint_in, what_it_is
+from llmprune.config.section_registry import all_sections
+from llmprune.conversion.foreign_checkpoints import checkpoint_in, what_it_is
 from llmprune.conversion.stored_state import StoredState, open_state
 from llmprune.models.families import Family, family_of
 from llmprune.models.loading import load_model_config
 from llmprune.models.stored_weights import fingerprint
-from llmprune.pruning.gates.chosen_shape import chosen_shape
 from llmprune.pruning.gates.gate_set import GateSet, load_gates
 from llmprune.pruning.gates.settings import L0PruningConfig, make_goal
+from llmprune.pruning.gates.shape_record import chosen_shape
 from llmprune.utils.checksums import VERIFICATION
 from llmprune.utils.errors import UserError
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from llmprune.data.calibration import calibration_samples
-from llmprune.data.settings import CalibrationConfig
+from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.models.companions import GENERATION, copy_companions
 from llmprune.models.loading import load_any_model, load_tokenizer
 from llmprune.models.own_model_types import needs_code

@@ -15,7 +15,6 @@ from streaming.base.hashing import get_hash
 from streaming.base.storage.download import CloudDownloader
 from streaming.base.util import bytes_to_int
 
-from llmprune.data.settings import CacheConfig
 from llmprune.data.unpacking import unpack
 from llmprune.utils.errors import UserError, first_line
 from llmprune.utils.object_store import retry
@@ -23,6 +22,19 @@ from llmprune.utils.object_store import retry
 log = logging.getLogger(__name__)
 
 _READ_TIMEOUT = 60.0  # seconds without a byte
+
+
+@dataclass
+class CacheConfig:
+    """Where each machine keeps shards of remote or compressed data.
+
+    Attributes:
+        folder: null = one in the system's temporary folder. Give a folder to read any data through a faster disk.
+        limit: such as 200gb: the shards used longest ago make room, and those under way may exceed it. Null = none.
+    """
+
+    folder: str | None = None
+    limit: str | None = None
 
 
 def limit_of(config: CacheConfig) -> int | None:

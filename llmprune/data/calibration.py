@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.data.dataset import MixedDataset
 from llmprune.data.format import TRAIN, tokenizer_fingerprint
 from llmprune.data.prepared import PreparedData
 from llmprune.data.records import find_inputs
-from llmprune.data.settings import CalibrationConfig
 from llmprune.data.sources import Document, Fields, documents
 from llmprune.utils.errors import UserError
 from llmprune.utils.settings import check_settings

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from llmprune.data.changes import WeightChanges
 from llmprune.data.format import EVAL, TRAIN
 from llmprune.data.mixing import PPM, domain_weights
 from llmprune.data.order import domain_order
 from llmprune.data.prepared import PreparedData
 from llmprune.data.reader import Sample, SplitReader
 from llmprune.data.sampler_state import SamplerState
+from llmprune.data.weight_changes import WeightChanges
 from llmprune.utils.errors import UserError
 
 

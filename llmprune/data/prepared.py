@@ -5,10 +5,9 @@ import tempfile
 from functools import cached_property
 from pathlib import Path
 
-from llmprune.data.cache import ShardCache, connect, download_file, limit_of
+from llmprune.data.cache import CacheConfig, ShardCache, connect, download_file, limit_of
 from llmprune.data.format import DataManifest
 from llmprune.data.reader import SplitReader
-from llmprune.data.settings import CacheConfig
 from llmprune.utils.errors import UserError
 
 

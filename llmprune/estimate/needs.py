@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmprune.config.schema import Config
-from llmprune.config.sections import sections_of
+from llmprune.config.section_registry import sections_of
 from llmprune.models.families import Role, family_of
 from llmprune.models.flops import Learned, learned_of
 from llmprune.models.placement import DTYPES, dtype_for_inference

@@ -15,7 +15,7 @@ from streaming.base.format.base.reader import FileInfo
 from transformers import AutoConfig
 
 from llmprune.config.schema import Config, ScoringConfig
-from llmprune.config.sections import sections_of
+from llmprune.config.section_registry import sections_of
 from llmprune.data.cache import check_file
 from llmprune.data.format import DataManifest
 from llmprune.evaluation.settings import LiveEvaluationConfig

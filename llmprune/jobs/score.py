@@ -23,10 +23,10 @@ from llmprune.config.job_files import save_config
 from llmprune.config.schema import ScoringConfig
 from llmprune.data.calibration import calibration_samples, samples_fingerprint
 from llmprune.models.causal_lm import ComposerCausalLM
+from llmprune.models.enough_memory import check_memory
 from llmprune.models.families import family_of
 from llmprune.models.loaded import check_vocabulary
 from llmprune.models.loading import load_model, load_model_config, load_tokenizer
-from llmprune.models.memory import check_memory
 from llmprune.models.offloading import OffloadedModel
 from llmprune.models.placement import DTYPES, TRAINABLE, Placement
 from llmprune.models.source import Model, find_folder, longest_input

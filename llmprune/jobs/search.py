@@ -52,7 +52,7 @@ from llmprune.pruning.planning import (
 from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.criterion import ScoreSection
 from llmprune.pruning.scoring.scores import Scores
-from llmprune.reporting.search import picture, search_table
+from llmprune.reporting.search_table import picture, search_table
 from llmprune.training.checks import check
 from llmprune.utils.errors import BrokenModelError, UserError
 from llmprune.utils.files import read_json, sha256_text, write_json, write_text

@@ -13,7 +13,7 @@ from pathlib import Path
 from llmprune.callbacks.preemption import Preempted
 from llmprune.config.job_files import load_recorded, save_config
 from llmprune.config.schema import Config, IterationConfig, SearchConfig
-from llmprune.config.sections import sections_of, with_sections
+from llmprune.config.section_registry import sections_of, with_sections
 from llmprune.conversion.commands import convert
 from llmprune.data.prepared import PreparedData
 from llmprune.jobs.score import score

@@ -7,8 +7,8 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmprune.models.enough_memory import check_memory
 from llmprune.models.loading import count_parameters, load_any_model, load_tokenizer
-from llmprune.models.memory import check_memory
 from llmprune.models.placement import Placement
 from llmprune.models.source import ModelFolder, find_folder, longest_input, read_config
 from llmprune.utils.errors import UserError

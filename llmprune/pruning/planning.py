@@ -9,10 +9,10 @@ import torch
 from transformers import PretrainedConfig
 
 from llmprune.data.calibration import calibration_samples, samples_fingerprint
-from llmprune.data.settings import CalibrationConfig
+from llmprune.data.calibration_settings import CalibrationConfig
+from llmprune.models.enough_memory import check_memory
 from llmprune.models.families import Shape, family_of
 from llmprune.models.loading import load_model, load_model_config, load_tokenizer
-from llmprune.models.memory import check_memory
 from llmprune.models.placement import DTYPES
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans.plan import KeptBlock, Plan

@@ -22,7 +22,7 @@ from llmprune.callbacks.dynamic_loading import DynamicLoading
 from llmprune.callbacks.load_shards import LoadShards
 from llmprune.callbacks.loss_guard import LossGuard
 from llmprune.callbacks.preemption import Preemption
-from llmprune.callbacks.registry import added_callbacks
+from llmprune.callbacks.registered import added_callbacks
 from llmprune.callbacks.save_guard import SaveGuard
 from llmprune.callbacks.watchdog import Watchdog
 from llmprune.checkpoints.checkpoint_folder import CheckpointFolder
@@ -39,9 +39,10 @@ from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
 from llmprune.models.families import family_of
 from llmprune.models.loading import empty_model, load_model, new_model
 from llmprune.models.placement import DTYPES
-from llmprune.training.checks import check, check_same_run, data_contents, inputs_of, trains
+from llmprune.training.checks import check, data_contents, inputs_of, trains
 from llmprune.training.loaders import eval_loader, make_loaders
 from llmprune.training.loggers import make_loggers
+from llmprune.training.resuming import check_same_run
 from llmprune.training.section import Build, Inputs
 from llmprune.utils.object_store import Store, open_store
 from llmprune.utils.outputs import refuse_replacing

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llmprune.cli import app, main
-from llmprune.data.settings import CalibrationConfig
+from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.settings import hints_of

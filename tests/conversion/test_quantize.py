@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from llmprune.cli import app
 from llmprune.conversion.quantize import QuantizeConfig, quantize
 from llmprune.data.calibration import calibration_samples
-from llmprune.data.settings import CalibrationConfig
+from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.models.loaded import open_model
 from llmprune.models.loading import load_model, load_tokenizer
 from llmprune.models.placement import Placement

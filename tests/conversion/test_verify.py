@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llmprune.cli.options import app
+from llmprune.cli.common import app
 from llmprune.utils.errors import UserError
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from llmprune.data.calibration import calibration_samples
+from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.data.dataset import MixedDataset
 from llmprune.data.prepared import PreparedData
-from llmprune.data.settings import CalibrationConfig
 from llmprune.models.loading import load_tokenizer
 from llmprune.utils.errors import UserError
 

@@ -13,10 +13,10 @@ import torch
 from streaming import JSONWriter, MDSWriter
 from torch.utils.data import DataLoader
 
-from llmprune.data.changes import WeightChanges
 from llmprune.data.dataset import EvalDataset, MixedDataset
 from llmprune.data.format import DataManifest
 from llmprune.data.prepared import PreparedData
+from llmprune.data.weight_changes import WeightChanges
 from llmprune.utils.errors import UserError
 
 BATCH = 8

@@ -20,9 +20,9 @@ from data_prep.describe import show_samples
 from data_prep.pack import prepare
 from data_prep.recipe import PackSettings
 from llmprune.data import cache as caching
+from llmprune.data.cache import CacheConfig
 from llmprune.data.dataset import EvalDataset, MixedDataset
 from llmprune.data.prepared import PreparedData
-from llmprune.data.settings import CacheConfig
 from llmprune.data.unpacking import unpack
 from llmprune.utils.errors import UserError
 

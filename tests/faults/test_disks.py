@@ -12,7 +12,7 @@ import pytest
 
 import llmprune.cli  # noqa: F401  # all its commands
 from data_prep.__main__ import app as prepare_app
-from llmprune.cli.options import app
+from llmprune.cli.common import app
 from llmprune.config.job_files import load_job, load_training_job
 from llmprune.conversion.commands import convert
 from llmprune.jobs.iterate import iterate

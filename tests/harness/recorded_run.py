@@ -52,7 +52,7 @@ def recorder() -> "type[Callback]":
 def main() -> int:
     """Record and train."""
     end_with_launcher()
-    from llmprune.callbacks.registry import CALLBACKS
+    from llmprune.callbacks.registered import CALLBACKS
 
     CALLBACKS.register("record")(recorder())
     folder = json.dumps(sys.argv[1])

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from llmprune.cli import app
-from llmprune.data.settings import CalibrationConfig
+from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.jobs.score import save_scores, score, share
 from llmprune.models.loading import load_model_config, load_tokenizer
 from llmprune.models.placement import Placement

@@ -24,7 +24,7 @@ from llmprune.jobs import stages
 from llmprune.jobs.search import search
 from llmprune.jobs.train import train
 from llmprune.plans.plan import Plan
-from llmprune.reporting.search import pareto_front
+from llmprune.reporting.search_table import pareto_front
 from llmprune.utils.errors import BrokenModelError, UserError
 from tests.callbacks.fixed_noise import KillAt, Killed
 

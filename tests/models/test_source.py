@@ -7,7 +7,7 @@ import pytest
 
 from llmprune.config.job_files import load_training_job
 from llmprune.conversion.commands import apply
-from llmprune.data.settings import CalibrationConfig
+from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.jobs.score import score
 from llmprune.models import source
 from llmprune.models.loaded import open_model

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from llmprune.config.schema import Config, IterationConfig, ScoringConfig, SearchConfig
-from llmprune.config.sections import with_sections
+from llmprune.config.section_registry import with_sections
 from llmprune.utils.errors import UserError
 from llmprune.utils.settings import Range, check_settings, limited, meanings_of, words_of
 

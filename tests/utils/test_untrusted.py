@@ -12,7 +12,7 @@ import pytest
 from jinja2.exceptions import SecurityError
 from safetensors.torch import load_file, save_file
 
-from llmprune.data.settings import CalibrationConfig
+from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.evaluation.continuations import GenerationConfig, read_prompts, write_continuations
 from llmprune.evaluation.evaluate import EvaluationConfig, evaluate
 from llmprune.evaluation.perplexity import PerplexityConfig

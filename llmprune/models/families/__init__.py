@@ -11,7 +11,7 @@ from llmprune.models.families.llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, Q
 from llmprune.models.families.mixture import MIXTRAL, QWEN3_MOE
 from llmprune.models.families.opt import OPT
 from llmprune.models.families.richer import FIELD, RicherHeadsConfig, attention_output, module_name, richer_family
-from llmprune.models.families.roles import AXES, EMBEDDINGS, MATRICES, NORMS, OUTPUTS, SUBLAYERS, Axis, Role
+from llmprune.models.families.roles_and_axes import AXES, EMBEDDINGS, MATRICES, NORMS, OUTPUTS, SUBLAYERS, Axis, Role
 from llmprune.models.families.shapes import PRUNED, Shape, shape_from, shapes_between, target_shape
 from llmprune.utils.errors import UserError
 from llmprune.utils.registry import Registry

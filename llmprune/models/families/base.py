@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
-from llmprune.models.families.roles import AXES, MATRICES, NORMS, SUBLAYERS, Axis, Role
+from llmprune.models.families.roles_and_axes import AXES, MATRICES, NORMS, SUBLAYERS, Axis, Role
 from llmprune.models.families.shapes import Shape
 from llmprune.utils.errors import UserError
 

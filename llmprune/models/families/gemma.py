@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from llmprune.models.families.base import Norm
 from llmprune.models.families.llama import LLAMA
-from llmprune.models.families.roles import Role
+from llmprune.models.families.roles_and_axes import Role
 
 GEMMA = replace(
     LLAMA,

@@ -1,7 +1,7 @@
 """GPT-NeoX and Pythia: attention and MLP side by side, LayerNorm, and each head's query, key and value together."""
 
 from llmprune.models.families.base import Family, Norm
-from llmprune.models.families.roles import Role
+from llmprune.models.families.roles_and_axes import Role
 
 GPT_NEOX = Family(
     name="gpt_neox",

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from llmprune.models.families.base import Family, Norm
-from llmprune.models.families.roles import Role
+from llmprune.models.families.roles_and_axes import Role
 
 LLAMA = Family(
     name="llama",

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from llmprune.models.families.llama import LLAMA, QWEN3
-from llmprune.models.families.roles import Role
+from llmprune.models.families.roles_and_axes import Role
 
 _ATTENTION = {name: role for name, role in LLAMA.block.items() if not name.startswith("mlp.")}
 _NO_CHANNELS = {"intermediate": "every expert has channels of its own"}

@@ -1,7 +1,7 @@
 """OPT: LayerNorm, learned positions, biases everywhere, and the head size always hidden / heads."""
 
 from llmprune.models.families.base import Family, Norm
-from llmprune.models.families.roles import Role
+from llmprune.models.families.roles_and_axes import Role
 
 OPT = Family(
     name="opt",

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmprune.models.families.base import Family
-from llmprune.models.families.roles import Role
+from llmprune.models.families.roles_and_axes import Role
 from llmprune.utils.errors import UserError
 from llmprune.utils.settings import check_settings
 

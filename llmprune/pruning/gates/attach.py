@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.models.families import AXES, EMBEDDINGS, NORMS, Family
-from llmprune.pruning.gates.gate_set import Factors
+from llmprune.pruning.gates.factors import Factors
 from llmprune.pruning.gates.gated_linear import gated_linear
 
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from llmprune.models.families import Role, family_of
 from llmprune.plans.plan import Plan
-from llmprune.pruning.gates.gate_set import Factors
+from llmprune.pruning.gates.factors import Factors
 
 
 def factors_of(plan: Plan) -> Factors:

@@ -1,8 +1,7 @@
 """All gates of a model: what is learned, and what it decides."""
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,65 +9,11 @@ from torch import Tensor, nn
 from llmprune.models.families import Shape
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.pruning.gates import hard_concrete
+from llmprune.pruning.gates.factors import Factors
 from llmprune.pruning.gates.goals import Goal
 from llmprune.pruning.gates.kinds import ATTENTION, HEAD, HIDDEN, INTERMEDIATE, KV_GROUP, LAYER, MLP, gate_sizes
 from llmprune.pruning.gates.lagrangian import lagrangian, warmed_up
 from llmprune.utils.errors import UserError
-
-
-@dataclasses.dataclass
-class Factors:
-    """What the gates multiply, float32; None = nothing.
-
-    Attributes:
-        hidden: [hidden], on the embedding's output and every norm's weight.
-        attention: [blocks, hidden], on what every attention adds to the residual stream.
-        mlp: [blocks, hidden], on what every MLP adds to it.
-        query: [blocks, heads · head size], on the columns of the attention output.
-        channel: [blocks, intermediate], on the columns of the MLP output.
-        kept: by dimension (``hidden`` [hidden], ``query`` [blocks, heads · head size], ``key_value`` [blocks, groups ·
-            head size]), 1 where anything stays and 0 elsewhere: norms take their statistics over what stays.
-    """
-
-    hidden: Tensor | None = None
-    attention: Tensor | None = None
-    mlp: Tensor | None = None
-    query: Tensor | None = None
-    channel: Tensor | None = None
-    kept: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        *,
-        hidden: Tensor | None,
-        attention: Tensor | None,
-        mlp: Tensor | None,
-        heads: Tensor | None,
-        channel: Tensor | None,
-        kv_heads: int,
-        head_dim: int,
-    ) -> "Factors":
-        """The factors whose heads are ``heads`` [blocks, heads], and what norms have to know of them."""
-        kept = {} if hidden is None else {"hidden": _nonzero(hidden)}
-        query = None
-        if heads is not None:
-            query = heads.repeat_interleave(head_dim, dim=1)
-            groups = heads.unflatten(1, (kv_heads, -1)).amax(2).repeat_interleave(head_dim, dim=1)
-            kept |= {"query": _nonzero(query), "key_value": _nonzero(groups)}
-        return cls(hidden=hidden, attention=attention, mlp=mlp, query=query, channel=channel, kept=kept)
-
-    def trainable(self) -> dict[str, Tensor]:
-        """The factors that gradients flow to, by name."""
-        names = ("hidden", "attention", "mlp", "query", "channel")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-    def detached(self) -> "Factors":
-        """The same values as leaves that collect their own gradients."""
-        leaves: dict[str, Any] = {
-            name: value.detach().contiguous().requires_grad_() for name, value in self.trainable().items()
-        }
-        return dataclasses.replace(self, **leaves)
 
 
 class GateSet(nn.Module):
@@ -230,10 +175,6 @@ class GateSet(nn.Module):
         return Plan(
             family=family, model=model, source=self.source, blocks=tuple(blocks), hidden=hidden, factors=factors
         )
-
-
-def _nonzero(factor: Tensor) -> Tensor:
-    return (factor.detach() != 0).to(factor.dtype)
 
 
 def _kept(gates: Tensor) -> list[int]:

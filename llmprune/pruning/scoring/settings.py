@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from llmprune.data.settings import CalibrationConfig
+from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.utils.errors import UserError
 from llmprune.utils.settings import check_settings, limited
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from llmprune.callbacks.block_replacement import BlockReplacement
 from llmprune.checkpoints.run_folder import Manifest
-from llmprune.config.sections import SECTIONS
+from llmprune.config.section_registry import SECTIONS
 from llmprune.conversion.checkpoint import Checkpoint
 from llmprune.conversion.replaced import Replaced, compute_with, read_replaced
 from llmprune.conversion.result import Result

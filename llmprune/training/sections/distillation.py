@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmprune.callbacks.distillation import Distillation
 from llmprune.config.schema import Config
-from llmprune.config.sections import SECTIONS
+from llmprune.config.section_registry import SECTIONS
 from llmprune.data.format import DataManifest, tokenizer_fingerprint
 from llmprune.estimate.needs import Needs, Teaching
 from llmprune.models.families import family_of

@@ -6,7 +6,7 @@ from composer import Callback
 from composer.core import Time
 
 from llmprune.callbacks.dynamic_loading import DynamicLoading
-from llmprune.config.sections import SECTIONS
+from llmprune.config.section_registry import SECTIONS
 from llmprune.data.format import EVAL, TRAIN
 from llmprune.data.mixing import PPM, domain_weights
 from llmprune.data.weight_updates import DynamicLoadingConfig, check_updates, read_references

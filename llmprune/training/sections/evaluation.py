@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from composer import Callback
 
 from llmprune.callbacks.evaluation import Evaluation
-from llmprune.config.sections import SECTIONS
+from llmprune.config.section_registry import SECTIONS
 from llmprune.evaluation.settings import LiveEvaluationConfig
 from llmprune.training.section import Build, Section
 

@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 
 from llmprune.callbacks.l0_pruning import L0Pruning
 from llmprune.checkpoints.run_folder import RunFolder
-from llmprune.config.sections import SECTIONS
+from llmprune.config.section_registry import SECTIONS
 from llmprune.conversion.checkpoint import Checkpoint
 from llmprune.conversion.result import Result
 from llmprune.estimate.needs import Needs
 from llmprune.models.families import family_of
 from llmprune.pruning.gates.attach import attach
-from llmprune.pruning.gates.chosen_shape import is_chosen, save_shape
 from llmprune.pruning.gates.gate_set import GateSet
 from llmprune.pruning.gates.settings import L0PruningConfig, make_goal
+from llmprune.pruning.gates.shape_record import is_chosen, save_shape
 from llmprune.training.section import Build, Inputs, Section
 from llmprune.utils.ranks import on_rank_zero
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.callbacks.low_rank_adaptation import LowRankAdaptation
-from llmprune.config.sections import SECTIONS
+from llmprune.config.section_registry import SECTIONS
 from llmprune.estimate.needs import Needs
 from llmprune.models.placement import DTYPES
 from llmprune.recovery.four_bits import NF4_ITEMSIZE, quantization

@@ -8,7 +8,7 @@ from composer import Callback
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.callbacks.partial_training import PartialTraining
-from llmprune.config.sections import SECTIONS
+from llmprune.config.section_registry import SECTIONS
 from llmprune.estimate.needs import Needs
 from llmprune.models.parameters import parameter_names_of
 from llmprune.recovery.trainable import TrainableConfig, phases

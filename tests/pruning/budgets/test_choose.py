@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.cli import app
 from llmprune.conversion.commands import apply
-from llmprune.data.settings import CalibrationConfig
+from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.jobs.score import score
 from llmprune.models.families import Shape, family_of
 from llmprune.models.loading import load_model_config, load_tokenizer, new_model

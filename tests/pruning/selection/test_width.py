@@ -15,7 +15,7 @@ from llmprune.cli import app
 from llmprune.conversion.commands import apply
 from llmprune.conversion.verify import compare_models, open_for_comparison
 from llmprune.data.calibration import calibration_samples
-from llmprune.data.settings import CalibrationConfig
+from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.jobs.score import score
 from llmprune.models.families import Shape, family_of
 from llmprune.models.least_squares import RIDGES

@@ -1,11 +1,9 @@
-"""The settings of calibration samples and of cached shards."""
+"""The settings of calibration samples."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from llmprune.utils.settings import limited
-
-WORKERS = 64  # loader processes of a rank, at most
 
 
 @dataclass
@@ -29,16 +27,3 @@ class CalibrationConfig:
     bos: Literal["none", "first", "each"] = "none"
     text_field: str = "text"
     seed: int = limited(17, least=0)
-
-
-@dataclass
-class CacheConfig:
-    """Where each machine keeps shards of remote or compressed data.
-
-    Attributes:
-        folder: null = one in the system's temporary folder. Give a folder to read any data through a faster disk.
-        limit: such as 200gb: the shards used longest ago make room, and those under way may exceed it. Null = none.
-    """
-
-    folder: str | None = None
-    limit: str | None = None

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from llmprune.data.settings import WORKERS
-
+WORKERS = 64  # of a rank
 ROWS = 1024  # changes that may be under way at a time; each takes effect within a few dozen batches
 
 

@@ -10,7 +10,7 @@ import torch
 
 from llmprune.conversion.checkpoint import Checkpoint
 from llmprune.conversion.commands import convert
-from llmprune.conversion.foreign import _MOST
+from llmprune.conversion.foreign_checkpoints import _MOST
 from llmprune.utils.errors import UserError
 
 HF = "then `llmprune score`, `apply` and train.py go on from that folder"

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmprune.cli.options import names_in, sizes_in
+from llmprune.cli.common import names_in, sizes_in
 from llmprune.utils.settings import dataclass_in, hints_of, meanings_of
 
 Command = Callable[..., None]

@@ -1,0 +1,66 @@
+"""What gates multiply, and on which axis."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class Factors:
+    """What the gates multiply, float32; None = nothing.
+
+    Attributes:
+        hidden: [hidden], on the embedding's output and every norm's weight.
+        attention: [blocks, hidden], on what every attention adds to the residual stream.
+        mlp: [blocks, hidden], on what every MLP adds to it.
+        query: [blocks, heads · head size], on the columns of the attention output.
+        channel: [blocks, intermediate], on the columns of the MLP output.
+        kept: by dimension (``hidden`` [hidden], ``query`` [blocks, heads · head size], ``key_value`` [blocks, groups ·
+            head size]), 1 where anything stays and 0 elsewhere: norms take their statistics over what stays.
+    """
+
+    hidden: Tensor | None = None
+    attention: Tensor | None = None
+    mlp: Tensor | None = None
+    query: Tensor | None = None
+    channel: Tensor | None = None
+    kept: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        hidden: Tensor | None,
+        attention: Tensor | None,
+        mlp: Tensor | None,
+        heads: Tensor | None,
+        channel: Tensor | None,
+        kv_heads: int,
+        head_dim: int,
+    ) -> "Factors":
+        """The factors whose heads are ``heads`` [blocks, heads], and what norms have to know of them."""
+        kept = {} if hidden is None else {"hidden": _nonzero(hidden)}
+        query = None
+        if heads is not None:
+            query = heads.repeat_interleave(head_dim, dim=1)
+            groups = heads.unflatten(1, (kv_heads, -1)).amax(2).repeat_interleave(head_dim, dim=1)
+            kept |= {"query": _nonzero(query), "key_value": _nonzero(groups)}
+        return cls(hidden=hidden, attention=attention, mlp=mlp, query=query, channel=channel, kept=kept)
+
+    def trainable(self) -> dict[str, Tensor]:
+        """The factors that gradients flow to, by name."""
+        names = ("hidden", "attention", "mlp", "query", "channel")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def detached(self) -> "Factors":
+        """The same values as leaves that collect their own gradients."""
+        leaves: dict[str, Any] = {
+            name: value.detach().contiguous().requires_grad_() for name, value in self.trainable().items()
+        }
+        return dataclasses.replace(self, **leaves)
+
+
+def _nonzero(factor: Tensor) -> Tensor:
+    return (factor.detach() != 0).to(factor.dtype)

@@ -82,3 +82,142 @@ def test_a_package_of_ones_own(installed: dict[str, str], model_folder: Path, da
     alone = {**installed, "PYTHONPATH": installed["PYTHONPATH"].removeprefix(f"{tmp_path}{os.pathsep}")}
     ((code, told),) = carry_out(alone, ["convert", str(tmp_path / "run"), "--out", str(tmp_path / "other")])
     assert code == 2 and "the section 'weight_noise', which no installed package knows" in told
+
+
+KINDS = '''
+"""One of every kind of plug-in."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from composer.core import Callback
+from composer.loggers import LoggerDestination
+from composer.optim import ConstantWithWarmupScheduler
+from llmprune.config.jobs import Job
+from llmprune.config.schema import FolderConfig
+from llmprune.models.families import FAMILIES
+from llmprune.pruning.replacements.modules import ReplacementModule
+from llmprune.pruning.selection.methods import without
+
+OLMO = replace(FAMILIES["llama"], name="olmo_like", model_types=("olmo",), description="Like a Llama")
+
+
+def first(request):
+    """The first blocks go."""
+    return without(request.layers, range(request.remove))
+
+
+class Skip(ReplacementModule):
+    """Nothing takes the span's place."""
+
+    def __init__(self, site, config):
+        super().__init__()
+
+
+def turned(measured, config, domains):
+    """Weights are handed on to the next domain."""
+    return [*measured.weights[1:], measured.weights[0]]
+
+
+def sgd(parameters, config):
+    """Plain descent."""
+    return torch.optim.SGD(parameters, config.lr)
+
+
+def flat(config):
+    """The base learning rate."""
+    return ConstantWithWarmupScheduler(t_warmup=config.warmup)
+
+
+class Counting(Callback):
+    """Counts batches."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def batch_end(self, state, logger):
+        with open(self.file, "a") as file:
+            file.write("batch ")
+
+
+class Noting(LoggerDestination):
+    """Notes the names of metrics."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def log_metrics(self, metrics, step=None):
+        with open(self.file, "a") as file:
+            file.write(" ".join(metrics) + " ")
+
+
+@dataclass
+class Hello:
+    """A job.
+
+    Attributes:
+        job: hello.
+        word: what is said.
+    """
+
+    job: str = "hello"
+    run: FolderConfig = field(default_factory=FolderConfig)
+    word: str = "hello"
+
+
+def say(config):
+    print("said", config.word)
+
+
+HELLO = Job("Say a word.", Hello, "kinds:say", goes_on=False)
+'''
+GROUPS = {
+    "families": "OLMO", "selections": "first", "replacements": "Skip", "updates": "turned", "optimizers": "sgd",
+    "schedulers": "flat", "callbacks": "Counting", "loggers": "Noting", "jobs": "HELLO",
+}  # fmt: skip
+
+
+def test_one_of_every_kind(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "kinds.py").write_text(KINDS)
+    described = tmp_path / "kinds-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: kinds\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text(
+        "".join(f"[llmprune_{group}]\nown_{name.lower()} = kinds:{name}\n" for group, name in GROUPS.items())
+    )
+    path = [str(tmp_path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    yaml, replacing, hello = tmp_path / "job.yaml", tmp_path / "replace.yaml", tmp_path / "hello.yaml"
+    plain = JOB.replace("weight_noise: {{scale: 0.001}}\n", "").format(folder=tmp_path, model=model_folder, data=data)
+    yaml.write_text(
+        plain.replace("eval_interval: 0ba", "eval_interval: 1ba").replace("loggers: {console: false}", "")
+        + f"""
+optimizer: {{name: own_sgd}}
+scheduler: {{name: own_flat}}
+dynamic_loading: {{update: own_turned, update_delay: 0}}
+callbacks: {{own_counting: {{file: {tmp_path}/batches}}}}
+loggers: {{console: false, others: {{own_noting: {{file: {tmp_path}/metrics}}}}}}
+"""
+    )
+    replacing.write_text(
+        plain.replace("/run}", "/replaced}").replace("duration: 2ba", "duration: 0ba")
+        + "job: replace\nblock_replacement: {kind: own_skip, start: 1, length: 2}\n"
+    )
+    hello.write_text(f"job: own_hello\nrun: {{name: hello, folder: {tmp_path}/hello}}\n")
+    scores, plan = str(tmp_path / "scores.json"), str(tmp_path / "plan.json")
+    families, scored, planned, trained, replaced, said, unknown = carry_out(
+        {**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        ["families"],
+        ["score", str(model_folder), "--criteria", "tail", "--out", scores],
+        ["plan", scores, "--method", "own_first", "--remove", "1", "--out", plan],
+        ["train.py", str(yaml)],
+        ["train.py", str(replacing)],
+        ["train.py", str(hello), "word=hi"],
+        ["train.py", str(yaml), "run.overwrite=true", "callbacks.own_counting={fil: x}"],
+    )
+    assert "own_olmo   Like a Llama (model_type olmo)" in families[1]
+    assert [scored[0], planned[0], trained[0], replaced[0]] == [0, 0, 0, 0], (planned, trained, replaced)
+    assert json.loads(Path(plan).read_text())["blocks"][0]["attention"] == 1
+    assert (tmp_path / "batches").read_text() == "batch batch "
+    assert "loss/train/total" in (tmp_path / "metrics").read_text()
+    assert said == (0, "said hi\n")
+    assert unknown[0] == 2 and "callback 'own_counting'" in unknown[1]

@@ -205,7 +205,7 @@ def make_model(config: Config, inputs: Inputs) -> PreTrainedModel:
         packed = (section.quantization(inputs) for section in inputs.sections)
         quantization = next((each for each in packed if each is not None), None)
         model = load_model(source, dtype=dtype, attention=attention, quantization=quantization)
-    if config.train.activation_checkpointing and config.sharding is None:  # sharded, Composer does it
+    if config.train.activation_checkpointing and config.sharding is None:  # with sharding, Composer does it
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 

@@ -88,7 +88,7 @@ def build_corpus(
 
     Args:
         out: folder to write.
-        megabytes: total limit; what a domain with less than its quarter does not use goes to the other domains.
+        megabytes: total limit; a domain with less text than its quarter leaves the rest to the other domains.
         seed: seed of the order of documents.
         overwrite: whether ``out`` may be replaced.
 

@@ -38,7 +38,7 @@ class ConversationSettings:
         template: ``chat`` (the tokenizer's chat template), ``alpaca``, ``none``, or the path of a file with the
             prompt's text and the fields ``{prompt}`` and ``{input}``.
         prompt: name of the field with the prompt.
-        input: name of the field with the material for the prompt; it may be absent or empty.
+        input: name of the field with the context of the prompt; it may be absent or empty.
         response: name of the field with the response.
         messages: name of the field with a list of messages, used if a record has it: each message with ``role`` and
             ``content``, or with ``from`` and ``value``; content may be a list of parts with text.
@@ -130,7 +130,7 @@ def _filled(record: Mapping[str, Any], settings: ConversationSettings, plain: st
 
 
 def _asked(record: Mapping[str, Any], settings: ConversationSettings) -> tuple[str, str, str]:
-    """The prompt, its material, and the response of a record."""
+    """The prompt, its context, and the response of a record."""
     try:
         context = str(field_value(record, settings.input) or "")
     except KeyError:

@@ -75,7 +75,7 @@ class Reading:
         return document.place[0] < len(self.inputs) - len(self.training)
 
     def sort(self, document: Document, content: Encoded) -> Iterator[tuple[str, Arrival | None]]:
-        """Yield the sets that a document goes to; None instead of the document marks a set that it is left out of."""
+        """Yield the sets of a document, each with the document to pack, or None if it is left out of the set."""
         settings = self.settings
         rank = rank_of(document.text, settings.seed)
         evaluation = self._is_held_out(document)

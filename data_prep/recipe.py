@@ -1,4 +1,4 @@
-"""The recipe of a job: settings, the tokenizer, and what all parts of the job have in common."""
+"""The recipe of a job: settings and tokenizer, which all parts of the job have in common."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -77,7 +77,7 @@ class PackSettings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all parts of a job and the manifest have in common; see ``PackSettings`` and ``DataManifest``."""
+    """Values that all parts of a job and the manifest have in common; see ``PackSettings`` and ``DataManifest``."""
 
     layout: Layout
     tokenizer: str

@@ -55,7 +55,7 @@ class ShardWriter:
             self.adopt(shard, Path(aside, "mds"), move=True)
 
     def adopt(self, shard: dict[str, Any], folder: Path, *, move: bool = False) -> None:
-        """Copy or move a shard from ``folder``, and give it the next number."""
+        """Link, copy or move a shard from ``folder``, and give it the next number."""
         self._folder.mkdir(parents=True, exist_ok=True)
         described = dict(shard)
         for kind in ("raw_data", "zip_data"):

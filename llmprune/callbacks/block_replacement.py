@@ -152,7 +152,7 @@ class BlockReplacement(Callback):
         dist.barrier()
 
     def _fit(self, state: State) -> None:
-        """Compute the replacement module on most of the samples; on the rest, compare it with no module.
+        """Compute the replacement module on most of the samples; compare it with no module on the rest.
 
         Raises:
             UserError: on all ranks, if there are too few samples, or if the module is no better and no training

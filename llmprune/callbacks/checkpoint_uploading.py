@@ -136,7 +136,7 @@ class CheckpointUploading(Callback):
             if known and (self._store is None or f"checkpoints/{name}" in self._there):
                 return
             parts = self._checkpoints.ranks_of(batch)
-            if parts and parts != set(range(self._writers)):  # other ranks wrote it, so no records
+            if parts and parts != set(range(self._writers)):  # another number of ranks wrote it: no records are written
                 return
         while len(self._pending) >= WAITING:
             self._await_oldest()

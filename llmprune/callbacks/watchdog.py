@@ -109,8 +109,8 @@ def judge(
     """Find the ranks that a job without progress is waiting for.
 
     Args:
-        before: the last report of each rank.
-        now: the report of each rank a little later.
+        before: last report of each rank, by rank.
+        now: report of each rank a little later, by rank.
         ranks: number of ranks.
         patience: seconds without activity after which a rank counts as hung.
 

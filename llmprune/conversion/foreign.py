@@ -1,4 +1,4 @@
-"""Checkpoints that other projects wrote with Composer: recognise them, and tell the user how to convert them.
+"""Checkpoints that other projects wrote with Composer: recognise them, and explain how to convert them.
 
 They are recognised by the names of their tensors. The names are read as text from the pickle that describes the
 checkpoint: nothing is unpickled.

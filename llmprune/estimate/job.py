@@ -30,8 +30,8 @@ class Cluster:
 
     Attributes:
         gpus: number of ranks (GPUs) in total.
-        memory: memory of each GPU, in bytes.
-        per_node: number of GPUs per node.
+        memory: memory of each rank, in bytes.
+        per_node: number of ranks per node.
         flops: peak FLOPs per second of each GPU, in the dtype of the matrix products.
         utilisation: share of the peak FLOPs that training reaches.
         bandwidth: bytes per second between a GPU and the GPUs of other nodes.

@@ -86,7 +86,7 @@ class JobSizes:
         intermediate: number of channels of an MLP.
         output_trained: whether the output layer's weight learns.
         layers: number of blocks.
-        learned: multiply-accumulate operations of the weights that learn.
+        learned: multiply-accumulate operations of the weights that learn, and number of blocks that gradients reach.
         needs: needs of the job's sections.
     """
 

@@ -96,7 +96,7 @@ def references(
         models: only the source model; or at least three models of a family, for their scaling law.
         data: prepared data.
         placement: device and dtype of the models.
-        size: with several models, the number of parameters of the model that the references are for; None = one model.
+        size: number of parameters of the model that the references are for, with several models; None with one model.
         samples_per_domain: largest number of samples per domain; None = all.
         batch_size: number of samples per forward pass.
         boundaries: whether attention restarts at each document; None = only for conversations.

@@ -1,8 +1,8 @@
 """The job that searches for the best way to prune under a budget.
 
 All candidates are compared by the loss of the pruned model on calibration samples. The best are cut, recovered on the
-same number of tokens and compared again, because recovery changes the order (Minitron, arXiv:2407.14679, section 4).
-Layout of the folder::
+same tokens and compared again, because recovery changes the order (Minitron, arXiv:2407.14679, section 4). Layout of
+the folder::
 
     scores.json                                              scores of every criterion, with pictures
     candidates.json                                          results of every candidate, updated during the job
@@ -330,6 +330,6 @@ def _is_number(loss: float | None) -> bool:
 
 
 def _content(plan: Plan) -> str:
-    """Hash of the parts that a plan keeps: equal plans have equal hashes."""
+    """Hash of what a plan keeps and corrects; plans with the same result have the same hash."""
     corrections = sorted((name, tensor.double().sum().item()) for name, tensor in plan.corrections.items())
     return sha256_text(f"{plan.blocks} {plan.hidden} {corrections}")

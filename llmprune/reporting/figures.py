@@ -48,7 +48,7 @@ class Picture:
     Attributes:
         name: name of the figure's files, before characters that file names can't have are replaced.
         title: description of the figure, as a sentence.
-        figure: the matplotlib figure.
+        figure: matplotlib figure.
         rows: numbers in the figure.
     """
 

@@ -134,7 +134,7 @@ def correspondence_of(config: Config, settings: DistillationConfig, model: Pretr
 
     Args:
         config: config of the run.
-        settings: the run's ``distillation`` section.
+        settings: settings of the run's ``distillation`` section.
         model: Hugging Face config of the model that trains.
 
     Raises:

@@ -88,7 +88,7 @@ class LoRASection(Section[LoRAConfig]):
 
 
 def _adapt(model: PreTrainedModel, config: LoRAConfig, device: str) -> None:
-    """Add adapters whose dropout keeps for the backward pass what the device does: on GPUs, a mask of bytes."""
+    """Add adapters whose dropout keeps the same tensors for the backward pass as on the device: on GPUs, a mask."""
     add_adapters(model, config, 0)
     for module in model.modules():
         if device == "cuda" and isinstance(module, nn.Dropout):

@@ -8,16 +8,17 @@ from llmprune.utils.errors import UserError, check_surroundings, one_line
 from llmprune.utils.logs import logs_shown
 from llmprune.utils.processes import TERMINATION, end_on_signals, end_with_launcher, stopped_by
 
-SAVED_AND_LEFT = 75  # the exit code of a run that was asked to end and can go on: "try again", EX_TEMPFAIL
+SAVED_AND_LEFT = 75  # exit code of a run that was asked to end and can be resumed: EX_TEMPFAIL, "try again"
 USAGE = "composer [-n RANKS] train.py yamls/NAME.yaml [section.key=value …]"
 
 
 def main(arguments: list[str]) -> int:
-    """Train as the YAML says.
+    """Run the job of a YAML.
 
     Returns:
-        0 = done, 2 = a mistake of the user's, told in one line, 75 = asked to end (SIGTERM), saved and left, 130 or
-        143 = stopped (Ctrl-C; SIGTERM of a job that saves nothing on the way).
+        The exit code: 0 = done; 2 = a mistake of the user, printed as one line; 75 = asked to end (SIGTERM), and the
+            run
+        is saved; 130 or 143 = stopped (Ctrl-C; SIGTERM of a job that saves nothing before its end).
     """
     if not arguments:
         print(f"usage: {USAGE}", file=sys.stderr)
@@ -28,7 +29,7 @@ def main(arguments: list[str]) -> int:
             return _carry_out(arguments)
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            # The launcher kills all ranks when one ends: let rank 0 tell the mistake and set the exit code.
+            # The launcher kills all ranks when one ends: rank 0 must print the error and set the exit code first.
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -44,8 +45,8 @@ def main(arguments: list[str]) -> int:
         print(f"error: {told}", file=sys.stderr)
         return 2
     finally:
-        # Gloo's threads drop what the ranks exchanged last, for which they need the interpreter: were it being torn
-        # down by then, they would abort the process.
+        # Gloo's threads release the last messages between ranks, and need the interpreter for that; if it were shutting
+        # down at that moment, they would abort the process.
         time.sleep(0.2)
 
 
@@ -54,7 +55,7 @@ def _carry_out(arguments: list[str]) -> int:
     from llmprune.config.job_files import describe_jobs, load_job
     from llmprune.config.jobs import JOBS
 
-    TERMINATION.listen()  # again: Composer ends the process at once
+    TERMINATION.listen()  # again, because Composer's import sets a handler that ends the process at once
     if arguments[0] in ("-h", "--help"):
         print(f"{USAGE}\n\n{describe_jobs()}")
         return 0
@@ -65,7 +66,7 @@ def _carry_out(arguments: list[str]) -> int:
 
             check_offline(job, arguments[0])
         if not JOBS[job.job].goes_on:
-            end_on_signals()  # there is nothing to be saved before the end
+            end_on_signals()  # this kind of job saves nothing before its end
         JOBS[job.job].run(job)
     except Preempted as left:
         if os.environ.get("RANK", "0") == "0":

@@ -40,7 +40,7 @@ def corpus(
     seed: Annotated[int, typer.Option(help="Of the order of documents.")] = 17,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the built-in corpus as JSON lines, a folder per domain. No network is needed."""
+    """Write the built-in corpus as JSON lines, one folder per domain. No network is needed."""
     from data_prep.builtin import build_corpus
 
     for domain, size in sorted(build_corpus(out, megabytes=megabytes, seed=seed, overwrite=overwrite).items()):
@@ -107,9 +107,9 @@ def tokenize(
     seed: Seed = 17,
     overwrite: Overwrite = False,
 ) -> None:
-    """Tokenise documents, pack them into samples and write MDS shards, a folder per domain.
+    """Tokenise documents, pack them into samples and write MDS shards, one folder per domain.
 
-    A job that was stopped goes on when it is called again.
+    A stopped job resumes when the same command is called again.
     """
     from data_prep.recipe import PackSettings
 
@@ -149,7 +149,7 @@ def conversations(
     seed: Seed = 17,
     overwrite: Overwrite = False,
 ) -> None:
-    """The same for prompts and responses, or chat messages: whole conversations, of which the responses are learned."""
+    """Tokenise and pack prompts and responses, or chat messages, as whole conversations; only responses are learned."""
     from data_prep.conversations import ConversationSettings
     from data_prep.recipe import PackSettings
 
@@ -167,7 +167,7 @@ def merge(
     out: Out,
     overwrite: Overwrite = False,
 ) -> None:
-    """Join the parts of a job."""
+    """Join the parts of a job into prepared data."""
     from data_prep.pack import merge_prepared as merge_parts
 
     _print_summary(merge_parts(parts, out, overwrite=overwrite))
@@ -189,9 +189,9 @@ def teach(
     ] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Write data anew with a teacher's predictions in them, to learn from it without it.
+    """Write a copy of prepared data with a teacher's predictions, so that training needs no teacher in memory.
 
-    Processes that are given the same command share the work; one that was stopped goes on when it is called again.
+    Processes with the same command share the work; stopped work resumes when the same command is called again.
     """
     from data_prep.teach import TeachConfig
     from data_prep.teach import teach as write
@@ -213,7 +213,7 @@ def describe(
     domain: Annotated[str | None, typer.Option(help="Show samples of this domain alone.")] = None,
     seed: Annotated[int, typer.Option(help="Of their choice.")] = 17,
 ) -> None:
-    """Print what prepared data hold, and some of their samples as text."""
+    """Print the contents of prepared data, and some of their samples as text."""
     from data_prep.describe import show_samples, table
     from llmprune.data.prepared import PreparedData
 
@@ -232,9 +232,9 @@ def describe(
 
 
 def main() -> None:
-    """Run the command; a mistake of the user's is one line on standard error and exit code 2.
+    """Run the command; a mistake of the user is one line on standard error and exit code 2.
 
-    A command that is stopped (Ctrl-C, SIGTERM) ends with 130 or 143; workers and unfinished output go with it.
+    A command that is stopped (Ctrl-C, SIGTERM) ends with 130 or 143; its workers end and unfinished output is removed.
     """
     try:
         end_on_signals()

@@ -1,8 +1,8 @@
-"""The built-in corpus: real text that every installation has, so that no network and no bundled text are needed.
+"""The built-in corpus: real text from the Python installation, so that neither a network nor bundled text is needed.
 
 Four domains: the Python language reference (``reference``), docstrings of the installed scientific packages
-(``docstrings``), source code of the standard library (``code``), and the descriptions that packages publish of
-themselves (``packages``).
+(``docstrings``), source code of the standard library (``code``), and the descriptions in the metadata of installed
+packages (``packages``).
 """
 
 import ast
@@ -29,21 +29,21 @@ DOCUMENTED = (
     "huggingface_hub",
 )
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "__pycache__", "pydoc_data"}
-_SHORTEST = 200  # characters of a document
+_SHORTEST = 200  # smallest number of characters of a document
 
 T = TypeVar("T")
-Domain = Callable[[random.Random], Iterator[tuple[str, str]]]  # yields (source, text) in an order of the generator's
+Domain = Callable[[random.Random], Iterator[tuple[str, str]]]  # yields (source, text), in the generator's random order
 
 
 def reference(order: random.Random) -> Iterator[tuple[str, str]]:
-    """The topics of the Python language reference, as ``help()`` shows them."""
+    """Yield the topics of the Python language reference, as in ``help()``."""
     from pydoc_data.topics import topics
 
     yield from _shuffled(topics.items(), order)
 
 
 def docstrings(order: random.Random) -> Iterator[tuple[str, str]]:
-    """The docstrings of each module of the scientific packages; nothing is imported."""
+    """Yield the docstrings of each module of the scientific packages; nothing is imported."""
     specs = [spec for package in DOCUMENTED if (spec := importlib.util.find_spec(package)) and spec.origin]
     roots = [Path(str(spec.origin)).parent for spec in specs]
     files = [(root, path) for root in roots for path in _python_files(root)]
@@ -60,7 +60,7 @@ def docstrings(order: random.Random) -> Iterator[tuple[str, str]]:
 
 
 def code(order: random.Random) -> Iterator[tuple[str, str]]:
-    """The source files of the standard library."""
+    """Yield the source files of the standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in _shuffled(_python_files(root), order):
         try:
@@ -70,14 +70,14 @@ def code(order: random.Random) -> Iterator[tuple[str, str]]:
 
 
 def packages(order: random.Random) -> Iterator[tuple[str, str]]:
-    """The long descriptions of all installed packages."""
+    """Yield the long descriptions of all installed packages."""
     found = {d.metadata["Name"]: d for d in importlib.metadata.distributions() if d.metadata["Name"]}
     for name, distribution in _shuffled(found.items(), order):
         metadata: dict[str, Any] = distribution.metadata.json
         yield name, metadata.get("description", "")
 
 
-# From the smallest to the largest, so that what a small one leaves goes to the others.
+# From the smallest to the largest, so that megabytes that a small domain does not use go to the others.
 DOMAINS: dict[str, Domain] = {"reference": reference, "packages": packages, "code": code, "docstrings": docstrings}
 
 
@@ -88,12 +88,12 @@ def build_corpus(
 
     Args:
         out: folder to write.
-        megabytes: limit in all; domains that have less than their quarter leave the rest to the others.
-        seed: of the order of documents.
+        megabytes: total limit; a domain with less text than its quarter leaves the rest to the other domains.
+        seed: seed of the order of documents.
         overwrite: whether ``out`` may be replaced.
 
     Returns:
-        Bytes of text in each domain.
+        Bytes of text in each domain, by name.
     """
     left = int(megabytes * 1e6)
     written: dict[str, int] = {}
@@ -107,7 +107,7 @@ def build_corpus(
 
 
 def _write(path: Path, documents: Iterator[tuple[str, str]], limit: int) -> int:
-    """Write documents, each text once and none very short, up to ``limit`` bytes; returns the bytes written."""
+    """Write documents up to ``limit`` bytes, without repeated or very short texts; returns the bytes written."""
     seen: set[str] = set()
     size = 0
     with path.open("w", encoding="utf-8") as file:
@@ -123,7 +123,7 @@ def _write(path: Path, documents: Iterator[tuple[str, str]], limit: int) -> int:
 
 
 def _shuffled(items: Iterable[T], order: random.Random) -> list[T]:
-    """The items sorted, then shuffled: the same on every machine that has the same ones."""
+    """The items sorted, then shuffled: the order is the same on every machine with the same items."""
     shuffled = sorted(items)  # type: ignore[type-var]
     order.shuffle(shuffled)
     return shuffled

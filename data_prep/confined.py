@@ -1,7 +1,7 @@
-"""Work on what strangers wrote, in a process of its own with limits on time and memory.
+"""Work on untrusted input in a separate process with limits of time and memory.
 
-Jinja's sandbox keeps a chat template from files and from the internals of Python, but not from loops and output without
-end.
+Jinja's sandbox protects files and the internals of Python from a chat template, but does not prevent endless loops and
+endless output.
 """
 
 import json
@@ -17,28 +17,28 @@ from typing import Any
 
 from llmprune.utils.processes import end_with
 
-SECONDS = 10.0  # for one piece of work
-MEMORY = 1 << 30  # bytes beyond those that the process begins with
+SECONDS = 10.0  # time limit of one call
+MEMORY = 1 << 30  # memory limit, in bytes beyond the process's size at its start
 
 
 class Confined:
-    """A function that is called in another process. One that goes beyond its limits is ended, and begun anew next time.
+    """A function that is called in another process, which is ended at its limits; the next call restarts it.
 
-    What it takes and gives must be plain values, as in JSON.
+    Arguments and results must be plain values, as in JSON.
     """
 
     def __init__(self, work: Callable[[Any], Any], name: str) -> None:
-        """Confine ``work``, whose ``ValueError`` reach the caller; messages call it ``name``."""
+        """Confine the function ``work``, whose ``ValueError`` the caller gets; messages call it ``name``."""
         self._work, self._name = work, name
         self._process: BaseProcess | None = None
         self._line: Connection
         self._owner = os.getpid()
 
     def __call__(self, given: Any) -> Any:
-        """What the function makes of it.
+        """Call the function with ``given`` and return its result.
 
         Raises:
-            ValueError: the function's own, or what it needs too much of.
+            ValueError: the function has raised it, or has exceeded a limit.
         """
         asked = json.dumps(given).encode()
         if self._process is None:
@@ -98,7 +98,7 @@ class Confined:
 
 
 def _limit_memory() -> None:
-    """Let this process take so much more; where the system does not say what it has, without a limit."""
+    """Limit further memory of this process to ``MEMORY`` bytes; no limit on a system without /proc."""
     statistics = Path("/proc/self/statm")
     if statistics.exists():
         held = int(statistics.read_text().split()[0]) * resource.getpagesize()

@@ -1,4 +1,4 @@
-"""Prompts and responses, or chat messages, as text of which only the responses are learned."""
+"""Prompts and responses, or chat messages, as text in which only the responses are learned."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,21 +27,21 @@ ALPACA = (
 )
 NAMED = {"alpaca": (ALPACA, ALPACA_WITH_INPUT), "none": ("{prompt}", "{prompt}\n{input}")}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_TOOLS = ("tool_calls", "tool_call_id", "name")  # fields of messages that templates may look at
+_TOOLS = ("tool_calls", "tool_call_id", "name")  # fields of messages that templates may use
 
 
 @dataclass(frozen=True)
 class ConversationSettings:
-    """How records become conversations.
+    """Settings for the conversion of records to conversations.
 
     Attributes:
-        template: ``chat`` (the tokenizer's own), ``alpaca``, ``none``, or a file: the prompt's text with the fields
-            ``{prompt}`` and ``{input}``.
-        prompt: field with the prompt.
-        input: field with what the prompt is about; records without it, or with an empty one, have none.
-        response: field with the response.
-        messages: field with a list of messages, used where a record has it: each with ``role`` and ``content``, or
-            with ``from`` and ``value``; content may be a list of parts with text.
+        template: ``chat`` (the tokenizer's chat template), ``alpaca``, ``none``, or the path of a file with the
+            prompt's text and the fields ``{prompt}`` and ``{input}``.
+        prompt: name of the field with the prompt.
+        input: name of the field with the context of the prompt; it may be absent or empty.
+        response: name of the field with the response.
+        messages: name of the field with a list of messages, used if a record has it: each message with ``role`` and
+            ``content``, or with ``from`` and ``value``; content may be a list of parts with text.
     """
 
     template: str = "chat"
@@ -51,14 +51,14 @@ class ConversationSettings:
     messages: str = "messages"
 
     def described(self) -> dict[str, str]:
-        """The settings; a file of a template is described by its text."""
+        """The settings as a dictionary; the path of a template's file is replaced by its text."""
         return {**asdict(self), "template": self.own_template() or self.template}
 
     def own_template(self) -> str | None:
-        """The text of the file that is the template, if it is one.
+        """The text of the template's file; None if the template is not a file.
 
         Raises:
-            UserError: it can't be read.
+            UserError: the file can't be read.
         """
         if self.template in ("chat", *NAMED) or not Path(self.template).is_file():
             return None
@@ -69,14 +69,14 @@ class ConversationSettings:
 
     @property
     def fields(self) -> list[str]:
-        """The top-level fields that are read."""
+        """The names of the top-level fields that are read."""
         return [name.partition(".")[0] for name in (self.prompt, self.input, self.response, self.messages)]
 
 
 def renderer(
     settings: ConversationSettings, tokenizer: PreTrainedTokenizerFast
 ) -> Callable[[Mapping[str, Any]], Pieces]:
-    """What turns a record into pieces of text, each with whether it is learned.
+    """Make the function that turns a record into pieces of text, each with a flag whether it is learned.
 
     Raises:
         UserError: there is no such template, or the tokenizer has none.
@@ -110,7 +110,7 @@ def renderer(
 
 
 def _filled(record: Mapping[str, Any], settings: ConversationSettings, plain: str, with_input: str) -> Pieces:
-    """A prompt in its template, and the response."""
+    """The prompt in its template, and the response."""
     try:
         prompt, context, response = _asked(record, settings)
     except KeyError:
@@ -123,14 +123,14 @@ def _filled(record: Mapping[str, Any], settings: ConversationSettings, plain: st
     if not response.strip():
         raise ValueError("the response is empty")
     template = with_input if context.strip() else plain
-    # Not str.format: prompts hold braces of their own.
+    # Not str.format, because prompts contain braces.
     parts = template.split("{prompt}")
     filled = prompt.join(part.replace("{input}", context) for part in parts)
     return (filled, False), (response, True)
 
 
 def _asked(record: Mapping[str, Any], settings: ConversationSettings) -> tuple[str, str, str]:
-    """Prompt, what it is about, and response."""
+    """The prompt, its context, and the response of a record."""
     try:
         context = str(field_value(record, settings.input) or "")
     except KeyError:
@@ -157,10 +157,10 @@ def _messages(record: Mapping[str, Any], settings: ConversationSettings) -> list
 
 
 def _message(message: Any) -> dict[str, Any]:
-    """A message with the role that chat templates know, its text, and what belongs to calls of tools."""
+    """A message with a role that chat templates accept, its text, and its fields of tool calls."""
     if not isinstance(message, Mapping):
         raise TypeError("a message is no mapping")
-    given = {key: value for key, value in message.items() if value is not None}  # a table has all fields in all rows
+    given = {key: value for key, value in message.items() if value is not None}  # rows of a table have all fields
     role = given.get("role", given.get("from"))
     if not isinstance(role, str):
         raise ValueError("a message has no role")
@@ -174,7 +174,7 @@ def _message(message: Any) -> dict[str, Any]:
 
 
 def _part(part: Any) -> str:
-    """The text of a part of a message."""
+    """The text of one part of a message."""
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     text = part.get("text") if isinstance(part, Mapping) else part
     if kind not in ("text", "str") or not isinstance(text, str):
@@ -183,9 +183,9 @@ def _part(part: Any) -> str:
 
 
 def _chat(messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, special: Sequence[str]) -> Pieces:
-    """A conversation in the tokenizer's chat template; what answers a prompt is learned, with the mark of its end.
+    """A conversation in the tokenizer's chat template; answers to prompts are learned, with their end-of-turn tokens.
 
-    An assistant who begins answers nothing: that is part of the first prompt.
+    If the first message is an assistant's, it answers nothing: it is part of the first prompt.
     """
     for message in messages:
         said = message["content"] + json.dumps(message.get("tool_calls", ""), ensure_ascii=False)
@@ -196,13 +196,13 @@ def _chat(messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast
         return tuple(_answers(messages, tokenizer))
     except (ValueError, MemoryError):
         raise
-    except Exception as error:  # a template is a program
+    except Exception as error:  # a template is a program, which can raise any exception
         begin = "it begins with the assistant, and " if messages[0]["role"] == "assistant" else ""
         raise ValueError(f"{begin}the chat template refuses it: {first_line(error)}") from None
 
 
 def _answers(messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, bool]]:
-    """The prompts and the answers of a conversation, in turn."""
+    """Yield the prompts and the answers of a conversation, alternately."""
     begin = next((place for place, message in enumerate(messages) if message["role"] != "assistant"), len(messages))
     answers = [place for place in range(begin, len(messages)) if messages[place]["role"] == "assistant"]
     if not answers:
@@ -224,7 +224,7 @@ def _answers(messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerF
 
 
 def _check_shown(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, Any]]) -> None:
-    """Raise ``ValueError`` if the last message is of a role that the template silently leaves out."""
+    """Raise ``ValueError`` if the last message has a role that the template silently leaves out."""
     *before, last = messages
     other = {**last, "content": f"{last['content']} other"}
     if last["role"] not in _ROLES.values() and (
@@ -234,12 +234,12 @@ def _check_shown(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str
 
 
 def _syntax_error(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """What makes a chat template no valid one."""
+    """The syntax error of a chat template, as text; None = there is none."""
     try:
         _render(tokenizer, [{"role": "user", "content": ""}], ask=True)
     except TemplateSyntaxError as error:
         return first_line(error)
-    except Exception:  # this conversation may be one that it refuses
+    except Exception:  # the template may refuse this conversation; that is no syntax error
         return None
     return None
 

@@ -1,4 +1,4 @@
-"""What prepared data hold: counts, and samples as text."""
+"""The contents of prepared data: counts, and samples as text."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ class Shown:
     """A sample as text.
 
     Attributes:
-        domain: its domain.
-        split: ``train`` or ``eval``.
-        number: its place in the split, over all shards.
-        text: its tokens, decoded; special tokens are shown.
+        domain: name of the sample's domain.
+        split: split of the sample, ``train`` or ``eval``.
+        number: position of the sample in the split, over all shards.
+        text: decoded tokens of the sample, including special tokens.
     """
 
     domain: str
@@ -51,7 +51,7 @@ def table(manifest: DataManifest) -> list[str]:
 
 
 def lacking(manifest: DataManifest) -> list[str]:
-    """What a user should know about empty documents and domains without samples, as lines of text."""
+    """Messages for the user about empty documents and domains without samples, as lines of text."""
     lines = []
     empty = sum(counts.empty for splits in manifest.domains.values() for counts in splits.values())
     if empty:
@@ -71,13 +71,13 @@ def lacking(manifest: DataManifest) -> list[str]:
 
 
 def show_samples(data: PreparedData, samples: int, *, domain: str | None = None, seed: int = 17) -> Iterator[Shown]:
-    """Samples of every domain and split, drawn at random.
+    """Draw random samples of every domain and split.
 
     Args:
-        data: prepared.
-        samples: how many of each.
-        domain: of this domain alone.
-        seed: of the choice.
+        data: prepared data.
+        samples: number of samples per domain and split.
+        domain: name of the only domain to draw from; None = all.
+        seed: seed of the choice.
 
     Raises:
         UserError: there is no such domain, or the data are damaged.
@@ -101,7 +101,7 @@ def _drawn(data: PreparedData, samples: int, domain: str | None, seed: int) -> I
 
 
 def _text(reader: SplitReader, number: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A sample as text; what is not learned of a conversation stands in ⟦ ⟧."""
+    """A sample as text; the parts of a conversation that are not learned are in ⟦ ⟧."""
     shard = 0
     while number >= reader.shard_sizes[shard]:
         number -= reader.shard_sizes[shard]

@@ -1,4 +1,4 @@
-"""Batches of documents to token ids, in parallel and in order."""
+"""Tokenising batches of documents, in parallel and in order."""
 
 import multiprocessing
 import os
@@ -19,14 +19,14 @@ from llmprune.utils.processes import end_with
 
 @dataclass
 class Batch:
-    """Documents that are tokenised in one go.
+    """Documents that are tokenised together.
 
     Attributes:
-        documents: to be tokenised.
-        bad: records between them that could not be read.
-        empty: how many between them have no text, by domain and split.
-        place: of the last of all these.
-        position: bytes of all inputs that had been read by then.
+        documents: documents to tokenise.
+        bad: unreadable records between the documents.
+        empty: number of documents without text between them, by domain and split.
+        place: position in the inputs of the last of all these records.
+        position: number of bytes of all inputs that had been read by then.
     """
 
     documents: list[Document] = field(default_factory=list)
@@ -36,18 +36,18 @@ class Batch:
     position: int = 0
 
 
-Pieces = tuple[tuple[str, bool], ...]  # of a document: texts, each with whether it is learned
+Pieces = tuple[tuple[str, bool], ...]  # texts of a document, each with a flag whether it is learned
 Flat = tuple[NDArray[np.uint32], NDArray[np.bool_] | None, NDArray[np.int64]]  # ids, learned (None = all), lengths
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """How documents become tokens.
+    """Settings and tokenizer for turning documents into tokens.
 
     Attributes:
-        backend: the tokenizer.
-        prefix: ids put before every document; learned, unless the document is in pieces.
-        suffix: ids put after every document, learned.
+        backend: tokenizer.
+        prefix: token ids placed before every document; learned, unless the document is in pieces.
+        suffix: token ids placed after every document; learned.
     """
 
     backend: Tokenizer
@@ -55,12 +55,12 @@ class Tokens:
     suffix: list[int]
 
     def encode(self, documents: list[Pieces]) -> Flat:
-        """The tokens of documents, one after the other."""
+        """Tokenise documents; returns all ids, flags whether they are learned (None = all), and documents' lengths."""
         texts = [text for pieces in documents for text, _ in pieces]
         encodings = iter(self.backend.encode_batch_fast(texts, add_special_tokens=False))
         ids: list[int] = []
         lengths: list[int] = []
-        silent: list[tuple[int, int]] = []  # from where to where tokens are not learned
+        silent: list[tuple[int, int]] = []  # ranges (begin, end) of tokens that are not learned
         for pieces in documents:
             begin = len(ids)
             ids += self.prefix
@@ -88,15 +88,15 @@ def _split(flat: Flat) -> list[Encoded]:
     return [Encoded(ids[begin:end], learned[begin:end]) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-_tokens: Tokens  # of this process; workers inherit it by fork
+_tokens: Tokens  # the setting of this process; workers inherit it by fork
 
 
 def encoded(
     tokens: Tokens, batches: Iterator[Batch], processes: int
 ) -> Generator[tuple[Batch, list[Encoded]], None, None]:
-    """Every batch with its documents' tokens, in order; at most a few batches per process are in memory.
+    """Yield every batch with its documents' tokens, in order; at most a few batches per process are in memory.
 
-    Closing the generator, or an error, ends the processes after the batches that they are at.
+    When the generator is closed, or after an error, the processes finish their current batches and end.
     """
     global _tokens
     _tokens = tokens

@@ -1,4 +1,4 @@
-"""A job that can be killed and goes on: its folder, and what it writes down on its way."""
+"""A job that can be killed and resumed: its folder, and the state that it saves."""
 
 import json
 import secrets
@@ -21,14 +21,14 @@ SCHEMA = 2
 
 @dataclass
 class Progress:
-    """How far a job has come.
+    """The progress of a job.
 
     Attributes:
-        place: of the last document that was packed.
-        documents: packed so far.
+        place: position in the inputs of the last packed document.
+        documents: number of documents packed so far.
         bad: records that could not be used.
-        names: of domains, as their inputs spell them, by clean name.
-        complete: whether nothing is left.
+        names: domain names as in the inputs, by clean name.
+        complete: whether the job is complete.
     """
 
     place: Place = (0, 0)
@@ -42,43 +42,43 @@ class PackingJob:
     """The folder of a job.
 
     FOLDER/
-      job.json          what the job is: settings and inputs
-      data/             becomes the output
-      notes/            what the packers need to go on
-      progress.json     how far it has come; names the folder of the packers' state
+      job.json          description of the job: settings and inputs
+      data/             data that become the output
+      notes/            notes that the packers need to resume
+      progress.json     progress of the job, with the name of the folder of the packers' state
     """
 
     def __init__(self, folder: Path) -> None:
-        """The job in ``folder``."""
+        """Use the job in ``folder``."""
         self.folder, self.data, self.notes = folder, folder / "data", folder / "notes"
 
     def packers_notes(self, name: str) -> Path:
-        """Where a packer keeps its notes."""
+        """The path of a packer's notes."""
         return self.notes / (name or "all")
 
     @property
     def has_progress(self) -> bool:
-        """Whether there is something to go on from."""
+        """Whether there is saved progress to resume from."""
         return (self.folder / "progress.json").exists()
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the job is complete."""
         return self.has_progress and self.load()[0].complete
 
     def load(self) -> tuple[Progress, Path]:
-        """How far the job has come, and the folder of its packers' state."""
+        """The saved progress of the job, and the folder of its packers' state."""
         state = read_json(self.folder / "progress.json")
         bad = [BadRecord(record["place"], record["reason"]) for record in state["bad"]]
         place = (state["place"][0], state["place"][1])
         return Progress(place, state["documents"], bad, state["names"], state["complete"]), self.folder / state["state"]
 
     def give_up(self) -> None:
-        """Leave nothing to go on from."""
+        """Delete the saved progress, so that the job can't be resumed."""
         (self.folder / "progress.json").unlink(missing_ok=True)
 
     def save(self, packers: Mapping[str, Packer], progress: Progress) -> None:
-        """Write down how far the job has come; until that is done, what was written down before is valid."""
+        """Save the progress of the job; until this is complete, the previous saved progress is valid."""
         state = self.folder / f"state-{secrets.token_hex(4)}"
         for name, packer in packers.items():
             packer.save(state / (name or "all"))
@@ -88,7 +88,7 @@ class PackingJob:
                 shutil.rmtree(other)
 
     def resume(self, packers: Mapping[str, Packer]) -> Progress:
-        """Make packers what they were when the job wrote itself down last, if it did."""
+        """Restore the packers' saved state and return the saved progress; without saved progress, start anew."""
         if not self.has_progress:
             for path in (self.data, self.notes):
                 remove(path)
@@ -102,13 +102,13 @@ class PackingJob:
 
 @contextmanager
 def opened_job(out: Path | str, description: Mapping[str, Any], *, overwrite: bool) -> Iterator[PackingJob]:
-    """The job that writes ``out``: a new one, or the one of this description that was stopped.
+    """Open the job that writes ``out``: a new one, or a stopped one with this description.
 
-    Its folder stands beside ``out``. What is to become the output must be moved there by the caller, before the block
-    ends; then the folder is removed. If the block fails, a job that has progress stays, so that it can go on.
+    Its folder is beside ``out``. The caller must move the output to ``out`` before the ``with`` block ends; then the
+    folder is removed. If the block fails, a job with saved progress is kept, so that it can be resumed.
 
     Raises:
-        UserError: ``out`` exists, another job for it was stopped or is at work, or the place can't be written.
+        UserError: ``out`` exists, another job for it was stopped or is running, or the path can't be written.
     """
     out = Path(out).resolve()
     refuse_existing(out, overwrite)
@@ -118,7 +118,7 @@ def opened_job(out: Path | str, description: Mapping[str, Any], *, overwrite: bo
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked_output(out))
-            refuse_existing(out, overwrite)  # another process may have been faster
+            refuse_existing(out, overwrite)  # another process may have finished first
             refuse_deleting(job.folder)
             job.folder.mkdir(exist_ok=True)
             mark(job.folder)

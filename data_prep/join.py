@@ -9,22 +9,22 @@ from numpy.typing import NDArray
 
 from llmprune.data.format import LEARNED, STARTS, TOKENS
 
-_BEGIN = np.zeros(1, np.uint32)  # of a sample, where a document begins or goes on
-_OPEN = 64  # samples that conversations are fitted into at a time
+_BEGIN = np.zeros(1, np.uint32)  # start of a sample, where a document begins or continues
+_OPEN = 64  # number of samples that conversations are fitted into at a time
 
 Ids = NDArray[np.uint32]
-Row = dict[str, NDArray[np.generic]]  # a sample's columns
+Row = dict[str, NDArray[np.generic]]  # a sample's values, by column
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A document's token ids and, for each, whether a model is to learn it, [tokens] both."""
+    """A document's token ids and, for each, a flag whether a model learns it; both [tokens]."""
 
     ids: Ids
     learned: NDArray[np.bool_]
 
     def cut(self, length: int) -> "Encoded":
-        """At most so many tokens of it, from its beginning."""
+        """The document's first ``length`` tokens."""
         return self if len(self.ids) <= length else Encoded(self.ids[:length], self.learned[:length])
 
 
@@ -32,29 +32,29 @@ class Join(Protocol):
     """Joins the documents of one split of one domain."""
 
     def add(self, documents: Sequence[Encoded]) -> list[Row]:
-        """Take documents; the samples that are full now."""
+        """Add documents; returns the samples that are now full."""
 
     def close(self) -> list[Row]:
-        """The samples that are left."""
+        """Return the remaining samples."""
 
     def state(self) -> dict[str, NDArray[np.generic]]:
-        """What waits for more documents."""
+        """Documents that wait for a sample to be full, as arrays."""
 
     def absorb(self, state: dict[str, NDArray[np.generic]]) -> list[Row]:
-        """Add what waited in another; the samples that are full now."""
+        """Add the waiting documents of another join; returns the samples that are now full."""
 
 
 class JoinedText:
-    """Documents one after the other, cut wherever a sample is full. An incomplete last sample is dropped."""
+    """Concatenates documents, and cuts the text where a sample is full. An incomplete last sample is dropped."""
 
     def __init__(self, length: int, dtype: str) -> None:
-        """Make samples of ``length`` tokens."""
+        """Set the number of tokens of a sample, and the dtype of token ids."""
         self._length, self._dtype = length, np.dtype(dtype)
         self._ids: Ids = np.empty(0, np.uint32)
         self._starts: NDArray[np.uint32] = np.empty(0, np.uint32)
 
     def add(self, documents: Sequence[Encoded]) -> list[Row]:
-        """Take documents; the samples that are full now."""
+        """Add documents; returns the samples that are now full."""
         sizes = [len(self._ids), *(len(document.ids) for document in documents)]
         return self._cut(
             np.concatenate([self._ids, *(document.ids for document in documents)]),
@@ -75,48 +75,48 @@ class JoinedText:
         ]
 
     def close(self) -> list[Row]:
-        """None: the last tokens make no whole sample."""
+        """Return no samples: the last tokens do not fill one."""
         return []
 
     def state(self) -> dict[str, NDArray[np.generic]]:
-        """The tokens of the sample that is not full, and where documents begin in it."""
+        """The tokens of the incomplete sample, and the positions at which documents begin in it."""
         return {"ids": self._ids, "starts": self._starts}
 
     def absorb(self, state: dict[str, NDArray[np.generic]]) -> list[Row]:
-        """Add what waited in another; the samples that are full now."""
+        """Add the waiting tokens of another join; returns the samples that are now full."""
         ids, starts = state["ids"].astype(np.uint32), state["starts"].astype(np.uint32)
         if len(ids) and len(self._ids):
-            starts = np.union1d(starts, [0])  # the rest of a document whose beginning is elsewhere is one of its own
+            starts = np.union1d(starts, [0])  # the rest of a document that began elsewhere counts as its own document
         joined = np.concatenate([self._starts, starts + len(self._ids)]).astype(np.uint32)
         return self._cut(np.concatenate([self._ids, ids]), joined)
 
 
 def _from_begin(starts: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Where documents begin, or go on at the sample's own begin."""
+    """The positions at which documents begin, with 0 for a document that continues at the sample's start."""
     return starts if len(starts) and not starts[0] else np.concatenate([_BEGIN, starts])
 
 
 @dataclass(eq=False)
 class _Open:
-    """A sample that still has room."""
+    """A sample that is not full."""
 
     documents: list[Encoded] = field(default_factory=list)
     used: int = 0
 
 
 class FittedConversations:
-    """Whole conversations, each in the fullest of a few open samples that has room; the rest of a sample is padding.
+    """Places whole conversations in samples: each in the fullest open sample with room; padding fills the rest.
 
-    Conversations that are longer than a sample lose their end.
+    Conversations that are longer than a sample are cut at its length.
     """
 
     def __init__(self, length: int, dtype: str, padding: int) -> None:
-        """Make samples of ``length`` tokens, filled up with the token ``padding``, which is not learned."""
+        """Set the number of tokens of a sample, the dtype of token ids, and the padding token, which is not learned."""
         self._length, self._dtype, self._padding = length, np.dtype(dtype), padding
         self._open: list[_Open] = []
 
     def add(self, documents: Sequence[Encoded]) -> list[Row]:
-        """Take conversations; the samples that are full now."""
+        """Add conversations; returns the samples that are now full."""
         full = []
         for whole in documents:
             document = whole.cut(self._length)
@@ -136,7 +136,7 @@ class FittedConversations:
         return [self._row(sample.documents) for sample in full]
 
     def close(self) -> list[Row]:
-        """The samples that are left, padded."""
+        """Return the remaining samples, padded."""
         rows = [self._row(sample.documents) for sample in self._open]
         self._open = []
         return rows
@@ -155,7 +155,7 @@ class FittedConversations:
         return {TOKENS: tokens, STARTS: np.array(starts, np.uint32), LEARNED: learned}
 
     def state(self) -> dict[str, NDArray[np.generic]]:
-        """The conversations of the samples that are not full."""
+        """The conversations of the samples that are not full, as arrays."""
         documents = [document for sample in self._open for document in sample.documents]
         return {
             "ids": np.concatenate([np.empty(0, np.uint32), *(d.ids for d in documents)]),
@@ -165,7 +165,7 @@ class FittedConversations:
         }
 
     def absorb(self, state: dict[str, NDArray[np.generic]]) -> list[Row]:
-        """Add what waited in another; none is full."""
+        """Add the waiting conversations of another join; returns no samples, because none is full."""
         cuts = np.cumsum(state["sizes"])[:-1]
         ids, learned = state["ids"].astype(np.uint32), state["learned"].astype(bool)
         documents = [Encoded(*parts) for parts in zip(np.split(ids, cuts), np.split(learned, cuts), strict=True)]

@@ -1,4 +1,4 @@
-"""Saying from time to time how far a job has come, and how fast it goes."""
+"""Logging the progress and the speed of a job."""
 
 import logging
 import time
@@ -10,10 +10,10 @@ log = logging.getLogger(__name__)
 
 
 class Pace:
-    """Logs how much of all inputs has been read, how fast since the last time, and what each domain has by then."""
+    """Logs the share of all inputs that was read, the speed since the last log, and the counts of each domain."""
 
     def __init__(self, total: int, position: int) -> None:
-        """Begin now.
+        """Start the clock.
 
         Args:
             total: bytes of all inputs.
@@ -22,11 +22,11 @@ class Pace:
         self._total, self._time, self._position = total, time.monotonic(), position
 
     def log(self, position: int, packers: Iterable[Packer] = ()) -> None:
-        """Say how far the job is.
+        """Log the progress.
 
         Args:
-            position: bytes that have been read by now.
-            packers: of the sets whose domains are named.
+            position: bytes that have been read so far.
+            packers: packers whose domains are logged.
         """
         now = time.monotonic()
         rate = (position - self._position) / max(now - self._time, 1e-9)

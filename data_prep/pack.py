@@ -1,4 +1,4 @@
-"""From documents to MDS shards of fixed-length samples."""
+"""Packing documents into MDS shards of samples with a fixed length."""
 
 import os
 import time
@@ -25,12 +25,12 @@ from llmprune.utils.files import read_json
 from llmprune.utils.outputs import put_in_place, refuse_existing, refuse_replacing
 from llmprune.utils.untrusted import open_tokenizer
 
-_SAVE_SECONDS = 60.0  # between two times that a job is written down
+_SAVE_SECONDS = 60.0  # seconds between two saves of a job's progress
 
 
 @dataclass
 class Summary:
-    """What was done: the manifest of each set (of the only one, under "") and the records that were skipped."""
+    """The result of a job: the manifest of each set (a single one has the name "") and the skipped records."""
 
     manifests: dict[str, DataManifest]
     bad: list[BadRecord] = field(default_factory=list)
@@ -58,30 +58,31 @@ def prepare(
     """Tokenise, pack and write documents, one folder per domain.
 
     Documents are tokenised in parallel, and packed and written in their order, so the result does not depend on the
-    number of processes. Texts that are equal go to the same split. An incomplete last sample of text is dropped.
+    number of processes. Equal texts go to the same split. An incomplete last sample of text is dropped.
 
-    A job that is stopped, however, leaves a hidden folder beside ``out``; the same call goes on from there.
+    A stopped or killed job leaves a hidden folder beside ``out``; the same call resumes from it.
 
     Args:
         inputs: files, folders, and datasets (``hf:NAME:CONFIG:SPLIT``).
         tokenizer: folder or hub name of a fast tokenizer.
         out: folder to write (see ``llmprune.data.format``).
-        settings: how.
-        fields: of records.
-        eval_inputs: what is kept for evaluation, in place of a share of ``inputs``; their texts are left out there.
-        shard: (i, n): do only the i-th of n parts, which ``merge`` makes into one.
-        processes: tokenising processes; None = one per core, 1 = this one.
+        settings: settings of packing.
+        fields: names of the records' fields; None = the default names.
+        eval_inputs: inputs that are kept for evaluation, instead of a share of ``inputs``; their texts are left out of
+            training.
+        shard: pair (i, n): process only part i of n parts, which ``merge`` joins; None = everything.
+        processes: number of tokenising processes; None = one per core, 1 = this process.
         overwrite: whether ``out`` may be replaced.
-        progress: show a bar on standard error.
+        progress: whether to show a progress bar on standard error.
 
     Raises:
-        UserError: inputs, tokenizer or settings that can't work; an output that would replace inputs; too many bad
-            records; no text for one sample.
+        UserError: inputs, tokenizer or settings are impossible; the output would replace inputs; there are too many bad
+            records, or not enough text for one sample.
     """
     settings = replace(settings, eval_fraction=0.0) if eval_inputs else settings
     held_out, found = (find_inputs(names) if names else [] for names in (eval_inputs, inputs))
     read = [source.path for source in (*held_out, *found) if source.path is not None]
-    named = [path for path in map(Path, (*inputs, *eval_inputs, tokenizer)) if path.exists()]  # else on the hub
+    named = [path for path in map(Path, (*inputs, *eval_inputs, tokenizer)) if path.exists()]  # others are hub names
     refuse_replacing(out, [*named, *read])
     refuse_existing(Path(out), overwrite)
     settings.check()
@@ -113,14 +114,14 @@ def _check_numbers(processes: int | None, shard: tuple[int, int] | None) -> None
 def _describe(
     recipe: Recipe, reading: Reading, found: list[Input], held_out: list[Input], shard: tuple[int, int] | None
 ) -> dict[str, Any]:
-    """What a job is, of which only one with the same description goes on.
+    """Description of a job; a stopped job resumes only with the same description.
 
     Args:
-        recipe: how the data are made.
-        reading: of the inputs of this part.
-        found: the inputs of all parts.
-        held_out: those for evaluation.
-        shard: which part.
+        recipe: recipe of the data.
+        reading: reader of the inputs of this part.
+        found: inputs of all parts.
+        held_out: inputs for evaluation.
+        shard: number of this part and number of parts; None = the job has no parts.
     """
     return {
         "recipe": asdict(recipe),
@@ -133,15 +134,15 @@ def _describe(
 
 
 def merge_prepared(parts: Sequence[Path | str], out: Path | str, *, overwrite: bool = False) -> Summary:
-    """Make the parts of a job, all of them, into prepared data. Shards are linked where the file system allows it.
+    """Join all parts of a job into prepared data. Shards are hard-linked if the file system allows it.
 
     Args:
-        parts: what ``prepare`` wrote with ``shard``, in any order.
+        parts: folders that ``prepare`` wrote with ``shard``, in any order.
         out: folder to write.
         overwrite: whether ``out`` may be replaced.
 
     Raises:
-        UserError: a part is missing, there twice, or of another job.
+        UserError: a part is missing, is given twice, or belongs to another job.
     """
     refuse_replacing(out, parts)
     jobs: dict[int, PackingJob] = {}
@@ -190,7 +191,7 @@ def _go_on(
     *,
     progress: bool,
 ) -> Progress:
-    """Pack what the job has not packed yet, without the texts of ``held_out`` in training.
+    """Pack the documents that are not packed yet; texts of ``held_out`` are left out of training.
 
     Raises:
         UserError: too many records can't be used.
@@ -214,7 +215,7 @@ def _pack(
     processes: int,
     bar: "tqdm[Any]",
 ) -> None:
-    """Pack everything after what is done, and write down from time to time how far that is."""
+    """Pack all documents after those in ``done``, and save the progress regularly."""
     settings, saved = reading.settings, time.monotonic()
     pace = Pace(bar.total, sum(source.size for source in reading.inputs[: done.place[0]]))
     with closing(encoded(tokens, reading.batches(done.place), processes)) as results:
@@ -260,7 +261,7 @@ def _finish(
     out: Path | str,
     overwrite: bool,
 ) -> dict[str, DataManifest]:
-    """Complete the data and put them in their place."""
+    """Complete the data and move them to ``out``."""
     manifests = {}
     for name, packer in packers.items():
         folder = job.data / name
@@ -269,7 +270,7 @@ def _finish(
         try:
             manifests[name] = recipe.manifest(packer, files)
         except UserError as error:
-            job.give_up()  # the same command would only come to the same end
+            job.give_up()  # the same command would fail again
             raise UserError(f"{name}: {error}" if name else str(error)) from None
         manifests[name].save(folder)
     put_in_place(job.data, Path(out).resolve(), overwrite)
@@ -277,7 +278,7 @@ def _finish(
 
 
 def _cores() -> int:
-    """Cores that this process may use; fewer than the machine's under a container's limits."""
+    """Number of cores that this process may use; it may be smaller than the machine's in a container."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

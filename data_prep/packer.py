@@ -1,4 +1,4 @@
-"""Documents into the splits of their domains, and there into samples and shards."""
+"""Dividing documents into the splits of their domains, and writing them as samples in shards."""
 
 import os
 import shutil
@@ -18,21 +18,21 @@ from llmprune.data.sources import folded
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json, write_json
 
-_HELD_TOKENS = 1 << 24  # of a domain whose split is not settled; 64 MiB
-_TAKEN_NAMES = {"manifest.json", "tokenizer"}  # of files and folders that stand beside the domains
+_HELD_TOKENS = 1 << 24  # tokens held of a domain whose split is not settled; 64 MiB
+_TAKEN_NAMES = {"manifest.json", "tokenizer"}  # names of files and folders beside the domains' folders
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What samples are made like.
+    """The format of samples and the division into splits.
 
     Attributes:
-        length: tokens of a sample.
-        dtype: of the ids in shards.
+        length: number of tokens of a sample.
+        dtype: dtype of the token ids in shards.
         eval_fraction: share of the documents, by rank, that is for evaluation.
-        settle: whether domains too small for the fraction may be split another way.
-        compression: of shards.
-        padding: the token that fills up samples of conversations; None = samples are of joined text.
+        settle: whether a domain that is too small for the fraction may be divided in another way.
+        compression: compression of shards, such as ``zstd:3``; None = no compression.
+        padding: id of the token that fills samples of conversations; None = samples are of joined text.
     """
 
     length: int
@@ -45,13 +45,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A document that is to be packed.
+    """A document to be packed.
 
     Attributes:
-        domain: its domain.
-        rank: of its text; see ``data_prep.split``.
-        content: its tokens.
-        evaluation: whether it is for evaluation, whatever its rank.
+        domain: name of the document's domain.
+        rank: rank of the document's text; see ``data_prep.split``.
+        content: tokens of the document.
+        evaluation: whether the document is for evaluation, whatever its rank.
     """
 
     domain: str
@@ -62,22 +62,22 @@ class Arrival:
 
 @dataclass
 class _Domain:
-    """The documents of a domain that wait until it is known which split they belong to."""
+    """The documents of a domain that wait until their split is known."""
 
-    held: list[tuple[int, Encoded]] = field(default_factory=list)  # rank, content
-    tokens: Counter[str] = field(default_factory=Counter)  # of those by split, as the hash says
+    held: list[tuple[int, Encoded]] = field(default_factory=list)  # (rank, content) of the waiting documents
+    tokens: Counter[str] = field(default_factory=Counter)  # tokens of the waiting documents, by the split of the hash
     settled: bool = False
 
 
 class Packer:
-    """Joins documents into samples and writes them, a stream per domain and split.
+    """Joins documents into samples and writes them, one stream per domain and split.
 
-    The first documents of a domain are held until both of its splits have a sample's worth of tokens, so that a domain
-    too small for that can still be split another way (see ``exceptions_for``). Holding changes no order.
+    The first documents of a domain are held until both of its splits have enough tokens for a sample, so that a domain
+    too small for that can still be divided in another way (see ``exceptions_for``). Holding does not change the order.
     """
 
     def __init__(self, folder: Path, layout: Layout, notes: Path) -> None:
-        """Write below ``folder``, and what is needed to go on into ``notes``."""
+        """Set the folder of the output, and the folder of the notes that are needed to resume."""
         self._folder, self._layout, self._notes = folder, layout, notes
         self._domains: dict[str, _Domain] = {}
         self._exceptions: dict[int, str] = {}
@@ -85,10 +85,10 @@ class Packer:
         self._counts: dict[tuple[str, str], SplitCounts] = {}
 
     def add(self, arrivals: list[Arrival]) -> None:
-        """Take documents.
+        """Add documents.
 
         Raises:
-            UserError: a domain has the name of something else in the output.
+            UserError: a domain has the name of another part of the output.
         """
         arrived: dict[str, list[Arrival]] = {}
         for arrival in arrivals:
@@ -107,7 +107,7 @@ class Packer:
                 self._hold(name, ranked)
 
     def drop(self, domain: str) -> None:
-        """Count a document of training that is left out because its text is kept for evaluation."""
+        """Count a training document that is left out because its text is kept for evaluation."""
         self._domain(domain)
         self._counted(domain, TRAIN).duplicates += 1
 
@@ -143,7 +143,7 @@ class Packer:
             elsewhere = self._logged_elsewhere(name, found.keys() - fixed)
             if not elsewhere:
                 break
-            fixed |= elsewhere  # the same text was packed in another domain
+            fixed |= elsewhere  # the same text was already packed in another domain
         self._exceptions |= found
         self._divide(name, held)
 
@@ -181,13 +181,13 @@ class Packer:
         return self._counts.setdefault((name, split), SplitCounts())
 
     def _log(self, name: str, ranks: list[int]) -> None:
-        """Note the ranks of a domain, on disk."""
+        """Append ranks of a domain to its file of notes."""
         self._notes.mkdir(parents=True, exist_ok=True)
         with (self._notes / f"{name}.ranks").open("ab") as file:
             np.array(ranks, np.uint64).tofile(file)
 
     def _logged_elsewhere(self, name: str, ranks: set[int]) -> set[int]:
-        """Those of ``ranks`` that documents of other domains have."""
+        """The ranks among ``ranks`` that documents of other domains have."""
         wanted, found = np.array(sorted(ranks), np.uint64), set[int]()
         for path in self._notes.glob("*.ranks") if ranks else ():
             if path.name != f"{name}.ranks":
@@ -197,7 +197,7 @@ class Packer:
         return found
 
     def progress(self) -> list[tuple[str, int, int]]:
-        """Every domain with the documents and samples that it has so far; those that are held are not among them."""
+        """The number of documents and samples of every domain so far, without held documents."""
         found: dict[str, list[int]] = {}
         for (name, _), counts in self._counts.items():
             total = found.setdefault(name, [0, 0])
@@ -206,10 +206,10 @@ class Packer:
         return [(name, documents, samples) for name, (documents, samples) in sorted(found.items())]
 
     def finish(self) -> dict[str, dict[str, SplitCounts]]:
-        """Write what is left; what each domain and split holds.
+        """Write the remaining samples; returns the counts of each domain and split.
 
         Raises:
-            UserError: there is no text, or not one sample to train on.
+            UserError: there is no text, or not one training sample.
         """
         for name, domain in self._domains.items():
             if not domain.settled:
@@ -233,7 +233,7 @@ class Packer:
         return found
 
     def checksums(self) -> list[str]:
-        """Those of all shards, in order of domains and splits."""
+        """The checksums of all shards, in the order of domains and splits."""
         return [
             checksum
             for key in sorted(self._streams)
@@ -242,7 +242,7 @@ class Packer:
         ]
 
     def save(self, path: Path) -> None:
-        """Write everything that has been taken and is in no shard yet into the folder ``path``."""
+        """Save all documents and samples that are in no shard yet in the folder ``path``."""
         arrays: dict[str, Any] = {}
         streams, domains = [], []
         for place, ((name, split), (join, writer)) in enumerate(self._streams.items()):
@@ -263,7 +263,7 @@ class Packer:
         )
 
     def resume(self, path: Path) -> None:
-        """Become the packer that saved itself in ``path``, in the same folders; what it wrote later is deleted."""
+        """Restore the state that was saved in ``path``, for the same folders; files written after that are deleted."""
         state, arrays = _load(path)
         for name, split, counts in state["counts"]:
             self._counts[name, split] = SplitCounts(**counts)
@@ -290,7 +290,7 @@ class Packer:
                 log.unlink()
 
     def absorb(self, path: Path, folder: Path) -> None:
-        """Add what another packer, which settles nothing, wrote into ``folder`` and saved in ``path``."""
+        """Add the shards in ``folder`` and the state in ``path`` of another packer, which settles nothing."""
         state, arrays = _load(path)
         for name, split, counts in state["counts"]:
             total = self._counted(name, split)
@@ -335,7 +335,7 @@ def _unstack(arrays: dict[str, Any]) -> list[Any]:
 
 
 def _held_arrays(documents: list[tuple[int, Encoded]]) -> dict[str, Any]:
-    """Documents as a few arrays."""
+    """Documents with their ranks, as a few arrays."""
     return {
         "ranks": np.array([rank for rank, _ in documents], np.uint64),
         "sizes": np.array([len(content.ids) for _, content in documents], np.int64),

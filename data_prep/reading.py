@@ -1,4 +1,4 @@
-"""The documents of a job, in batches, and where each of them belongs."""
+"""The documents of a job, in batches, and the sets and splits that each belongs to."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -12,19 +12,19 @@ from llmprune.data.format import EVAL, TRAIN
 from llmprune.data.records import Input
 from llmprune.data.sources import BadRecord, Document, DomainNames, Fields, Place, Render, documents
 
-_BATCH_CHARACTERS = 250_000  # small, so that no process idles for long while the last batches finish
-EARLY_STOP = 100  # bad records, before the share of bad ones is looked at while reading
+_BATCH_CHARACTERS = 250_000  # small, so that no process is idle for long while the last batches finish
+EARLY_STOP = 100  # number of bad records after which their share is checked during reading
 
 
 class Reading:
-    """Reads the documents of a job and says where each of them belongs.
+    """Reads the documents of a job and decides the sets and the split of each.
 
     Attributes:
-        inputs: all, those for evaluation first.
-        training: those that are not for evaluation.
-        fields: of records.
-        settings: of the job.
-        names: of the domains that have been found.
+        inputs: all inputs; those for evaluation are first.
+        training: inputs that are not for evaluation.
+        fields: names of the records' fields.
+        settings: settings of the job.
+        names: names of the domains found so far.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Reading:
         )
 
     def batches(self, after: Place) -> Iterator[Batch]:
-        """Documents and bad records after a place."""
+        """Yield batches of the documents and bad records after a position."""
         batch, characters = Batch(place=after), 0
         for item in self._documents(self.inputs, after):
             if isinstance(item, BadRecord):
@@ -75,7 +75,7 @@ class Reading:
         return document.place[0] < len(self.inputs) - len(self.training)
 
     def sort(self, document: Document, content: Encoded) -> Iterator[tuple[str, Arrival | None]]:
-        """The sets that a document goes into; with None, those that it is left out of."""
+        """Yield the sets of a document, each with the document to pack, or None if it is left out of the set."""
         settings = self.settings
         rank = rank_of(document.text, settings.seed)
         evaluation = self._is_held_out(document)
@@ -88,7 +88,7 @@ class Reading:
 
 
 def part_of(inputs: list[Input], shard: tuple[int, int] | None) -> list[Input]:
-    """The inputs of a part: every n-th file, and of each dataset the n-th part."""
+    """The inputs of a part: every n-th file, and the n-th part of each dataset."""
     if shard is None:
         return inputs
     files = [source for source in inputs if not source.is_dataset]

@@ -1,4 +1,4 @@
-"""What a job makes of its documents: settings, the tokenizer, and what all parts of a job have in common."""
+"""The recipe of a job: settings and tokenizer, which all parts of the job have in common."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,19 +21,20 @@ from llmprune.utils.untrusted import open_tokenizer
 
 @dataclass(frozen=True)
 class PackSettings:
-    """How documents become samples.
+    """Settings for packing documents into samples.
 
     Attributes:
-        sequence_length: tokens per sample.
+        sequence_length: number of tokens per sample.
         eval_fraction: share of the documents (by a hash of their text) that is kept for evaluation. A domain of four
-            samples or more keeps at least one sample's worth, unless this is 0 or its documents are too few.
-        bos: put the beginning-of-sequence token before every document.
-        eos: put the end-of-sequence token after every document.
-        max_bad: share of unusable records that is put up with.
-        seed: of the split and of the sets.
-        compression: of the shards, as MDS names it (``zstd:3``); None = none.
-        sets: name and share of sets that divide the documents for training, each a prepared folder below the output.
-        conversations: records are prompts and responses, of which the responses alone are learned; None = text.
+            samples or more keeps enough for at least one sample, unless this is 0 or it has too few documents.
+        bos: whether to place the beginning-of-sequence token before every document.
+        eos: whether to place the end-of-sequence token after every document.
+        max_bad: largest share of unusable records that is accepted.
+        seed: seed of the split and of the sets.
+        compression: compression of the shards, in the notation of MDS (``zstd:3``); None = no compression.
+        sets: share of each set, by name; sets divide the training documents, each into a prepared folder in the output.
+        conversations: settings of conversations, if records are prompts and responses, of which only the responses are
+            learned; None = records are text.
     """
 
     sequence_length: int
@@ -47,10 +48,10 @@ class PackSettings:
     conversations: ConversationSettings | None = None
 
     def check(self) -> None:
-        """Refuse what can't work.
+        """Refuse impossible values.
 
         Raises:
-            UserError: what is wrong.
+            UserError: a value is impossible.
         """
         if self.sequence_length < 2:
             raise UserError(f"a sequence length of {self.sequence_length} leaves nothing to predict: choose 2 or more")
@@ -76,7 +77,7 @@ class PackSettings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all parts of a job have in common, and what a manifest says; see ``PackSettings`` and ``DataManifest``."""
+    """Values that all parts of a job and the manifest have in common; see ``PackSettings`` and ``DataManifest``."""
 
     layout: Layout
     tokenizer: str
@@ -90,18 +91,19 @@ class Recipe:
 
     @classmethod
     def of(cls, settings: PackSettings, tokenizer: PreTrainedTokenizerFast, *, settle: bool) -> "Recipe":
-        """The recipe of a job.
+        """Make the recipe of a job.
 
         Args:
-            settings: what is wanted.
-            tokenizer: the model's.
-            settle: whether small domains may be split another way than the hash says; parts of a job may not.
+            settings: settings of packing.
+            tokenizer: tokenizer of the model.
+            settle: whether small domains may be divided in another way than by the hash; not allowed for parts of a
+                job.
         """
-        vocabulary = max(tokenizer.get_vocab().values()) + 1  # more than len(tokenizer) where ids have gaps
+        vocabulary = max(tokenizer.get_vocab().values()) + 1  # larger than len(tokenizer) if ids have gaps
         padding = None
         if settings.conversations is not None:
             padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-            padding = 0 if padding is None else padding  # any will do, it is neither learned nor attended to
+            padding = 0 if padding is None else padding  # any token works: it is neither learned nor attended to
         return cls(
             layout=Layout(
                 settings.sequence_length,
@@ -122,13 +124,13 @@ class Recipe:
         )
 
     def packers(self, job: PackingJob) -> dict[str, Packer]:
-        """A packer for each set, or the only one."""
+        """A packer for each set, by name; without sets, one packer with the name ""."""
         return {
             name: Packer(job.data / name, self.layout, job.packers_notes(name)) for name in (self.sets or {"": 1.0})
         }
 
     def manifest(self, packer: Packer, tokenizer_files: list[str]) -> DataManifest:
-        """The manifest of what a packer wrote, which is finished by this."""
+        """Finish a packer, and make the manifest of its data."""
         domains = packer.finish()
         return DataManifest(
             sequence_length=self.layout.length,
@@ -147,10 +149,10 @@ class Recipe:
 
 
 def load_fast_tokenizer(tokenizer: Path | str) -> PreTrainedTokenizerFast:
-    """A fast tokenizer from a folder or the hub.
+    """Open a fast tokenizer from a folder or the hub.
 
     Raises:
-        UserError: there is none, or it is not fast.
+        UserError: there is no tokenizer, or it is not fast.
     """
     try:
         loaded = open_tokenizer(tokenizer)
@@ -165,7 +167,7 @@ def load_fast_tokenizer(tokenizer: Path | str) -> PreTrainedTokenizerFast:
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerFast, settings: PackSettings, name: str) -> tuple[Tokens, Render | None]:
-    """How documents become tokens, and how records of conversations become documents."""
+    """Make the tokenising settings, and the function that turns records of conversations into documents."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()

@@ -1,4 +1,4 @@
-"""Samples into MDS shards, each of which is there whole or not at all."""
+"""Writing samples to MDS shards; each shard appears completely or not at all."""
 
 import json
 import os
@@ -17,21 +17,21 @@ _SHARD_BYTES = 1 << 26
 
 
 class ShardWriter:
-    """Writes the samples of one split of one domain, as many into each shard, whenever they are written.
+    """Writes the samples of one split of one domain; the number of samples per shard is fixed.
 
     Attributes:
-        shards: descriptions of those written, as an MDS index holds them.
+        shards: descriptions of the written shards, in the format of an MDS index.
         waiting: samples that do not fill a shard yet.
     """
 
     def __init__(self, folder: Path, columns: dict[str, str], compression: str | None = None) -> None:
-        """Write into ``folder``; ``columns`` as of MDS."""
+        """Set the folder; ``columns`` are those of MDS: encoding by name."""
         self._folder, self._columns, self._compression = folder, columns, compression
         self.shards: list[dict[str, Any]] = []
         self.waiting: list[Row] = []
 
     def write(self, rows: Iterable[Row]) -> None:
-        """Take samples."""
+        """Add samples; full shards are written."""
         self.waiting += rows
         if self.waiting:
             size = max(1, _SHARD_BYTES // self.waiting[0][TOKENS].nbytes)
@@ -55,7 +55,7 @@ class ShardWriter:
             self.adopt(shard, Path(aside, "mds"), move=True)
 
     def adopt(self, shard: dict[str, Any], folder: Path, *, move: bool = False) -> None:
-        """Take over a shard that lies in ``folder``, under the next number."""
+        """Link, copy or move a shard from ``folder``, and give it the next number."""
         self._folder.mkdir(parents=True, exist_ok=True)
         described = dict(shard)
         for kind in ("raw_data", "zip_data"):
@@ -63,7 +63,7 @@ class ShardWriter:
                 before = shard[kind]["basename"]
                 name = f"shard.{len(self.shards):05}{before[before.index('.mds') :]}"
                 described[kind] = {**shard[kind], "basename": name}
-                if (folder / before).exists():  # of a compressed shard only the compressed file
+                if (folder / before).exists():  # a compressed shard has only the compressed file
                     (os.replace if move else link_or_copy)(folder / before, self._folder / name)
         self.shards.append(described)
 
@@ -77,7 +77,7 @@ class ShardWriter:
         (self._folder / "index.json").write_text(json.dumps(index, sort_keys=True))
 
     def forget_others(self) -> None:
-        """Delete files that are none of the shards'."""
+        """Delete files that belong to none of the shards."""
         known = {shard[kind]["basename"] for shard in self.shards for kind in ("raw_data", "zip_data") if shard[kind]}
         for path in self._folder.iterdir() if self._folder.is_dir() else ():
             if path.name not in known:
@@ -85,7 +85,7 @@ class ShardWriter:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file where the file system allows it, else a copy."""
+    """Hard-link a file if the file system allows it, otherwise copy it."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)

@@ -1,7 +1,8 @@
-"""Which documents are kept for evaluation, and which set each of the others belongs to.
+"""Division of documents: those for evaluation, and the sets of the others.
 
-A keyed hash of the text ranks every document; those below a threshold are for evaluation, and sets divide the others.
-Equal texts have equal ranks, so they are never on both sides nor in two sets, wherever they stand in the inputs.
+A keyed hash of the text gives every document a rank; ranks below a threshold are for evaluation, and sets divide the
+other documents. Equal texts have equal ranks, so they are never in both splits nor in two sets, wherever they are in
+the inputs.
 """
 
 import hashlib
@@ -14,23 +15,23 @@ _RANKS = 2**64
 
 
 def rank_of(text: str, seed: int) -> int:
-    """The place of a text among all texts, in [0, 2**64)."""
+    """The rank of a text: a keyed hash in [0, 2**64)."""
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=str(seed).encode())
     return int.from_bytes(digest.digest(), "big")
 
 
 def split_of(rank: int, eval_fraction: float, exceptions: Mapping[int, str]) -> str:
-    """The split of the documents of a rank: ``exceptions`` first, else the threshold."""
+    """The split of the documents with a rank: the one in ``exceptions``, otherwise by the threshold."""
     return exceptions.get(rank) or (EVAL if rank < eval_fraction * _RANKS else TRAIN)
 
 
 def set_of(rank: int, eval_fraction: float, shares: Mapping[str, float]) -> str | None:
-    """The set of a document that is not for evaluation; None = it is in none.
+    """The set of a document that is not for evaluation; None = it is in no set.
 
     Args:
-        rank: of the document, beyond the threshold.
-        eval_fraction: share of the documents that lies below it.
-        shares: of the others by set, at most 1 in all.
+        rank: rank of the document, above the threshold.
+        eval_fraction: share of the documents below the threshold.
+        shares: share of the other documents, by set; the sum is at most 1.
     """
     place = (rank / _RANKS - eval_fraction) / (1 - eval_fraction)
     for name, share in shares.items():
@@ -47,19 +48,20 @@ def exceptions_for(
     sequence_length: int,
     fixed: Collection[int] = (),
 ) -> dict[int, str]:
-    """The ranks that must change sides for a small domain to have samples in both splits.
+    """The ranks that must change their split so that a small domain has samples in both splits.
 
-    The hash knows shares, not samples: with few documents, a side may get less than one sample. First, training takes
-    everything if its share alone makes no sample. Then, if the domain holds four samples or more and evaluation has
-    none, evaluation takes documents by rising rank, which is what a larger ``eval_fraction`` would do. Documents that
-    would leave training with less than half of the tokens are passed over, so a domain of one document has none.
+    The hash fixes shares of documents, not numbers of samples: with few documents, a split may get less than one
+    sample. First, if training would have no sample, it gets all documents. Then, if the domain has four samples or more
+    and evaluation has none, evaluation gets documents in the order of their ranks, as a larger ``eval_fraction`` would
+    do. Documents that would leave training with less than half of the tokens are skipped, so a domain of one document
+    has no evaluation sample.
 
     Args:
-        ranks: of all documents of the domain, in any order.
-        sizes: their tokens.
-        eval_fraction: share of the documents that is wanted for evaluation.
-        sequence_length: tokens per sample.
-        fixed: ranks that must stay where the hash puts them.
+        ranks: ranks of all documents of the domain, in any order.
+        sizes: number of tokens of each of these documents.
+        eval_fraction: wanted share of the documents for evaluation.
+        sequence_length: number of tokens per sample.
+        fixed: ranks that must stay in the split of the hash.
     """
     tokens: Counter[int] = Counter()
     for rank, size in zip(ranks, sizes, strict=True):

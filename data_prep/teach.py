@@ -1,7 +1,7 @@
-"""A teacher's predictions beside the tokens of prepared data, so that learning from it needs no teacher in memory.
+"""A teacher's predictions stored with the tokens of prepared data, so that training needs no teacher in memory.
 
-The work is parted into pieces, each of which becomes one shard. Processes that are given the same job share its pieces,
-on one machine or on several that see the same folder; a piece that a killed one had begun is done again.
+The work is divided into pieces; each becomes one shard. Processes with the same job share its pieces, on one machine or
+on several machines with a shared folder; a piece that a killed process had begun is done again.
 """
 
 import dataclasses
@@ -50,19 +50,20 @@ from llmprune.utils.settings import check_settings, limited
 log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 1 << 27
-_WAIT = 2.0  # seconds between looks at what others do
+_WAIT = 2.0  # seconds between two checks of other processes' progress
 
 
 @dataclass
 class TeachConfig:
-    """What is kept of a teacher's predictions.
+    """Settings for storing a teacher's predictions.
 
     Attributes:
-        top_k: so many likeliest tokens at every position, each with its log-probability, float32.
-        temperature: divides the logits.
-        boundaries: whether attention restarts at each document; None = for conversations.
-        batch_size: samples of a forward pass.
-        dtype: of the teacher's weights: bfloat16 or float32; auto = bfloat16 on GPUs and on processors that have it.
+        top_k: number of most probable tokens stored per position, each with its log-probability, float32.
+        temperature: divisor of the logits.
+        boundaries: whether attention restarts at each document; None = only for conversations.
+        batch_size: number of samples per forward pass.
+        dtype: dtype of the teacher's weights: bfloat16 or float32; auto = bfloat16 on GPUs and on processors that have
+            it.
     """
 
     top_k: int = 64
@@ -72,7 +73,7 @@ class TeachConfig:
     dtype: TeacherFormat = "auto"
 
     def check(self, vocabulary: int) -> None:
-        """Raise ``UserError`` for what is out of range."""
+        """Raise ``UserError`` for values that are out of range."""
         check_settings(self)
         if not 1 <= self.top_k < vocabulary:
             raise UserError(
@@ -82,7 +83,7 @@ class TeachConfig:
 
 @dataclass(frozen=True)
 class _Piece:
-    """So many samples of one split of one domain."""
+    """A range of samples of one split of one domain."""
 
     domain: str
     split: str
@@ -95,17 +96,17 @@ class _Piece:
 
 
 def teach(data: str, teacher: str, out: Path, config: TeachConfig, *, overwrite: bool = False) -> None:
-    """Write prepared data anew, with a teacher's predictions beside the tokens of the training splits.
+    """Write a copy of prepared data, with a teacher's predictions for the tokens of the training splits.
 
     Args:
-        data: what ``python -m data_prep tokenize`` made.
-        teacher: a Hugging Face folder or hub name; its tokenizer made the data.
+        data: folder or URL of data from ``python -m data_prep tokenize`` or ``conversations``.
+        teacher: Hugging Face folder or hub name of the teacher; its tokenizer made the data.
         out: folder to write.
-        config: what is kept.
+        config: settings for storing predictions.
         overwrite: whether ``out`` may be replaced.
 
     Raises:
-        UserError: something does not fit, or ``out`` exists.
+        UserError: the inputs do not fit each other, or ``out`` exists.
     """
     prepared = PreparedData(data)
     manifest = prepared.manifest
@@ -128,7 +129,7 @@ def teach(data: str, teacher: str, out: Path, config: TeachConfig, *, overwrite:
         "dtype": str(dtype).removeprefix("torch."),
     }
     if not overwrite and (out / "manifest.json").is_file() and DataManifest.load(out).teacher == facts:
-        return  # the others were faster
+        return  # other processes have already finished the job
     refuse_existing(out, overwrite)
     folder = _open(out, facts)
     work = _Work(prepared, folder, config, boundaries, token_dtype(model_config.vocab_size))
@@ -136,25 +137,25 @@ def teach(data: str, teacher: str, out: Path, config: TeachConfig, *, overwrite:
         check_memory(teacher, dtype=dtype, on_gpu=device.type == "cuda", remedy="use a larger machine")
         model = load_model(teacher, dtype=dtype).to(device).eval()
         with tqdm(total=len(work.pieces), desc="pieces", disable=None) as progress:
-            while work.is_open and not work.is_done:  # or another process has ended the job
+            while work.is_open and not work.is_done:  # until this or another process has completed the job
                 if not work.do_some(model, progress):
-                    time.sleep(_WAIT)  # others are at the last pieces
+                    time.sleep(_WAIT)  # other processes work on the last pieces
     with FileLock(_lock(folder)):
         if work.is_done:
             _finish(prepared, work, facts, out, overwrite)
             ended = folder.with_suffix(f".{secrets.token_hex(4)}")
-            folder.rename(ended)  # all at once, for the others
+            folder.rename(ended)  # one rename, so that other processes see the folder complete or not at all
             shutil.rmtree(ended)
     _lock(folder).unlink(missing_ok=True)
 
 
 def _lock(folder: Path) -> Path:
-    """Beside the folder of the job; the output has a lock of its own, which is another's matter."""
+    """The lock beside the folder of the job; the output has another lock."""
     return folder.with_name(f"{folder.name}.lock")
 
 
 def _open(out: Path, description: Mapping[str, Any]) -> Path:
-    """The folder of a job beside its output."""
+    """Make or open the folder of a job, beside its output."""
     out = out.resolve()
     folder = out.with_name(f".{out.name}.teach")
     try:
@@ -172,10 +173,10 @@ def _open(out: Path, description: Mapping[str, Any]) -> Path:
 
 
 class _Work:
-    """The pieces of a job, and what they become."""
+    """The pieces of a job, and their shards."""
 
     def __init__(self, data: PreparedData, folder: Path, config: TeachConfig, boundaries: bool, ids: str) -> None:
-        self._ids = ids  # a teacher's vocabulary may be larger than its tokenizer's
+        self._ids = ids  # dtype of token ids: a teacher's vocabulary may be larger than its tokenizer's
         self._data, self._folder, self._config, self._boundaries = data, folder, config, boundaries
         manifest = data.manifest
         self._plain = columns(manifest.sequence_length, manifest.dtype, conversations=manifest.conversations)
@@ -196,21 +197,21 @@ class _Work:
             yield _Piece(domain, split, number, range(start, min(start + each, samples)))
 
     def description(self, piece: _Piece) -> Path:
-        """The file that says that a piece is done, and of what its shard is."""
+        """The file that marks a piece as done and describes its shard."""
         return self._folder / "done" / f"{piece.name}.json"
 
     @property
     def is_open(self) -> bool:
-        """Whether the job's folder is still there."""
+        """Whether the job's folder still exists."""
         return (self._folder / "job.json").is_file()
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left but to put the pieces together."""
+        """Whether all pieces are done, so that they can be joined."""
         return all(self.description(piece).is_file() for piece in self.pieces)
 
     def do_some(self, model: PreTrainedModel, progress: "tqdm[Any]") -> bool:
-        """Do every piece that is neither done nor being done; returns whether there was one."""
+        """Do every piece that is neither done nor in work; returns whether there was one."""
         found = False
         for piece in self.pieces:
             if self.description(piece).is_file() or not self.is_open:
@@ -226,7 +227,7 @@ class _Work:
             except FileNotFoundError:
                 if self.is_open:
                     raise
-                return True  # another process has ended the job
+                return True  # another process has completed the job
         return found
 
     def _do(self, piece: _Piece, model: PreTrainedModel) -> None:
@@ -279,7 +280,7 @@ class _Work:
 def predictions(
     model: PreTrainedModel, batch: Mapping[str, torch.Tensor], top_k: int, temperature: float
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """A model's likeliest tokens and their log-probabilities, [batch, length, k] both; see ``likeliest``."""
+    """A model's most probable tokens and their log-probabilities, both [batch, length, k]; see ``likeliest``."""
     states, head = final_states(model, {name: value.to(model.device) for name, value in batch.items()})
     parts = [likeliest(head.logits(states[part]), top_k, temperature) for part in head.chunks(len(states))]
     shape = (*batch["input_ids"].shape, top_k)
@@ -288,7 +289,7 @@ def predictions(
 
 
 def _finish(data: PreparedData, work: _Work, facts: Mapping[str, Any], out: Path, overwrite: bool) -> None:
-    """Put the pieces together."""
+    """Join the pieces."""
     checksums: list[str] = []
     with output_folder(out, overwrite) as made:
         for domain, split in work.splits:

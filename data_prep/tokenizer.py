@@ -28,16 +28,16 @@ def train_tokenizer(
     overwrite: bool = False,
     bad: list[BadRecord] | None = None,
 ) -> PreTrainedTokenizerFast:
-    """Train a tokenizer that encodes any text without loss and adds no special tokens of its own.
+    """Train a tokenizer that encodes any text without loss and does not add special tokens.
 
     Args:
         inputs: files, folders and datasets; see ``find_inputs``.
         out: folder to write.
-        vocab_size: tokens in all, ``<s>``, ``</s>`` and the 256 bytes included.
-        megabytes: how much text to read, at most, evenly from all files.
-        text_field: field of JSON records that holds the text; nested ones with dots.
+        vocab_size: total number of tokens, including ``<s>``, ``</s>`` and the 256 bytes.
+        megabytes: largest amount of text to read, divided equally among all files.
+        text_field: name of the field of JSON records with the text; nested names have dots.
         overwrite: whether ``out`` may be replaced.
-        bad: takes the records that could not be read and were skipped.
+        bad: list that unreadable, skipped records are added to; None = they are not returned.
 
     Raises:
         UserError: the vocabulary is too small, there is no text, or ``out`` would replace inputs.
@@ -86,17 +86,17 @@ def _train(texts: Iterator[str], folder: Path, vocab_size: int, bad: list[BadRec
         bos_token=BOS,
         eos_token=EOS,
         pad_token=EOS,
-        model_input_names=["input_ids", "attention_mask"],  # decoders take no token types
+        model_input_names=["input_ids", "attention_mask"],  # decoder models have no token types
     )
     fast.save_pretrained(folder)
     return fast
 
 
 def _texts(files: Sequence[Input], characters_per_file: int, fields: Fields, bad: list[BadRecord]) -> Iterator[str]:
-    """The beginning of every file's documents; unreadable records go to ``bad``."""
+    """Yield the beginning of every file's documents; unreadable records are added to ``bad``."""
     for file in files:
         left = characters_per_file
-        for item in documents([file], fields, text_bytes=4 * left):  # a character has four bytes at most
+        for item in documents([file], fields, text_bytes=4 * left):  # a character has at most four bytes
             if left <= 0:
                 break
             if isinstance(item, Document):

@@ -29,7 +29,7 @@ with a model of six blocks, `base`, and some text, `text`.
 
 
 def page() -> str:
-    """The page's text."""
+    """The text of the page."""
     (example,) = (text for text in inspect.cleandoc(llmprune.__doc__ or "").split("\n\n") if text.startswith(">>>"))
     parts = [BEGIN.format(example=example.replace(">>> ", "").replace("import llmprune\n", "import llmprune\n\n"))]
     for name in NAMES:
@@ -50,7 +50,7 @@ def _line(text: str | None) -> str:
 
 
 class _Plain(ast.NodeTransformer):
-    """Annotations that are written as text, written as what they say."""
+    """Replaces annotations that are strings by the types that they name."""
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
         if isinstance(node.annotation, ast.Constant):
@@ -59,7 +59,7 @@ class _Plain(ast.NodeTransformer):
 
 
 def _signature(name: str) -> str:
-    """A function's call, an argument a line."""
+    """The signature of a function, with one argument per line."""
     tree = ast.parse(inspect.getsource(getattr(functions, name)))
     (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef))
     returns = ast.unparse(function.returns).strip("'") if function.returns is not None else ""

@@ -1,6 +1,6 @@
-"""Ratios of what llmprune does to the same work without it, from interleaved runs in one process.
+"""Cost ratios of llmprune to the same work without it, from interleaved runs in one process.
 
-A ratio's value is the median over pairs of runs; its interval is from the 10th to the 90th percentile.
+The value of a ratio is the median over pairs of runs; its interval is from the 10th to the 90th percentile.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""The whole journey on a small default: corpus → base → pruned → recovered, beside training from scratch.
+"""The whole workflow with a small model: corpus → base → pruned → recovered, compared with training from scratch.
 
-Every stage leaves its folder under OUT; a second run reuses the stages whose inputs have not changed. It ends with a
-table, OUT/summary.json, and a page that shows everything: OUT/report.html.
+Every stage writes its results to OUT; a second run reuses the stages whose inputs have not changed. The last results
+are a table, OUT/summary.json, and a report page with all results, OUT/report.html.
 """
 
 import argparse
@@ -29,16 +29,16 @@ PROMPTS_PER_DOMAIN = 3
 
 
 class Stages:
-    """Runs named stages, each once for the same inputs."""
+    """Runs named stages, each only once for the same inputs."""
 
     def __init__(self, out: Path) -> None:
-        """Remember what was done in ``out``/stages.json."""
+        """Read the completed stages from ``out``/stages.json."""
         self._path = out / "stages.json"
         self._done: dict[str, dict[str, Any]] = read_json(self._path) if self._path.exists() else {}
         self._previous = ""
 
     def run(self, name: str, inputs: Any, outputs: list[Path], work: Callable[[], None]) -> None:
-        """Do ``work`` unless it was done with the same inputs (its own and all before it) and its outputs are there."""
+        """Run ``work``, unless it was done with the same inputs (its own and all earlier ones) and has its outputs."""
         key = hashlib.sha256(json.dumps([self._previous, name, inputs]).encode()).hexdigest()
         self._previous = key
         if self._done.get(name, {}).get("key") == key and all(path.exists() for path in outputs):
@@ -55,12 +55,12 @@ class Stages:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """How long each stage took when it was last done."""
+        """Seconds of each stage when it was last run."""
         return {name: stage["seconds"] for name, stage in self._done.items()}
 
 
 def train_here(yaml: str, overrides: list[str]) -> None:
-    """Train in this process: starting another costs more than small stages do."""
+    """Train in this process, because starting another process takes longer than a small stage."""
     from llmprune.config.job_files import load_training_job
     from llmprune.jobs.train import train
 
@@ -149,7 +149,7 @@ def journey(out: Path, seed: int) -> dict[str, Any]:
 
 
 def scratch_overrides(pruned: Path, out: Path) -> list[str]:
-    """The pruned model's shape, and as many batches as pruning and recovery had together."""
+    """Overrides for training from scratch: the pruned model's shape, and the total batches of pruning and recovery."""
     from llmprune.config.job_files import load_training_job
 
     config = read_json(pruned / "config.json")
@@ -188,7 +188,7 @@ def evaluate(out: Path, data: Path) -> None:
 
 
 def measure(out: Path, data: Path) -> None:
-    """What ``llmprune evaluate`` and ``llmprune measure`` find of the models."""
+    """Evaluate and measure the models, as ``llmprune evaluate`` and ``llmprune measure`` do."""
     from llmprune.evaluation.continuations import GenerationConfig
     from llmprune.evaluation.evaluate import EvaluationConfig
     from llmprune.evaluation.evaluate import evaluate as evaluate_models
@@ -222,7 +222,7 @@ def measure(out: Path, data: Path) -> None:
 
 
 def write_prompts(data: Path, path: Path) -> None:
-    """The first tokens of some evaluation samples, and what they go on with."""
+    """Write the first tokens of some evaluation samples as prompts, and their continuations as references."""
     from llmprune.data.dataset import EvalDataset
     from llmprune.data.prepared import PreparedData
     from llmprune.models.loading import load_tokenizer
@@ -258,11 +258,11 @@ def show(summary: dict[str, Any], out: Path) -> None:
 
 
 def _ignore(_: object) -> None:
-    """A stage's work returns nothing."""
+    """Discard a value, because the work of a stage returns nothing."""
 
 
 def main() -> int:
-    """Run the journey; a mistake of the user's is one line and exit code 2."""
+    """Run the workflow; a mistake of the user is one line and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of all results")
     parser.add_argument("--seed", type=int, default=17, help="of weights, data order and gates")

@@ -1,1 +1,1 @@
-"""Composer callbacks: what can happen during training, one to a file; and the logger of metrics.jsonl."""
+"""Composer callbacks, one per file; and the logger that writes metrics.jsonl."""

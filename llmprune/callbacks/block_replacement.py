@@ -1,4 +1,4 @@
-"""A light network in the place of a span of blocks, as a Composer callback (LLM-Streamline, arXiv:2403.19135)."""
+"""Replacing a span of blocks by a small network, as a Composer callback (LLM-Streamline, arXiv:2403.19135)."""
 
 import logging
 import math
@@ -34,12 +34,12 @@ log = logging.getLogger(__name__)
 
 
 class BlockReplacement(Callback):
-    """Trains a replacement module for a span of blocks; the source's weights stay as they are.
+    """Trains a replacement module for a span of blocks; the source's weights do not change.
 
     At INIT the replacement module becomes the Composer model's submodule ``replacement``, everything else is frozen,
     and the optimiser gets the parameters that train. The model then learns by ``Streaming`` and is evaluated with the
-    replacement module in place of the span. Whenever its held-out loss is the lowest so far, what trains is kept beside
-    the checkpoints.
+    replacement module in place of the span. When its held-out loss is the lowest so far, the trained weights are saved
+    in the folder of the checkpoints.
     """
 
     def __init__(
@@ -54,17 +54,17 @@ class BlockReplacement(Callback):
         cache: StatesCache | None = None,
         cached: Iterable[Batch] = (),
     ) -> None:
-        """Prepare.
+        """Store the settings.
 
         Args:
-            config: the settings.
-            span: of blocks, that is replaced.
-            seed: of random weights.
-            folder: where the best replacement module is kept; None = nowhere.
-            fit_on: this rank's batches that replacement modules are computed from, if they are.
-            alone: whether nothing is trained after that.
-            cache: of the states that are trained on.
-            cached: this rank's share of its samples, of those on this machine, in batches.
+            config: settings of the section.
+            span: span of blocks that is replaced.
+            seed: seed of random weights.
+            folder: folder where the best replacement module is saved; None = it is not saved.
+            fit_on: this rank's batches for computing a replacement module in closed form, if its kind is computed.
+            alone: whether the module is only computed, with no training afterwards.
+            cache: cache of the hidden states that the run trains on; None = no cache.
+            cached: batches of samples whose states this rank computes for the cache of this machine.
 
         Raises:
             UserError: a setting is out of range.
@@ -84,7 +84,7 @@ class BlockReplacement(Callback):
         self.span.check_within(len(blocks_of(model.model)))
         self.replacement = make_replacement(model, self.config, self.span, self._seed)
         if state.precision != Precision.FP32 or model.products is not None:
-            self.replacement.float()  # frozen weights may be bfloat16: what trains may not
+            self.replacement.float()  # trained weights must be float32, even if the frozen weights are bfloat16
         self.replacement = state.device.module_to_device(self.replacement)
         model.replacement = self.replacement
         chosen = [*self.replacement.parameters(), *parameters_after(model.model, self.span.end, self.config.also)]
@@ -118,19 +118,19 @@ class BlockReplacement(Callback):
         return blocks_of(model.model)[self.span.start : self.span.end]
 
     def before_load(self, state: State, logger: Logger) -> None:
-        """Let replacement modules made of blocks take the values that these have by now."""
+        """Copy the current values of the blocks into a replacement module that is made of blocks."""
         model = cast(ComposerCausalLM, state.model)
         self.replacement.begin(self._blocks(model))
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Compute a replacement module that is computed, unless the run goes on from a checkpoint."""
+        """Compute a replacement module of a computed kind, unless the run resumes from a checkpoint."""
         if self._is_new and self.replacement.is_fitted:
             self._fit(state)
         if self._cache is not None:
             self._fill(self._cache, state)
 
     def _fill(self, cache: StatesCache, state: State) -> None:
-        """Compute the states that are cached, each machine its own."""
+        """Compute the hidden states for the cache; each machine computes its own cache."""
         complete = state.device.tensor_to_device(torch.tensor(int(cache.is_complete)))
         dist.all_reduce(complete, reduce_operation="MIN")
         if complete.item():
@@ -152,10 +152,11 @@ class BlockReplacement(Callback):
         dist.barrier()
 
     def _fit(self, state: State) -> None:
-        """Compute the replacement module on most of the samples, and compare it with nothing on the others.
+        """Compute the replacement module on most of the samples; compare it with no module on the rest.
 
         Raises:
-            UserError: on all ranks, if the samples are too few, or it is no better and nothing is trained afterwards.
+            UserError: on all ranks, if there are too few samples, or if the module is no better and no training
+                follows.
         """
         batches = list(self._fit_on)
         fitted, tried = _parted(batches)
@@ -190,7 +191,7 @@ class BlockReplacement(Callback):
 
     @torch.no_grad()
     def _loss(self, state: State, batches: Iterable[Batch], *, whole: bool = False) -> float:
-        """The mean next-token loss over all ranks, with the replacement module or of the whole source."""
+        """The mean next-token loss over all ranks, in nats per token; with ``whole``, of the unchanged source."""
         model = cast(ComposerCausalLM, getattr(state.model, "module", state.model))
         total = state.device.tensor_to_device(torch.zeros(2, dtype=torch.float64))
         model.objective = None if whole else self.streaming
@@ -204,7 +205,7 @@ class BlockReplacement(Callback):
 
     @torch.no_grad()
     def sums(self, state: State, batches: Iterable[Batch]) -> Sums:
-        """What replacement modules are computed from, over all ranks."""
+        """Sums over all ranks that a replacement module is computed from."""
         found: Sums | None = None
         for batch in batches:
             batch = state.device.batch_to_device(batch)
@@ -222,19 +223,19 @@ class BlockReplacement(Callback):
         return found
 
     def after_loss(self, state: State, logger: Logger) -> None:
-        """Add the objectives of a microbatch."""
+        """Add the terms of the loss of a microbatch."""
         self._means.add(self.streaming.terms, state.batch)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Log their means over all tokens of the batch."""
+        """Log the means of the terms over all tokens of the batch."""
         self._means.log(logger)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        """Keep what trains if the loss is the lowest so far."""
+        """Save the trained weights if the loss is the lowest so far."""
         self._judge(state, logger)
 
     def eval_standalone_end(self, state: State, logger: Logger) -> None:
-        """Keep it after an evaluation outside training, too."""
+        """Do the same after an evaluation outside training."""
         self._judge(state, logger)
 
     def _judge(self, state: State, logger: Logger) -> None:
@@ -249,7 +250,7 @@ class BlockReplacement(Callback):
 
     def _keep(self, model: ComposerCausalLM, loss: float, batch: int) -> None:
         tensors = {}
-        reshard(model)  # what the evaluation has gathered may be in another format
+        reshard(model)  # tensors that the evaluation has gathered may have another layout
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
@@ -264,15 +265,15 @@ class BlockReplacement(Callback):
         return {"best": None if self.best is None else list(self.best)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Resume from a saved state."""
         self.best = None if state["best"] is None else (state["best"][0], int(state["best"][1]))
         self._is_new = False
 
 
 def _parted(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
-    """Of this rank's batches those that a replacement module is computed on, and those that it is tried on.
+    """Divide this rank's batches into those for computing a replacement module and those for evaluating it.
 
-    A single batch is parted itself.
+    If there is only one batch, its samples are divided.
     """
     if len(batches) != 1:
         place = samples_fitted(len(batches))
@@ -287,7 +288,7 @@ def _parted(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]
 
 
 def _enough(batches: Sequence[Batch], needed: int, tokens: int) -> int:
-    """The samples of all ranks of which so many tokens are fitted on; of ``batches`` on every rank ``tokens`` are."""
+    """Number of samples, over all ranks, for ``needed`` tokens to fit on; ``batches`` of a rank gave ``tokens``."""
     samples = len(batches[0]["input_ids"])
     fitted = samples_fitted(len(batches)) if len(batches) > 1 else samples_fitted(samples) / samples
     return samples_for(math.ceil(needed * fitted / max(tokens, 1))) * samples * dist.get_world_size()
@@ -296,6 +297,6 @@ def _enough(batches: Sequence[Batch], needed: int, tokens: int) -> int:
 def make_replacement(
     model: ComposerCausalLM, config: BlockReplacementConfig, span: Span, seed: int
 ) -> ReplacementModule:
-    """The replacement module that the settings describe, in the model's dtype."""
+    """Make the replacement module that the settings describe, in the model's dtype."""
     made = REPLACEMENTS[config.kind](Site(model.model, span, seed), config)
     return made.to(model.model.dtype)

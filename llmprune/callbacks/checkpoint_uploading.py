@@ -1,4 +1,4 @@
-"""What becomes of checkpoints: their checksums, how many stay, and copies of them in another place."""
+"""Checksums of checkpoints, deletion of old checkpoints, and copies in a remote store."""
 
 import logging
 from collections import deque
@@ -19,36 +19,36 @@ from llmprune.utils.outputs import is_leftover
 from llmprune.utils.processes import ACTIVITY
 from llmprune.utils.ranks import on_rank_zero
 
-ROUND = 20.0  # seconds in which ranks tell each other whether they are done
-WAITING = 2  # checkpoints that may wait to be brought away before training waits for them
-_APART = ("states", "tensorboard", "wandb")  # of a run folder: what can be made anew, or is large
+ROUND = 20.0  # seconds between two exchanges in which the ranks report whether they are done
+WAITING = 2  # number of checkpoints that may wait for their upload before training waits for the oldest
+_APART = ("states", "tensorboard", "wandb")  # parts of a run folder that are not copied: reproducible, or large
 
 log = logging.getLogger(__name__)
 
 
 class CheckpointUploading(Callback):
-    """Takes care of every checkpoint once it is written, beside the training that goes on.
+    """Processes every checkpoint after it is written, in a thread, while training continues.
 
-    Every rank looks after the files that it wrote itself, and no rank waits for another: it computes their checksums,
-    brings them to the store if there is one, vouches for them (``baN.sums-R.json``, locally and then in the store),
-    and deletes its part of checkpoints of which there are enough. So a checkpoint in the store is complete when all
-    ranks vouch for it, and no file is deleted that is still to be copied.
+    Every rank processes the files that it wrote itself, and no rank waits for another: it computes their checksums,
+    copies them to the store if there is one, writes a record of them (``baN.sums-R.json``, locally and then in the
+    store), and deletes its part of old checkpoints. So a checkpoint in the store is complete when the records of all
+    ranks are there, and no file is deleted before it is copied.
 
-    A store that can't be reached is a warning while the run goes on, and an error if the last checkpoint is not there
-    at its end; a later call with ``run.autoresume=true`` brings what is missing.
+    If the store can't be reached, this is a warning during the run, and an error at the end of the run if the last
+    checkpoint is not in the store; a later call with ``run.autoresume=true`` copies the missing files.
     """
 
     def __init__(
         self, folder: Path, keep: int, store: Store | None = None, *, writers: int = 1, resumed: bool = False
     ) -> None:
-        """Prepare.
+        """Start the upload thread.
 
         Args:
-            folder: of the run; its checkpoints are in ``checkpoints``.
-            keep: how many checkpoints stay in it; -1 = all.
-            store: where copies go; it may hold nothing, or a run that was resumed.
-            writers: ranks that write a part of a sharded checkpoint.
-            resumed: whether the run goes on with a checkpoint.
+            folder: run folder; its checkpoints are in ``checkpoints``.
+            keep: number of checkpoints to keep in the run folder; -1 = all.
+            store: remote store for copies, either empty or with the copy of a resumed run; None = no copies.
+            writers: number of ranks that write a part of a sharded checkpoint.
+            resumed: whether the run resumes from a checkpoint.
 
         Raises:
             UserError: the store can't be reached.
@@ -59,42 +59,42 @@ class CheckpointUploading(Callback):
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-uploading")
         self._pending: deque[Future[None]] = deque()
         self._noticed: int | None = None
-        self._missing: UserError | None = None  # why the newest checkpoint is not in the store
-        self._copied: dict[Path, tuple[int, int]] = {}  # files beside the checkpoints, as they were brought
-        self._loaded: int | None = None  # the batch that a resumed run goes on from
+        self._missing: UserError | None = None  # reason why the newest checkpoint is not in the store
+        self._copied: dict[Path, tuple[int, int]] = {}  # other files: time and size when they were copied
+        self._loaded: int | None = None  # batch number that a resumed run started from
         self._there = set() if store is None else set(on_rank_zero(lambda: store.names("checkpoints/ba")))
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Remember where a resumed run goes on."""
+        """Store the batch number that a resumed run starts from."""
         if self._resumed:
             self._loaded = state.timestamp.batch.value
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """See whether the batch before has left a checkpoint."""
+        """Check whether the previous batch has left a checkpoint."""
         self._notice(state.timestamp.batch.value)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """See to the last checkpoint.
+        """Process the last checkpoint.
 
         Raises:
-            UserError: it could not be brought to the store.
+            UserError: the checkpoint could not be copied to the store.
         """
         self.finish(state.timestamp.batch.value)
 
     def close(self, state: State, logger: Logger) -> None:
-        """Let what was begun end, however the run ends."""
-        with suppress(RuntimeError):  # the interpreter is ending, and takes no more work
+        """Wait for the work in flight, even if the run ends with an error."""
+        with suppress(RuntimeError):  # the interpreter is ending, and accepts no more work
             self._notice(state.timestamp.batch.value)
         self._worker.shutdown()
 
     def finish(self, batch: int) -> None:
-        """See to the checkpoint after ``batch`` batches and wait until all ranks have done that.
+        """Process the checkpoint after ``batch`` batches and wait until all ranks have done so.
 
         Raises:
-            UserError: on all ranks, if one of them could not bring its part to the store.
+            UserError: on all ranks, if one of them could not copy its part to the store.
         """
         self._notice(batch)
-        while True:  # in rounds, since collectives lose patience with a rank that copies for long
+        while True:  # in rounds, because collectives time out when one rank copies for long
             done = not self._pending or wait([self._pending[-1]], timeout=ROUND).done
             ACTIVITY.note()
             if all(dist.all_gather_object(bool(done))):
@@ -109,10 +109,10 @@ class CheckpointUploading(Callback):
             )
 
     def copy_rest(self) -> None:
-        """Bring what was written after the last checkpoint to the store, if there is one.
+        """Copy files that were written after the last checkpoint to the store, if there is one.
 
         Raises:
-            UserError: on all ranks, if it could not be brought there.
+            UserError: on all ranks, if the files could not be copied.
         """
         if self._store is not None:
             store = self._store
@@ -120,7 +120,7 @@ class CheckpointUploading(Callback):
 
     def _await_oldest(self) -> None:
         while not wait([self._pending[0]], timeout=1).done:
-            ACTIVITY.note()  # how long that takes is the store's affair
+            ACTIVITY.note()  # a slow store is not a hang
         self._pending.popleft().result()
 
     def _notice(self, batch: int) -> None:
@@ -128,7 +128,7 @@ class CheckpointUploading(Callback):
             return
         top = self._checkpoints.path
         if self._rank == 0 and not is_complete(files[0] if files[0].parent == top else files[0].parent):
-            return  # its writing has failed: nobody vouches for what is left
+            return  # writing it has failed: no rank writes a record for the remaining files
         self._noticed = batch
         name = record_name(batch, self._rank)
         known = (top / name).is_file()
@@ -136,14 +136,14 @@ class CheckpointUploading(Callback):
             if known and (self._store is None or f"checkpoints/{name}" in self._there):
                 return
             parts = self._checkpoints.ranks_of(batch)
-            if parts and parts != set(range(self._writers)):  # other ranks wrote it, and would have to vouch for it
+            if parts and parts != set(range(self._writers)):  # another number of ranks wrote it: no records are written
                 return
         while len(self._pending) >= WAITING:
             self._await_oldest()
         self._pending.append(self._worker.submit(self._keep_safe, batch, files))
 
     def _keep_safe(self, batch: int, files: list[Path]) -> None:
-        """Do everything for a checkpoint; runs in a thread."""
+        """Compute checksums, write the record, copy and delete for one checkpoint; runs in a thread."""
         top, name = self._checkpoints.path, record_name(batch, self._rank)
         try:
             if batch != self._loaded or not (top / name).is_file():
@@ -172,7 +172,7 @@ class CheckpointUploading(Callback):
         self._delete_old(batch)
 
     def _copy_rest(self, store: Store) -> None:
-        """Bring what has changed of the run folder's other files."""
+        """Copy the changed files of the run folder that are not part of a checkpoint."""
         tops = [path for path in sorted(self._folder.iterdir()) if path.name not in (*_APART, "checkpoints")]
         tops += [p for p in sorted(self._checkpoints.path.iterdir()) if not p.name.startswith(("ba", LATEST))]
         for path in (inner for top in tops for inner in (sorted(top.rglob("*")) if top.is_dir() else [top])):
@@ -184,24 +184,24 @@ class CheckpointUploading(Callback):
                     self._copied[path] = now
 
     def _delete_old(self, done: int) -> None:
-        """Delete this rank's part of all but the newest checkpoints up to the one that is done with.
+        """Delete this rank's part of old checkpoints, counting only checkpoints up to batch ``done``.
 
-        Newer ones may still be being written, so that they do not count.
+        Newer checkpoints may still be in the middle of writing, so they do not count.
         """
         if self._keep < 0:
             return
         batches = [batch for batch in map(batch_of, self._checkpoints.by_age()) if batch <= done]
         for batch in batches[self._keep :]:
             if self._checkpoints.is_read(batch):
-                continue  # by another process: it goes with a later one
+                continue  # in use by another process: it is deleted together with a later checkpoint
             gone = {self._rank}
-            if self._rank == 0:  # parts of ranks that the run does not have any more
+            if self._rank == 0:  # also the parts of ranks that the run no longer has
                 gone |= {rank for rank in self._checkpoints.ranks_of(batch) if rank >= dist.get_world_size()}
             for rank in sorted(gone):
-                for path in reversed(self._checkpoints.own_files(batch, rank)):  # first what marks it as complete
+                for path in reversed(self._checkpoints.own_files(batch, rank)):  # deletes the mark of completion first
                     path.unlink(missing_ok=True)
                 (self._checkpoints.path / record_name(batch, rank)).unlink(missing_ok=True)
-            with suppress(OSError):  # others have parts in it
+            with suppress(OSError):  # the folder still has parts of other ranks
                 (self._checkpoints.path / f"ba{batch}").rmdir()
             if self._rank == 0:
                 log.info("the checkpoint after batch %d is deleted: there are %d newer ones", batch, self._keep)

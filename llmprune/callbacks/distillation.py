@@ -18,10 +18,10 @@ from llmprune.utils.errors import UserError
 
 
 class Distillation(Callback):
-    """Gives the model another objective: a teacher's predictions, and its states.
+    """Gives the model another objective: a teacher's predictions and hidden states.
 
-    The teacher is no part of the Composer model, its state dict or its optimiser. It is loaded after the model has been
-    sharded, and spread over the same ranks.
+    The teacher is not part of the Composer model, its state dict or its optimiser. It is loaded after the model has
+    been sharded, and it is sharded over the same ranks.
     """
 
     def __init__(
@@ -32,13 +32,13 @@ class Distillation(Callback):
         attention: str = "sdpa",
         kept: bool = False,
     ) -> None:
-        """Prepare.
+        """Store the settings.
 
         Args:
-            config: the settings.
-            correspondence: of states, if they are compared.
-            attention: of the teacher; see ``load_any_model``.
-            kept: whether predictions come with the data.
+            config: settings of the section.
+            correspondence: pairs of model states and teacher states that are compared; None = no states.
+            attention: attention implementation of the teacher; see ``load_any_model``.
+            kept: whether the data contain the teacher's predictions.
 
         Raises:
             UserError: a setting is out of range.
@@ -49,7 +49,7 @@ class Distillation(Callback):
         self.objective: Distilling
 
     def before_load(self, state: State, logger: Logger) -> None:
-        """Load the teacher, and give the model its objective."""
+        """Load the teacher, and set the model's objective."""
         student = cast(ComposerCausalLM, getattr(state.model, "module", state.model))
         teacher = self._make_teacher(student, state)
         self.objective = Distilling(student, teacher, self.config.weights(0.0), self._correspondence)
@@ -85,15 +85,15 @@ class Distillation(Callback):
         )
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Weigh the objectives by how far the run has come."""
+        """Set the weights of the objectives for the current point of the run."""
         elapsed = state.get_elapsed_duration()
         self.objective.weights = self.config.weights(0.0 if elapsed is None else float(elapsed.value))
 
     def after_loss(self, state: State, logger: Logger) -> None:
-        """Note the objectives of a microbatch."""
+        """Add the terms of the loss of a microbatch."""
         self._means.add(self.objective.terms, state.batch)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Log the mean of every term of the loss."""
+        """Log the mean of every term of the loss, and the objectives' weights."""
         self._means.log(logger)
         logger.log_metrics({f"distillation/weight/{name}": w for name, w in self.objective.weights.items()})

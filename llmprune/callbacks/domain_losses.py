@@ -11,12 +11,13 @@ from llmprune.models.causal_lm import DomainLoss
 class DomainLosses(Callback):
     """Logs ``metrics/eval/loss/DOMAIN`` after every evaluation, and adds them to the state's evaluation metrics.
 
-    One metric holds the sums of all domains, so that their number costs nothing at a batch. The progress bar, which
-    would be drawn anew for each of them, does not get them. It stands before what uses these losses.
+    One metric object has the sums of all domains, so the cost per batch does not depend on the number of domains. The
+    progress bar does not get these losses, because it would redraw for each of them. Place this callback before all
+    callbacks that use these losses.
     """
 
     def __init__(self, domains: Mapping[int, str]) -> None:
-        """Log the losses of these domains, by number."""
+        """Store the names of the domains by domain number; their losses are logged."""
         self._domains = dict(domains)
 
     def eval_end(self, state: State, logger: Logger) -> None:

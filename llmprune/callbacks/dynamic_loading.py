@@ -17,19 +17,19 @@ log = logging.getLogger(__name__)
 
 
 class DynamicLoading(Callback):
-    """Announces new weights after every evaluation and logs what has been read.
+    """Announces new weights of the domains after every evaluation, and logs what has been read.
 
-    They are computed on rank 0 from losses that are the same everywhere, and take effect ``update_delay`` batches
-    later, on all ranks and in all loader workers at the same sample.
+    The weights are computed on rank 0 from losses that are equal on all ranks. They take effect ``update_delay``
+    batches later, on all ranks and in all loader workers at the same sample.
     """
 
     def __init__(self, config: DynamicLoadingConfig | None, dataset: MixedDataset, evaluated: Collection[str]) -> None:
-        """Prepare.
+        """Store the settings.
 
         Args:
-            config: the settings; None = only log what has been read.
-            dataset: the training stream.
-            evaluated: the domains whose losses are measured; where losses decide, the others keep their weights.
+            config: settings of the section; None = only log what has been read.
+            dataset: training stream.
+            evaluated: domains whose losses are measured; if losses decide, the other domains keep their weights.
         """
         self._config, self._dataset = config, dataset
         self._held = set()
@@ -42,12 +42,12 @@ class DynamicLoading(Callback):
         self._updated_at: int | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Log the first weights."""
+        """Log the initial weights."""
         if state.timestamp.batch.value == 0:
             logger.log_metrics({f"mixing/weight/{name}": value for name, value in self._dataset.weights.items()})
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Announce and log weights, once for every batch that is evaluated at."""
+        """Announce and log weights, at most once per batch number."""
         batch = state.timestamp.batch.value
         if batch == self._updated_at:
             return
@@ -81,9 +81,9 @@ class DynamicLoading(Callback):
         return metrics | {f"mixing/weight/{name}": value for name, value in self._dataset.weights.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """When weights were announced last; the stream's state holds the weights."""
+        """The batch of the last announcement; the stream's state contains the weights."""
         return {"updated_at": self._updated_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Resume from a saved state."""
         self._updated_at = state["updated_at"]

@@ -1,4 +1,4 @@
-"""Tasks and texts beside the evaluation losses, as a Composer callback."""
+"""Evaluation on tasks and texts in addition to the losses, as a Composer callback."""
 
 from collections.abc import Callable
 
@@ -13,22 +13,22 @@ Measure = Callable[[PreTrainedModel, Callable[[dict[str, Tensor]], Tensor]], dic
 
 
 class Evaluation(Callback):
-    """Measures the model at the end of every evaluation, once for each batch that is evaluated at.
+    """Measures the model at the end of every evaluation, at most once per batch number.
 
-    It stands before ``L0Pruning`` among the callbacks, so that gates are still those of the evaluation.
+    Place it before ``L0Pruning`` in the list of callbacks, so that the gates still have the values of the evaluation.
     """
 
     def __init__(self, measure: Measure) -> None:
-        """Prepare.
+        """Store the measurement function.
 
         Args:
-            measure: from the model and its forward pass to metrics by name.
+            measure: function of the model and its forward pass that returns metrics by name.
         """
         self._measure = measure
         self._measured_at: int | None = None
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Measure and log."""
+        """Measure the model and log the metrics."""
         batch = state.timestamp.batch.value
         if batch == self._measured_at:
             return

@@ -28,23 +28,23 @@ WARMUP_UNITS = (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.DURATI
 
 
 class L0Pruning(Callback):
-    """Trains gates that lead the model to a target shape or size, beside the model itself.
+    """Trains gates that bring the model to a target shape or size, while the model itself trains too.
 
-    Gates multiply weights; they are float32, the same on every rank, and stay outside the model's state dict. One
-    sample of all gates is drawn per microbatch, keyed by (seed, batch, microbatch, rank). The factors that they make
-    are detached leaves of the model's graph: after each backward pass their gradients are chained to the gates; after
-    the batch those are averaged over ranks, the Lagrangian's gradient, which depends on the gates alone, is added, and
-    gates and multipliers step. The model's learning-rate schedule scales all learning rates. Gradient clipping leaves
-    gates out.
+    Gates multiply weights; they are float32, equal on every rank, and not part of the model's state dict. One sample of
+    all gates is drawn per microbatch, with a random key of (seed, batch, microbatch, rank). The factors computed from a
+    sample are detached leaves of the model's graph. After each backward pass, their gradients are propagated to the
+    gates. After the batch, the gates' gradients are averaged over ranks, the gradient of the Lagrangian, which depends
+    on the gates alone, is added, and gates and multipliers take an optimiser step. The model's learning-rate schedule
+    scales all learning rates. Gradient clipping does not apply to gates.
     """
 
     def __init__(self, config: L0PruningConfig, *, seed: int, folder: Path | None = None) -> None:
-        """Prepare; the gates are made and attached at Composer's INIT.
+        """Store the settings; the gates are made and attached at Composer's INIT.
 
         Args:
-            config: the settings.
-            seed: of the gates' start and noise.
-            folder: where gate values are saved at every evaluation; None = nowhere.
+            config: settings of the section.
+            seed: seed of the gates' initial values and noise.
+            folder: folder where gate values are saved at every evaluation; None = they are not saved.
 
         Raises:
             UserError: a setting is out of range.
@@ -74,12 +74,12 @@ class L0Pruning(Callback):
         model = cast(ComposerCausalLM, state.model)
         source = model.family.shape(model.model.config)
         gates = GateSet(source, make_goal(model.model.config, self.config), self.seed)
-        gates.clamp()  # before every draw
+        gates.clamp()  # must precede every draw
         self.gates = state.device.module_to_device(gates)
         self._slot = attach(model.model, model.family, set(gates.factors(gates.at_target()).trainable()))
         model.ungated = self._slot.open
         multipliers = [*gates.linear.values(), *gates.quadratic.values()]
-        # Adam without decay; beta and epsilon are the paper's.
+        # Adam without weight decay; beta and epsilon are the paper's.
         common: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8}
         self._optimizers = (
             torch.optim.Adam(gates.log_alpha.values(), lr=self.config.gate_lr, **common),
@@ -95,16 +95,16 @@ class L0Pruning(Callback):
         logger.log_hyperparameters(facts)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Start a batch."""
+        """Reset the microbatch count and the gates' gradients for a new batch."""
         self._microbatch = 0
         self.gates.zero_grad(set_to_none=True)
 
     def noise_key(self, batch: int, microbatch: int, rank: int) -> tuple[int, ...]:
-        """What the noise of one microbatch depends on."""
+        """Key of the random noise of one microbatch."""
         return self.seed, batch, microbatch, rank
 
     def before_forward(self, state: State, logger: Logger) -> None:
-        """Draw the gates of one microbatch and hand the model leaves of what they multiply."""
+        """Draw the gates of one microbatch and give the model detached leaves of their factors."""
         key = self.noise_key(state.timestamp.batch.value, self._microbatch, dist.get_global_rank())
         generator = torch.Generator().manual_seed(int(keyed_generator(*key).integers(2**63)))
         self._factors = self.gates.factors(self.gates.sample(generator))
@@ -112,14 +112,14 @@ class L0Pruning(Callback):
         self._microbatch += 1
 
     def after_backward(self, state: State, logger: Logger) -> None:
-        """Chain the gradients that the leaves collected to the gates."""
+        """Propagate the leaves' gradients to the gates."""
         leaves = self._leaves.trainable()
         pairs = [(value, leaves[name].grad) for name, value in self._factors.trainable().items()]
         reached = [(value, grad) for value, grad in pairs if grad is not None]
         torch.autograd.backward([value for value, _ in reached], [grad for _, grad in reached])
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        """Average the gates' gradients over ranks, add the constraint's, and step gates and multipliers."""
+        """Average the gates' gradients over ranks, add the constraint's gradient, and update gates and multipliers."""
         if all(parameter.grad is None for parameter in state.model.parameters()):
             return  # the batch is skipped
         average_gradients(list(self.gates.log_alpha.values()))
@@ -135,11 +135,11 @@ class L0Pruning(Callback):
         self._log(targets, constraint.detach(), state, logger)
 
     def eval_before_all(self, state: State, logger: Logger) -> None:
-        """Evaluate with deterministic gates."""
+        """Set deterministic gates for an evaluation."""
         self._use_deterministic_gates()
 
     def eval_start(self, state: State, logger: Logger) -> None:
-        """Evaluate with deterministic gates when an evaluation is called by itself, too."""
+        """Set deterministic gates also for an evaluation outside training."""
         self._use_deterministic_gates()
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
@@ -147,7 +147,7 @@ class L0Pruning(Callback):
         self._save(state)
 
     def eval_standalone_end(self, state: State, logger: Logger) -> None:
-        """Save them after an evaluation outside training, too."""
+        """Save the gates' values also after an evaluation outside training."""
         self._save(state)
 
     def _save(self, state: State) -> None:
@@ -164,10 +164,10 @@ class L0Pruning(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state.
+        """Resume from a saved state.
 
         Raises:
-            UserError: it was saved by a run with another target shape or from another model.
+            UserError: the state was saved by a run with another target shape or from another model.
         """
         load_gates(self.gates, state["gates"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
@@ -190,7 +190,7 @@ class L0Pruning(Callback):
 
     @torch.no_grad()
     def _log(self, targets: Mapping[str, float], constraint: Tensor, state: State, logger: Logger) -> None:
-        """Log expected and target sparsities, with one look at the device."""
+        """Log expected and target sparsities, with a single transfer from the device."""
         keep = self.gates.keep_probability()
         by_kind = {kind: 1 - value.mean() for kind, value in keep.items()}
         sparsities = {**by_kind, **{name: rows.mean() for name, rows in self.gates.sparsity().items()}}
@@ -215,7 +215,7 @@ class L0Pruning(Callback):
 
 
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Average the gradients of replicated parameters over all ranks, in one message."""
+    """Average the gradients of replicated parameters over all ranks, in one all-reduce."""
     if dist.get_world_size() == 1:
         return
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
@@ -226,7 +226,7 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def learning_rate_scale(state: State) -> float:
-    """What the schedule makes of learning rates in this batch: gates and multipliers follow the model's.
+    """The schedule's factor of learning rates for this batch; gates and multipliers use the model's schedule.
 
     Composer steps schedulers before it counts the batch, so the model's learning rate is that of the batch before.
     """
@@ -235,5 +235,5 @@ def learning_rate_scale(state: State) -> float:
     group = state.optimizers[0].param_groups[0]
     if group.get("initial_lr"):
         return float(group["lr"]) / float(group["initial_lr"])
-    scheduler = cast(torch.optim.lr_scheduler.LambdaLR, state.schedulers[0])  # what Composer makes of any schedule
+    scheduler = cast(torch.optim.lr_scheduler.LambdaLR, state.schedulers[0])  # Composer wraps any schedule in it
     return float(scheduler.lr_lambdas[0](scheduler.last_epoch))

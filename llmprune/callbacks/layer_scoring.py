@@ -19,12 +19,12 @@ CALIBRATION = "calibration"
 class LayerScoring(Callback):
     """Scores the blocks of a model while the evaluator called ``calibration`` runs.
 
-    The criteria watch the evaluation's own forward pass. Every rank takes its share of the samples;
-    sums are added up over ranks at the end, so any number of ranks gives the same scores.
+    The criteria observe the evaluation's own forward pass. Every rank reads its share of the samples; sums are added up
+    over ranks at the end, so any number of ranks gives the same scores.
     """
 
     def __init__(self, config: LayerScoringConfig) -> None:
-        """Prepare to score the model at the next calibration evaluation."""
+        """Store the settings; the next calibration evaluation scores the model."""
         self._config = config
         self._scorer: Scorer | None = None
         self._watching = ExitStack()
@@ -35,7 +35,7 @@ class LayerScoring(Callback):
         """Start with empty sums.
 
         Raises:
-            UserError: a setting is unknown, or a criterion not for this model.
+            UserError: a setting is unknown, or a criterion does not fit this model.
         """
         if state.dataloader_label != CALIBRATION:
             return
@@ -48,16 +48,16 @@ class LayerScoring(Callback):
         )
 
     def eval_before_forward(self, state: State, logger: Logger) -> None:
-        """Watch the forward pass of the batch."""
+        """Observe the forward pass of the batch."""
         if self._scorer is not None:
             self._watching.enter_context(self._scorer.watching(state.batch["input_ids"]))
 
     def eval_after_forward(self, state: State, logger: Logger) -> None:
-        """Compute what is left to compute of it."""
+        """Stop observing, and complete the computations for the batch."""
         self._watching.close()
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Add up over ranks."""
+        """Add up the sums over ranks, and compute the scores."""
         if self._scorer is not None:
             self.scores = self._scorer.scores(_add_up)
             self.perplexity = self._scorer.perplexity()
@@ -68,7 +68,7 @@ class LayerScoring(Callback):
         return {"scores": self.scores, "perplexity": self.perplexity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over scores that were saved."""
+        """Restore saved scores."""
         self.scores, self.perplexity = state["scores"], state["perplexity"]
 
 

@@ -1,4 +1,4 @@
-"""Watching the loss: stop on what is no number, and notice jumps."""
+"""Checks of the training loss: stop if it is not finite, and detect spikes."""
 
 import logging
 import math
@@ -12,24 +12,24 @@ from torch import Tensor
 
 from llmprune.utils.errors import BrokenModelError
 
-WINDOW, LEAST = 100, 20  # batches that a jump is measured against: at most, and at least
+WINDOW, LEAST = 100, 20  # largest and smallest number of earlier batches that a spike is measured against
 
 log = logging.getLogger(__name__)
 
 
 class LossGuard(Callback):
-    """Looks at every batch's loss, averaged over ranks, before any parameter is changed by it.
+    """Checks every batch's loss, averaged over ranks, before the parameters change.
 
-    A loss that is NaN or infinite ends the run; the last checkpoint is kept and the batch is named. A loss of more than
-    ``factor`` times the mean of the last batches is a spike: it is logged, and on request the batch is skipped, which
-    means that all gradients are dropped, so that neither the model nor its optimiser (nor gates) move.
+    A loss that is NaN or infinite ends the run; the error names the batch, and the last checkpoint is kept. A loss of
+    more than ``factor`` times the mean of the last batches is a spike: it is logged, and on request the batch is
+    skipped: all gradients are dropped, so the model, its optimiser and the gates do not change.
     """
 
     def __init__(self, factor: float | None = None, *, skip: bool = False) -> None:
-        """Prepare.
+        """Store the settings.
 
         Args:
-            factor: loss / mean of the last batches from which on it is a spike; None = never.
+            factor: ratio of a batch's loss to the mean of the last batches above which it is a spike; None = no check.
             skip: whether a batch with a spike is skipped.
         """
         self._factor, self._skip = factor, skip
@@ -38,18 +38,22 @@ class LossGuard(Callback):
         self._recent = torch.full((WINDOW,), torch.nan, dtype=torch.float64)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Start a batch."""
+        """Reset the sums for a new batch."""
         self._sum, self._samples = None, 0
 
     def after_loss(self, state: State, logger: Logger) -> None:
-        """Add a microbatch."""
+        """Add the loss of a microbatch."""
         samples = state.batch["input_ids"].shape[0]
         loss = torch.as_tensor(state.loss).detach().double() * samples
         self._sum = loss if self._sum is None else self._sum + loss
         self._samples += samples
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        """Judge the batch."""
+        """Check the loss of the batch.
+
+        Raises:
+            BrokenModelError: on all ranks, if the loss is NaN or infinite.
+        """
         assert self._sum is not None
         total = torch.stack([self._sum, torch.as_tensor(float(self._samples), device=self._sum.device)])
         dist.all_reduce(total, reduce_operation="SUM")
@@ -72,9 +76,9 @@ class LossGuard(Callback):
         self._recent = torch.cat([self._recent[1:], torch.tensor([loss], dtype=torch.float64)])
 
     def state_dict(self) -> dict[str, Any]:
-        """The last batches' losses."""
+        """The losses of the last batches."""
         return {"recent": self._recent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Resume from a saved state."""
         self._recent = state["recent"].clone()

@@ -15,13 +15,14 @@ from llmprune.utils.settings import check_settings
 
 
 class LowRankAdaptation(Callback):
-    """Trains adapters beside a model's matrices, and nothing else.
+    """Trains adapters beside a model's matrices; no other weights train.
 
-    What is dropped of their inputs is keyed by (seed, batch, microbatch, rank), so that a resumed run drops the same.
+    Dropout of the adapters' inputs uses the random key (seed, batch, microbatch, rank), so a resumed run drops the same
+    values.
     """
 
     def __init__(self, config: LoRAConfig, *, seed: int) -> None:
-        """Prepare.
+        """Store the settings.
 
         Raises:
             UserError: a setting is out of range.
@@ -30,20 +31,20 @@ class LowRankAdaptation(Callback):
         self.config, self._seed, self._microbatch = config, seed, 0
 
     def init(self, state: State, logger: Logger) -> None:
-        """Put the adapters on the model, before it is sharded."""
+        """Add the adapters to the model, before it is sharded."""
         model = cast(ComposerCausalLM, state.model)
         adapters = add_adapters(model.model, self.config, self._seed)
         train_only(model, state.optimizers, adapters)
-        if state.fsdp_config is None:  # otherwise the shards are moved, adapters among them
+        if state.fsdp_config is None:  # with sharding, the shards are moved later, adapters included
             state.device.module_to_device(model)
         logger.log_hyperparameters({"trainable/parameters": sum(parameter.numel() for parameter in adapters)})
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Start a batch."""
+        """Reset the microbatch count for a new batch."""
         self._microbatch = 0
 
     def before_forward(self, state: State, logger: Logger) -> None:
-        """Begin a microbatch's randomness, which dropout alone uses, anew."""
+        """Set the random seed of the microbatch, which only dropout uses."""
         if self.config.dropout:
             key = (self._seed, state.timestamp.batch.value, self._microbatch, dist.get_global_rank())
             torch.manual_seed(int(keyed_generator(*key).integers(2**63)))

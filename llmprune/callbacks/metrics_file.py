@@ -16,29 +16,29 @@ from llmprune.utils.files import write_text
 class MetricsFile(LoggerDestination):
     """Writes ``metrics.jsonl``: lines of {"batch": n, metric: value, …}, by rank 0.
 
-    A batch has one line, and one more for each evaluation or checkpoint after it. A resumed run drops the lines of
-    batches that it does again.
+    A batch has one line, and one more line for each evaluation or checkpoint after it. A resumed run removes the lines
+    of batches that it repeats.
     """
 
     def __init__(self, path: Path) -> None:
-        """Write to ``path``."""
+        """Set the path of the file."""
         self._path = path
         self._active = dist.get_global_rank() == 0
         self._line: dict[str, Any] = {}
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Keep what lies before the batch that the run resumes at."""
+        """Keep only the lines before the batch that the run resumes at."""
         if self._active and self._path.exists():
             lines = read_metrics(self._path)
             now = state.timestamp.batch.value
-            # An evaluation's line bears the number of the batch that follows it.
+            # The line of an evaluation has the number of the batch after it.
             kept = [
                 line for line in lines if line["batch"] < now or (line["batch"] == now and "time/batch" not in line)
             ]
             write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Add to the line of batch ``step``; a new batch writes the line before it."""
+        """Add metrics to the line of batch ``step``; the first metric of a new batch writes the previous line."""
         if not self._active:
             return
         if step is not None and step != self._line.get("batch"):
@@ -53,13 +53,13 @@ class MetricsFile(LoggerDestination):
         self._write()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Have on disk what was logged before a checkpoint: a run that goes on from it does not log it again."""
+        """Write to disk what was logged before a checkpoint: a run that resumes from it does not log it again."""
         now = state.timestamp.batch
         if any(isinstance(saver, CheckpointSaver) and saver.last_checkpoint_batch == now for saver in state.callbacks):
             self._write()
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        """Have evaluations on disk at once."""
+        """Write the line of an evaluation to disk at once."""
         self._write()
 
     def _write(self) -> None:

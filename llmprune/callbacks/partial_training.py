@@ -1,4 +1,4 @@
-"""Training some of a model's weights, and others later, as a Composer callback."""
+"""Training only some of a model's weights, and others later, as a Composer callback."""
 
 from typing import cast
 
@@ -13,13 +13,14 @@ from llmprune.recovery.trainable import Phase, TrainableConfig, phases
 
 
 class PartialTraining(Callback):
-    """Trains the weights that its settings name; all others stay as they are, bit for bit.
+    """Trains the weights that its settings name; all others remain unchanged, bit for bit.
 
-    The optimiser gets what trains in any phase. What does not train at the moment costs neither a gradient nor a step.
+    The optimiser gets all weights that train in any phase. Weights that do not train in the current phase need neither
+    a gradient nor an optimiser step.
     """
 
     def __init__(self, config: TrainableConfig) -> None:
-        """Prepare.
+        """Store the settings.
 
         Raises:
             UserError: a setting is impossible.
@@ -30,7 +31,7 @@ class PartialTraining(Callback):
         self._names: list[str]
 
     def init(self, state: State, logger: Logger) -> None:
-        """Freeze what never trains, before the model is sharded."""
+        """Freeze the weights that never train, before the model is sharded."""
         model = cast(ComposerCausalLM, state.model)
         self._phases = phases(model.model, self.config.parameters, self.config.later)
         ever = frozenset[str]().union(*(phase.names for phase in self._phases))
@@ -40,20 +41,20 @@ class PartialTraining(Callback):
         logger.log_hyperparameters({"trainable/parameters": trained})
 
     def before_load(self, state: State, logger: Logger) -> None:
-        """Let the optimiser have a state for everything that trains in any phase."""
+        """Create the optimizer state of all weights that train in any phase."""
         if len(self._phases) > 1:
             for optimizer in state.optimizers:
                 init_optimizer_state(optimizer)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Freeze and unfreeze."""
+        """Freeze and unfreeze weights for the current phase."""
         names = self._now(state)
         for name, parameter in self._parameters(state).items():
-            # A data-parallel model waits for the gradients of everything that it began with.
+            # A data-parallel model waits for the gradients of all parameters that required one when it was wrapped.
             parameter.requires_grad_(name in names or isinstance(state.model, DistributedDataParallel))
 
     def after_backward(self, state: State, logger: Logger) -> None:
-        """Drop the gradients of what does not train now."""
+        """Drop the gradients of weights that do not train in the current phase."""
         names = self._now(state)
         for name, parameter in self._parameters(state).items():
             if name not in names:

@@ -1,4 +1,4 @@
-"""Saving and leaving when the machine is about to be taken away."""
+"""Saving a checkpoint and ending the run before the machine is taken away."""
 
 import torch
 from composer.callbacks import CheckpointSaver
@@ -10,27 +10,27 @@ from llmprune.utils.processes import Termination
 
 
 class Preempted(BaseException):
-    """The job was asked to end and can go on; it is no error of the job's, so nothing else should catch it."""
+    """The job was asked to end and can be resumed; not an error of the job, so no code should catch it as one."""
 
     def __init__(self, kept: str) -> None:
-        """Say what is kept."""
+        """Set the message; ``kept`` describes the results that are kept."""
         super().__init__(f"asked to end: {kept}; run.autoresume=true goes on")
 
 
 class Preemption(Callback):
-    """Ends the run after the batch in which any rank got SIGTERM, once its checkpoint is written.
+    """Ends the run after the batch in which any rank got SIGTERM, after its checkpoint is written.
 
-    Nothing else happens on the way: no evaluation that the undisturbed run would not have had, so that the run which
-    goes on ends as that one. A run that is asked before its first batch ends there.
+    It causes no additional evaluation, so the resumed run ends with the same result as an uninterrupted one. A run that
+    gets SIGTERM before its first batch ends there.
     """
 
     def __init__(self, termination: Termination) -> None:
-        """Watch ``termination``."""
+        """Store the object that records a request to end."""
         self._termination = termination
         self._leaving = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Let the checkpoint saver save at other times, too."""
+        """Make the checkpoint saver save also when the run is asked to end."""
         for callback in state.callbacks:
             if isinstance(callback, CheckpointSaver):
                 usual = callback.save_interval
@@ -39,13 +39,13 @@ class Preemption(Callback):
                 )
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Leave, if the last batch was the last."""
+        """End the run, if the previous batch was the last."""
         if self._leaving:
-            dist.barrier()  # the launcher ends all ranks as soon as one has ended: none may still be writing
+            dist.barrier()  # the launcher ends all ranks when the first one has ended: wait until all have written
             raise Preempted(f"the run is saved after batch {state.timestamp.batch.value}")
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Agree with the other ranks on whether to leave."""
+        """Exchange with the other ranks whether to end."""
         asked = state.device.tensor_to_device(torch.tensor(int(self._termination.asked)))
         dist.all_reduce(asked, reduce_operation="MAX")
         self._leaving = bool(asked.item())

@@ -1,4 +1,4 @@
-"""The progress bar of a run, for those who print no metrics."""
+"""The progress bar of a run that prints no metrics to the console."""
 
 from typing import Any
 
@@ -6,15 +6,15 @@ from composer.loggers import ProgressBarLogger
 
 
 class ProgressBar(ProgressBarLogger):
-    """Composer's, without a state: a resumed run does not need what a bar has shown.
+    """Composer's progress bar without a state: a resumed run does not need the old bar's contents.
 
-    Composer keeps the bar's text and numbers in the checkpoint, where a sharded run that goes on looks for them before
-    it has a bar, and fails.
+    Composer saves the bar's text and numbers in the checkpoint. A resumed sharded run looks for them before it has a
+    bar, and fails.
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """No state: a resumed run begins a new bar."""
+        """An empty state: a resumed run begins a new bar."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing is kept."""
+        """Ignore the state."""

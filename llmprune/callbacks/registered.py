@@ -1,4 +1,4 @@
-"""Callbacks that other packages bring along, by the name that a YAML gives under ``callbacks``."""
+"""Callbacks that other packages register, by the name that a YAML uses under ``callbacks``."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ def added_callbacks(named: Mapping[str, Mapping[str, Any] | None]) -> list[Callb
     """Make registered callbacks.
 
     Args:
-        named: their names, each with the arguments of what is registered (usually the class); None = no arguments.
+        named: arguments of each callback by its registered name; None = no arguments.
 
     Raises:
         UserError: a name or an argument is unknown.

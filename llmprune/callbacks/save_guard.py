@@ -1,4 +1,4 @@
-"""Looking at a model before it is saved: a checkpoint that can't be resumed from is not written."""
+"""Checks of a model before it is saved: a checkpoint that can't be resumed from is not written."""
 
 import math
 from typing import cast
@@ -14,36 +14,36 @@ from llmprune.models.causal_lm import Batch, ComposerCausalLM
 from llmprune.models.finite import first_beyond
 from llmprune.utils.errors import BrokenModelError
 
-LARGEST = 1e10  # of a weight
-EXPLODED = 10  # loss over that of a uniform guess, which no model that learns comes near
+LARGEST = 1e10  # upper limit of a weight's absolute value
+EXPLODED = 10  # limit of the loss over the loss of a uniform guess; a model that learns is far below it
 
 
 class SaveGuard(Callback):
-    """Ends the run instead of saving weights that are not finite or absurdly large, or with which the loss is.
+    """Ends the run instead of saving a model whose weights or loss are not finite or are extremely large.
 
-    The loss is that of the last microbatch, computed once more with the weights that are to be saved: after a step with
-    far too large a learning rate weights may be finite, and nothing of use comes out of the model. A checkpoint that
-    is being written has a note beside it, so that one which a kill has cut off is known as such.
+    The loss is that of the last microbatch, computed again with the weights that are to be saved: after a step with a
+    far too large learning rate, weights may be finite although the model is useless. While a checkpoint is being
+    written, a note in its folder marks it as incomplete, so that an interrupted checkpoint is recognised.
     """
 
     def __init__(self, checkpoints: CheckpointFolder) -> None:
-        """Prepare.
+        """Store the folder of the checkpoints.
 
         Args:
-            checkpoints: where they are written.
+            checkpoints: folder where checkpoints are written.
         """
         self._checkpoints = checkpoints
         self._batch: Batch | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Be asked whenever the checkpoint saver is about to save; whoever changes its interval does so before."""
+        """Check the model before every save; callbacks that change the save interval must do so before this one."""
         for callback in state.callbacks:
             if isinstance(callback, CheckpointSaver):
                 due = callback.save_interval
                 callback.save_interval = lambda state, event, due=due: due(state, event) and self._approve(state)
 
     def after_loss(self, state: State, logger: Logger) -> None:
-        """Keep the last microbatch."""
+        """Store the last microbatch."""
         self._batch = state.batch
 
     def _approve(self, state: State) -> bool:
@@ -65,12 +65,12 @@ class SaveGuard(Callback):
 
     @torch.no_grad()
     def _broken(self, state: State) -> str:
-        """What is wrong with this rank's part of the model; nothing = empty."""
+        """Description of the error in this rank's part of the model; empty = no error."""
         model = cast(ComposerCausalLM, getattr(state.model, "module", state.model))
         name = first_beyond(model.named_parameters(), LARGEST)
         assert self._batch is not None
         training = model.training
-        # Also where a weight is broken already: the ranks of a sharded model wait for each other.
+        # This runs even if a weight is already broken, because the ranks of a sharded model wait for each other.
         with get_precision_context(state.precision, state.precision_config):
             found = model.eval().eval_forward(self._batch)
         model.train(training)

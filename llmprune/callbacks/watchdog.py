@@ -19,24 +19,24 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from llmprune.utils.processes import ACTIVITY
 
 BEAT = 5.0  # seconds between the reports of a rank, unless patience is short
-GRACE = 30.0  # seconds that other ranks leave rank 0 to judge
+GRACE = 30.0  # seconds that other ranks wait for the verdict of rank 0 before they decide themselves
 _REPORT, _VERDICT = "llmprune/report", "llmprune/verdict"
 
 
 class Watchdog(Callback):
-    """Ends all ranks when nothing has moved for a while, and says which rank is to blame.
+    """Ends all ranks when there has been no progress for a while, and names the rank that causes it.
 
-    Collectives alone end a hung job with "timed out" on every rank but the one that hangs. Here a thread of each rank
-    reports to the store that the ranks met in how many events the rank has been through and when it was last at work.
-    All ranks go through the same events, so whoever has been through the fewest, or does not report any more, is the
-    one that the others wait for. That rank prints where each of its threads stands.
+    Without it, a hung job ends with "timed out" of a collective on every rank except the one that hangs. Here a thread
+    of each rank reports to the distributed store the number of events that the rank has passed and the time of its last
+    activity. All ranks pass the same events, so the others wait for the rank that has passed the fewest events or that
+    no longer reports. That rank prints the stack of each of its threads.
     """
 
     def __init__(self, patience: float) -> None:
-        """Prepare.
+        """Store the time limit.
 
         Args:
-            patience: seconds without an event, a forward pass or another sign of life on a rank.
+            patience: seconds without an event, a forward pass or another sign of activity on a rank.
         """
         self._patience, self._beat = patience, min(BEAT, patience / 4)
         self._rank, self._ranks = dist.get_global_rank(), dist.get_world_size()
@@ -45,7 +45,7 @@ class Watchdog(Callback):
         self._thread: threading.Thread | None = None
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        """Note how far this rank is."""
+        """Record the progress of this rank."""
         ACTIVITY.note()
         self._events += 1
         self._at = f"{event.value} of batch {state.timestamp.batch.value}"
@@ -57,7 +57,7 @@ class Watchdog(Callback):
             self._ended.set()
 
     def close(self, state: State, logger: Logger) -> None:
-        """What follows is no training."""
+        """Stop watching: what follows is not training."""
         self._ended.set()
 
     def _watch(self) -> None:
@@ -72,7 +72,7 @@ class Watchdog(Callback):
                 if time.monotonic() - ACTIVITY.last > judged_by and (verdict := self._judge(store)) is not None:
                     print(f"error: {verdict['message']}", file=sys.stderr, flush=True)
                     store.set(_VERDICT, json.dumps(verdict))
-        except (RuntimeError, OSError):  # the store is gone, and with it rank 0: the launcher ends the job
+        except (RuntimeError, OSError):  # the store has ended with rank 0: the launcher ends the job
             return
 
     def _report(self, store: Any) -> None:
@@ -83,7 +83,7 @@ class Watchdog(Callback):
         store.set(f"{_REPORT}/{self._rank}", json.dumps({**where, **whom}))
 
     def _judge(self, store: Any) -> dict[str, Any] | None:
-        """Who is to blame, from the reports of all ranks; None = nobody, since one that others wait for is at work."""
+        """Find the ranks that cause a hang from the reports of all ranks; None = there is no hang."""
         first = self._reports_in(store)
         for _ in range(3):
             time.sleep(self._beat)
@@ -106,16 +106,16 @@ class Watchdog(Callback):
 def judge(
     before: Mapping[int, Mapping[str, Any]], now: Mapping[int, Mapping[str, Any]], ranks: int, patience: float
 ) -> dict[str, Any] | None:
-    """Which ranks a job that does not move is waiting for.
+    """Find the ranks that a job without progress is waiting for.
 
     Args:
-        before: the ranks' last reports.
-        now: those of a little later.
-        ranks: how many there are.
-        patience: seconds that a rank may do nothing.
+        before: last report of each rank, by rank.
+        now: report of each rank a little later, by rank.
+        ranks: number of ranks.
+        patience: seconds without activity after which a rank counts as hung.
 
     Returns:
-        {"ranks": those to blame, "message": in words}; None if one of them is at work, however long that takes.
+        {"ranks": ranks that the others wait for, "message": text of the error}; None if one of these ranks is active.
     """
     silent = [
         rank for rank in range(ranks) if rank not in now or now[rank]["report"] == before.get(rank, {}).get("report")

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which are there, complete and undamaged."""
+"""The folder of a run's checkpoints: find those that are complete and undamaged, and delete old ones."""
 
 import logging
 import os
@@ -18,12 +18,12 @@ from llmprune.utils.errors import UserError
 from llmprune.utils.locks import is_held, locked
 from llmprune.utils.outputs import remove
 
-LATEST = "latest-rank0.pt"  # Composer's link to the newest
-METADATA = ".metadata"  # marks a folder as a sharded checkpoint, and is written last
-READERS = 8  # files that are read at once to compare checksums
-BEST = "best.safetensors"  # what trained beside a frozen model, when the held-out loss was lowest
-_TAIL = 2**16  # bytes at the end of a file that hold the end of its table of contents
-_ASIDE = "unusable"  # folder of checkpoints that were complete once and could not be used
+LATEST = "latest-rank0.pt"  # Composer's link to the newest checkpoint
+METADATA = ".metadata"  # file that marks a folder as a sharded checkpoint; it is written last
+READERS = 8  # number of files that are read in parallel to compare checksums
+BEST = "best.safetensors"  # weights that trained beside a frozen model, at the lowest held-out loss
+_TAIL = 2**16  # bytes at the end of a file that contain the end of its table of contents
+_ASIDE = "unusable"  # folder for checkpoints that were complete once and can no longer be used
 _NAME = re.compile(r"ba(\d+)(-rank0\.pt)?$")
 _PART = re.compile(r"__(\d+)_\d+\.distcp$")
 _RECORD = re.compile(r"ba(\d+)\.sums-\d+\.json$")
@@ -32,22 +32,22 @@ log = logging.getLogger(__name__)
 
 
 def batch_of(checkpoint: Path) -> int:
-    """How many batches had been trained on when a checkpoint was written; -1 if its name does not say."""
+    """Number of batches trained before a checkpoint was written; -1 if its name does not contain it."""
     name = _NAME.match(checkpoint.name)
     return int(name[1]) if name else -1
 
 
 def record_name(batch: int, rank: int) -> str:
-    """The file with the checksums of a rank's part of a checkpoint.
+    """Name of the file with the checksums of a rank's part of a checkpoint.
 
-    It holds {"schema": 1, "ranks": how many have a part, "files": see ``checksums.describe_file``}; names are relative
-    to the folder of checkpoints.
+    The file contains {"schema": 1, "ranks": number of ranks that have a part, "files": see
+    ``checksums.describe_file``}; file names are relative to the folder of checkpoints.
     """
     return f"ba{batch}.sums-{rank}.json"
 
 
 def records_in(names: Iterable[str]) -> dict[int, list[str]]:
-    """The records among ``names`` by the batch of their checkpoint, the newest first."""
+    """The records among ``names``, by the batch of their checkpoint, the newest first."""
     found: dict[int, list[str]] = {}
     for name in names:
         if match := _RECORD.search(name):
@@ -56,16 +56,16 @@ def records_in(names: Iterable[str]) -> dict[int, list[str]]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether the part that is written last is there: a folder's metadata, a file's table of contents.
+    """Whether a checkpoint has the part that is written last: a folder's metadata, or a file's table of contents.
 
     Raises:
-        OSError: it can't be read.
+        OSError: the checkpoint can't be read.
     """
     if checkpoint.is_dir():
         return (checkpoint / METADATA).is_file()
     with checkpoint.open("rb") as file:
         file.seek(-min(checkpoint.stat().st_size, _TAIL), os.SEEK_END)
-        file.read()  # zipfile takes what can't be read for what is not there
+        file.read()  # raises if it can't be read; zipfile would only report that it is no zip file
         return zipfile.is_zipfile(file)
 
 
@@ -81,7 +81,7 @@ class CheckpointFolder:
     """The checkpoints of a run.
 
     Attributes:
-        path: of the folder.
+        path: path of the folder.
     """
 
     path: Path
@@ -93,13 +93,14 @@ class CheckpointFolder:
     def newest(self, *, contents: bool, careful: bool) -> Path | None:
         """The newest complete checkpoint, if there is one.
 
-        Composer removes its link to it before it makes the next: after a kill in between, the newest is looked for.
-        One that is damaged or was cut off is passed over, and named.
+        Composer removes its link to the newest checkpoint before it makes the next link: after a kill between the two,
+        the newest checkpoint is found by name. A damaged or incomplete checkpoint is skipped with a warning that names
+        it.
 
         Args:
-            contents: whether its files are compared with their checksums; otherwise sizes alone.
-            careful: whether it is an error if checkpoints are there but none can be used, or if a newer one can't be
-                read now and may be read later.
+            contents: whether the files' contents are compared with their checksums; otherwise only sizes are compared.
+            careful: whether it is an error if there are checkpoints but none can be used, or if a newer one can't be
+                read now but may be readable later.
 
         Raises:
             UserError: see ``careful``.
@@ -131,11 +132,11 @@ class CheckpointFolder:
         return sorted(found, key=batch_of, reverse=True)
 
     def note_writing(self, batch: int) -> None:
-        """Note that a checkpoint is being written."""
+        """Create the file that marks a checkpoint as being written."""
         self._writing(batch).touch()
 
     def note_written(self, batch: int) -> None:
-        """Take the note back."""
+        """Delete the file that marks a checkpoint as being written."""
         self._writing(batch).unlink(missing_ok=True)
 
     def _writing(self, batch: int) -> Path:
@@ -143,9 +144,9 @@ class CheckpointFolder:
 
     @contextmanager
     def reading(self, batch: int) -> Iterator[None]:
-        """Keep a checkpoint from being deleted by the run that wrote it while the block reads it.
+        """Prevent the run that wrote a checkpoint from deleting it while the ``with`` block reads it.
 
-        Where the folder can't be written, nothing keeps it.
+        If the folder is not writable, there is no such protection.
         """
         with ExitStack() as stack:
             with suppress(UserError):
@@ -157,7 +158,7 @@ class CheckpointFolder:
         return any(is_held(file) for file in self.path.glob(f".ba{batch}.????????.lock"))
 
     def own_files(self, batch: int, rank: int) -> list[Path]:
-        """What a rank wrote of a checkpoint; what marks it as complete comes last."""
+        """Files of a checkpoint that a rank wrote; the file that marks it as complete is last."""
         folder = self.path / f"ba{batch}"
         if not folder.is_dir():
             whole = self.path / f"ba{batch}-rank0.pt"
@@ -166,19 +167,19 @@ class CheckpointFolder:
         return [path for path in [*sorted(folder.glob(f"__{rank}_*.distcp")), *metadata] if path.is_file()]
 
     def ranks_of(self, batch: int) -> set[int]:
-        """The ranks that have a part of a sharded checkpoint here."""
+        """The ranks whose part of a sharded checkpoint is in this folder."""
         names = (path.name for path in (self.path / f"ba{batch}").glob("__*_*.distcp"))
         return {int(match[1]) for name in names if (match := _PART.match(name))}
 
     def check_whole(self, checkpoint: Path, *, contents: bool) -> None:
-        """Compare a checkpoint with the checksums of its parts, as far as these were written.
+        """Compare a checkpoint with the checksums of its parts, if these were written.
 
         Args:
-            checkpoint: one of this folder's.
-            contents: whether to read the files; otherwise sizes are compared alone.
+            checkpoint: checkpoint in this folder.
+            contents: whether the files' contents are compared; otherwise only sizes are compared.
 
         Raises:
-            UserError: a part is missing or is another one.
+            UserError: a part is missing or differs.
         """
         files: dict[str, Any] = {}
         for record in self.path.glob(f"ba{batch_of(checkpoint)}.sums-*.json"):
@@ -189,20 +190,20 @@ class CheckpointFolder:
                 pass
 
     def keep(self, newest: int, resumed: Path | None = None) -> None:
-        """Delete all but the newest complete checkpoints (-1 = none of them), and what a kill left of others.
+        """Delete all but the newest complete checkpoints (-1 = keep all), and incomplete files of a killed process.
 
-        Those of earlier processes would pile up where a run is resumed often. One that is newer than the one that the
-        run goes on from, and was complete once, is moved to the folder ``unusable``. One that is being read stays,
-        and so does the one before a checkpoint that nobody has vouched for.
+        Without this, checkpoints of earlier processes would accumulate when a run is resumed often. A checkpoint that
+        is newer than the resumed one, and was complete once, is moved to the folder ``unusable``. A checkpoint that
+        another process reads is kept, and so is the one before a checkpoint without checksums.
 
         Args:
-            newest: how many are kept.
-            resumed: the one that the run goes on from; what is newer could not be used.
+            newest: number of checkpoints to keep.
+            resumed: checkpoint that the run resumes from; newer checkpoints could not be used.
         """
         resumed = resumed or self.latest()
         last = sys.maxsize if resumed is None else batch_of(resumed)
         complete = [path for path in self.by_age() if batch_of(path) <= last and is_complete(path)]
-        spare = int(self._writing(last).exists())  # its checksums were never written, so its contents are not known
+        spare = int(self._writing(last).exists())  # 1 if its checksums were never written: it may be damaged
         kept = {last, *(batch_of(path) for path in (complete if newest < 0 else complete[: newest + spare]))}
         for path in self.by_age():
             batch = batch_of(path)
@@ -224,7 +225,7 @@ class CheckpointFolder:
                 remove(lock)
 
     def set_aside(self, checkpoint: Path) -> None:
-        """Move a checkpoint with its records to a folder of its own: nothing that was complete once is deleted."""
+        """Move a checkpoint with its records to the folder ``unusable``; it was complete once, so it is not deleted."""
         aside = self.path / _ASIDE
         aside.mkdir(exist_ok=True)
         for path in [checkpoint, *self.path.glob(f"ba{batch_of(checkpoint)}.sums-*.json")]:

@@ -1,4 +1,4 @@
-"""Reading what a run has logged."""
+"""Reading the metrics that a run has logged."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +14,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path, parse: Callable[[str], dict[str, Any]] = parse_json) -> list[dict[str, Any]]:
-    """The lines of JSON of a file; none if there is no file. A last line that a crash has torn is left out.
+    """The lines of a file of JSON lines; empty if there is no file. An incomplete last line (a crash) is left out.
 
     Args:
-        path: of the file.
-        parse: reads a line; what it can't read is a ``ValueError``.
+        path: path of the file.
+        parse: function that parses one line; it raises ``ValueError`` for a line that it can't read.
 
     Raises:
         UserError: another line is damaged.

@@ -1,14 +1,14 @@
-"""A run is a folder: resolved config, metrics, gates, checkpoints and the manifest that explains them.
+"""A run is a folder: resolved config, metrics, gates, checkpoints and the manifest that describes them.
 
 RUN/
   config.yaml        the resolved config
   metrics.jsonl      everything logged
-  log.txt            what train.py did, in words
+  log.txt            messages of train.py
   gates/             gate values at every evaluation (pruning)
   checkpoints/       Composer checkpoints; ``latest-rank0.pt`` points to the newest complete one
-    manifest.json    what the checkpoints are: read before anything of theirs is loaded
+    manifest.json    description of the checkpoints: it is read before anything of theirs is loaded
     baN.sums-R.json  checksums of the part of checkpoint baN that rank R wrote
-    model/           Hugging Face config, tokenizer and generation config of the model as it is in the checkpoints
+    model/           Hugging Face config, tokenizer and generation config of the model in the checkpoints
 """
 
 import copy
@@ -51,13 +51,13 @@ from llmprune.utils.recorded_settings import settings_from
 log = logging.getLogger(__name__)
 S = TypeVar("S")
 
-RANDOM = "random"  # the source of a model that was not trained before
+RANDOM = "random"  # the source of a model with random weights
 PACKAGES = ("llmprune", "torch", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names of what lies in a run folder."""
+    """Paths of the parts of a run folder."""
 
     path: Path
 
@@ -86,17 +86,18 @@ class RunFolder:
         return CheckpointFolder(self.checkpoints).latest(contents=contents)
 
     def fetch(self, store: Store, *, shared: bool = True) -> None:
-        """Bring the newest complete checkpoint of a store, and what belongs to it, here.
+        """Copy the newest complete checkpoint of a store, and the files that it needs, to this folder.
 
-        One that does not arrive as it was brought there is passed over, and named.
+        A checkpoint whose copy has wrong checksums is skipped with a warning that names it.
 
         Args:
-            store: where the run's checkpoints go.
-            shared: whether all machines see this folder. Then nothing is done if it has a checkpoint as new; else all
-                go on from what the store has, and what is newer here is put aside: others do not have it.
+            store: remote store of the run's checkpoints.
+            shared: whether all machines share this folder. If so, nothing is copied if the folder has an equally new or
+                newer checkpoint. Otherwise, all machines resume from the store's checkpoint, and a newer local
+                checkpoint is set aside, because other machines do not have it.
 
         Raises:
-            UserError: the store can't be reached, holds another run, or all that it has is damaged; or it has nothing
+            UserError: the store can't be reached, has another run, or all its checkpoints are damaged; or it has none
                 and a machine that does not share the folder has a checkpoint.
         """
         names = store.names("")
@@ -128,7 +129,7 @@ class RunFolder:
                 folder.set_aside(path)
 
     def _check_same(self, store: Store, names: list[str]) -> None:
-        """Refuse to mix a store's files with those of another run."""
+        """Raise ``UserError`` if a store has the files of another run."""
         mine = self.checkpoints / "manifest.json"
         theirs = "checkpoints/manifest.json"
         if theirs not in names or not mine.is_file():
@@ -142,7 +143,7 @@ class RunFolder:
                 )
 
     def _fetch_checkpoint(self, store: Store, records: list[str], names: list[str]) -> bool:
-        """Fetch one checkpoint unless some rank had not brought its part; what is here already stays."""
+        """Copy one checkpoint, unless a rank's part is missing in the store; equal local files are not copied again."""
         files: dict[str, Any] = {}
         ranks: set[Any] = set()
         with tempfile.TemporaryDirectory() as folder:
@@ -154,11 +155,11 @@ class RunFolder:
         if ranks != {len(records)}:
             return False
         rest = [name for name in names if not name.startswith(("checkpoints/ba", f"checkpoints/{LATEST}"))]
-        for name in sorted(rest, key=lambda name: name != self.config.name):  # what marks a run comes first
+        for name in sorted(rest, key=lambda name: name != self.config.name):  # the file that marks a run comes first
             self._get(store, name)
         for name in records:
             self._get(store, name)
-        for name in sorted(files, key=lambda name: name.endswith(METADATA)):  # and last what marks a checkpoint
+        for name in sorted(files, key=lambda name: name.endswith(METADATA)):  # the mark of completion comes last
             place = inside(self.checkpoints, name)
             if not place.is_file() or describe_file(place) != files[name]:
                 self._get(store, f"checkpoints/{name}")
@@ -177,10 +178,10 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep the folder for this job's ranks alone while the block runs.
+        """Reserve the folder for this job's ranks while the ``with`` block runs.
 
         Raises:
-            UserError: on all ranks, if another process works there, or llmprune did not make what stands there.
+            UserError: on all ranks, if another process uses the folder, or if llmprune did not make its contents.
         """
         with ExitStack() as stack:
             on_rank_zero(lambda: stack.enter_context(working_folder(self.path)) and None)
@@ -189,13 +190,13 @@ class RunFolder:
             yield
 
     def find(self, *, overwrite: bool, autoresume: bool) -> Path | None:
-        """See whether the folder may be used; nothing is changed.
+        """Check whether the folder may be used; nothing is changed.
 
         Returns:
             The checkpoint to resume from, if any.
 
         Raises:
-            UserError: llmprune did not make what stands there; a run is there and neither ``overwrite`` nor
+            UserError: llmprune did not make the folder's contents; the folder has a run and neither ``overwrite`` nor
                 ``autoresume`` is set; or its checkpoints can't be used and ``overwrite`` is not set.
         """
         if self.path.exists() and not self.path.is_dir():
@@ -209,7 +210,7 @@ class RunFolder:
             if found is not None:
                 log.info("the run goes on from %s", found)
                 return found
-            if not overwrite and not self.checkpoints.is_dir():  # what every run has from the start
+            if not overwrite and not self.checkpoints.is_dir():  # every run has this folder from the start
                 raise UserError(f"{self.path} holds something that is no training run: choose another run.folder")
             if checkpoints.by_age():
                 print(f"{self.path} has no checkpoint that can be used; with run.overwrite the run begins anew")
@@ -226,10 +227,10 @@ class RunFolder:
         return None
 
     def create(self) -> None:
-        """Make the folder, empty but for its mark; what stood there is deleted.
+        """Make the folder, empty except for llmprune's mark; existing contents are deleted.
 
         Raises:
-            UserError: llmprune did not make what stands there, or it can't be written.
+            UserError: llmprune did not make the existing contents, or the folder can't be written.
         """
         clear(self.path)
         try:
@@ -240,16 +241,16 @@ class RunFolder:
 
 @dataclass
 class Manifest:
-    """``manifest.json``: what a folder of checkpoints holds.
+    """``manifest.json``: description of a folder of checkpoints.
 
     Attributes:
-        family: the model's family.
-        source: the model that the run started from (folder, hub name, or "random").
-        data: the data folder, the hash of its tokenizer and that of its description.
-        seed: the run's.
-        versions: of Python and the packages that matter.
-        git_commit: of llmprune's checkout, if it is one.
-        sections: the settings of every section of the YAML, by name, as the section records them.
+        family: name of the model's family.
+        source: model that the run started from (folder, hub name, or "random").
+        data: path of the data folder, the hash of its tokenizer and the hash of its manifest.
+        seed: seed of the run.
+        versions: versions of Python and of the most important packages.
+        git_commit: commit of llmprune's git checkout; None = it is no checkout.
+        sections: settings of every section of the YAML, by section name, as the section records them.
     """
 
     family: str
@@ -262,7 +263,7 @@ class Manifest:
     schema: int = 1
 
     def section(self, settings: type[S]) -> S | None:
-        """The section whose settings are of this class; ``None`` = the run did not have it."""
+        """The settings of the section with this settings class; ``None`` = the run did not have the section."""
         names = (name for name, section in all_sections().items() if section.settings is settings)
         recorded = next((self.sections[name] for name in names if name in self.sections), None)
         return None if recorded is None else settings_from(settings, recorded)
@@ -274,13 +275,13 @@ class Manifest:
         tokenizer: PreTrainedTokenizerBase,
         source: Path | None,
     ) -> None:
-        """Write the manifest and, beside it, what the exported model will need.
+        """Write the manifest and, in the same folder, the files that an exported model needs.
 
         Args:
-            checkpoints: the folder.
-            config: the model's.
-            tokenizer: the run's.
-            source: folder of the model, whose generation config goes along; None = the model began with random weights.
+            checkpoints: folder of the checkpoints.
+            config: Hugging Face config of the model.
+            tokenizer: tokenizer of the run.
+            source: folder of the model, whose generation config is copied; None = the model began with random weights.
         """
         with output_folder(checkpoints / "model", overwrite=True) as folder:
             save_model_config(copy.deepcopy(config), folder)
@@ -296,7 +297,7 @@ class Manifest:
         """Read the manifest of a folder of checkpoints.
 
         Raises:
-            UserError: there is none, or it is damaged.
+            UserError: there is no manifest, or it is damaged.
         """
         path = checkpoints / "manifest.json"
         if not path.is_file():
@@ -316,7 +317,7 @@ class Manifest:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and the packages that decide a run's numbers."""
+    """Versions of Python and of the packages that affect a run's results."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -327,7 +328,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this code runs from; a trailing + marks changes."""
+    """The commit of the git checkout that this code runs from; a trailing + marks uncommitted changes."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
@@ -342,10 +343,10 @@ def git_commit() -> str | None:
 
 
 def fetch_run(run: RunFolder, store: Store) -> None:
-    """Bring a run's newest checkpoint to rank 0's machine, and to all others that can't see its folder.
+    """Copy a run's newest checkpoint to rank 0's machine, and to all other machines that do not share its folder.
 
     Raises:
-        UserError: on all ranks, if any machine could not get it, or the folder holds something else.
+        UserError: on all ranks, if a machine could not get the checkpoint, or the folder has something else.
     """
     mark = on_rank_zero(lambda: temporary_for(run.path / "seen"))
 
@@ -375,7 +376,7 @@ def fetch_run(run: RunFolder, store: Store) -> None:
 
 
 def check_unused(store: Store) -> None:
-    """Raise ``UserError`` if a store holds a run, which a new one would mix with."""
+    """Raise ``UserError`` if a store already has a run: a new run must not mix with it."""
     if store.names("checkpoints/"):
         raise UserError(
             f"{store.url} holds a run's checkpoints already: pass run.autoresume=true to resume it, or another "

@@ -12,9 +12,9 @@ from llmprune.utils.processes import end_on_signals, stopped_by
 
 
 def main() -> None:
-    """Run the command; a mistake of the user's is one line on standard error and exit code 2.
+    """Run the command; a mistake of the user is one line on standard error and exit code 2.
 
-    A command that is stopped (Ctrl-C, SIGTERM) leaves nothing half-written, and ends with 130 or 143.
+    A command that is stopped (Ctrl-C, SIGTERM) leaves no incomplete output, and ends with 130 or 143.
     """
     try:
         end_on_signals()

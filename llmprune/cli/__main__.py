@@ -1,4 +1,4 @@
-"""``python -m llmprune.cli``."""
+"""Entry point of ``python -m llmprune.cli``."""
 
 from llmprune.cli import main
 

@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Options and functions that several commands use."""
 
 import shlex
 import sys
@@ -25,7 +25,7 @@ def sizes_in(text: str) -> dict[str, int]:
     """The sizes in a list such as ``layers=24,hidden=2048``.
 
     Raises:
-        UserError: it is none.
+        UserError: the text is not such a list.
     """
     sizes: dict[str, int] = {}
     for item in names_in(text) or ():
@@ -39,7 +39,7 @@ def sizes_in(text: str) -> dict[str, int]:
 
 
 def command_line() -> str:
-    """What was typed, for whoever wants to do it again."""
+    """The command line of this process, so that a user can repeat it."""
     return shlex.join(["llmprune", *sys.argv[1:]])
 
 
@@ -47,7 +47,7 @@ def numbers_in(text: str, option: str) -> list[int]:
     """The whole numbers in a list separated by commas.
 
     Raises:
-        UserError: one of them is none.
+        UserError: an item is not a whole number.
     """
     try:
         return [int(number) for number in names_in(text) or ()]

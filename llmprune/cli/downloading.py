@@ -1,4 +1,4 @@
-"""The command that fetches what clusters without a network need."""
+"""The command that downloads the files that clusters without a network need."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ def download(
     ] = None,
     out: Annotated[str, typer.Option(help="Folder, laid out as HF_HOME; may hold something already.")] = "downloads",
 ) -> None:
-    """Fetch models, data sets and tasks on a machine that has a network. Called again, it goes on."""
+    """Download models, data sets and tasks on a machine that has a network. A second call resumes a download."""
     if not names and for_yaml is None:
         raise UserError("name something, or a job with --for YAML")
     folder = Path(out).resolve()

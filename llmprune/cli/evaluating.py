@@ -1,4 +1,4 @@
-"""How good models are."""
+"""The commands that evaluate the quality of models."""
 
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -99,7 +99,7 @@ def _evaluate(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Measure models, and score continuations that were written before; print the results, and keep them in ``out``."""
+    """Evaluate models, score existing continuations, print the results, and write them to ``out``."""
     from pathlib import Path
 
     from llmprune.evaluation.continuations import continuation_scores, read_continuations
@@ -158,7 +158,7 @@ def generate(
     attention: Attention = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
 ) -> None:
-    """Let a model go on from prompts."""
+    """Generate continuations of prompts with a model."""
     from llmprune.evaluation.continuations import (
         GenerationConfig,
         read_prompts,
@@ -199,7 +199,7 @@ def references(
     attention: Attention = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
 ) -> None:
-    """Measure the loss that each domain is expected to come down to, for dynamic_loading.references."""
+    """Measure the loss that each domain is expected to reach, for dynamic_loading.references."""
     from llmprune.data.prepared import PreparedData
     from llmprune.evaluation.references import references as measure_references
     from llmprune.models.placement import Placement
@@ -232,7 +232,7 @@ def stability(
     tokenizer: Annotated[str | None, typer.Option(help="The original, for logs of lm-eval's own command.")] = None,
     as_json: Json = False,
 ) -> None:
-    """How far a smaller model still gives the original's answers, in percent."""
+    """Compare a smaller model's answers with the original's: their agreement, in percent."""
     from dataclasses import asdict
 
     from llmprune.evaluation.stability import read_answers

@@ -1,4 +1,4 @@
-"""How fast and how large models are, and how they become smaller still."""
+"""The commands that measure speed and size of models, estimate jobs, and quantise models."""
 
 import json
 from typing import Annotated, Literal
@@ -75,7 +75,7 @@ def estimate(
     price: Annotated[float | None, typer.Option(help="Of a GPU for an hour.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What a job will take: memory of every rank, time, cost. Nothing is loaded. Exit code 1: it does not fit."""
+    """Estimate a job's memory per rank, time and cost. Nothing is loaded. Exit code 1: the job does not fit."""
     from llmprune.config.job_files import load_training_job
     from llmprune.estimate.job import Cluster, estimate_job
     from llmprune.pruning.budgets.limits import bytes_of

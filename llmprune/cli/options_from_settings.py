@@ -1,4 +1,4 @@
-"""Options of a command from the fields of a settings dataclass: each is named, explained and defaulted there alone."""
+"""Options of a command from the fields of a settings dataclass, which defines their names, help texts and defaults."""
 
 import dataclasses
 import inspect
@@ -20,10 +20,10 @@ class _Option:
     """An option of a command.
 
     Attributes:
-        name: of the command's parameter, such as ``seq_len`` for ``--seq-len``.
-        path: of the field, from the settings dataclass inwards.
-        parameter: as typer reads it.
-        read: makes the field's value from what typer gives.
+        name: name of the command's parameter, such as ``seq_len`` for ``--seq-len``.
+        path: names of the fields from the settings dataclass to the option's field.
+        parameter: parameter of the command's signature for typer.
+        read: function that makes the field's value from typer's value.
     """
 
     name: str
@@ -35,13 +35,14 @@ class _Option:
 def options_from_settings(
     names: Mapping[str, str] | None = None, leave_out: typing.Container[str] = ()
 ) -> Callable[[Command], Command]:
-    """Give a command an option for every field of the settings dataclasses among its parameters.
+    """Make a decorator that gives a command an option for every field of the settings dataclasses in its parameters.
 
     A parameter ``plan: PlanConfig`` becomes ``--criterion``, ``--remove`` and so on; the command gets the dataclass.
     A parameter ``budget: BudgetConfig | None`` is None if none of its options is given.
 
     Args:
-        names: of options that are not called like their field, by the field's dotted name: ``{"data.path": "data"}``.
+        names: names of options that differ from their field's name, by the field's dotted name: ``{"data.path":
+            "data"}``.
         leave_out: dotted names of fields that have no option.
     """
 
@@ -106,7 +107,7 @@ def _options(cls: Any, names: Mapping[str, str], path: tuple[str, ...] = (), *, 
 
 
 def _read(hint: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """The type that typer reads for a field of this type, and what makes the field's value of it."""
+    """The type that typer uses for a field of this type, and the function that makes the field's value from typer's."""
     kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)]
     origin = typing.get_origin(kinds[0])
     if typing.get_origin(hint) is typing.Literal:
@@ -119,7 +120,7 @@ def _read(hint: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def _help(text: str) -> str:
-    """A field's description as a sentence, in the words of a command line."""
+    """A field's description as a sentence, with the terms of a command line."""
     text = text.replace("``", "").replace("null = ", "default: ").replace(" null", " none")
     return f"{text[:1].upper()}{text[1:]}"
 

@@ -1,4 +1,4 @@
-"""Deciding what goes, cutting it out, and making sure."""
+"""The commands that score, plan, cut, convert and verify models."""
 
 import json
 from dataclasses import replace
@@ -173,7 +173,7 @@ def plan(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Choose what goes by scores; OUT is a plan for `llmprune apply`."""
+    """Choose by scores which parts to remove; OUT is a plan for `llmprune apply`."""
     from pathlib import Path
 
     from llmprune.plans.plan import tensors_beside
@@ -208,7 +208,7 @@ def plan(
 
 
 def _with_method(settings: PlanConfig, *, span: bool) -> PlanConfig:
-    """The settings with the way to select that --span or --drop stands for."""
+    """The settings with the selection method that --span or --drop implies."""
     named = None if settings.method == PlanConfig.method else settings.method
     ways = {way for way in (named, "span" if span else None, "list" if settings.drop else None) if way is not None}
     if len(ways) > 1:
@@ -234,7 +234,7 @@ def search(
 
 @app.command()
 def families(as_json: Json = False) -> None:
-    """List the model families that can be pruned, and what can be pruned of each."""
+    """List the model families that can be pruned, and the parts that can be pruned in each."""
     from llmprune.models.families import FAMILIES
     from llmprune.pruning.gates.kinds import DEPTH, WIDTH
 

@@ -1,4 +1,4 @@
-"""What was done, to be looked at."""
+"""The commands that show results: the report and the demo."""
 
 from typing import Annotated
 
@@ -39,7 +39,7 @@ def demo(
     device_map: DeviceMap = None,
     attention: Attention = None,
 ) -> None:
-    """Serve a page on which models answer side by side."""
+    """Serve a web page on which models answer the same prompt side by side."""
     from llmprune.models.placement import Placement
     from llmprune.reporting.demo import serve
 

@@ -1,1 +1,1 @@
-"""From checkpoints and plans to Hugging Face folders; quantising; whether two models compute the same."""
+"""Conversion of checkpoints and plans to Hugging Face folders, quantisation, and comparison of two models."""

@@ -1,4 +1,4 @@
-"""A checkpoint of llmprune: Composer's state, and the manifest that says what it is."""
+"""A checkpoint of llmprune: Composer's state, and the manifest that describes it."""
 
 import logging
 import re
@@ -31,14 +31,14 @@ from llmprune.utils.errors import UserError
 log = logging.getLogger(__name__)
 
 _PREFIX = "model."
-ATTEMPTS = 20  # to open a checkpoint that a run has not deleted meanwhile
+ATTEMPTS = 20  # number of attempts to open a checkpoint while a run deletes old ones
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
-    """The model's weights in a Composer checkpoint under their Hugging Face names, read from disk as they are used."""
+    """The model's weights in a Composer checkpoint by Hugging Face name; each is read from disk when it is used."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
-        """Wrap a model's state dict, each of whose tensors is read when it is asked for."""
+        """Wrap a model's state dict, which reads each tensor when it is accessed."""
         self._state = state
 
     def __getitem__(self, name: str) -> Tensor:
@@ -50,7 +50,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
         return (name.removeprefix(_PREFIX) for name in self._state if name.startswith(_PREFIX))
 
     def __len__(self) -> int:
-        """How many tensors there are."""
+        """The number of tensors."""
         return sum(1 for _ in self)
 
 
@@ -59,9 +59,9 @@ class Checkpoint:
     """A Composer checkpoint of llmprune.
 
     Attributes:
-        path: the checkpoint's file, or its folder if it is sharded.
-        manifest: what it is.
-        config: the config of the model in it.
+        path: path of the checkpoint's file, or of its folder if it is sharded.
+        manifest: description of the checkpoint.
+        config: Hugging Face config of the model in the checkpoint.
     """
 
     path: Path
@@ -70,10 +70,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path | str) -> "Checkpoint":
-        """Find a checkpoint by its file, its folder or its run's folder (the newest complete one).
+        """Open a checkpoint by its file, its folder or its run folder (the newest complete one).
 
         Raises:
-            UserError: there is none.
+            UserError: there is no checkpoint.
         """
         path = Path(path)
         with ExitStack() as reading:
@@ -95,13 +95,13 @@ class Checkpoint:
 
     @property
     def batch(self) -> int:
-        """How many batches had been trained on."""
+        """The number of batches trained before the checkpoint."""
         number = re.match(r"ba(\d+)", self.path.name)
         return int(number[1]) if number else sys.maxsize
 
     @property
     def model_folder(self) -> Path:
-        """Config, tokenizer and generation config of the model."""
+        """The folder with config, tokenizer and generation config of the model."""
         return self.path.parent / "model"
 
     @property
@@ -115,7 +115,7 @@ class Checkpoint:
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
-        """The model's weights by Hugging Face name, adapters merged into them.
+        """The model's weights by Hugging Face name, with adapters merged into them.
 
         Raises:
             UserError: the checkpoint is damaged.
@@ -127,17 +127,17 @@ class Checkpoint:
 
     @property
     def sections(self) -> list[tuple[Any, Any]]:
-        """The classes of the sections that the run had, each with its settings."""
+        """The section classes of the run, each with its settings."""
         known = ((section, self.manifest.section(section.settings)) for section in all_sections().values())
         return [(section, settings) for section, settings in known if settings is not None]
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        """All tensors of Composer's model, under its own names."""
+        """All tensors of Composer's model, by Composer's names."""
         return self._state.tensors("model")
 
     def gates(self) -> GateSet | None:
-        """The gates that were trained, if any."""
+        """The trained gates; None if the run had none."""
         settings = self.manifest.section(L0PruningConfig)
         if settings is None:
             return None
@@ -148,19 +148,19 @@ class Checkpoint:
         return gates
 
     def fingerprint(self) -> str:
-        """SHA-256 over the model's parameters."""
+        """The SHA-256 of the model's parameters."""
         return fingerprint(self.weights, self.config)
 
 
 def _newest(place: Path, reading: ExitStack) -> Path:
-    """The newest complete checkpoint of a run, which may be making others and deleting old ones meanwhile.
+    """The newest complete checkpoint of a run; the run may write and delete checkpoints at the same time.
 
     Args:
-        place: the run's folder, or that of its checkpoints.
-        reading: keeps the run from deleting the checkpoint until it is closed.
+        place: run folder, or its folder of checkpoints.
+        reading: exit stack; until it is closed, the run can't delete the checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no checkpoint.
     """
     folder = CheckpointFolder(place / "checkpoints" if (place / "checkpoints").is_dir() else place)
     _refuse_foreign(folder.path, checkpoint_in(folder.path))
@@ -180,13 +180,13 @@ def _newest(place: Path, reading: ExitStack) -> Path:
 
 
 def is_checkpoint(path: Path | str) -> bool:
-    """Whether ``path`` names a Composer checkpoint rather than a Hugging Face model."""
+    """Whether ``path`` is a Composer checkpoint rather than a Hugging Face model."""
     path = Path(path)
     return path.suffix == ".pt" or (path.is_dir() and not (path / "config.json").is_file())
 
 
 def _refuse_foreign(folder: Path, checkpoint: Path | None) -> None:
-    """Raise ``UserError`` if a checkpoint lies in a folder that is none of llmprune's."""
+    """Raise ``UserError`` if a checkpoint is in a folder that llmprune did not write."""
     if checkpoint is not None and not (folder / "manifest.json").is_file():
         raise UserError(what_it_is(checkpoint))
 

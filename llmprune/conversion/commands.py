@@ -1,4 +1,4 @@
-"""The ways to a Hugging Face folder: from a checkpoint, and from a model and a plan."""
+"""Writing Hugging Face folders: from a checkpoint, or from a model and a plan."""
 
 import dataclasses
 import logging
@@ -32,16 +32,16 @@ log = logging.getLogger(__name__)
 def convert(
     checkpoint: Path | str, out: Path | str, *, dtype: torch.dtype | None = None, overwrite: bool = False
 ) -> Plan:
-    """Turn a Composer checkpoint into a Hugging Face folder; gates are carried out on the way.
+    """Turn a Composer checkpoint into a Hugging Face folder; the model is cut to the shape that gates decide.
 
     Args:
-        checkpoint: its file, or its run's folder.
+        checkpoint: checkpoint file, or run folder.
         out: folder to write.
-        dtype: of the weights written; None = as trained.
+        dtype: dtype of the written weights; None = as trained.
         overwrite: whether ``out`` may be replaced.
 
     Returns:
-        The plan that was carried out.
+        The plan that was applied.
 
     Raises:
         UserError: there is no checkpoint, it is damaged, or ``out`` exists.
@@ -80,7 +80,7 @@ def apply(model: Path | str, plan: Plan | Path | str, out: Path | str, *, overwr
 
     Args:
         model: Hugging Face folder or hub name, or a checkpoint (its gates are not used: the plan decides).
-        plan: the plan, or its file.
+        plan: plan, or the path of its file.
         out: folder to write.
         overwrite: whether ``out`` may be replaced.
 
@@ -108,16 +108,16 @@ def apply(model: Path | str, plan: Plan | Path | str, out: Path | str, *, overwr
 
 
 def enrich(model: Path | str, heads: RicherHeadsConfig, out: Path | str, *, overwrite: bool = False) -> None:
-    """Give every attention of a model richer heads that begin as the identity: it computes what it did before.
+    """Give every attention of a model richer heads that begin as the identity: the model's output does not change.
 
     Args:
         model: Hugging Face folder or hub name.
-        heads: how they are richer; residual.
+        heads: settings of the richer heads; they must be residual.
         out: folder to write.
         overwrite: whether ``out`` may be replaced.
 
     Raises:
-        UserError: the heads are richer already or would not begin as the identity, or ``out`` exists.
+        UserError: the model has richer heads already, they would not begin as the identity, or ``out`` exists.
     """
     config = load_model_config(model)
     whole = keep_everything(config, fingerprint(StoredWeights(model), config))
@@ -125,15 +125,15 @@ def enrich(model: Path | str, heads: RicherHeadsConfig, out: Path | str, *, over
 
 
 def export_adapter(checkpoint: Path | str, out: Path | str, *, overwrite: bool = False) -> None:
-    """Write the adapters of a checkpoint alone, as a folder that PEFT loads.
+    """Write only the adapters of a checkpoint, as a folder that PEFT loads.
 
     Args:
-        checkpoint: its file, or its run's folder.
+        checkpoint: checkpoint file, or run folder.
         out: folder to write.
         overwrite: whether ``out`` may be replaced.
 
     Raises:
-        UserError: it has none, is damaged, or ``out`` exists.
+        UserError: the checkpoint has no adapters or is damaged, or ``out`` exists.
     """
     found = Checkpoint.open(checkpoint)
     refuse_replacing(out, [found.path])
@@ -153,7 +153,7 @@ def push_to_hub(folder: Path | str, name: str) -> str:
     """Upload a Hugging Face folder; returns its address.
 
     Raises:
-        UserError: the hub refuses or can't be reached.
+        UserError: the hub refuses the upload or can't be reached.
     """
     api = HfApi()
     log.info("uploading %s as %s", folder, name)
@@ -166,7 +166,7 @@ def push_to_hub(folder: Path | str, name: str) -> str:
 
 
 def last_evaluation(metrics: Path, batch: int) -> dict[str, float]:
-    """The newest evaluation in a ``metrics.jsonl`` up to a batch: metric → value (empty if there is none)."""
+    """The newest evaluation in a ``metrics.jsonl`` up to a batch, as metric → value; empty if there is none."""
     prefix = "metrics/eval/"
     found: dict[str, float] = {}
     for line in read_metrics(metrics):

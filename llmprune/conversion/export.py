@@ -1,4 +1,4 @@
-"""Writing a plain Hugging Face folder, tensor by tensor, cut by a plan on the way."""
+"""Writing a plain Hugging Face folder tensor by tensor, each cut by a plan."""
 
 import logging
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def keep_everything(config: PretrainedConfig, model: str) -> Plan:
-    """The plan that changes nothing."""
+    """Make a plan that changes nothing."""
     family = family_of(config)
     shape = family.shape(config)
     return Plan(family.name, model, shape, tuple(KeptBlock.whole(i) for i in range(shape.layers)))
@@ -49,21 +49,21 @@ def export(
 ) -> None:
     """Cut ``weights`` by ``plan`` and write them as a Hugging Face folder.
 
-    Never more than one output shard and one source tensor are in memory. Beside the model lie its model card and, in
+    Memory never holds more than one output shard and one source tensor. The folder also gets a model card and, in
     ``llmprune/``, the plan.
 
     Args:
-        weights: by Hugging Face name.
-        config: of the model that the weights are of.
-        plan: what stays.
+        weights: weights of the model by Hugging Face name.
+        config: Hugging Face config of the uncut model.
+        plan: plan of the parts that are kept.
         out: folder to write.
         companions: folder with the tokenizer and generation config.
-        source: name of the source model, for the card.
-        network: takes the place of blocks that the plan removes; the model then needs a modelling file.
-        card: further facts for the card, each a heading and its value.
-        dtype: of the weights written; None = as they are.
+        source: name of the source model, for the model card.
+        network: network that replaces blocks that the plan removes; the model then needs a modelling file.
+        card: further facts for the model card: value by heading.
+        dtype: dtype of the written weights; None = unchanged.
         overwrite: whether ``out`` may be replaced.
-        max_shard_size: of one safetensors file.
+        max_shard_size: largest size of one safetensors file, such as "5GB".
 
     Raises:
         UserError: the plan does not fit the model, or ``out`` exists.
@@ -93,12 +93,12 @@ def export(
 
 
 class _CutModel:
-    """The model that comes of a cut; a tensor of it is made when it is asked for.
+    """The cut model; each of its tensors is computed when it is accessed.
 
     Attributes:
-        config: its config.
-        plain: the config of the same without a network in the place of blocks.
-        expected: its parameters, without memory, by name, in the dtype that they are written in.
+        config: Hugging Face config of the cut model.
+        plain: config of the cut model without a network that replaces blocks.
+        expected: parameters by name on the meta device (without memory), in the dtype that is written.
     """
 
     def __init__(
@@ -130,14 +130,14 @@ class _CutModel:
 
     @property
     def parameters(self) -> int:
-        """How many it has."""
+        """The number of parameters."""
         return sum(tensor.numel() for tensor in self.expected.values())
 
     def tensor(self, name: str) -> Tensor:
-        """One of its parameters.
+        """Compute one parameter of the cut model.
 
         Raises:
-            UserError: it has a number that is none, or not the shape that the config wants.
+            UserError: it has NaN or infinite values, or its shape differs from the config's.
         """
         expected = self.expected[name]
         cut = self._added[name] if name in self._added else self._surgery.cut(self._sources[name], self._weights)
@@ -152,7 +152,7 @@ class _CutModel:
         return tensor
 
     def save_config(self, folder: Path) -> None:
-        """Write its config, and its modelling file if it needs one."""
+        """Write the config, and the modelling file if the model needs one."""
         self.config.use_cache = True
         self.config.dtype = next(iter(self.expected.values())).dtype
         save_model_config(self.config, folder)
@@ -163,9 +163,9 @@ class _CutModel:
 def _meta_tensors(
     config: PretrainedConfig, dtype: torch.dtype, plain: PretrainedConfig, added: set[str]
 ) -> dict[str, Tensor]:
-    """The parameters of a model with this config, without memory; a tied output layer is left out.
+    """The parameters of a model with this config, on the meta device; a tied output layer is left out.
 
-    ``added`` are those that the family does not know, and ``plain`` is the config of a model without them.
+    ``added`` are names of parameters that the family does not have; ``plain`` is the config of a model without them.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

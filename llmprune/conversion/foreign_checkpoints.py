@@ -1,7 +1,7 @@
-"""Checkpoints that other projects wrote with Composer: what they are, and how their models come here.
+"""Checkpoints that other projects wrote with Composer: recognise them, and explain how to convert them.
 
-They are told by the names of their tensors. These are read as text from the pickle that describes the checkpoint:
-nothing is unpickled.
+They are recognised by the names of their tensors. The names are read as text from the pickle that describes the
+checkpoint: nothing is unpickled.
 """
 
 import io
@@ -14,24 +14,24 @@ from pathlib import Path
 
 from llmprune.checkpoints.checkpoint_folder import LATEST, METADATA
 
-_MOST = 2**24  # bytes that are looked at: descriptions of very large models have some megabytes
-_PICKLES = 5  # in a file of PyTorch's older format, of which the fourth describes the tensors
+_MOST = 2**24  # bytes that are read: the descriptions of very large models have some megabytes
+_PICKLES = 5  # number of pickles in a file of PyTorch's older format; the fourth describes the tensors
 _SHEARED = re.compile(r"(^|\.)transformer\.blocks\.\d+\.attn\.w[qkv]\.")
 _MASKS = re.compile(r"(^|\.)l0_module\.")
 _FOUNDRY = re.compile(r"llmfoundry|^HuggingFaceCheckpointer$|(^|\.)transformer\.blocks\.\d+\.(attn\.Wqkv|norm_1)\.")
 
 
 def checkpoint_in(folder: Path) -> Path | None:
-    """A checkpoint in a folder that llmprune did not write, if there is one: the latest, if one is called so."""
+    """A checkpoint in a folder that llmprune did not write; the one with the name of the latest, if there is one."""
     found = [folder / LATEST, *sorted(folder.glob("*.pt")), *(path.parent for path in folder.glob(f"*/{METADATA}"))]
     return next((path for path in found if path.exists()), None)
 
 
 def what_it_is(path: Path) -> str:
-    """What a checkpoint without llmprune's manifest is, and what to do about it.
+    """Text for the user: which program wrote a checkpoint without llmprune's manifest, and how to convert it.
 
     Args:
-        path: a file, or the folder of a sharded checkpoint.
+        path: path of a checkpoint file, or of the folder of a sharded checkpoint.
     """
     names = set(_names(path))
     then = "then `llmprune score`, `apply` and train.py go on from that folder"
@@ -56,7 +56,7 @@ def what_it_is(path: Path) -> str:
 
 
 def _names(path: Path) -> Iterator[str]:
-    """Every text in the pickle that describes a checkpoint, the names of its tensors among them."""
+    """All strings in the pickle that describes a checkpoint; the names of its tensors are among them."""
     with suppress(OSError, ValueError, StopIteration, zipfile.BadZipFile, NotImplementedError):
         pickles = io.BytesIO(_description(path))
         for _ in range(_PICKLES):

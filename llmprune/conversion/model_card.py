@@ -19,15 +19,15 @@ def model_card(
     *,
     needs_code: bool = False,
 ) -> str:
-    """The text of the card.
+    """Write the text of the model card.
 
     Args:
-        source: the model that was cut.
-        plan: how.
-        parameters: of the cut model.
-        model_type: its architecture.
-        facts: further sections, heading → JSON-like value.
-        needs_code: whether it loads with the modelling file beside it only.
+        source: name of the model that was cut.
+        plan: plan of the cut.
+        parameters: number of parameters of the cut model.
+        model_type: Hugging Face model type of the cut model.
+        facts: further sections of the card: JSON-like value by heading.
+        needs_code: whether the model loads only with its modelling file.
     """
     on_hub = source.count("/") == 1 and not source.startswith((".", "/"))
     header = ModelCardData(

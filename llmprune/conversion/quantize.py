@@ -1,7 +1,7 @@
-"""Weights of four bits by GPTQ (arXiv:2210.17323), through llm-compressor.
+"""Quantisation of weights to four bits by GPTQ (arXiv:2210.17323), through llm-compressor.
 
-llm-compressor installs beside Composer's pins, works on CPUs as on GPUs, one block after the other, and writes the
-compressed-tensors format, which Transformers and vLLM read.
+llm-compressor can be installed with Composer's pinned versions. It works on CPUs and GPUs, one block after the other,
+and writes the compressed-tensors format, which Transformers and vLLM read.
 """
 
 import logging
@@ -28,19 +28,19 @@ from llmprune.utils.outputs import output_folder, refuse_existing, refuse_replac
 log = logging.getLogger(__name__)
 
 BITS = 4
-DAMPENING = 0.01  # added to the diagonal of the Hessian, as a share of its mean
+DAMPENING = 0.01  # added to the diagonal of the Hessian, as a share of the diagonal's mean
 
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """How weights are quantised.
+    """Settings for the quantisation of weights.
 
     Attributes:
-        data: the calibration samples; the papers take 128 of 2048 tokens.
-        group_size: weights of a row that share a scale.
-        activation_order: quantise the columns with the largest activations first.
-        dtype: of what stays unquantised (embeddings, output layer, norms) and of the scales; None = as stored, but
-            bfloat16 where that is float32, in which they would outweigh all the rest.
+        data: calibration samples; the papers use 128 samples of 2048 tokens.
+        group_size: number of weights of a row that share a scale.
+        activation_order: whether the columns with the largest activations are quantised first.
+        dtype: dtype of the scales and of the unquantised parts (embeddings, output layer, norms); None = as stored, but
+            bfloat16 instead of float32, in which these parts would be larger than all others.
     """
 
     data: CalibrationConfig = field(default_factory=lambda: CalibrationConfig(samples=128, length=2048))
@@ -50,16 +50,16 @@ class QuantizeConfig:
 
 
 def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, overwrite: bool = False) -> int:
-    """Quantise every linear layer but the output layer; the result loads with ``AutoModelForCausalLM``.
+    """Quantise every linear layer except the output layer; the result loads with ``AutoModelForCausalLM``.
 
     Args:
         model: Hugging Face folder or hub name.
         out: folder to write.
-        config: how.
+        config: settings of the quantisation.
         overwrite: whether ``out`` may be replaced.
 
     Returns:
-        The bytes of the weights written.
+        Size of the written weights in bytes.
 
     Raises:
         UserError: llm-compressor is not installed, the groups do not fit, the samples can't be read, ``out`` exists.
@@ -85,7 +85,7 @@ def quantize(model: Path | str, out: Path | str, config: QuantizeConfig, *, over
 
 
 def _require_library() -> None:
-    """See that llm-compressor is there, and keep what it would print from the user.
+    """Check that llm-compressor is installed, and disable its messages.
 
     Raises:
         UserError: it is not installed.
@@ -101,7 +101,7 @@ def _require_library() -> None:
 
 
 def _compress(loaded: PreTrainedModel, samples: Tensor, config: QuantizeConfig) -> None:
-    """Quantise a model's weights where they are, by samples [samples, length]."""
+    """Quantise a model's weights in place, with samples of shape [samples, length]."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -133,27 +133,27 @@ def _compress(loaded: PreTrainedModel, samples: Tensor, config: QuantizeConfig) 
 
 
 def _save(loaded: PreTrainedModel, source: Path, folder: Path) -> None:
-    """Write a quantised model, and what lies beside its source's weights."""
+    """Write a quantised model, and copy the other files of its source's folder."""
     loaded.generation_config = GenerationConfig()  # Transformers would refuse to save many; the file is copied
     loaded.save_pretrained(folder, save_compressed=True)
     (folder / GENERATION).unlink(missing_ok=True)
     copy_companions(source, folder)
     if (source / "llmprune").is_dir():
         shutil.copytree(source / "llmprune", folder / "llmprune")
-    for file in folder.glob("*.safetensors"):  # the library makes them private
+    for file in folder.glob("*.safetensors"):  # the library makes them readable by the owner only
         make_readable(file)
 
 
 def _sixteen_bits(source: PretrainedConfig) -> torch.dtype:
-    """The 16-bit format that a model is stored in, bfloat16 if it is in none."""
+    """The 16-bit dtype that a model is stored in; bfloat16 if it is stored in another dtype."""
     return source.dtype if source.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
 def _check(source: PretrainedConfig, config: QuantizeConfig) -> None:
-    """What a model's config alone tells: whether it can be quantised, and in such groups. No weights are read.
+    """Check by its config alone whether a model can be quantised in groups of this size; no weights are read.
 
     Raises:
-        UserError: it is quantised already, has no linear layers or code of its own, or the groups do not fit its rows.
+        UserError: it is quantised already, has no linear layers or has its own code, or the groups do not fit its rows.
     """
     if getattr(source, "quantization_config", None) is not None:
         raise UserError("the model is quantised already")

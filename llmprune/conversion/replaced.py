@@ -1,4 +1,4 @@
-"""The result of a run of block replacement: weights, plan, and what no config can describe."""
+"""The result of a run of block replacement: weights, plan, and the network that no config can describe."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ _REPLACEMENT, _MODEL = "replacement.", "model."
 
 
 class Changed(Mapping[str, Tensor]):
-    """Weights of which some are others; each is read or made when it is asked for."""
+    """Weights of which some are replaced by others; each is read or computed when it is accessed."""
 
     def __init__(self, weights: Mapping[str, Tensor], others: Mapping[str, Callable[[], Tensor]]) -> None:
-        """``weights``, with ``others`` in the place of those of the same names."""
+        """Wrap ``weights``; entries of ``others`` replace those with the same name."""
         self._weights, self._others = weights, others
 
     def __getitem__(self, name: str) -> Tensor:
-        """Read or make one tensor by its name."""
+        """Read or compute one tensor by its name."""
         return self._others[name]() if name in self._others else self._weights[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -38,22 +38,22 @@ class Changed(Mapping[str, Tensor]):
         return iter(self._weights)
 
     def __len__(self) -> int:
-        """How many tensors there are."""
+        """The number of tensors."""
         return len(self._weights)
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """What a run of block replacement came to.
+    """The result of a run of block replacement.
 
     Attributes:
-        settings: the run's.
-        span: that is replaced.
-        replacement: with its values.
-        weights: the model's, by Hugging Face name, with what trained beside the replacement module, and with the
-            replacement module's where its blocks take the place of the span's or where it is folded into weights.
-        trained: of the weights, what trained beside the replacement module, if it is the best one.
-        best: the held-out loss and the batch of the replacement module, if it is the best one.
+        settings: settings of the run's section.
+        span: span of blocks that is replaced.
+        replacement: replacement module with its weights.
+        weights: model's weights by Hugging Face name, with the weights that trained beside the replacement module, and
+            with the replacement module's weights if its blocks replace the span's or if it is folded into weights.
+        trained: weights that trained beside the replacement module, by name; empty unless it is the best module.
+        best: held-out loss (nats per token) and batch of the replacement module, if it is the best one.
     """
 
     settings: BlockReplacementConfig
@@ -64,17 +64,17 @@ class Replaced:
     best: tuple[float, int] | None
 
     def kept(self, layers: int) -> tuple[KeptBlock, ...]:
-        """The blocks that stay of so many."""
+        """The blocks that are kept, out of ``layers`` blocks."""
         return self.span.kept(layers, self.replacement.offsets)
 
     @property
     def described(self) -> str | None:
-        """What replaces which blocks, in words; None = nothing does."""
+        """Text for the plan: the kind of the replacement module and the replaced blocks; None = no module."""
         return None if self.settings.kind == "none" else f"{self.settings.kind} for {self.span}"
 
     @property
     def network(self) -> Network | None:
-        """The replacement module, if the model needs a modelling file for it."""
+        """The replacement module, if the model needs a modelling file for it; otherwise None."""
         network = self.replacement.network
         if network is None:
             return None
@@ -82,12 +82,13 @@ class Replaced:
 
 
 def read_replaced(checkpoint: Checkpoint, *, best: bool, model: PreTrainedModel | None = None) -> Replaced:
-    """The result of a run of block replacement.
+    """Read the result of a run of block replacement.
 
     Args:
-        checkpoint: of that run.
-        best: take the replacement module with the lowest held-out loss, not the checkpoint's.
-        model: of the checkpoint's config, if the replacement module is to be run; None = one without memory.
+        checkpoint: checkpoint of that run.
+        best: whether to use the replacement module with the lowest held-out loss instead of the checkpoint's.
+        model: model with the checkpoint's config, if the replacement module will be run; None = a model on the meta
+            device.
 
     Raises:
         UserError: the checkpoint is of another kind, or damaged.
@@ -114,7 +115,7 @@ def read_replaced(checkpoint: Checkpoint, *, best: bool, model: PreTrainedModel 
 
 
 def _best(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], tuple[float, int] | None]:
-    """What trained, as it was when the held-out loss was lowest, and that loss with its batch."""
+    """The trained weights at the lowest held-out loss, and that loss with its batch."""
     path = checkpoint.path.parent / BEST
     if not path.is_file():
         return {}, None
@@ -124,7 +125,7 @@ def _best(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], tuple[float, int] 
 
 
 def compute_with(model: PreTrainedModel, replaced: Replaced) -> None:
-    """Let a whole model compute with a replacement module in place of the span."""
+    """Make a complete model compute with a replacement module instead of the span."""
     streaming = Streaming(model, replaced.replacement.float().eval(), replaced.span, {})
     plain = model.forward
 

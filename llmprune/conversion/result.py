@@ -1,4 +1,4 @@
-"""What is exported of a checkpoint."""
+"""The parts of a checkpoint that are exported."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +11,14 @@ from llmprune.pruning.replacements.custom_block import Network
 
 @dataclass(frozen=True)
 class Result:
-    """A model on its way from a checkpoint to a Hugging Face folder; every section of the run may change it.
+    """A model during the conversion of a checkpoint to a Hugging Face folder; every section of the run may change it.
 
     Attributes:
-        weights: the model's, by Hugging Face name, each read when it is asked for.
-        plan: what of it stays.
-        network: what no config of its family can describe; None = nothing.
-        newest: whether the checkpoint was named by its run's folder, so that the run's best may stand for it.
+        weights: model's weights by Hugging Face name; each is read when it is accessed.
+        plan: plan of the parts that are kept.
+        network: network that no config of the model's family can describe; None = no such network.
+        newest: whether the user named the run folder instead of a checkpoint, so that the run's best result may be
+            used.
     """
 
     weights: Mapping[str, Tensor]

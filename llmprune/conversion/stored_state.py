@@ -1,4 +1,4 @@
-"""Reading tensors from Composer's checkpoints, whole or sharded, one at a time and without unpickling anything else."""
+"""Reading tensors from Composer's checkpoints, single-file or sharded, one at a time, without unsafe unpickling."""
 
 import datetime
 import math
@@ -24,15 +24,15 @@ from llmprune.checkpoints.checkpoint_folder import METADATA
 from llmprune.utils.errors import UserError, first_line
 from llmprune.utils.files import inside
 
-# What reading bytes that anybody may have written can raise.
+# Exceptions that reading a damaged or malicious file can raise.
 _UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, LookupError, EOFError, OSError, AttributeError, TypeError, ValueError,
     ArithmeticError, MemoryError,
 )  # fmt: skip
-_SMALL = 2**20  # bytes of a tensor that is read at once
+_SMALL = 2**20  # tensors up to this size in bytes are read at once
 
-# What Composer keeps in a whole checkpoint beside tensors and plain types: durations, the torch version, numpy's
-# random state.
+# Classes in a single-file checkpoint of Composer other than tensors and plain types: durations, the torch version,
+# numpy's random state.
 _SAFE_IN_WHOLE = [
     datetime.timedelta,
     TorchVersion,
@@ -42,9 +42,9 @@ _SAFE_IN_WHOLE = [
     np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
 ]
 
-_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # PyTorch's own switch
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # environment variable of PyTorch
 
-# What describes the tensors of a sharded checkpoint.
+# Classes in the description of the tensors of a sharded checkpoint.
 _SAFE_IN_METADATA = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -67,15 +67,15 @@ class StoredState(Protocol):
     """The tensors of a checkpoint."""
 
     def tensors(self, *path: str) -> Mapping[str, Tensor]:
-        """The tensors below ``path`` of Composer's state, read as they are used."""
+        """The tensors below ``path`` of Composer's state; each is read when it is used."""
         ...
 
 
 def open_state(path: Path) -> StoredState:
-    """Open a checkpoint: a file, or the folder of a sharded one.
+    """Open a checkpoint: a file, or the folder of a sharded checkpoint.
 
     Raises:
-        UserError: it is damaged, or holds what must not be unpickled.
+        UserError: it is damaged, or contains objects that must not be unpickled.
     """
     try:
         return _Sharded(path) if path.is_dir() else _Whole(path)
@@ -85,14 +85,14 @@ def open_state(path: Path) -> StoredState:
 
 @contextmanager
 def safe_unpickling(path: Path) -> Iterator[None]:
-    """While open, Composer loads the checkpoint at ``path`` without unpickling what could do anything.
+    """Make Composer load the checkpoint at ``path`` within the ``with`` block without unpickling unsafe objects.
 
     Raises:
-        UserError: it holds something else than tensors, plain types, and what Composer keeps beside them.
+        UserError: the checkpoint contains other objects than tensors, plain types, and Composer's usual ones.
     """
     if path.is_dir():
-        # Its description refers to known classes, and to parts of its own files only: whoever reads it again does no
-        # harm.
+        # Its description was checked: it refers only to known classes and to parts of its own files, so it is safe to
+        # read it again.
         open_state(path)
     forced = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
@@ -111,14 +111,14 @@ def safe_unpickling(path: Path) -> Iterator[None]:
 
 
 class _Whole:
-    """One file."""
+    """A checkpoint in one file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.below(())  # to know that it can be read
+        self.below(())  # checks that the file can be read
 
     def below(self, path: tuple[str, ...]) -> Any:
-        """What lies at ``path`` of the state; tensors are mapped from the file, not read."""
+        """The object at ``path`` of the state; tensors are memory-mapped, not read."""
         with torch.serialization.safe_globals(_SAFE_IN_WHOLE):
             found = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)["state"]
         for key in path:
@@ -130,7 +130,7 @@ class _Whole:
 
 
 class _WholeTensors(Mapping[str, Tensor]):
-    """Maps the file anew for every large tensor: pages of a mapping stay in memory once they are read."""
+    """Maps the file again for every large tensor, because the pages of a mapping remain in memory after reading."""
 
     def __init__(self, whole: _Whole, path: tuple[str, ...]) -> None:
         self._whole, self._path = whole, path
@@ -159,7 +159,7 @@ class _WholeTensors(Mapping[str, Tensor]):
 
 
 class _Sharded(FileSystemReader):
-    """A folder in which every rank has written its parts."""
+    """A checkpoint in a folder in which every rank has written its parts."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -189,7 +189,7 @@ class _ShardedTensors(Mapping[str, Tensor]):
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that there are no other ranks
+                warnings.simplefilter("ignore")  # the warning that there are no other ranks
                 load({self._prefix + name: tensor}, storage_reader=self._reader, no_dist=True)
         except CheckpointException as error:
             raise UserError(
@@ -205,15 +205,15 @@ class _ShardedTensors(Mapping[str, Tensor]):
 
 
 def _failure(error: CheckpointException) -> str:
-    """What the first rank that failed says."""
+    """The error message of the first rank that failed."""
     return first_line(Exception(str(next(iter(error.failures.values()))[0])))
 
 
 def _check_parts(folder: Path, metadata: Metadata) -> None:
-    """Check that what a sharded checkpoint says of itself is true of its files.
+    """Check that the description of a sharded checkpoint fits its files.
 
     Raises:
-        UserError: a part lies outside the folder or beyond its file's end, or a tensor is larger than its parts.
+        UserError: a part is outside the folder or beyond the end of its file, or a tensor is larger than its parts.
     """
     sizes: dict[str, int] = {}
     for part in metadata.storage_data.values():
@@ -250,7 +250,7 @@ def _member(of: Any, name: str) -> Any:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the few classes that describe tensors, and no others."""
+    """An unpickler that accepts only the few classes that describe tensors."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)

@@ -1,4 +1,4 @@
-"""Whether two models compute the same."""
+"""Comparison of the outputs of two models."""
 
 import logging
 import math
@@ -23,13 +23,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two models' logits lie apart.
+    """Difference of two models' logits.
 
-    All are NaN if any logit of either model is not finite: such models are different, whatever the others are.
+    All values are NaN if any logit of either model is not finite: such models count as different.
 
     Attributes:
         max_abs: largest absolute difference.
-        max_rel: that over the largest absolute logit.
+        max_rel: largest absolute difference, divided by the largest absolute logit.
         mean_abs: mean absolute difference.
     """
 
@@ -45,16 +45,16 @@ class Difference:
 
 @torch.no_grad()
 def open_for_comparison(path: Path | str, plan: Plan | None = None) -> PreTrainedModel:
-    """A model in float32 and evaluation mode, from a Hugging Face folder or a checkpoint.
+    """Open a model in float32 and evaluation mode, from a Hugging Face folder or a checkpoint.
 
-    Gates are at the target shape, and a replacement module is the best one, as in what ``convert`` makes of a run.
+    As in the result of ``convert``, gates are at the target shape, and a replacement module is the best one.
 
     Args:
         path: folder, hub name or checkpoint.
-        plan: leave out what this plan removes, without cutting.
+        plan: plan whose removed parts are left out of the computation, without cutting; None = nothing is left out.
 
     Raises:
-        UserError: it can't be read, or the plan is for another shape.
+        UserError: the model can't be read, or the plan is for another shape.
     """
     if not is_checkpoint(path):
         folder = find_folder(path)
@@ -75,7 +75,7 @@ def open_for_comparison(path: Path | str, plan: Plan | None = None) -> PreTraine
 
 
 def _follow(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """Let a whole model compute what a plan leaves of it."""
+    """Make a complete model compute what the cut model of a plan would compute."""
     plan.check_applicable()
     surgery = Surgery(model.config, plan)  # refuses a plan for another model
     if plan.corrections or any(block.merge is not None for block in plan.blocks):
@@ -96,11 +96,11 @@ def compare_models(
     """Compare the logits of two models on the same random tokens.
 
     Args:
-        a: one model.
-        b: the other; it must have the same vocabulary.
-        samples: sequences.
-        length: tokens of each.
-        seed: of the tokens.
+        a: first model.
+        b: second model; it must have the same vocabulary.
+        samples: number of sequences.
+        length: number of tokens of each sequence.
+        seed: seed of the random tokens.
 
     Raises:
         UserError: the vocabularies differ.

@@ -1,1 +1,1 @@
-"""What a job will need, known before anything is loaded."""
+"""Estimates of a job's memory, time and cost, computed before anything is loaded."""

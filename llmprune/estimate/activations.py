@@ -1,4 +1,4 @@
-"""What a model's forward pass keeps for its backward pass, counted on a model without memory."""
+"""Activations that a model's forward pass keeps for its backward pass, counted on a model without memory."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -17,17 +17,17 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from llmprune.models.families import family_of
 from llmprune.models.vocabulary import without_head
 
-_FEW = 64  # tokens of a sample where the pass must be real, because it depends on its values
+_FEW = 64  # number of tokens of a sample if the forward pass must be real, because it depends on its values
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that a microbatch's forward pass keeps.
+    """Bytes that a microbatch's forward pass keeps for the backward pass.
 
     Attributes:
-        block: of one block.
-        outside: of what lies around the blocks, without the output layer.
-        states: the residual stream between two blocks, which checkpointed blocks keep alone.
+        block: bytes kept by one block.
+        outside: bytes kept outside the blocks, without the output layer.
+        states: bytes of the residual stream between two blocks; checkpointed blocks keep nothing else.
     """
 
     block: int
@@ -45,22 +45,22 @@ def kept_by(
     attention: str = "sdpa",
     prepare: Callable[[PreTrainedModel], object] | None = None,
 ) -> Kept:
-    """Count what is kept.
+    """Count the bytes that a forward pass keeps.
 
     Args:
-        config: of a supported family.
-        samples: of a microbatch.
-        length: tokens of each.
-        dtype: of the weights.
-        autocast: the format of matrix products, if it is another one.
-        attention: the kernel; flash attention keeps what SDPA does.
-        prepare: changes a model before it is looked at.
+        config: Hugging Face config of a supported family.
+        samples: number of samples of a microbatch.
+        length: number of tokens of each sample.
+        dtype: dtype of the weights.
+        autocast: dtype of matrix products; None = the weights' dtype.
+        attention: attention implementation; flash attention keeps as much as SDPA.
+        prepare: function that changes the model before the count; None = no change.
     """
     how = (dtype, autocast, "eager" if attention == "eager" else "sdpa", prepare)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             one, two = (_saved(_short(config, n), samples, length, *how) for n in (1, 2))
-    except (DataDependentOutputException, DynamicOutputShapeException):  # masks that look, experts that are chosen
+    except (DataDependentOutputException, DynamicOutputShapeException):  # masks or experts depend on values
         few = min(length, _FEW)
         one, two = (_saved(_short(config, n), samples, few, *how) for n in (1, 2))
         one, two = (round(saved * length / few) for saved in (one, two))
@@ -101,10 +101,10 @@ def _saved(
 
 @contextmanager
 def _counting(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes of every storage that is kept and is no part of the model, by its identity."""
+    """Yield the bytes of every storage that autograd saves and that is not part of the model, by storage id."""
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
-    held: list[Tensor] = []  # an identity is free for another as soon as its tensor is gone
+    held: list[Tensor] = []  # keeps tensors alive, because the id of a freed storage can be used again
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

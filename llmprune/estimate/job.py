@@ -1,4 +1,4 @@
-"""What a training job will take: memory of every rank, time, cost. Known before anything is loaded."""
+"""Memory of every rank, time and cost of a training job, estimated before anything is loaded."""
 
 import gc
 import math
@@ -26,18 +26,18 @@ from llmprune.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the job runs on.
+    """The hardware that the job runs on.
 
     Attributes:
-        gpus: ranks in all.
-        per_node: of them on a node.
-        memory: bytes of each.
-        flops: of each at its best, in the format of the products, per second.
-        utilisation: share of them that training reaches.
-        bandwidth: bytes per second between a GPU and those of other nodes.
-        bandwidth_within: the same within a node.
-        price: of a GPU for an hour.
-        device: cuda or cpu.
+        gpus: number of ranks (GPUs) in total.
+        memory: memory of each rank, in bytes.
+        per_node: number of ranks per node.
+        flops: peak FLOPs per second of each GPU, in the dtype of the matrix products.
+        utilisation: share of the peak FLOPs that training reaches.
+        bandwidth: bytes per second between a GPU and the GPUs of other nodes.
+        bandwidth_within: bytes per second between two GPUs of a node.
+        price: price of a GPU for an hour; None = no cost is computed.
+        device: device type, "cuda" or "cpu".
     """
 
     gpus: int
@@ -51,7 +51,7 @@ class Cluster:
     device: str = "cuda"
 
     def check(self) -> None:
-        """Raise ``UserError`` for numbers that are none."""
+        """Raise ``UserError`` for numbers that are not positive."""
         for name in ("gpus", "memory", "per_node", "flops", "utilisation", "bandwidth", "bandwidth_within"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be positive")
@@ -59,19 +59,19 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job takes.
+    """The estimated memory, time and cost of a job.
 
     Attributes:
-        memory: bytes of every rank at the peak, by what holds them.
-        available: bytes that a rank has.
+        memory: bytes of every rank at the peak, by purpose.
+        available: memory of a rank, in bytes.
         step_s: seconds of a batch.
-        compute_s: of them, what the operations take at the assumed utilisation.
-        network_s: what has to travel takes so long; it overlaps with computing.
-        steps: batches of the job.
-        tokens: that it learns from.
-        cost: at the price of a GPU; None without one.
-        facts: further numbers: parameters, those that learn, operations of a batch, bytes of a checkpoint and how many
-            there are at a time (-1: all stay).
+        compute_s: seconds of computation of a batch at the assumed utilisation.
+        network_s: seconds of communication of a batch; communication overlaps with computation.
+        steps: number of batches of the job.
+        tokens: number of tokens that the job trains on.
+        cost: cost of the job, in the currency of the GPU's price; None = no price was given.
+        facts: further numbers: parameters, trained parameters, FLOPs of a batch, GPU hours, bytes of a checkpoint, and
+            the largest number of checkpoints at a time (-1 = all are kept).
     """
 
     memory: dict[str, float]
@@ -86,16 +86,16 @@ class Estimate:
 
     @property
     def total(self) -> float:
-        """Bytes of a rank at its peak."""
+        """Bytes of a rank at the peak."""
         return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
-        """Whether there is room."""
+        """Whether the job fits into the memory of a rank."""
         return self.total <= self.available
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The estimate as values for JSON."""
         return {"schema": 1, **asdict(self), "total_bytes": self.total, "fits": self.fits}
 
     def __str__(self) -> str:
@@ -126,10 +126,10 @@ def _duration(seconds: float) -> str:
 
 
 def estimate_job(config: Config, cluster: Cluster, length: int | None = None) -> Estimate:
-    """What a job takes whose model, and data unless ``length`` says how long samples are, can be looked at.
+    """Estimate a job from its config; the model's config is read, and the data's sample length if ``length`` is None.
 
     Raises:
-        UserError: they can't, or the job is impossible on so many ranks.
+        UserError: the model or the data can't be read, or the job is impossible on this number of ranks.
     """
     check_config(config)
     if length is None:
@@ -144,17 +144,17 @@ def estimate_job(config: Config, cluster: Cluster, length: int | None = None) ->
 
 
 def check_fits(config: Config, model: PretrainedConfig, length: int) -> None:
-    """Refuse a job that does not fit where it is about to start.
+    """Refuse a job that does not fit into the free memory of this machine, before it starts.
 
     Args:
-        config: of the job.
-        model: of the model that trains.
-        length: tokens of a sample.
+        config: config of the job.
+        model: Hugging Face config of the model that trains.
+        length: number of tokens of a sample.
 
     Raises:
-        UserError: by the estimate it needs more memory than a rank has.
+        UserError: by the estimate, the job needs more memory than a rank has.
     """
-    gc.collect()  # what an earlier job of this process has left
+    gc.collect()  # frees memory of an earlier job in this process
     ranks, here = dist.get_world_size(), dist.get_local_world_size()
     if get_device(config.train.device).name == "gpu":
         torch.cuda.empty_cache()
@@ -174,16 +174,16 @@ def check_fits(config: Config, model: PretrainedConfig, length: int) -> None:
 
 
 def estimate(config: Config, model: PretrainedConfig, length: int, cluster: Cluster) -> Estimate:
-    """What a job takes.
+    """Estimate memory, time and cost of a job.
 
     Args:
-        config: of the job.
-        model: of the model that trains.
-        length: tokens of a sample.
-        cluster: what it runs on.
+        config: config of the job.
+        model: Hugging Face config of the model that trains.
+        length: number of tokens of a sample.
+        cluster: hardware that the job runs on.
 
     Raises:
-        UserError: the job is impossible on so many ranks.
+        UserError: the job is impossible on this number of ranks.
     """
     cluster.check()
     train, ranks = config.train, cluster.gpus
@@ -225,7 +225,7 @@ def estimate(config: Config, model: PretrainedConfig, length: int, cluster: Clus
 
 
 def _flops(config: Config, model: PretrainedConfig, length: int, sizes: JobSizes) -> int:
-    """Operations of a sample's training step, and of what activation checkpointing computes again."""
+    """FLOPs of the training step of one sample, with the recomputation of activation checkpointing."""
     learned, needs = sizes.learned, sizes.needs
     found = step_flops(model, length, learned) if needs.flops is None else needs.flops(length, learned.own)
     if config.train.activation_checkpointing:
@@ -236,7 +236,7 @@ def _flops(config: Config, model: PretrainedConfig, length: int, sizes: JobSizes
 
 
 def _network(config: Config, cluster: Cluster, sizes: JobSizes, microbatches: int) -> float:
-    """Seconds that what a rank sends and receives in a batch takes."""
+    """Seconds per batch for the data that a rank sends and receives."""
     ranks = cluster.gpus
     if ranks == 1:
         return 0.0

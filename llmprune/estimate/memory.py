@@ -1,4 +1,4 @@
-"""What a rank holds at the peak of a training job."""
+"""Memory of a rank at the peak of a training job."""
 
 from dataclasses import dataclass
 
@@ -20,23 +20,23 @@ from llmprune.models.families import family_of
 from llmprune.models.placement import DTYPES
 from llmprune.models.vocabulary import CHUNKS, LEAST
 
-FRAGMENTATION = 0.06  # of all that is allocated: what the allocator can't use
+FRAGMENTATION = 0.06  # memory that the allocator can't use, as a share of all allocated memory
 CONTEXT = {"cuda": 1.0e9, "cpu": 0.0}  # bytes of libraries and their buffers on the device
-BROADCAST = 250 * 2**20  # bytes that PyTorch sends at a time when ranks get the same weights
+BROADCAST = 250 * 2**20  # bytes that PyTorch sends at a time when it copies weights to all ranks
 
 
 def memory_of(
     config: Config, model: PretrainedConfig, sizes: JobSizes, *, length: int, ranks: int, device: str
 ) -> dict[str, float]:
-    """Bytes of a rank by what holds them, at the peak.
+    """Bytes of a rank at the peak, by purpose.
 
     Args:
-        config: of the job.
-        model: of the model that trains.
-        sizes: of the job.
-        length: tokens of a sample.
-        ranks: in all.
-        device: cuda or cpu.
+        config: config of the job.
+        model: Hugging Face config of the model that trains.
+        sizes: parameter counts of the job.
+        length: number of tokens of a sample.
+        ranks: number of ranks in total.
+        device: device type, "cuda" or "cpu".
     """
     dtype, teaching, learning = DTYPES[config.model.dtype], sizes.needs.teaching, learning_bytes(config, sizes)
     shards = 1 if config.sharding is None else ranks // config.sharding.replicas
@@ -59,7 +59,7 @@ def memory_of(
     elif ranks > 1:
         found["gradients on their way"] = learning
     found["activations and logits"] = max(working, 0.0)
-    if config.sharding is None and ranks > 1:  # before anything trains, all ranks get the weights of the first
+    if config.sharding is None and ranks > 1:  # before training, all ranks get the weights of rank 0
         more = weights + min(weights, BROADCAST) - sum(found.values())
         if more > 0:
             found["weights on their way"] = more
@@ -68,7 +68,7 @@ def memory_of(
 
 
 def _weights(config: Config, sizes: JobSizes, shards: int) -> float:
-    """Bytes of the weights of a rank, and of what is added to them."""
+    """Bytes of the weights of a rank, with the weights that sections add."""
     itemsize, block_itemsize = DTYPES[config.model.dtype].itemsize, sizes.needs.block_itemsize
     weights = sizes.parameters * itemsize / shards
     if block_itemsize is not None:
@@ -86,16 +86,16 @@ def _at_peak(
     ranks: int,
     device: str,
 ) -> tuple[float, float]:
-    """Bytes of what a pass makes on its way, and of what FSDP2 has gathered, when they are the most.
+    """Bytes of temporary tensors of a pass, and bytes gathered by FSDP2, at the moment when their sum is largest.
 
     Args:
-        config: of the job.
-        model: of the model that trains.
-        sizes: of the job.
-        gradients: bytes of all gradients of a rank, which are counted apart.
-        length: tokens of a sample.
-        ranks: in all.
-        device: cuda or cpu.
+        config: config of the job.
+        model: Hugging Face config of the model that trains.
+        sizes: parameter counts of the job.
+        gradients: bytes of all gradients of a rank, which are counted separately.
+        length: number of tokens of a sample.
+        ranks: number of ranks in total.
+        device: device type, "cuda" or "cpu".
     """
     per_rank, micro = samples_of(config, ranks)
     autocast, adding = autocast_of(config), sizes.needs.added_to
@@ -103,22 +103,22 @@ def _at_peak(
         model,
         samples=micro,
         length=length,
-        dtype=products_of(config) if config.sharding is not None else DTYPES[config.model.dtype],  # as FSDP2 gathers
+        dtype=products_of(config) if config.sharding is not None else DTYPES[config.model.dtype],  # FSDP2's dtype
         autocast=autocast,
         attention=config.model.attention,
         prepare=None if adding is None else lambda built: adding(built, device),
     )
-    away = gradients if per_rank <= micro else 0.0  # they come as activations go
+    away = gradients if per_rank <= micro else 0.0  # with one microbatch, gradients grow while activations are freed
     stages = _stages(config, model, sizes, kept, micro * length, device)
     totals = [(stage.working - (0.0 if stage.late else away), stage.gathered) for stage in stages]
     working, gathered = max(totals, key=sum)
     if autocast is not None and config.sharding is None:
-        working += (sizes.parameters - sizes.outside) * autocast.itemsize  # weights cast for a whole pass
+        working += (sizes.parameters - sizes.outside) * autocast.itemsize  # cast weights, cached for a whole pass
     return working, gathered
 
 
 def samples_of(config: Config, ranks: int) -> tuple[int, int]:
-    """Samples of a batch that a rank has, and those of a microbatch."""
+    """The number of samples of a batch on each rank, and the number of samples of a microbatch."""
     per_rank = config.train.global_batch_size // ranks
     micro = config.train.microbatch_size
     return per_rank, 1 if micro == "auto" else min(int(micro), per_rank)
@@ -126,12 +126,12 @@ def samples_of(config: Config, ranks: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A moment of a pass.
+    """A moment of a training pass.
 
     Attributes:
-        working: bytes of activations, logits and gradients on their way.
-        gathered: bytes of what FSDP2 holds for it.
-        late: whether all gradients are there by then.
+        working: bytes of activations, logits and temporary gradients.
+        gathered: bytes of the weights that FSDP2 has gathered, and of the gradients that it reduces.
+        late: whether all gradients exist at this moment.
     """
 
     working: float
@@ -142,28 +142,28 @@ class _Stage:
 def _stages(
     config: Config, model: PretrainedConfig, sizes: JobSizes, kept: Kept, tokens: int, device: str
 ) -> list[_Stage]:
-    """The moments that may be the peak of a pass: at the output layer, in the last blocks, in the first, at its end."""
+    """The moments at which a pass may have its peak: output layer, last blocks, first blocks, end of the pass."""
     products, autocast, sharding = products_of(config).itemsize, autocast_of(config), config.sharding
     checkpointed, teaching = config.train.activation_checkpointing, sizes.needs.teaching
     matrix = sizes.vocabulary * sizes.hidden
-    of_output = matrix if sizes.output_trained else 0  # its gradient is made beside the losses, in float32
+    of_output = matrix if sizes.output_trained else 0  # its gradient is computed with the losses, in float32
     standing = kept.outside + (sizes.reached * kept.states if checkpointed else max(sizes.reached, 1) * kept.block)
     if teaching is not None:  # the teacher's states, and their differences
         standing += teaching.compared_blocks * tokens * sizes.hidden * (teaching.itemsize(device) + FLOAT)
     at_output = standing + _logits(config, model, sizes, tokens, device) + of_output * FLOAT
     if products < FLOAT:
-        at_output += of_output * products  # a chunk's share
+        at_output += of_output * products  # the gradient of one chunk
         if autocast is not None and sharding is None:
-            at_output += matrix * products  # the weight itself
+            at_output += matrix * products  # the cast copy of the weight
     block = kept.block + (3 * tokens * sizes.intermediate * products if checkpointed else 0)
     in_blocks = standing + of_output * (products if sharding is not None else FLOAT) + (block if checkpointed else 0)
     outside = teacher = blocks = leaving = 0.0
     if sharding is not None:
-        in_use = min(2, max(sizes.reached, 1))  # the one that is gone through, and the next, on its way
+        in_use = min(2, max(sizes.reached, 1))  # the current block, and the prefetched next block
         outside, blocks = sizes.outside * products, in_use * sizes.block * products
         if not sharding.reshard_after_forward:
             outside, blocks = sizes.parameters * products, 0
-        # A block's whole gradient, and that of the one before it, which is on its way to all ranks in float32.
+        # The complete gradient of a block, and the previous block's gradient, which is being reduced in float32.
         blocks += min(sizes.trained, sizes.block) * products
         blocks += min(max(sizes.trained - sizes.block, 0), sizes.block) * FLOAT
         leaving = min(sizes.trained, sizes.outside) * (products + FLOAT)
@@ -178,7 +178,7 @@ def _stages(
 
 
 def _logits(config: Config, model: PretrainedConfig, sizes: JobSizes, tokens: int, device: str) -> float:
-    """Bytes of a chunk's logits as they come, in float32, their exponentials, their gradient; of states' gradient."""
+    """Bytes of a chunk's logits, as computed and in float32, of their exponentials and gradient, and of the states'."""
     products, use = products_of(config).itemsize, sizes.needs.logits
     chunk = min(max(CHUNKS[device] // sizes.vocabulary, LEAST), tokens) * sizes.vocabulary
     softcap = family_of(model).softcap

@@ -1,4 +1,4 @@
-"""How many parameters a training job has, which of them learn, and the bytes of each."""
+"""Numbers of parameters of a training job, the parameters that learn, and bytes of each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ from llmprune.models.families import Role, family_of
 from llmprune.models.flops import Learned, learned_of
 from llmprune.models.placement import DTYPES, dtype_for_inference
 
-FLOAT = 4  # bytes
-MOMENTS = {"decoupled_adamw": 2, "adamw": 2, "decoupled_lion": 1}  # of every parameter that learns
-MOST_MOMENTS = 2  # of an optimiser that another package brings
+FLOAT = 4  # bytes of a float32 number
+MOMENTS = {"decoupled_adamw": 2, "adamw": 2, "decoupled_lion": 1}  # optimizer states per learning parameter
+MOST_MOMENTS = 2  # optimizer states per learning parameter, assumed for an optimiser of another package
 
 
 @dataclass(frozen=True)
 class Teaching:
-    """What learning from a teacher takes.
+    """Sizes of a teacher.
 
     Attributes:
-        model: the config of the model that predicts beside the student; None = its predictions were kept.
-        parameters: of a model that is held beside the student; 0 = none.
-        outside: of them, those of its embedding, final norm and output layer.
-        dtype: of its weights: float32, bfloat16 or auto.
-        compared_blocks: blocks whose states are compared.
+        model: Hugging Face config of the model that predicts beside the student; None = its predictions were kept.
+        parameters: number of parameters of a teacher in memory beside the student; 0 = no such teacher.
+        outside: number of the teacher's parameters in its embedding, final norm and output layer.
+        dtype: format of the teacher's weights: float32, bfloat16 or auto.
+        compared_blocks: number of blocks whose hidden states are compared.
     """
 
     model: PretrainedConfig | None
@@ -37,26 +37,27 @@ class Teaching:
     compared_blocks: int
 
     def itemsize(self, device: str) -> int:
-        """Bytes of a number of the teacher on a device, cuda or cpu."""
+        """Bytes of one of the teacher's weights on a device ("cuda" or "cpu")."""
         return dtype_for_inference(self.dtype, on_gpu=device == "cuda").itemsize
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a job learns, and what its sections add to the memory and the operations of plain training.
+    """The parameters that learn, and what the sections add to the memory and the FLOPs of plain training.
 
     Attributes:
-        names: of the model's own parameters that learn.
-        added: how many numbers learn beside the model's, in float32.
-        gates: numbers of gates and multipliers.
-        lowest: the first block that gradients pass through; None = as follows from the names.
-        block_itemsize: bytes of a number of the blocks' weights; None = as ``model.dtype`` says.
-        added_to: adds to a model, on a device (cuda or cpu), what its forward pass keeps activations of.
-        teaching: what a teacher takes; None = there is none.
-        logits: what is done with them: ``learned`` (the next token), ``compared`` with a teacher's, or ``evaluated``
-            only.
-        flops: operations of a sample's training step, given its length and the multiply-accumulate operations of a
-            token with the model's own weights that learn; None = those of the model.
+        names: names of the model's own parameters that learn.
+        added: number of learning parameters that sections add to the model, in float32.
+        gates: number of gate parameters and Lagrange multipliers.
+        lowest: number of the first block that gradients pass through; None = the lowest block with a name in ``names``.
+        block_itemsize: bytes of one weight of a block; None = as in ``model.dtype``.
+        added_to: function that adds the sections' modules to a model, so that their activations are counted; its
+            arguments are the model and the device type ("cuda" or "cpu").
+        teaching: sizes of the teacher; None = no teacher.
+        logits: use of the logits: ``learned`` (the next token), ``compared`` with a teacher's, or ``evaluated`` only.
+        flops: function that returns the FLOPs of a sample's training step; its arguments are the sample's length and
+            the multiply-accumulate operations per token with the model's own weights that learn; None = the FLOPs of
+            the model.
     """
 
     names: set[str]
@@ -72,21 +73,21 @@ class Needs:
 
 @dataclass(frozen=True)
 class JobSizes:
-    """Numbers of parameters.
+    """Parameter counts and dimensions of a job's model.
 
     Attributes:
-        parameters: in all.
-        trained: that learn.
-        block: of a block.
-        outside: of embedding, final norm and output layer.
-        matrix: of the largest one.
-        vocabulary: tokens.
-        hidden: dimensions.
-        intermediate: channels of an MLP.
+        parameters: number of all parameters.
+        trained: number of parameters that learn, with those that sections add.
+        block: number of parameters of a block.
+        outside: number of parameters of embedding, final norm and output layer.
+        matrix: number of parameters of the largest matrix.
+        vocabulary: number of tokens of the vocabulary.
+        hidden: number of hidden dimensions.
+        intermediate: number of channels of an MLP.
         output_trained: whether the output layer's weight learns.
-        layers: blocks.
-        learned: what learns, as far as operations depend on it.
-        needs: of the job's sections.
+        layers: number of blocks.
+        learned: multiply-accumulate operations of the weights that learn, and number of blocks that gradients reach.
+        needs: needs of the job's sections.
     """
 
     parameters: int
@@ -104,16 +105,16 @@ class JobSizes:
 
     @property
     def reached(self) -> int:
-        """Blocks that gradients pass through: from the lowest that learns on."""
+        """Number of blocks that gradients pass through, from the lowest block that learns to the last."""
         return self.learned.reached
 
     @classmethod
     def of(cls, config: Config, model: PretrainedConfig) -> "JobSizes":
-        """Those of a job.
+        """Count the parameters of a job.
 
         Args:
-            config: of the job.
-            model: of the model that trains.
+            config: config of the job.
+            model: Hugging Face config of the model that trains.
         """
         family = family_of(model)
         shape = family.shape(model)
@@ -146,23 +147,23 @@ class JobSizes:
 
 
 def learning_bytes(config: Config, sizes: JobSizes) -> float:
-    """Bytes of all numbers that learn, or of their gradients: what is added to a model is float32."""
+    """Bytes of all parameters that learn, or of their gradients; in float32 if sections add parameters."""
     return sizes.trained * (FLOAT if sizes.needs.added else DTYPES[config.model.dtype].itemsize)
 
 
 def autocast_of(config: Config) -> torch.dtype | None:
-    """The format of matrix products, if it is not that of the weights."""
+    """The dtype of matrix products under autocast; None = the weights' dtype is used."""
     return torch.bfloat16 if config.train.precision == "amp_bf16" else None
 
 
 def products_of(config: Config) -> torch.dtype:
-    """The format of matrix products; FSDP2 gathers shards in that of ``train.precision``, whatever theirs is."""
+    """The dtype of matrix products; with sharding, FSDP2 gathers weights in the dtype of ``train.precision``."""
     stored = DTYPES[config.model.dtype] if config.sharding is None else torch.float32
     return autocast_of(config) or stored
 
 
 def checkpoint_bytes(config: Config, sizes: JobSizes) -> float:
-    """Bytes of a checkpoint: weights and moments."""
+    """Bytes of a checkpoint: weights and optimizer states."""
     learning, moments = learning_bytes(config, sizes), MOMENTS.get(config.optimizer.name, MOST_MOMENTS)
     found = sizes.parameters * DTYPES[config.model.dtype].itemsize + learning * moments
     return found + learning if sizes.needs.added else found

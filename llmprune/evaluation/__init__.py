@@ -1,1 +1,1 @@
-"""How good a model is: losses, perplexity, tasks, continuations, stability."""
+"""Measurements of a model's quality: losses, perplexity, tasks, continuations, stability."""

@@ -1,4 +1,4 @@
-"""Continuations of prompts: writing them, and how near they come to a reference."""
+"""Continuations of prompts: generate them, and score their similarity to references."""
 
 import json
 import statistics
@@ -23,16 +23,16 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How continuations are written.
+    """Settings for the generation of continuations.
 
     Attributes:
-        max_new_tokens: at most so many each.
-        temperature: 0 = always the likeliest token.
-        top_p: sample among the likeliest tokens that have so much of the probability together.
-        top_k: sample among so many of the likeliest; 0 = all.
-        per_prompt: continuations of each prompt.
-        seed: of the sampling.
-        batch_size: prompts at a time.
+        max_new_tokens: largest number of tokens of a continuation.
+        temperature: divisor of the logits before sampling; 0 = always the most probable token.
+        top_p: share of the probability; tokens are sampled from the smallest set of most probable tokens that has it.
+        top_k: number of most probable tokens that are sampled from; 0 = all.
+        per_prompt: number of continuations per prompt.
+        seed: seed of the sampling.
+        batch_size: number of prompts per forward pass.
     """
 
     max_new_tokens: int = 64
@@ -44,7 +44,7 @@ class GenerationConfig:
     batch_size: int = 8
 
     def check(self) -> None:
-        """Raise ``UserError`` for what can't be."""
+        """Raise ``UserError`` for values that are out of range."""
         for name, good, wanted in (
             ("max_new_tokens", self.max_new_tokens >= 1, "be positive"),
             ("temperature", self.temperature == 0 or self.temperature >= 0.01, "be 0 or at least 0.01"),
@@ -61,7 +61,7 @@ class GenerationConfig:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What Transformers is told; see ``LoadedModel.generation``."""
+        """Generation settings for Transformers; see ``LoadedModel.generation``."""
         sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         return {
             "max_new_tokens": self.max_new_tokens,
@@ -72,22 +72,22 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to go on from, and what it went on with, if that is known."""
+    """A text to continue, and its original continuation, if that is known."""
 
     prompt: str
     reference: str | None = None
 
 
 def read_prompts(path: Path | str, share: float | None = None) -> list[Prompt]:
-    """The prompts in a file: text, one a line, or JSON lines {"prompt", "reference"}.
+    """Read the prompts in a file: text with one prompt per line, or JSON lines {"prompt", "reference"}.
 
     Args:
-        path: the file.
-        share: take this share of each line's words as the prompt and the rest, a word at least, as its reference (of a
-            JSON record: those of its field "text"); lines of one word are passed over.
+        path: path of the file.
+        share: share of each line's words that is the prompt; the remaining words, at least one, are its reference. In a
+            JSON record, the words are those of its field "text". Lines of one word are skipped. None = no division.
 
     Raises:
-        UserError: the file can't be read or holds no prompts.
+        UserError: the file can't be read or contains no prompts.
     """
     if share is not None and not 0 < share < 1:
         raise UserError(f"the share of a text that is the prompt must lie between 0 and 1; got {share}")
@@ -109,7 +109,7 @@ def read_prompts(path: Path | str, share: float | None = None) -> list[Prompt]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file that are not blank, with their numbers."""
+    """The lines of a file that are not blank, with their line numbers."""
     try:
         lines = read_bytes(path, JSON_LIMIT).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -134,16 +134,16 @@ def _record(path: Path, number: int, line: str, name: str) -> dict[str, Any]:
 def encode_prompts(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, model: PretrainedConfig
 ) -> list[list[int]]:
-    """The tokens of every prompt.
+    """Tokenise every prompt.
 
     Args:
-        prompts: texts.
-        tokenizer: the model's.
-        max_new_tokens: how long an output may be.
-        model: config of the model that reads them.
+        prompts: prompts to tokenise.
+        tokenizer: tokenizer of the model.
+        max_new_tokens: largest number of tokens of a continuation.
+        model: Hugging Face config of the model that reads the prompts.
 
     Raises:
-        UserError: a prompt has no tokens or some that the model does not know, or leaves no room for an output.
+        UserError: a prompt has no tokens, has tokens outside the model's vocabulary, or leaves no room for an output.
     """
     limit = longest_input(model)
     encoded = [tokenizer(prompt.prompt)["input_ids"] for prompt in prompts]
@@ -161,12 +161,12 @@ def encode_prompts(
 def write_continuations(
     loaded: LoadedModel, prompts: Sequence[Prompt], config: GenerationConfig
 ) -> list[dict[str, Any]]:
-    """Let a model go on from every prompt.
+    """Generate continuations of every prompt with a model.
 
-    The same model, prompts and settings, the batch size among them, give the same text again.
+    The same model, prompts and settings, including the batch size, give the same text again.
 
     Returns:
-        Records {"prompt", "output", "reference"}; ``per_prompt`` for each prompt, one after the other.
+        Records {"prompt", "output", "reference"}; the ``per_prompt`` records of a prompt follow each other.
 
     Raises:
         UserError: a prompt has no tokens or leaves no room for an output, or the model is broken.
@@ -203,10 +203,10 @@ def save_continuations(records: Sequence[dict[str, Any]], path: Path | str) -> N
 
 
 def read_continuations(path: Path | str) -> list[dict[str, Any]]:
-    """Records that ``llmprune generate`` has written.
+    """Read the records that ``llmprune generate`` has written.
 
     Raises:
-        UserError: they can't be read.
+        UserError: the file can't be read.
     """
     path = Path(path)
     if path.suffix not in (".jsonl", ".ndjson"):
@@ -215,11 +215,11 @@ def read_continuations(path: Path | str) -> list[dict[str, Any]]:
 
 
 def continuation_scores(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """How near outputs come to their references, each in percent.
+    """Score the similarity of outputs to their references, in percent.
 
     Returns:
-        BLEU and chrF over the whole corpus (sacrebleu), ROUGE-1, -2 and -L (F measure, mean over outputs) and the
-        edit similarity (1 − Levenshtein distance / length of the longer, mean over outputs); and how many there were.
+        BLEU and chrF over the whole corpus (sacrebleu), ROUGE-1, -2 and -L (F measure, mean over outputs), edit
+        similarity (1 − Levenshtein distance / length of the longer text, mean over outputs), and the number of outputs.
 
     Raises:
         UserError: no record has a reference.

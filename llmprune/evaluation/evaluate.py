@@ -38,22 +38,22 @@ from llmprune.utils.outputs import mark, output_folder, refuse_existing, remove
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-LARGEST_BATCH = 64  # where ``auto`` begins
+LARGEST_BATCH = 64  # first batch size that ``auto`` tries
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured of every model.
+    """Settings for the evaluation of models.
 
     Attributes:
-        texts: files and folders to measure perplexity on: text, Markdown, JSON lines or prepared data.
-        perplexity: how.
-        tasks: which tasks.
-        prompts: file of prompts with references to write continuations for.
-        prompt_share: see ``read_prompts``.
-        generation: how continuations are written.
-        batch_size: samples per forward pass; ``auto`` = the most that fit.
+        texts: files and folders for perplexity: text, Markdown, JSON lines or prepared data.
+        perplexity: settings of perplexity.
+        tasks: settings of tasks.
+        prompts: path of a file of prompts with references, for scoring continuations; None = no continuations.
+        prompt_share: share of each line that is the prompt; see ``read_prompts``.
+        generation: settings for the generation of continuations.
+        batch_size: number of samples per forward pass; ``auto`` = the largest number that fits into memory.
     """
 
     texts: Sequence[str] = ()
@@ -74,21 +74,21 @@ def evaluate(
     overwrite: bool = False,
     keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure models one after the other.
+    """Evaluate models one after the other.
 
     Args:
-        models: folders or hub names.
-        config: what is measured.
-        placement: how the models are held.
-        samples: folder to write, for logs of every question and every continuation.
+        models: folders or hub names of the models.
+        config: settings of the evaluation.
+        placement: device and dtype of the models.
+        samples: folder to write logs of every question and every continuation to; None = no logs.
         overwrite: whether ``samples`` may be replaced.
-        keep: called with the results so far after every model, so that a failure at the next one loses nothing.
+        keep: function that is called with all results so far after every model, so that a later error loses nothing.
 
     Returns:
-        What results.json holds.
+        The contents of results.json.
 
     Raises:
-        UserError: something is impossible; as far as it can be known, before any model is opened.
+        UserError: a setting is impossible; most of these errors are found before any model is opened.
     """
     if not (config.texts or config.tasks.names or config.prompts):
         raise UserError("say what to evaluate: --perplexity FILE, --tasks NAMES, --prompts FILE or --generated FILE")
@@ -114,7 +114,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Work:
-    """A model, and what it is to be measured on."""
+    """A model, and the texts and prompts for its evaluation."""
 
     found: ModelSource
     streams: dict[str, Tensor]
@@ -122,7 +122,7 @@ class _Work:
 
 
 def _prepare(found: ModelSource, config: EvaluationConfig) -> _Work:
-    """Read texts and prompts, and see that the model can read them too."""
+    """Read texts and prompts, and check that the model can read them."""
     try:
         streams = read_streams(config.texts, found.tokenizer, config.perplexity)
         if streams:
@@ -160,7 +160,7 @@ def _evaluate_model(work: _Work, config: EvaluationConfig, tasks: Tasks | None, 
 
 
 def _perplexity(loaded: LoadedModel, tokens: Tensor, config: EvaluationConfig) -> dict[str, Any]:
-    """A stream's perplexity in every mode."""
+    """The perplexity of a stream in every mode."""
     settings = config.perplexity
     entry: dict[str, Any] = {
         "segment": settings.segment,
@@ -181,18 +181,18 @@ def _perplexity(loaded: LoadedModel, tokens: Tensor, config: EvaluationConfig) -
 
 
 def _with_batch_size(config: EvaluationConfig, run: Callable[[int], T]) -> T:
-    """Run with the batch size asked for; ``auto`` halves it until it fits."""
+    """Run with the configured batch size; ``auto`` halves it until it fits into memory."""
     if config.batch_size != "auto":
         return run(int(config.batch_size))
 
-    def attempt(batch_size: int) -> T:  # the library looks at the first argument's name
+    def attempt(batch_size: int) -> T:  # the library requires this name of the first argument
         return run(batch_size)
 
     return find_executable_batch_size(attempt, starting_batch_size=LARGEST_BATCH)()
 
 
 def _check(models: Sequence[str], config: EvaluationConfig) -> None:
-    """Refuse what is wrong whatever the models are."""
+    """Refuse settings that are wrong for any model."""
     for name in models:
         if models.count(name) > 1:
             raise UserError(f"the model {name} is named twice")
@@ -210,7 +210,7 @@ def _check(models: Sequence[str], config: EvaluationConfig) -> None:
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """The results as a table: models by what was measured."""
+    """The results as a table: a row per measurement, a column per model."""
     columns: dict[str, dict[str, float]] = {}
     for model, found in {**results["models"], **results.get("generated", {})}.items():
         row: dict[str, float] = {}

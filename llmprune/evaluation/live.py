@@ -1,4 +1,4 @@
-"""Tasks and texts measured on a model that is being trained, shared among the ranks."""
+"""Evaluation of a model on tasks and texts during training, with work divided among the ranks."""
 
 import logging
 from collections.abc import Callable
@@ -20,16 +20,17 @@ Forward = Callable[[dict[str, Tensor]], Tensor]
 
 
 class LiveModel(EvaluatedModel):
-    """A model in training as lm-eval sees it: every rank takes its share of the questions.
+    """A model in training, as a model of lm-eval; every rank computes its share of the questions.
 
-    All ranks run as many forward passes, since those of a sharded model wait for each other; for that lm-eval evens out
-    the requests, and its cache of logits, which would save different numbers of them, stays off.
+    All ranks run the same number of forward passes, because the ranks of a sharded model wait for each other: lm-eval
+    gives all ranks equally many requests, and its cache of logits, which would save different numbers of passes, is
+    off.
     """
 
     def __init__(
         self, model: PreTrainedModel, forward: Forward, tokenizer: PreTrainedTokenizerBase, batch_size: int
     ) -> None:
-        """Wrap a model; ``forward`` gives its logits through whatever shards or wraps it."""
+        """Wrap a model; ``forward`` computes its logits through the modules that shard or wrap it."""
         super().__init__(model, tokenizer=tokenizer, batch_size=batch_size, backend="causal", logits_cache=False)
         self._forward = forward
         self._rank, self._world_size = dist.get_global_rank(), dist.get_world_size()
@@ -39,7 +40,7 @@ class LiveModel(EvaluatedModel):
             return self._forward({"input_ids": inps})
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Every rank's tensor, one after the other."""
+        """Concatenate the tensors of all ranks."""
         return torch.cat([part.reshape(-1).cpu() for part in dist.all_gather(tensor.to(self.device))])
 
     def barrier(self) -> None:
@@ -48,15 +49,15 @@ class LiveModel(EvaluatedModel):
 
 
 class LiveEvaluation:
-    """Measures tasks and texts."""
+    """Evaluates models in training on tasks and texts."""
 
     def __init__(
         self, config: LiveEvaluationConfig, model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Load tasks and texts for models of this config.
+        """Load tasks and texts for models with this config.
 
         Raises:
-            UserError: a task is unknown, its data can't be had, or a text can't be read.
+            UserError: a task is unknown, its data are not available, or a text can't be read.
         """
         self._config, self._tokenizer = config, tokenizer
         if not (config.tasks or config.texts):
@@ -70,11 +71,12 @@ class LiveEvaluation:
         check_streams(self._texts, self._perplexity, model, bos_of(tokenizer))
 
     def measure(self, model: PreTrainedModel, forward: Forward) -> dict[str, float]:
-        """Metrics by name: ``tasks/TASK/METRIC`` (rank 0 alone) and ``perplexity/TEXT``.
+        """Measure metrics, by name: ``tasks/TASK/METRIC`` (on rank 0 only) and ``perplexity/TEXT``.
 
         Args:
-            model: the model inside.
-            forward: from a batch to logits, through whatever shards or changes the model; all ranks call it together.
+            model: unwrapped model.
+            forward: function from a batch to logits, through the modules that shard or change the model; all ranks call
+                it together.
         """
         found: dict[str, float] = {}
         size = self._config.batch_size

@@ -19,8 +19,8 @@ class Losses:
     """Mean next-token losses in nats per token.
 
     Attributes:
-        loss: over all evaluated tokens.
-        domains: of each domain.
+        loss: mean loss over all evaluated tokens.
+        domains: mean loss of each domain, by name.
     """
 
     loss: float
@@ -36,14 +36,14 @@ def evaluate_losses(
     batch_size: int = 8,
     boundaries: bool | None = None,
 ) -> Losses:
-    """The losses of ``model`` on the evaluation splits of ``data``.
+    """Measure the losses of ``model`` on the evaluation splits of ``data``.
 
     Args:
-        model: any causal LM whose tokenizer made the data.
-        data: prepared.
-        samples_per_domain: at most so many of each; None = all.
-        batch_size: samples per forward pass.
-        boundaries: whether attention restarts at each document; None = for conversations.
+        model: causal LM whose tokenizer made the data.
+        data: prepared data.
+        samples_per_domain: largest number of samples per domain; None = all.
+        batch_size: number of samples per forward pass.
+        boundaries: whether attention restarts at each document; None = only for conversations.
     """
     dataset = EvalDataset(data, samples_per_domain, boundaries=boundaries)
     sums = torch.zeros(len(dataset.domains), dtype=torch.float64)

@@ -1,9 +1,10 @@
-"""Perplexity of text, in the modes that papers differ by.
+"""Perplexity of text, in the modes that differ between papers.
 
-The text is one stream of tokens, cut into segments. With a stride shorter than the segment every segment after the
-first scores only what the one before did not reach, so that tokens have more context; with stride = segment, the
-common choice, segments stand alone. A BOS is put before the whole text (``once``), before each segment (``each``, which
-then has a token more) or nowhere (``none``). Segments of equal length form batches, so nothing is ever padded.
+The text is one stream of tokens, divided into segments. If the stride is shorter than the segment, every segment after
+the first scores only the tokens that the previous segment did not contain, so tokens have more context. If the stride
+equals the segment, which is the common choice, segments do not overlap. A BOS is placed before the whole text
+(``once``), before each segment (``each``; a segment then has one more token) or nowhere (``none``). Batches contain
+segments of equal length, so there is no padding.
 """
 
 import math
@@ -32,14 +33,14 @@ BOS_MODES = ("none", "once", "each")
 
 @dataclass(frozen=True)
 class PerplexityConfig:
-    """How perplexity is measured.
+    """Settings for the measurement of perplexity.
 
     Attributes:
-        segment: tokens of a segment, without a BOS of its own.
-        stride: tokens from the start of one segment to that of the next; None = segment.
-        bos: modes, each measured apart: ``none``, ``once``, ``each``.
-        text_field: the field of a JSON record that holds the text.
-        samples_per_domain: of prepared data, at most so many samples of each domain; None = all.
+        segment: number of tokens of a segment, without a BOS of its own.
+        stride: number of tokens from the start of one segment to the start of the next; None = segment.
+        bos: modes of placing a BOS: ``none``, ``once``, ``each``; each mode is measured separately.
+        text_field: field of a JSON record that contains the text.
+        samples_per_domain: largest number of samples per domain of prepared data; None = all.
     """
 
     segment: int = 128
@@ -49,7 +50,7 @@ class PerplexityConfig:
     samples_per_domain: int | None = None
 
     def check(self) -> None:
-        """Raise ``UserError`` for what can't be."""
+        """Raise ``UserError`` for values that are out of range."""
         if self.segment < 2:
             raise UserError(f"a segment needs at least 2 tokens; got {self.segment}")
         if self.stride is not None and not 1 <= self.stride <= self.segment:
@@ -65,11 +66,11 @@ class PerplexityConfig:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What was measured.
+    """The result of a measurement.
 
     Attributes:
-        loss: mean negative log-likelihood, nats per token.
-        tokens: how many tokens were predicted.
+        loss: mean negative log-likelihood, in nats per token.
+        tokens: number of predicted tokens.
     """
 
     loss: float
@@ -84,14 +85,14 @@ class Perplexity:
 def read_streams(
     paths: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: PerplexityConfig
 ) -> dict[str, Tensor]:
-    """The token streams in files and folders, int64 [tokens] each, by name.
+    """Read the token streams in files and folders, int64 [tokens] each, by name.
 
-    Text gives one stream, its documents one after the other with an EOS between them, named as its file is without the
-    ending. Prepared data give one stream for each domain's evaluation split, named FOLDER/DOMAIN. Where that would name
-    two streams alike, they are named by their whole paths.
+    A text file gives one stream: its documents in order, with an EOS between them; its name is the file's name without
+    the suffix. Prepared data give one stream per domain's evaluation split, with the name FOLDER/DOMAIN. If two streams
+    would have the same name, their names are the whole paths.
 
     Raises:
-        UserError: data can't be read, hold nothing, or are of another tokenizer.
+        UserError: data can't be read, are empty, or were made with another tokenizer.
     """
     read = {path: _read(Path(path), tokenizer, config) for path in paths}
     short = {path: (Path(path).resolve().name if Path(path).is_dir() else Path(path).stem) for path in read}
@@ -106,7 +107,7 @@ def read_streams(
 
 
 def _read(path: Path, tokenizer: PreTrainedTokenizerBase, config: PerplexityConfig) -> dict[str, Tensor]:
-    """The streams in one place by domain; a text's has no name."""
+    """The streams of one path by domain; the domain of a text is the empty string."""
     if (path / "manifest.json").is_file():
         data = PreparedData(path)
         if tokenizer_fingerprint(tokenizer) != data.manifest.tokenizer:
@@ -133,7 +134,7 @@ def _read(path: Path, tokenizer: PreTrainedTokenizerBase, config: PerplexityConf
 def check_streams(
     streams: dict[str, Tensor], config: PerplexityConfig, model: PretrainedConfig, bos: int | None
 ) -> None:
-    """Raise ``UserError`` if a model can't read these streams: no BOS, segments too long, tokens that it lacks."""
+    """Raise ``UserError`` if a model can't read streams: no BOS, segments too long, tokens outside its vocabulary."""
     if bos is None and any(mode != "none" for mode in config.bos):
         raise UserError("this tokenizer has no BOS (and no EOS in its place): measure with --bos none")
     limit, each = longest_input(model), "each" in config.bos
@@ -154,16 +155,16 @@ def measure_perplexity(
     batch_size: int,
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Perplexity:
-    """The perplexity of a stream.
+    """Measure the perplexity of a stream.
 
     Args:
         model: any causal LM.
-        tokens: int64 [tokens], at least 2; see ``check_streams``.
-        config: segments and stride.
-        mode: where a BOS is put.
-        bos: the BOS token.
-        batch_size: segments per forward pass.
-        forward: from tokens to logits; default: the model's own.
+        tokens: token stream, int64 [tokens], at least 2 tokens; see ``check_streams``.
+        config: segment length and stride.
+        mode: mode of placing a BOS: ``none``, ``once`` or ``each``.
+        bos: id of the BOS token; None = there is none.
+        batch_size: number of segments per forward pass.
+        forward: function from tokens to logits; None = the model's own forward pass.
     """
     if mode == "once":
         tokens = torch.cat([torch.tensor([bos]), tokens])
@@ -182,13 +183,13 @@ def measure_perplexity(
 def batches(
     tokens: Tensor, config: PerplexityConfig, bos: int | None, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Segments of one length each, with labels that score every token at most once.
+    """Batches of segments of equal length, with labels that score every token at most once.
 
     Args:
-        tokens: int64 [tokens].
-        config: segments and stride.
-        bos: put before each segment, if given.
-        batch_size: segments in a batch.
+        tokens: token stream, int64 [tokens].
+        config: segment length and stride.
+        bos: id of a BOS token to place before each segment; None = no BOS.
+        batch_size: number of segments per batch.
 
     Yields:
         Inputs and labels, int64 [≤ batch size, length].
@@ -212,7 +213,7 @@ def batches(
 
 
 def segments(tokens: Tensor, length: int, stride: int) -> Iterator[tuple[Tensor, int]]:
-    """Segments of a stream, the last one as long as is left, and how many of its first tokens are scored before it."""
+    """Segments of a stream, each with the number of its tokens that are scored before; the last may be shorter."""
     reached = 0
     for start in range(0, len(tokens), stride):
         segment = tokens[start : start + length]
@@ -223,5 +224,5 @@ def segments(tokens: Tensor, length: int, stride: int) -> Iterator[tuple[Tensor,
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that stands before a text: BOS, or EOS where a tokenizer has no BOS (as in lm-eval)."""
+    """The id of the token that begins a text: BOS, or EOS if a tokenizer has no BOS (as in lm-eval)."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -1,4 +1,4 @@
-"""The loss that each domain should come down to: measured on the source, or by the scaling law of its family."""
+"""Reference losses of domains: measured on the source model, or predicted by the scaling law of its family."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ from llmprune.utils.errors import UserError
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-EXPONENTS = np.geomspace(1e-3, 3.0, 200)  # between which the fit looks
+EXPONENTS = np.geomspace(1e-3, 3.0, 200)  # grid of exponents for the fit
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class ScalingLaw:
     """loss = a · N^(−b) + c, N the number of parameters.
 
     Attributes:
-        a, b, c: of the curve.
-        rmse: of the losses that it was fitted to, nats per token; None where it goes through all of them anyway (three
-            models), so that nothing is known of its quality.
+        a, b, c: coefficients of the curve.
+        rmse: root-mean-square error of the fitted losses, nats per token; None if the curve passes through all of them
+            in any case (three models), so that the quality of the fit is unknown.
     """
 
     a: float
@@ -40,21 +40,21 @@ class ScalingLaw:
     rmse: float | None
 
     def at(self, parameters: float) -> float:
-        """The loss of a model of this size."""
+        """The predicted loss, in nats per token, of a model with this number of parameters."""
         return float(self.a * parameters**-self.b + self.c)
 
 
 def fit_scaling_law(parameters: Sequence[float], losses: Sequence[float]) -> ScalingLaw:
-    """The curve nearest to the losses of a family's models, by least squares.
+    """Fit a scaling law to the losses of a family's models, by least squares.
 
-    For a given exponent the other two coefficients are a linear problem; the exponent is searched.
+    For a given exponent, the two other coefficients are the solution of a linear problem; the exponent is searched.
 
     Args:
-        parameters: of at least three models of different sizes.
-        losses: of each, nats per token.
+        parameters: numbers of parameters of models, at least three different ones.
+        losses: loss of each model, in nats per token.
 
     Raises:
-        UserError: there are too few sizes, or losses do not fall with the size.
+        UserError: there are too few sizes, or losses do not decrease with the size.
     """
     _check_sizes(parameters)
     sizes, wanted = np.asarray(parameters, float), np.asarray(losses, float)
@@ -90,22 +90,22 @@ def references(
     batch_size: int = 8,
     boundaries: bool | None = None,
 ) -> dict[str, Any]:
-    """Reference losses of every domain of prepared data.
+    """Compute reference losses of every domain of prepared data.
 
     Args:
-        models: the source model alone; or at least three of a family, for their scaling law.
-        data: prepared.
-        placement: how the models are held.
-        size: parameters of the model that the references are for, with several models.
-        samples_per_domain: at most so many of each; None = all.
-        batch_size: samples per forward pass.
-        boundaries: whether attention restarts at each document; None = for conversations.
+        models: only the source model; or at least three models of a family, for their scaling law.
+        data: prepared data.
+        placement: device and dtype of the models.
+        size: number of parameters of the model that the references are for, with several models; None with one model.
+        samples_per_domain: largest number of samples per domain; None = all.
+        batch_size: number of samples per forward pass.
+        boundaries: whether attention restarts at each document; None = only for conversations.
 
     Returns:
-        What references.json holds: ``references`` by domain, what each model gave, and the fits.
+        The contents of references.json: ``references`` by domain, the results of each model, and the fits.
 
     Raises:
-        UserError: a model did not make the data's tokens, or there are too few for a fit.
+        UserError: a model's tokenizer did not make the data, or there are too few models for a fit.
     """
     if (len(models) > 1) != (size is not None):
         raise UserError("give one model, whose losses are the references, or several with --size, for their law")
@@ -118,7 +118,7 @@ def references(
             raise UserError(f"the tokenizer of {one.name} did not make the data in {data.location}")
         if one.limit is not None and manifest.sequence_length > one.limit:
             raise UserError(f"the data's samples have {manifest.sequence_length} tokens, {one.name} takes {one.limit}")
-    if size is not None:  # known before anything is measured
+    if size is not None:  # this check needs no measurement
         _check_sizes([count_parameters(one.config) for one in found])
     measured: dict[str, dict[str, Any]] = {}
     for one in tqdm(found, desc="models", disable=len(found) < 2):
@@ -135,7 +135,7 @@ def references(
 
 
 def predict(measured: Mapping[str, Mapping[str, Any]], size: float) -> dict[str, Any]:
-    """References for a model of ``size`` parameters, from what others gave: see ``references``."""
+    """Predict references for a model of ``size`` parameters from the losses of other models; see ``references``."""
     laws = {}
     sizes = [one["parameters"] for one in measured.values()]
     for domain in next(iter(measured.values()))["losses"]:

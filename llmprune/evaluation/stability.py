@@ -1,9 +1,10 @@
-"""Stability: how far a smaller model still gives the answers of the original (LLM-Streamline, arXiv:2403.19135).
+"""Stability: agreement of a smaller model's answers with the original's (LLM-Streamline, arXiv:2403.19135).
 
-Of a subject's questions, Σ_i w_i · 1[both models right or both wrong], with w = softmax over the questions of σ_i, and
-σ_i the population standard deviation of the losses of question i's options under the original model: questions on which
-the original has an opinion count more. An option's loss is the mean over its tokens, in nats per token: OpenCompass's
-logs, which the paper's figures come from, call it ``PPL``. The overall figure is the mean over subjects.
+For the questions of a subject, Σ_i w_i · 1[both models right or both wrong], with w = softmax over the questions of
+σ_i, and σ_i the population standard deviation of the losses of question i's options under the original model: questions
+for which the original prefers an option have more weight. An option's loss is the mean over its tokens, in nats per
+token: OpenCompass's logs, which the paper's figures come from, call it ``PPL``. The overall figure is the mean over
+subjects.
 """
 
 import re
@@ -18,16 +19,16 @@ from transformers import PreTrainedTokenizerBase
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import parse_json, read_json
 
-_LINE = 2**26  # bytes of a sample in a log at most
+_LINE = 2**26  # largest size of a sample in a log, in bytes
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model made of a multiple-choice question.
+    """A model's answer to a multiple-choice question.
 
     Attributes:
-        correct: whether its choice was right.
-        losses: of each option, in nats per token of the option; empty where only the choice is known.
+        correct: whether the choice was right.
+        losses: loss of each option, in nats per token of the option; empty if only the choice is known.
     """
 
     correct: bool
@@ -40,7 +41,7 @@ Subjects = dict[str, dict[str, Answer]]
 
 @dataclass(frozen=True)
 class Stability:
-    """Agreement in percent: the mean over subjects, and each subject's."""
+    """Agreement in percent: the mean over subjects, and the value of each subject."""
 
     overall: float
     subjects: dict[str, float]
@@ -58,7 +59,7 @@ def stability(before: Subjects, after: Subjects) -> Stability:
     """Compare two models' answers.
 
     Raises:
-        UserError: they are not to the same questions.
+        UserError: the answers are to different questions.
     """
     if set(before) != set(after):
         odd = sorted(set(before) ^ set(after))
@@ -77,11 +78,11 @@ def stability(before: Subjects, after: Subjects) -> Stability:
 
 
 def read_answers(path: Path | str, tokenizer: PreTrainedTokenizerBase | None = None) -> Subjects:
-    """The answers in a log: a file or folder of lm-eval's sample logs, or a folder of OpenCompass predictions.
+    """Read the answers in a log: a file or folder of lm-eval's sample logs, or a folder of OpenCompass predictions.
 
     Args:
-        path: the log.
-        tokenizer: the model's, to count the tokens of options in logs that lm-eval's own command wrote.
+        path: path of the log.
+        tokenizer: tokenizer of the model, to count the tokens of options in logs that lm-eval's own command wrote.
 
     Raises:
         UserError: there is no readable log, or it has no multiple-choice questions.
@@ -116,7 +117,7 @@ def read_answers(path: Path | str, tokenizer: PreTrainedTokenizerBase | None = N
 
 
 def _subject(log: Path) -> str:
-    """The task or data set in a log's name; lm-eval's command puts the time after it."""
+    """The task or data set in a log's name; lm-eval's command appends the time to it."""
     name = log.stem.removeprefix("samples_")
     return re.sub(r"_\d{4}-\d\d-\d\dT[\d\-.]+$", "", name)
 
@@ -134,7 +135,7 @@ def _read_lm_eval(log: Path, tokenizer: PreTrainedTokenizerBase | None) -> Itera
             counts = sample.get("option_tokens") or _count(sample, tokenizer, log)
             contexts = [argument["arg_0"] for argument in sample["arguments"].values()]
             half = len(contexts) // 2
-            # likelihoods without the question (acc_mutual_info) follow after the options' own
+            # log-likelihoods without the question (acc_mutual_info) follow those of the options
             options = range(half if contexts[0] and not any(contexts[half:]) else len(likelihoods))
             losses = [-likelihoods[i] / max(counts[i], 1) for i in options]
             yield sample.get("doc_hash") or str(sample["doc_id"]), Answer(sample["acc"] == 1, losses)
@@ -157,7 +158,7 @@ def _count(sample: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None,
 
 
 def _read_opencompass(log: Path) -> Iterator[tuple[str, Answer]]:
-    """OpenCompass stores the mean loss per token of every option as ``PPL``."""
+    """Yield the answers in OpenCompass predictions, in which ``PPL`` is the mean loss per token of an option."""
     predictions = read_json(log)
     for number, entry in predictions.items():
         losses = {

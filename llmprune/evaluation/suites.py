@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-NORMALISED = ("hellaswag", "arc_challenge", "openbookqa")  # averages take acc_norm of these, acc of all others
+NORMALISED = ("hellaswag", "arc_challenge", "openbookqa")  # averages use acc_norm of these tasks, acc of all others
 METRICS = {
     "lambada_openai": "acc",
     "nq_open": "exact_match",
@@ -14,11 +14,11 @@ METRICS = {
 
 @dataclass(frozen=True)
 class TaskRun:
-    """A task at a number of shots.
+    """A task with a number of shots.
 
     Attributes:
-        task: lm-eval's name for it.
-        shots: examples in the prompt; None = the task's own default.
+        task: name of the task in lm-eval.
+        shots: number of examples in the prompt; None = the task's own default.
     """
 
     task: str
@@ -26,7 +26,7 @@ class TaskRun:
 
     @property
     def metric(self) -> str:
-        """The metric that averages take."""
+        """The metric that is used in averages."""
         return METRICS.get(self.task, "acc")
 
 
@@ -60,11 +60,11 @@ SUITES: dict[str, tuple[TaskRun, ...]] = {
 
 
 def expand(names: Sequence[str], shots: int | None = None) -> list[TaskRun]:
-    """The task runs that names of suites and tasks stand for, each once; a suite's shots hold for its task named apart.
+    """The task runs of suites and tasks, each once; a task that is also in a named suite runs with the suite's shots.
 
     Args:
-        names: suites of ``SUITES`` or tasks of lm-eval.
-        shots: for all of them, in place of their own.
+        names: names of suites in ``SUITES`` or of tasks in lm-eval.
+        shots: number of shots for all of them, instead of their own; None = their own.
     """
     runs = [run for name in names for run in SUITES.get(name, (TaskRun(name),))]
     of_suites = {run.task for run in runs if run.shots is not None}

@@ -27,20 +27,20 @@ from llmprune.evaluation.suites import SUITES, expand
 from llmprune.models.loaded import check_vocabulary
 from llmprune.utils.errors import UserError, nearest
 
-_FUNCTION = re.compile(r"!function\s+(\S+)")  # how a task file names Python code
+_FUNCTION = re.compile(r"!function\s+(\S+)")  # reference to Python code in a task file
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TasksConfig:
-    """Which tasks, and how much of them.
+    """The tasks to run, and the number of questions and examples.
 
     Attributes:
         names: tasks of lm-eval, or suites: commonsense7, reassessing8, streamline7, sheared.
-        num_fewshot: examples in the prompt, in place of the suites' and the tasks' own.
-        limit: so many questions of each task, or a share below 1; None = all.
-        include_path: folder with further task files (YAML), whose data may be local; functions that they name are run.
+        num_fewshot: number of examples in the prompt, instead of those of the suites and the tasks; None = theirs.
+        limit: largest number of questions per task, or a share if it is below 1; None = all.
+        include_path: folder with more task files (YAML); their data may be local, and functions that they name are run.
     """
 
     names: Sequence[str] = ()
@@ -51,11 +51,11 @@ class TasksConfig:
 
 @dataclass(frozen=True)
 class TaskResults:
-    """What tasks gave.
+    """The results of tasks.
 
     Attributes:
-        tasks: metrics by task; a task that was run at several shots is there as TASK@SHOTS.
-        averages: of each suite that was asked for: the mean of its tasks' main metrics.
+        tasks: metrics by task; a task that ran at several numbers of shots has the names TASK@SHOTS.
+        averages: mean of the tasks' main metrics, by suite, for every named suite.
         samples: lm-eval's log of every question, by task.
     """
 
@@ -68,7 +68,8 @@ class TaskResults:
 def task_manager(include_path: str | None) -> TaskManager:
     """lm-eval's index of all tasks; making it takes seconds.
 
-    Task files of a user's own may name Python functions, which lm-eval runs: that there are some is said once.
+    A user's own task files may name Python functions, which lm-eval runs: if there are such functions, this is logged
+    once.
     """
     if include_path is not None and (named := _functions_in(Path(include_path))):
         log.warning(
@@ -80,17 +81,17 @@ def task_manager(include_path: str | None) -> TaskManager:
 
 
 class Tasks:
-    """The chosen tasks, found and loaded."""
+    """The chosen tasks with their data."""
 
     def __init__(self, config: TasksConfig, *, generate: bool = True) -> None:
         """Find every task and load its data.
 
         Args:
-            config: which tasks.
-            generate: whether tasks may let the model write text.
+            config: settings of the tasks.
+            generate: whether tasks are allowed to generate text.
 
         Raises:
-            UserError: a task is unknown, its data can't be had, or it can't be run here.
+            UserError: a task is unknown, its data are not available, or it can't be run here.
         """
         self.config = config
         self.runs = expand(config.names, config.num_fewshot)
@@ -125,10 +126,10 @@ class Tasks:
         return task_manager(self.config.include_path)
 
     def run(self, lm: HFLM) -> TaskResults | None:
-        """Run all tasks; global random state is left as it was.
+        """Run all tasks; the global random state is restored afterwards.
 
         Returns:
-            The results on the first rank, None on others.
+            The results on the first rank, None on other ranks.
         """
         ordered = sorted(self.runs, key=lambda run: -1 if run.shots is None else run.shots)
         found = {
@@ -138,7 +139,7 @@ class Tasks:
         if lm.rank:
             return None
         results = TaskResults()
-        times = Counter(task for one in found.values() for task in one["results"])  # parts of groups are among them
+        times = Counter(task for one in found.values() for task in one["results"])  # includes the members of groups
         for shots, one in found.items():
             for task, values in one["results"].items():
                 name = f"{task}@{shots}" if times[task] > 1 else task
@@ -151,7 +152,7 @@ class Tasks:
         return results
 
     def _run_at(self, shots: int | None, tasks: list[str], lm: HFLM) -> dict[str, Any]:
-        """What lm-eval gives for some tasks; nothing on ranks but the first."""
+        """The results of lm-eval for some tasks; empty on all ranks except the first."""
         if not lm.rank:
             log.info("running %s at %s shots", ", ".join(tasks), "their own" if shots is None else shots)
         with quiet(), _random_state_kept():
@@ -176,32 +177,32 @@ class Tasks:
 
 
 class EvaluatedModel(HFLM):
-    """A model as lm-eval sees it, which refuses texts with tokens that it does not know."""
+    """A model of lm-eval that refuses texts with tokens outside its vocabulary."""
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-        """The tokens of a text.
+        """Tokenise a text.
 
         Raises:
-            UserError: the model does not know one.
+            UserError: a token is outside the model's vocabulary.
         """
         tokens: list[int] = super().tok_encode(string, *args, **kwargs)
         check_vocabulary(max(tokens, default=0), self.config, f"the text '{string[:40]}'")
         return tokens
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The tokens of several texts, and which of them are not padding; see ``tok_encode``."""
+        """Tokenise several texts; returns token ids and the mask of tokens that are not padding; see ``tok_encode``."""
         tokens, mask = super().tok_batch_encode(strings, *args, **kwargs)
         check_vocabulary(int((tokens * mask).max()), self.config, f"the text '{strings[0][:40]}'")
         return tokens, mask
 
 
 def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int | str) -> HFLM:
-    """A loaded model as lm-eval sees it.
+    """Wrap a loaded model as a model of lm-eval.
 
     Args:
         model: any causal LM.
-        tokenizer: its own.
-        batch_size: requests per forward pass; ``auto`` finds the largest that fits.
+        tokenizer: tokenizer of the model.
+        batch_size: number of requests per forward pass; ``auto`` = the largest number that fits into memory.
     """
     with quiet():
         return EvaluatedModel(model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
@@ -234,7 +235,7 @@ def _functions_in(folder: Path) -> list[str]:
 
 
 def _parts(loaded: Mapping[Any, Any]) -> Iterator[Any]:
-    """The tasks in what lm-eval loads: groups hold tasks and further groups."""
+    """Yield the tasks in what lm-eval loads, where groups contain tasks and further groups."""
     for inner in loaded.values():
         if isinstance(inner, Mapping):
             yield from _parts(inner)
@@ -243,7 +244,7 @@ def _parts(loaded: Mapping[Any, Any]) -> Iterator[Any]:
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``acc,none`` becomes ``acc``; a metric after another filter keeps its name (``exact_match,strict-match``)."""
+    """Rename ``acc,none`` to ``acc``; the metric of another filter keeps its name (``exact_match,strict-match``)."""
     return {
         name.removesuffix(",none"): value
         for name, value in values.items()
@@ -252,13 +253,13 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(metrics: Mapping[str, Any]) -> str:
-    """The numbers among a task's metrics, but for their errors, in a line."""
+    """A task's metrics without standard errors, as one line."""
     named = {name: value for name, value in metrics.items() if isinstance(value, float) and "stderr" not in name}
     return ", ".join(f"{name} {value:.4f}" for name, value in named.items())
 
 
 def _with_option_tokens(sample: dict[str, Any], lm: HFLM) -> dict[str, Any]:
-    """Add how many tokens each option of a multiple-choice question has: stability needs it."""
+    """Add the number of tokens of each option of a multiple-choice question, which stability needs."""
     arguments = sample["arguments"]
     if len(arguments) < 2 or not all(len(a) == 2 and isinstance(a[1], str) for a in arguments):
         return sample
@@ -268,7 +269,7 @@ def _with_option_tokens(sample: dict[str, Any], lm: HFLM) -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval's own log only where something goes wrong, and what it prints apart from results."""
+    """Hide lm-eval's log except errors, and redirect its prints to standard error, because stdout is for results."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -281,7 +282,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """lm-eval seeds every global generator; training that goes on afterwards must not notice."""
+    """Restore the global random state afterwards: lm-eval seeds every generator, which must not affect training."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng():

@@ -1,1 +1,1 @@
-"""What can be run from a YAML (the table is in ``llmprune/config/jobs.py``), and what such jobs share."""
+"""Jobs that a YAML describes (``llmprune/config/jobs.py`` has the table), and functions that several jobs use."""

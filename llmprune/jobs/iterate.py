@@ -1,8 +1,8 @@
 """The job that prunes in rounds: score, plan, cut and recover, until the last round's shape is reached.
 
-The folder::
+Layout of the folder::
 
-    round-1/scores.json plan.json pruned/ recover/ recovered/   what the round did
+    round-1/scores.json plan.json pruned/ recover/ recovered/   results of the round
     round-2/…
     model/                                                      the last round's result
 """
@@ -31,10 +31,10 @@ from llmprune.utils.settings import check_settings
 
 
 def iterate(config: IterationConfig) -> None:
-    """Run the job; one that was stopped goes on with ``run.autoresume``.
+    """Run the job; a stopped job resumes with ``run.autoresume``.
 
     Raises:
-        UserError: something does not fit, or the folder holds something else.
+        UserError: a setting does not fit, or the folder contains something else.
     """
     source = check_pruning_job(config)
     shapes = round_shapes(config, load_model_config(source))
@@ -54,17 +54,17 @@ def _iterate(config: IterationConfig, source: str, shapes: Sequence[Shape]) -> N
             if dist.get_global_rank() == 0:
                 print(f"round {number} of {len(shapes)}: {shape}", flush=True)
             _prune(config, model, shape, place)
-            # Every round sees the data in another order.
+            # Every round reads the data in another order.
             recover(config, place, name=f"{config.run.name}-{number}", seed=config.run.seed + number - 1)
         model = str(place / "recovered")
     on_rank_zero(lambda: keep_result(folder, Path(model)))
 
 
 def round_shapes(config: IterationConfig, model: PretrainedConfig) -> list[Shape]:
-    """The shape after each round.
+    """Compute the shape after each round.
 
     Raises:
-        UserError: the target, or a criterion, is impossible for this model.
+        UserError: the target shape, or a criterion, is impossible for this model.
     """
     rounds, plan = config.iterate.rounds, config.plan
     check_settings(config)
@@ -105,7 +105,7 @@ def _criteria(plan: PlanConfig) -> list[str]:
 
 
 def _plan_of_round(plan: PlanConfig, before: Shape, after: Shape) -> PlanConfig:
-    """How to plan one round; what does not change is left out."""
+    """The plan settings of one round; sizes that do not change are left out."""
     sizes = {name: size for name, size in asdict(after).items() if name != "head_dim" and size is not None}
     narrower = (after.heads, after.kv_heads, after.intermediate) != (before.heads, before.kv_heads, before.intermediate)
     return replace(
@@ -117,7 +117,7 @@ def _plan_of_round(plan: PlanConfig, before: Shape, after: Shape) -> PlanConfig:
 
 
 def _prune(config: IterationConfig, model: str, shape: Shape, place: Path) -> None:
-    """Score, plan and cut, as far as it is not done yet."""
+    """Score, plan and cut; steps that are already done are skipped."""
     plan_file = place / "plan.json"
     if not plan_file.exists():
         scores = score_for(config, model, _criteria(config.plan))

@@ -1,4 +1,4 @@
-"""What a job takes from a network: naming it, fetching it beforehand, and doing without."""
+"""Files that a job reads from a network: list them, fetch them beforehand, and run without a network."""
 
 import os
 import sys
@@ -34,12 +34,13 @@ _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 @dataclass(frozen=True)
 class Need:
-    """Something that is fetched.
+    """Something that a job fetches from a network.
 
     Attributes:
-        kind: ``model`` or ``dataset`` (of the hub), ``task`` (of lm-eval, or a suite) or ``data`` (prepared, at a URL).
-        name: the hub's, lm-eval's, or the URL.
-        include_path: folder with task files of one's own.
+        kind: ``model`` or ``dataset`` (from the hub), ``task`` (of lm-eval, or a suite) or ``data`` (prepared data
+            at a URL).
+        name: name on the hub or in lm-eval, or the URL.
+        include_path: folder with the user's own task files; None = none.
     """
 
     kind: str
@@ -51,7 +52,7 @@ class Need:
 
 
 def needs_of(job: Config | ScoringConfig) -> Iterator[Need]:
-    """What a job takes from a network unless it is there already."""
+    """List what a job reads from a network; local files are left out."""
     named: list[str | None] = [job.model.path, job.model.tokenizer]
     if isinstance(job, Config):
         named += [name for section in sections_of(job) for name in section.models()]
@@ -66,7 +67,7 @@ def needs_of(job: Config | ScoringConfig) -> Iterator[Need]:
 
 
 def need_named(name: str, tasks: Iterable[str]) -> Need:
-    """What somebody means by a name, which may say its kind: ``dataset:NAME``."""
+    """Find the kind of thing that a name given by a user means; ``dataset:NAME`` states the kind."""
     kind, separator, rest = name.partition(":")
     if separator and kind in KINDS:
         return Need(kind, rest)
@@ -78,16 +79,16 @@ def need_named(name: str, tasks: Iterable[str]) -> Need:
 
 
 def fetch(need: Need, out: Path) -> Path:
-    """Fetch something into a folder laid out as Hugging Face's own (``HF_HOME``), going on where it was cut off.
+    """Fetch something into a folder with the layout of ``HF_HOME``; an interrupted download resumes.
 
-    What comes from the hub or for a task goes where this process was told to keep it, which is ``out`` if ``HF_HOME``
-    named it from the start.
+    Files of the hub and of tasks are written to the cache folder of this process; this is ``out`` if ``HF_HOME`` named
+    ``out`` when the process started.
 
     Returns:
-        Where it lies.
+        Folder of the fetched files.
 
     Raises:
-        UserError: it can't be had.
+        UserError: it can't be fetched.
     """
     if need.kind == "data":
         return _fetch_data(need.name, out / "data")
@@ -106,19 +107,19 @@ def fetch(need: Need, out: Path) -> Path:
 
 
 def _check_model(folder: Path) -> None:
-    """See that what was fetched can be loaded where there is no network: its tokenizer, its config, its weights.
+    """Check that a fetched model's tokenizer, config and weights can be loaded without a network.
 
     Raises:
-        UserError: something can't.
+        UserError: one of them can't be loaded.
     """
     if any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
         load_tokenizer(folder)
-    if not any(folder.glob("model*.safetensors")):  # somebody named a tokenizer, or an adapter
+    if not any(folder.glob("model*.safetensors")):  # the name was that of a tokenizer, or of an adapter
         return
     StoredWeights(folder)
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # of as many kinds as there are things that a config may hold
+    except Exception as error:  # a config's contents can cause any kind of error
         raise UserError(f"{folder} was fetched, but can't be loaded: {first_line(error)}") from None
 
 
@@ -129,13 +130,13 @@ def _load_task(need: Need) -> None:
 
 
 def _fetch_data(url: str, out: Path) -> Path:
-    """Copy prepared data; files that are there already stay."""
+    """Copy prepared data; files that exist already are not copied again."""
     store = open_store(url)
     folder = out / url.rstrip("/").rpartition("/")[2]
     names = store.names("")
     if "manifest.json" not in names:
         raise UserError(f"{url} holds no prepared data (no manifest.json)")
-    for name in sorted(names, key=lambda name: name == "manifest.json"):  # last what makes it whole
+    for name in sorted(names, key=lambda name: name == "manifest.json"):  # the manifest is last: it marks completion
         place = inside(folder, name)
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +153,7 @@ def _fetch_data(url: str, out: Path) -> Path:
 
 
 def _check_shards(index: Path) -> None:
-    """Compare shards with their index; what is damaged is removed, so that the next call fetches it."""
+    """Compare shards with their index; a damaged file is removed, so that the next call fetches it again."""
     try:
         described = [FileInfo(**(shard["zip_data"] or shard["raw_data"])) for shard in read_json(index)["shards"]]
     except (KeyError, TypeError) as error:
@@ -167,10 +168,10 @@ def _check_shards(index: Path) -> None:
 
 
 def go_offline() -> None:
-    """Let every library of this process, and of those it starts, do without a network."""
+    """Make every library of this process, and of its child processes, work without a network."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ[name] = "1"
-    # They have read their environment already.
+    # These libraries have already read their environment variables.
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = True
     hub: Any = sys.modules["transformers.utils.hub"]
@@ -179,10 +180,10 @@ def go_offline() -> None:
 
 
 def check_offline(job: Config | ScoringConfig, yaml: str) -> None:
-    """Go offline, and see that everything which a job takes from a network is here.
+    """Go offline, and check that everything which a job reads from a network is available locally.
 
     Raises:
-        UserError: something is missing, or the job would need a network while it runs; all of it is named.
+        UserError: something is missing, or the job would need a network while it runs; the message lists all of it.
     """
     go_offline()
     missing, online = [], []

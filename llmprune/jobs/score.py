@@ -1,4 +1,4 @@
-"""The job that scores a model: through Composer's trainer, or block by block from disk; and plans that follow."""
+"""The job that scores a model, by Composer's trainer or block by block from disk, and makes plans from the scores."""
 
 import sys
 import warnings
@@ -54,10 +54,10 @@ def score(
     """Score a model's blocks.
 
     Args:
-        model: folder or hub name.
+        model: folder or hub name of the model.
         config: criteria and calibration samples.
-        placement: how to hold the model: on one device, float32 or bfloat16, without an adapter.
-        tokenizer: folder or hub name; None = the model's.
+        placement: device and dtype of the model: one device, float32 or bfloat16, no adapter.
+        tokenizer: folder or hub name of the tokenizer; None = the model's tokenizer.
         offload: keep only one block (and the next) in memory; without criteria that need gradients.
 
     Raises:
@@ -106,21 +106,21 @@ def score(
 
 
 def save_scores(scores: Scores, out: Path | str) -> list[Path]:
-    """Write scores as JSON and draw their pictures beside it; returns the files."""
+    """Write scores as JSON, and their pictures into the same folder; returns the paths of the files."""
     out = Path(out)
     scores.save(out)
     return [out, *draw_scores(scores, out.parent, out.stem)]
 
 
 def _settled(model: str) -> str:
-    """A folder's absolute path, or a hub name as it is."""
+    """The absolute path of a folder; a hub name is returned unchanged."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def _samples(
     tokenizer: Model, model_config: PretrainedConfig, config: LayerScoringConfig, names: list[str]
 ) -> Tensor | None:
-    """The calibration samples; None if no criterion reads any."""
+    """The calibration samples, int64 [samples, length]; None if no criterion reads samples."""
     from llmprune.pruning.scoring.all_criteria import CRITERIA
 
     if all(CRITERIA[name].reads in (None, "weights") for name in names):
@@ -136,7 +136,7 @@ def _samples(
 def _by_trainer(
     model: Model, placement: Placement, config: LayerScoringConfig, names: list[str], tokens: Tensor | None
 ) -> tuple[dict[str, dict[str, Any]], float | None]:
-    """Score with the whole model in memory, every rank its share of the samples."""
+    """Score with the complete model in memory; every rank reads its share of the samples."""
     init_distributed(placement.device)
     loaded = load_model(model, dtype=DTYPES[placement.dtype], attention=placement.attention)
     callback = LayerScoring(config)
@@ -147,8 +147,8 @@ def _by_trainer(
         tokens = torch.zeros(ranks, 8, dtype=torch.int64)
     batches = share(tokens, rank, ranks, config.batch_size)
     loader = DataLoader(_Share(batches, shown=rank == 0), batch_size=None)
-    data = DataSpec(loader, split_batch=lambda batch, size: [batch])  # batches are ready as they are
-    with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # what a command prints is its result
+    data = DataSpec(loader, split_batch=lambda batch, size: [batch])  # batches already have the final size
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # standard output is for the command's result
         warnings.simplefilter("ignore")
         trainer = Trainer(
             model=ComposerCausalLM(loaded),
@@ -166,7 +166,7 @@ def _by_trainer(
 def _offloaded(
     model: Model, placement: Placement, config: LayerScoringConfig, names: list[str], tokens: Tensor | None
 ) -> tuple[dict[str, dict[str, Any]], float | None]:
-    """Score block by block: all samples pass a block before the next one is read."""
+    """Score block by block: all samples pass through a block before the next block is read."""
     device = get_device(placement.device)._device
     offloaded = OffloadedModel(model, dtype=DTYPES[placement.dtype], device=device, attention=placement.attention)
     job = config.job(offloaded.model.config, device)
@@ -185,13 +185,13 @@ def _offloaded(
 
 
 def share(tokens: Tensor, rank: int, ranks: int, batch_size: int) -> list[Tensor]:
-    """A rank's samples in batches; every rank has as many, since Composer stops them all when one has no more.
+    """A rank's samples in batches; every rank has the same number, because Composer stops all ranks at the first end.
 
     Args:
         tokens: all samples, [samples, length]; at least one for each rank.
-        rank: whose.
-        ranks: how many there are.
-        batch_size: samples of a batch (one more where the ranks' shares differ).
+        rank: number of the rank that reads the batches.
+        ranks: number of ranks.
+        batch_size: samples per batch (one more where the ranks' shares differ).
     """
     own, least = tokens[rank::ranks], len(tokens) // ranks
     most = -(-len(tokens) // ranks)
@@ -199,7 +199,7 @@ def share(tokens: Tensor, rank: int, ranks: int, batch_size: int) -> list[Tensor
 
 
 class _Share(IterableDataset[dict[str, Tensor]]):
-    """One rank's batches."""
+    """The batches of one rank."""
 
     def __init__(self, batches: list[Tensor], *, shown: bool) -> None:
         self._batches, self._shown = batches, shown
@@ -213,10 +213,10 @@ class _Share(IterableDataset[dict[str, Tensor]]):
 
 
 def run_scoring(config: ScoringConfig) -> Scores:
-    """Run the job: the folder then holds ``scores.json``, its pictures, and a plan for each number asked for.
+    """Run the job: write ``scores.json``, its pictures, and one plan per configured number into the folder.
 
     Raises:
-        UserError: something does not fit, or the folder holds something already.
+        UserError: a setting does not fit, or the folder is not empty.
     """
     if config.plan is not None:
         model_config = load_model_config(config.model.path)
@@ -241,7 +241,7 @@ def _write(config: ScoringConfig, scores: Scores, folder: Path) -> None:
     clear(folder)
     save_config(config, folder / "config.yaml")
     save_scores(scores, folder / "scores.json")
-    for name, plan in plans.items():  # scores that took hours stay, whatever becomes of the plans
+    for name, plan in plans.items():  # scores took hours, so they are written first: a plan may fail
         make_plan(scores, plan).save(folder / name)
     names = ["scores.json", *plans]
     print(f"{folder}: {', '.join(names)}")

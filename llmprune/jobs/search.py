@@ -1,13 +1,14 @@
-"""The job that looks for the best way to prune under a budget.
+"""The job that searches for the best way to prune under a budget.
 
-Every candidate is compared by the loss that it leaves on calibration samples; the best are cut, recovered on the same
-tokens and compared again, because recovery changes the order (Minitron, arXiv:2407.14679, section 4). The folder::
+All candidates are compared by the loss of the pruned model on calibration samples. The best are cut, recovered on the
+same tokens and compared again, because recovery changes the order (Minitron, arXiv:2407.14679, section 4). Layout of
+the folder::
 
-    scores.json                                              every criterion's, with pictures
-    candidates.json                                          what is known of every candidate, as it becomes known
-    candidates/NN_NAME/plan.json pruned/ recover/ recovered/ one that keeps to the budget; the last three of the best
-    plan.json model/                                         the winner's
-    table.md search.png search.csv                           all of them
+    scores.json                                              scores of every criterion, with pictures
+    candidates.json                                          results of every candidate, updated during the job
+    candidates/NN_NAME/plan.json pruned/ recover/ recovered/ one possible candidate; only the best have the last three
+    plan.json model/                                         plan and model of the winner
+    table.md search.png search.csv                           comparison of all candidates
 """
 
 import dataclasses
@@ -65,10 +66,10 @@ log = logging.getLogger(__name__)
 
 
 def search(config: SearchConfig) -> None:
-    """Run the job; one that was stopped goes on with ``run.autoresume``.
+    """Run the job; a stopped job resumes with ``run.autoresume``.
 
     Raises:
-        UserError: something does not fit, no candidate keeps to the budget, or the folder holds something else.
+        UserError: a setting does not fit, no candidate keeps to the budget, or the folder contains something else.
     """
     source = check_pruning_job(config)
     check_candidates(config, load_model_config(source))
@@ -93,17 +94,17 @@ def _search(config: SearchConfig, source: str) -> None:
         failed = None
         try:
             recover(config, job.place(number), name=job.run_name(number), seed=config.run.seed)
-        except BrokenModelError as error:  # on all ranks: the others go on
+        except BrokenModelError as error:  # on all ranks; the other candidates are still recovered
             failed = str(error)
         on_rank_zero(lambda number=number, failed=failed: job.measure(number, failed))  # type: ignore[misc]
     on_rank_zero(job.finish)
 
 
 def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
-    """See, before anything is scored, that every candidate is possible and that there is a budget.
+    """Check, before anything is scored, that every candidate is possible and that there is a budget.
 
     Raises:
-        UserError: one is not.
+        UserError: a candidate is impossible, or there is no budget.
     """
     settings, data = config.search, config.layer_scoring.data
     names = settings.scored(config.plan)
@@ -133,7 +134,7 @@ def _check_units(name: str) -> None:
 
 
 class _Job:
-    """What rank 0 does alone, and what is known of the candidates: a row of numbers for each."""
+    """The steps of rank 0, and the results of the candidates: one row of numbers for each."""
 
     def __init__(self, config: SearchConfig, source: str, folder: Path) -> None:
         self._config, self._settings, self._source, self._folder = config, config.search, source, folder
@@ -149,18 +150,18 @@ class _Job:
         return self._folder / "candidates" / f"{number:02}_{clean_name(self._candidates[number].words)}"
 
     def words(self, number: int) -> str:
-        """What decides about a candidate, and what comes out."""
+        """Description of a candidate: the criteria that decide, and the parts that are removed."""
         return self._candidates[number].words
 
     def run_name(self, number: int) -> str:
-        """Of the run that recovers it."""
+        """The name of the run that recovers the candidate."""
         return f"{self._config.run.name}-{number:02}"
 
     def compare(self) -> list[int]:
-        """Plan every candidate, measure what it costs and loses; returns the numbers of the best.
+        """Plan every candidate, measure its costs and its loss; returns the numbers of the best.
 
         Raises:
-            UserError: none keeps to the budget.
+            UserError: no candidate keeps to the budget.
         """
         remaining = range(len(self._rows), len(self._candidates))
         if remaining:
@@ -188,7 +189,7 @@ class _Job:
     def _row(self, number: int, scores: Scores, trial: Trial) -> Row:
         candidate = self._candidates[number]
         row: Row = {"number": number, "decided_by": candidate.words}
-        # Each candidate begins with the table of latencies as it was timed: what one search has mended is its own.
+        # Each candidate starts with a fresh copy of the timed latencies, because a search corrects its own table.
         fresh = [
             Latency(cost.table, self._settings.budget.latency) if isinstance(cost, Latency) else cost
             for cost in self._costs
@@ -230,7 +231,7 @@ class _Job:
         }
 
     def _latency(self, costs: Sequence[Limit], shape: Shape) -> float | None:
-        """Share of the source's time by the table; None where it is not limited and there is no room for timings."""
+        """Latency as a share of the source's, from the table; None if it is not limited and can't be timed."""
         latency = next(cost for cost in costs if isinstance(cost, Latency))
         try:
             return latency.cost(shape, ())
@@ -240,7 +241,7 @@ class _Job:
             return None
 
     def _is_as_fast(self, row: Row) -> bool:
-        """Measure the latency of a built model, if there is a limit; whether it is kept."""
+        """Whether a built model keeps to the latency limit, by a measurement; True if there is no limit."""
         limit = next((limit for limit in self._limits if isinstance(limit, Latency)), None)
         if limit is None:
             return True
@@ -258,10 +259,10 @@ class _Job:
         row["measured_latency"] = table.measured(shape_from(row["shape"]), self._sizes.source)
 
     def cut(self, best: Sequence[int]) -> None:
-        """Cut the best, as far as that is not done yet, and see that each can be recovered.
+        """Cut the best candidates, unless they are cut already, and check that each can be recovered.
 
         Raises:
-            UserError: the settings do not fit what was cut.
+            UserError: the settings do not fit a cut model.
         """
         for number in best:
             place = self.place(number)
@@ -271,13 +272,13 @@ class _Job:
                 check(recovery_of(self._config, place, name=self.run_name(number), seed=self._config.run.seed))
 
     def measure(self, number: int, failed: str | None) -> None:
-        """The held-out losses of a candidate as cut and as recovered, and its latency, if they are not known yet."""
+        """Measure a candidate's latency and its held-out losses, cut and recovered, unless they are known already."""
         row = self._rows[number]
         if failed is not None:
             row["failed"] = failed
             self._save()
             return
-        row.pop("failed", None)  # of an earlier try
+        row.pop("failed", None)  # from an earlier attempt
         if "recovered" in row:
             return
         found = self._held_out(number, "recovered")
@@ -301,10 +302,10 @@ class _Job:
         )
 
     def finish(self) -> None:
-        """Name the winner and show all.
+        """Choose the winner, and write and print the comparison of all candidates.
 
         Raises:
-            UserError: none could be recovered.
+            UserError: no candidate could be recovered.
         """
         recovered = [row for row in self._rows if "recovered" in row]
         if not recovered:
@@ -329,6 +330,6 @@ def _is_number(loss: float | None) -> bool:
 
 
 def _content(plan: Plan) -> str:
-    """The same for plans that leave the same."""
+    """Hash of what a plan keeps and corrects; plans with the same result have the same hash."""
     corrections = sorted((name, tensor.double().sum().item()) for name, tensor in plan.corrections.items())
     return sha256_text(f"{plan.blocks} {plan.hidden} {corrections}")

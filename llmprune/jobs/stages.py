@@ -1,7 +1,7 @@
-"""What jobs of several steps share: a folder that knows its job, and recovery as one of its steps.
+"""Functions of jobs with several steps: the folder records its job, and recovery is one of the steps.
 
-Every step leaves something that appears whole or not at all, so that a job which was stopped goes on at the step it was
-in; a recovery goes on from its newest checkpoint.
+The result of every step appears completely or not at all, so a stopped job resumes at the interrupted step; a recovery
+resumes from its newest checkpoint.
 """
 
 import copy
@@ -30,7 +30,7 @@ from llmprune.utils.processes import TERMINATION
 from llmprune.utils.ranks import on_rank_zero
 from llmprune.utils.recorded_settings import as_typed, leaves
 
-_FREE = (  # what may change when a job goes on: where it runs, and what it shows
+_FREE = (  # settings that may change when a job resumes: where it runs, and what it shows
     "run.name", "run.folder", "run.overwrite", "run.autoresume", "loggers", "checkpoint", "evaluation", "sharding",
     "train.device", "train.microbatch_size", "train.eval_interval", "train.eval_first", "data.cache", "data.workers",
     "data.prefetch", "data.eval_samples_per_domain",
@@ -38,18 +38,18 @@ _FREE = (  # what may change when a job goes on: where it runs, and what it show
 
 ScoringJobConfig = IterationConfig | SearchConfig
 
-_INPUTS = "inputs.json"  # of a job's folder: what its inputs held when it was begun
+_INPUTS = "inputs.json"  # file in the job's folder: hashes of the inputs' contents when the job began
 
 
 def begin(config: ScoringJobConfig, kind: str) -> None:
-    """Make the job's folder, or see that what it holds is this job's.
+    """Make the job's folder, or check that an existing folder belongs to this job.
 
     Args:
-        config: of the job.
-        kind: what the job is, in words.
+        config: config of the job.
+        kind: description of the job's kind for messages, such as "search".
 
     Raises:
-        UserError: the folder holds something else, or the same kind of job with other settings.
+        UserError: the folder contains something else, or the same kind of job with other settings.
     """
     folder = Path(config.run.folder)
     known = folder / "config.yaml"
@@ -73,12 +73,12 @@ def begin(config: ScoringJobConfig, kind: str) -> None:
 
 
 def _refuse_other(folder: Path, before: Config, config: ScoringJobConfig) -> None:
-    """Raise ``UserError`` if a job is not the one that its folder was begun with.
+    """Raise ``UserError`` if a job is not the job that its folder was begun with.
 
-    What it reads is told by its contents where these are known: data that were moved or renamed are the same data.
+    Inputs are compared by the hashes of their contents where these are known, so moved or renamed data are accepted.
     """
     record = folder / _INPUTS
-    known = read_json(record) if record.is_file() else {}  # a job that was stopped at once: its paths are compared
+    known = read_json(record) if record.is_file() else {}  # stopped at once: no record, paths are compared
     known = known.get("contents", {}) if isinstance(known, dict) else {}
     now = _contents(config)
     was, asked = _identity(before), _identity(config)
@@ -96,7 +96,7 @@ def _refuse_other(folder: Path, before: Config, config: ScoringJobConfig) -> Non
 
 
 def _contents(config: ScoringJobConfig) -> dict[str, str]:
-    """What tells the contents of everything that the job reads, by its path; what only its path tells is left out."""
+    """Hashes of the contents of everything that the job reads, by path; inputs without a hash are left out."""
     paths = dict.fromkeys([*inputs_of(config), config.data.path, *_calibration_text(config)])
     found = {path: _content(path) for path in paths if path}
     return {path: content for path, content in found.items() if content is not None}
@@ -113,10 +113,10 @@ def _content(path: str) -> str | None:
 
 
 def _identity(config: Config) -> dict[str, object]:
-    """What decides what comes out, by key."""
+    """The settings that change the job's result, by key."""
     free = set(_FREE)
     if isinstance(config, SearchConfig):
-        free.discard("data.eval_samples_per_domain")  # the held-out loss decides
+        free.discard("data.eval_samples_per_domain")  # the held-out loss chooses the winner
     for section in sections_of(config):
         free.difference_update(section.decides)
     values = dict(leaves(as_typed(asdict(config))))
@@ -124,24 +124,24 @@ def _identity(config: Config) -> dict[str, object]:
 
 
 def _calibration_text(config: ScoringJobConfig) -> list[str]:
-    """The text that the job names for calibration, if it is not the training data."""
+    """The calibration text that the job names, as a list of one path; empty if calibration uses the training data."""
     path = config.layer_scoring.data.path
     return [] if path is None else [path]
 
 
 def asked_to_end() -> Preempted:
-    """What ends a job that is asked to end between or within its steps."""
+    """The exception that ends a job when it is asked to end, between steps or within a step."""
     return Preempted("the steps that are done are kept")
 
 
 def recover(config: Config, place: Path, *, name: str, seed: int) -> None:
-    """Train ``place``/pruned as the job's sections say, in ``place``/recover, and export it to ``place``/recovered.
+    """Train ``place``/pruned by the job's sections, in ``place``/recover, and export it to ``place``/recovered.
 
     Args: see ``recovery_of``.
     """
     if (place / "recovered").exists():
         return
-    with TERMINATION.noted():  # the run saves itself and leaves
+    with TERMINATION.noted():  # the run saves a checkpoint and ends by itself
         train(recovery_of(config, place, name=name, seed=seed))
 
     def export() -> None:
@@ -151,28 +151,28 @@ def recover(config: Config, place: Path, *, name: str, seed: int) -> None:
 
 
 def recovery_of(config: Config, place: Path, *, name: str, seed: int) -> Config:
-    """The run that recovers ``place``/pruned.
+    """The config of the run that recovers ``place``/pruned.
 
     Args:
-        config: of the job.
-        place: the step's folder.
-        name: of the run.
-        seed: of the order of its data.
+        config: config of the job.
+        place: folder of the step.
+        name: name of the run.
+        seed: seed of the order of the run's data.
     """
     run = replace(config.run, name=name, folder=str(place / "recover"), seed=seed, autoresume=True, overwrite=False)
     schema = with_sections(Config)
     parts = {key.name: copy.deepcopy(getattr(config, key.name)) for key in fields(schema)}
-    if config.checkpoint.remote is not None:  # every recovery is a run of its own
+    if config.checkpoint.remote is not None:  # every recovery is a separate run, with a separate remote folder
         within = place.relative_to(config.run.folder).as_posix()
         parts["checkpoint"] = replace(config.checkpoint, remote=f"{config.checkpoint.remote.rstrip('/')}/{within}")
     return schema(**{**parts, "job": "train", "run": run, "model": replace(config.model, path=str(place / "pruned"))})
 
 
 def check_pruning_job(config: ScoringJobConfig) -> str:
-    """What every job that prunes by scores and recovers needs; returns the model's folder or name.
+    """Check a job that prunes by scores and recovers; returns the model's folder or name.
 
     Raises:
-        UserError: something does not fit.
+        UserError: a setting does not fit.
     """
     if config.model.path is None:
         raise UserError(f"{config.job} prunes a model: name it with model.path")
@@ -185,11 +185,11 @@ def check_pruning_job(config: ScoringJobConfig) -> str:
 
 
 def scoring_of(config: ScoringJobConfig, criteria: Sequence[str]) -> LayerScoringConfig:
-    """How the job scores a model.
+    """The settings for scoring a model in the job.
 
     Args:
-        config: of the job.
-        criteria: those that decide; ``layer_scoring.criteria`` may name others, whose scores are kept beside theirs.
+        config: config of the job.
+        criteria: criteria that decide; ``layer_scoring.criteria`` may name more, whose scores are saved too.
     """
     own = config.layer_scoring
     names = list(dict.fromkeys([*criteria, *(own.criteria or ())]))
@@ -197,16 +197,16 @@ def scoring_of(config: ScoringJobConfig, criteria: Sequence[str]) -> LayerScorin
 
 
 def score_for(config: ScoringJobConfig, model: str, criteria: Sequence[str]) -> Scores:
-    """Score a model as the job says; ``criteria`` are those that decide."""
+    """Score a model with the job's settings; ``criteria`` are the criteria that decide."""
     placement = Placement(config.model.dtype, config.train.device, attention=config.model.attention)
     return score(model, scoring_of(config, criteria), placement, tokenizer=config.model.tokenizer)
 
 
 def keep_result(folder: Path, result: Path) -> None:
-    """Copy the model that a job ends with to ``folder``/model, if it is not there yet."""
+    """Copy the final model of a job to ``folder``/model, unless it is there already."""
     final = folder / "model"
     if final.exists() and read_json(final / CHECKSUMS) != read_json(result / CHECKSUMS):
-        remove(final)  # of a candidate that was the best before this one could be recovered
+        remove(final)  # an earlier result: the model of a candidate that was the best so far
     if not final.exists():
         temporary = temporary_for(final)
         shutil.copytree(result, temporary)

@@ -25,13 +25,13 @@ from llmprune.utils.ranks import on_rank_zero
 
 
 def train(config: Config, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """Run the job that ``config`` describes, to its end; a resumed run that has ended already is left as it is.
+    """Run the job that ``config`` describes to its end; a run that is complete already is not changed.
 
-    No other process may work in the run's folder meanwhile.
+    No other process may use the run's folder at the same time.
 
     Args:
-        config: of the job.
-        callbacks: further Composer callbacks, after llmprune's own.
+        config: config of the job.
+        callbacks: further Composer callbacks, placed after llmprune's own.
     """
     inputs = prepare_job(config)
     with RunFolder(Path(config.run.folder)).claimed():
@@ -58,7 +58,7 @@ def _train(config: Config, inputs: Inputs, callbacks: Sequence[Callback]) -> Tra
             trainer.close()
             raise
         except UserError:
-            trainer.engine.close()  # what goes on beside the training; trainer.close() would wait for other ranks
+            trainer.engine.close()  # ends the background work; trainer.close() would wait for other ranks
             raise
     else:
         print(f"{config.run.folder} is complete: nothing is left to do until train.duration is raised")
@@ -74,12 +74,12 @@ def _train(config: Config, inputs: Inputs, callbacks: Sequence[Callback]) -> Tra
 
 
 def finish(trainer: Trainer) -> None:
-    """See to the newest checkpoint of a run that does not train."""
+    """Complete the newest checkpoint of a run that does not train."""
     checkpoint_uploading_of(trainer).finish(trainer.state.timestamp.batch.value)
 
 
 def draw_weights(run: RunFolder) -> None:
-    """Draw the weights of domains over the run, as weights.png and weights.csv in its folder."""
+    """Draw the weights of domains over the run, as weights.png and weights.csv in the run folder."""
     metrics = read_metrics(run.metrics)
     if any(name.startswith("mixing/weight/") for line in metrics for name in line):
         found = ReportedRun(run.path.name, run.path, OmegaConf.to_container(OmegaConf.load(run.config)), metrics)  # type: ignore[arg-type]

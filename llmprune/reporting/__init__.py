@@ -1,1 +1,1 @@
-"""The page that shows what was done and how well it went, and the page to try models on."""
+"""The report page on runs and results, and the demo page for trying models."""

@@ -1,4 +1,4 @@
-"""What there is to report: runs, models, scores and measurements, found in the folders that a user names."""
+"""Collecting the material of a report: runs, models, scores and measurements in the folders that a user names."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ from llmprune.utils.files import read_json
 T = TypeVar("T")
 U = TypeVar("U")
 
-# What a file with something else in it than llmprune writes can lead to.
+# Exceptions that a file with other contents than llmprune's can cause.
 ODD = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 
 
@@ -31,10 +31,10 @@ class ReportedRun:
     """A training run.
 
     Attributes:
-        name: its folder's, or the whole path where another has the same.
-        path: its folder.
-        config: the resolved config.
-        metrics: lines of its metrics.jsonl.
+        name: name of the run folder; the whole path if another run has the same name.
+        path: path of the run folder.
+        config: resolved config of the run.
+        metrics: lines of the run's metrics.jsonl.
     """
 
     name: str
@@ -44,17 +44,17 @@ class ReportedRun:
 
     @property
     def prunes(self) -> bool:
-        """Whether gates were trained."""
+        """Whether the run trained gates."""
         return self.config.get("l0_pruning") is not None
 
     @property
     def batches(self) -> int:
-        """How many batches were trained."""
+        """The number of batches trained."""
         return max((line.get("time/batch", 0) for line in self.metrics), default=0)
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done, by batches, samples or tokens, whichever its duration counts."""
+        """Share of the run that is complete, by batches, samples or tokens, depending on the unit of its duration."""
         text = str(self.config["train"]["duration"])
         for unit, counter in (("ba", "batch"), ("sp", "sample"), ("tok", "token")):
             if text.endswith(unit):
@@ -78,7 +78,7 @@ class Model:
 
     @property
     def cut(self) -> bool:
-        """Whether the plan takes anything away."""
+        """Whether the plan removes or merges anything."""
         return self.plan is not None and (
             self.plan.shape != self.plan.source or any(block.merge is not None for block in self.plan.blocks)
         )
@@ -91,11 +91,11 @@ class Material:
     Attributes:
         runs: training runs.
         models: Hugging Face models.
-        scores: of blocks, by place.
-        results: results.json files, by place.
-        speeds: speed.json files, by place.
-        continuations: records by model, from the logs beside a results.json.
-        left_out: what lies in a folder and can't be reported on, with the reason.
+        scores: scores of blocks, by the path of their file.
+        results: contents of results.json files, by path.
+        speeds: contents of speed.json files, by path.
+        continuations: records of continuations by model, from the logs beside a results.json.
+        left_out: reasons why files and folders can't be reported on, by path.
     """
 
     runs: list[ReportedRun] = field(default_factory=list)
@@ -107,7 +107,7 @@ class Material:
     left_out: dict[Path, str] = field(default_factory=dict)
 
     def made(self, found: Mapping[Path, T], make: Callable[[Path, T], Iterable[U]]) -> list[U]:
-        """What ``make`` makes of everything found; what it can't make anything of is noted in ``left_out``."""
+        """The items that ``make`` returns for all of ``found``; errors are stored in ``left_out``."""
         whole: list[U] = []
         for path, content in found.items():
             try:
@@ -117,15 +117,15 @@ class Material:
         return whole
 
     def __bool__(self) -> bool:
-        """Whether there is anything."""
+        """Whether anything was found."""
         return bool(self.runs or self.models or self.scores or self.results or self.speeds)
 
 
 def collect(paths: Sequence[Path | str]) -> Material:
-    """Look at files and folders, and into folders that are neither a run nor a model.
+    """Collect files and folders, and the contents of folders that are neither a run nor a model.
 
     Raises:
-        UserError: a path does not exist, or there is nothing to report in any of them.
+        UserError: a path does not exist, or none of them has anything to report.
     """
     material = Material()
     for path in map(Path, paths):
@@ -153,13 +153,13 @@ def _names(found: Sequence[ReportedRun] | Sequence[Model]) -> list[str]:
 
 
 def short_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """The last part of every path, or the whole of those whose last parts are the same."""
+    """The last part of every path; the whole path if another one has the same last part."""
     last = [path.name for path in paths]
     return {path: path.name if last.count(path.name) == 1 else str(path) for path in paths}
 
 
 def _try(material: Material, path: Path) -> tuple[bool, str | None]:
-    """Add what ``path`` is: whether it is anything known, or why it can't be read."""
+    """Add ``path`` to the material; returns whether its kind is known, and the reason if it can't be read."""
     try:
         return _add(material, path), None
     except UserError as error:
@@ -169,7 +169,7 @@ def _try(material: Material, path: Path) -> tuple[bool, str | None]:
 
 
 def _add(material: Material, path: Path) -> bool:
-    """Add what ``path`` is; False if it is nothing known."""
+    """Add ``path`` to the material; returns False if its kind is unknown."""
     if path.is_dir():
         return _add_folder(material, path)
     if path.suffix != ".json":
@@ -215,7 +215,7 @@ def _add_folder(material: Material, path: Path) -> bool:
 
 
 def _parameters(model: Path) -> int:
-    """How many a model has; those of a quantised one are packed, so that its config must tell."""
+    """The number of parameters of a model; from its config if it is quantised, because its weights are packed."""
     if "quantization_config" in read_json(model / "config.json"):
         return count_parameters(read_config(model))
     weights = StoredWeights(model)

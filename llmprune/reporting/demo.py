@@ -17,19 +17,19 @@ from llmprune.utils.errors import UserError
 EXAMPLES = ("The function returns", "Once upon a time", "def main(", "The capital of France is")
 WAITING = "…"
 MOST = {"output tokens": 512, "batch": 64, "top k": 200, "top p": 1, "temperature": 2, "seed": 2**32 - 1}
-LONGEST = 20_000  # characters of a prompt
-QUEUE = 16  # requests that may wait
+LONGEST = 20_000  # largest number of characters of a prompt
+QUEUE = 16  # largest number of waiting requests
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What a model wrote, and what that took.
+    """The texts that a model generated, and their cost.
 
     Attributes:
-        texts: one for each sequence of the batch.
-        seconds: for all of them.
-        tokens: that were written.
-        memory: of the weights and what the work took, bytes.
+        texts: one text per sequence of the batch.
+        seconds: time for all texts.
+        tokens: number of generated tokens.
+        memory: memory of the weights and of the generation, in bytes.
     """
 
     texts: list[str]
@@ -38,7 +38,7 @@ class Generated:
     memory: int
 
     def describe(self, parameters: int) -> str:
-        """As one line."""
+        """The cost as one line of text."""
         return (
             f"{parameters / 1e6:,.1f} M parameters · {self.seconds:.2f} s · {self.tokens / self.seconds:,.1f} tokens/s "
             f"· {self.memory / 1e6:,.0f} MB"
@@ -46,7 +46,7 @@ class Generated:
 
 
 def answer(loaded: LoadedModel, prompt: str, config: GenerationConfig) -> Generated:
-    """Let a model go on from a prompt, ``config.batch_size`` times at once.
+    """Generate ``config.batch_size`` continuations of a prompt in one batch.
 
     Raises:
         UserError: the prompt is empty or too long.
@@ -62,7 +62,7 @@ def answer(loaded: LoadedModel, prompt: str, config: GenerationConfig) -> Genera
 
 
 def check_request(prompt: str, **settings: float | None) -> None:
-    """Refuse what the page does not offer: whoever reaches the port can send anything.
+    """Refuse settings that the page does not offer: anyone who can connect to the port can send any values.
 
     Raises:
         UserError: the prompt is too long, or a setting is missing or out of its range.
@@ -78,7 +78,7 @@ def check_request(prompt: str, **settings: float | None) -> None:
 
 
 def build(models: Sequence[LoadedModel]) -> Any:
-    """The page, as a Gradio app."""
+    """Build the page, as a Gradio app."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr
 
@@ -136,7 +136,7 @@ def build(models: Sequence[LoadedModel]) -> Any:
 
 
 def _check_address(host: str, port: int) -> None:
-    """See, before models are opened, that one can listen there."""
+    """Check, before models are opened, that the address is available."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, port), family=family):
@@ -151,11 +151,11 @@ def serve(models: Sequence[str], placement: Placement, *, host: str, port: int, 
     """Open the models and serve the page.
 
     Args:
-        models: folders or hub names.
-        placement: how they are held, all at the same time.
+        models: folders or hub names of the models.
+        placement: device and dtype of the models; all of them are in memory at the same time.
         host: address to listen on.
-        port: 0 = any that is free.
-        wait: serve until interrupted; else return the running app.
+        port: port to listen on; 0 = any free port.
+        wait: whether to serve until interrupted; otherwise the running app is returned.
 
     Raises:
         UserError: Gradio is not installed, a model can't be opened, or the port is in use.

@@ -1,4 +1,4 @@
-"""The report's pictures. Each comes with the numbers that it shows."""
+"""The figures of the report, each with the numbers that it shows."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,22 +23,22 @@ from llmprune.pruning.scoring.pictures import heat_map, similarity, span_landsca
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.reporting.collect import ReportedRun
 
-LEGEND = 60  # lines at most
+LEGEND = 60  # largest number of lines in a legend
 
-INK = "#010203"  # what becomes the page's own text colour
+INK = "#010203"  # colour that is replaced by the page's text colour
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "llmprune",
     "font.size": 9,
     "font.family": "sans-serif",
-    "text.parse_math": False,  # a name with $ in it is no formula
+    "text.parse_math": False,  # a $ in a name does not begin a formula
     "axes.spines.top": False,
     "axes.spines.right": False,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     "legend.frameon": False,
     "legend.labelcolor": INK,
 }
-SMOOTHING = 0.1  # share of the newest loss in the running mean
+SMOOTHING = 0.1  # weight of the newest loss in the running mean
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Picture:
     """A figure of the report.
 
     Attributes:
-        name: of its files, before characters are replaced that a file's name can't have.
-        title: what it shows, as a sentence.
-        figure: the drawing.
-        rows: the numbers in it.
+        name: name of the figure's files, before characters that file names can't have are replaced.
+        title: description of the figure, as a sentence.
+        figure: matplotlib figure.
+        rows: numbers in the figure.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Picture:
 
     @cached_property
     def svg(self) -> str:
-        """The drawing as an ``<svg>`` element in the page's text colour."""
+        """The figure as an ``<svg>`` element in the page's text colour."""
         file = io.StringIO()
         with mpl.rc_context(STYLE):
             FigureCanvasSVG(self.figure)
@@ -68,7 +68,7 @@ class Picture:
         return text[text.index("<svg") :].replace(INK, "currentColor")
 
     def save(self, folder: Path, name: str | None = None) -> None:
-        """Write NAME.png, on white, and NAME.csv; by default under its own name."""
+        """Write NAME.png, on white, and NAME.csv; the default of NAME is the figure's own name."""
         name = name or clean_name(self.name)
         with mpl.rc_context(STYLE):
             FigureCanvasAgg(self.figure)
@@ -79,7 +79,7 @@ class Picture:
 
 
 def pictures_of_run(run: ReportedRun) -> Iterator[Picture]:
-    """Its losses; of a pruning run, its sparsity."""
+    """Draw the losses of a run; of a pruning run, also its sparsity."""
     if any("loss/train/total" in line for line in run.metrics):
         yield training_curve(run)
     if run.prunes and any(_named(line, "l0/", "/expected_sparsity") for line in run.metrics):
@@ -92,7 +92,7 @@ def pictures_of_run(run: ReportedRun) -> Iterator[Picture]:
 
 @mpl.rc_context(STYLE)
 def training_curve(run: ReportedRun) -> Picture:
-    """Training loss, and evaluation loss where it was measured."""
+    """Draw the training loss, and the evaluation loss where it was measured."""
     trained = [(line["batch"], line["loss/train/total"]) for line in run.metrics if "loss/train/total" in line]
     evaluated = [(line["batch"], line["metrics/eval/loss"]) for line in run.metrics if "metrics/eval/loss" in line]
     figure, axes = _axes("batch", "nats per token")
@@ -110,7 +110,7 @@ def training_curve(run: ReportedRun) -> Picture:
 
 @mpl.rc_context(STYLE)
 def sparsity(run: ReportedRun) -> Picture:
-    """Expected sparsity of every kind of gate, and its target."""
+    """Draw the expected sparsity of every kind of gate, and its target."""
     figure, axes = _axes("batch", "sparsity")
     rows: list[dict[str, Any]] = []
     kinds = dict.fromkeys(kind for line in run.metrics for kind in _named(line, "l0/", "/expected_sparsity"))
@@ -131,7 +131,7 @@ def sparsity(run: ReportedRun) -> Picture:
 
 @mpl.rc_context(STYLE)
 def domain_losses(run: ReportedRun) -> Picture:
-    """Evaluation loss of every domain."""
+    """Draw the evaluation loss of every domain."""
     figure, axes = _axes("batch", "nats per token")
     rows: list[dict[str, Any]] = []
     domains = dict.fromkeys(name for line in run.metrics for name in _named(line, "metrics/eval/loss/"))
@@ -147,14 +147,14 @@ def domain_losses(run: ReportedRun) -> Picture:
 
 @mpl.rc_context(STYLE)
 def draw_domain_weights(run: ReportedRun) -> Picture:
-    """Weight of every domain in the training stream."""
+    """Draw the weight of every domain in the training stream."""
     figure, axes = _axes("batch", "weight")
     delay = ((run.config.get("dynamic_loading") or {}).get("update_delay") or 0) if run.config else 0
     rows: list[dict[str, Any]] = []
     domains = dict.fromkeys(name for line in run.metrics for name in _named(line, "mixing/weight/"))
     for domain in domains:
         points = [(line["batch"], v) for line in run.metrics if (v := line.get(f"mixing/weight/{domain}")) is not None]
-        later = [(batch + delay, weight) for batch, weight in points[1:]]  # when they take effect
+        later = [(batch + delay, weight) for batch, weight in points[1:]]  # the batch at which a weight takes effect
         points = [points[0], *(point for point in later if point[0] < run.batches)]
         ended = [*points, (run.batches, points[-1][1])]
         axes.plot(*zip(*ended, strict=True), drawstyle="steps-post", label=domain)
@@ -165,7 +165,7 @@ def draw_domain_weights(run: ReportedRun) -> Picture:
 
 
 def pictures_of_scores(name: str, scores: Scores) -> Iterator[Picture]:
-    """Heat maps of a scores.json."""
+    """Draw the heat maps of a scores.json."""
     blocks = {**scores.blocks, **{f"{sub} alone": values for sub, values in scores.subblocks.items()}}
     if blocks:
         yield importance(blocks, name)
@@ -177,14 +177,14 @@ def pictures_of_scores(name: str, scores: Scores) -> Iterator[Picture]:
 
 @mpl.rc_context(STYLE)
 def importance(blocks: Mapping[str, Sequence[float]], name: str) -> Picture:
-    """Blocks × criteria."""
+    """Draw the scores of blocks × criteria."""
     rows = [{"criterion": c, **{f"block {i}": v for i, v in enumerate(values)}} for c, values in blocks.items()]
     return Picture(f"{name}-scores", f"{name}: importance by rank (0 goes first)", heat_map(blocks, ""), rows)
 
 
 @mpl.rc_context(STYLE)
 def spans(criterion: str, lengths: Mapping[str, Sequence[float]], name: str) -> Picture:
-    """Every span's score by its start and its length."""
+    """Draw the score of every span by its start and its length."""
     rows = [
         {"blocks": int(length), "first": first, "score": value}
         for length, starts in lengths.items()
@@ -196,18 +196,18 @@ def spans(criterion: str, lengths: Mapping[str, Sequence[float]], name: str) -> 
 
 @mpl.rc_context(STYLE)
 def likeness(pairs: Sequence[Sequence[float]], name: str) -> Picture:
-    """CKA of all pairs of block outputs."""
+    """Draw the CKA of all pairs of block outputs."""
     rows = [{"block": i, **{str(j): v for j, v in enumerate(values)}} for i, values in enumerate(pairs)]
     return Picture(f"{name}-cka", f"{name}: CKA of block outputs", similarity(pairs, ""), rows)
 
 
 def pictures_of_quality(place: str, results: Mapping[str, Any], speeds: Mapping[str, float]) -> Iterator[Picture]:
-    """Perplexity against size, and against speed where it was measured.
+    """Draw perplexity against size, and against speed where it was measured.
 
     Args:
-        place: what the results are called.
-        results: a results.json.
-        speeds: tokens per second by model.
+        place: name of the results.
+        results: contents of a results.json.
+        speeds: tokens per second, by model.
     """
     quality = {model: value for model, entry in results["models"].items() if (value := _perplexity(entry))}
     for name, label, values in (
@@ -220,11 +220,11 @@ def pictures_of_quality(place: str, results: Mapping[str, Any], speeds: Mapping[
 
 @mpl.rc_context(STYLE)
 def trade_off(name: str, title: str, label: str, values: Mapping[str, float], quality: Mapping[str, float]) -> Picture:
-    """Perplexity of models against something that they cost or give."""
+    """Draw the perplexity of models against another quantity, such as size or speed."""
     figure, axes = _axes(label, "perplexity (mean over texts)")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    if max(quality.values()) < 3 * min(quality.values()):  # else labels between the decades would overlap
+    if max(quality.values()) < 3 * min(quality.values()):  # in a larger range, labels between decades would overlap
         axes.yaxis.set_minor_formatter(ScalarFormatter())
     else:
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -243,13 +243,13 @@ def _perplexity(entry: Mapping[str, Any]) -> float | None:
         for text in entry.get("perplexity", {}).values()
     ]
     numbers = [value for value in found if value is not None and value > 0]
-    if not found or len(numbers) < len(found):  # no number: the model is broken
+    if not found or len(numbers) < len(found):  # a perplexity is missing: the model is broken
         return None
     return float(np.exp(np.mean(np.log(numbers))))
 
 
 def fastest(entry: Mapping[str, Any]) -> float | None:
-    """Tokens per second of generation at the smallest batch, of a model in a speed.json."""
+    """Tokens per second of generation at the smallest batch, for a model in a speed.json."""
     measured = [e for e in entry["generation"] if "tokens_per_s" in e]
     return float(min(measured, key=lambda e: e["batch"])["tokens_per_s"]) if measured else None
 
@@ -263,7 +263,7 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def _legend(axes: Axes, title: str | None = None) -> None:
-    """A legend below the axes, where it hides nothing; none of more lines than can be told apart."""
+    """Add a legend below the axes, where it hides nothing; no legend if there are too many lines."""
     if len(axes.get_lines()) > LEGEND:
         return
     axes.legend(
@@ -272,7 +272,7 @@ def _legend(axes: Axes, title: str | None = None) -> None:
 
 
 def _named(line: Mapping[str, Any], prefix: str, suffix: str = "") -> list[str]:
-    """What stands between ``prefix`` and ``suffix`` in the names of a line's metrics."""
+    """The parts between ``prefix`` and ``suffix`` in the names of a line's metrics."""
     return [
         name.removeprefix(prefix).removesuffix(suffix)
         for name in line
@@ -288,18 +288,18 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return smoothed
 
 
-CELLS = 64  # at most so many cells stand for heads, channels or hidden dimensions
+CELLS = 64  # largest number of cells for heads, channels or hidden dimensions
 KEPT = LinearSegmentedColormap.from_list("kept", [(0.5, 0.5, 0.5, 0.18), (0.18, 0.49, 0.85, 1.0)])
 
 
 def picture_of_plan(plan: Plan, name: str) -> Picture:
-    """Blocks × heads and blocks × channels, and the hidden dimensions; the darker a cell, the more of it stays."""
+    """Draw blocks × heads, blocks × channels, and hidden dimensions; a darker cell has more kept parts."""
     source = plan.source
     heads, channels = (np.zeros((source.layers, size)) for size in (source.heads, source.intermediate))
     for block in plan.blocks:
         for number, weight in block.merge or ((None, 0.0),):
             if number is not None and weight:
-                heads[number], channels[number] = 0.5, 0.5  # goes into the sum
+                heads[number], channels[number] = 0.5, 0.5  # the block is merged into a sum
         heads[block.attention, list(plan.heads(block))] = 1
         channels[block.mlp, list(plan.channels(block))] = 1
     hidden = np.zeros((1, source.hidden))
@@ -335,6 +335,6 @@ def picture_of_plan(plan: Plan, name: str) -> Picture:
 
 
 def _cells(values: np.ndarray) -> Sequence[Sequence[float]]:
-    """Columns put together to at most ``CELLS``, each the mean of what it stands for."""
+    """Combine columns to at most ``CELLS``, each the mean of the columns that it represents."""
     parts = np.array_split(values, min(CELLS, values.shape[1]), axis=1)
     return np.stack([part.mean(1) for part in parts], axis=1)

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else."""
+"""The report: one HTML file without external files."""
 
 import datetime
 import itertools
@@ -29,21 +29,21 @@ from llmprune.utils.files import write_text
 from llmprune.utils.outputs import output_folder, refuse_existing, refuse_replacing
 
 Table = tuple[str, Sequence[str], list[list[str]]]  # heading, column names, rows of cells
-SAMPLES = 3  # prompts whose continuations are shown
+SAMPLES = 3  # number of prompts whose continuations are shown
 
 
 @dataclass
 class PageSection:
-    """A part of the page.
+    """A section of the page.
 
     Attributes:
-        title: its heading.
-        warnings: sentences below it that stand out.
+        title: heading of the section.
+        warnings: sentences below the heading that are emphasised.
         notes: further sentences.
-        tables: (heading, column names, rows of cells).
+        tables: tables, each with heading, column names and rows of cells.
         pictures: figures.
-        texts: (who, prompt, what was written).
-        commands: to be shown as they are typed.
+        texts: texts of models, each with model name, prompt and continuation.
+        commands: command lines to repeat the work.
     """
 
     title: str
@@ -55,7 +55,7 @@ class PageSection:
     commands: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        """Whether there is anything in it."""
+        """Whether the section has any content."""
         return bool(self.warnings or self.notes or self.tables or self.pictures or self.texts or self.commands)
 
 
@@ -66,12 +66,12 @@ def write_report(
 
     Args:
         paths: files and folders; see ``collect``.
-        out: the HTML file.
-        plots: folder for every figure as PNG, with its numbers as CSV.
+        out: path of the HTML file.
+        plots: folder for every figure as PNG, with its numbers as CSV; None = no such folder.
         overwrite: whether ``plots`` may be replaced.
 
     Raises:
-        UserError: there is nothing to report, or ``plots`` would replace what is reported on.
+        UserError: there is nothing to report, or ``plots`` would replace an input.
     """
     if plots is not None:
         refuse_existing(Path(plots), overwrite)
@@ -91,12 +91,12 @@ def write_report(
         version=version("llmprune"),
         sections=sections,
     )
-    write_text(out, page.encode(errors="replace").decode())  # names in files may hold what is no text
+    write_text(out, page.encode(errors="replace").decode())  # file names may contain bytes that are no text
     return Path(out)
 
 
 def _file_names(pictures: Sequence[Picture]) -> list[str]:
-    """A name for each picture's files; of two that would be the same, the second has a number."""
+    """A unique name for each figure's files; a repeated name gets a number."""
     names: list[str] = []
     for picture in pictures:
         name = clean_name(picture.name)
@@ -120,7 +120,7 @@ def _sections(material: Material) -> list[PageSection]:
 
 
 def _drawn(pictures: Iterable[Picture]) -> list[Picture]:
-    """The pictures, each drawn once: what can't be drawn is known now."""
+    """Render each figure once, so that errors of drawing occur here; returns the figures."""
     found = [*pictures]
     for picture in found:
         _ = picture.svg
@@ -153,7 +153,7 @@ def _scores(material: Material) -> PageSection:
 
 
 def _result_tables(place: str, models: dict[str, Any]) -> list[Table]:
-    """Perplexity, tasks and continuations: what was measured by models."""
+    """Tables of perplexity, tasks and continuations: measurements by model."""
     tables: list[Table] = []
     for heading, kind in (
         ("Perplexity", "perplexity"),
@@ -184,7 +184,7 @@ def _words(metric: str) -> str:
 
 
 def _short(models: list[str]) -> list[str]:
-    """The last parts of models' names, where they are still different."""
+    """The last parts of models' names; the whole names if two last parts are equal."""
     names = [Path(model).name for model in models]
     return names if len(set(names)) == len(names) else models
 
@@ -294,7 +294,7 @@ def _commands(material: Material) -> PageSection:
         section.commands.append(f"composer train.py {shlex.quote(str(run.path / 'config.yaml'))} run.folder=ANOTHER")
     pruning = [run.path for run in material.runs if run.prunes]
     for model in material.models:
-        if model.plan is not None and model.plan.factors:  # gates have left them: they were trained with the weights
+        if model.plan is not None and model.plan.factors:  # a plan made by gates, which were trained with the weights
             trained = shlex.quote(str(pruning[0])) if len(pruning) == 1 else "RUN"
             section.commands.append(f"llmprune convert {trained} --out ANOTHER")
         elif model.cut:

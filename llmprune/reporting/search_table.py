@@ -1,4 +1,4 @@
-"""What a search found: a table and a picture of all candidates."""
+"""The results of a search: a table and a figure of all candidates."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,10 +15,10 @@ AXES = {"parameters": "million parameters", "latency": "share of the source's ti
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[int]:
-    """The places of the points that no other is better than or equal to in both numbers and better in one.
+    """The indices of the points on the Pareto front: no other point is as good in both numbers and better in one.
 
     Args:
-        points: what each costs and loses: less is better.
+        points: cost and loss of each candidate; smaller is better.
     """
     known = list(points)
     return [
@@ -29,7 +29,7 @@ def pareto_front(points: Iterable[tuple[float, float]]) -> list[int]:
 
 
 def fronts(rows: Sequence[Row]) -> dict[str, set[int]]:
-    """The recovered candidates on the Pareto front, by what they cost: their numbers."""
+    """The numbers of the recovered candidates on the Pareto front, by the kind of cost."""
     recovered = [row for row in rows if "recovered" in row]
     found = {}
     for axis in AXES:
@@ -39,7 +39,7 @@ def fronts(rows: Sequence[Row]) -> dict[str, set[int]]:
 
 
 def search_table(rows: Sequence[Row]) -> str:
-    """All candidates as Markdown, the best first."""
+    """All candidates as a Markdown table, the best first."""
     lines = [
         "| decided by | what goes | parameters | memory, MB | latency | calibration loss | loss, recovered | front |",
         "|---|---|---|---|---|---|---|---|",
@@ -68,9 +68,10 @@ def search_table(rows: Sequence[Row]) -> str:
 
 @mpl.rc_context(STYLE)
 def picture(rows: Sequence[Row]) -> Picture:
-    """Loss against parameters and against latency.
+    """Draw the loss against the number of parameters and against latency.
 
-    Calibration losses as open circles; of the recovered, the held-out loss as cut (open square) and recovered (full).
+    Open circles are calibration losses. Recovered candidates have two held-out losses: cut (open square) and recovered
+    (full circle).
     """
     figure = Figure(figsize=(10, 4.2))
     possible = [row for row in rows if "impossible" not in row]

@@ -1,1 +1,1 @@
-"""From a config to a Composer trainer."""
+"""Build a Composer trainer from a config."""

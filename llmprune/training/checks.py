@@ -1,4 +1,4 @@
-"""Everything about a run that can be checked before weights are loaded or anything is written."""
+"""All checks of a run that are possible before weights are loaded or files are written."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def check(config: Config) -> Inputs:
     """Check a config and open its inputs.
 
     Raises:
-        UserError: something does not fit; the message says what and how to mend it.
+        UserError: the config, the model and the data do not fit; the message gives the cause and the remedy.
     """
     check_config(config)
     _check_packages(config)
@@ -79,7 +79,7 @@ def check(config: Config) -> Inputs:
 
 
 def _check_together(sections: Sequence[Section[Any]]) -> None:
-    """Refuse sections of which each would decide the same."""
+    """Refuse sections that contradict each other because they decide the same thing."""
     pruning = [section.name for section in sections if section.prunes]
     choosing = [section.name for section in sections if section.chooses_weights]
     if len(pruning) > 1:
@@ -91,7 +91,7 @@ def _check_together(sections: Sequence[Section[Any]]) -> None:
 
 
 def _check_evaluation(config: Config, inputs: Inputs) -> None:
-    """See that there is something to evaluate on, if the job asks for it."""
+    """Check that there are evaluation samples if the job needs them."""
     interval = config.train.eval_interval
     asked = [] if trains(inputs) else ["a job that does not train"]
     asked += [what for section in inputs.sections if (what := section.needs_evaluation) is not None]
@@ -108,12 +108,12 @@ def _check_evaluation(config: Config, inputs: Inputs) -> None:
 
 
 def trains(inputs: Inputs) -> bool:
-    """Whether anything is trained: what a section adds may only be computed."""
+    """Whether the job trains any weights; a section may ask only for a computation."""
     return all(section.trains for section in inputs.sections)
 
 
 def inputs_of(config: Config) -> list[str]:
-    """What a job reads that may lie in folders of this machine."""
+    """Paths that a job reads and that may be folders or files of this machine; URLs are left out."""
     named = [config.model.path, config.model.tokenizer, config.data.path]
     for section in sections_of(config):
         named += [*section.models(), *section.files()]
@@ -150,7 +150,7 @@ def _check_numbers(config: Config) -> None:
 
 
 def _check_batch(batch: int, data: DataManifest) -> None:
-    """Refuse a batch that would hold every sample more than once, before anything of its size is made."""
+    """Refuse a batch larger than the training data, before anything of the batch's size is allocated."""
     samples = sum(data.samples(domain, TRAIN) for domain in data.domains)
     if batch > samples:
         raise UserError(
@@ -183,5 +183,5 @@ def _check_remote(config: Config) -> None:
 
 
 def data_contents(path: str | Path, data: DataManifest) -> dict[str, str]:
-    """What a run's manifest says of its data: where it lies, its tokenizer's hash, and a hash of its description."""
+    """Description of the data for a run's manifest: path, the tokenizer's hash, and the hash of the data's manifest."""
     return {"path": str(path), "tokenizer": data.tokenizer, "contents": data.fingerprint()}

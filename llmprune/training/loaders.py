@@ -1,4 +1,4 @@
-"""What a run reads: its training stream and its evaluation samples."""
+"""Data loaders of a run: its training stream and its evaluation samples."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -20,7 +20,7 @@ from llmprune.utils.processes import outlast_one_termination
 def make_stream(
     config: Config, data: PreparedData, *, rank: int | None = None, world_size: int | None = None
 ) -> MixedDataset:
-    """The training stream of this rank, or of another of so many."""
+    """The training stream of this rank, or of rank ``rank`` of ``world_size`` ranks."""
     world_size = world_size or dist.get_world_size()
     starting = None
     if (dynamic := config.section(DynamicLoadingConfig)) is not None:
@@ -42,12 +42,12 @@ def make_stream(
 def make_loaders(
     config: Config, data: PreparedData, instead: Dataset[Any] | None = None
 ) -> tuple[MixedDataset, DataLoader[Any], EvalDataset | None]:
-    """The training stream of this rank with a loader, and the evaluation samples, if any.
+    """Make this rank's training stream, its data loader, and the evaluation samples, if there are any.
 
     Args:
-        config: of the job.
-        data: that it trains on.
-        instead: what the loader reads in the place of the stream.
+        config: config of the job.
+        data: prepared data that the job trains on.
+        instead: dataset that the loader reads instead of the stream.
     """
     stream = make_stream(config, data)
     loader: DataLoader[Any] = DataLoader(
@@ -66,10 +66,10 @@ def make_loaders(
 
 
 def first_batches(config: Config, data: PreparedData, samples: int, *, of_machine: bool = False) -> Iterator[Batch]:
-    """This rank's share of the first so many samples of the training stream, in microbatches.
+    """This rank's share of the first ``samples`` samples of the training stream, in microbatches.
 
-    With ``of_machine`` the ranks of each machine share all of them. A batch also has ``slot``, the samples' numbers in
-    the stream, int64 [batch].
+    With ``of_machine``, the ranks of each machine share all of the samples. Each batch also contains ``slot``, the
+    samples' positions in the stream, int64 [batch].
     """
     ranks = dist.get_local_world_size() if of_machine else dist.get_world_size()
     rank = dist.get_local_rank() if of_machine else dist.get_global_rank()
@@ -82,6 +82,6 @@ def first_batches(config: Config, data: PreparedData, samples: int, *, of_machin
 
 
 def eval_loader(dataset: EvalDataset, batch_size: int) -> DataLoader[Any]:
-    """The evaluation samples of this rank."""
+    """Data loader of this rank's evaluation samples."""
     sampler = dist.get_sampler(dataset, shuffle=False)
     return DataLoader(dataset, batch_size=batch_size, sampler=sampler)

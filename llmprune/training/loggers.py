@@ -1,4 +1,4 @@
-"""Where the metrics of a run go."""
+"""Destinations of a run's metrics."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ LOGGERS.register("mlflow")(MLFlowLogger)
 
 
 def make_loggers(config: LoggersConfig, run: RunFolder, name: str) -> list[LoggerDestination]:
-    """Where metrics go: always metrics.jsonl, and what the config asks for.
+    """Make the loggers: always metrics.jsonl, and those that the config asks for.
 
     Raises:
         UserError: a logger or one of its arguments is unknown.

@@ -1,4 +1,4 @@
-"""The span of blocks that a run replaces: does it fit, and which is it if none is named?"""
+"""The span of blocks that a run replaces: check that it fits, and find it if the settings name none."""
 
 from collections.abc import Iterable
 
@@ -22,21 +22,21 @@ from llmprune.utils.ranks import on_rank_zero
 
 
 def source_fingerprint(source: str | None, model_config: PretrainedConfig) -> str | None:
-    """The hash of the weights of the model that is trained, read once, on one rank; None = they are random."""
+    """The hash of the source model's weights, computed once, on rank 0; None = the weights are random."""
     return None if source is None else on_rank_zero(lambda: fingerprint(StoredWeights(source), model_config))
 
 
 def check_plan(plan: Plan, file: str, source: str | None, model_config: PretrainedConfig) -> None:
-    """See that the plan whose span is replaced is for the model.
+    """Check that the plan whose span is replaced was made for the model.
 
     Args:
-        plan: the plan.
-        file: where it lies.
-        source: of the model's weights, which are read; None = they are not compared.
-        model_config: of the model.
+        plan: plan with the span.
+        file: path of the plan's file, for messages.
+        source: folder or name of the model whose weights are compared; None = they are not compared.
+        model_config: Hugging Face config of the model.
 
     Raises:
-        UserError: it is not.
+        UserError: the plan was made for another model.
     """
     if plan.source != family_of(model_config).shape(model_config):
         raise UserError(f"{file} is for a model of another shape")
@@ -45,10 +45,10 @@ def check_plan(plan: Plan, file: str, source: str | None, model_config: Pretrain
 
 
 def check_replacement(settings: BlockReplacementConfig, model_config: PretrainedConfig, span: Span) -> None:
-    """Build the replacement module without memory.
+    """Check that the replacement module can be built, on the meta device (without memory).
 
     Raises:
-        UserError: it does not fit the model or the span.
+        UserError: the module does not fit the model or the span.
     """
     span.check_within(family_of(model_config).shape(model_config).layers)
     with torch.device("meta"):
@@ -62,10 +62,10 @@ def most_alike(model: PreTrainedModel, batches: Iterable[Batch], length: int, de
     """The span of ``length`` blocks whose input and output have the highest mean cosine (arXiv:2403.19135).
 
     Args:
-        model: the source, whole on every rank.
+        model: source model, complete on every rank.
         batches: this rank's share of the samples.
-        length: blocks of the span.
-        device: where the job computes and its ranks add up; the model is moved there.
+        length: number of blocks of the span.
+        device: device for the computation and for sums over ranks; the model is moved to it.
     """
     model = device.module_to_device(model)
     job = ScoringJob(model.config, next(model.parameters()).device)

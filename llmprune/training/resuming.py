@@ -1,4 +1,4 @@
-"""Whether a run's checkpoints can go on under a config, or are refused."""
+"""Whether training can resume from a run's checkpoints under a config."""
 
 from transformers import PretrainedConfig
 
@@ -12,7 +12,7 @@ from llmprune.utils.errors import UserError
 
 
 def check_same_run(run: RunFolder, manifest: Manifest, config: Config, model_config: PretrainedConfig) -> None:
-    """Check that a run's checkpoints can go on under ``config``.
+    """Check that training can resume from a run's checkpoints under ``config``.
 
     Raises:
         UserError: the model, the data, their order, the seed, the batch size, or a ``fixed`` key of a section differs.

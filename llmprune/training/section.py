@@ -1,4 +1,4 @@
-"""A section of a training job's YAML: everything that it adds to a job, said in one class."""
+"""A section of a training job's YAML: one class defines everything that it adds to a job."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,14 +28,14 @@ S = TypeVar("S")
 
 @dataclass
 class Inputs:
-    """What a job trains and what it trains on, opened and found to fit.
+    """The opened inputs of a job: the model that it trains and the data; they were checked to fit.
 
     Attributes:
-        source: the folder of the model that training begins with; None = random weights.
-        model_config: of the model.
-        tokenizer: of the model and the data.
-        data: the prepared data.
-        sections: of the job.
+        source: folder of the model that training begins with; None = random weights.
+        model_config: Hugging Face config of the model.
+        tokenizer: tokenizer of the model and of the data.
+        data: prepared data of the job.
+        sections: sections of the job.
     """
 
     source: ModelFolder | None
@@ -47,16 +47,17 @@ class Inputs:
 
 @dataclass
 class Build:
-    """A run that is being built, as far as it is known by then.
+    """A run that is being built; some attributes are set only after certain steps.
 
     Attributes:
-        config: of the job.
-        inputs: of the job.
-        folder: of the run.
-        resume: the checkpoint that it goes on from; None = it begins.
-        model: in memory, from ``model_loaded`` on; sharded, it is still empty.
-        stream: the training stream, from ``callbacks`` on.
-        evaluated: names of the domains that have evaluation samples, by their numbers, from ``callbacks`` on.
+        config: config of the job.
+        inputs: opened inputs of the job.
+        folder: run folder.
+        resume: checkpoint that the run resumes from; None = the run begins.
+        model: model in memory, set before ``model_loaded`` is called; with sharding, its tensors may still be empty.
+        stream: training stream, set before ``callbacks`` is called.
+        evaluated: names of the domains that have evaluation samples, by domain number; set before ``callbacks`` is
+            called.
     """
 
     config: Config
@@ -69,22 +70,23 @@ class Build:
 
 
 class Section(Generic[S]):
-    """A section of a job that trains; what a subclass leaves out has no effect.
+    """Base class of a section of a training job; methods that a subclass does not override have no effect.
 
-    One object lives as long as its job: what ``check_inputs`` finds out, ``callbacks`` may use.
+    There is one object per section and job, so ``callbacks`` may use what ``check_inputs`` has stored in it.
 
     Attributes:
-        name: the section's key in the YAML.
-        settings: the dataclass of its keys; the first line of its docstring describes the section.
+        name: key of the section in the YAML.
+        settings: dataclass of the section's keys; the first line of its docstring describes the section.
         fixed: keys that a resumed run must not change.
         decides: keys of other sections, such as ``train.eval_interval``, that change the result when this section is
             used.
-        places: keys whose texts the manifest keeps as they were typed, since they may come from the environment: those
-            that name files; None = all.
-        prunes: whether the job makes the model smaller.
-        chooses_weights: whether it says which of the model's weights train.
-        mixes: whether it decides the weights of the domains.
-        no_auto_microbatch: when ``train.microbatch_size=auto`` can't be used with it, in words.
+        places: keys that name files; the manifest keeps their values as they were typed, because they may contain
+            environment variables; None = all keys.
+        prunes: whether the section makes the model smaller.
+        chooses_weights: whether the section decides which of the model's weights train.
+            no_auto_microbatch: condition under which ``train.microbatch_size=auto`` can't be used, such as "while gates
+                train"; None = it can always be used.
+            = it works.
     """
 
     name: ClassVar[str]
@@ -98,68 +100,68 @@ class Section(Generic[S]):
     no_auto_microbatch: ClassVar[str | None] = None
 
     def __init__(self, own: S, config: Config) -> None:
-        """Keep the settings of a job's section, and the job's config."""
+        """Store the settings of the section, and the config of the job."""
         self.own, self.config = own, config
 
     @classmethod
     def durations(cls, own: S) -> dict[str, tuple[str, int]]:
-        """Texts that must be durations such as ``100ba``, by key, each with the least that it may be."""
+        """Settings that must be durations such as ``100ba``: by key, the text and the smallest value allowed."""
         return {}
 
     def models(self) -> list[str]:
-        """Folders and hub names of models that the section reads."""
+        """Folders and hub names of the models that the section reads."""
         return []
 
     def files(self) -> list[str]:
-        """Files that it reads."""
+        """Paths of the files that the section reads."""
         return []
 
     def check_own(self) -> None:
-        """See that the settings fit each other and those of the job, whatever the model and the data.
+        """Check that the settings fit each other and the job's other settings; the model and the data are not used.
 
         Raises:
-            UserError: they don't.
+            UserError: they do not fit.
         """
 
     def check_inputs(self, inputs: Inputs) -> None:
-        """See that the settings fit the model, the data and the other sections; nothing is loaded or written.
+        """Check that the settings fit the model, the data and the other sections; nothing is loaded or written.
 
         Raises:
-            UserError: they don't.
+            UserError: they do not fit.
         """
 
     def check_steps(self, job: str, *, again: bool) -> None:
-        """See that the section fits a job of several steps, each of which cuts the model by scores.
+        """Check that the section fits a job of several steps, each of which cuts the model by scores.
 
         Args:
-            job: what the job is, in a word.
-            again: whether what one step has recovered is cut again by the next.
+            job: name of the job's kind, such as ``iterate``.
+            again: whether the recovered model of one step is cut again by the next step.
 
         Raises:
-            UserError: it does not.
+            UserError: the section does not fit such a job.
         """
         if self.prunes:
             raise UserError(f"{job} prunes by scores: leave out {self.name}")
 
     @property
     def needs_evaluation(self) -> str | None:
-        """What of the section needs evaluation samples; None = nothing."""
+        """Setting of the section that needs evaluation samples, for an error message; None = none needs them."""
         return None
 
     @property
     def may_not_train(self) -> bool:
-        """Whether a job with this section may have no batches at all (``train.duration=0ba``)."""
+        """Whether a job with this section may train for no batches at all (``train.duration=0ba``)."""
         return False
 
     @property
     def trains(self) -> bool:
-        """Whether the job trains anything with this section."""
+        """Whether a job with this section trains any weights."""
         return True
 
     def recorded(self) -> dict[str, Any] | None:
-        """What the manifest of the run's checkpoints keeps of the settings; ``convert`` reads it. None = nothing.
+        """Settings that the manifest of the run's checkpoints keeps, for ``convert``; None = none.
 
-        Nothing is kept of a section without ``fixed`` keys.
+        None is also the default for a section without ``fixed`` keys.
         """
         if not self.fixed:
             return None
@@ -168,17 +170,17 @@ class Section(Generic[S]):
         return {k: as_typed(v, f"{self.name}.{k}") if k in typed else v for k, v in values.items()}
 
     def quantization(self, inputs: Inputs) -> Any:
-        """How the model is quantised when it is loaded, for Transformers; None = not."""
+        """Quantisation config for Transformers when the model is loaded; None = the model is not quantised."""
         return None
 
     def begin(self, build: Build) -> None:
-        """Prepare what can be prepared before the model is loaded."""
+        """Do the preparations that are possible before the model is loaded."""
 
     def model_loaded(self, build: Build) -> None:
-        """Prepare what needs the model."""
+        """Do the preparations that need the model."""
 
     def dataset(self, build: Build) -> "Dataset[Any] | None":
-        """What is trained on in the place of the data; None = the data."""
+        """Dataset that the run trains on instead of the prepared data; None = the prepared data."""
         return None
 
     def callbacks(self, build: Build) -> Iterable[Callback]:
@@ -186,57 +188,57 @@ class Section(Generic[S]):
         return ()
 
     def ended(self, trainer: Trainer, folder: RunFolder) -> bool:
-        """Do what is to be done once training has come to its end, on all ranks, unless it is done already.
+        """Do the work after the end of training, on all ranks, unless it is done already.
 
         Returns:
-            Whether files were written beside the checkpoints.
+            Whether files were written into the folder of the checkpoints.
         """
         return False
 
     @classmethod
     def needs(cls, own: S, model: PreTrainedModel, before: Needs) -> Needs:
-        """What learns and what it takes: for ``llmprune estimate``, and for the check of memory before a run begins.
+        """Weights that learn and memory that they need, for ``llmprune estimate`` and for the memory check of a run.
 
         Args:
-            own: the section's settings.
-            model: that trains, without memory.
-            before: the needs without this section.
+            own: settings of the section.
+            model: model that trains, on the meta device (without memory).
+            before: needs of the job without this section.
         """
         return before
 
     @classmethod
     def weights(cls, own: S, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The model's weights in a checkpoint, by Hugging Face name, each made when it is asked for.
+        """The model's weights in a checkpoint, by Hugging Face name; each is computed when it is read.
 
         Args:
-            own: the settings, as the run's manifest has them.
-            stored: what the checkpoint holds under the prefix of the model.
+            own: settings from the run's manifest.
+            stored: tensors of the checkpoint under the prefix of the model.
         """
         return stored
 
     @classmethod
     def source_name(cls, own: S, name: str) -> str | None:
-        """What a parameter of the run's model is called in the model that the run began with; None = it is new."""
+        """Name that a parameter of the run's model has in the model that the run began with; None = it is new."""
         return name
 
     @classmethod
     def install(cls, own: S, checkpoint: "Checkpoint", model: PreTrainedModel, *, newest: bool) -> None:
-        """Let a whole model compute what a checkpoint's does, without cutting it: for ``llmprune verify``.
+        """Change a complete model so that it computes what the checkpoint's model does, uncut, for ``llmprune verify``.
 
         Args:
-            own: the settings, as the run's manifest has them.
-            checkpoint: that is compared.
-            model: with the checkpoint's ``weights``.
-            newest: whether the run was named, not one of its checkpoints.
+            own: settings from the run's manifest.
+            checkpoint: checkpoint that is compared.
+            model: model with the checkpoint's ``weights``.
+            newest: whether the user named the run, rather than one of its checkpoints.
         """
 
     @classmethod
     def convert(cls, own: S, checkpoint: "Checkpoint", result: "Result") -> "Result":
-        """What becomes of the section when a checkpoint is converted.
+        """Apply the section's effect to the result when a checkpoint is converted.
 
         Args:
-            own: the settings, as the run's manifest has them.
-            checkpoint: that is converted.
-            result: what the model is without this section.
+            own: settings from the run's manifest.
+            checkpoint: checkpoint that is converted.
+            result: conversion result without this section.
         """
         return result

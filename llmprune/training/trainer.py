@@ -1,4 +1,4 @@
-"""From a config to a Composer trainer."""
+"""Build a Composer trainer from a config."""
 
 import contextlib
 import warnings
@@ -59,18 +59,18 @@ def prepare_job(config: Config) -> Inputs:
     """
     inputs = check(config)
     share_cores()
-    patience = config.train.hang_timeout  # before collectives lose it, ``Watchdog`` does, which knows more
+    patience = config.train.hang_timeout  # ``Watchdog`` acts before collectives time out, with a better message
     init_distributed(config.train.device, PATIENCE if patience is None else 2 * patience + 10 * 60)
     return inputs
 
 
 def build_trainer(config: Config, inputs: Inputs | None = None, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """Make the run folder ready and build the trainer.
+    """Prepare the run folder and build the trainer.
 
     Args:
-        config: of the run.
-        inputs: what ``prepare_job`` gave for it; None = it is called.
-        callbacks: further ones, after llmprune's own.
+        config: config of the run.
+        inputs: result of ``prepare_job`` for this config; None = ``prepare_job`` is called.
+        callbacks: further Composer callbacks, placed after llmprune's own.
 
     Raises:
         UserError: see ``check`` and ``RunFolder.find``.
@@ -97,12 +97,12 @@ def build_trainer(config: Config, inputs: Inputs | None = None, callbacks: Seque
         own += section.callbacks(build)
     own += [*added_callbacks(config.callbacks), *callbacks]
     optimizer = OPTIMIZERS[config.optimizer.name](wrapped.parameters(), config.optimizer)
-    on_rank_zero(lambda: _write_run(build, _manifest(config, inputs)))  # from here on nothing of the YAML is refused
+    on_rank_zero(lambda: _write_run(build, _manifest(config, inputs)))  # after this, nothing of the YAML is refused
     return _compose(build, wrapped, optimizer, train, evaluation, own)
 
 
 def _begin(config: Config, inputs: Inputs) -> tuple[Build, Store | None]:
-    """See whether the run may use its folder, and whether it goes on; nothing is written."""
+    """Check that the run may use its folder, and find the checkpoint to resume from; nothing is written."""
     run = RunFolder(Path(config.run.folder))
     store = None if config.checkpoint.remote is None else open_store(config.checkpoint.remote)
     if store is not None and config.run.autoresume:
@@ -118,7 +118,7 @@ def _begin(config: Config, inputs: Inputs) -> tuple[Build, Store | None]:
 
 
 def _own_autocast(config: Config) -> bool:
-    """Whether the model itself casts products to bfloat16: Composer does it on GPUs only."""
+    """Whether the model itself casts products to bfloat16: Composer does so on GPUs only."""
     return get_device(config.train.device).name == "cpu" and config.train.precision == "amp_bf16"
 
 
@@ -130,17 +130,17 @@ def _compose(
     evaluation: EvalDataset | None,
     callbacks: list[Callback],
 ) -> Trainer:
-    """Composer's trainer."""
+    """Make Composer's trainer."""
     config, inputs, run, resume = build.config, build.inputs, build.folder, build.resume
     per_rank = config.train.global_batch_size // dist.get_world_size()
     eval_batch = per_rank if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
     algorithms: list[Algorithm] = []
     if config.train.clip_norm is not None:
         algorithms.append(GradientClipping("norm", clipping_threshold=config.train.clip_norm))
-    if config.sharding is not None and get_device(config.train.device).name == "cpu":  # gloo adds up, where ranks meet
-        algorithms.append(AverageGradients())  # after a batch, Composer runs the last algorithm first
+    if config.sharding is not None and get_device(config.train.device).name == "cpu":  # gloo sums, without averaging
+        algorithms.append(AverageGradients())  # after a batch, Composer runs the algorithms in reverse order
     with contextlib.nullcontext() if resume is None else safe_unpickling(resume), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Specifying the ProgressBarLogger")  # our own has no state
+        warnings.filterwarnings("ignore", "Specifying the ProgressBarLogger")  # llmprune's progress bar has no state
         return Trainer(
             model=model,
             run_name=config.run.name,
@@ -174,12 +174,12 @@ def _compose(
 
 
 def checkpoint_uploading_of(trainer: Trainer) -> CheckpointUploading:
-    """What takes care of a run's checkpoints."""
+    """The callback that manages the checkpoints of a trainer's run."""
     return next(callback for callback in trainer.state.callbacks if isinstance(callback, CheckpointUploading))
 
 
 def interval(every: str, duration: str) -> int | Time[int]:
-    """An interval for Composer, which knows no shares of an endless stream: a share becomes a number; zero = never."""
+    """An interval for Composer, which has no shares of an endless stream: a share becomes a number; zero = never."""
     time, whole = Time.from_timestring(every), Time.from_timestring(duration)
     if not time.value:
         return 0
@@ -189,10 +189,10 @@ def interval(every: str, duration: str) -> int | Time[int]:
 
 
 def make_model(config: Config, inputs: Inputs) -> PreTrainedModel:
-    """The model to train, in the dtype asked for.
+    """Make the model to train, in the configured dtype.
 
-    Sharded, a model from disk is still empty (``LoadShards`` fills it) and one with random weights is made on rank 0
-    alone, from where Composer spreads it.
+    With sharding, a model from disk is still empty (``LoadShards`` fills it); a model with random weights is made on
+    rank 0 only, and Composer distributes it from there.
     """
     dtype, attention = DTYPES[config.model.dtype], config.model.attention
     source = inputs.source
@@ -206,7 +206,7 @@ def make_model(config: Config, inputs: Inputs) -> PreTrainedModel:
         packed = (section.quantization(inputs) for section in inputs.sections)
         quantization = next((each for each in packed if each is not None), None)
         model = load_model(source, dtype=dtype, attention=attention, quantization=quantization)
-    if config.train.activation_checkpointing and config.sharding is None:  # sharded, Composer does it
+    if config.train.activation_checkpointing and config.sharding is None:  # with sharding, Composer does it
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
@@ -215,9 +215,9 @@ def _own_callbacks(build: Build, store: Store | None, *, replaced: bool) -> list
     """The callbacks that every run has.
 
     Args:
-        build: the run; resumed, it has its weights in the checkpoint.
-        store: where checkpoints are copied to.
-        replaced: whether something else than the data is trained on.
+        build: run that is being built; a resumed run reads its weights from the checkpoint.
+        store: remote store that checkpoints are copied to; None = none.
+        replaced: whether the run trains on another dataset than the prepared data.
     """
     config, run, resumed = build.config, build.folder, build.resume is not None
     guard = LossGuard(config.train.loss_spike_factor, skip=config.train.loss_spike == "skip")
@@ -237,7 +237,7 @@ def _own_callbacks(build: Build, store: Store | None, *, replaced: bool) -> list
 
 
 def _source_name(name: str, inputs: Inputs) -> str | None:
-    """What a parameter of the run's model is called in the model's own files; None = a section has added it."""
+    """Name that a parameter of the run's model has in the source model's files; None = a section has added it."""
     found: str | None = name
     for section in inputs.sections:
         found = None if found is None else section.source_name(section.own, found)

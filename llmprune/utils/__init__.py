@@ -1,1 +1,1 @@
-"""What every package uses: errors, files, locks, processes, ranks, plug-ins, object stores."""
+"""Functions that every package uses: errors, files, locks, processes, ranks, plug-ins, object stores."""

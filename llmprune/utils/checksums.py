@@ -1,4 +1,4 @@
-"""Checksums of files: written when a folder is finished, compared when somebody asks."""
+"""Checksums of files: written when a folder is complete, compared on request."""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,22 +17,22 @@ class NewerRecord(UserError):
 
 
 class Verification:
-    """Whether everything that this process loads is compared with its checksums first.
+    """Switch for this process: compare every folder with its checksums before it is loaded.
 
     Attributes:
-        asked: somebody asked for it.
+        asked: whether the comparison was requested.
     """
 
     def __init__(self) -> None:
-        """Nobody has asked yet."""
+        """Start without a request."""
         self.asked = False
         self._seen: set[Path] = set()
 
     def look(self, folder: Path) -> None:
-        """Compare a folder's files with its ``checksums.json`` if that was asked for, once.
+        """Compare a folder's files with its ``checksums.json`` if this was requested; at most once per folder.
 
         Raises:
-            UserError: see ``verify``.
+            UserError: see ``verify_checksums``.
         """
         folder = folder.resolve()
         if self.asked and folder not in self._seen:
@@ -40,28 +40,28 @@ class Verification:
             self._seen.add(folder)
 
 
-VERIFICATION = Verification()  # of this process
+VERIFICATION = Verification()  # the switch of this process
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """A file's size and hash, as they stand in records: {"bytes": n, "sha256": hexadecimal}."""
+    """A file's size and hash, in the format of records: {"bytes": n, "sha256": hexadecimal}."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
 def record(folder: Path) -> None:
-    """Write ``checksums.json`` over all files in a folder and below."""
+    """Write ``checksums.json`` with the checksums of all files in a folder and its subfolders."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     described = {path.relative_to(folder).as_posix(): describe_file(path) for path in files}
     write_json(folder / CHECKSUMS, {"schema": 1, "files": described})
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A record of files: ``files`` maps names to what ``describe_file`` gives; there may be more.
+    """Read a record of files: ``files`` maps names to results of ``describe_file``; other keys are allowed.
 
     Raises:
-        UserError: it is missing, damaged, or names a file that lies outside its folder.
+        UserError: the record is missing, damaged, or names a file outside its folder.
     """
     found = read_json(path)
     try:
@@ -79,10 +79,10 @@ def read_record(path: Path) -> dict[str, Any]:
 def verify_checksums(folder: Path) -> None:
     """Compare a folder's files with its ``checksums.json``.
 
-    Files that nobody loads may have come to it: hidden ones, pages and pictures.
+    Additional files are allowed if no program loads them: hidden files, Markdown pages and pictures.
 
     Raises:
-        UserError: there is none, a file is missing or is another one, or there are others.
+        UserError: there is no ``checksums.json``, a file is missing or differs, or there are other additional files.
     """
     if not (folder / CHECKSUMS).is_file():
         raise UserError(
@@ -102,12 +102,12 @@ def compare_checksums(folder: Path, files: Mapping[str, Mapping[str, Any]], *, c
     """Compare files with a record.
 
     Args:
-        folder: that the names are relative to.
-        files: from ``read_record``.
-        contents: whether to read them; otherwise sizes are compared alone.
+        folder: folder that the names are relative to.
+        files: ``files`` of a record from ``read_record``.
+        contents: whether the files' contents are compared; otherwise only sizes are compared.
 
     Raises:
-        UserError: one is missing or is another one.
+        UserError: a file is missing or differs.
     """
     for name, wanted in files.items():
         path = folder / name

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the user can mend."""
+"""The exception for mistakes that the user can correct, and texts for errors of disks and paths."""
 
 import difflib
 import errno
@@ -7,21 +7,21 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in what the user asked for: shown as one line, without a traceback, exit code 2.
+    """A mistake in the user's input: shown as one line, without a traceback, exit code 2.
 
-    The message says what is wrong and what to do about it. Errors that can only be our own are raised as anything else
+    The message gives the cause and the remedy. Errors that must be mistakes in llmprune are raised as other exceptions
     and keep their traceback.
     """
 
     def __init__(self, message: str) -> None:
-        """Keep the message; of one from a loader worker, which PyTorch wraps in a traceback, what the worker said."""
+        """Set the message; PyTorch's traceback around the message of a data loader's worker is removed."""
         if message.startswith("Caught UserError in DataLoader worker"):
             message = message.rpartition("UserError: ")[2].strip()
         super().__init__(message)
 
 
 class BrokenModelError(UserError):
-    """Training has broken the model; it is raised on all ranks at once."""
+    """Training has made the model unusable; it is raised on all ranks at once."""
 
 
 _DISK = {
@@ -31,7 +31,7 @@ _DISK = {
     errno.EROFS: "the disk can only be read",
     errno.EIO: "the disk fails",
 }
-# How PyTorch and safetensors, which write for themselves, say so.
+# Parts of messages of PyTorch and safetensors, which write files themselves, for a disk that accepts no more data.
 _WRITERS = (
     "No space left on device", "(os error 27)", "(os error 28)", "(os error 122)", "PytorchStreamWriter failed",
     "inline_container.cc",
@@ -39,7 +39,7 @@ _WRITERS = (
 
 
 def disk_error(error: BaseException) -> str | None:
-    """What to tell the user about an error that a disk which takes no more has led to; None = it is another one."""
+    """The text for the user about an error caused by a disk that accepts no more data; None = another error."""
     links: list[BaseException | None] = [error, error.__cause__, error.__context__]
     for link in filter(None, links):
         if "unable to resize file </torch_" in str(link):
@@ -65,10 +65,10 @@ _PATHS = {
 
 
 def path_error(error: BaseException) -> str | None:
-    """What to tell the user about a path that can't be used; None = it is another error."""
+    """The text for the user about an error caused by a path that can't be used; None = another error."""
     links: list[BaseException | None] = [error, error.__cause__, error.__context__]
     for link in filter(None, links):
-        if isinstance(link, RuntimeError) and str(link).startswith("Symlink loop from"):  # pathlib's
+        if isinstance(link, RuntimeError) and str(link).startswith("Symlink loop from"):  # raised by pathlib
             return _PATHS[errno.ELOOP]
         if isinstance(link, UnicodeEncodeError) and link.reason == "surrogates not allowed":
             return "a name of a file, or a text, holds what is not UTF-8: rename or mend it"
@@ -79,15 +79,15 @@ def path_error(error: BaseException) -> str | None:
 
 
 def one_line(error: BaseException) -> str | None:
-    """What to tell the user about an error in place of a traceback; None = it may be our own."""
+    """The text for the user instead of a traceback; None = the error may be a mistake in llmprune."""
     return str(error) if isinstance(error, UserError) else disk_error(error) or path_error(error)
 
 
 def check_surroundings(arguments: Iterable[str]) -> None:
-    """Check what no command can do without: a working directory, and arguments in UTF-8.
+    """Check that the working directory exists and that the arguments are UTF-8; every command needs this.
 
     Raises:
-        UserError: it was deleted, or one is in another encoding.
+        UserError: the working directory was deleted, or an argument has another encoding.
     """
     for argument in arguments:
         try:
@@ -101,20 +101,20 @@ def check_surroundings(arguments: Iterable[str]) -> None:
 
 
 def _printable(name: object) -> str:
-    """A name of a file, with bytes that are not UTF-8 written as numbers; of a long one, the beginning."""
+    """A file name with bytes that are not UTF-8 written as numbers; a long name is cut to its beginning."""
     shown = os.fsencode(name).decode("utf-8", "backslashreplace") if isinstance(name, str | bytes) else str(name)
     return shown if len(shown) <= 200 else shown[:200] + "…"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint for a misspelt ``name``: the nearest valid one, or the list of them all."""
+    """Hint for a misspelt ``name``: the most similar valid name, or the list of all valid names."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(valid)}"
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a message, shortened; of a list of faults, its heading with the first of them."""
+    """The first line of a message, shortened; a heading of a list is joined with the first item."""
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return line if len(line) <= 300 else line[:300] + "…"

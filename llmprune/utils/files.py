@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear completely or not at all."""
 
 import hashlib
 import json
@@ -15,15 +15,15 @@ from torch import Tensor
 
 from llmprune.utils.errors import UserError
 
-JSON_LIMIT = 2**29  # bytes: scores of every unit of the largest models take a quarter of it
-_DIGITS = 300  # of a whole number at most: with more it is none that a float can hold
+JSON_LIMIT = 2**29  # bytes; scores of every unit of the largest models need a quarter of it
+_DIGITS = 300  # largest number of digits of a whole number; a float can't hold a number with more
 
 
 def inside(folder: Path, name: object) -> Path:
-    """The place of a file that some record names, below a folder.
+    """The path below a folder of a file that a record names.
 
     Raises:
-        UserError: the name leads out of the folder, or is none.
+        UserError: the name is empty, or its path is outside the folder.
     """
     path = PurePosixPath(name if isinstance(name, str) else "")
     if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in str(name) or "\\" in str(name):
@@ -32,12 +32,12 @@ def inside(folder: Path, name: object) -> Path:
 
 
 def temporary_for(path: Path, ending: str = "tmp") -> Path:
-    """A name beside ``path`` for what is not finished or about to be deleted; nobody but llmprune gives such names."""
+    """A new name beside ``path`` for an unfinished file or one to be deleted; only llmprune uses such names."""
     return path.with_name(f".{path.name}.llmprune-{secrets.token_hex(4)}.{ending}")
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write ``text`` so that a reader sees the old file or the new one, never a part."""
+    """Write ``text`` so that a reader sees the old file or the new file, never a part of it."""
     path = Path(path)
     temporary = temporary_for(path)
     try:
@@ -48,7 +48,7 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def to_json(value: Any) -> str:
-    """``value`` as JSON; what is no finite number becomes null, since JSON has no word for it."""
+    """``value`` as JSON; NaN and infinite numbers become null, because JSON can't express them."""
     return json.dumps(_finite(value), allow_nan=False)
 
 
@@ -61,7 +61,7 @@ def _finite(value: Any) -> Any:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write ``value`` as indented JSON with every list of plain values on one line, atomically; see ``to_json``."""
+    """Write ``value`` as indented JSON, atomically, with every list of plain values on one line; see ``to_json``."""
     write_text(path, _indented(_finite(value), "\n") + "\n")
 
 
@@ -82,26 +82,26 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
 
 
 def make_readable(path: Path | str) -> None:
-    """Let everyone read a file, as far as the umask allows."""
+    """Make a file readable for everyone, as far as the umask allows."""
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(path, 0o666 & ~umask)
 
 
 def read_bytes(path: Path | str, limit: int) -> bytes:
-    """The content of a file of at most ``limit`` bytes.
+    """Read a file of at most ``limit`` bytes.
 
     Raises:
-        UserError: there is none, it is a folder, a pipe or a device, it is larger, or it can't be read.
+        UserError: it does not exist, is a folder, a pipe or a device, is larger, or can't be read.
     """
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe that nobody writes to is no wait
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # do not wait for the writer of a pipe
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise UserError(f"{path} is no file but a folder, a pipe or a device: name a file")
             content = file.read(limit + 1)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:  # ValueError: a name that holds NUL
+    except (OSError, ValueError) as error:  # ValueError: the name contains NUL
         raise UserError(f"{path!s:.300} can't be read: {getattr(error, 'strerror', None) or error}") from None
     if len(content) > limit:
         raise UserError(
@@ -111,14 +111,14 @@ def read_bytes(path: Path | str, limit: int) -> bytes:
 
 
 def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Args:
-        text: JSON, bytes in UTF-8.
-        finite: whether NaN and infinite numbers are refused, which JSON has no word for but some programs write.
+        text: JSON text, as a string or as UTF-8 bytes.
+        finite: whether NaN and infinite numbers are refused; they are not JSON, but some programs write them.
 
     Raises:
-        ValueError: it is none, it is nested too deeply, or a number in it is none that can be computed with.
+        ValueError: it is not JSON, it is nested too deeply, or a number in it is too large.
     """
     hooks: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _finite_number} if finite else {}
     try:

@@ -1,4 +1,4 @@
-"""The log of a job: what llmprune says while it works, in a file in the job's folder."""
+"""The log of a job: llmprune's messages, written to a file in the job's folder."""
 
 import logging
 import os
@@ -10,17 +10,17 @@ from pathlib import Path
 from llmprune.utils.logs import FORM, is_shown
 from llmprune.utils.outputs import LOG, is_begun
 
-_WAITING = 1000  # lines that are held at most
+_WAITING = 1000  # largest number of lines that wait in memory
 
 
 @contextmanager
 def logged_in(folder: Path) -> Iterator[None]:
-    """Append llmprune's lines, from INFO on, to ``log.txt`` in a job's folder while the block runs.
+    """Append llmprune's log lines, level INFO and above, to a job's ``log.txt`` while the ``with`` block runs.
 
-    Only in a command: a program that imports llmprune decides itself what becomes of its lines.
+    This has an effect only in a command: a program that imports llmprune handles the log lines itself.
 
     Args:
-        folder: that this process has claimed.
+        folder: job's folder, which this process has claimed.
     """
     logger = logging.getLogger("llmprune")
     if not is_shown(logger):
@@ -37,15 +37,15 @@ def logged_in(folder: Path) -> Iterator[None]:
 
 
 class _Kept(logging.Handler):
-    """Appends lines to a file in a job's folder.
+    """Appends log lines to a file in a job's folder.
 
-    What comes before the job has changed anything in its folder waits until then: it may still be refused. A job that
-    begins anew deletes what was there; then the file begins with all lines of this job. A file that can't be written
-    ends no job.
+    Lines wait in memory until the job has changed its folder, because the job may still be refused. A job that begins
+    anew deletes the folder's contents; the new file then begins with all lines of this job. An error in writing the
+    file does not end the job.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Nothing is written yet."""
+        """Prepare the handler; no file is written yet."""
         super().__init__(logging.INFO)
         self.setFormatter(logging.Formatter(FORM, "%Y-%m-%d %H:%M:%S"))
         self._folder, self._process = folder, os.getpid()
@@ -54,9 +54,9 @@ class _Kept(logging.Handler):
         self._began = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep one."""
+        """Write one line, or keep it until the job has changed its folder."""
         line = f"{self.format(record)}\n"
-        own = os.getpid() == self._process  # else it is a worker's, which was forked with what waits here
+        own = os.getpid() == self._process  # otherwise a forked worker, which has a copy of the waiting lines
         if own:
             self._lines.append(line)
         with suppress(OSError):
@@ -68,5 +68,5 @@ class _Kept(logging.Handler):
             self._began |= own
 
     def _state(self) -> tuple[int, list[str]]:
-        """What differs once something was made or deleted in the folder: its time, which is coarse, and the names."""
+        """The folder's modification time (which is coarse) and file names; they change with the folder's contents."""
         return self._folder.stat().st_mtime_ns, sorted(os.listdir(self._folder))

@@ -1,12 +1,13 @@
-"""Locks of places that one process at a time may write.
+"""Locks of paths that only one process at a time may write.
 
-A lock is a file (see ``filelock.SoftFileLease``) that names its holder: host, process, and when that process began. The
-holder renews it every ``RENEWAL`` seconds, so it works wherever several machines see the same files.
+A lock is a file (see ``filelock.SoftFileLease``) that names its holder: host, process, and the process's start time.
+The holder renews the lock every ``RENEWAL`` seconds, so it works on file systems that several machines share.
 
-A lock whose holder is gone is taken over. On the same host the process is looked for, and the lock is free at once. A
-process of another host can't be looked for: its lock is free when it was not renewed for ``LEASE`` seconds, measured by
-the clock of the process that waits, so clocks of hosts need not agree. So is one that names nobody (its machine fell
-while it was written), and one on a file system that can't exchange two files at once, as NFS can't.
+The lock of a dead holder is taken over. On the same host, the process is looked up, and its lock is free at once. A
+process of another host can't be looked up: its lock is free when it was not renewed for ``LEASE`` seconds, measured by
+the clock of the waiting process, so the hosts' clocks need not agree. The same rule applies to a lock that names no
+holder (its machine crashed while writing it), and to locks on a file system that can't exchange two files atomically,
+such as NFS.
 """
 
 import logging
@@ -23,24 +24,24 @@ from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import temporary_for
 
-RENEWAL = 2.0  # seconds between signs of life of a holder
-LEASE = 60.0  # seconds without one after which the holder counts as dead
+RENEWAL = 2.0  # seconds between two renewals by a holder
+LEASE = 60.0  # seconds without a renewal after which the holder counts as dead
 
 log = logging.getLogger(__name__)
-_held: dict[Path, int] = {}  # how many blocks of this process hold a lock
+_held: dict[Path, int] = {}  # number of ``with`` blocks of this process that hold a lock, by its file
 
 
 @contextmanager
 def locked(file: Path, what: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold a lock while the block runs.
+    """Hold a lock while the ``with`` block runs.
 
     Args:
-        file: the lock; its folder exists.
-        what: the place that it protects, for messages.
+        file: path of the lock's file; its folder exists.
+        what: path that the lock protects, for messages.
         shared: whether this process may hold the lock already.
 
     Raises:
-        UserError: another process holds it, or this one and it is not shared; or the file can't be written.
+        UserError: another process holds the lock, or this one does and it is not shared; or the file can't be written.
     """
     file = file.resolve()
     if file in _held and not shared:
@@ -60,7 +61,7 @@ def locked(file: Path, what: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 def is_held(file: Path) -> bool:
-    """Whether the holder of a lock has renewed it lately, as far as the clocks of two hosts agree."""
+    """Whether the holder of a lock has renewed it in the last ``LEASE`` seconds; the hosts' clocks must agree."""
     try:
         return abs(time.time() - file.stat().st_mtime) < LEASE
     except OSError:
@@ -73,7 +74,7 @@ def _lease(file: Path, what: Path) -> SoftFileLease:
         if reason in ("owner-changed", "evicted"):
             _end(what)
         log.warning("the lock of %s is gone (%s): do not start another job there", what, reason)
-        # filelock gives up here; a store that did not answer for a while may be there again.
+        # filelock stops renewing here; a store that did not answer for a while may be available again.
         threading.Thread(target=_renew, args=(lease, file, what), name="renew", daemon=True).start()
 
     lease = SoftFileLease(
@@ -93,7 +94,7 @@ def _end(what: Path) -> None:
 
 
 def _renew(lease: SoftFileLease, file: Path, what: Path) -> None:
-    """Renew a lock as long as it is held, and end the process if it has become another's."""
+    """Renew a lock as long as it is held, and end the process if another process has taken it over."""
     while lease.is_locked:
         with suppress(OSError, ValueError):
             owner = lease.owner
@@ -105,7 +106,7 @@ def _renew(lease: SoftFileLease, file: Path, what: Path) -> None:
 
 
 def _acquire(lease: SoftFileLease, file: Path, what: Path) -> None:
-    """Take a lock that is free or whose holder is dead; a holder that renews it while this process looks is alive."""
+    """Take a free lock, or the lock of a dead holder; a holder that renews it during the wait is alive."""
     seen, began, told = None, time.monotonic(), False
     while True:
         try:
@@ -133,7 +134,7 @@ def _acquire(lease: SoftFileLease, file: Path, what: Path) -> None:
 
 
 def _take_away(file: Path, seen: tuple[int, int]) -> None:
-    """Remove a lock that is still the one that was ``seen``; another one that has come to stand there is put back."""
+    """Remove a lock if it is still the one that was ``seen``; a new lock that has replaced it is put back."""
     aside = temporary_for(file, "old")
     with suppress(OSError):
         file.rename(aside)
@@ -143,7 +144,7 @@ def _take_away(file: Path, seen: tuple[int, int]) -> None:
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:
-    """What changes when a lock is renewed; the file is opened, since shared file systems remember attributes."""
+    """Values that change when a lock is renewed; the file is opened, because shared file systems cache attributes."""
     try:
         with file.open("rb") as opened:
             status = os.fstat(opened.fileno())

@@ -1,4 +1,4 @@
-"""Where log lines go: to standard error, from a level of choice on. Imported before anything that takes long."""
+"""Log lines on standard error, from a configurable level. This module is imported before all slow imports."""
 
 import logging
 import os
@@ -15,16 +15,16 @@ _LOGGERS = ("llmprune", "data_prep")
 
 
 class _Shown(logging.Handler):
-    """Prints lines on whatever standard error is at the time."""
+    """Prints log lines to the current standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one."""
+        """Print one line."""
         print(self.format(record), file=sys.stderr, flush=True)
 
 
 @contextmanager
 def logs_shown() -> Iterator[None]:
-    """Print the lines of llmprune and data_prep from the level in ``LLMPRUNE_LOG`` on (default: WARNING).
+    """Print log lines of llmprune and data_prep of the level in ``LLMPRUNE_LOG`` and above (default: WARNING).
 
     Raises:
         UserError: there is no such level.
@@ -48,5 +48,5 @@ def logs_shown() -> Iterator[None]:
 
 
 def is_shown(logger: logging.Logger) -> bool:
-    """Whether a command is running that shows its lines, not a program that imports llmprune."""
+    """Whether a command is running, which shows its log lines, rather than a program that imports llmprune."""
     return any(isinstance(handler, _Shown) for handler in logger.handlers)

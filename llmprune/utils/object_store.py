@@ -1,4 +1,4 @@
-"""Places outside this machine that files are brought to and fetched from."""
+"""Remote stores that files are copied to and fetched from."""
 
 import os
 import shutil
@@ -15,59 +15,59 @@ from llmprune.utils.files import temporary_for
 T = TypeVar("T")
 
 ATTEMPTS = 4
-WAIT = 1.0  # seconds, before another attempt; twice as many before the next
+WAIT = 1.0  # seconds before the second attempt; the time doubles with each further attempt
 
 
 class Store(Protocol):
     """Files by name, below a URL.
 
     Attributes:
-        url: of the place.
+        url: URL or path of the store.
     """
 
     url: str
 
     def put(self, path: Path, name: str) -> None:
-        """Bring a file there; it appears whole or not at all, and replaces one of that name."""
+        """Copy a file to the store; it appears completely or not at all, and replaces a file of the same name."""
         ...
 
     def get(self, name: str, path: Path) -> None:
-        """Fetch a file."""
+        """Copy a file of the store to ``path``."""
         ...
 
     def names(self, prefix: str) -> list[str]:
-        """The names that begin with ``prefix``."""
+        """The names of the files that begin with ``prefix``."""
         ...
 
 
 def open_store(url: str) -> Store:
-    """The store at a URL (``s3://BUCKET/FOLDER``, ``gs://…``, ``oci://…``, ``azure://…``) or a folder's path.
+    """Open the store at a URL (``s3://BUCKET/FOLDER``, ``gs://…``, ``oci://…``, ``azure://…``) or a folder's path.
 
-    Credentials come from the environment, as the cloud's own tools read them; ``S3_ENDPOINT_URL`` names an
+    Credentials are read from the environment variables of the cloud's own tools; ``S3_ENDPOINT_URL`` is the URL of an
     S3-compatible server.
 
     Raises:
-        UserError: there is no such kind, or it can't be used.
+        UserError: there is no such kind of store, or it can't be used.
     """
     if "://" not in url:
         return _Folder(url)
     try:
         store = maybe_create_object_store_from_uri(url)
-    except Exception as error:  # each kind has errors of its own
+    except Exception as error:  # each kind of store has its own exceptions
         raise UserError(f"{url} can't be used: {first_line(error)}") from None
     assert store is not None
     return _Bucket(url, store)
 
 
 def retry(work: Callable[[], T], what: str) -> T:
-    """Do what may fail for a while, a few times.
+    """Call a function that may fail temporarily, and repeat it a few times.
 
     Args:
-        work: to be done.
-        what: for the message, such as "URL can't be fetched".
+        work: function to call.
+        what: beginning of the error message, such as "URL can't be fetched".
 
     Raises:
-        UserError: it failed each time, or can't ever succeed.
+        UserError: every attempt failed, or a further attempt can't succeed.
     """
     attempts = Retrying(
         stop=stop_after_attempt(ATTEMPTS),
@@ -77,18 +77,18 @@ def retry(work: Callable[[], T], what: str) -> T:
     )
     try:
         return attempts(work)
-    except Exception as error:  # each kind of store has errors of its own
+    except Exception as error:  # each kind of store has its own exceptions
         raise UserError(f"{what}: {first_line(error)}") from None
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether what failed may succeed later."""
+    """Whether another attempt may succeed after this error."""
     final = isinstance(error, FileNotFoundError | ValueError | ImportError | UserError)
     return isinstance(error, Exception) and not final and "not found" not in str(error)
 
 
 class _Folder:
-    """A folder, such as one of a file system that all machines see."""
+    """A store in a folder, such as a folder on a file system that all machines share."""
 
     def __init__(self, path: str) -> None:
         self.url, self._root = path, Path(path)

@@ -1,7 +1,7 @@
-"""What llmprune makes: folders and files that it may lock, replace and delete. Nothing else is ever deleted.
+"""Output folders and files of llmprune, which it may lock, replace and delete. Nothing else is ever deleted.
 
-A folder is llmprune's if it holds ``MARK``, a file that llmprune writes into every folder that it makes. A file is
-replaced only where the user names that file and asks for it.
+A folder belongs to llmprune if it contains ``MARK``, a file that llmprune writes into every folder that it makes. A
+file is replaced only if the user names that file and asks for it.
 """
 
 import atexit
@@ -19,17 +19,17 @@ from llmprune.utils.files import read_json, temporary_for, write_json
 from llmprune.utils.locks import locked
 
 MARK = ".llmprune"
-LOCK = ".llmprune.lock"  # in a folder that a job works in
-LOG = "log.txt"  # what a job logged there; without anything else it is no content
-# What ``temporary_for`` names, and locks, also those that filelock was taking over.
+LOCK = ".llmprune.lock"  # lock in the folder of a running job
+LOG = "log.txt"  # log of a job; a folder with nothing else counts as empty
+# Names from ``temporary_for``, and locks, also locks that filelock was taking over.
 _LEFTOVER = re.compile(r"\..*(\.llmprune-[0-9a-f]{8}\.(tmp|old)|\.lock(\.(break|restore)\..*)?)")
 
-_PROCESS = ExitStack()  # locks of outputs that are held until this process ends
+_PROCESS = ExitStack()  # locks of outputs, held until this process ends
 atexit.register(_PROCESS.close)
 
 
 def mark(folder: Path) -> None:
-    """Say that llmprune made a folder."""
+    """Write the mark that llmprune made a folder."""
     write_json(folder / MARK, {"made_by": "llmprune", "version": importlib.metadata.version("llmprune")})
 
 
@@ -43,14 +43,14 @@ def is_ours(folder: Path) -> bool:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether something is what a killed process was about to write or to delete, or a lock."""
+    """Whether a path is a lock, or a temporary file or folder of a killed process."""
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but leftovers, llmprune's mark and, beside that, what was logged.
+    """Whether a folder contains nothing but leftovers, llmprune's mark and, if it has the mark, a log.
 
-    One that is not there is empty, too.
+    A folder that does not exist counts as empty.
     """
     if not folder.is_dir():
         return True
@@ -59,7 +59,7 @@ def is_empty(folder: Path) -> bool:
 
 
 def is_begun(folder: Path) -> bool:
-    """Whether llmprune made a folder and something is in it."""
+    """Whether llmprune made a folder and the folder is not empty."""
     return is_ours(folder) and not is_empty(folder)
 
 
@@ -77,15 +77,15 @@ def refuse_deleting(path: Path) -> None:
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise ``UserError`` if something stands at ``path`` and may not be overwritten."""
+    """Raise ``UserError`` if ``path`` exists and may not be overwritten."""
     path = path.resolve()
-    refuse_deleting(path)  # whatever is passed
+    refuse_deleting(path)  # also with --overwrite
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already: choose another place, or pass --overwrite")
 
 
 def refuse_replacing(out: Path | str, inputs: Iterable[Path | str]) -> None:
-    """Raise ``UserError`` if ``out`` is one of ``inputs`` or holds one: replacing it would delete what is read."""
+    """Raise ``UserError`` if ``out`` is one of ``inputs`` or contains one: replacing it would delete the input."""
     target = Path(out).resolve()
     for path in inputs:
         place = Path(path).resolve()
@@ -94,16 +94,16 @@ def refuse_replacing(out: Path | str, inputs: Iterable[Path | str]) -> None:
 
 
 def check_output(path: Path | str, suffix: str, overwrite: bool, beside: Iterable[Path] = ()) -> None:
-    """Check, before any work, that a file can be written. Its folder is made, and no other process may write it.
+    """Check, before any work, that a file can be written; make its folder, and lock the file for this process.
 
     Args:
-        path: the file.
-        suffix: that its name must end in.
-        overwrite: whether it may be replaced.
-        beside: files that are written with it; they are replaced only together with it.
+        path: path of the file.
+        suffix: required ending of the file's name.
+        overwrite: whether the file may be replaced.
+        beside: files that are written together with it; they may be replaced only if ``path`` exists too.
 
     Raises:
-        UserError: something stands there, the name or folder is impossible, or another process is writing the file.
+        UserError: the file exists, the name or folder is impossible, or another process is writing the file.
     """
     path = Path(path)
     try:
@@ -115,7 +115,7 @@ def check_output(path: Path | str, suffix: str, overwrite: bool, beside: Iterabl
             if other.exists() and not (overwrite and known):
                 raise UserError(f"{other} exists already and would be replaced with {path}: choose another place")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_for(path)  # the name that it is written under
+        temporary = temporary_for(path)  # the name that is used while writing
         temporary.touch(exist_ok=False)
         temporary.unlink()
         _PROCESS.enter_context(locked_output(path, shared=True))
@@ -125,7 +125,7 @@ def check_output(path: Path | str, suffix: str, overwrite: bool, beside: Iterabl
 
 @contextmanager
 def locked_output(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Let no other process make ``path`` while the block runs; see ``locked``."""
+    """Prevent other processes from making ``path`` while the ``with`` block runs; see ``locked``."""
     path = Path(os.path.abspath(path))
     with locked(path.with_name(f".{path.name}.lock"), path, shared=shared):
         yield
@@ -133,9 +133,9 @@ def locked_output(path: Path, *, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def output_folder(path: Path | str, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path`` that takes its place once the block ends well.
+    """Yield a temporary folder beside ``path``, which replaces ``path`` when the ``with`` block ends without an error.
 
-    An error inside the block removes the temporary folder and leaves ``path`` as it was.
+    An error inside the block removes the temporary folder and leaves ``path`` unchanged.
 
     Raises:
         UserError: ``path`` exists and may not be replaced, another process is making it, or its parent can't be
@@ -158,10 +158,10 @@ def output_folder(path: Path | str, overwrite: bool = False) -> Iterator[Path]:
 
 
 def put_in_place(folder: Path, path: Path, overwrite: bool = False) -> None:
-    """Give a finished folder its name; what stands there is deleted.
+    """Rename a finished folder to ``path``; an existing folder of this name is deleted.
 
     Raises:
-        UserError: something has come to stand there, and may not be overwritten.
+        UserError: ``path`` exists by now and may not be overwritten.
     """
     refuse_existing(path, overwrite)
     mark(folder)
@@ -170,7 +170,7 @@ def put_in_place(folder: Path, path: Path, overwrite: bool = False) -> None:
         try:
             path.rename(discarded)
             folder.rename(path)
-        except BaseException:  # also a signal's
+        except BaseException:  # also exceptions of signal handlers
             if not path.exists():
                 discarded.rename(path)
             raise
@@ -181,10 +181,10 @@ def put_in_place(folder: Path, path: Path, overwrite: bool = False) -> None:
 
 @contextmanager
 def working_folder(path: Path) -> Iterator[None]:
-    """Make a folder for this process alone to work in while the block runs.
+    """Make a folder and reserve it for this process while the ``with`` block runs.
 
     Raises:
-        UserError: llmprune did not make what stands there, another process works there, or it can't be written.
+        UserError: llmprune did not make its contents, another process uses it, or it can't be written.
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"run.folder {path} is a file: choose another folder")
@@ -199,12 +199,12 @@ def working_folder(path: Path) -> Iterator[None]:
             yield
     finally:
         if not known:
-            with suppress(OSError):  # something came of it
+            with suppress(OSError):  # the folder is not empty
                 path.rmdir()
 
 
 def clear(folder: Path) -> None:
-    """Empty a folder that llmprune made, or make it; its mark stays throughout, so that a kill leaves it llmprune's.
+    """Empty a folder that llmprune made, or make it; its mark is never absent, so a kill leaves it llmprune's.
 
     Raises:
         UserError: llmprune did not make it, or it can't be written.
@@ -221,7 +221,7 @@ def clear(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
+    """Delete a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -229,7 +229,7 @@ def remove(path: Path) -> None:
 
 
 def _remove_leftovers(path: Path, *suffixes: str) -> None:
-    """Delete what killed processes left beside ``path``, whose lock this process holds."""
+    """Delete temporary files of killed processes beside ``path``, whose lock this process holds."""
     for suffix in suffixes or ("tmp", "old"):
         for leftover in path.parent.glob(f".{glob.escape(path.name)}.llmprune-????????.{suffix}"):
             remove(leftover)

@@ -1,4 +1,4 @@
-"""How processes end: with the one that started them, and when they are asked to."""
+"""The end of processes: together with their parent, and on request (signals)."""
 
 import os
 import signal
@@ -8,33 +8,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-LEAVE = 600.0  # seconds that a rank which was asked to end may go on without its launcher, to save
+LEAVE = 600.0  # seconds that a rank may continue without its launcher to save, after a request to end
 
 
 class Termination:
     """Whether this process was asked to end (SIGTERM).
 
     Attributes:
-        asked: it was.
+        asked: whether SIGTERM has arrived.
     """
 
     def __init__(self) -> None:
-        """Nobody has asked yet."""
+        """Start without a request."""
         self.asked = False
 
     def listen(self) -> None:
-        """From now on only note it; to be called by the main thread, and again after imports that listen, too."""
+        """From now on, only record SIGTERM; call this in the main thread, again after imports that set a handler."""
         signal.signal(signal.SIGTERM, self._note)
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Within, it is only noted, wherever that is."""
+        """Within the ``with`` block, SIGTERM is only recorded, also inside an ``ending`` block."""
         with _handling(self._note):
             yield
 
     @contextmanager
     def ending(self, leave: Callable[[], BaseException]) -> Iterator[None]:
-        """Within, but for where it is ``noted``, it ends the work at once: what ``leave`` gives is raised."""
+        """Within the ``with`` block, SIGTERM raises the exception from ``leave``, except in a ``noted`` block."""
 
         def end(number: int, frame: FrameType | None) -> None:
             self.asked = True
@@ -51,7 +51,7 @@ class Termination:
 
 @contextmanager
 def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let a handler take SIGTERM; only the main thread can."""
+    """Set the handler of SIGTERM within the ``with`` block; this has an effect in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -62,19 +62,19 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
         signal.signal(signal.SIGTERM, before)
 
 
-TERMINATION = Termination()  # of this process
+TERMINATION = Termination()  # the state of this process
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM end this process as Ctrl-C does: unfinished output goes with it. Composer's import does the same.
+    """Make SIGTERM end this process as Ctrl-C does, so that unfinished output is removed; so does Composer's import.
 
-    To be called by the main thread. ``stopped_by`` tells such an end from others.
+    Call this in the main thread. ``stopped_by`` distinguishes such an end from others.
     """
     signal.signal(signal.SIGTERM, _end)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # what is under way now is tidying up
+    signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
     raise SystemExit(128 + number)
 
 
@@ -85,9 +85,9 @@ def stopped_by(end: BaseException) -> int | None:
 
 
 def outlast_one_termination(worker: int = 0) -> None:
-    """Let a loader worker go on feeding its rank, which saves and leaves, when all processes are asked to end.
+    """Make a loader worker survive the first SIGTERM, so that its rank can save a checkpoint and end.
 
-    The second time it ends: so its rank asks it.
+    The second SIGTERM, which the rank sends, ends the worker.
     """
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -97,16 +97,16 @@ def outlast_one_termination(worker: int = 0) -> None:
 
 
 def end_with(parent: int) -> None:
-    """End this process within a second of its parent's end, however that ended.
+    """End this process within a second after its parent's end, whatever the reason.
 
-    A process that was asked to end is left the time to save what it has.
+    A process that was asked to end gets time to save its work.
 
     Args:
-        parent: the id of the process that started this one.
+        parent: id of the process that started this one.
     """
 
     def watch() -> None:
-        while os.getppid() == parent:  # whoever adopts an orphan has another id
+        while os.getppid() == parent:  # an orphan gets another parent id
             time.sleep(0.5)
         until = time.monotonic() + LEAVE
         while TERMINATION.asked and time.monotonic() < until:
@@ -117,28 +117,28 @@ def end_with(parent: int) -> None:
 
 
 def end_with_launcher() -> None:
-    """End this rank with the launcher that started it; a process without a launcher goes on for itself.
+    """End this rank when the launcher that started it ends; a process without a launcher continues.
 
-    It is to be called before anything slow is imported: a launcher that was gone by then is not missed.
+    Call this before slow imports: the end of the launcher before the call is not noticed.
     """
     if "LOCAL_RANK" in os.environ:
         end_with(os.getppid())
 
 
 class Activity:
-    """When this process was last seen at work.
+    """The time of the last sign of activity of this process.
 
     Attributes:
-        last: in seconds of ``time.monotonic``.
+        last: time of the last sign of activity, in seconds of ``time.monotonic``.
     """
 
     def __init__(self) -> None:
-        """It begins now."""
+        """Count the start as activity."""
         self.last = time.monotonic()
 
     def note(self) -> None:
-        """It is at work; to be called by whatever takes long."""
+        """Record activity now; slow functions must call this."""
         self.last = time.monotonic()
 
 
-ACTIVITY = Activity()  # of this process
+ACTIVITY = Activity()  # the state of this process

@@ -1,4 +1,4 @@
-"""What the ranks of a job share."""
+"""Functions for the ranks of a distributed job."""
 
 import os
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from llmprune.utils.errors import UserError
 
 T = TypeVar("T")
 
-PATIENCE = 7 * 24 * 3600.0  # seconds that ranks wait for one that works alone
+PATIENCE = 7 * 24 * 3600.0  # seconds that ranks wait for a rank that works alone
 
 
 def share_cores() -> None:
-    """Give every rank of this machine its share of the cores: more threads than cores slow each other down manifold.
+    """Give every rank of this machine an equal number of cores; more threads than cores slow each other down manifold.
 
-    ``OMP_NUM_THREADS`` overrides.
+    The environment variable ``OMP_NUM_THREADS`` overrides this.
     """
     ranks = dist.get_local_world_size()
     if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -25,17 +25,17 @@ def share_cores() -> None:
 
 
 def init_distributed(device: str | None, patience: float = PATIENCE) -> None:
-    """Let the ranks find each other.
+    """Connect the ranks of the job.
 
     Args:
-        device: cpu or gpu; None = what is there.
-        patience: seconds that they wait for one another; by default as long as the longest plan takes.
+        device: "cpu" or "gpu"; None = the GPU if there is one.
+        patience: seconds that ranks wait for each other; the default is as long as the longest plan takes.
     """
     dist.initialize_dist(get_device(device), timeout=patience)
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0 alone and give every rank its result or its ``UserError``."""
+    """Run ``work`` on rank 0 only, and return its result, or raise its ``UserError``, on every rank."""
     outcome: list[Any] = [None, None]
     if dist.get_global_rank() == 0:
         try:

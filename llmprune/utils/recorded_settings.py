@@ -1,8 +1,8 @@
-"""Settings in the files that a run leaves.
+"""Settings in the files that a run writes.
 
-A text that a job takes from the environment, such as ``${oc.env:DATA}/web``, is recorded as it was typed, never as what
-it came to; and what is recorded is read as it stands: nothing in it is looked up, whoever wrote it. Numbers from the
-environment are recorded as numbers, for a run is only the same with the same ones.
+A text that a job takes from the environment, such as ``${oc.env:DATA}/web``, is recorded as it was typed, never as its
+resolved value. Recorded values are read literally: nothing in them is resolved, whoever wrote them. Numbers from the
+environment are recorded as numbers, because a run can be repeated only with the same numbers.
 """
 
 import re
@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from llmprune.utils.errors import UserError
 
 T = TypeVar("T")
-_LOOK_UP = re.compile(r"\$\{[^{}]*:")  # of something outside the job, such as the environment
+_LOOK_UP = re.compile(r"\$\{[^{}]*:")  # an interpolation from outside the job, such as the environment
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class _Text:
     came_to: str
 
 
-_TEXTS: dict[str, _Text] = {}  # of this process's job, by key
+_TEXTS: dict[str, _Text] = {}  # texts of this process's job, by key
 
 
 def remember(typed: Any, came_to: Any) -> None:
-    """Note which texts of a job come from outside it; of another job before, they are forgotten.
+    """Store the texts of a job that come from outside it; those of an earlier job are forgotten.
 
     Args:
-        typed: its values with interpolations, nested.
-        came_to: the same, resolved.
+        typed: nested values of the job with interpolations.
+        came_to: nested values of the job, resolved.
 
     Raises:
         UserError: a whole section comes from outside: it could not be recorded.
@@ -53,11 +53,11 @@ def remember(typed: Any, came_to: Any) -> None:
 
 
 def as_typed(values: Any, key: str = "") -> Any:
-    """The values as they are recorded: texts from outside the job as they were typed, and paths below such a one.
+    """Values for a record: texts from outside the job, and paths that begin with such a text, as they were typed.
 
     Args:
-        values: nested.
-        key: where they stand in the job, such as ``data.path``.
+        values: nested values.
+        key: key of the values in the job, such as ``data.path``.
     """
     if isinstance(values, Mapping):
         return {name: as_typed(value, f"{key}.{name}" if key else str(name)) for name, value in values.items()}
@@ -74,7 +74,7 @@ def as_typed(values: Any, key: str = "") -> Any:
 
 
 def leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value within nested mappings and lists, with its dotted key."""
+    """Yield every value within nested mappings and lists, with its dotted key."""
     if isinstance(values, dict | list):
         for name, value in values.items() if isinstance(values, dict) else enumerate(values):
             yield from leaves(value, f"{key}.{name}" if key else str(name))
@@ -83,7 +83,7 @@ def leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def literal(values: Any) -> Any:
-    """The values with every ``${`` escaped, so that OmegaConf looks nothing up."""
+    """The values with every ``${`` escaped, so that OmegaConf resolves nothing."""
     if isinstance(values, Mapping):
         return {name: literal(value) for name, value in values.items()}
     if isinstance(values, list | tuple):
@@ -92,10 +92,10 @@ def literal(values: Any) -> Any:
 
 
 def settings_from(schema: type[T], values: Any) -> T:
-    """A dataclass from recorded values, with types checked and nothing looked up.
+    """Make a dataclass from recorded values; types are checked, and nothing is resolved.
 
     Raises:
-        OmegaConfBaseException, TypeError, ValueError: they do not fit.
+        OmegaConfBaseException, TypeError, ValueError: the values do not fit.
     """
     found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), literal(values)))
     assert isinstance(found, schema)

@@ -1,4 +1,4 @@
-"""Plug-ins: named, described choices, which other packages can add to by entry points.
+"""Plug-ins: choices with a name and a description; other packages can add choices by entry points.
 
 A package adds a choice of the kind ``criteria`` by an entry point in the group ``llmprune_criteria``.
 """
@@ -31,15 +31,15 @@ class Registry(Mapping[str, T]):
         """Make an empty registry.
 
         Args:
-            kind: its name, in the plural.
-            word: what one choice is called in messages.
+            kind: name of the registry, in the plural, such as "criteria".
+            word: word for one choice in messages, such as "criterion".
         """
         self._word = word
-        self.changes = 0  # how often a choice was registered: what follows from all choices is kept until the next
+        self.changes = 0  # number of registrations; results that depend on all choices are cached until the next one
         self._entries = catalogue.create("llmprune", kind, entry_points=True)
 
     def register(self, name: str) -> Callable[[C], C]:
-        """A decorator that registers a choice under ``name``."""
+        """Make a decorator that registers a choice under ``name``."""
 
         def decorate(choice: C) -> C:
             self._entries.register(name)(choice)
@@ -49,10 +49,10 @@ class Registry(Mapping[str, T]):
         return decorate
 
     def __getitem__(self, name: str) -> T:
-        """The choice called ``name``.
+        """The choice with the name ``name``.
 
         Raises:
-            UserError: there is none.
+            UserError: there is no such choice.
         """
         if name not in self._entries:
             raise UserError(f"there is no {self._word} '{name}'; {nearest(name, self)}")
@@ -60,36 +60,36 @@ class Registry(Mapping[str, T]):
         return choice
 
     def __iter__(self) -> Iterator[str]:
-        """The names of all choices, in the order they were registered in."""
+        """The names of all choices, in the order of registration."""
         return iter(self._entries.get_all())
 
     def __len__(self) -> int:
-        """How many choices there are."""
+        """The number of choices."""
         return len(self._entries.get_all())
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is a choice called ``name``."""
+        """Whether there is a choice with the name ``name``."""
         return name in self._entries
 
     def build(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """What the choice called ``name`` makes of arguments that a YAML gives.
+        """Call the choice ``name`` with arguments from a YAML, and return its result.
 
         Args:
-            name: of the choice.
-            arguments: of its call; None = none.
+            name: name of the choice.
+            arguments: keyword arguments of the call; None = no arguments.
 
         Raises:
-            UserError: there is no such choice, or it does not take these arguments.
+            UserError: there is no such choice, or it does not accept these arguments.
         """
         self.check_arguments(name, arguments)
         choice: Any = self[name]
         return choice(**(arguments or {}))
 
     def check_arguments(self, name: str, arguments: Mapping[str, Any] | None = None) -> None:
-        """See that ``build`` could be called with these.
+        """Check that ``build`` could be called with these arguments.
 
         Raises:
-            UserError: there is no such choice, or it does not take these arguments.
+            UserError: there is no such choice, or it does not accept these arguments.
         """
         choice: Any = self[name]
         if arguments is not None and not isinstance(arguments, Mapping):
@@ -100,5 +100,5 @@ class Registry(Mapping[str, T]):
             raise UserError(f"{self._word} '{name}': {error}") from None
 
     def describe(self) -> dict[str, str]:
-        """Every choice with its description."""
+        """The description of every choice, by name."""
         return {name: inspect.cleandoc(self[name].__doc__ or "").splitlines()[0] for name in self}

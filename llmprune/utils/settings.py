@@ -1,4 +1,4 @@
-"""Settings: dataclasses whose fields say which values are possible.
+"""Settings: dataclasses whose fields define the possible values.
 
 A ``Literal`` lists words, ``limited`` gives a range::
 
@@ -21,13 +21,13 @@ from llmprune.utils.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers that a setting may have; a bound that is ``None`` does not limit it.
+    """The range of numbers that a setting may have; a bound of ``None`` is no limit.
 
     Attributes:
-        least: the smallest number.
-        above: the number must be greater than this.
-        most: the greatest number.
-        below: the number must be smaller than this.
+        least: smallest number allowed.
+        above: lower bound; the number must be greater.
+        most: greatest number allowed.
+        below: upper bound; the number must be smaller.
     """
 
     least: float | None = None
@@ -46,7 +46,7 @@ class Range:
         )
 
     def __str__(self) -> str:
-        """The range in words that follow "it must".
+        """Text of the range that follows "it must" in a message.
 
         >>> str(Range(least=0, below=1))
         'lie in [0, 1)'
@@ -75,15 +75,15 @@ def limited(
     below: float | None = None,
     make: Any = dataclasses.MISSING,
 ) -> Any:
-    """A field of a settings dataclass that holds a number, or a list or mapping of numbers, within a range.
+    """Define a field of a settings dataclass for a number, or a list or mapping of numbers, within a range.
 
     Args:
-        default: of the field.
-        least: the smallest number.
-        above: the number must be greater than this.
-        most: the greatest number.
-        below: the number must be smaller than this.
-        make: makes the default of a field that holds a list or a mapping.
+        default: default value of the field.
+        least: smallest number allowed.
+        above: lower bound; the number must be greater.
+        most: greatest number allowed.
+        below: upper bound; the number must be smaller.
+        make: function that makes the default value of a field with a list or a mapping.
     """
     limits = {"range": Range(least, above, most, below)}
     if make is not dataclasses.MISSING:
@@ -92,11 +92,11 @@ def limited(
 
 
 def check_settings(settings: Any, key: str = "") -> None:
-    """See that every value of a settings dataclass, and of those within it, is one of its field's.
+    """Check that every value of a settings dataclass, and of the dataclasses within it, is allowed by its field.
 
     Args:
-        settings: the dataclass.
-        key: its place in the YAML, such as ``train``; the message names ``train.batch_size`` then.
+        settings: dataclass to check.
+        key: key of the dataclass in the YAML, such as ``train``; messages then name ``train.batch_size``.
 
     Raises:
         UserError: a word is not in the field's ``Literal``, or a number is out of its range.
@@ -116,15 +116,15 @@ def check_settings(settings: Any, key: str = "") -> None:
 
 
 def check_word(value: Any, hint: Any, key: str) -> None:
-    """See that a word is one of those that a field's type lists.
+    """Check that a word is one of those that a field's type lists.
 
     Args:
-        value: what the field has.
-        hint: the field's type; one that lists no words allows any value.
-        key: the field's place, for the message.
+        value: value of the field.
+        hint: type of the field; a type that lists no words allows any value.
+        key: key of the field, for the message.
 
     Raises:
-        UserError: it is another word.
+        UserError: the word is not in the list.
     """
     words = words_of(hint)
     if words and isinstance(value, str) and value not in words:
@@ -143,7 +143,7 @@ def words_of(hint: Any) -> tuple[str, ...]:
 
 
 def dataclass_in(hint: Any) -> Any:
-    """The dataclass in a type such as ``X`` or ``X | None``; ``None`` = it has none."""
+    """The dataclass in a type such as ``X`` or ``X | None``; ``None`` = there is no dataclass in it."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((option for option in options if dataclasses.is_dataclass(option)), None)
 
@@ -154,14 +154,14 @@ def hints_of(cls: Any) -> dict[str, Any]:
 
 
 def meanings_of(cls: Any) -> dict[str, str]:
-    """What a dataclass's docstring, and those that it inherits from, say of each attribute."""
+    """The descriptions of a dataclass's attributes from its docstring and those of its base classes, by name."""
     inherited = meanings_of(cls.__mro__[1]) if len(cls.__mro__) > 2 else {}
     told = parse(inspect.cleandoc(cls.__doc__ or ""), DocstringStyle.GOOGLE).params
     return inherited | {each.arg_name: " ".join((each.description or "").split()) for each in told}
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """A value, or those of a list or mapping, each with its place."""
+    """Yield a value, or the values in a list or mapping, each with its key."""
     if isinstance(value, list | tuple):
         for index, one in enumerate(value):
             yield from _leaves(one, f"{name}[{index}]")

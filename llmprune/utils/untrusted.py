@@ -1,4 +1,4 @@
-"""What comes in: folders that somebody else made are looked at before anything in them is used."""
+"""Checks of folders from other people, before anything in them is used."""
 
 import os
 from collections.abc import Iterator
@@ -10,19 +10,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from llmprune.utils.errors import UserError
 
 _POINTER = b"version https://git-lfs"
-_POINTER_BYTES = 1024  # no pointer is longer
-_DEPTH = 2  # folders of a model that files are read from
+_POINTER_BYTES = 1024  # largest size of a Git LFS pointer
+_DEPTH = 2  # depth of a model's folders that are checked
 
 
 def inspect(folder: Path) -> None:
-    """Look at the files of a model or tokenizer.
+    """Check the files of a model or tokenizer.
 
     Raises:
-        UserError: one is a link out of the folder (but for links into the hub's own cache), or a Git LFS pointer.
+        UserError: a file is a link out of the folder (other than into the hub's own cache), or a Git LFS pointer.
     """
     root = folder.resolve()
     allowed = [root, Path(constants.HF_HUB_CACHE).resolve()]
-    if root.parent.name == "snapshots":  # of a cache that was copied
+    if root.parent.name == "snapshots":  # a snapshot in a copied cache
         allowed.append(root.parent.parent / "blobs")
     for path in _entries(root, _DEPTH):
         if path.is_symlink():
@@ -34,7 +34,7 @@ def inspect(folder: Path) -> None:
 
 
 def _entries(folder: Path, depth: int) -> Iterator[Path]:
-    """Everything in a folder and in those below it, except in hidden ones."""
+    """Yield everything in a folder and its subfolders, except in hidden folders."""
     for path in sorted(folder.iterdir()):
         yield path
         if depth > 1 and path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
@@ -42,11 +42,11 @@ def _entries(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def open_tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder or the hub; code that comes with it is never run.
+    """Open a tokenizer from a folder or the hub; code in its folder is never run.
 
     Raises:
         UserError: see ``inspect``.
-        OSError, ValueError, TypeError: Transformers' own, if there is none that it can use.
+        OSError, ValueError, TypeError: Transformers' own exceptions, if it can use no tokenizer there.
     """
     if Path(place).is_dir():
         inspect(Path(place))

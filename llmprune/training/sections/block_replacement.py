@@ -1,4 +1,4 @@
-"""``block_replacement``: a light network in the place of a span of blocks."""
+"""``block_replacement``: a small network replaces a span of blocks."""
 
 import dataclasses
 import logging
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @SECTIONS.register("block_replacement")
 class BlockReplacementSection(Section[BlockReplacementConfig]):
-    """A light network that takes the place of a span of blocks."""
+    """A small network that replaces a span of blocks."""
 
     name = "block_replacement"
     settings = BlockReplacementConfig
@@ -52,15 +52,15 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
     _cache: StatesCache | None = None
 
     def files(self) -> list[str]:
-        """The plan."""
+        """The path of the plan, if the settings name one."""
         return [] if self.own.plan is None else [self.own.plan]
 
     def check_own(self) -> None:
-        """See that the settings name a span and do not contradict each other."""
+        """Check that the settings name a span and do not contradict each other."""
         self.own.check()
 
     def check_inputs(self, inputs: Inputs) -> None:
-        """See that the replacement module fits the model and the span."""
+        """Check that the replacement module fits the model and the span."""
         own, config, model_config = self.own, self.config, inputs.model_config
         if own.cache is not None and any(section.name == "dynamic_loading" for section in inputs.sections):
             raise UserError("the mix in block_replacement.cache can't change any more: take dynamic_loading=null")
@@ -78,7 +78,7 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
                 "and name the plan"
             )
         settings = own
-        if span is None:  # any will do but for what comes after it
+        if span is None:  # the position does not matter, except for the parts after the span that `also` names
             assert own.length is not None
             span = Span(max(family_of(model_config).shape(model_config).layers - own.length, 0), own.length)
             settings = replace(own, also=[])
@@ -86,31 +86,31 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
 
     @property
     def may_not_train(self) -> bool:
-        """A replacement module may only be computed."""
+        """True: without batches, the replacement module can still be computed."""
         return True
 
     @property
     def trains(self) -> bool:
-        """A replacement module may only be computed, or be none."""
+        """Whether the replacement module has weights that train; with no batches, it is only computed."""
         return Time.from_timestring(self.config.train.duration).value > 0 and self.own.trains
 
     def recorded(self) -> dict[str, Any]:
-        """The settings with the span that was found."""
+        """The settings, with the span that was found."""
         return {**(super().recorded() or {}), **({} if self._span is None else asdict(self._span))}
 
     def begin(self, build: Build) -> None:
-        """Find the span that the settings name, or that a run which goes on has found."""
+        """Find the span that the settings name, or the span that a resumed run has recorded."""
         self._span = given_span(self.own)
-        if self.own.plan is not None:  # its weights are compared when the run begins
+        if self.own.plan is not None:  # the model's weights are compared only when the run begins
             source = self.config.model.path if build.resume is None else None
             check_plan(Plan.load(self.own.plan), self.own.plan, source, build.inputs.model_config)
         if self._span is None and build.resume is not None:
             saved = Manifest.load(build.folder.checkpoints).sections.get(self.name)
-            if saved:  # another length is refused later
+            if saved:  # another length is refused later, by check_same_run
                 self._span = Span(saved["start"], self.own.length or saved["length"])
 
     def model_loaded(self, build: Build) -> None:
-        """Find the span whose ends are most alike, if none is named; keep the states on disk, if asked to."""
+        """Find the span whose ends are most alike, if none is named; prepare the cache of hidden states, if any."""
         if self._span is None:
             assert self.own.length is not None and build.model is not None
             samples = first_batches(self.config, build.inputs.data, self.own.score_samples)
@@ -122,7 +122,7 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
             self._cache = _make_cache(self.own.cache.folder, self.own.cache.samples, build, self._span)
 
     def dataset(self, build: Build) -> Dataset[Any] | None:
-        """The states on disk, if they are kept."""
+        """The cached hidden states, if the settings ask for a cache."""
         if self._cache is None:
             return None
         return CachedStates(
@@ -134,7 +134,7 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
         )
 
     def callbacks(self, build: Build) -> Iterable[Callback]:
-        """``BlockReplacement``."""
+        """The callback ``BlockReplacement``."""
         assert self._span is not None
         config, data, cache = self.config, build.inputs.data, self._cache
         return [
@@ -152,12 +152,12 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
 
     @classmethod
     def needs(cls, own: BlockReplacementConfig, model: PreTrainedModel, before: Needs) -> Needs:
-        """The replacement module, and what trains beside it."""
+        """Needs of the replacement module, and of the weights that train beside it."""
         span, network = planned_replacement(model, own)
         layers = family_of(model.config).shape(model.config).layers
         predicts = {"lm", "kl"} & set(own.weights)
         end = span.end if predicts else layers
-        places = own.blocks if own.kind == "blocks" else 1  # of the span, that the module takes
+        places = own.blocks if own.kind == "blocks" else 1  # blocks of the span that are taken by the module
         added = sum(p.numel() for p in network.parameters())
 
         def flops(length: int, also: int) -> int:
@@ -177,7 +177,7 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
     def install(
         cls, own: BlockReplacementConfig, checkpoint: Checkpoint, model: PreTrainedModel, *, newest: bool
     ) -> None:
-        """The replacement module computes in the span's place."""
+        """Install the replacement module in the span's place."""
         replaced = read_replaced(checkpoint, best=newest, model=model)
         for name, parameter in model.named_parameters():
             parameter.copy_(replaced.trained.get(name, parameter))
@@ -185,7 +185,7 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
 
     @classmethod
     def convert(cls, own: BlockReplacementConfig, checkpoint: Checkpoint, result: Result) -> Result:
-        """The span's blocks go, and the replacement module comes in their place."""
+        """Remove the span's blocks, and put the replacement module in their place."""
         replaced = read_replaced(checkpoint, best=result.newest)
         _say_which(replaced)
         plan = result.plan
@@ -194,10 +194,10 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
 
 
 def _make_cache(folder: str | None, samples: int, build: Build, span: Span) -> StatesCache:
-    """The states that are trained on; their size is known before anything is computed.
+    """Make the cache of hidden states that the run trains on; its size is checked before anything is computed.
 
     Raises:
-        UserError: they can't be kept there.
+        UserError: the states can't be kept in that folder.
     """
     config, data, model_config = build.config, build.inputs.data, build.inputs.model_config
     identity = {
@@ -217,7 +217,7 @@ def _make_cache(folder: str | None, samples: int, build: Build, span: Span) -> S
 
 
 def _say_which(replaced: Replaced) -> None:
-    """Name the replacement module that is exported, and what the model needs."""
+    """Log which replacement module is exported, and what is necessary to load the model."""
     if replaced.best is not None:
         log.warning(
             "the replacement module of batch %d is exported, whose held-out loss is the lowest: %.4f",

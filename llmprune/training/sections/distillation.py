@@ -1,4 +1,4 @@
-"""``distillation``: a teacher."""
+"""``distillation``: the model learns from a teacher."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -26,7 +26,7 @@ from llmprune.utils.errors import UserError
 
 @SECTIONS.register("distillation")
 class DistillationSection(Section[DistillationConfig]):
-    """A teacher whose predictions and states the model learns to give."""
+    """A teacher whose predictions and hidden states the model learns to reproduce."""
 
     name = "distillation"
     settings = DistillationConfig
@@ -34,15 +34,15 @@ class DistillationSection(Section[DistillationConfig]):
     places = ("teacher", "plan")
 
     def models(self) -> list[str]:
-        """The teacher."""
+        """The teacher's folder or hub name, if the settings name one."""
         return [] if self.own.teacher is None else [self.own.teacher]
 
     def files(self) -> list[str]:
-        """The plan."""
+        """The path of the plan, if the settings name one."""
         return [] if self.own.plan is None else [self.own.plan]
 
     def check_own(self) -> None:
-        """See that the objectives can be computed in this job."""
+        """Check that the objectives can be computed in this job."""
         self.own.check()
         if self.config.model.attention == "flash_attention_2" and self.own.teacher and self.own.dtype == "float32":
             raise UserError(
@@ -55,7 +55,7 @@ class DistillationSection(Section[DistillationConfig]):
             )
 
     def check_inputs(self, inputs: Inputs) -> None:
-        """See that the teacher, or what is kept of it, fits the model and the data."""
+        """Check that the teacher, or its kept predictions, fits the model and the data."""
         model, data = inputs.model_config, inputs.data.manifest
         if self.own.teacher is not None:
             _check_teacher(self.own.teacher, model, data)
@@ -64,21 +64,21 @@ class DistillationSection(Section[DistillationConfig]):
         self._correspondence = correspondence_of(self.config, self.own, model)
 
     def check_steps(self, job: str, *, again: bool) -> None:
-        """What compares states by one plan fits one step only."""
+        """Refuse settings that compare states by one plan, if the job has several plans."""
         if again and self.own.compares_states:
             raise UserError("states compare with the source's in the first round only: take the objectives kl and lm")
         if self.own.plan is not None or self.own.blocks is not None:
             raise UserError(f"what {job} recovers are models of several plans: leave out distillation.plan and blocks")
 
     def callbacks(self, build: Build) -> Iterable[Callback]:
-        """``Distillation``."""
+        """The callback ``Distillation``."""
         kept = self.own.teacher is None and self.config.section(L0PruningConfig) is None
         attention = self.config.model.attention
         return [Distillation(self.own, correspondence=self._correspondence, attention=attention, kept=kept)]
 
     @classmethod
     def needs(cls, own: DistillationConfig, model: PreTrainedModel, before: Needs) -> Needs:
-        """The teacher's weights, its pass, and the states that are compared."""
+        """Needs of the teacher's weights, its forward pass, and the states that are compared."""
         teacher, parameters, outside = None, 0, 0
         if own.teacher is not None:
             teacher = load_model_config(own.teacher)
@@ -130,15 +130,15 @@ def _check_kept(config: Config, settings: DistillationConfig, model: PretrainedC
 
 
 def correspondence_of(config: Config, settings: DistillationConfig, model: PretrainedConfig) -> Correspondence | None:
-    """How the model's states compare with its teacher's; None if they are not compared.
+    """The correspondence of the model's states and its teacher's; None if no states are compared.
 
     Args:
-        config: of the run.
-        settings: its section.
-        model: of the model that trains.
+        config: config of the run.
+        settings: settings of the run's ``distillation`` section.
+        model: Hugging Face config of the model that trains.
 
     Raises:
-        UserError: they can't be compared.
+        UserError: the states can't be compared.
     """
     if not settings.compares_states:
         return None
@@ -158,5 +158,5 @@ def correspondence_of(config: Config, settings: DistillationConfig, model: Pretr
         path = beside if beside.is_file() else None
     plan = None if path is None else Plan.load(path)
     if settings.plan is None and plan is not None and plan.source != family_of(teacher).shape(teacher):
-        plan = None  # of a later step than the one from this teacher
+        plan = None  # the plan of a later step, which did not begin from this teacher
     return corresponding(student, family_of(teacher).shape(teacher), plan, settings.blocks)

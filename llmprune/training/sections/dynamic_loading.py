@@ -20,13 +20,13 @@ class DynamicLoadingSection(Section[DynamicLoadingConfig]):
 
     name = "dynamic_loading"
     settings = DynamicLoadingConfig
-    decides = ("train.eval_interval",)  # after evaluations the mix changes
+    decides = ("train.eval_interval",)  # the mix changes after evaluations
     mixes = True
 
     def check_inputs(self, inputs: Inputs) -> None:
-        """See that the domains have what the update needs; the references are read now."""
+        """Check that the domains have what the update rule needs; the reference losses are read now."""
         own, config, data = self.own, self.config, inputs.data.manifest
-        own.references = read_references(own.references)  # a run keeps them, whatever becomes of the file
+        own.references = read_references(own.references)  # the run keeps the values, even if the file changes later
         domains = sorted(data.domains)
         if own.update == "schedule" and config.data.weights is not None:
             raise UserError("dynamic_loading.schedule has the weights of the whole run: leave data.weights out")
@@ -42,6 +42,6 @@ class DynamicLoadingSection(Section[DynamicLoadingConfig]):
             raise UserError("dynamic_loading changes weights after evaluations: set train.eval_interval")
 
     def callbacks(self, build: Build) -> Iterable[Callback]:
-        """``DynamicLoading``."""
+        """The callback ``DynamicLoading``."""
         assert build.stream is not None
         return [DynamicLoading(self.own, build.stream, build.evaluated.values())]

@@ -18,11 +18,11 @@ class EvaluationSection(Section[LiveEvaluationConfig]):
     settings = LiveEvaluationConfig
 
     def begin(self, build: Build) -> None:
-        """Load tasks and texts before the model."""
+        """Load tasks and texts, before the model is loaded."""
         from llmprune.evaluation.live import LiveEvaluation  # lm-eval takes seconds to import
 
         self._live = LiveEvaluation(self.own, build.inputs.model_config, build.inputs.tokenizer)
 
     def callbacks(self, build: Build) -> Iterable[Callback]:
-        """``Evaluation``."""
+        """The callback ``Evaluation``."""
         return [Evaluation(self._live.measure)]

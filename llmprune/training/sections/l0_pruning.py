@@ -24,14 +24,14 @@ from llmprune.pruning.gates.shape_record import is_chosen, save_shape
 from llmprune.training.section import Build, Inputs, Section
 from llmprune.utils.ranks import on_rank_zero
 
-UNFINISHED = 0.02  # distance from the target sparsity that is worth a warning
+UNFINISHED = 0.02  # a larger distance from the target sparsity causes a warning
 
 log = logging.getLogger(__name__)
 
 
 @SECTIONS.register("l0_pruning")
 class L0PruningSection(Section[L0PruningConfig]):
-    """Learned gates that come to a shape or a size."""
+    """Learned gates that reach a target shape or a target size."""
 
     name = "l0_pruning"
     settings = L0PruningConfig
@@ -42,24 +42,24 @@ class L0PruningSection(Section[L0PruningConfig]):
 
     @classmethod
     def durations(cls, own: L0PruningConfig) -> dict[str, tuple[str, int]]:
-        """The warm-up of the target."""
+        """The warm-up of the target sparsity."""
         return {"lagrangian_warmup": (own.lagrangian_warmup, 0)}
 
     def check_inputs(self, inputs: Inputs) -> None:
-        """See that the model can come to the target."""
+        """Check that the model can reach the target."""
         make_goal(inputs.model_config, self.own)
 
     @property
     def needs_evaluation(self) -> str | None:
-        """The uniform shapes of a size are compared."""
+        """The setting ``target_sparsity``: its candidates for the uniform shape are compared on evaluation samples."""
         return None if self.own.target_sparsity is None else "the last report of l0_pruning.target_sparsity"
 
     def callbacks(self, build: Build) -> Iterable[Callback]:
-        """``L0Pruning``."""
+        """The callback ``L0Pruning``."""
         return [L0Pruning(self.own, seed=self.config.run.seed, folder=build.folder.gates)]
 
     def ended(self, trainer: Trainer, folder: RunFolder) -> bool:
-        """Choose the uniform shape of the size wanted; also if the run was killed after its last checkpoint."""
+        """Choose the uniform shape of the wanted size; also if the run was killed after its last checkpoint."""
         batch = trainer.state.timestamp.batch.value
         if self.own.target_sparsity is None or on_rank_zero(lambda: is_chosen(folder.checkpoints, batch)):
             return False
@@ -68,13 +68,13 @@ class L0PruningSection(Section[L0PruningConfig]):
 
     @classmethod
     def needs(cls, own: L0PruningConfig, model: PreTrainedModel, before: Needs) -> Needs:
-        """The gates and their multipliers."""
+        """Needs of the gates and their Lagrange multipliers."""
         gates = GateSet(family_of(model.config).shape(model.config), make_goal(model.config, own))
         return dataclasses.replace(before, gates=sum(p.numel() for p in gates.parameters()))
 
     @classmethod
     def install(cls, own: L0PruningConfig, checkpoint: Checkpoint, model: PreTrainedModel, *, newest: bool) -> None:
-        """The gates multiply, as they would at the end."""
+        """Attach the gates with the factors that they would have at the end of training."""
         gates = checkpoint.gates()
         assert gates is not None
         factors = gates.factors(gates.at_target())
@@ -82,7 +82,7 @@ class L0PruningSection(Section[L0PruningConfig]):
 
     @classmethod
     def convert(cls, own: L0PruningConfig, checkpoint: Checkpoint, result: Result) -> Result:
-        """The plan is what the gates decide."""
+        """Set the plan that the gates decide."""
         gates = checkpoint.gates()
         assert gates is not None
         _warn_of_unfinished(gates)
@@ -90,7 +90,7 @@ class L0PruningSection(Section[L0PruningConfig]):
 
 
 def _warn_of_unfinished(gates: GateSet) -> None:
-    """Say so if the gates are not yet near their target: the cut model is then another one than the gated."""
+    """Log a warning if the gates are far from their target: the cut model then differs from the gated model."""
     far = {
         name: (rows.mean().item(), gates.goal.targets[name])
         for name, rows in gates.sparsity().items()
@@ -106,10 +106,10 @@ def _warn_of_unfinished(gates: GateSet) -> None:
 
 
 def choose_shape(trainer: Trainer, run: RunFolder) -> None:
-    """Choose the uniform shape that is cut, and say what it costs that every block has the same.
+    """Choose the uniform shape to cut to, and print the cost of one shape for every block.
 
-    The shapes of the size wanted that follow from the gates are evaluated under the gates, before anything is cut. The
-    choice lies beside the checkpoints, where ``convert`` finds it.
+    The candidate shapes of the wanted size that follow from the gates are evaluated under the gates, before anything is
+    cut. The choice is saved in the folder of the checkpoints, where ``convert`` finds it.
     """
     pruning = next(callback for callback in trainer.state.callbacks if isinstance(callback, L0Pruning))
     gates = pruning.gates

@@ -1,4 +1,4 @@
-"""``lora``: adapters of low rank."""
+"""``lora``: low-rank adapters."""
 
 import importlib.util
 from collections.abc import Iterable, Mapping
@@ -22,21 +22,21 @@ from llmprune.utils.errors import UserError
 
 @SECTIONS.register("lora")
 class LoRASection(Section[LoRAConfig]):
-    """Adapters of low rank beside frozen matrices."""
+    """Low-rank adapters beside frozen matrices."""
 
     name = "lora"
     settings = LoRAConfig
     places = ()
     fixed = ("rank", "alpha", "dropout", "targets", "quantize")
-    decides = ("train.microbatch_size",)  # dropout depends on it
+    decides = ("train.microbatch_size",)  # the microbatch size changes dropout
     chooses_weights = True
 
     def check_inputs(self, inputs: Inputs) -> None:
-        """See that the model has such matrices."""
+        """Check that the model has the target matrices."""
         lora_targets(inputs.model_config, self.own.targets)
 
     def check_own(self) -> None:
-        """See that there are weights to train beside, and that they can be held so."""
+        """Check that there is a pretrained model, and that its weights can be held in the configured format."""
         own, config = self.own, self.config
         if config.model.path is None:
             raise UserError("adapters train beside a model's weights: name it with model.path")
@@ -55,16 +55,16 @@ class LoRASection(Section[LoRAConfig]):
             )
 
     def quantization(self, inputs: Inputs) -> Any:
-        """Of the blocks' matrices, to four bits."""
+        """Four-bit quantisation of the blocks' matrices, if the settings ask for it."""
         return None if self.own.quantize is None else quantization(inputs.model_config, DTYPES[self.config.model.dtype])
 
     def callbacks(self, build: Build) -> Iterable[Callback]:
-        """``LowRankAdaptation``."""
+        """The callback ``LowRankAdaptation``."""
         return [LowRankAdaptation(self.own, seed=self.config.run.seed)]
 
     @classmethod
     def needs(cls, own: LoRAConfig, model: PreTrainedModel, before: Needs) -> Needs:
-        """The adapters alone learn; the blocks may have four bits."""
+        """Needs of the adapters, which alone learn; the blocks may be quantised to four bits."""
         with torch.device("meta"):
             added = sum(p.numel() for p in add_adapters(model, own, 0))
         return replace(
@@ -78,17 +78,17 @@ class LoRASection(Section[LoRAConfig]):
 
     @classmethod
     def source_name(cls, own: LoRAConfig, name: str) -> str | None:
-        """Adapters are new; the matrices beside them have another name."""
+        """The name of the adapted matrix without the adapter's part; None for adapters, which are new."""
         return base_name(name)
 
     @classmethod
     def weights(cls, own: LoRAConfig, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Adapters are merged into the matrices beside them."""
+        """The model's weights with the adapters merged into the adapted matrices."""
         return AdaptedWeights(stored, own)
 
 
 def _adapt(model: PreTrainedModel, config: LoRAConfig, device: str) -> None:
-    """Add adapters that keep what they drop as they do on the device: GPUs note it in a byte."""
+    """Add adapters whose dropout keeps the same tensors for the backward pass as on the device: on GPUs, a mask."""
     add_adapters(model, config, 0)
     for module in model.modules():
         if device == "cuda" and isinstance(module, nn.Dropout):

@@ -1,4 +1,4 @@
-"""``trainable``: which weights train."""
+"""``trainable``: the choice of weights that train."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -17,7 +17,7 @@ from llmprune.training.section import Build, Inputs, Section
 
 @SECTIONS.register("trainable")
 class TrainableSection(Section[TrainableConfig]):
-    """The weights that train; all others stay as they are, bit for bit."""
+    """The weights that train; all others remain unchanged, bit for bit."""
 
     name = "trainable"
     settings = TrainableConfig
@@ -26,20 +26,20 @@ class TrainableSection(Section[TrainableConfig]):
     chooses_weights = True
 
     def check_own(self) -> None:
-        """See that something trains, and that every point of the run is one."""
+        """Check that something trains, and that every key of ``later`` is a point of the run."""
         self.own.check()
 
     def check_inputs(self, inputs: Inputs) -> None:
-        """See that the model has these parts."""
+        """Check that the model has the named parts."""
         with torch.device("meta"):
             phases(AutoModelForCausalLM.from_config(inputs.model_config), self.own.parameters, self.own.later)
 
     def callbacks(self, build: Build) -> Iterable[Callback]:
-        """``PartialTraining``."""
+        """The callback ``PartialTraining``."""
         return [PartialTraining(self.own)]
 
     @classmethod
     def needs(cls, own: TrainableConfig, model: PreTrainedModel, before: Needs) -> Needs:
-        """The parts that train at some time."""
+        """Needs of all parts that train at any time of the run."""
         parts = [own.parameters, *own.later.values()]
         return replace(before, names={name for each in parts for name in parameter_names_of(model, each)})

@@ -84,9 +84,9 @@ class Section(Generic[S]):
             environment variables; None = all keys.
         prunes: whether the section makes the model smaller.
         chooses_weights: whether the section decides which of the model's weights train.
-            no_auto_microbatch: condition under which ``train.microbatch_size=auto`` can't be used, such as "while gates
-                train"; None = it can always be used.
-            = it works.
+        mixes: whether the section decides the weights of the domains.
+        no_auto_microbatch: condition under which ``train.microbatch_size=auto`` can't be used, such as "while gates
+            train"; None = it can always be used.
     """
 
     name: ClassVar[str]

@@ -5,22 +5,22 @@ from typing import Literal
 
 from llmprune.utils.settings import limited
 
-WORKERS = 64  # loader processes of a rank, at most
+WORKERS = 64  # largest number of loader processes per rank
 
 
 @dataclass
 class CalibrationConfig:
-    """Calibration samples.
+    """The calibration samples.
 
     Attributes:
-        path: a folder prepared by ``python -m data_prep tokenize`` (its training split is used), or text, Markdown or
+        path: folder prepared by ``python -m data_prep tokenize`` (its training split is used), or text, Markdown or
             JSON lines (a file or a folder, plain, .gz or .zst).
-        samples: how many.
-        length: tokens of each.
-        bos: put a BOS before every sample (``each``), before the first one (``first``) or nowhere (``none``); it counts
-            as one of the tokens.
-        text_field: the field of a JSON record that holds the text.
-        seed: of the choice among prepared samples.
+        samples: number of samples.
+        length: number of tokens in each sample.
+        bos: place of BOS tokens: before every sample (``each``), before the first sample (``first``) or nowhere
+            (``none``); a BOS counts as one of the sample's tokens.
+        text_field: name of the field of a JSON record that contains the text.
+        seed: seed of the random choice among prepared samples.
     """
 
     path: str | None = None
@@ -33,11 +33,13 @@ class CalibrationConfig:
 
 @dataclass
 class CacheConfig:
-    """Where each machine keeps shards of remote or compressed data.
+    """The folder in which each machine keeps shards of remote or compressed data.
 
     Attributes:
-        folder: null = one in the system's temporary folder. Give a folder to read any data through a faster disk.
-        limit: such as 200gb: the shards used longest ago make room, and those under way may exceed it. Null = none.
+        folder: folder of the cache; null = one in the system's temporary folder. With a folder, data of any kind are
+            read through it, for example on a faster disk.
+        limit: largest size of the cache, such as 200gb: the shards not used for the longest time are deleted; shards
+            being downloaded may exceed it. null = no limit.
     """
 
     folder: str | None = None

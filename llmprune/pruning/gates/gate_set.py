@@ -1,4 +1,4 @@
-"""All gates of a model: what is learned, and what it decides."""
+"""All gates of a model: their parameters, their values and the plan made from them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,16 +18,16 @@ from llmprune.utils.errors import UserError
 
 @dataclasses.dataclass
 class Factors:
-    """What the gates multiply, float32; None = nothing.
+    """The factors of a model's gates, float32; None = no factor.
 
     Attributes:
-        hidden: [hidden], on the embedding's output and every norm's weight.
-        attention: [blocks, hidden], on what every attention adds to the residual stream.
-        mlp: [blocks, hidden], on what every MLP adds to it.
-        query: [blocks, heads · head size], on the columns of the attention output.
-        channel: [blocks, intermediate], on the columns of the MLP output.
-        kept: by dimension (``hidden`` [hidden], ``query`` [blocks, heads · head size], ``key_value`` [blocks, groups ·
-            head size]), 1 where anything stays and 0 elsewhere: norms take their statistics over what stays.
+        hidden: factors of the embedding's output and of every norm's weight, [hidden].
+        attention: factors of every attention's contribution to the residual stream, [blocks, hidden].
+        mlp: factors of every MLP's contribution to the residual stream, [blocks, hidden].
+        query: factors of the columns of the attention output, [blocks, heads · head size].
+        channel: factors of the columns of the MLP output, [blocks, intermediate].
+        kept: masks by dimension (``hidden`` [hidden], ``query`` [blocks, heads · head size], ``key_value`` [blocks,
+            groups · head size]): 1 for places that stay, else 0; norms compute their statistics over places that stay.
     """
 
     hidden: Tensor | None = None
@@ -49,7 +49,7 @@ class Factors:
         kv_heads: int,
         head_dim: int,
     ) -> "Factors":
-        """The factors whose heads are ``heads`` [blocks, heads], and what norms have to know of them."""
+        """The factors from gates of heads, ``heads`` [blocks, heads], with the masks that norms need."""
         kept = {} if hidden is None else {"hidden": _nonzero(hidden)}
         query = None
         if heads is not None:
@@ -59,12 +59,12 @@ class Factors:
         return cls(hidden=hidden, attention=attention, mlp=mlp, query=query, channel=channel, kept=kept)
 
     def trainable(self) -> dict[str, Tensor]:
-        """The factors that gradients flow to, by name."""
+        """The factors that receive gradients, by name."""
         names = ("hidden", "attention", "mlp", "query", "channel")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def detached(self) -> "Factors":
-        """The same values as leaves that collect their own gradients."""
+        """A copy whose factors are leaves that collect their own gradients."""
         leaves: dict[str, Any] = {
             name: value.detach().contiguous().requires_grad_() for name, value in self.trainable().items()
         }
@@ -72,24 +72,24 @@ class Factors:
 
 
 class GateSet(nn.Module):
-    """The gates that lead a model to a goal, and their Lagrange multipliers.
+    """The gates that prune a model to a goal, and their Lagrange multipliers.
 
     Parameters (float32): ``log_alpha.KIND`` of the kind's size; ``linear.CONSTRAINT`` and ``quadratic.CONSTRAINT`` (λ1
-    and λ2) with one entry per row. They belong to no model: whoever owns the set trains it.
+    and λ2) with one entry per row. They are not part of a model; the owner of the set trains them.
 
     Attributes:
         source: shape of the model.
-        goal: what the gates are to come to.
-        chosen: how many gates of every row stay in the model that is cut, by kind; None = what the goal says.
+        goal: shape or sparsity that the gates should reach.
+        chosen: number of gates of every row that stay in the pruned model, by kind; None = the goal's number.
     """
 
     def __init__(self, source: Shape, goal: Goal, seed: int = 0) -> None:
-        """Gates that are all open.
+        """Create gates that are all open.
 
         Args:
             source: shape of the model.
-            goal: what they are to come to.
-            seed: of the gates' start, N(5, 0.01).
+            goal: shape or sparsity that the gates should reach.
+            seed: seed of the initial log α, N(5, 0.01).
         """
         super().__init__()
         self.source, self.goal = source, goal
@@ -116,12 +116,12 @@ class GateSet(nn.Module):
     def at_target(self) -> dict[str, Tensor]:
         """The deterministic gates with exactly the goal's number of zeros in every row.
 
-        Of several shapes that the goal allows it is the one that was ``chosen``, else the first.
+        If the goal allows several shapes, the ``chosen`` one is used, else the first.
         """
         counts = self.chosen or self.goal.counts(self.keep_probability())[0]
         zeros = {kind: size[-1] - counts[kind] for kind, size in self.sizes.items()}
         log_alpha: dict[str, Tensor] = {kind: value.detach() for kind, value in self.log_alpha.items()}
-        if LAYER in zeros:  # the sub-layers of removed blocks go before all others
+        if LAYER in zeros:  # sub-layers of removed blocks are removed first
             gone = hard_concrete.deterministic(log_alpha[LAYER], zeros[LAYER]) == 0
             log_alpha |= {
                 kind: log_alpha[kind].masked_fill(gone, -torch.inf) for kind in (ATTENTION, MLP) if kind in zeros
@@ -130,7 +130,7 @@ class GateSet(nn.Module):
 
     @torch.no_grad()
     def as_expected(self) -> dict[str, Tensor]:
-        """The deterministic gates with as many zeros in every row as are expected of it now."""
+        """The deterministic gates with the currently expected number of zeros in every row."""
         return {
             kind: hard_concrete.deterministic(
                 self.log_alpha[kind].detach(), ((1 - keep.mean(-1)) * keep.shape[-1]).round().long()
@@ -147,7 +147,7 @@ class GateSet(nn.Module):
         return self.goal.sparsity(self.keep_probability())
 
     def targets(self, start: float, progress: float) -> dict[str, float]:
-        """Every constraint's target sparsity after ``progress`` (0 … 1) of the warm-up that begins at ``start``."""
+        """The target sparsity of every constraint after ``progress`` (0 … 1) of a warm-up from ``start``."""
         return {name: warmed_up(target, min(start, target), progress) for name, target in self.goal.targets.items()}
 
     def constraint(self, targets: Mapping[str, float]) -> Tensor:
@@ -165,7 +165,7 @@ class GateSet(nn.Module):
             log_alpha.clamp_(-hard_concrete.LOG_ALPHA_LIMIT, hard_concrete.LOG_ALPHA_LIMIT)
 
     def factors(self, gates: Mapping[str, Tensor]) -> Factors:
-        """What ``gates`` (values of every kind) multiply in the model."""
+        """The factors of ``gates`` (values of every kind) in the model."""
         hidden, heads = gates.get(HIDDEN), self._heads(gates)
         device = next(iter(gates.values())).device
         residual: dict[str, Tensor] = {}
@@ -186,17 +186,18 @@ class GateSet(nn.Module):
         )
 
     def _heads(self, gates: Mapping[str, Tensor]) -> Tensor | None:
-        """The gate of every query head, [blocks, heads]: its group's times its own."""
+        """The gate of every query head, [blocks, heads]: its group's gate times its own."""
         group, head = gates.get(KV_GROUP), gates.get(HEAD)
         if head is None:
             return None if group is None else group.repeat_interleave(self.source.heads_per_group, dim=1)
         return cast(Tensor, _product(head, None if group is None else group[..., None])).flatten(1)
 
     def plan(self, family: str, model: str) -> Plan:
-        """The plan that the gates have come to, soft gates folded in.
+        """The plan of the current gates, with soft gates folded in.
 
-        A sub-layer that goes alone takes its block with it where the kept sub-layers before and after it can share
-        one; otherwise it stays in its block with a factor of zero, because no config can leave it out.
+        If only one sub-layer of a block is removed, the block is removed with it where the kept sub-layers before and
+        after it can share a block; otherwise the sub-layer stays in its block with a factor of zero, because no config
+        can leave it out.
 
         Args:
             family: name of the model's family.
@@ -247,10 +248,10 @@ def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _pair(attentions: list[int], mlps: list[int]) -> list[tuple[int, int]]:
-    """The fewest blocks that hold these sub-layers in the source's order: (attention's, MLP's number) of each.
+    """The fewest blocks that contain these sub-layers in the source's order: (attention's, MLP's number) of each.
 
-    An attention shares a block with the next sub-layer that stays if that is an MLP. One that finds no partner is
-    beside its own block's other sub-layer, which does not stay.
+    An attention shares a block with the next sub-layer that stays if that is an MLP. A sub-layer without such a partner
+    is paired with the other sub-layer of its own block, which does not stay.
     """
     order = sorted([(index, 0) for index in attentions] + [(index, 1) for index in mlps])
     pairs = []

@@ -104,7 +104,7 @@ class GateSet(nn.Module):
         self.quadratic = nn.ParameterDict({name: nn.Parameter(torch.zeros(rows)) for name, rows in goal.rows.items()})
 
     def sample(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """One draw of every gate; the noise comes from ``generator`` (on the CPU, so that devices agree)."""
+        """A random sample of every gate; the noise is made on the CPU by ``generator``, so that all devices agree."""
         return {
             name: hard_concrete.sample(
                 log_alpha, torch.rand(log_alpha.shape, generator=generator).to(log_alpha.device, non_blocking=True)

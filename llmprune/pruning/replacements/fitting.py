@@ -77,7 +77,7 @@ class Sums:
 
 
 def best_map(ways: Sequence[Map], tried: Sums) -> Map:
-    """The map with the lowest error on tokens that no map was fitted on; an empty map if all are worse than it."""
+    """The map with the lowest error on tokens that no map was fitted on; an empty map if none is better."""
     errors = [error if math.isfinite(error := tried.error(way)) else math.inf for way in (Map(), *ways)]
     place = errors.index(min(errors))
     share, chosen = errors[place] / errors[0] if errors[0] else 0.0, f"map {place}" if place else "nothing"

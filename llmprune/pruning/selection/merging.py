@@ -81,7 +81,7 @@ def _mixture(parts: list[Mixture]) -> Mixture:
 
 @contextmanager
 def _merged_weights(scored: ScoredModel, members: list[int]) -> Iterator[Callable[[], None]]:
-    """The first of some blocks merged with the others; undone at the end unless the yielded function was called."""
+    """While open, the first block is merged with the others; undone at the end unless the function is called."""
     blocks = scored.model.get_submodule(family_of(scored.model.config).blocks)
     assert isinstance(blocks, nn.ModuleList)
     first, *others = (dict(blocks[member].named_parameters()) for member in members)

@@ -27,7 +27,7 @@ class FolderConfig:
 
     Attributes:
         name: name of the run, used by the loggers and in the default folder.
-        folder: folder that everything the run writes goes to.
+        folder: folder that the run writes all its files to.
         overwrite: delete the files that llmprune wrote to the folder before.
         offline: use no network; files that are missing are named before any work (``llmprune download`` gets them).
     """
@@ -44,7 +44,7 @@ class RunConfig(FolderConfig):
 
     Attributes:
         name: name of the run, used by the loggers and in the default folder.
-        folder: folder that everything the run writes goes to.
+        folder: folder that the run writes all its files to.
         overwrite: delete the files that llmprune wrote to the folder before.
         offline: use no network; files that are missing are named before any work (``llmprune download`` gets them).
         seed: seed of random weights, of the order of the data and of the gates.

@@ -17,7 +17,7 @@ STATE_DICTS = {"sharded": "sharded", "whole": "full"}  # our name: Composer's na
 
 @dataclass
 class ShardingConfig:
-    """Sharding over ranks (FSDP2); without this section every rank holds the whole model and optimiser state.
+    """Sharding over ranks (FSDP2); without this section every rank has the whole model and optimizer state.
 
     Attributes:
         replicas: number of groups of ranks that each hold the whole model, sharded within the group (hybrid sharding);

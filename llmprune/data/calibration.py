@@ -89,7 +89,7 @@ def _from_text(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) ->
 def _tokens(
     config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, wanted: int, text_bytes: int | None
 ) -> list[int]:
-    """At least ``wanted`` tokens, if there are so many; of a long text only the beginning is read and tokenised."""
+    """At least ``wanted`` tokens, if the text has enough; of a long text only the beginning is read and tokenised."""
     assert config.path is not None
     tokens: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -1,10 +1,10 @@
 """The layout of prepared data, shared by the writer (data_prep) and the readers.
 
 DATA/
-  manifest.json                what is here and which tokenizer made it
-  tokenizer/                   that tokenizer
+  manifest.json                contents of the folder, and fingerprint of the tokenizer
+  tokenizer/                   tokenizer that made the token ids
   DOMAIN/train/index.json …    MDS shards; one sample = ``sequence_length`` token ids, the places where documents
-                               begin or go on (0 always) and, for conversations, which tokens are learned
+                               begin or continue (always 0) and, for conversations, which tokens are learned
   DOMAIN/eval/index.json …
 """
 

@@ -62,7 +62,7 @@ def logits_of(model: PreTrainedModel, batch: Batch) -> Tensor:
 def run_model(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The logits of a batch by a model's forward pass, [batch, length, vocabulary].
 
-    Attention restarts wherever ``position_ids`` restart. Flash attention gets the bounds as arguments; for other
+    Attention restarts where ``position_ids`` restart. Flash attention gets the bounds as arguments; for other
     attentions Transformers makes the masks from the positions, with the windows of sliding-window models; a few
     families need a mask.
     """

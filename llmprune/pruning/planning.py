@@ -302,7 +302,7 @@ def compare(scores: Scores, config: PlanConfig) -> dict[str, list[int]]:
     """The blocks that each criterion would remove: for blocks those with the lowest scores, for spans the best span.
 
     Raises:
-        UserError: so many blocks can't be removed.
+        UserError: this number of blocks can't be removed.
     """
     gone = {}
     for criteria, method in ((scores.blocks, "lowest"), (scores.spans, "span")):

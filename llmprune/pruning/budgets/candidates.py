@@ -22,8 +22,8 @@ class CandidatesConfig:
     The job's section ``plan`` contains the settings that all candidates share.
 
     Attributes:
-        criteria: criteria of blocks (the blocks with the lowest scores are removed), criteria of spans (the span whose
-            ends are most alike is removed), or ``greedy``.
+        criteria: criteria of blocks (the blocks with the lowest scores are removed), criteria of spans (the span with
+            the most similar ends is removed), or ``greedy``.
         remove: numbers of blocks to remove, each for its own candidates; 0 = none.
         unit_criteria: criteria of heads, channels and hidden dimensions.
         shapes: sizes of the pruned model, any of hidden, heads, kv_heads, intermediate, experts, and layers in place of

@@ -33,7 +33,7 @@ def check_kinds(kinds: Collection[str]) -> None:
     """Check that these kinds of gates can be trained together.
 
     Raises:
-        UserError: they can't be trained together; the message gives the reason.
+        UserError: they can't be trained together; the message contains the reason.
     """
     known = (*WIDTH, *DEPTH)
     for kind in kinds:

@@ -28,8 +28,8 @@ class BlockReplacementConfig:
     Attributes:
         plan: path of a plan.json whose removed blocks are the span; null = the span is given by ``start`` and
             ``length``.
-        start: number of the span's first block; null = of all spans of ``length`` blocks, the one whose ends are most
-            alike (cosine).
+        start: number of the span's first block; null = of all spans of ``length`` blocks, the one with the most similar
+            ends (cosine).
         length: number of blocks in the span.
         score_samples: number of training samples on which the span is chosen if ``start`` is null.
         kind: name of a registered replacement module: none, mean, linear, closed_form, ffn, swiglu or blocks.

@@ -63,7 +63,7 @@ def merge(request: Request) -> tuple[KeptBlock, ...]:
 
 
 def _kept(block: int, mixture: Mixture) -> KeptBlock:
-    """A block of the merged model, with its place and kind of attention, whatever blocks it is merged from."""
+    """A block of the merged model, with the place and the kind of attention of the source's block."""
     if mixture == {block: 1.0}:
         return KeptBlock.whole(block)
     return KeptBlock(block, block, merge=tuple(sorted(mixture.items())))

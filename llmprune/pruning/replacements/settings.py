@@ -43,8 +43,8 @@ class BlockReplacementConfig:
         also: weights that train besides the replacement module: output, final_norm, block.N after the span.
         fit_samples: number of training samples that mean, linear and closed_form are computed from, before any
             training.
-        ridge: ridge of the fits of mean, linear and closed_form, as a multiple of the mean square of their inputs; null
-            = the one with the lowest loss on the quarter of the samples that is not fitted on.
+        ridge: ridge of the fits of linear and closed_form, as a multiple of the mean square of their inputs; null = the
+            one with the lowest error on the quarter of the samples that is not fitted on.
         force: keep the computed module even if it is no better than no module in the span's place.
         cache: cache of hidden states, only with the objectives ``mse`` and ``cosine``; null = none.
     """

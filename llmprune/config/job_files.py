@@ -1,6 +1,6 @@
 """Jobs as YAML files: reading, writing, describing.
 
-A job is one YAML file, which may name another as its ``base``, and ``key=value`` overrides.
+A job is one YAML file, with ``key=value`` overrides. It may name another YAML file as its ``base``.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ from llmprune.utils.recorded_settings import as_typed, literal, remember
 from llmprune.utils.settings import check_settings, check_word, dataclass_in, hints_of, meanings_of
 
 J = TypeVar("J")
-MOST = 1e30  # of a setting: what float32 holds, and no run needs
+MOST = 1e30  # largest number of a setting: within float32, and more than any run needs
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Config | ScoringConfig:
-    """Read the YAML of any job and apply overrides; its key ``job`` says which it is (``config/jobs.py``).
+    """Read the YAML of any job and apply overrides; its key ``job`` names the kind of job (``config/jobs.py``).
 
     Args:
-        path: the YAML file.
-        overrides: ``section.key=value``, later ones win; a value in braces replaces the whole mapping.
+        path: path of the YAML file.
+        overrides: texts ``section.key=value``; later ones win; a value in braces replaces the whole mapping.
 
     Raises:
         UserError: the file can't be read, a key is unknown, a value has the wrong type or is missing.
@@ -64,16 +64,16 @@ def load_training_job(path: str | Path, overrides: Sequence[str] = ()) -> Config
     """Read the YAML of a job that trains and apply overrides.
 
     Raises:
-        UserError: see ``load_job``; or it is a job of another kind.
+        UserError: see ``load_job``; or the job is of another kind.
     """
     return training_job(load_job(path, overrides), path)
 
 
 def training_job(config: Config | ScoringConfig, path: str | Path = "the config") -> Config:
-    """The config of a job, if all it does is to train.
+    """The config of a job, if the job only trains.
 
     Raises:
-        UserError: it is a job of another kind.
+        UserError: the job is of another kind.
     """
     if not isinstance(config, Config) or JOBS[config.job].schema is not Config:
         raise UserError(f"{path} is another kind of job ({config.job}): run it with `composer train.py`")
@@ -87,7 +87,7 @@ def _schema_of(job: Job) -> type[Any]:
 
 
 def load_recorded(path: Path) -> Config | ScoringConfig:
-    """Read the config.yaml of a run, whoever wrote it: nothing in it is looked up, and no other file is read.
+    """Read a run's config.yaml from any source: interpolations stay texts, and no other file is read.
 
     Raises:
         UserError: see ``load_job``.
@@ -122,7 +122,7 @@ def _load(path: str | Path, loaded: dict[str, Any], overrides: Sequence[str], sc
 
 
 def _given(override: str, key: str, text: str) -> Any:
-    """The sections with nothing but an override, in which interpolations stay as they are typed."""
+    """A mapping of sections that contains only an override, with interpolations as they are written."""
     try:
         check_yaml(text)
         return OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
@@ -142,7 +142,7 @@ def _parts(key: str) -> list[Any]:
 
 
 def _lay_over(sections: dict[str, Any], given: Any, depth: int) -> None:
-    """Give the value in ``given``, so many names below, the place of what stands there in ``sections``."""
+    """Replace a value in ``sections`` by the one in ``given`` that is ``depth`` names below the top."""
     for _ in range(depth - 1):
         ((name, given),) = given.items()
         if not isinstance(sections.get(name), dict):
@@ -165,7 +165,7 @@ def _built(merged: Any, schema: type[J], path: str | Path) -> J:
 
 
 def _check_numbers(values: Any, key: str = "") -> None:
-    """Raise ``UserError`` for numbers that can't be computed with."""
+    """Raise ``UserError`` for numbers that are too large or not finite."""
     if isinstance(values, dict | list):
         for name, value in values.items() if isinstance(values, dict) else enumerate(values):
             _check_numbers(value, f"{key}.{name}" if key else str(name))
@@ -176,7 +176,7 @@ def _check_numbers(values: Any, key: str = "") -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A YAML file, laid over the one that its key ``base`` names (a path beside it)."""
+    """A YAML file merged over the file that its key ``base`` names (a path relative to it)."""
     layers: list[dict[str, Any]] = []
     seen: set[Path] = set()
     while True:
@@ -195,12 +195,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def save_config(config: Config | ScoringConfig, path: Path) -> None:
-    """Write the config as YAML; of texts from the environment, how they were typed."""
+    """Write the config as YAML; interpolations of environment variables are written as they were typed."""
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(as_typed(literal(dataclasses.asdict(config))))))
 
 
 def describe_jobs() -> str:
-    """Every section and key of every job's YAML with its default and its meaning, as text."""
+    """Every section and key of every job's YAML with default and meaning, as text."""
     lines: list[str] = []
     shown: set[str] = set()
     for name in JOBS:
@@ -253,18 +253,18 @@ def _merge(schema: Any, update: Any, source: str) -> Any:
         key = error.full_key or ""
         check_word(error.value, _hint_of(schema, key), f"{source}: {key}")
         raise UserError(f"{source}: {key}{': ' if key else ''}{first_line(error)}") from None
-    except TypeError:  # omegaconf's own for a list where fields by name belong
+    except TypeError:  # omegaconf raises it for a list in place of a mapping
         raise UserError(f"{source}: a list stands where names with values belong, such as {{name: value}}") from None
 
 
 def _fields_of(schema: Any, section: str) -> Iterator[str]:
-    """Names of the fields of the section with this dotted name."""
+    """Names of the fields of the section with a dotted name."""
     cls = dataclass_in(_hint_of(schema, section))
     return (f.name for f in dataclasses.fields(cls))
 
 
 def _hint_of(schema: Any, key: str) -> Any:
-    """The type of what a dotted key names; of a mapping's or a list's item, that of the whole."""
+    """The type of the value with a dotted key; for an item of a mapping or list, the type of the whole."""
     hint: Any = schema
     for part in filter(None, key.split(".")):
         cls = dataclass_in(hint)

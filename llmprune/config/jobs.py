@@ -1,4 +1,4 @@
-"""The jobs that a YAML can name with its key ``job``: one table of their schemas and functions."""
+"""The jobs that a YAML can name with its key ``job``, as one table of their schemas and functions."""
 
 import importlib
 from collections.abc import Callable
@@ -14,11 +14,11 @@ class Job:
     """A kind of job.
 
     Attributes:
-        about: what it does, in a sentence.
-        schema: the dataclass of its YAML.
-        function: that carries it out, as ``package.module:name``; it takes the config.
-        needs: the section without which it is not this job.
-        goes_on: whether it saves on its way, so that one that was stopped can go on.
+        about: description of the job in one sentence.
+        schema: dataclass of the job's YAML.
+        function: function that runs the job, as ``package.module:name``; its argument is the config.
+        needs: name of a section that this job must have; None = no such section.
+        goes_on: whether a stopped job can resume because it saves its progress.
     """
 
     about: str
@@ -28,7 +28,7 @@ class Job:
     goes_on: bool = True
 
     def run(self, config: Any) -> None:
-        """Carry it out."""
+        """Run the job with its config."""
         module, _, name = self.function.partition(":")
         function: Callable[[Any], object] = getattr(importlib.import_module(module), name)
         function(config)

@@ -20,14 +20,15 @@ from llmprune.utils.settings import limited
 
 @dataclass
 class OptimizerConfig:
-    """The model's optimiser.
+    """The settings of the model's optimiser.
 
     Attributes:
-        name: ``decoupled_adamw`` or ``decoupled_lion`` (decay not multiplied by the base learning rate), or ``adamw``.
+        name: name of the optimiser: ``decoupled_adamw`` or ``decoupled_lion`` (decay not multiplied by the base
+            learning rate), or ``adamw``.
         lr: base learning rate.
-        betas: decay of the first and second moments (Lion: of the update and the momentum).
-        eps: of Adam's denominator.
-        weight_decay: per step.
+        betas: decay rates of the first and second moments (Lion: of the update and of the momentum).
+        eps: number added to the denominator of Adam's update.
+        weight_decay: weight decay per step.
     """
 
     name: str = "decoupled_adamw"
@@ -39,11 +40,11 @@ class OptimizerConfig:
 
 @dataclass
 class SchedulerConfig:
-    """The learning rate's course: ``cosine``, ``linear`` or ``constant``, after a linear warm-up.
+    """The learning-rate schedule: ``cosine``, ``linear`` or ``constant``, after a linear warm-up.
 
     Attributes:
-        warmup: duration (``320ba``, ``0.03dur``).
-        final: last learning rate / base rate (cosine and linear).
+        warmup: duration of the warm-up, such as ``320ba`` or ``0.03dur``.
+        final: last learning rate divided by the base learning rate (cosine and linear).
     """
 
     name: str = "cosine"
@@ -78,17 +79,17 @@ def _adamw(parameters: Any, config: OptimizerConfig) -> torch.optim.Optimizer:
 
 @SCHEDULERS.register("cosine")
 def _cosine(config: SchedulerConfig) -> ComposerScheduler:
-    """Half a cosine."""
+    """Cosine decay: half a period of a cosine, after the warm-up."""
     return CosineAnnealingWithWarmupScheduler(t_warmup=config.warmup, alpha_f=config.final)
 
 
 @SCHEDULERS.register("linear")
 def _linear(config: SchedulerConfig) -> ComposerScheduler:
-    """A straight line."""
+    """Linear decay, after the warm-up."""
     return LinearWithWarmupScheduler(t_warmup=config.warmup, alpha_f=config.final)
 
 
 @SCHEDULERS.register("constant")
 def _constant(config: SchedulerConfig) -> ComposerScheduler:
-    """The base learning rate."""
+    """The base learning rate throughout, after the warm-up."""
     return ConstantWithWarmupScheduler(t_warmup=config.warmup)

@@ -1,6 +1,6 @@
 """The YAML of a job as a typed schema.
 
-Every key is a field of a dataclass below; a section that configures a component is declared beside it.
+Every key is a field of a dataclass below. The settings of a component are declared in that component's own package.
 """
 
 from dataclasses import dataclass, field, fields
@@ -24,13 +24,13 @@ S = TypeVar("S")
 
 @dataclass
 class FolderConfig:
-    """The folder of what a job writes.
+    """The name and the folder of what a job writes.
 
     Attributes:
-        name: of the run, in loggers and in the default folder.
-        folder: everything the run writes goes here.
-        overwrite: delete what llmprune left in the folder.
-        offline: use no network, and name what is missing before any work (``llmprune download`` gets it).
+        name: name of the run, used by the loggers and in the default folder.
+        folder: folder that the run writes all its files to.
+        overwrite: delete the files that llmprune wrote to the folder before.
+        offline: use no network; files that are missing are named before any work (``llmprune download`` gets them).
     """
 
     name: str = MISSING
@@ -41,15 +41,15 @@ class FolderConfig:
 
 @dataclass
 class RunConfig(FolderConfig):
-    """The run folder.
+    """The name, the folder and the seed of a run.
 
     Attributes:
-        name: of the run, in loggers and in the default folder.
-        folder: everything the run writes goes here.
-        overwrite: delete what llmprune left in the folder.
-        offline: use no network, and name what is missing before any work (``llmprune download`` gets it).
-        seed: of weights, order of the data and gates.
-        autoresume: go on from the folder's newest checkpoint, if there is one.
+        name: name of the run, used by the loggers and in the default folder.
+        folder: folder that the run writes all its files to.
+        overwrite: delete the files that llmprune wrote to the folder before.
+        offline: use no network; files that are missing are named before any work (``llmprune download`` gets them).
+        seed: seed of random weights, of the order of the data and of the gates.
+        autoresume: resume from the newest checkpoint in the folder, if there is one.
     """
 
     seed: int = limited(17, least=0, most=2**32 - 1)
@@ -61,14 +61,15 @@ class ModelConfig:
     """The model to start from: either ``path``, or ``config`` for random weights.
 
     Attributes:
-        path: a Hugging Face folder or hub name.
-        config: fields of a Hugging Face config, ``model_type`` among them; the vocabulary size and the special tokens
-            come from the tokenizer unless given.
-        tokenizer: folder or hub name; default: that of ``path``, or of the data.
-        richer_heads: with ``config``: a non-linear layer for the output of every attention head; null = none.
-        attention: ``sdpa``, ``eager`` or ``flash_attention_2`` (GPU).
-        dtype: of the weights in training: float32 or bfloat16.
-        verify: compare the files of ``path`` (and of a teacher) with the checksums that llmprune wrote beside them.
+        path: Hugging Face folder or hub name of the model.
+        config: fields of a Hugging Face config, ``model_type`` among them, for a model with random weights; the
+            vocabulary size and the special tokens come from the tokenizer unless they are given.
+        tokenizer: folder or hub name of the tokenizer; null = that of ``path``, or of the data.
+        richer_heads: non-linear layer for the output of every attention head, only with ``config``; null = none.
+        attention: implementation of attention: ``sdpa``, ``eager`` or ``flash_attention_2`` (GPU only).
+        dtype: number format of the weights in training: float32 or bfloat16.
+        verify: compare the files of ``path`` (and of a teacher) with the checksums that llmprune wrote into their
+            folder.
     """
 
     path: str | None = None
@@ -85,17 +86,17 @@ class DataConfig:
     """The data to train and evaluate on.
 
     Attributes:
-        path: a folder prepared by ``python -m data_prep tokenize``, or a URL where it lies (``s3://…``).
-        cache: of remote or compressed data.
-        document_boundaries: attention and positions restart at each document, and its first token is not learned; null
-            = for conversations.
-        weights: share of each domain in training; null = in proportion to its samples.
-        workers: loader processes per rank.
-        prefetch: batches that each of them loads ahead.
-        partitions: disjoint parts of every domain. With a multiple of the number of machines each reads its own shards;
-            a run keeps its partitions.
-        shuffle_window: shards of a partition whose samples are shuffled together.
-        eval_samples_per_domain: null = all.
+        path: folder prepared by ``python -m data_prep tokenize``, or the URL of such a folder (``s3://…``).
+        cache: cache of remote or compressed data.
+        document_boundaries: restart attention and positions at each document, and do not learn its first token; null =
+            true for conversations, else false.
+        weights: share of each domain in training, by name; null = in proportion to the number of its samples.
+        workers: number of loader processes per rank.
+        prefetch: number of batches that each loader process loads ahead.
+        partitions: number of disjoint parts that every domain is split into. If it is a multiple of the number of
+            machines, each machine reads only its own shards; a run can't change it later.
+        shuffle_window: number of shards of a partition whose samples are shuffled together.
+        eval_samples_per_domain: number of evaluation samples of each domain that are used; null = all.
     """
 
     path: str = MISSING
@@ -111,25 +112,27 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """The course of training.
+    """Duration, batch sizes, precision and safeguards of training.
 
     Attributes:
-        duration: ``3200ba`` (batches) or ``400000000tok``.
-        global_batch_size: samples per step over all ranks.
-        microbatch_size: samples per forward pass on one device; ``auto`` finds the largest that fits (GPU, neither
-            sharded nor with gates).
-        activation_checkpointing: keep only each block's input and compute its activations anew in the backward pass.
-        precision: fp32, or amp_bf16 (weights in float32, matrix products in bfloat16; fast on GPUs, and on CPUs with
-            AVX512-BF16 or AMX).
-        clip_norm: limit of the gradients' norm (the model's only, not the gates'); null = none.
-        loss_spike_factor: a batch whose loss is so many times the mean of the last 100 is a spike; null = never.
-        loss_spike: ``log`` it, or ``skip`` the batch as well.
-        eval_interval: ``50ba``; ``0ba`` = never.
+        duration: length of training: ``3200ba`` (batches) or ``400000000tok`` (tokens).
+        global_batch_size: number of samples per step, over all ranks.
+        microbatch_size: number of samples per forward pass on one device; ``auto`` = the largest that fits (GPU only,
+            neither sharded nor with gates).
+        activation_checkpointing: keep only each block's input and compute its activations again in the backward pass.
+        precision: number format of computation: fp32, or amp_bf16 (weights in float32, matrix products in bfloat16;
+            fast on GPUs, and on CPUs with AVX512-BF16 or AMX).
+        clip_norm: largest norm of the gradients of the model's parameters (not of the gates'); null = no clipping.
+        loss_spike_factor: a batch is a loss spike if its loss is more than this many times the mean of the last 100;
+            null = never.
+        loss_spike: action after a loss spike: ``log`` it, or ``skip`` the batch as well.
+        eval_interval: time between evaluations, such as ``50ba``; ``0ba`` = never.
         eval_first: evaluate before the first batch.
-        device: cpu or gpu; null = what is there.
-        hang_timeout: seconds in which a rank does nothing (no event, no forward pass) after which the job ends, and the
-            rank that the others wait for is named; null = never.
-        check_memory: refuse a job that by ``llmprune estimate`` does not fit.
+        device: cpu or gpu; null = gpu if there is one.
+        hang_timeout: number of seconds without progress (an event or a forward pass) of a rank after which the job
+            ends; the message names the rank that the others wait for; null = never.
+        check_memory: refuse a job that needs more memory than the machine has, by the estimate of ``llmprune
+            estimate``.
     """
 
     duration: str = MISSING
@@ -149,13 +152,14 @@ class TrainConfig:
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints go to ``run.folder``/checkpoints.
+    """When checkpoints are saved in ``run.folder``/checkpoints, and how many are kept.
 
     Attributes:
-        interval: ``3200ba``, ``0.1dur``; the last batch is always saved.
-        keep: how many of the newest are kept; -1 = all.
-        remote: a URL (``s3://BUCKET/FOLDER``, …) or folder that every checkpoint is copied to beside the training, and
-            that ``run.autoresume`` goes on from on machines which have none; null = none. Nothing is deleted there.
+        interval: time between checkpoints, such as ``3200ba`` or ``0.1dur``; the last batch is always saved.
+        keep: number of newest checkpoints that are kept; -1 = all.
+        remote: URL (``s3://BUCKET/FOLDER``, …) or folder that every checkpoint is copied to while training continues;
+            ``run.autoresume`` resumes from there on machines that have no checkpoint; null = none. Nothing is deleted
+            there.
     """
 
     interval: str = "0.1dur"
@@ -165,7 +169,7 @@ class CheckpointConfig:
 
 @dataclass
 class WandbConfig:
-    """Weights & Biases."""
+    """Settings of Weights & Biases."""
 
     project: str | None = None
     entity: str | None = None
@@ -176,13 +180,13 @@ class WandbConfig:
 
 @dataclass
 class LoggersConfig:
-    """Where metrics go besides metrics.jsonl.
+    """The loggers of metrics, besides metrics.jsonl.
 
     Attributes:
-        console: print them every ``console_interval``; otherwise a progress bar is shown.
+        console: print metrics every ``console_interval``; otherwise a progress bar is shown.
         tensorboard: write event files to ``run.folder``/tensorboard.
         wandb: settings of Weights & Biases; null = off.
-        others: registered loggers by name, each with its arguments: ``{mlflow: {experiment_name: prune}}``.
+        others: other registered loggers by name, each with its arguments: ``{mlflow: {experiment_name: prune}}``.
     """
 
     console: bool = True
@@ -200,7 +204,7 @@ class Config:
     ``llmprune/config/section_registry.py``.
 
     Attributes:
-        job: what the job is: train, prune (which has ``l0_pruning``) or replace (which has ``block_replacement``).
+        job: kind of job: train, prune (needs ``l0_pruning``) or replace (needs ``block_replacement``).
         callbacks: registered callbacks of other packages by name, each with its arguments; see docs/extending.md.
     """
 
@@ -217,7 +221,7 @@ class Config:
     callbacks: dict[str, Any] = field(default_factory=dict)
 
     def section(self, settings: type[S]) -> S | None:
-        """The section whose settings are of this class; ``None`` = the job does not have it."""
+        """The job's section whose settings are of the class ``settings``; ``None`` = the job does not have it."""
         return next((found for key in fields(self) if isinstance(found := getattr(self, key.name), settings)), None)
 
 
@@ -226,11 +230,11 @@ class ScoredModelConfig:
     """The model to score.
 
     Attributes:
-        path: a Hugging Face folder or hub name.
-        tokenizer: folder or hub name; default: that of ``path``.
-        attention: ``sdpa``, ``eager`` or ``flash_attention_2`` (GPU).
-        dtype: of the weights in memory: float32 or bfloat16.
-        device: cpu or gpu; null = what is there.
+        path: Hugging Face folder or hub name of the model.
+        tokenizer: folder or hub name of the tokenizer; null = that of ``path``.
+        attention: implementation of attention: ``sdpa``, ``eager`` or ``flash_attention_2`` (GPU only).
+        dtype: number format of the weights in memory: float32 or bfloat16.
+        device: cpu or gpu; null = gpu if there is one.
     """
 
     path: str = MISSING
@@ -245,8 +249,8 @@ class ScoringConfig:
     """A job that scores the blocks of a model, and writes plans if there is a ``plan``.
 
     Attributes:
-        job: score.
-        plan: the plans that follow; one for each number in ``plan.remove``.
+        job: kind of job: score.
+        plan: settings of the plans made from the scores, one plan for each number in ``plan.remove``; null = no plans.
     """
 
     job: str = "score"
@@ -258,10 +262,10 @@ class ScoringConfig:
 
 @dataclass
 class RoundsConfig:
-    """Rounds of scoring, cutting and recovery that end in one shape.
+    """The number of rounds of scoring, cutting and recovery that end in one shape.
 
     Attributes:
-        rounds: how many; every size shrinks by the same share in each.
+        rounds: number of rounds; every size shrinks by the same factor in each round.
     """
 
     rounds: int = limited(2, least=1)
@@ -269,13 +273,13 @@ class RoundsConfig:
 
 @dataclass
 class IterationConfig(Config):
-    """A job that prunes in rounds and recovers after each as a training run would.
+    """A job that prunes in rounds and recovers after each round as a training run does.
 
     Attributes:
-        job: iterate.
-        layer_scoring: of every round; without ``data.path`` the samples are of the training data, without ``criteria``
-            the plan's are scored.
-        plan: how every round selects what goes; ``shape`` is what comes out of the last one.
+        job: kind of job: iterate.
+        layer_scoring: settings of the scoring in every round; without ``data.path`` the samples are taken from the
+            training data, without ``criteria`` those that the plan uses are scored.
+        plan: settings of the plan of every round; ``shape`` is the model's shape after the last round.
     """
 
     job: str = "iterate"
@@ -286,13 +290,13 @@ class IterationConfig(Config):
 
 @dataclass
 class SearchConfig(Config):
-    """A job that looks for the best way to prune under a budget, and recovers candidates as a training run would.
+    """A job that searches the best way to prune under a budget, and recovers candidates as a training run does.
 
     Attributes:
-        job: search.
-        layer_scoring: without ``data.path`` the samples are of the training data, without ``criteria`` the candidates'
-            are scored.
-        plan: what all candidates share, such as ``correction``.
+        job: kind of job: search.
+        layer_scoring: settings of scoring; without ``data.path`` the samples are taken from the training data, without
+            ``criteria`` those that the candidates use are scored.
+        plan: settings that all candidates share, such as ``correction``.
     """
 
     job: str = "search"

@@ -1,7 +1,8 @@
-"""The sections of a training job's YAML: which there are, and the schema that follows from them.
+"""The sections of a training job's YAML, and the schema that contains them.
 
-What a section does is said by a class in its own file, below ``llmprune/training/sections``; the base class is
-``llmprune.training.section.Section``. Other packages add one by an entry point of the group ``llmprune_sections``.
+A section is implemented by a class in its own file in ``llmprune/training/sections``; the base class is
+``llmprune.training.section.Section``. Other packages add a section by an entry point of the group
+``llmprune_sections``.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 from llmprune.utils.registry import Registry
 
 C = TypeVar("C")
-OWN = (  # in the order in which they are checked, and their callbacks called
+OWN = (  # in the order of their checks and of their callbacks
     "evaluation", "dynamic_loading", "l0_pruning", "trainable", "lora", "block_replacement", "distillation",
 )  # fmt: skip
 
@@ -20,7 +21,7 @@ SECTIONS: Registry[Any] = Registry("sections", "section")
 
 
 def all_sections() -> dict[str, Any]:
-    """Every section's class by its name, llmprune's own first."""
+    """The class of every section by its name, llmprune's own sections first."""
     for name in OWN:
         importlib.import_module(f"llmprune.training.sections.{name}")
     return _all_sections(SECTIONS.changes)
@@ -32,7 +33,7 @@ def _all_sections(changes: int) -> dict[str, Any]:
 
 
 def with_sections(schema: type[C]) -> type[C]:
-    """A job's schema with a field for every section, ``None`` unless the YAML has it; the same class each time.
+    """A job's schema with a field for every section, by default ``None``; every call returns the same class.
 
     >>> from llmprune.config.schema import Config
     >>> with_sections(Config)().lora is None
@@ -52,6 +53,6 @@ def _with(schema: type[C], kinds: tuple[tuple[str, Any], ...]) -> type[C]:
 
 
 def sections_of(config: Any) -> list[Any]:
-    """The sections that a job has, each made from its settings and the job's config, in their order."""
+    """The sections in a job's YAML, made from their settings and the job's config, in the order of ``all_sections``."""
     found = ((section, getattr(config, name, None)) for name, section in all_sections().items())
     return [section(settings, config) for section, settings in found if settings is not None]

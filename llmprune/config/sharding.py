@@ -12,19 +12,19 @@ from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from llmprune.utils.errors import UserError
 from llmprune.utils.settings import limited
 
-STATE_DICTS = {"sharded": "sharded", "whole": "full"}  # what Composer calls them
+STATE_DICTS = {"sharded": "sharded", "whole": "full"}  # our name: Composer's name
 
 
 @dataclass
 class ShardingConfig:
-    """Sharding over ranks (FSDP2); without this section every rank holds everything.
+    """Sharding over ranks (FSDP2); without this section every rank has the whole model and optimizer state.
 
     Attributes:
-        replicas: groups of ranks that each hold the whole model, sharded within the group (hybrid sharding); usually
-            the number of nodes, so that only gradients travel between nodes. 1 = sharded over all ranks.
-        reshard_after_forward: free each block's gathered parameters between forward and backward; false is faster
-            and needs more memory.
-        checkpoints: ``sharded`` (every rank writes its part) or ``whole`` (one file).
+        replicas: number of groups of ranks that each hold the whole model, sharded within the group (hybrid sharding);
+            usually the number of nodes, so that only gradients are sent between nodes. 1 = sharded over all ranks.
+        reshard_after_forward: free each block's gathered parameters between forward and backward; false is faster and
+            needs more memory.
+        checkpoints: form of checkpoints: ``sharded`` (every rank writes its shards) or ``whole`` (one file).
     """
 
     replicas: int = limited(1, least=1)
@@ -34,9 +34,9 @@ class ShardingConfig:
 
 @dataclass
 class _Sharding(FSDP2Config):
-    """Composer's settings, with hybrid sharding and a folder name like that of other checkpoints.
+    """Composer's settings of FSDP2, with hybrid sharding and a folder name like that of other checkpoints.
 
-    Composer makes the device mesh from the two degrees and overwrites any mesh that is given.
+    Composer makes the device mesh from the two degrees and overwrites any mesh that it is given.
     """
 
     replicas: int = 1
@@ -51,10 +51,10 @@ class _Sharding(FSDP2Config):
 
 
 def check_sharding(config: ShardingConfig, *, on_cpu: bool) -> None:
-    """Check the section.
+    """Check the section against the number of ranks and the device.
 
     Args:
-        config: the section.
+        config: settings of the section.
         on_cpu: whether the run uses no GPU.
 
     Raises:
@@ -70,11 +70,12 @@ def check_sharding(config: ShardingConfig, *, on_cpu: bool) -> None:
 class AverageGradients(Algorithm):
     """Divides gradients by the number of ranks, before they are clipped.
 
-    FSDP2 asks for the mean over ranks; gloo sums and says nothing. Optimisers of Adam's kind don't mind, clipping does.
+    FSDP2 requests the mean over ranks, but gloo returns the sum without an error. Optimisers like Adam are not affected
+    by the factor, clipping is.
     """
 
     def match(self, event: Event, state: State) -> bool:
-        """After the backward passes of a batch."""
+        """Whether the event is the end of a batch's backward passes."""
         return event == Event.AFTER_TRAIN_BATCH
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
@@ -85,11 +86,11 @@ class AverageGradients(Algorithm):
 
 
 def parallelism(config: ShardingConfig | None, activation_checkpointing: bool) -> ParallelismConfig | None:
-    """What Composer's trainer takes; None = data-parallel."""
+    """The parallelism settings of Composer's trainer; None = data-parallel."""
     if config is None:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that FSDP2 is new
+        warnings.simplefilter("ignore")  # a warning that FSDP2 is experimental
         settings = _Sharding(
             replicas=config.replicas,
             reshard_after_forward=config.reshard_after_forward,

@@ -1,4 +1,4 @@
-"""What can be checked of a config without a machine, a model or data: names and durations."""
+"""Checks of a config that need no machine, model or data: names and durations."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +11,12 @@ from llmprune.config.section_registry import sections_of
 from llmprune.utils.errors import UserError, nearest
 from llmprune.utils.settings import check_settings
 
-LONGEST = 2**53  # of a duration, whatever its unit: floats count so far
+LONGEST = 2**53  # limit of a duration in any unit: floats count exactly up to here
 _STREAM_UNITS = {TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN}
 
 
 def check_config(config: Config) -> None:
-    """Check every value by itself, names and durations, whatever machine the job is for.
+    """Check every value by itself, names and durations, independent of the machine.
 
     Raises:
         UserError: a value is out of range, unknown, or no duration.
@@ -36,7 +36,7 @@ def check_config(config: Config) -> None:
 
 
 def _check_attention(config: Config) -> None:
-    """Flash attention takes half precisions only; shards are gathered in the format of ``train.precision``."""
+    """Refuse flash attention in float32; the format of gathered shards is ``train.precision``."""
     if config.model.attention != "flash_attention_2" or config.train.precision != "fp32":
         return
     if config.model.dtype == "float32" or config.sharding is not None:

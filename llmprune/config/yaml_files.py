@@ -16,21 +16,21 @@ from llmprune.utils.files import read_bytes
 BYTES = 2**22
 VALUES = 100_000
 DEPTH = 40
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if libyaml is installed
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The sections of a YAML file, in which interpolations stay as they are typed.
+    """The sections of a YAML file, with interpolations as they are written.
 
     Raises:
-        UserError: it can't be read, is none, holds no sections, or goes beyond the limits.
+        UserError: the file can't be read, is no YAML, has no sections, or exceeds the limits.
     """
     content = read_bytes(path, BYTES)
     try:
         text = content.decode()
         check_yaml(text)
         loaded = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
-    except yaml.MarkedYAMLError as error:  # the problem and its line, but not what stands there: it may be a password
+    except yaml.MarkedYAMLError as error:  # the line's text is not shown: it may be a password
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise UserError(f"{path} can't be read: {error.problem}{line}") from None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
@@ -41,11 +41,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def check_yaml(text: str) -> None:
-    """Check that a YAML text can be built without harm.
+    """Check that a YAML text can be loaded within the limits.
 
     Raises:
-        YAMLError: it is none.
-        ValueError: it is nested too deeply, or its aliases make too much of it, or something part of itself.
+        YAMLError: the text is no YAML.
+        ValueError: the text is nested too deeply, has too many values with its aliases written out, or contains itself.
     """
     deep = 0
     for number, event in enumerate(yaml.parse(text, Loader=_LOADER)):
@@ -62,7 +62,7 @@ def check_yaml(text: str) -> None:
 
 
 def _extent(node: Any, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
-    """How many values a node holds once its aliases are written out, and how deep; infinite for a part of itself."""
+    """The number of values and the depth of a node with its aliases written out; infinite if it contains itself."""
     if not isinstance(node, yaml.CollectionNode):
         return 1.0, 1.0
     if id(node) not in known:
@@ -84,7 +84,7 @@ _SECRET = re.compile(
             _WORD + r"(AKIA|ASIA)[0-9A-Z]{16}(?![0-9A-Za-z])",  # AWS
             _WORD + r"AIza[\w-]{30}",  # Google
             _WORD + r"(gh[pousr]_[A-Za-z0-9]{20}|github_pat_\w{20}|glpat-[\w-]{20})",
-            _WORD + r"hf_[A-Za-z0-9]{25}",  # the hub
+            _WORD + r"hf_[A-Za-z0-9]{25}",  # Hugging Face hub
             _WORD + r"sk-[\w-]*[A-Za-z0-9]{20}",  # OpenAI, Anthropic
             _WORD + r"xox[a-z]-[\w-]{10}",  # Slack
             _WORD + r"eyJ[\w-]{10,}\.[\w-]{10,}\.",  # JSON web tokens
@@ -97,11 +97,11 @@ _SECRET = re.compile(
 
 
 def refuse_secrets(values: Any, key: str = "") -> None:
-    """Raise ``UserError`` for what looks like a password or a token, without showing it.
+    """Raise ``UserError`` for a text that looks like a password or a token, without showing it.
 
     Args:
-        values: nested.
-        key: where they stand.
+        values: a value, or nested lists and mappings of values.
+        key: dotted key of the values in the YAML, for the message.
     """
     if isinstance(values, dict | list):
         for name, value in values.items() if isinstance(values, dict) else enumerate(values):

@@ -1,1 +1,1 @@
-"""Records of text, calibration samples, and prepared data: format, order, the streams that training reads."""
+"""Records of text, calibration samples, and prepared data: format, order, and the streams for training."""

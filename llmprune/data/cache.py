@@ -1,4 +1,4 @@
-"""Shards of remote or compressed data in a folder of this machine."""
+"""A cache of remote or compressed shards in a folder of this machine."""
 
 import contextlib
 import logging
@@ -21,16 +21,18 @@ from llmprune.utils.object_store import retry
 
 log = logging.getLogger(__name__)
 
-_READ_TIMEOUT = 60.0  # seconds without a byte
+_READ_TIMEOUT = 60.0  # seconds without data
 
 
 @dataclass
 class CacheConfig:
-    """Where each machine keeps shards of remote or compressed data.
+    """The folder in which each machine keeps shards of remote or compressed data.
 
     Attributes:
-        folder: null = one in the system's temporary folder. Give a folder to read any data through a faster disk.
-        limit: such as 200gb: the shards used longest ago make room, and those under way may exceed it. Null = none.
+        folder: folder of the cache; null = one in the system's temporary folder. With a folder, data of any kind are
+            read through it, for example on a faster disk.
+        limit: largest size of the cache, such as 200gb: the shards not used for the longest time are deleted; shards
+            being downloaded may exceed it. null = no limit.
     """
 
     folder: str | None = None
@@ -38,10 +40,10 @@ class CacheConfig:
 
 
 def limit_of(config: CacheConfig) -> int | None:
-    """``limit`` as a number of bytes.
+    """The cache's ``limit`` in bytes; None = no limit.
 
     Raises:
-        UserError: it is no size.
+        UserError: the limit is no size.
     """
     try:
         limit = None if config.limit is None else bytes_to_int(config.limit)
@@ -54,13 +56,13 @@ def limit_of(config: CacheConfig) -> int | None:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A file of an index.
+    """A file in an index.
 
     Attributes:
-        name: its path below the data.
-        raw: its size and checksums.
-        packed: those of the compressed file that it is made from; None = it is stored as it is.
-        algorithm: of the compression.
+        name: path of the file relative to the data's folder.
+        raw: size and checksums of the file.
+        packed: size and checksums of the compressed file; None = the file is stored uncompressed.
+        algorithm: algorithm of the compression; None = no compression.
     """
 
     name: str
@@ -72,17 +74,17 @@ class ShardFile:
 class ShardCache:
     """Files fetched from a remote into a folder that all processes of a machine share.
 
-    A file is there whole and verified, or not at all. The only locks are the operating system's, so a killed process
-    holds up no other.
+    A file in the folder is always complete and verified. The only locks are the operating system's, so a killed process
+    blocks no other.
     """
 
     def __init__(self, remote: str, folder: Path, limit: int | None = None) -> None:
-        """Fetch from ``remote`` (a URL or a folder) into ``folder``, which may hold ``limit`` bytes of shards."""
+        """Fetch from ``remote`` (a URL or a folder) into ``folder``, which holds at most ``limit`` bytes of shards."""
         self.remote, self.folder, self.limit = remote.rstrip("/"), folder, limit
         self._own_by_process()
 
     def _own_by_process(self) -> None:
-        """Begin with a connection and a thread of this process: neither survives a fork."""
+        """Reset the connection and the thread for this process, because neither survives a fork."""
         self._process = os.getpid()
         self._downloader: CloudDownloader | None = None
         self._ahead: SimpleQueue[ShardFile] | None = None
@@ -94,10 +96,10 @@ class ShardCache:
         download_file(url, path, self._downloader)
 
     def fetch(self, name: str) -> Path:
-        """A small file, which nothing describes.
+        """Fetch a small file that is not in an index, and return its path.
 
         Raises:
-            UserError: it can't be had.
+            UserError: the file can't be fetched.
         """
         with self._missing(name) as part:
             if part is not None:
@@ -105,10 +107,10 @@ class ShardCache:
         return self.folder / name
 
     def fetch_shard(self, file: ShardFile) -> Path:
-        """A file of a shard.
+        """Fetch a file of a shard, and return its path.
 
         Raises:
-            UserError: it can't be had, or is damaged at its source.
+            UserError: the file can't be fetched, or is damaged at its source.
         """
         with self._missing(file.name) as part:
             if part is not None:
@@ -124,7 +126,7 @@ class ShardCache:
         return self.folder / file.name
 
     def fetch_ahead(self, files: Iterable[ShardFile]) -> None:
-        """Fetch files in the background; what fails is tried again, and reported, when it is needed."""
+        """Fetch files in the background; failures are retried, and reported, when the file is needed."""
         if self._process != os.getpid():
             self._own_by_process()
         if self._ahead is None:
@@ -139,13 +141,13 @@ class ShardCache:
                 self.fetch_shard(queue.get())
 
     def touch(self, name: str) -> None:
-        """Note that a file is in use: others make room before it does."""
+        """Mark a file as in use, so that others are deleted before it."""
         with contextlib.suppress(OSError):
             os.utime(self.folder / name)
 
     @contextlib.contextmanager
     def _missing(self, name: str) -> Iterator[Path | None]:
-        """If a file is missing, a place to write it, from where it is moved; one process at a time."""
+        """If a file is missing, a temporary path to write it to, from where it is moved; one process at a time."""
         target = self.folder / name
         if target.exists():
             yield None
@@ -153,7 +155,7 @@ class ShardCache:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{target}.lock"):
-                if target.exists():  # another process was faster
+                if target.exists():  # another process has written it
                     yield None
                     return
                 part = target.with_name(f"{target.name}.part")
@@ -182,10 +184,10 @@ class ShardCache:
 
 
 def connect(url: str) -> CloudDownloader:
-    """What fetches files from a remote or from another folder.
+    """A downloader of files from a remote or from another folder.
 
     Raises:
-        UserError: nothing can.
+        UserError: no downloader is available for this URL.
     """
     try:
         return CloudDownloader.get(url)
@@ -197,7 +199,7 @@ def download_file(url: str, path: Path, downloader: CloudDownloader) -> None:
     """Copy a file to ``path``.
 
     Raises:
-        UserError: it can't be had, after a few attempts where these may help.
+        UserError: the file can't be fetched, after several attempts if the error may be temporary.
     """
 
     def fetch() -> None:
@@ -208,13 +210,13 @@ def download_file(url: str, path: Path, downloader: CloudDownloader) -> None:
 
 
 def check_file(path: Path, wanted: FileInfo, name: object) -> None:
-    """Compare a file with the size and the checksums that its index gives.
+    """Compare a file with the size and the checksums in its index.
 
     Raises:
         UserError: they differ; the message calls the file ``name``.
     """
     size = path.stat().st_size
-    if size != wanted.bytes:  # seen before the file is read: it may be larger than memory
+    if size != wanted.bytes:  # checked before the file is read, which may be larger than memory
         wrong = "is cut short" if size < wanted.bytes else "is another file than its index describes"
         raise UserError(f"{name} {wrong} ({size:,} bytes, not {wanted.bytes:,}): prepare the data again")
     content = path.read_bytes()

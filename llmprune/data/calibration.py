@@ -1,4 +1,4 @@
-"""Calibration samples: a few sequences of text that show which parts of a model matter."""
+"""Calibration samples: a few sequences of tokens with which the parts of a model are scored."""
 
 import hashlib
 import logging
@@ -21,17 +21,17 @@ from llmprune.utils.settings import check_settings
 
 log = logging.getLogger(__name__)
 
-BYTES_PER_TOKEN = 32  # more than any text has, but for long runs of blanks
+BYTES_PER_TOKEN = 32  # more than any text has, except for long runs of spaces
 
 
 def calibration_samples(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """The samples, int64 [samples, length].
+    """The calibration samples, int64 [samples, length].
 
-    Prepared data give the first samples of their training stream, all domains in proportion. Text is read in order of
-    the files' names, documents one after the other with an EOS between them.
+    From prepared data, the samples are the first ones of the training stream, with all domains in proportion. Text
+    files are read in order of their names, and documents are joined with an EOS between them.
 
     Raises:
-        UserError: the data can't be read, are of another tokenizer, or too short.
+        UserError: the data can't be read, are of another tokenizer, or are too short.
     """
     if config.path is None:
         raise UserError("the criteria need calibration text: name it with --data (layer_scoring.data.path in a YAML)")
@@ -79,7 +79,7 @@ def _from_text(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) ->
     own = config.length - (config.bos == "each")
     wanted = own * config.samples
     tokens = _tokens(config, tokenizer, wanted, BYTES_PER_TOKEN * wanted)
-    if len(tokens) < wanted:  # unusual text: all of it, then
+    if len(tokens) < wanted:  # unusual text with few tokens: read all of it
         tokens = _tokens(config, tokenizer, wanted, None)
     _enough(config, len(tokens) // own)
     for sample in range(config.samples):
@@ -89,7 +89,7 @@ def _from_text(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) ->
 def _tokens(
     config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, wanted: int, text_bytes: int | None
 ) -> list[int]:
-    """At least so many tokens, if there are as many; of a long text only the beginning is read and tokenised."""
+    """At least ``wanted`` tokens, if the text has enough; of a long text only the beginning is read and tokenised."""
     assert config.path is not None
     tokens: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -19,9 +19,9 @@ from llmprune.utils.errors import UserError
 class MixedDataset(IterableDataset[Sample]):
     """The endless training stream over all domains, in proportions that may change between batches.
 
-    Slot n of the stream is sample n of the global sequence, whatever the number of ranks and workers: each rank and
-    worker computes its own slots without talking to anyone. It yields what ``SplitReader.read`` gives, and "domain",
-    int64 []. The process that trains keeps a course of its own, with which it tells what has been read by any batch.
+    Slot n of the stream is sample n of the global sequence, for any number of ranks and workers: each rank and worker
+    computes its own slots without communication. Each sample has the entries of ``SplitReader.read``, and "domain",
+    int64 []. The training process has its own sampler state, with which it computes what has been read by any batch.
     """
 
     def __init__(
@@ -41,20 +41,22 @@ class MixedDataset(IterableDataset[Sample]):
         """Open the training split of every domain.
 
         Args:
-            data: prepared.
-            global_batch_size: samples per batch over all ranks; a multiple of ``world_size`` and of ``partitions``.
-            weights: share of each domain by name (absent = 0); None = in proportion to its samples.
-            seed: of the order.
-            rank: this process.
+            data: prepared data.
+            global_batch_size: number of samples per batch over all ranks; a multiple of ``world_size`` and of
+                ``partitions``.
+            weights: share of each domain by name (absent = 0); None = in proportion to the number of its samples.
+            seed: seed of the order of samples.
+            rank: number of this process.
             world_size: number of processes.
-            machines: that they run on, as many on each.
-            partitions: disjoint parts of every domain. A multiple of the number of machines lets each read its own
-                shards.
-            shuffle_window: shards of a partition whose samples are shuffled together.
-            boundaries: whether samples say where documents begin; None = those of conversations do.
+            machines: number of machines, each with the same number of processes.
+            partitions: number of disjoint parts that every domain is split into. If it is a multiple of the number of
+                machines, each machine reads only its own shards.
+            shuffle_window: number of shards of a partition whose samples are shuffled together.
+            boundaries: whether samples contain the positions within documents; None = true for conversations, else
+                false.
 
         Raises:
-            UserError: unknown domains, no weight, no data.
+            UserError: a domain is unknown, there is no weight, or there are no data.
         """
         self.manifest = data.manifest
         self.domains = sorted(self.manifest.domains)
@@ -80,14 +82,14 @@ class MixedDataset(IterableDataset[Sample]):
         self._changes = WeightChanges(len(self.domains))
 
     def _in_use(self, window: int, machines: int, parts: Sequence[int]) -> Iterator[int]:
-        """How many bytes of each domain's shards a machine uses at a time: those of a window and of the next."""
+        """The bytes of each domain's shards that a machine uses at a time: those of the current window and the next."""
         partitions = -(-self._partitions // machines) + (self._partitions % machines > 0)
         for number, reader in self._readers.items():
             if parts[number]:
                 yield sum(sorted(reader.shard_bytes)[-2 * window * partitions :])
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yield this rank's and this worker's samples, for ever."""
+        """Yield this rank's and this worker's samples endlessly."""
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         per_rank = self._batch // self._world_size
@@ -115,30 +117,31 @@ class MixedDataset(IterableDataset[Sample]):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The shares announced last, by domain."""
+        """The weights that were set last, by domain."""
         parts = self._sampler_state.ahead[-1][1] if self._sampler_state.ahead else self._sampler_state.mixer.weights
         return {domain: part / PPM for domain, part in zip(self.domains, parts, strict=True)}
 
     def change_weights(self, weights: Sequence[int], batch: int) -> None:
-        """Take other weights from a batch on; every rank must ask for the same.
+        """Change the weights from a batch on; every rank must make the same call.
 
         Args:
-            weights: parts of a million by domain, as from ``integer_weights``.
-            batch: the first with these weights, counted from 0 over the whole run; workers must not have begun it.
+            weights: weights of the domains in parts per million, as from ``integer_weights``.
+            batch: number of the first batch with these weights, counted from 0 over the whole run; workers must not
+                have begun it.
 
         Raises:
-            ValueError: they have.
+            ValueError: a worker has begun the batch.
         """
         self._changes.add(batch * self._batch, weights)
         self._sampler_state.ahead.append((batch * self._batch, [*weights]))
 
     def samples_seen(self, batches: int) -> dict[str, int]:
-        """How many samples of each domain the first ``batches`` batches of the run hold, over all ranks."""
+        """The number of samples of each domain in the run's first ``batches`` batches, over all ranks."""
         self._advance(batches * self._batch)
         return dict(zip(self.domains, self._sampler_state.mixer.counts, strict=True))
 
     def epochs_seen(self, batches: int) -> dict[str, float]:
-        """How many times each domain has been gone through in them."""
+        """The number of epochs of each domain in the run's first ``batches`` batches."""
         return {
             domain: seen / max(self.manifest.samples(domain, TRAIN), 1)
             for domain, seen in self.samples_seen(batches).items()
@@ -149,7 +152,7 @@ class MixedDataset(IterableDataset[Sample]):
             self._sampler_state.next_batch()
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Where the stream stands after ``num_samples`` samples over all ranks, and the changes announced for later.
+        """The position of the stream after ``num_samples`` samples over all ranks, with changes of later weights.
 
         Composer calls this with the samples since the start of the run's only, endless epoch (``from_beginning``).
         """
@@ -157,9 +160,9 @@ class MixedDataset(IterableDataset[Sample]):
         return self._sampler_state.state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved place, on any number of ranks and workers."""
+        """Resume from a saved position, on any number of ranks and workers."""
         self._sampler_state = SamplerState.at(state, self._batch, self._partitions)
-        self._start = {**self._sampler_state.state(), "ahead": []}  # workers hear of changes as of any other
+        self._start = {**self._sampler_state.state(), "ahead": []}  # workers get these changes like any others
         for slot, weights in self._sampler_state.ahead:
             self._changes.add(slot, weights)
 
@@ -173,9 +176,10 @@ class EvalDataset(Dataset[Sample]):
         """Open the evaluation split of every domain that has one.
 
         Args:
-            data: prepared.
-            samples_per_domain: take at most so many of each, evenly spaced.
-            boundaries: whether samples say where documents begin; None = those of conversations do.
+            data: prepared data.
+            samples_per_domain: largest number of samples of each domain, taken at even intervals; None = all.
+            boundaries: whether samples contain the positions within documents; None = true for conversations, else
+                false.
 
         Raises:
             UserError: no domain has an evaluation sample.
@@ -200,10 +204,10 @@ class EvalDataset(Dataset[Sample]):
         return sorted(self._readers)
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """The number of samples."""
         return len(self._samples)
 
     def __getitem__(self, item: int) -> Sample:
-        """One sample, as ``MixedDataset`` yields it."""
+        """One sample, with the same entries as those of ``MixedDataset``."""
         domain, shard, index = self._samples[item]
         return {**self._readers[domain].read(shard, index), "domain": torch.tensor(domain)}

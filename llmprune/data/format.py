@@ -1,10 +1,10 @@
 """The layout of prepared data, shared by the writer (data_prep) and the readers.
 
 DATA/
-  manifest.json                what is here and which tokenizer made it
-  tokenizer/                   that tokenizer
+  manifest.json                contents of the folder, and fingerprint of the tokenizer
+  tokenizer/                   tokenizer that made the token ids
   DOMAIN/train/index.json …    MDS shards; one sample = ``sequence_length`` token ids, the places where documents
-                               begin or go on (0 always) and, for conversations, which tokens are learned
+                               begin or continue (always 0) and, for conversations, which tokens are learned
   DOMAIN/eval/index.json …
 """
 
@@ -19,18 +19,18 @@ from llmprune.utils.errors import UserError
 from llmprune.utils.files import inside, read_json, sha256_text, write_json
 
 TOKENS, STARTS, LEARNED = "tokens", "starts", "learned"  # columns
-TEACHER_TOKENS, TEACHER_LOGS = "teacher_tokens", "teacher_logs"  # further ones, of training splits
+TEACHER_TOKENS, TEACHER_LOGS = "teacher_tokens", "teacher_logs"  # further columns of training splits
 COLUMNS = {TOKENS, STARTS, LEARNED, TEACHER_TOKENS, TEACHER_LOGS}
 TRAIN, EVAL = "train", "eval"
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The narrowest of ``uint16`` and ``uint32`` that holds every id below ``vocab_size``."""
+    """The smaller of ``uint16`` and ``uint32`` that can store every id below ``vocab_size``."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over the vocabulary (every token and its id, added tokens included)."""
+    """SHA-256 over the vocabulary (every token and its id, with added tokens)."""
     return sha256_text(json.dumps(sorted(tokenizer.get_vocab().items())))
 
 
@@ -42,14 +42,14 @@ def columns(length: int, dtype: str, *, conversations: bool) -> dict[str, str]:
 
 @dataclass
 class SplitCounts:
-    """What one split of one domain holds.
+    """The counts of one split of one domain.
 
     Attributes:
-        documents: that went into it; the end of the last ones may be missing.
-        tokens: in its samples, padding included.
-        samples: of the data's sequence length.
-        duplicates: documents left out because their text is kept for evaluation already.
-        empty: documents left out because they have no text.
+        documents: number of documents in the split; the end of the last ones may be missing.
+        tokens: number of tokens in the samples, with padding.
+        samples: number of samples of the data's sequence length.
+        duplicates: number of documents left out because their text is already used for evaluation.
+        empty: number of documents left out because they have no text.
     """
 
     documents: int = 0
@@ -61,23 +61,23 @@ class SplitCounts:
 
 @dataclass
 class DataManifest:
-    """``manifest.json`` of a prepared data folder.
+    """The contents of ``manifest.json`` of a prepared data folder.
 
     Attributes:
-        sequence_length: tokens per sample.
-        dtype: MDS encoding of the ids, ``uint16`` or ``uint32``.
+        sequence_length: number of tokens in each sample.
+        dtype: MDS encoding of the token ids, ``uint16`` or ``uint32``.
         tokenizer: fingerprint of the tokenizer.
-        vocab_size: ids lie below it.
+        vocab_size: number above all token ids.
         bos: whether every document begins with a BOS.
         eos: whether every document ends with an EOS.
-        seed: of the split.
-        domains: the splits of each domain and their counts.
-        conversations: whether samples are of prompts and responses, of which the responses alone are learned.
-        compression: of the shards, as in MDS (``zstd:3``); None = none.
-        tokenizer_files: in the folder ``tokenizer``.
+        seed: seed of the split into training and evaluation.
+        domains: counts of each split of each domain, by name.
+        conversations: whether samples are of prompts and responses, of which only the responses are learned.
+        compression: compression of the shards in MDS notation (``zstd:3``); None = none.
+        tokenizer_files: names of the files in the folder ``tokenizer``.
         contents: SHA-256 over the checksums of all shards.
-        teacher: whose predictions lie beside the tokens, and which: model, vocab_size, top_k, temperature,
-            boundaries, dtype, and the data without them (fingerprint); None = none.
+        teacher: description of the teacher whose predictions are stored with the tokens: model, vocab_size, top_k,
+            temperature, boundaries, dtype, and the fingerprint of the data without predictions; None = no predictions.
     """
 
     sequence_length: int
@@ -96,11 +96,11 @@ class DataManifest:
     schema: int = 2
 
     def samples(self, domain: str, split: str) -> int:
-        """How many samples a split of a domain has; 0 if there is no such split."""
+        """The number of samples in a split of a domain; 0 if there is no such split."""
         return self.domains[domain][split].samples if split in self.domains[domain] else 0
 
     def fingerprint(self) -> str:
-        """SHA-256 over everything that the manifest says."""
+        """SHA-256 over the whole manifest."""
         return sha256_text(json.dumps(asdict(self), sort_keys=True))
 
     def save(self, folder: Path | str) -> None:
@@ -112,7 +112,7 @@ class DataManifest:
         """Read ``manifest.json`` of ``folder``.
 
         Raises:
-            UserError: the folder is no prepared data, or another version's.
+            UserError: the folder has no prepared data, or those of another version.
         """
         folder = Path(folder)
         if (folder / "job.json").is_file():

@@ -1,7 +1,7 @@
-"""Which domain each sample of the stream comes from: arithmetic, not chance.
+"""The domain of each sample of the stream, computed without randomness.
 
-Tijdeman's rule for the chairman assignment problem (Discrete Mathematics 32, 1980): under constant weights every prefix
-of the stream holds, of each domain, less than one sample more or fewer than its due share.
+Tijdeman's rule for the chairman assignment problem (Discrete Mathematics 32, 1980): under constant weights, the number
+of samples of each domain in every prefix of the stream differs from its due share by less than one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,10 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
     """Weights in parts per million that sum to ``PPM``, rounded by largest remainder.
 
     Args:
-        weights: non-negative, not all zero; they need not sum to one.
+        weights: weights of the domains, non-negative, not all zero; they need not sum to one.
 
     Raises:
-        ValueError: a weight is negative or not finite, all are zero, or one is so small that it gets no part.
+        ValueError: a weight is negative or not finite, all are zero, or one is so small that it rounds to zero.
     """
     total = sum(weights)
     if not weights or not all(0 <= w < float("inf") for w in weights) or not 0 < total < float("inf"):
@@ -42,22 +42,23 @@ class Mixer:
     """The endless sequence of domains, whose weights may change at any slot.
 
     At every slot, among the domains whose next sample may start by now, the one whose sample is due first is taken
-    (ties: the lower number). A change of weights keeps what each domain is owed, so that no share is lost by it; what a
-    domain is owed whose weight becomes zero goes to the heaviest. All arithmetic is in whole numbers, so every process
-    computes the same sequence.
+    (ties: the lower number). When weights change, each domain keeps its owed share, so that no share is lost; the owed
+    share of a domain whose weight becomes zero is given to the domain with the largest weight. All arithmetic is in
+    whole numbers, so every process computes the same sequence.
 
     Attributes:
-        weights: whole parts, which sum to the same total always.
-        slot: how many slots have been taken.
-        counts: how many of them by each domain.
-        owed: due shares minus counts, in parts of a sample (``total`` parts = 1 sample).
+        weights: weights of the domains as whole numbers, whose sum never changes.
+        slot: number of slots that have been taken.
+        counts: number of slots taken by each domain.
+        owed: due share minus count of each domain, in parts of a sample (``total`` parts = 1 sample).
     """
 
     def __init__(self, weights: Sequence[int]) -> None:
         """Start before the first slot.
 
         Args:
-            weights: whole parts, as from ``integer_weights``; domains of weight zero are never taken.
+            weights: weights of the domains as whole numbers, as from ``integer_weights``; domains of weight zero are
+                never taken.
         """
         self.total = sum(weights)
         self.slot = 0
@@ -66,10 +67,10 @@ class Mixer:
         self.change(weights)
 
     def change(self, weights: Sequence[int]) -> None:
-        """Take other weights from the next slot on.
+        """Change the weights from the next slot on.
 
         Raises:
-            ValueError: they have another sum than those before.
+            ValueError: the weights have another sum or number than before.
         """
         if sum(weights) != self.total or len(weights) != len(self.counts):
             raise ValueError(f"weights must be {len(self.counts)} parts that sum to {self.total}; got {list(weights)}")
@@ -84,7 +85,7 @@ class Mixer:
                 self.owed[i] = 0
 
     def next(self) -> tuple[int, int]:
-        """Take the next slot: (domain, number of the sample within the domain)."""
+        """Take the next slot and return (domain, number of the sample within the domain)."""
         slack, total, weights, owed = self._slack, self.total, self.weights, self.owed
         best, best_due, best_weight = -1, 0, 1
         for i in self._active:
@@ -102,28 +103,28 @@ class Mixer:
         return best, number
 
     def state(self) -> dict[str, Any]:
-        """Where the sequence stands: as long as there are domains, whatever has been taken."""
+        """The position of the sequence; its size depends only on the number of domains."""
         return {"slot": self.slot, "weights": [*self.weights], "counts": [*self.counts], "owed": [*self.owed]}
 
     @classmethod
     def at(cls, state: Mapping[str, Any]) -> "Mixer":
-        """A mixer that goes on from a saved state."""
+        """A mixer that resumes from a saved state."""
         mixer = cls(state["weights"])
         mixer.slot, mixer.counts, mixer.owed = state["slot"], [*state["counts"]], [*state["owed"]]
         return mixer
 
 
 def domain_weights(samples: Mapping[str, int], weights: Mapping[str, float] | None) -> list[int]:
-    """Whole weights of domains.
+    """The weights of domains in parts per million.
 
     Args:
-        samples: training samples of every domain.
-        weights: by domain (absent = 0); None = in proportion to samples.
+        samples: number of training samples of every domain, by name.
+        weights: weight of each domain by name (absent = 0); None = in proportion to the number of its samples.
 
     Raises:
-        UserError: they name what is not there, are no weights, or give one to a domain without samples.
+        UserError: a domain is unknown, values are no weights, or a domain without samples has a weight.
     """
-    least = sum(samples.values()) / PPM  # a tiny domain is still drawn
+    least = sum(samples.values()) / PPM  # so that even a tiny domain is drawn
     if weights is None:
         weights = {domain: max(count, least) if count else 0 for domain, count in samples.items()}
     for name in weights:

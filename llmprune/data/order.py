@@ -1,7 +1,7 @@
-"""In which order the samples of one domain come: computed, not stored.
+"""The order of the samples of one domain, which is computed and not stored.
 
-A domain is cut into partitions of equal size, which share no sample and, but where one ends and the next begins, no
-shard. Each epoch permutes the shards of a partition and shuffles samples within a window of consecutive permuted
+A domain is split into partitions of equal size, which share no sample and, except where one ends and the next begins,
+no shard. Each epoch permutes the shards of a partition and shuffles samples within a window of consecutive permuted
 shards. Memory and time grow with the number of shards and the size of one window, never with the number of samples.
 """
 
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_EPOCH, _WINDOW, _LANES = 0, 1, 2  # what a random order is for
+_EPOCH, _WINDOW, _LANES = 0, 1, 2  # uses of a random order
 
 
 def keyed_generator(*key: int) -> np.random.Generator:
-    """A random generator that depends on ``key`` alone."""
+    """A random generator that depends only on ``key``."""
     return np.random.default_rng(np.random.SeedSequence([part & 0xFFFFFFFF for part in key]))
 
 
@@ -29,10 +29,10 @@ class _Pieces:
 
 
 class PartitionOrder:
-    """The endless order of a partition's samples: sample number n → (shard, index within the shard)."""
+    """The endless order of a partition's samples, from a sample's number to (shard, index within the shard)."""
 
     def __init__(self, pieces: _Pieces, key: tuple[int, ...], window: int) -> None:
-        """Order ``pieces``, ``window`` of them shuffled together, as ``key`` says."""
+        """Order ``pieces`` by the random ``key``, with ``window`` of them shuffled together."""
         self.samples = int(pieces.sizes.sum())
         self._pieces, self._key, self._window = pieces, key, window
         self._epoch = self._window_at = -1
@@ -41,7 +41,7 @@ class PartitionOrder:
         self._shuffled: NDArray[np.int64] = np.empty(0, np.int64)
 
     def locate(self, number: int) -> tuple[int, int]:
-        """Where sample ``number`` (from 0, over all epochs) lies: (shard, index)."""
+        """The place of sample ``number`` (from 0, over all epochs), as (shard, index)."""
         epoch, position = divmod(number, self.samples)
         if epoch != self._epoch:
             self._epoch, self._window_at = epoch, -1
@@ -61,11 +61,11 @@ class PartitionOrder:
 
     @property
     def place(self) -> tuple[int, int]:
-        """Epoch and window of the sample that was located last."""
+        """The epoch and the window of the sample that was located last."""
         return self._epoch, self._window_at
 
     def upcoming(self) -> list[int]:
-        """The shards of that window and of the one after it."""
+        """The shards of the window of the sample located last, and of the next window."""
         first = self._window_at * self._window
         pieces = self._permuted[first : first + 2 * self._window]
         if first + self._window >= len(self._permuted):
@@ -73,7 +73,7 @@ class PartitionOrder:
         return list(dict.fromkeys(self._pieces.shards[pieces].tolist()))
 
     def _start(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """An epoch's order of pieces, and where each of its windows ends."""
+        """An epoch's order of pieces, and the end of each of its windows."""
         permuted = keyed_generator(*self._key, epoch, _EPOCH).permutation(len(self._pieces.sizes))
         ends = np.cumsum(self._pieces.sizes[permuted])
         last = np.arange(self._window - 1, len(ends) + self._window - 1, self._window).clip(max=len(ends) - 1)
@@ -83,14 +83,14 @@ class PartitionOrder:
 def domain_order(
     shard_sizes: Sequence[int], seed: int, domain: int, *, window: int = 8, partitions: int = 1
 ) -> list[PartitionOrder]:
-    """The order of each partition of a domain; no partition ever changes its samples.
+    """The order of each partition of a domain; a partition has the same samples in all epochs.
 
     Args:
-        shard_sizes: samples per shard; as many samples as partitions at least.
-        seed: of the run.
-        domain: the domain's number, so that domains differ in their order.
-        window: shards whose samples are shuffled together.
-        partitions: how many.
+        shard_sizes: number of samples in each shard; in all at least as many samples as partitions.
+        seed: seed of the run.
+        domain: number of the domain, so that domains differ in their order.
+        window: number of shards whose samples are shuffled together.
+        partitions: number of partitions.
     """
     sizes = np.asarray(shard_sizes, dtype=np.int64)
     dealt = keyed_generator(seed, domain, _LANES).permutation(len(sizes))

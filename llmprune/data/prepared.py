@@ -1,4 +1,4 @@
-"""Prepared data, wherever they lie: on this machine, compressed, or at a URL."""
+"""Prepared data on this machine or at a URL, compressed or not."""
 
 import getpass
 import tempfile
@@ -12,19 +12,20 @@ from llmprune.utils.errors import UserError
 
 
 class PreparedData:
-    """A folder or URL that ``python -m data_prep`` made the contents of.
+    """A folder or URL with data prepared by ``python -m data_prep``.
 
     Attributes:
-        location: as given.
-        manifest: what is there.
+        location: path or URL of the data, as given.
+        manifest: manifest of the data.
     """
 
     def __init__(self, location: Path | str, cache: CacheConfig | None = None) -> None:
         """Read the manifest.
 
         Args:
-            location: a folder, or a URL of any kind that MosaicML Streaming reads (``s3://…``, ``gs://…``, ``hf://…``).
-            cache: of remote or compressed data.
+            location: path of a folder, or a URL of any kind that MosaicML Streaming reads (``s3://…``, ``gs://…``,
+                ``hf://…``).
+            cache: settings of the cache of remote or compressed data; None = the defaults.
 
         Raises:
             UserError: there are no prepared data, or they can't be reached.
@@ -50,10 +51,10 @@ class PreparedData:
 
     @cached_property
     def tokenizer(self) -> Path:
-        """A folder of this machine with the tokenizer.
+        """A folder on this machine with the tokenizer.
 
         Raises:
-            UserError: it can't be had.
+            UserError: the tokenizer can't be fetched.
         """
         for name in self.manifest.tokenizer_files:
             if self._cache is not None:
@@ -68,9 +69,10 @@ class PreparedData:
         """A reader of one split of one domain; see ``SplitReader``.
 
         Args:
-            domain: which.
-            split: ``train`` or ``eval``.
-            boundaries: whether samples say where documents begin; None = those of conversations do.
+            domain: name of the domain.
+            split: name of the split: ``train`` or ``eval``.
+            boundaries: whether samples contain the positions within documents; None = true for conversations, else
+                false.
 
         Raises:
             UserError: the split is missing, damaged, or can't be reached.
@@ -79,7 +81,7 @@ class PreparedData:
         return SplitReader(self._root, domain, split, cache=self._cache, boundaries=wanted)
 
     def check_room(self, wanted: int) -> None:
-        """Raise ``UserError`` if a limited cache can't hold so many bytes, which are in use at a time."""
+        """Raise ``UserError`` if the cache's limit is less than ``wanted``, the bytes in use at a time."""
         limit = None if self._cache is None else self._cache.limit
         if limit is not None and limit < wanted:
             raise UserError(

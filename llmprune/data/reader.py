@@ -1,4 +1,4 @@
-"""Samples of prepared data, read from their shards."""
+"""Reading of samples from the shards of prepared data."""
 
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -16,20 +16,20 @@ from llmprune.data.cache import ShardCache, ShardFile, check_file
 from llmprune.data.format import COLUMNS, LEARNED, STARTS, TEACHER_LOGS, TEACHER_TOKENS, TOKENS
 from llmprune.utils.errors import UserError
 
-NO_LOSS = -100  # what PyTorch's losses pass over
-# What an index that does not fit its shards leads to.
+NO_LOSS = -100  # label that PyTorch's losses ignore
+# Errors caused by an index that does not fit its shards.
 _ODD = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, AssertionError)
-_LARGEST = 2**32  # bytes of a shard: MDS counts them in 32 bits
-_ATTEMPTS = 3  # to read what other processes may take out of the cache
+_LARGEST = 2**32  # largest size of a shard in bytes: MDS counts bytes in 32 bits
+_ATTEMPTS = 3  # attempts to read a file that other processes may delete from the cache
 
 Sample = dict[str, torch.Tensor]
 
 
 def _of_numbers(shard: Reader) -> MDSReader:
-    """A shard that holds what this package writes and nothing else: other encodings run decoders, or code.
+    """A shard, if it contains only columns of prepared data; other encodings would run decoders, or code.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the shard contains something else.
     """
     if not isinstance(shard, MDSReader):
         raise ValueError("a shard is not of the format mds")
@@ -44,7 +44,7 @@ def _of_numbers(shard: Reader) -> MDSReader:
 
 
 class SplitReader:
-    """Reads the samples of one split of one domain, from any process, without anything that processes share."""
+    """Reads the samples of one split of one domain, in any process, without shared state."""
 
     def __init__(
         self, root: Path, domain: str, split: str, *, cache: ShardCache | None = None, boundaries: bool = False
@@ -52,11 +52,11 @@ class SplitReader:
         """Open the split's index.
 
         Args:
-            root: the data's folder on this machine; that of ``cache``, if there is one.
-            domain: which.
-            split: ``train`` or ``eval``.
-            cache: where shards come from; None = they lie below ``root``.
-            boundaries: whether samples say where documents begin (see ``read``).
+            root: folder of the data on this machine; with ``cache``, the cache's folder.
+            domain: name of the domain.
+            split: name of the split: ``train`` or ``eval``.
+            cache: cache that shards are fetched with; None = the shards are in ``root``.
+            boundaries: whether samples contain the positions within documents (see ``read``).
 
         Raises:
             UserError: the split is missing or damaged, or can't be reached.
@@ -95,17 +95,17 @@ class SplitReader:
         return ShardFile(f"{self._below}/{raw.basename}", raw, packed, shard.compression)
 
     def read(self, shard: int, index: int) -> Sample:
-        """One sample. A shard's checksum is looked at when it is first read.
+        """One sample; the first time that a shard is read, its checksum is verified.
 
         Returns:
-            ``input_ids``, int64 [length]. With boundaries also ``position_ids``, int64 [length], which begin anew with
-            every document. With boundaries, and for data whose prompts are not learned, ``labels``, int64 [length]:
-            the tokens, but for those without loss (prompts, padding, the first of each document), which are
-            ``NO_LOSS``. With a teacher's predictions beside the tokens also ``teacher_tokens``, int64 [length, k], and
+            ``input_ids``, int64 [length]. With boundaries also ``position_ids``, int64 [length], which restart at every
+            document. With boundaries, and for data whose prompts are not learned, ``labels``, int64 [length]: the
+            tokens, except for those without loss (prompts, padding, the first of each document), which are ``NO_LOSS``.
+            With a teacher's predictions stored with the tokens also ``teacher_tokens``, int64 [length, k], and
             ``teacher_logs``, float32 [length, k].
 
         Raises:
-            UserError: the shard is damaged, has vanished, or can't be fetched any more.
+            UserError: the shard is damaged or missing, or can no longer be fetched.
         """
         columns = self.row(shard, index)
         try:
@@ -139,7 +139,7 @@ class SplitReader:
         return sample
 
     def fetch_ahead(self, shards: Iterable[int]) -> None:
-        """Begin to fetch shards that are read next."""
+        """Start to fetch shards that are read next, in the background."""
         if self._cache is not None:
             files = [self._files[shard] for shard in shards]
             for file in files:
@@ -147,7 +147,7 @@ class SplitReader:
             self._cache.fetch_ahead(files)
 
     def row(self, shard: int, index: int) -> dict[str, NDArray[np.generic]]:
-        """A sample's columns, as they are stored."""
+        """The stored columns of a sample."""
         file = self._files[shard]
         path = self._root / file.name
         try:
@@ -161,7 +161,7 @@ class SplitReader:
                     return self._shards[shard].get_item(index)  # type: ignore[no-any-return]
                 except _ODD as error:
                     raise self._unlike_index(error) from None
-                except (FileNotFoundError, UserError):  # made room for another, or damaged on this machine
+                except (FileNotFoundError, UserError):  # deleted for another file, or damaged on this machine
                     if self._cache is None:
                         raise
                     path.unlink(missing_ok=True)

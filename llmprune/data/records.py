@@ -24,34 +24,34 @@ KNOWN = f"{', '.join(FORMATS)}; text and JSON lines also .gz or .zst; hf:NAME:CO
 _COMPRESSED = {".gz", ".zst"}
 _HUB = "hf:"
 
-RECORD_BYTES = 64 << 20  # of a record, and of its text
-_BATCH_ROWS = 32  # of a Parquet file: few, since a value that is stored once may fill many rows
-_PAGE_BYTES = 1 << 20  # of a Parquet file's columns, read at a time
-_SLICE = 1 << 10  # of a zstd stream, decompressed at a time: it becomes 32 MiB at most
+RECORD_BYTES = 64 << 20  # largest size of a record, and of its text
+_BATCH_ROWS = 32  # rows of a Parquet file: few, since one stored value may fill many rows
+_PAGE_BYTES = 1 << 20  # bytes of a Parquet file's columns that are read at a time
+_SLICE = 1 << 10  # bytes of a zstd stream that are decompressed at a time, to 32 MiB at most
 
 
 class DamagedInput(Exception):
-    """What can't be read from some record on."""
+    """An input is damaged and can't be read after some record."""
 
 
 class TooLarge(ValueError):
-    """A record, or its text, beyond ``RECORD_BYTES``."""
+    """A record, or its text, is larger than ``RECORD_BYTES``."""
 
     def __init__(self, remedy: str = "leave it out, or cut it") -> None:
-        """Say so, with what the user can do."""
+        """Make the message, with advice to the user."""
         super().__init__(f"it is larger than {RECORD_BYTES >> 20} MiB, the limit of a record: {remedy}")
 
 
 @dataclass(frozen=True)
 class Input:
-    """A file, or a Hugging Face dataset.
+    """An input: a file or a Hugging Face dataset.
 
     Attributes:
-        name: the path, or ``hf:NAME:CONFIG:SPLIT``.
-        folder: the domain, unless something else is said to be.
-        size: bytes; 0 = unknown.
-        changed: when it was changed, in nanoseconds; 0 = unknown.
-        part: take the i-th of n parts of the records; only of a dataset.
+        name: path of the file, or ``hf:NAME:CONFIG:SPLIT``.
+        folder: name of the domain, unless another is given.
+        size: size in bytes; 0 = unknown.
+        changed: time of the last change, in nanoseconds; 0 = unknown.
+        part: index and number of parts (i, n): only the i-th of n parts of the records is read; only for datasets.
     """
 
     name: str
@@ -62,26 +62,27 @@ class Input:
 
     @property
     def path(self) -> Path | None:
-        """Where it lies on this machine; None = nowhere in particular."""
+        """The path on this machine; None = the input is not on this machine."""
         name = self.name.removeprefix(_HUB).partition(":")[0] if self.is_dataset else self.name
         return Path(name) if not self.is_dataset or Path(name).exists() else None
 
     @property
     def is_dataset(self) -> bool:
-        """Whether it is a Hugging Face dataset."""
+        """Whether the input is a Hugging Face dataset."""
         return self.name.startswith(_HUB)
 
     @property
     def is_text(self) -> bool:
-        """Whether it is a file of text, which is one record."""
+        """Whether the input is a text file, which is one record."""
         return not self.is_dataset and _format(Path(self.name)) in _TEXT
 
 
 def find_inputs(inputs: Sequence[str | Path]) -> list[Input]:
     """All readable files among ``inputs`` (folders are searched), each once, and the datasets.
 
-    The domain of a file is the folder directly below the input folder, or the folder that it lies in; that of a dataset
-    is the last part of its name. A file that is reached in several ways, by links too, counts where it is found first.
+    The domain of a file is the folder directly below the input folder, or the folder that contains the file; that of a
+    dataset is the last part of its name. A file that is found in several ways, also by links, counts where it is found
+    first.
 
     Raises:
         UserError: an input does not exist, is neither a file nor a folder, or no file is of a known format.
@@ -114,12 +115,12 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Input]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder, through links too, each folder once."""
+    """All files below a folder, also through links, each folder once."""
     seen = set()
     for name, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(folders)
         here = Path(name)
-        if here.resolve() in seen:  # a link that leads back
+        if here.resolve() in seen:  # a link back to a folder above
             folders.clear()
             continue
         seen.add(here.resolve())
@@ -134,19 +135,19 @@ def _file(path: Path, folder: str) -> Input:
 def records(
     source: Input, *, after: int = 0, fields: Collection[str] | None = None, text_bytes: int | None = None
 ) -> Iterator[tuple[int, bytes | Mapping[str, Any] | TooLarge, int]]:
-    """The records of an input: (number, content, bytes of the input read by then).
+    """The records of an input: (number, content, bytes of the input read so far).
 
-    The content is text, a line of JSON, or a mapping; or what is wrong with one that is too large to be read, of which
-    no more than the limit is ever held. Numbers begin at 1; a text file is one record.
+    The content is text, a line of JSON, or a mapping; for a record that is too large to be read it is a ``TooLarge``,
+    and no more than the limit is ever in memory. Numbers begin at 1; a text file is one record.
 
     Args:
-        source: which input.
-        after: leave out the records up to this number.
-        fields: only these top-level fields are needed.
-        text_bytes: read only so much of a text file, up to a whole character.
+        source: input to read.
+        after: number of the last record that is skipped; 0 = none is skipped.
+        fields: names of the top-level fields that are needed; None = all.
+        text_bytes: number of bytes of a text file that are read, up to a whole character; None = all.
 
     Raises:
-        UserError: a dataset can't be opened, or breaks off: the rest may be had another time.
+        UserError: a dataset can't be opened, or its download fails: it can be tried again later.
         DamagedInput: the rest of a file can't be read.
     """
     if source.is_dataset:
@@ -217,7 +218,7 @@ def _parquet_records(
 
 
 def _row(batch: "RecordBatch", place: int) -> Mapping[str, Any]:
-    """A row; without the values that Python can't hold, such as text that is not UTF-8."""
+    """A row without values that Python can't represent, such as text that is not UTF-8."""
     row = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         with suppress(ValueError, OverflowError):
@@ -239,7 +240,7 @@ def _dataset_records(
     while True:
         try:
             row = next(rows, None)
-        except Exception as error:  # of the network, of the hub, or of any reader of files
+        except Exception as error:  # errors of the network, the hub or a reader of files
             raise UserError(f"{source.name} ends after record {number}: {first_line(error)}") from None
         if row is None:
             return
@@ -263,7 +264,7 @@ def _open_dataset(source: Input) -> "Dataset | IterableDataset":
 
 
 def _whole_characters(text: bytes) -> bytes:
-    """UTF-8 without a character that was cut at the end (a character has at most four bytes)."""
+    """UTF-8 without an incomplete character at the end (a character has at most four bytes)."""
     for cut in range(1, min(4, len(text)) + 1):
         if text[-cut] & 0xC0 != 0x80:  # the first byte of the last character
             size = next((n for n, bits in ((4, 0xF0), (3, 0xE0), (2, 0xC0)) if text[-cut] >= bits), 1)
@@ -288,7 +289,7 @@ def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompresses one zstd frame after the other; unlike the library's reader, it notices a truncated last one."""
+    """Decompresses one zstd frame after the other; unlike the library's reader, it detects a truncated last frame."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw

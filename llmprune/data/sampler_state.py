@@ -1,4 +1,4 @@
-"""The state of the sampler: which sample every slot of every batch holds, and on which machine it is read."""
+"""The state of the sampler: the sample in every slot of every batch, and the machine that reads it."""
 
 import heapq
 from collections import Counter, deque
@@ -10,24 +10,24 @@ from llmprune.utils.errors import UserError
 
 
 class SamplerState:
-    """Batch by batch, (domain, partition, number within the domain's partition) of every slot.
+    """The sampler, which computes (domain, partition, number within the domain's partition) of every slot of a batch.
 
-    Every process that starts from the same state and hears of the same changes computes the same course.
+    Every process that starts from the same state and gets the same changes computes the same sequence.
 
     Attributes:
-        mixer: of domains.
-        ahead: changes of weights to come, (slot, weights), by rising slot.
+        mixer: mixer of the domains.
+        ahead: future changes of weights, (slot, weights), by ascending slot.
     """
 
     def __init__(self, weights: Sequence[int], batch_size: int, partitions: int = 1) -> None:
-        """Start before the first batch; ``weights`` as from ``integer_weights``, ``partitions`` divides the batch."""
+        """Start before the first batch; ``weights`` as from ``integer_weights``; ``partitions`` divides the batch."""
         self.mixer = Mixer(weights)
         self.ahead: deque[tuple[int, list[int]]] = deque()
         self._batch = batch_size
         self._partitions = Partitions(len(weights), partitions) if partitions > 1 else None
 
     def next_batch(self) -> list[tuple[int, int, int]]:
-        """Go on by one batch."""
+        """Advance by one batch and return its slots."""
         while self.ahead and self.ahead[0][0] <= self.mixer.slot:
             self.mixer.change(self.ahead.popleft()[1])
         taken = [self.mixer.next() for _ in range(self._batch)]
@@ -39,7 +39,7 @@ class SamplerState:
         return self._partitions.deal(counts)
 
     def state(self) -> dict[str, Any]:
-        """Where the course stands: of the same length whatever comes after, plain types only."""
+        """The position of the sampler, in plain types only; its size does not grow with the run."""
         return {
             "mixer": self.mixer.state(),
             "partitions": None if self._partitions is None else [[*counts] for counts in self._partitions.counts],
@@ -48,7 +48,7 @@ class SamplerState:
 
     @classmethod
     def at(cls, state: Mapping[str, Any], batch_size: int, partitions: int = 1) -> "SamplerState":
-        """The course that goes on from a saved state.
+        """The sampler that resumes from a saved state.
 
         Raises:
             UserError: the state is of another number of partitions, or of another version.
@@ -69,10 +69,10 @@ class SamplerState:
 
 
 class Partitions:
-    """Deals the samples of batches to partitions so that each partition keeps even shares of every domain.
+    """Assigns the samples of batches to partitions so that each partition gets equal shares of every domain.
 
     Attributes:
-        counts: samples dealt so far, by domain and partition. They differ between the partitions of a domain by a few.
+        counts: number of samples assigned so far, by domain and partition; the partitions of a domain differ by a few.
     """
 
     def __init__(self, domains: int, partitions: int) -> None:
@@ -80,12 +80,13 @@ class Partitions:
         self.counts = [[0] * partitions for _ in range(domains)]
 
     def deal(self, batch: Sequence[int]) -> list[tuple[int, int, int]]:
-        """Give every sample of a batch its place.
+        """Assign every sample of a batch to a partition.
 
-        The partition that is furthest behind its share of a domain takes a sample of it, the furthest of all first.
+        A sample of a domain is assigned to the partition whose count is the furthest below its share of the domain; the
+        largest differences are served first.
 
         Args:
-            batch: how many samples of each domain it holds; as many in all as are left by a whole number of partitions.
+            batch: number of samples of each domain in the batch; the sum is a multiple of the number of partitions.
 
         Returns:
             (domain, partition, number of the sample within the domain's partition), partition by partition, domains
@@ -116,7 +117,7 @@ class Partitions:
 
 
 def _spread(samples: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """A partition's samples, those of each domain spread over its whole length, so that ranks get equal mixes."""
+    """A partition's samples, with those of each domain spread over the whole length, so that ranks get equal mixes."""
     size = Counter(domain for domain, _, _ in samples)
     seen: Counter[int] = Counter()
     keys = []

@@ -1,4 +1,4 @@
-"""Documents: the texts of records, and the domain that each belongs to."""
+"""Documents: the texts of records, with their domains."""
 
 import json
 import re
@@ -15,14 +15,14 @@ Place = tuple[int, int]  # number of the input, and of the record in it
 
 @dataclass(frozen=True)
 class Document:
-    """A text and its domain.
+    """A text with its domain.
 
     Attributes:
-        text: all of it; blank = an empty document.
-        domain: a name that is good for a folder.
-        place: where it was found.
-        position: bytes of all inputs that had been read when it was found.
-        pieces: the text in pieces, each with whether a model is to learn it; empty = one piece that is learned.
+        text: whole text; only spaces = an empty document.
+        domain: name of the domain, which is valid as a folder name.
+        place: number of the input, and of the record in it.
+        position: number of bytes of all inputs that were read up to this document.
+        pieces: pieces of the text, each with whether a model learns it; empty = one piece that is learned.
     """
 
     text: str
@@ -37,9 +37,9 @@ class BadRecord:
     """A record that could not be read.
 
     Attributes:
-        place: where it is, in words.
-        reason: what is wrong.
-        after: its number in its input, and the input's, to go on after it.
+        place: description of the record's place.
+        reason: description of the error.
+        after: numbers of the input and of the record in it, from which reading can resume.
     """
 
     place: str
@@ -49,12 +49,12 @@ class BadRecord:
 
 @dataclass(frozen=True)
 class Fields:
-    """Which fields of a record matter (nested ones with dots) and what overrides the domain.
+    """The fields of a record that are read (nested ones with dots), and an override of the domain.
 
     Attributes:
-        text: holds the text.
-        domain_field: holds the domain.
-        domain: one domain for everything.
+        text: name of the field with the text.
+        domain_field: name of the field with the domain; None = the domain is the input's folder.
+        domain: name of one domain for all records; None = no override.
     """
 
     text: str = "text"
@@ -63,26 +63,26 @@ class Fields:
 
 
 def clean_name(name: str) -> str:
-    """A domain's name as a folder name: letters and digits of any script, ``.``, ``_`` and ``-``; no dot in front."""
+    """A domain's name as a folder name: letters and digits of any script, ``.``, ``_`` and ``-``; no dot first."""
     kept = (c if c in "._-" or c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in name)
     cleaned = re.sub(" +", "_", "".join(kept)).lstrip(".")
     return cleaned.encode()[:100].decode(errors="ignore") or "unnamed"
 
 
 def folded(name: str) -> str:
-    """A name as file systems that ignore case compare it."""
+    """A name in the form in which file systems that ignore case compare it."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 class DomainNames:
-    """The clean names of domains, of which no two are the same, upper and lower case being one.
+    """The clean names of domains, which are all different, also when upper and lower case are ignored.
 
     Attributes:
-        originals: by clean name, folded.
+        originals: original names, by clean name in folded form.
     """
 
     def __init__(self, originals: Mapping[str, str] | None = None) -> None:
-        """Know these names already."""
+        """Start with the names in ``originals``."""
         self.originals = dict(originals or {})
         self._cleaned: dict[str, str] = {}
 
@@ -90,7 +90,7 @@ class DomainNames:
         """The clean name of a domain.
 
         Raises:
-            UserError: another has it already.
+            UserError: another domain has the same clean name.
         """
         name = unicodedata.normalize("NFC", name)  # file systems spell the same name in different ways
         if name not in self._cleaned:
@@ -122,15 +122,15 @@ def documents(
     """Every document of ``inputs``, and every record that could not be read or is too large.
 
     Args:
-        inputs: see ``find_inputs``.
-        fields: of records.
-        after: go on after this place.
-        text_bytes: read only so much of a text file; None = all.
-        render: makes a document's pieces out of a record, in place of the text field; raises ``ValueError``,
-            ``KeyError`` or ``TypeError`` for one that it can't use.
-        rendered: the top-level fields that it uses.
-        names: those of domains found elsewhere; what is found here joins them.
-        empty: whether documents without text are given too.
+        inputs: inputs to read, see ``find_inputs``.
+        fields: names of the fields that are read.
+        after: place after which reading begins.
+        text_bytes: number of bytes of a text file that are read; None = all.
+        render: function that makes a document's pieces from a record, in place of the text field; it raises
+            ``ValueError``, ``KeyError`` or ``TypeError`` for a record that it can't use.
+        rendered: names of the top-level fields that ``render`` reads.
+        names: names of domains found elsewhere, to which the new ones are added; None = none.
+        empty: whether documents without text are returned as well.
 
     Raises:
         UserError: two domains would get the same name.
@@ -138,7 +138,7 @@ def documents(
     names = DomainNames() if names is None else names
     if fields.domain is None and fields.domain_field is None:
         for source in inputs:
-            names.clean(source.folder)  # a clash shows before anything is read
+            names.clean(source.folder)  # a conflict is reported before anything is read
     wanted = [*rendered] if render else [fields.text.partition(".")[0]]
     wanted += [] if fields.domain_field is None else [fields.domain_field.partition(".")[0]]
     before = sum(source.size for source in inputs[: after[0]])
@@ -165,7 +165,7 @@ def documents(
 def _content(
     content: bytes | Mapping[str, Any] | TooLarge, source: Input, fields: Fields, render: Render | None
 ) -> tuple[tuple[tuple[str, bool], ...], str | None]:
-    """A record's pieces and the domain that it names."""
+    """A record's pieces and the domain in its domain field."""
     if isinstance(content, TooLarge):
         raise content
     if source.is_text:
@@ -182,10 +182,10 @@ def _content(
 
 
 def field_value(record: Any, dotted: str) -> Any:
-    """A field of a record, nested ones with dots.
+    """The value of a record's field; the names of nested fields are joined by dots.
 
     Raises:
-        KeyError: there is none.
+        KeyError: the record has no such field.
     """
     value = record
     for name in dotted.split("."):
@@ -196,11 +196,11 @@ def field_value(record: Any, dotted: str) -> Any:
 
 
 def field_text(record: Any, dotted: str) -> str:
-    """A field that holds text.
+    """The text in a record's field.
 
     Raises:
-        KeyError: there is none.
-        TypeError: it holds something else.
+        KeyError: the record has no such field.
+        TypeError: the field contains something else.
     """
     value = field_value(record, dotted)
     if not isinstance(value, str):

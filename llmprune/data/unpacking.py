@@ -1,4 +1,4 @@
-"""Decompression that gives no more than it was announced to: a small file may stand for more than fits into memory."""
+"""Decompression up to the announced size, because a small file may decompress to more than fits into memory."""
 
 import bz2
 import gzip
@@ -20,20 +20,20 @@ _STREAMS: dict[str, Callable[[IO[bytes]], Any]] = {
 
 
 def unpack(algorithm: str | None, packed: bytes, size: int, name: object) -> bytes:
-    """Decompress what has ``size`` bytes then.
+    """Decompress data whose decompressed size is ``size`` bytes.
 
     Args:
-        algorithm: as MDS names it, such as ``zstd:3``.
-        packed: the compressed bytes.
-        size: of the result.
-        name: of the file, for messages.
+        algorithm: algorithm of the compression in MDS notation, such as ``zstd:3``.
+        packed: compressed bytes.
+        size: number of bytes after decompression.
+        name: name of the file, for messages.
 
     Raises:
-        UserError: it has another size, or can't be decompressed.
+        UserError: the result has another size, or the data can't be decompressed.
     """
     try:
         found = _at_most(size + 1, str(algorithm), packed)
-    except Exception as error:  # each algorithm has errors of its own
+    except Exception as error:  # each algorithm raises its own kinds of errors
         raise UserError(f"{name} can't be decompressed ({first_line(error)}): prepare the data again") from None
     if len(found) != size:
         amount = "more than" if len(found) > size else f"{len(found):,} of"
@@ -42,7 +42,7 @@ def unpack(algorithm: str | None, packed: bytes, size: int, name: object) -> byt
 
 
 def _at_most(most: int, algorithm: str, packed: bytes) -> bytes:
-    """The first ``most`` bytes, or a few more."""
+    """The first ``most`` decompressed bytes, or a few more."""
     family = algorithm.partition(":")[0]
     if family in _STREAMS:
         with _STREAMS[family](io.BytesIO(packed)) as stream:
@@ -64,7 +64,7 @@ def _brotli(most: int, packed: bytes) -> bytes:
 
 
 def _snappy_size(packed: bytes) -> int:
-    """What a block of Snappy decompresses to, which it begins with: seven bits a byte, the lowest first."""
+    """The decompressed size of a Snappy block, from its first bytes: seven bits per byte, the lowest first."""
     size = 0
     for place, byte in enumerate(packed[:5]):
         size |= (byte & 127) << (7 * place)

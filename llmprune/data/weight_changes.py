@@ -1,28 +1,28 @@
-"""Changes of weights on their way from the training process to loader workers."""
+"""Changes of domain weights that the training process sends to loader workers."""
 
 from collections.abc import Sequence
 
 import torch
 
-WORKERS = 64  # of a rank
-ROWS = 1024  # changes that may be under way at a time; each takes effect within a few dozen batches
+WORKERS = 64  # largest number of loader processes per rank
+ROWS = 1024  # largest number of changes in flight; each takes effect within a few dozen batches
 
 
 class WeightChanges:
-    """Weights by the slot that they take effect at, in memory that loader workers share.
+    """Changes of weights with the slots at which they take effect, in memory shared with loader workers.
 
-    The memory has no name that a killed process could leave behind. One process writes; workers only read, and say how
-    far they have come.
+    The shared memory has no name, so a killed process can't leave it allocated. One process writes changes; workers
+    only read them, and write which slot they have reached.
     """
 
     def __init__(self, domains: int) -> None:
-        """Make room for changes of so many domains."""
+        """Reserve memory for changes of the weights of ``domains`` domains."""
         self._rows = torch.zeros(ROWS, domains + 1, dtype=torch.int64).share_memory_()
         self._written = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._reached = torch.zeros(WORKERS, dtype=torch.int64).share_memory_()
 
     def add(self, slot: int, weights: Sequence[int]) -> None:
-        """Announce weights from ``slot`` on; slots must come in ascending order.
+        """Add weights that take effect at ``slot``; slots must be in ascending order.
 
         Raises:
             ValueError: a worker has passed the slot.
@@ -35,10 +35,10 @@ class WeightChanges:
         self._written[0] = written + 1
 
     def since(self, seen: int) -> list[tuple[int, list[int]]]:
-        """Every change but the first ``seen``: (slot, weights).
+        """All changes after the first ``seen``, as (slot, weights).
 
         Raises:
-            RuntimeError: some of them are not there any more.
+            RuntimeError: some of these changes are already overwritten.
         """
         written = int(self._written)
         if written - seen > ROWS:
@@ -47,5 +47,5 @@ class WeightChanges:
         return [(slot, weights) for slot, *weights in rows]
 
     def reach(self, worker: int, slot: int) -> None:
-        """A worker begins the batch that ends before ``slot``."""
+        """Record that a worker begins the batch that ends before ``slot``."""
         self._reached[worker] = slot

@@ -1,4 +1,4 @@
-"""How weights of domains follow their losses (dynamic batch loading: Sheared-LLaMA, arXiv:2310.06694, section 2.2)."""
+"""Updates of domain weights from losses (dynamic batch loading: Sheared-LLaMA, arXiv:2310.06694, section 2.2)."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,7 +12,7 @@ from llmprune.utils.files import read_json
 from llmprune.utils.registry import Registry
 from llmprune.utils.settings import check_settings, limited
 
-TINY = 1e-100  # a weight below it is none
+TINY = 1e-100  # weights below it count as zero
 
 UPDATES: "Registry[Update]" = Registry("updates", "update of domain weights")
 """Updates by name."""
@@ -20,21 +20,23 @@ UPDATES: "Registry[Update]" = Registry("updates", "update of domain weights")
 
 @dataclass
 class DynamicLoadingConfig:
-    """Weights of domains that change after every evaluation.
+    """Domain weights that change after every evaluation.
 
     Attributes:
-        update: ``doremi``, ``bandit``, ``schedule`` or ``constant``.
-        references: the loss (nats per token) that each domain is expected to come down to, by name, or the file that
-            ``llmprune references`` wrote; ``doremi`` and ``bandit`` give weight to domains that are far above theirs.
-        eta: step of ``doremi`` (no unit).
-        smoothing: share that is spread evenly over all domains at each update.
-        clamp: a domain below its reference counts as at it (as in the paper; not in its code).
-        schedule: for ``schedule``: weights at shares of the run, straight lines between them:
-            [{at: 0, weights: {a: 0.5, b: 0.5}}, {at: 1, weights: {b: 1}}].
-        floor: least weight of each domain; a number for all, or by name.
-        ceiling: greatest weight of each domain, alike.
-        update_delay: batches from an evaluation to the first with new weights; at least workers × prefetch, so that
-            none of them is loaded already.
+        update: rule of the update: ``doremi``, ``bandit``, ``schedule`` or ``constant``.
+        references: reference loss (nats per token) that each domain is expected to reach, by name, or the path of a
+            file that ``llmprune references`` wrote; ``doremi`` and ``bandit`` raise the weights of domains far above
+            their references.
+        eta: step size of ``doremi`` (no unit).
+        smoothing: share of the weights that is spread evenly over all domains at each update.
+        clamp: treat a domain whose loss is below its reference as if its loss were equal to it (as in the paper; not in
+            its code).
+        schedule: weights at points of the run, for ``schedule``; between points they change linearly: [{at: 0, weights:
+            {a: 0.5, b: 0.5}}, {at: 1, weights: {b: 1}}].
+        floor: lowest weight of each domain: one number for all domains, or numbers by name.
+        ceiling: highest weight of each domain: one number for all domains, or numbers by name.
+        update_delay: number of batches from an evaluation to the first batch with the new weights; at least workers ×
+            prefetch, so that none of these batches is loaded already.
     """
 
     update: str = "doremi"
@@ -50,12 +52,12 @@ class DynamicLoadingConfig:
 
 @dataclass(frozen=True)
 class Measured:
-    """What an update may look at; all sequences are by domain, of those that are drawn.
+    """The measurements that an update reads; all sequences have one value per domain that is drawn from.
 
     Attributes:
-        weights: now in force; they sum to one.
-        excess: loss above the reference, nats per token; NaN where that is unknown.
-        progress: share of the run that is done.
+        weights: current weights of the domains; they sum to one.
+        excess: loss minus reference loss of each domain, nats per token; NaN if unknown.
+        progress: share of the run that is done, 0 to 1.
     """
 
     weights: Sequence[float]
@@ -68,7 +70,7 @@ Update = Callable[[Measured, DynamicLoadingConfig, Sequence[str]], list[float]]
 
 @UPDATES.register("doremi")
 def doremi(measured: Measured, config: DynamicLoadingConfig, domains: Sequence[str]) -> list[float]:
-    """Weights grow by the factor exp(eta · excess loss)."""
+    """Each weight is multiplied by exp(eta · excess loss)."""
     logs = [math.log(w) + config.eta * e for w, e in zip(measured.weights, measured.excess, strict=True)]
     return _smoothed(_softmax(logs), config.smoothing)
 
@@ -88,7 +90,7 @@ def constant(measured: Measured, config: DynamicLoadingConfig, domains: Sequence
 
 @UPDATES.register("schedule")
 def schedule(measured: Measured, config: DynamicLoadingConfig, domains: Sequence[str]) -> list[float]:
-    """Weights go along given points."""
+    """Weights follow given points, linearly between them."""
     points = [(float(point["at"]), _shares(point["weights"], domains)) for point in config.schedule]
     progress = min(max(measured.progress, points[0][0]), points[-1][0])
     for (start, first), (end, last) in pairwise(points):
@@ -104,10 +106,10 @@ NEEDS_LOSSES = ("doremi", "bandit")
 def new_weights(
     measured: Measured, config: DynamicLoadingConfig, domains: Sequence[str], held: Collection[str] = ()
 ) -> list[float] | None:
-    """The weights after an evaluation, within their bounds; None if they have to stay: a loss or a weight is no number.
+    """The weights after an evaluation, within their bounds; None if a loss or a weight is not finite.
 
-    Domains that are ``held``, and those whose weight is zero, keep it and the others share the rest; with ``schedule``
-    all domains go along the schedule. The weights sum to one.
+    With None the weights have to stay. Domains in ``held``, and domains of weight zero, keep their weights, and the
+    others share the rest; with ``schedule`` all domains follow the schedule. The weights sum to one.
     """
     free = list(range(len(domains)))
     if config.update != "schedule":
@@ -124,7 +126,7 @@ def new_weights(
     )
     share = 1.0 if config.update == "schedule" else whole
     floor, ceiling = _bounds(config, names)
-    if config.update != "schedule":  # a domain of weight zero would be out for good
+    if config.update != "schedule":  # a domain of weight zero would never be drawn again
         floor = [min(max(low, 1 / PPM), high) for low, high in zip(floor, ceiling, strict=True)]
     wanted = UPDATES[config.update](seen, config, names)
     if not all(map(math.isfinite, wanted)):
@@ -137,7 +139,7 @@ def new_weights(
 
 
 def first_weights(config: DynamicLoadingConfig, domains: Sequence[str]) -> dict[str, float] | None:
-    """The weights that a run begins with, if the update says so."""
+    """The weights at the start of a run, if the update is a schedule; otherwise None."""
     if config.update != "schedule":
         return None
     unknown = [math.nan] * len(domains)
@@ -149,12 +151,12 @@ def first_weights(config: DynamicLoadingConfig, domains: Sequence[str]) -> dict[
 def bounded(weights: Sequence[float], floor: Sequence[float], ceiling: Sequence[float]) -> list[float]:
     """Shares in proportion to ``weights`` where their bounds allow it; they sum to one.
 
-    What is left when all that have a weight are at their ceilings goes evenly to those that have none.
+    If all domains with a weight are at their ceilings, the remaining share is divided evenly among domains without one.
 
     Args:
-        weights: not negative.
-        floor: least shares; they sum to one at most.
-        ceiling: greatest shares; they sum to one at least.
+        weights: weights of the domains, not negative.
+        floor: lowest shares of the domains; they sum to one at most.
+        ceiling: highest shares of the domains; they sum to one at least.
     """
     bounds = list(zip(floor, ceiling, strict=True))
     weights = [weight if weight > TINY else 0.0 for weight in weights]
@@ -172,10 +174,10 @@ def bounded(weights: Sequence[float], floor: Sequence[float], ceiling: Sequence[
 
 
 def read_references(references: Any) -> dict[str, float] | None:
-    """Reference losses by domain, from wherever the config names them.
+    """Reference losses by domain, from the config or from the file that it names.
 
     Raises:
-        UserError: the file holds none.
+        UserError: the file contains no reference losses.
     """
     if references is None or isinstance(references, Mapping):
         return None if references is None else dict(references)
@@ -193,16 +195,16 @@ def read_references(references: Any) -> dict[str, float] | None:
 def check_updates(
     config: DynamicLoadingConfig, domains: Sequence[str], drawn: Mapping[str, float], evaluated: Sequence[str]
 ) -> None:
-    """Refuse settings that can't work, before anything is trained.
+    """Refuse settings that can't work, before any training.
 
     Args:
-        config: the settings.
-        domains: all.
-        drawn: those whose weight is not zero at the start, with these weights; they sum to one.
-        evaluated: those that have evaluation samples; the others' weights are held where losses decide.
+        config: settings of dynamic loading.
+        domains: names of all domains.
+        drawn: weights at the start of the domains that are drawn from (weight not zero), by name; they sum to one.
+        evaluated: names of the domains with evaluation samples; the weights of other domains are held if losses decide.
 
     Raises:
-        UserError: what is wrong.
+        UserError: a setting can't work.
     """
     UPDATES[config.update]
     check_settings(config, "dynamic_loading")
@@ -223,7 +225,7 @@ def check_updates(
 
 
 def _check_by_domain(config: DynamicLoadingConfig, domains: Sequence[str]) -> None:
-    """Refuse settings by domain that name others, or are no numbers."""
+    """Refuse settings by domain that name unknown domains, or have values that are no numbers."""
     for name, named in (("references", config.references), ("floor", config.floor), ("ceiling", config.ceiling)):
         if isinstance(named, Mapping):
             if unknown := sorted(set(named) - set(domains)):
@@ -242,10 +244,10 @@ def _check_by_domain(config: DynamicLoadingConfig, domains: Sequence[str]) -> No
 def _changing(
     config: DynamicLoadingConfig, domains: Sequence[str], drawn: Mapping[str, float], evaluated: Sequence[str]
 ) -> tuple[list[str], float]:
-    """The domains whose weights change, and the share of all that they have together.
+    """The domains whose weights change, and the sum of their weights.
 
     Raises:
-        UserError: losses decide, and fewer than two have one.
+        UserError: losses decide, and fewer than two domains have one.
     """
     if config.update == "schedule":
         return list(domains), 1.0
@@ -326,5 +328,5 @@ def _smoothed(weights: Sequence[float], share: float) -> list[float]:
 
 
 def drawable(weights: Sequence[float]) -> list[float]:
-    """Weights of which none is too small ever to be drawn, unless it is zero."""
+    """Weights raised to the smallest weight that can be drawn; zero stays zero."""
     return [max(weight, 1 / PPM) if weight else 0.0 for weight in weights]

@@ -1,4 +1,4 @@
-"""The settings of evaluation beside training."""
+"""The settings of evaluation during training."""
 
 from dataclasses import dataclass, field
 
@@ -7,16 +7,16 @@ from llmprune.utils.settings import limited
 
 @dataclass
 class LiveEvaluationConfig:
-    """Tasks and texts measured beside the losses, at every evaluation (``train.eval_interval``).
+    """Tasks and texts that are measured besides the losses, at every evaluation (``train.eval_interval``).
 
     Attributes:
-        tasks: of lm-eval, or suites; those that generate text are not possible here.
-        num_fewshot: examples in the prompt; null = the tasks' own.
-        limit: questions of each task, or a share below 1; null = all.
-        include_path: folder with task files of your own; Python code that they name is run.
-        texts: files or prepared folders to measure perplexity on, a BOS before each segment.
-        segment: tokens of a segment.
-        batch_size: samples per forward pass on a rank.
+        tasks: names of tasks or suites of lm-eval; tasks that generate text are not possible here.
+        num_fewshot: number of examples in the prompt; null = each task's own.
+        limit: number of questions of each task, or a share of them if below 1; null = all.
+        include_path: folder with task files of your own; Python code that they name is executed.
+        texts: files or prepared folders whose perplexity is measured, with a BOS before each segment.
+        segment: number of tokens in a segment of the texts.
+        batch_size: number of samples per forward pass on a rank.
     """
 
     tasks: list[str] = field(default_factory=list)

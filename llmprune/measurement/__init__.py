@@ -1,1 +1,1 @@
-"""How fast and how large a model is."""
+"""Measurement of the speed and size of models."""

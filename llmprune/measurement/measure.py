@@ -1,4 +1,4 @@
-"""Speed and memory of one or several models, run in turns so that what disturbs one disturbs all."""
+"""Speed and memory of one or several models, run in turns so that disturbances affect all models alike."""
 
 import logging
 import time
@@ -26,16 +26,16 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """What is measured.
+    """The settings of a measurement.
 
     Attributes:
-        batch_sizes: sequences at a time.
-        prompt_tokens: lengths of the prompt.
-        output_tokens: lengths of the output, which is forced; none = prefill only.
-        warmups: runs before those that count.
-        repeats: runs that count.
-        seed: of the random prompts.
-        uncached: time generation without a key/value cache, too.
+        batch_sizes: numbers of sequences at a time.
+        prompt_tokens: numbers of tokens in the prompt.
+        output_tokens: numbers of tokens to generate, always the full number; empty = prefill only.
+        warmups: number of untimed runs before the timed ones.
+        repeats: number of timed runs.
+        seed: seed of the random prompts.
+        uncached: time generation without a key/value cache as well.
     """
 
     batch_sizes: Sequence[int] = (1,)
@@ -47,7 +47,7 @@ class MeasureConfig:
     uncached: bool = False
 
     def check(self) -> None:
-        """Raise ``UserError`` for what can't be."""
+        """Raise ``UserError`` for settings that are not possible."""
         for name in ("batch_sizes", "prompt_tokens", "output_tokens"):
             if any(value < 1 for value in getattr(self, name)):
                 raise UserError(f"{name.replace('_', ' ')} must be positive; got {getattr(self, name)}")
@@ -59,7 +59,7 @@ class MeasureConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """One thing to time: generation, or prefill where ``output`` is None."""
+    """One setting to time: generation, or prefill if ``output`` is None."""
 
     batch: int
     prompt: int
@@ -68,11 +68,11 @@ class Setting:
 
     @property
     def kind(self) -> str:
-        """Its section in speed.json."""
+        """The setting's section in speed.json."""
         return "prefill" if self.output is None else "generation"
 
     def describe(self) -> dict[str, int]:
-        """Its sizes, as in speed.json."""
+        """The setting's sizes, as in speed.json."""
         sizes = {"batch": self.batch, "prompt_tokens": self.prompt}
         if self.output is not None:
             sizes["output_tokens"] = self.output
@@ -80,26 +80,26 @@ class Setting:
 
     @property
     def tokens(self) -> int:
-        """Tokens that a run gives (or reads, in prefill)."""
+        """The number of tokens that a run generates (or, in prefill, reads)."""
         return self.batch * (self.prompt if self.output is None else self.output)
 
 
 def measure(
     models: Sequence[str], config: MeasureConfig, placement: Placement, *, progress: bool = True
 ) -> tuple[dict[str, Any], UtilisationWatch]:
-    """Measure models against each other.
+    """Measure several models in turns and compare them.
 
     Args:
-        models: folders or hub names; ratios are against the first.
-        config: what is measured.
-        placement: how they are held; all at the same time.
-        progress: show a bar.
+        models: folders or hub names of the models; ratios are relative to the first.
+        config: settings of the measurement.
+        placement: number format, device and attention of the models; all are in memory at the same time.
+        progress: whether a progress bar is shown.
 
     Returns:
-        What speed.json holds, and how busy the device was.
+        The contents of speed.json, and the device's utilisation.
 
     Raises:
-        UserError: something is impossible.
+        UserError: a setting is impossible, or a model can't be opened.
     """
     config.check()
     for name in models:
@@ -140,7 +140,7 @@ def measure(
 
 
 def size(loaded: LoadedModel, context: int) -> dict[str, Any]:
-    """Parameters, and operations for one token after ``context`` others."""
+    """The numbers of parameters, and of operations for one token after ``context`` others."""
     model = loaded.model
     total = loaded.parameters
     embeddings = {id(p): p.numel() for p in model.get_input_embeddings().parameters()}
@@ -158,12 +158,12 @@ def size(loaded: LoadedModel, context: int) -> dict[str, Any]:
     try:
         found = macs(model.config, 1, context)
     except UserError:
-        return entry  # an architecture whose formula nobody has written down
+        return entry  # no formula for this architecture
     return {**entry, "macs_per_token": found.total, "flops_per_token": found.forward}
 
 
 def weights_bytes(loaded: LoadedModel) -> int:
-    """Bytes of parameters and buffers."""
+    """The bytes of all parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*loaded.model.parameters(), *loaded.model.buffers()))
 
 
@@ -176,7 +176,7 @@ def _measure_setting(
     times: dict[str, list[float]] = {one.name: [] for one in loaded}
     for one in loaded:
         device = one.model.device
-        fits = _timed(runs[one.name], device) is not None  # a run before, so that what stays allocated is there
+        fits = _timed(runs[one.name], device) is not None  # a first run, so that permanent allocations already exist
         with peak_memory(device) as peak:
             fits = fits and _timed(runs[one.name], device) is not None
         entries[one.name] = (
@@ -190,7 +190,7 @@ def _measure_setting(
                 continue
             watch.doing = f"{setting.kind} {one.name} batch {setting.batch}"
             seconds = _timed(runs[one.name], one.model.device)
-            if seconds is None:  # something else took the memory meanwhile
+            if seconds is None:  # another process took the memory meanwhile
                 entries[one.name], times[one.name] = {"out_of_memory": True}, []
             elif number >= config.warmups:
                 times[one.name].append(seconds)
@@ -209,7 +209,7 @@ def _measure_setting(
 def _runner(loaded: LoadedModel, setting: Setting, seed: int) -> Callable[[], Tensor]:
     model = loaded.model
 
-    @cache  # made by the first run, which is not timed: it may already be too large
+    @cache  # made by the first run, which is not timed and may run out of memory
     def prompts() -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(model.config.vocab_size, (setting.batch, setting.prompt), generator=generator)
@@ -236,7 +236,7 @@ def _runner(loaded: LoadedModel, setting: Setting, seed: int) -> Callable[[], Te
 
 
 def _timed(run: Callable[[], Tensor], device: torch.device) -> float | None:
-    """Seconds that a run takes; None if there is no memory for it."""
+    """The seconds that a run takes; None if memory runs out."""
     try:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -263,7 +263,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _ratios(first: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """How many times as fast as the first model, from runs side by side."""
+    """The speed relative to the first model, from pairs of successive runs."""
     ratios = np.divide(first, other)
     return {
         "p50": float(np.median(ratios)),

@@ -1,4 +1,4 @@
-"""Watching a process and its device while it works."""
+"""Monitoring of a process and its device."""
 
 import contextlib
 import ctypes
@@ -14,7 +14,7 @@ import torch
 
 
 def device_utilisation(device: torch.device) -> float | None:
-    """How busy the device is, in percent: the GPU, or all cores since the last call; None if it does not report it."""
+    """The utilisation in percent: of the GPU, or of all cores since the last call; None if the device has no report."""
     if device.type != "cuda":
         return psutil.cpu_percent()
     try:
@@ -24,17 +24,17 @@ def device_utilisation(device: torch.device) -> float | None:
 
 
 def resident_bytes() -> int:
-    """Memory that this process occupies."""
+    """The resident memory of this process, in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 @dataclass
 class Peak:
-    """Peak memory of some work, bytes.
+    """The peak memory of some work, in bytes.
 
     Attributes:
-        added: above what was there before; on the device, which without a GPU is the machine.
-        process: of the whole process.
+        added: bytes above the memory in use before, on the device; without a GPU, in this process.
+        process: bytes of the whole process.
     """
 
     added: int = 0
@@ -43,7 +43,7 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Watch the memory of the work inside; the figures are there when it ends."""
+    """While open, the memory is monitored; the figures are complete at the end."""
     on_gpu = device.type == "cuda"
     _return_free_memory()
     peak, before = Peak(), resident_bytes()
@@ -62,7 +62,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 
 def _return_free_memory() -> None:
-    """Give what was freed back to the system, so that what is taken next can be seen (glibc keeps it otherwise)."""
+    """Return freed memory to the system, so that the next allocation is visible (glibc keeps it otherwise)."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -70,13 +70,13 @@ def _return_free_memory() -> None:
 
 @dataclass(frozen=True)
 class Sample:
-    """How busy the device was.
+    """The utilisation of the device at one time.
 
     Attributes:
-        time_s: since the watch began.
-        doing: what was going on.
-        utilisation: percent.
-        memory_bytes: allocated on the GPU, or resident.
+        time_s: seconds since the watch began.
+        doing: description of the work at that time.
+        utilisation: utilisation of the device in percent.
+        memory_bytes: bytes allocated on the GPU, or resident in this process.
     """
 
     time_s: float
@@ -86,17 +86,17 @@ class Sample:
 
 
 class UtilisationWatch:
-    """Notes every half second how busy the device is."""
+    """Records the utilisation of the device every half second."""
 
     def __init__(self, device: torch.device, interval: float = 0.5) -> None:
-        """Watch ``device``."""
+        """Create a watch of ``device``, with ``interval`` seconds between samples."""
         self.samples: list[Sample] = []
         self.doing = ""
         self._device, self._interval = device, interval
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Watch while open; nothing is noted if the device does not report."""
+        """Record samples while open; there are none if the device does not report its utilisation."""
         start = time.perf_counter()
 
         def look() -> None:
@@ -105,14 +105,14 @@ class UtilisationWatch:
                 memory = torch.cuda.memory_allocated(self._device) if on_gpu else resident_bytes()
                 self.samples.append(Sample(time.perf_counter() - start, self.doing, busy, memory))
 
-        device_utilisation(self._device)  # the first reading of the cores means nothing
+        device_utilisation(self._device)  # the first value for the cores is meaningless
         with _repeated(look, self._interval):
             yield
 
 
 @contextmanager
 def _repeated(work: Callable[[], None], interval: float) -> Iterator[None]:
-    """Do ``work`` every ``interval`` seconds in a thread of its own."""
+    """While open, call ``work`` every ``interval`` seconds in a separate thread."""
     ended = threading.Event()
 
     def loop() -> None:

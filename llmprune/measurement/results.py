@@ -1,4 +1,4 @@
-"""What measuring gave, as files and as text."""
+"""The results of measurements, as files and as text."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from llmprune.utils.files import write_json, write_text
 
 
 def save(results: dict[str, Any], watch: UtilisationWatch, out: Path) -> None:
-    """Write speed.json, the same as CSV, and how busy the device was (if it reports it)."""
+    """Write speed.json, the same results as CSV, and the device's utilisation (if it is reported)."""
     write_json(out, results)
     as_table, utilisation = files_beside(out)
     write_text(as_table, as_csv(rows(results)))
@@ -20,7 +20,7 @@ def save(results: dict[str, Any], watch: UtilisationWatch, out: Path) -> None:
 
 
 def files_beside(out: Path) -> tuple[Path, Path]:
-    """Where the CSV files go: what was measured, and how busy the device was."""
+    """The paths of the CSV files: of the results, and of the device's utilisation."""
     return out.with_suffix(".csv"), out.with_suffix(".utilisation.csv")
 
 
@@ -45,7 +45,7 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def as_csv(lines: Sequence[dict[str, Any]]) -> str:
-    """Rows as CSV; a row may lack columns."""
+    """Rows as CSV; rows may have different columns."""
     file = io.StringIO()
     writer = csv.DictWriter(file, list(dict.fromkeys(key for line in lines for key in line)))
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""Matrix products in bfloat16 with weights in float32: what PyTorch's autocast does, and what it must not remember."""
+"""Matrix products in bfloat16 with float32 weights, by PyTorch's autocast, and which casts autocast must not keep."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 def products_in(dtype: torch.dtype | None, device: str) -> AbstractContextManager[None]:
-    """While open, matrix products are computed in ``dtype``; None = as it was before."""
+    """While open, matrix products are computed in ``dtype``; None = no change."""
     return nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
 
 
 @contextmanager
 def forgetting_casts(device: str) -> Iterator[None]:
-    """While open, casts of weights are not kept if no gradients are wanted.
+    """While open, casts of weights are not kept if gradients are switched off.
 
-    Autocast keeps the bfloat16 copy of every weight until its outermost block ends. A copy that a pass without
-    gradients has made has no way back to its weight, and a pass with gradients in the same block would reuse it: the
+    Autocast keeps the bfloat16 copy of every weight until its outermost block ends. A copy made by a pass without
+    gradients has no gradient path to its weight, and a pass with gradients in the same block would reuse the copy: the
     weight would never learn.
     """
     if torch.is_grad_enabled() or not torch.is_autocast_enabled(device):
@@ -28,6 +28,6 @@ def forgetting_casts(device: str) -> Iterator[None]:
 
 
 def in_autocast(tensor: Tensor) -> Tensor:
-    """A tensor in the dtype that autocast computes matrix products in; as it is, where autocast is off."""
+    """A tensor in the dtype of autocast's matrix products; unchanged if autocast is off."""
     device = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor

@@ -1,4 +1,4 @@
-"""Smaller batches once memory runs out."""
+"""Processing of batches in smaller parts after memory runs out."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -13,20 +13,20 @@ log = logging.getLogger(__name__)
 
 
 class Halving:
-    """Does work on whole batches, and on halves of them once memory runs out; the size that fits is kept.
+    """Runs a function on whole batches, and on halves of them after memory runs out; the size that fits is kept.
 
-    Not for sharded models: their ranks wait for each other in every forward pass.
+    It can't be used with sharded models, whose ranks wait for each other in every forward pass.
     """
 
     def __init__(self) -> None:
-        """Begin with whole batches."""
+        """Start with whole batches."""
         self._most: int | None = None
 
     def __call__(self, work: Work, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What ``work`` makes of a batch.
+        """The results of ``work`` for a batch.
 
         Raises:
-            RuntimeError: memory does not even suffice for one sample.
+            RuntimeError: memory is not enough for one sample.
         """
         samples = len(next(iter(batch.values())))
         while True:
@@ -40,7 +40,7 @@ class Halving:
     def _tried(
         self, work: Work, batch: Mapping[str, Tensor], size: int, samples: int
     ) -> list[dict[str, Tensor]] | None:
-        """The results of parts of so many samples; None if memory ran out."""
+        """The results of parts of ``size`` samples; None if memory ran out."""
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
         try:
@@ -52,5 +52,5 @@ class Halving:
             ran_out = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
             if size == 1 or not ran_out:
                 raise
-        clear_device_cache(garbage_collection=True)  # after the error: it holds what had been computed
+        clear_device_cache(garbage_collection=True)  # after the error, which refers to the computed tensors
         return None

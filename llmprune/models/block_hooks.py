@@ -1,4 +1,4 @@
-"""Stepping in where a model would run its blocks, in its own forward pass and whatever its family."""
+"""Hooks that replace the call of each block in a model's own forward pass, for any family."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ from llmprune.models.families import family_of
 
 
 class RunBlock(Protocol):
-    """Runs a block on states [batch, length, hidden], or another module of its kind in its place."""
+    """A function that runs a block, or another block in its place, on hidden states [batch, length, hidden]."""
 
     def __call__(self, x: Tensor, block: nn.Module | None = None) -> Tensor:
-        """What the block makes of ``x``."""
+        """The output of the block, or of ``block`` in its place, for the hidden states ``x``."""
 
 
 BlockHook = Callable[[int, RunBlock, Tensor], Tensor]
@@ -31,14 +31,15 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
 def hooked_blocks(model: PreTrainedModel, visit: BlockHook, beside: nn.Module | None = None) -> Iterator[None]:
     """While open, ``model``'s forward pass calls ``visit(number, run, states)`` in place of every block.
 
-    ``states`` [batch, length, hidden] is the block's input and what is returned goes on to the next block; ``run(x)``
-    is the block itself, for any number of samples of the same length, as long as none is padded; ``run(x, other)`` is
-    another block with this one's masks and positions.
+    ``states`` [batch, length, hidden] is the block's input, and the returned tensor is the next block's input;
+    ``run(x)`` runs the block itself, for any number of samples of the same length, if none is padded; ``run(x, other)``
+    runs another block with this one's masks and positions.
 
     Args:
-        model: a model of a supported family.
-        visit: what to do at every block.
-        beside: what else ``visit`` runs; if it is sharded, it becomes a part of the sharded model.
+        model: model of a supported family.
+        visit: function that is called in place of every block.
+        beside: another module that ``visit`` runs; if it is sharded, it becomes a part of the sharded model; None =
+            none.
     """
     blocks, in_tuple = blocks_of(model), family_of(model.config).tuple_blocks
     originals = list(blocks)
@@ -54,17 +55,17 @@ def hooked_blocks(model: PreTrainedModel, visit: BlockHook, beside: nn.Module | 
 
 
 def hidden_states_in(output: Tensor | tuple[Any, ...]) -> Tensor:
-    """The hidden states in what a module returns."""
+    """The hidden states in the output of a module."""
     return output[0] if isinstance(output, tuple) else output
 
 
 class _HookedBlock(nn.Module):
-    """In the place of a block; everything but the forward pass is asked of the block itself."""
+    """A module in the place of a block; all attributes except the forward pass are the block's."""
 
     def __init__(self, number: int, block: nn.Module, visit: BlockHook, in_tuple: bool) -> None:
         super().__init__()
         self._number, self._visit, self._in_tuple = number, visit, in_tuple
-        # A submodule: in the first forward pass a sharded model looks for its shards among them.
+        # The block is a submodule, because a sharded model searches submodules for shards in the first forward pass.
         self._modules["visited"] = block
 
     def __getattr__(self, name: str) -> Any:
@@ -85,7 +86,7 @@ class _HookedBlock(nn.Module):
 
 
 def _fit(value: Any, batch: int, wanted: int) -> Any:
-    """Masks and positions for another number of samples: without padding all samples have the same."""
+    """Masks and positions for another number of samples; without padding they are equal for all samples."""
     if isinstance(value, tuple):
         return tuple(_fit(item, batch, wanted) for item in value)
     if wanted != batch and isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch:
@@ -95,7 +96,7 @@ def _fit(value: Any, batch: int, wanted: int) -> Any:
 
 @contextmanager
 def shortened(model: PreTrainedModel, kept: Sequence[int]) -> Iterator[None]:
-    """While open, ``model`` has only the blocks ``kept`` (for forward passes without a cache)."""
+    """While open, ``model`` has only the blocks in ``kept`` (for forward passes without a cache)."""
     family = family_of(model.config)
     parent, _, name = family.blocks.rpartition(".")
     blocks, field = blocks_of(model), family.fields["layers"]

@@ -24,14 +24,14 @@ Batch = Mapping[str, Tensor]
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Next-token losses of a batch, in float32.
+    """Next-token losses of a batch, float32.
 
     Args:
-        logits: [batch, length, vocabulary].
-        labels: int64 [batch, length], the input ids themselves (the shift by one happens here); ``IGNORED`` = no loss.
+        logits: logits, [batch, length, vocabulary].
+        labels: input ids themselves, int64 [batch, length] (the shift by one happens here); ``IGNORED`` = no loss.
 
     Returns:
-        The summed negative log-likelihood (nats) and the number of predicted tokens of every sample, [batch] each.
+        The sum of negative log-likelihoods (nats) and the number of predicted tokens of every sample, [batch] each.
     """
     targets = next_tokens(labels)
     losses = F.cross_entropy(
@@ -41,13 +41,13 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def labels_of(batch: Batch) -> Tensor:
-    """The labels of a batch, int64 [batch, length]: its own, else its tokens."""
+    """The labels of a batch, int64 [batch, length]; without labels, its input ids."""
     labels = batch.get("labels")
     return batch["input_ids"] if labels is None else labels
 
 
 def count_tokens(batch: Batch) -> dict[str, int]:
-    """How many tokens a batch has, as Composer's data specs want it: in all, and those that are predicted."""
+    """The number of all tokens and of predicted tokens of a batch, in the form of Composer's data specs."""
     samples, length = batch["input_ids"].shape
     labels = batch.get("labels")
     predicted = samples * (length - 1) if labels is None else int((labels[:, 1:] != IGNORED).sum())
@@ -60,10 +60,11 @@ def logits_of(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def run_model(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """What a model's forward pass makes of a batch: its logits, [batch, length, vocabulary].
+    """The logits of a batch by a model's forward pass, [batch, length, vocabulary].
 
-    Where ``position_ids`` begin anew, attention does. Flash attention is told where; for other attentions Transformers
-    makes the masks from the positions, with the windows of sliding-window models; a few families need a mask.
+    Attention restarts where ``position_ids`` restart. Flash attention gets the bounds as arguments; for other
+    attentions Transformers makes the masks from the positions, with the windows of sliding-window models; a few
+    families need a mask.
     """
     tokens, positions = batch["input_ids"], batch.get("position_ids")
     mask: Tensor | None = None
@@ -71,7 +72,7 @@ def run_model(model: PreTrainedModel, batch: Batch) -> Tensor:
     attention = model.config._attn_implementation
     if positions is None:
         if attention == "sdpa" and tokens.device.type != "cpu":
-            # Without one, Transformers makes a mask, with which a GPU's causal kernels can't be used.
+            # Without a mask, Transformers makes one with which a GPU's causal kernels can't be used.
             mask = torch.ones_like(tokens)
     elif attention.startswith("flash"):
         bounds = document_bounds(positions)
@@ -84,7 +85,7 @@ def run_model(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def final_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Head]:
-    """What a model's output layer is given for a batch, [batch · length, hidden], and that layer."""
+    """The input of a model's output layer for a batch, [batch · length, hidden], and the output layer."""
     with without_head(model):
         states = run_model(model, batch)
     return states.flatten(0, -2), head_of(model)
@@ -98,14 +99,15 @@ def next_token_loss(states: Tensor, head: Head, labels: Tensor) -> Tensor:
 
 
 def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores so that each token sees those before it in its document.
+    """An attention mask in which each token sees only the tokens before it in its document.
 
     Args:
-        positions: int64 [batch, length], which begin anew with every document.
-        dtype: of the result.
+        positions: positions that restart at every document, int64 [batch, length].
+        dtype: dtype of the mask.
 
     Returns:
-        [batch, 1, length, length]: 0, or the least number where nothing is seen.
+        Values to add to the attention scores, [batch, 1, length, length]: 0 if the token is seen, else the least
+        number.
     """
     document = (positions == 0).cumsum(1)
     seen = (document[:, :, None] == document[:, None, :]).tril()
@@ -113,15 +115,15 @@ def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def document_bounds(positions: Tensor) -> dict[str, Any]:
-    """Where documents begin and end, as flash attention is told (see Transformers' ``FlashAttentionKwargs``).
+    """The bounds of documents as arguments of flash attention (see Transformers' ``FlashAttentionKwargs``).
 
     Args:
-        positions: int64 [batch, length], which begin anew with every document; samples are documents of their own.
+        positions: positions that restart at every document, int64 [batch, length]; each sample starts a new document.
     """
     begins = positions == 0
     begins[:, 0] = True
     bounds = F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel()).int()
-    length = positions.shape[1]  # none is longer; to ask for the longest would make the host wait
+    length = positions.shape[1]  # an upper bound; the exact maximum would make the host wait
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
 
 
@@ -131,7 +133,7 @@ class MeanLoss(Metric):
     full_state_update = False
 
     def __init__(self, **kwargs: Any) -> None:
-        """Begin without tokens."""
+        """Start with no tokens."""
         super().__init__(**kwargs)
         self.add_state("loss", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.tensor(0), dist_reduce_fx="sum")
@@ -147,14 +149,15 @@ class MeanLoss(Metric):
 
 
 class DomainLoss(MeanLoss):
-    """The mean over all samples, and those of each domain.
+    """The mean loss over all samples, and over the samples of each domain.
 
     Attributes:
-        means: nats per token of each domain (NaN without tokens), by number, as of the last ``compute``.
+        means: mean loss of each domain (nats per token; NaN without tokens), by the domain's number, as of the last
+            ``compute``.
     """
 
     def __init__(self, domains: int, **kwargs: Any) -> None:
-        """Measure domains with numbers below ``domains``."""
+        """Measure domains whose numbers are below ``domains``."""
         super().__init__(**kwargs)
         self.means: list[float] = []
         self.add_state("losses", torch.zeros(domains, dtype=torch.float64), dist_reduce_fx="sum")
@@ -163,7 +166,7 @@ class DomainLoss(MeanLoss):
     def update(self, loss: Tensor, tokens: Tensor, domain: Tensor) -> None:
         """Add a batch: loss sums, token counts and domain numbers, [batch] each."""
         super().update(loss, tokens, domain)
-        # On the CPU, unlike on GPUs, sums are the same every time; together, so that it waits once.
+        # Sums on the CPU are reproducible, those on GPUs are not; one copy of all three, so that the host waits once.
         place, *parts = torch.stack([domain.double(), loss.double(), tokens.double()]).cpu()
         for total, values in zip((self.losses, self.counts), parts, strict=True):
             sums = torch.zeros(total.shape, dtype=total.dtype).index_add_(0, place.long(), values.to(total.dtype))
@@ -176,7 +179,7 @@ class DomainLoss(MeanLoss):
 
 
 class PerplexityMetric(MeanLoss):
-    """exp of the mean next-token loss."""
+    """Perplexity: exp of the mean next-token loss."""
 
     def compute(self) -> Tensor:
         """Perplexity per token."""
@@ -184,25 +187,25 @@ class PerplexityMetric(MeanLoss):
 
 
 class Objective(Protocol):
-    """Another way to train and to evaluate a model than by its own next-token loss."""
+    """A way of training and evaluating a model other than its own next-token loss."""
 
     def loss(self, batch: Batch) -> Tensor:
-        """The loss of a batch: a mean over the tokens that ``count_tokens`` counts as generating it."""
+        """The loss of a batch, a mean over the tokens that ``count_tokens`` counts as loss-generating."""
 
     def final_states(self, batch: Batch) -> tuple[Tensor, Head]:
-        """As the function, of the model that is being made."""
+        """The result of the function ``final_states`` for the model that is trained."""
 
     def flops(self, batch: Batch) -> int:
         """Floating-point operations of a training step, forward and backward."""
 
 
 class ComposerCausalLM(ComposerModel):
-    """Trains and evaluates any Hugging Face causal LM that a family knows.
+    """A Composer model that trains and evaluates any Hugging Face causal LM of a supported family.
 
-    Parameter names are Hugging Face's under the prefix ``model.``. A batch holds ``input_ids`` [batch, length],
+    Parameter names are Hugging Face's with the prefix ``model.``. A batch contains ``input_ids`` [batch, length],
     optionally ``position_ids`` (see ``run_model``), ``labels`` (default: the input ids) and ``domain`` [batch]
-    (default: 0). Loss, perplexity and the losses per domain all come from one pass over the logits, of which only some
-    exist at a time.
+    (default: 0). Loss, perplexity and the losses per domain are all computed in one pass over the logits, of which only
+    a part exists at a time.
     """
 
     def __init__(
@@ -211,21 +214,21 @@ class ComposerCausalLM(ComposerModel):
         """Wrap ``model``.
 
         Args:
-            model: the model; its config's ``use_cache`` is switched off for training.
-            domains: number → name of each domain that is evaluated.
-            products: the dtype of matrix products, by autocast; None = that of the weights, or what Composer's
-                ``precision`` says (it knows none but fp32 on CPUs).
+            model: model to train; ``use_cache`` of its config is switched off.
+            domains: names of the domains that are evaluated, by number.
+            products: dtype of matrix products, by autocast; None = that of the weights, or Composer's ``precision`` (on
+                CPUs Composer supports only fp32).
         """
         super().__init__()
         self.model = model
         self.family = family_of(model.config)
         self.domains = dict(domains or {})
         self.products = products
-        self.objective: Objective | None = None  # of a callback
-        self.halving: Halving | None = None  # of batches that are evaluated, when memory runs out
-        self.ungated: Callable[[], AbstractContextManager[None]] | None = None  # while open, gates do nothing
+        self.objective: Objective | None = None  # set by a callback
+        self.halving: Halving | None = None  # halves evaluation batches if memory runs out
+        self.ungated: Callable[[], AbstractContextManager[None]] | None = None  # while it is open, gates have no effect
         model.config.use_cache = False
-        # What Composer shards and whose activations it checkpoints: the blocks (wrapped, once they are checkpointed).
+        # Composer shards the blocks and checkpoints their activations (checkpointed blocks are in a wrapper).
         model.fsdp_wrap_fn = model.activation_checkpointing_fn = self._is_block  # type: ignore[assignment]
 
     def _is_block(self, module: nn.Module) -> bool:
@@ -242,15 +245,15 @@ class ComposerCausalLM(ComposerModel):
         return products_in(self.products, batch["input_ids"].device.type)
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The loss, which the forward pass gives already."""
+        """The loss, which is already the output of the forward pass."""
         return outputs
 
     def final_states(self, batch: Batch) -> tuple[Tensor, Head]:
-        """As the function, of the model that is trained or made."""
+        """The result of the function ``final_states``, for the model or for the objective's model."""
         return final_states(self.model, batch) if self.objective is None else self.objective.final_states(batch)
 
     def logits(self, batch: Batch) -> Tensor:
-        """Its logits, all at a time, float32 [batch, length, vocabulary]."""
+        """All logits of a batch at once, float32 [batch, length, vocabulary]."""
         with self._products(batch):
             states, head = self.final_states(batch)
             return head.logits(in_autocast(states)).view(*batch["input_ids"].shape, -1)
@@ -271,7 +274,7 @@ class ComposerCausalLM(ComposerModel):
         }
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
-        """The evaluation metrics: ``loss``, with that of each domain in it, and ``perplexity``; none in training."""
+        """The evaluation metrics: ``loss``, which includes each domain's loss, and ``perplexity``; none in training."""
         return (
             {} if is_train else {"loss": DomainLoss(max(self.domains, default=0) + 1), "perplexity": PerplexityMetric()}
         )
@@ -285,13 +288,13 @@ class ComposerCausalLM(ComposerModel):
         return self.own_flops(batch) if self.objective is None else self.objective.flops(batch)
 
     def own_flops(self, batch: Batch) -> int:
-        """Those of the model itself, as much of it as trains."""
+        """Floating-point operations of a training step of the model itself, with the gradients of what trains."""
         samples, length = batch["input_ids"].shape
         return samples * step_flops(self.model.config, length, learned_by(self.model))
 
 
 def composer_model(state: State) -> ComposerCausalLM:
-    """The Composer model of a trainer's state, whether data-parallel training wraps it or not."""
+    """The Composer model of a trainer's state, with or without the wrapper of data-parallel training."""
     return cast(
         ComposerCausalLM, state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
     )

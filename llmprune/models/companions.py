@@ -1,4 +1,4 @@
-"""What belongs to a model beside its weights: config, tokenizer, generation config."""
+"""A model's files other than its weights: config, tokenizer, generation config."""
 
 import shutil
 from pathlib import Path
@@ -16,11 +16,11 @@ COMPANIONS = (
     "chat_template*", "additional_chat_templates/*.jinja", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.codes",
     "LICENSE*", "NOTICE*",
 )  # fmt: skip
-_INPUTS = ["input_ids", "attention_mask"]  # of every family that can be pruned
+_INPUTS = ["input_ids", "attention_mask"]  # inputs of every family that can be pruned
 
 
 def save_model_config(config: PretrainedConfig, folder: Path) -> None:
-    """Write a model's config.json; it names the class that the folder is of, and no code that is not there."""
+    """Write a model's config.json with the name of its class, without references to code that is not in the folder."""
     if not needs_code(config):
         if hasattr(config, "auto_map"):
             del config.auto_map
@@ -29,17 +29,18 @@ def save_model_config(config: PretrainedConfig, folder: Path) -> None:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy a model's companion files as they are, and let its tokenizer give what the model takes.
+    """Copy a model's companion files, and make its tokenizer return only inputs that the model takes.
 
-    A generation config is copied, not written anew: many models have one that Transformers reads and would not save.
+    A generation config is copied instead of saved by Transformers: many models have one that Transformers reads but
+    refuses to save.
 
     Args:
         source: folder of the model.
-        folder: where to.
+        folder: folder that the files are copied to.
     """
     for pattern in COMPANIONS:
         for file in sorted(source.glob(pattern)):
-            if file.is_file():  # neither folders nor pipes of such names
+            if file.is_file():  # not folders or pipes with such names
                 target = folder / file.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copy2(file, target)
@@ -47,7 +48,7 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 
 def name_inputs(folder: Path) -> None:
-    """Let a tokenizer that does not say what it gives leave out token types, which no decoder takes."""
+    """Make a tokenizer without ``model_input_names`` leave out token types, which no decoder takes."""
     place = folder / "tokenizer_config.json"
     if not place.is_file():
         return

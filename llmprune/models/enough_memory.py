@@ -1,4 +1,4 @@
-"""Whether a model fits, before it is read."""
+"""A check that a model fits into memory before it is loaded."""
 
 import math
 
@@ -11,16 +11,16 @@ from llmprune.utils.errors import UserError
 
 
 def check_memory(model: Model, *, dtype: torch.dtype | None, on_gpu: bool, remedy: str) -> None:
-    """Refuse a model that can't be held.
+    """Refuse a model that needs more memory than is free.
 
     Args:
-        model: folder or hub name.
-        dtype: of the weights in memory; None = as stored.
-        on_gpu: whether it is to be held by the GPU, not by the machine.
-        remedy: what to do if it is too large, as the end of a sentence.
+        model: folder or hub name of the model.
+        dtype: dtype of the weights in memory; None = as stored.
+        on_gpu: whether the weights are in the GPU's memory, not in the machine's.
+        remedy: advice if the model is too large, as the end of a sentence.
 
     Raises:
-        UserError: there is less memory free than its weights take.
+        UserError: less memory is free than the weights take.
     """
     weights = StoredWeights(model)
     needed = weights.size() if dtype is None else dtype.itemsize * sum(math.prod(weights.shape(n)) for n in weights)

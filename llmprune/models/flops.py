@@ -1,9 +1,9 @@
-"""What passes through a model cost: the one place that counts operations, from the config alone.
+"""Floating-point operations of forward and backward passes, counted from the config alone.
 
-Products that a causal or a sliding-window mask throws away are counted, since dense kernels compute them and counters
-count them; a token after a cache that holds only a sliding window takes fewer. Norms, activations and rotations are
-left out, as everywhere, and what activation checkpointing computes again. Of a mixture of experts those count that a
-token goes through.
+All other modules use these counts. Products that a causal or a sliding-window mask discards are counted, since dense
+kernels compute them and operation counters count them; a token after a cache that contains only a sliding window takes
+fewer. Norms, activations and rotations are left out, as usual, and so is the recomputation by activation checkpointing.
+In a mixture of experts, the experts that a token passes through are counted.
 """
 
 from collections.abc import Mapping
@@ -18,13 +18,14 @@ from llmprune.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulate operations of a forward pass; the costs that follow from them are FLOPs, two for each.
+    """Multiply-accumulate operations of a forward pass; costs are in FLOPs, two for each operation.
 
     Attributes:
-        projections: of the attention's matrices, and of the layers of richer heads.
-        attention: queries by keys, and weights by values.
-        mlp: of the MLPs' matrices; of a mixture of experts, of those that a token goes through, and of the router.
-        output: of the output layer.
+        projections: number of operations of the attention's matrices, and of the layers of richer heads.
+        attention: number of operations of queries times keys, and of attention weights times values.
+        mlp: number of operations of the MLPs' matrices; in a mixture of experts, of the router and of the experts that
+            a token passes through.
+        output: number of operations of the output layer.
     """
 
     projections: int
@@ -34,12 +35,12 @@ class Macs:
 
     @property
     def matrices(self) -> int:
-        """Those with weights."""
+        """The operations with weights."""
         return self.projections + self.mlp + self.output
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All operations."""
         return self.matrices + self.attention
 
     @property
@@ -49,7 +50,7 @@ class Macs:
 
     @property
     def backward(self) -> int:
-        """FLOPs of the gradients of everything that goes in; attention multiplies two things that have one."""
+        """FLOPs of the gradients of all inputs; in the attention, both factors of each product have a gradient."""
         return 2 * (self.matrices + 2 * self.attention)
 
     @property
@@ -66,14 +67,14 @@ class Macs:
 def macs(
     config: PretrainedConfig, tokens: int, past: int = 0, *, logits: int | None = None, blocks: int | None = None
 ) -> Macs:
-    """Count one sequence's forward pass.
+    """Count the operations of one sequence's forward pass.
 
     Args:
-        config: of a supported family.
-        tokens: that go through the model together.
-        past: tokens in the cache.
-        logits: tokens whose logits are computed; None = all.
-        blocks: that they go through; None = all.
+        config: config of a supported family.
+        tokens: number of tokens that pass through the model together.
+        past: number of tokens in the cache.
+        logits: number of tokens whose logits are computed; None = all.
+        blocks: number of blocks that the tokens pass through; None = all.
 
     Raises:
         UserError: the architecture is not supported, or has a replacement module.
@@ -100,12 +101,12 @@ def macs(
 
 @dataclass(frozen=True)
 class Learned:
-    """What learns, as far as a training step's cost depends on it.
+    """The sizes of a model's learning parameters, from which the cost of a training step follows.
 
     Attributes:
-        own: multiply-accumulate operations of a token with those of the model's weights that learn.
-        added: with weights that were added to the model's, such as adapters.
-        reached: blocks that gradients pass through: from the lowest that learns on.
+        own: multiply-accumulate operations of one token with those of the model's weights that learn.
+        added: multiply-accumulate operations of one token with weights added to the model, such as adapters.
+        reached: number of blocks that gradients pass through: from the lowest block that learns to the last.
     """
 
     own: int
@@ -114,12 +115,12 @@ class Learned:
 
 
 def learned_of(config: PretrainedConfig, sizes: Mapping[str, int]) -> Learned:
-    """What parameters are in this respect.
+    """The sizes of learning parameters, from a config and a list of these parameters.
 
     Args:
-        config: of a model of a supported family.
-        sizes: how many numbers each parameter that learns has, by Hugging Face name; those that the family does not
-            know are matrices that were added to its blocks.
+        config: config of a model of a supported family.
+        sizes: number of values of each parameter that learns, by Hugging Face name; names unknown to the family are
+            matrices that were added to its blocks.
     """
     family = family_of(config)
     shape = family.shape(config)
@@ -133,7 +134,7 @@ def learned_of(config: PretrainedConfig, sizes: Mapping[str, int]) -> Learned:
             added += size
             continue
         if len(parameter.axes) < 2 or (parameter.role in EMBEDDINGS and not _is_output(family, config, parameter.role)):
-            continue  # of norms, biases and embeddings no matrix product is made
+            continue  # norms, biases and embeddings take no matrix product
         if parameter.expert is not None:
             chosen += size
         else:
@@ -144,7 +145,7 @@ def learned_of(config: PretrainedConfig, sizes: Mapping[str, int]) -> Learned:
 
 
 def learned_by(model: PreTrainedModel) -> Learned:
-    """What learns of a model: the parameters that get a gradient."""
+    """The sizes of the parameters of a model that get a gradient."""
     learning = {plain_name(name): p.numel() for name, p in model.named_parameters() if p.requires_grad}
     return learned_of(model.config, learning)
 
@@ -153,9 +154,9 @@ def step_flops(config: PretrainedConfig, length: int, learned: Learned) -> int:
     """FLOPs of a training step on one sample, forward and backward.
 
     Args:
-        config: of the model.
-        length: tokens of the sample.
-        learned: what learns.
+        config: config of the model.
+        length: number of tokens in the sample.
+        learned: sizes of the parameters that learn.
     """
     reached = macs(config, length, blocks=learned.reached)
     own = macs(config, length).forward + reached.backward + 2 * length * learned.own
@@ -163,7 +164,7 @@ def step_flops(config: PretrainedConfig, length: int, learned: Learned) -> int:
 
 
 def _lowest_block(family: Family, name: str, layers: int) -> int:
-    """The lowest block that a parameter's gradient comes through; ``layers`` = none."""
+    """The lowest block that a parameter's gradient passes through; ``layers`` = none."""
     if name.startswith(f"{family.blocks}."):
         return int(name.removeprefix(f"{family.blocks}.").partition(".")[0])
     return 0 if family.outer.get(name.rpartition(".")[0]) in EMBEDDINGS else layers

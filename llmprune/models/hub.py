@@ -1,12 +1,12 @@
-"""Models of the Hugging Face hub: which files of a repository are fetched, and weights that come as pickles.
+"""Models of the Hugging Face hub: the files of a repository that are fetched, and weights stored as pickles.
 
-What is fetched is what Transformers reads of a model, its tokenizer and its generation config, with licence and model
-card: files of the top level (and further chat templates), in one format of weights. Never code, and never the same
-weights in other formats.
+The files that Transformers reads for a model, its tokenizer and its generation config are fetched, with licence and
+model card: files of the top level (and further chat templates), in one format of weights. Code is never fetched, nor
+are the same weights in other formats.
 
-Weights in ``pytorch_model.bin`` are taken where there are no safetensors. A process of its own turns them into
-safetensors, in a folder of the cache beside the snapshot, ``models--ORG--NAME/llmprune/COMMIT``, which is then the
-model.
+Weights in ``pytorch_model.bin`` are used if there are no safetensors. A separate process converts them to safetensors,
+in a folder of the cache next to the snapshot, ``models--ORG--NAME/llmprune/COMMIT``, which is used as the model's
+folder from then on.
 """
 
 import glob
@@ -28,7 +28,7 @@ from llmprune.utils.outputs import output_folder
 from llmprune.utils.untrusted import inspect
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
-_INDEX = ".index.json"  # after the name of either: the index of its shards
+_INDEX = ".index.json"  # suffix of either name: the index of its shards
 _TEMPLATES = "additional_chat_templates/"
 _COMPANIONS = (
     "*.json", "*.jinja",  # configs, vocabularies, chat templates
@@ -42,20 +42,20 @@ log = logging.getLogger(__name__)
 
 
 def fetch_model(name: str, cache: Path | None = None) -> Path:
-    """The local folder of a hub's model: fetched, or from the cache where the hub can't be reached.
+    """The local folder of a hub model: fetched, or from the cache if the hub can't be reached.
 
     Args:
-        name: on the hub.
-        cache: of the hub's files; None = the usual one.
+        name: name of the model on the hub.
+        cache: folder of the cache of the hub's files; None = the usual one.
 
     Raises:
-        UserError: it can't be had, or has no weights that can be read.
+        UserError: the model can't be fetched, or has no weights that can be read.
     """
     try:
         snapshot = _snapshot(name, Path(constants.HF_HUB_CACHE) if cache is None else cache)
     except UserError:
         raise
-    except Exception as error:  # the hub client raises many kinds: bad names, no network, no access
+    except Exception as error:  # many kinds of errors: bad names, no network, no access
         reason = first_line(error)
         raise UserError(f"the model '{name}' is neither a folder nor reachable on the hub ({reason})") from None
     inspect(snapshot)
@@ -68,7 +68,7 @@ def _snapshot(name: str, cache: Path) -> Path:
     except Exception as error:
         try:
             return Path(snapshot_download(name, cache_dir=cache, local_files_only=True))
-        except Exception:  # that it is not here either says less
+        except Exception:  # the first error is more helpful than "not in the cache"
             raise error from None
 
     def read(file: str) -> Any:
@@ -79,15 +79,15 @@ def _snapshot(name: str, cache: Path) -> Path:
 
 
 def wanted_files(name: str, files: Collection[str], read: Callable[[str], Any]) -> list[str]:
-    """Which files of a repository are fetched.
+    """The files of a repository to fetch.
 
     Args:
-        name: the repository's, for messages.
-        files: all that it has.
-        read: gives the contents of one of its JSON files.
+        name: name of the repository, for messages.
+        files: names of all files in the repository.
+        read: function that returns the contents of one of the repository's JSON files.
 
     Raises:
-        UserError: it has weights, but none that can be read, or not all of them.
+        UserError: the repository has weights, but none in a readable format, or some are missing.
     """
     companions = [file for file in files if _is_companion(file)]
     for single in (SAFETENSORS, PICKLE):
@@ -117,10 +117,10 @@ def _is_companion(file: str) -> bool:
 
 
 def _shards(index: Any, single: str, of: object) -> set[str]:
-    """The files that an index of weights names, each in the format of ``single``.
+    """The files named in an index of weights, each in the format of ``single``.
 
     Raises:
-        UserError: it is no such index.
+        UserError: the file is no such index.
     """
     try:
         found = {str(inside(Path(), file)) for file in index["weight_map"].values()}
@@ -133,7 +133,7 @@ def _shards(index: Any, single: str, of: object) -> set[str]:
 
 
 def _weights(folder: Path, single: str) -> list[Path]:
-    """The files of a folder's weights in one format, as Transformers finds them; none where they are not in it."""
+    """The files of a folder's weights in one format, as Transformers finds them; empty if there are none."""
     if (folder / single).is_file():
         return [folder / single]
     index = folder / (single + _INDEX)
@@ -141,10 +141,10 @@ def _weights(folder: Path, single: str) -> list[Path]:
 
 
 def _converted(name: str, snapshot: Path) -> Path:
-    """The snapshot with safetensors in place of pickles; itself if it has no weights at all, such as a tokenizer's.
+    """The snapshot with safetensors in place of pickles; the snapshot itself if it has no weights, only a tokenizer.
 
     Raises:
-        UserError: a pickle holds something else than tensors, or the cache can't be written.
+        UserError: a pickle contains other objects than tensors, or the cache can't be written.
     """
     pickles = _weights(snapshot, PICKLE)
     place = snapshot.parents[1] / "llmprune" / snapshot.name
@@ -171,7 +171,7 @@ def _convert(name: str, snapshot: Path, pickles: list[Path], out: Path) -> None:
             (out / file).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, out / file)
     script = Path(__file__).with_name("pickled_weights.py")
-    command = [sys.executable, "-P", str(script), str(out), *map(str, pickles)]  # -P: nothing comes from where we are
+    command = [sys.executable, "-P", str(script), str(out), *map(str, pickles)]  # -P: no imports from this folder
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]

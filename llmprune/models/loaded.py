@@ -1,4 +1,4 @@
-"""A model ready for use: weights on their device, with its tokenizer."""
+"""A loaded model: weights on their device, with the tokenizer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,13 @@ from llmprune.utils.errors import UserError
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode with its tokenizer.
+    """A model in evaluation mode, with its tokenizer.
 
     Attributes:
-        name: as the user gave it.
-        folder: where it lies.
-        model: its weights.
-        tokenizer: its own.
+        name: name of the model, as the user wrote it.
+        folder: folder that contains the model.
+        model: model with its weights.
+        tokenizer: tokenizer of the model.
     """
 
     name: str
@@ -32,15 +32,15 @@ class LoadedModel:
 
     @property
     def parameters(self) -> int:
-        """How many there are; packed ones of a quantised model count as what they stand for."""
+        """The number of parameters; packed values of a quantised model count as the parameters that they contain."""
         if getattr(self.model.config, "quantization_config", None) is not None:
             return count_parameters(self.model.config)
         return sum(p.numel() for p in self.model.parameters())
 
     def generation(self, **settings: Any) -> dict[str, Any]:
-        """What ``model.generate`` takes so that ``settings`` hold alone.
+        """The arguments of ``model.generate`` with which only ``settings`` apply.
 
-        Without this, what stands in the model's own generation_config.json (beams, penalties) would be added to them.
+        Without them, the settings in the model's own generation_config.json (beams, penalties) would apply as well.
         """
         own = self.model.generation_config
         tokens = {"eos_token_id": own.eos_token_id, "bos_token_id": own.bos_token_id} if own is not None else {}
@@ -51,13 +51,13 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that can be opened, as far as can be known without reading its weights.
+    """A model that can be opened; only its config and tokenizer are read.
 
     Attributes:
-        folder: of the model.
-        config: its own.
-        tokenizer: its own.
-        placement: how it is to be held.
+        folder: folder of the model.
+        config: config of the model.
+        tokenizer: tokenizer of the model.
+        placement: number format, device and attention to load the model with.
     """
 
     folder: ModelFolder
@@ -66,24 +66,24 @@ class ModelSource:
     placement: Placement
 
     def __post_init__(self) -> None:
-        """Raise ``UserError`` if it is too large."""
+        """Raise ``UserError`` if the model needs more memory than is free."""
         self._check_memory()
 
     @property
     def name(self) -> str:
-        """As the user gave it."""
+        """The name of the model, as the user wrote it."""
         return self.folder.name
 
     @property
     def limit(self) -> int | None:
-        """How many tokens it takes at most, if it says so."""
+        """The largest number of tokens that the model takes; None = its config has no limit."""
         return longest_input(self.config)
 
     def open(self) -> LoadedModel:
-        """Read its weights.
+        """Load the model with its weights.
 
         Raises:
-            UserError: they can't be read, or there is no room for them any more.
+            UserError: the weights can't be read, or there is no longer enough free memory.
         """
         self._check_memory()
         placement = self.placement
@@ -105,12 +105,12 @@ class ModelSource:
 
 
 def check_vocabulary(largest: int, config: PretrainedConfig, what: str) -> None:
-    """Raise ``UserError`` for tokens that a model does not know: tokenizers may have more of them than their models.
+    """Raise ``UserError`` for tokens outside a model's vocabulary: its tokenizer may have more tokens than the model.
 
     Args:
-        largest: the largest token of a text.
-        config: the model's.
-        what: the text, in words.
+        largest: largest token of a text.
+        config: config of the model.
+        what: description of the text, for the message.
     """
     if largest >= config.vocab_size:
         raise UserError(
@@ -120,14 +120,14 @@ def check_vocabulary(largest: int, config: PretrainedConfig, what: str) -> None:
 
 
 def find_model(name: str, placement: Placement) -> ModelSource:
-    """Find a causal LM of any architecture, and see that it could be opened.
+    """Find a causal LM of any architecture, and check that it can be opened.
 
     Args:
-        name: folder or hub name.
-        placement: how to hold it.
+        name: folder or hub name of the model.
+        placement: number format, device and attention to load the model with.
 
     Raises:
-        UserError: it is not there or is too large, or the placement is impossible.
+        UserError: the model is missing or too large, or the placement is impossible.
     """
     placement.check()
     folder = find_folder(name)

@@ -1,4 +1,4 @@
-"""Opening Hugging Face models and their weights, wherever they lie."""
+"""Loading of Hugging Face models and their weights, from folders or the hub."""
 
 import contextlib
 import copy
@@ -34,7 +34,7 @@ def load_model_config(model: Model) -> PretrainedConfig:
     """The config of a model of a supported family, with plain weights.
 
     Raises:
-        UserError: it can't be read, its architecture is not supported, or its weights are quantised.
+        UserError: the config can't be read, its architecture is not supported, or the weights are quantised.
     """
     model = find_folder(model)
     if has_replacement(model):
@@ -59,14 +59,14 @@ def load_model(
     """A causal LM of a supported family with its plain weights, in evaluation mode.
 
     Args:
-        model: folder or hub name.
-        dtype: of the weights; "auto" = as stored.
-        attention: see ``load_any_model``.
-        quantization: how its matrices are held; its config does not mention it.
-        finite: see ``load_any_model``.
+        model: folder or hub name of the model.
+        dtype: dtype of the weights; "auto" = as stored.
+        attention: implementation of attention, see ``load_any_model``.
+        quantization: quantisation of the matrices in memory; it is not recorded in the model's config; None = none.
+        finite: whether weights that are not finite are an error.
 
     Raises:
-        UserError: it can't be read, is quantised, or its architecture is not supported.
+        UserError: the model can't be read, is quantised, or its architecture is not supported.
     """
     model = find_folder(model)
     config = load_model_config(model)
@@ -89,26 +89,27 @@ def load_any_model(
     quantization: QuantizationConfigMixin | None = None,
     finite: bool = True,
 ) -> PreTrainedModel:
-    """A causal LM of any architecture that Transformers knows, quantised ones too, in evaluation mode.
+    """A causal LM of any architecture in Transformers, in evaluation mode; it may be quantised.
 
-    Code that lies in its folder is never run.
+    Code in the model's folder is never run.
 
     Args:
-        model: folder or hub name.
-        dtype: of the weights; "auto" = as stored.
-        attention: ``sdpa``, ``eager`` or ``flash_attention_2``; None = sdpa where the architecture has it.
-        device_map: how to spread the model over devices (``auto``); None = in this process's main memory.
-        adapter: folder of a PEFT adapter to put on the model.
-        quantization: how to hold its matrices; None = as stored.
+        model: folder or hub name of the model.
+        dtype: dtype of the weights; "auto" = as stored.
+        attention: implementation of attention: ``sdpa``, ``eager`` or ``flash_attention_2``; None = sdpa if the
+            architecture supports it.
+        device_map: distribution of the model over devices (``auto``); None = in this process's main memory.
+        adapter: folder of a PEFT adapter to add to the model; None = no adapter.
+        quantization: quantisation of the matrices in memory; None = as stored.
         finite: whether weights that are not finite are an error.
 
     Raises:
-        UserError: it can't be read, or its weights are not finite.
+        UserError: the model can't be read, or its weights are not finite.
     """
     model = find_folder(model)
     folder, config = model.path, read_config(model)
     refuse_plain_as_quantised(model)
-    packed = {} if quantization is None else {"quantization_config": quantization}  # None would be its own config's
+    packed = {} if quantization is None else {"quantization_config": quantization}  # None would hide the config's
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -118,12 +119,12 @@ def load_any_model(
             device_map=device_map,
             output_loading_info=True,
             trust_remote_code=False,
-            use_safetensors=True,  # nothing is unpickled
-            # Given, so that Transformers does not look for one, and runs custom_generate/generate.py beside it.
+            use_safetensors=True,  # so that nothing is unpickled
+            # Given, because Transformers would search for one and run custom_generate/generate.py beside it.
             generation_config=_generation_config(folder, config),
             **packed,
         )
-    except Exception as error:  # of as many kinds as there are things that a config or a file may hold
+    except Exception as error:  # configs and files can raise any kind of error
         if (misfit := _misfit(model, config)) is not None:
             raise UserError(misfit) from None
         raise UserError(f"the model {model} can't be loaded ({type(error).__name__}: {first_line(error)})") from None
@@ -137,20 +138,20 @@ def load_any_model(
 
 
 def _generation_config(folder: Path, config: PretrainedConfig) -> GenerationConfig:
-    """What a folder says of generation, else what follows from the model's config."""
+    """The generation config in a folder; without one, that made from the model's config."""
     try:
         found = GenerationConfig.from_pretrained(folder)
     except OSError:
         found = GenerationConfig.from_model_config(config)
-    found._from_model_config = False  # otherwise Transformers looks for later changes of the model's config
+    found._from_model_config = False  # otherwise Transformers compares it with the model's config
     return found
 
 
 def _add_adapter(loaded: PreTrainedModel, adapter: Path, model: Model) -> None:
-    """Put a PEFT adapter on a model; only safetensors are read.
+    """Add a PEFT adapter to a model; only safetensors are read.
 
     Raises:
-        UserError: there is none, or it does not fit.
+        UserError: the folder has no adapter, or the adapter does not fit the model.
     """
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"{adapter} holds no PEFT adapter: it has no adapter_config.json")
@@ -159,12 +160,12 @@ def _add_adapter(loaded: PreTrainedModel, adapter: Path, model: Model) -> None:
         raise UserError(f"{adapter} has no adapter_model.safetensors: load the adapter with PEFT and save it once")
     try:
         loaded.load_adapter(str(adapter))
-    except Exception as error:  # of as many kinds as there are things that its config may hold
+    except Exception as error:  # a config can raise any kind of error
         raise UserError(f"the adapter {adapter} does not fit {model}: {first_line(error)}") from None
 
 
 def _misfit(model: Model, config: PretrainedConfig) -> str | None:
-    """What of a model's stored weights does not fit its config, in words; None = nothing that can be named."""
+    """A sentence about the first stored tensor that does not fit the model's config; None = no such tensor."""
     try:
         weights = StoredWeights(model)
     except UserError as error:
@@ -183,22 +184,22 @@ def _misfit(model: Model, config: PretrainedConfig) -> str | None:
 
 
 def new_model(config: PretrainedConfig, *, seed: int, attention: str = "sdpa") -> PreTrainedModel:
-    """A causal LM with random weights from ``seed``, float32; global random state is left as it was."""
+    """A causal LM with random weights from ``seed``, float32; global random state is not changed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
 
 
 def empty_model(model: Model, *, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
-    """A causal LM whose parameters have a place in memory but no values yet.
+    """A causal LM whose parameters have memory reserved but no values yet.
 
-    Memory that is never written is never occupied, so this costs nothing until the model has been sharded and each
-    rank fills its part. (Composer can also start from meta tensors, but only on CUDA.)
+    Reserved memory that is never written takes no physical memory, so this model costs nothing until it has been
+    sharded and each rank fills its part. (Composer can also start from meta tensors, but only on CUDA.)
 
     Args:
-        model: folder or hub name.
-        dtype: of the parameters.
-        attention: see ``load_any_model``.
+        model: folder or hub name of the model.
+        dtype: dtype of the parameters.
+        attention: implementation of attention, see ``load_any_model``.
     """
     model = find_folder(model)
     empty = unfilled_model(load_model_config(model), dtype=dtype, attention=attention)
@@ -210,7 +211,7 @@ def empty_model(model: Model, *, dtype: torch.dtype, attention: str = "sdpa") ->
 
 
 def unfilled_model(config: PretrainedConfig, *, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
-    """A causal LM of this config whose parameters have a place in memory but no values yet."""
+    """A causal LM with this config whose parameters have memory reserved but no values yet."""
     with init_empty_weights(include_buffers=False):
         empty = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     for module in empty.modules():
@@ -221,10 +222,10 @@ def unfilled_model(config: PretrainedConfig, *, dtype: torch.dtype, attention: s
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, or from a folder that holds only a tokenizer.
+    """The tokenizer of a model, or of a folder that contains only a tokenizer.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no usable tokenizer.
     """
     folder = Path(model)
     try:
@@ -236,7 +237,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 def count_parameters(config: PretrainedConfig) -> int:
-    """How many parameters a causal LM of this config has, whatever its weights are packed in."""
+    """The number of parameters of a causal LM with this config; for quantised models, that of the unpacked weights."""
     plain = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
@@ -246,10 +247,10 @@ def count_parameters(config: PretrainedConfig) -> int:
 
 
 def config_from_fields(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """A Hugging Face config from its fields; vocabulary and special tokens come from the tokenizer unless given.
+    """A Hugging Face config from its fields; vocabulary size and special tokens come from the tokenizer unless given.
 
     Raises:
-        UserError: the model type is missing or unsupported, a field is unknown, or the values make no model.
+        UserError: the model type is missing or unsupported, a field is unknown, or no model can have the values.
     """
     values = dict(values)
     model_type = values.pop("model_type", None)

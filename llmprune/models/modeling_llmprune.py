@@ -1,9 +1,9 @@
-"""Causal LMs of any Transformers architecture with richer heads or a replacement module, which no config describes.
+"""Causal LMs of any Transformers architecture with richer heads or a replacement module, additions to the config.
 
-This file is complete in itself and lies beside the weights of such a model, which load with ``trust_remote_code=True``
-wherever llmprune is not installed. With richer heads, what every attention head gives passes a small non-linear layer
-before the heads are joined. A replacement module, in the place of blocks that were removed, reads the residual stream
-[batch, length, hidden] of a token and adds to it. Neither knows any other token, so neither needs a cache.
+This file imports nothing of llmprune. It is in the folder of such a model, which loads with ``trust_remote_code=True``
+wherever llmprune is not installed. With richer heads, the output of every attention head passes through a small
+non-linear layer before the heads are joined. A replacement module, in the place of removed blocks, reads the residual
+stream [batch, length, hidden] and adds to it. Both process each token separately, so neither needs a cache.
 """
 
 from functools import cache
@@ -22,11 +22,11 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-PREFIX = "llmprune_"  # of the model types
+PREFIX = "llmprune_"  # prefix of the model types
 
 
 class Mean(nn.Module):
-    """x + b: what the removed blocks add, on average."""
+    """x + b, where b is the mean of what the removed blocks add."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Mean(nn.Module):
         self.settings = {"hidden": hidden}
 
     def forward(self, states: Tensor) -> Tensor:
-        """Add what the network makes of the states, [batch, length, hidden]."""
+        """Add the network's output to the hidden states, [batch, length, hidden]."""
         return states + self.bias.to(states.dtype)
 
 
@@ -48,7 +48,7 @@ class Linear(nn.Module):
         self.settings = {"hidden": hidden}
 
     def forward(self, states: Tensor) -> Tensor:
-        """Add what the network makes of the states, [batch, length, hidden]."""
+        """Add the network's output to the hidden states, [batch, length, hidden]."""
         return states + self.update(states.to(self.update.weight.dtype)).to(states.dtype)
 
 
@@ -64,7 +64,7 @@ class FFN(nn.Module):
         self.settings = {"hidden": hidden, "intermediate": intermediate, "eps": eps}
 
     def forward(self, states: Tensor) -> Tensor:
-        """Add what the network makes of the states, [batch, length, hidden]."""
+        """Add the network's output to the hidden states, [batch, length, hidden]."""
         x = self.norm(states.to(self.norm.weight.dtype))
         return states + self.down(F.relu(self.up(x))).to(states.dtype)
 
@@ -82,7 +82,7 @@ class SwiGLU(nn.Module):
         self.settings = {"hidden": hidden, "intermediate": intermediate, "eps": eps}
 
     def forward(self, states: Tensor) -> Tensor:
-        """Add what the network makes of the states, [batch, length, hidden]."""
+        """Add the network's output to the hidden states, [batch, length, hidden]."""
         x = self.norm(states.to(self.norm.weight.dtype))
         return states + self.down(F.silu(self.gate(x)) * self.up(x)).to(states.dtype)
 
@@ -91,19 +91,19 @@ NETWORKS: dict[str, type[nn.Module]] = {"mean": Mean, "linear": Linear, "ffn": F
 
 
 def _to_zero(layer: nn.Linear) -> None:
-    """Begin with nothing: the replacement module is then no worse than the blocks' removal."""
+    """Set a layer to zero, so that an untrained replacement module is no worse than the removal of the blocks."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
 class RicherHeads(nn.Module):
-    """act(W o + b) of what each head gives, o; as a residual o + act(W o + b), which is o while W and b are zero.
+    """act(W o + b) of each head's output o; as a residual, o + act(W o + b), which is o while W and b are zero.
 
     Attributes:
-        weight: one W for all heads, [head_dim, head_dim], or each head's below that of the head before,
-            [heads · head_dim, head_dim].
-        bias: alike, [head_dim] or [heads · head_dim].
+        weight: matrix W, shared by all heads, [head_dim, head_dim], or the heads' matrices one below the other, [heads
+            · head_dim, head_dim].
+        bias: bias b, shared by all heads, [head_dim], or the heads' biases one after the other, [heads · head_dim].
     """
 
     def __init__(self, heads: int, head_dim: int, *, shared: bool, activation: str, residual: bool, std: float) -> None:
@@ -116,7 +116,7 @@ class RicherHeads(nn.Module):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Take the values that it begins with: small random ones or, as a residual, zero."""
+        """Set the initial values: small random ones or, as a residual, zero."""
         self.bias.zero_()
         if self.residual:
             self.weight.zero_()
@@ -124,7 +124,7 @@ class RicherHeads(nn.Module):
             self.weight.normal_(std=self.std)
 
     def forward(self, joined: Tensor) -> Tensor:
-        """The heads' output, [..., heads · head_dim], from the same."""
+        """The richer output of the heads, [..., heads · head_dim], from their output of the same shape."""
         size = self.weight.shape[1]
         heads = joined.unflatten(-1, (-1, size))
         if self.shared:
@@ -137,13 +137,13 @@ class RicherHeads(nn.Module):
         return (heads + found if self.residual else found).flatten(-2)
 
     def before(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Give the attention's output matrix richer heads (a hook before its forward pass)."""
+        """Apply the richer heads to the input of the attention's output matrix (as a hook before its forward pass)."""
         return (self(inputs[0]), *inputs[1:])
 
     def follow(self, matrix: nn.Module) -> None:
-        """See that ``before`` comes before ``matrix`` and nothing within it.
+        """Register ``before`` on ``matrix`` itself, and remove it from every module within it.
 
-        Others put a wrapper with adapters, or a packed matrix, in the place of the one that was there.
+        Other code replaces the original matrix by a wrapper with adapters, or by a packed matrix.
         """
         if self.before in matrix._forward_pre_hooks.values():
             return
@@ -154,7 +154,7 @@ class RicherHeads(nn.Module):
 
 
 class _Following:
-    """Before an attention's forward pass: its richer heads come before whatever its output matrix is by now."""
+    """A hook before an attention's forward pass that moves its richer heads to its current output matrix."""
 
     def __init__(self, heads: RicherHeads, name: str) -> None:
         self.heads, self.name = heads, name
@@ -164,12 +164,12 @@ class _Following:
 
 
 def host(place: int) -> int:
-    """The number of the block that a replacement module before block ``place`` belongs to: the one before, if any."""
+    """The number of the block that contains a replacement module at block ``place``: the block before, if any."""
     return max(place - 1, 0)
 
 
 def _attach(model: PreTrainedModel) -> None:
-    """Make what the config describes a part of the model."""
+    """Add the modules that the config describes to the model."""
     if model.config.llmprune_richer_heads is not None:
         _attach_heads(model, **model.config.llmprune_richer_heads)
     if model.config.llmprune_replacement is not None:
@@ -179,15 +179,15 @@ def _attach(model: PreTrainedModel) -> None:
 def _attach_heads(
     model: PreTrainedModel, blocks: str, output: str, shared: bool, activation: str, residual: bool
 ) -> None:
-    """Make richer heads a part of every attention.
+    """Add richer heads to every attention.
 
     Args:
-        model: gets them.
-        blocks: the name of its blocks.
-        output: the attention's output matrix within a block.
-        shared: whether all heads of a block have one matrix.
-        activation: Transformers' name of it.
-        residual: see ``RicherHeads``.
+        model: model that gets the richer heads.
+        blocks: name of the model's list of blocks.
+        output: name of the attention's output matrix within a block.
+        shared: whether all heads of a block share one matrix.
+        activation: name of the activation function in Transformers.
+        residual: whether the layer is added to its input, see ``RicherHeads``.
     """
     config, (place, _, name) = model.config, output.rpartition(".")
     for block in model.get_submodule(blocks).children():
@@ -202,14 +202,14 @@ def _attach_heads(
 
 
 def _attach_replacement(model: PreTrainedModel, described: dict[str, Any]) -> None:
-    """Make the replacement module a part of the block beside it."""
+    """Add the replacement module to the block next to it."""
     block = model.get_submodule(described["blocks"])[host(described["place"])]  # type: ignore[index]
     block.replacement = NETWORKS[described["kind"]](**described["settings"])
     block.__class__ = _hosting(type(block), described["place"] == 0)
 
 
 def _hosting(block: type[nn.Module], first: bool) -> type[nn.Module]:
-    """A kind of block with a replacement module before (if it is the model's first) or after it."""
+    """A subclass of a block with a replacement module before it (if it is the model's first block) or after it."""
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if first:
@@ -223,7 +223,7 @@ def _hosting(block: type[nn.Module], first: bool) -> type[nn.Module]:
 
 
 def register(model_type: str) -> None:
-    """Let Transformers load models of a type that begins with ``PREFIX`` without the file beside them."""
+    """Register a model type with the prefix ``PREFIX``: Transformers then loads it without the file in the folder."""
     plain = model_type.removeprefix(PREFIX)
     if model_type not in CONFIG_MAPPING:
         AutoConfig.register(model_type, config_class(plain))
@@ -232,13 +232,13 @@ def register(model_type: str) -> None:
 
 @cache
 def config_class(model_type: str) -> type[PretrainedConfig]:
-    """The class of configs of such models, which has the name ``config_of_TYPE`` here."""
+    """The config class of such models, with the name ``config_of_TYPE`` in this module."""
     base = CONFIG_MAPPING[model_type]
     body = {
         "model_type": PREFIX + model_type,
         "llmprune_richer_heads": None,
         "llmprune_replacement": None,
-        "_auto_class": "AutoConfig",  # this file goes along wherever such a model is saved
+        "_auto_class": "AutoConfig",  # this file is copied wherever such a model is saved
         "__module__": __name__,
     }
     return type(f"config_of_{model_type}", (base,), body)
@@ -246,12 +246,12 @@ def config_class(model_type: str) -> type[PretrainedConfig]:
 
 @cache
 def model_class(model_type: str) -> type[PreTrainedModel]:
-    """The class of such models, which has the name ``model_of_TYPE`` here."""
+    """The model class of such models, with the name ``model_of_TYPE`` in this module."""
     base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
 
     def initialise(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
-        self.loss_type = "ForCausalLM"  # Transformers reads it off the class's name otherwise
+        self.loss_type = "ForCausalLM"  # otherwise Transformers derives it from the class's name
         _attach(self)
 
     body = {
@@ -264,7 +264,7 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
 
 
 def __getattr__(name: str) -> Any:
-    """The classes of a model type, by their names."""
+    """The classes of a model type, by name."""
     for prefix, make in (("config_of_", config_class), ("model_of_", model_class)):
         if name.startswith(prefix):
             return make(name.removeprefix(prefix))

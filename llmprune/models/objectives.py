@@ -1,4 +1,4 @@
-"""Losses token by token: of the next one, and between a model and the one that it comes from."""
+"""Losses of each token: the next-token loss, and distances between a model and its teacher or source."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from llmprune.models.autocast import in_autocast
 from llmprune.models.vocabulary import Head, Measure, mean_loss
 
-IGNORED = -100  # what PyTorch's losses pass over
+IGNORED = -100  # label that PyTorch's losses ignore
 OBJECTIVES = {
     "mse": "mean squared error of hidden states",
     "cosine": "1 − cosine of hidden states",
@@ -27,21 +27,21 @@ def next_tokens(labels: Tensor) -> Tensor:
 
 
 def predicting(labels: Tensor) -> Tensor:
-    """Which positions predict a token that has a loss, bool [batch, length]; see ``token_losses`` for the labels."""
+    """The positions that predict a token with a loss, bool [batch, length]; ``token_losses`` describes the labels."""
     return next_tokens(labels) != IGNORED
 
 
 def places(chosen: Tensor) -> Tensor:
-    """The chosen positions one after the other, int64 [chosen] of [batch · length], from bool [batch, length].
+    """The indices of the chosen positions, int64 [chosen], in [batch · length], from bool [batch, length].
 
-    To index by a mask makes the host wait for a GPU every time, and once more in the backward pass; by places it does
-    not.
+    Indexing by a mask makes the host wait for a GPU every time, and once more in the backward pass; indexing by these
+    indices does not.
     """
     return chosen.flatten().nonzero().flatten()
 
 
 def next_token(targets: Tensor) -> Measure:
-    """The negative log-likelihood (nats) of each token's target, int64 [tokens]; 0 where it is ``IGNORED``."""
+    """A measure: the negative log-likelihood (nats) of each token's target, int64 [tokens]; 0 if it is ``IGNORED``."""
 
     def measure(logits: Tensor, part: slice) -> Sequence[Tensor]:
         return (F.cross_entropy(logits, targets[part], ignore_index=IGNORED, reduction="none"),)
@@ -50,7 +50,7 @@ def next_token(targets: Tensor) -> Measure:
 
 
 def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
-    """The mean of ``values`` [batch, length] over the chosen positions, bool [batch, length]; 0 if there are none."""
+    """The mean of ``values`` [batch, length] over the chosen positions, bool [batch, length]; 0 if none is chosen."""
     return (values * chosen).sum() / chosen.sum().clamp(min=1)
 
 
@@ -60,7 +60,7 @@ def squared_error(states: Tensor, target: Tensor) -> Tensor:
 
 
 def relative_error(states: Tensor, target: Tensor) -> Tensor:
-    """The squared error over the target's mean square, over hidden dimensions: [batch, length] from [..., hidden]."""
+    """The squared error divided by the target's mean square, [batch, length] from [batch, length, hidden]."""
     return squared_error(states, target) / target.float().square().mean(-1).clamp(min=1e-9)
 
 
@@ -70,14 +70,14 @@ def cosine_distance(states: Tensor, target: Tensor) -> Tensor:
 
 
 def forward_kl(logits: Tensor, teacher: Tensor, top_k: int | None = None, temperature: float = 1.0) -> Tensor:
-    """KL divergence of the model from its teacher, nats, [...] from [..., vocabulary].
+    """KL divergence of the model from its teacher, in nats, [...] from [..., vocabulary].
 
     Args:
-        logits: the model's.
-        teacher: the teacher's.
-        top_k: tell apart only the teacher's so many likeliest tokens; all others count as one outcome, so the result
-            is never more than the whole divergence. None = all.
-        temperature: divides both logits; the result is multiplied by its square, so that the gradient keeps its size
+        logits: logits of the model, [..., vocabulary].
+        teacher: logits of the teacher, [..., vocabulary].
+        top_k: number of the teacher's likeliest tokens that are compared one by one; all others count as one outcome,
+            so the result is never more than the full divergence. None = all.
+        temperature: divisor of both logits; the result is multiplied by its square, so that the gradient keeps its size
             (Hinton et al., arXiv:1503.02531).
     """
     if top_k is not None and top_k < teacher.shape[-1]:
@@ -93,17 +93,17 @@ def likeliest(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor,
 
 
 def kl_to_likeliest(logits: Tensor, tokens: Tensor, logs: Tensor, temperature: float = 1.0) -> Tensor:
-    """``forward_kl`` to a teacher of whom only what ``likeliest`` gives is known, [...] from logits [..., vocabulary].
+    """``forward_kl`` to a teacher's ``likeliest`` tokens only, in nats, [...] from logits [..., vocabulary].
 
     Args:
-        logits: the model's.
-        tokens: the teacher's likeliest, int64 [..., k].
-        logs: their log-probabilities at this temperature, [..., k].
-        temperature: see ``forward_kl``.
+        logits: logits of the model, [..., vocabulary].
+        tokens: likeliest tokens of the teacher, int64 [..., k].
+        logs: log-probabilities of these tokens by the teacher at this temperature, [..., k].
+        temperature: divisor of the logits, see ``forward_kl``.
     """
     own = F.log_softmax(logits.float() / temperature, -1)
     others = own.scatter(-1, tokens, -torch.inf).logsumexp(-1)
-    rest = (1 - logs.exp().sum(-1)).clamp(min=1e-9)  # as float32 knows it
+    rest = (1 - logs.exp().sum(-1)).clamp(min=1e-9)  # above float32's rounding error
     kept = (logs.exp() * (logs - own.gather(-1, tokens))).sum(-1)
     return (kept + rest * (rest.log() - others)) * temperature**2
 

@@ -1,4 +1,4 @@
-"""A model whose blocks are read from its files when they are needed and dropped afterwards."""
+"""Offloaded models: each block is read from the model's files when it is needed and freed afterwards."""
 
 import math
 from collections.abc import Iterator
@@ -16,18 +16,18 @@ from llmprune.models.source import Model
 from llmprune.models.stored_weights import StoredWeights
 from llmprune.utils.errors import UserError
 
-PIECE = 2**21  # numbers read at a time
+PIECE = 2**21  # number of values read at a time
 
 
 class OffloadedModel:
-    """Holds what lies outside the blocks and one block; the next one's files are read ahead.
+    """A model with one block and all weights outside the blocks in memory; the next block's files are read ahead.
 
     Attributes:
-        model: the model; its blocks have weights only within ``loaded``.
+        model: model whose blocks have weights only within ``loaded``.
     """
 
     def __init__(self, path: Model, *, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> None:
-        """Read what lies outside the blocks.
+        """Read the weights outside the blocks.
 
         Raises:
             UserError: the model can't be read, or its weights don't fit its config.
@@ -52,7 +52,7 @@ class OffloadedModel:
 
     @contextmanager
     def loaded(self, number: int) -> Iterator[None]:
-        """Give block ``number`` its weights; meanwhile the next one's files are read ahead."""
+        """While open, block ``number`` has its weights; meanwhile the next block's files are read ahead."""
         if self._ahead is not None:
             self._ahead.result()
         block = self._blocks[number]
@@ -71,7 +71,7 @@ class OffloadedModel:
         return f"{self._prefix}.{number}.{name}"
 
     def _read_ahead(self, number: int) -> None:
-        """Let the system have a block's bytes in its file cache, which gives way where memory is short."""
+        """Read a block's bytes into the system's file cache, which the system shrinks if memory is short."""
         for name, parameter in self._blocks[number].named_parameters():
             for _ in self._pieces(self._name(number, name), parameter):
                 pass
@@ -83,7 +83,7 @@ class OffloadedModel:
         return tensor
 
     def _pieces(self, name: str, like: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Some rows of a tensor at a time: a file's pages stay in memory as long as a tensor refers to them."""
+        """A tensor's rows, some at a time, because a file's pages stay in memory while a tensor refers to them."""
         if name not in self._weights:
             raise UserError(f"the model's files have no tensor '{name}', which its config asks for")
         shape = self._weights.shape(name)

@@ -1,4 +1,4 @@
-"""llmprune's own model types: configs of Transformers with what they can't describe, and the code that goes along."""
+"""llmprune's own model types: Transformers configs with additions, and the modelling file that such models need."""
 
 import shutil
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from llmprune.utils.errors import UserError
 
 
 def own_config(plain: PretrainedConfig) -> PretrainedConfig:
-    """The config of the own type that goes with a plain config, which may be of an own type already."""
+    """The config of llmprune's own model type for a plain config; the given config may be of an own type already."""
     model_type = plain.model_type.removeprefix(OWN)
     fields = {name: value for name, value in plain.to_dict().items() if name != "model_type"}
     config = config_class(model_type)(**fields)
@@ -29,20 +29,20 @@ def own_config(plain: PretrainedConfig) -> PretrainedConfig:
 
 
 def needs_code(config: PretrainedConfig) -> bool:
-    """Whether models with this config load with the modelling file beside them only."""
+    """Whether models with this config load only with the modelling file in their folder."""
     return str(config.model_type).startswith(OWN)
 
 
 def write_code(folder: Path) -> None:
-    """Put the modelling file into a model's folder."""
+    """Copy the modelling file into a model's folder."""
     shutil.copy(modeling_llmprune.__file__, folder)
 
 
 def with_richer_heads(plain: PretrainedConfig, heads: RicherHeadsConfig) -> PretrainedConfig:
-    """The config of a model with richer heads, from that of the model without.
+    """The config of a model with richer heads, from the config of the model without them.
 
     Raises:
-        UserError: it has them already.
+        UserError: the model has richer heads already.
     """
     if richer_heads_of(plain) is not None:
         raise UserError("the heads of this model are richer already")

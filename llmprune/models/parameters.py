@@ -1,4 +1,4 @@
-"""Parts of a model that a user names: output, final_norm, embedding, norms, block.N, last.K, all, or a name."""
+"""Parts of a model by name: output, final_norm, embedding, norms, block.N, last.K, all, or a parameter's name."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -20,12 +20,13 @@ def parameter_names_of(model: PreTrainedModel, parts: Sequence[str]) -> list[str
     """The names of the parameters of parts of a model, each once, in the model's order.
 
     Args:
-        model: of a supported family.
-        parts: ``output``, ``final_norm``, ``embedding``, ``norms``, ``block.N``, ``last.K`` (the last so many blocks),
-            ``all``, or the name of a parameter or of a module, in which ``*`` stands for anything between two dots.
+        model: model of a supported family.
+        parts: names of parts: ``output``, ``final_norm``, ``embedding``, ``norms``, ``block.N``, ``last.K`` (the last K
+            blocks), ``all``, or the name of a parameter or of a module, in which ``*`` matches anything between two
+            dots.
 
     Raises:
-        UserError: there is no such part.
+        UserError: the model has no such part.
     """
     family, layers = family_of(model.config), len(blocks_of(model))
     if "output" in parts and family.tied(model.config):
@@ -64,15 +65,15 @@ def parameter_names_of(model: PreTrainedModel, parts: Sequence[str]) -> list[str
 
 
 def parameters_after(model: PreTrainedModel, block: int, names: Iterable[str]) -> list[nn.Parameter]:
-    """The parameters of parts of a model that come after its first so many blocks.
+    """The parameters of parts of a model that are after its first ``block`` blocks.
 
     Args:
-        model: of a supported family.
-        block: the first block that may be named.
-        names: ``output``, ``final_norm`` or ``block.N``.
+        model: model of a supported family.
+        block: number of the first block that may be named.
+        names: names of parts: ``output``, ``final_norm`` or ``block.N``.
 
     Raises:
-        UserError: there is no such part, or it does not lie there.
+        UserError: the model has no such part, or the part is not after these blocks.
     """
     names, layers = [*names], len(blocks_of(model))
     for name in names:
@@ -86,7 +87,7 @@ def parameters_after(model: PreTrainedModel, block: int, names: Iterable[str]) -
 
 
 def train_only(model: nn.Module, optimizers: Iterable[Optimizer], chosen: Sequence[nn.Parameter]) -> None:
-    """Freeze all of a model but the chosen parameters, which its optimisers get in place of what they had."""
+    """Freeze all parameters of a model except the chosen ones, which replace the parameters of its optimisers."""
     model.requires_grad_(False)
     for parameter in chosen:
         parameter.requires_grad_(True)
@@ -97,9 +98,9 @@ def train_only(model: nn.Module, optimizers: Iterable[Optimizer], chosen: Sequen
 
 
 def init_optimizer_state(optimizer: Optimizer) -> None:
-    """Give an optimiser the state that its first step would make, and leave the weights as they are.
+    """Create the optimizer state that an optimiser's first step would create, and leave the weights as they are.
 
-    Sharded checkpoints fill only what is there.
+    Sharded checkpoints load only into state that exists.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -118,5 +119,5 @@ def init_optimizer_state(optimizer: Optimizer) -> None:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what activation checkpointing has put into it."""
+    """A parameter's name without the parts that activation checkpointing adds."""
     return name.replace("_checkpoint_wrapped_module.", "")

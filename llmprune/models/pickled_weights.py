@@ -1,7 +1,7 @@
-"""Run as a program: ``pickled_weights.py OUT FILE.bin …`` turns pickled weights into safetensors in the folder OUT.
+"""A program: ``pickled_weights.py OUT FILE.bin …`` converts pickled weights to safetensors in the folder OUT.
 
-It runs in a process of its own and imports nothing of llmprune, so that nothing else is at hand where something foreign
-is unpickled; only tensors and plain types are.
+It runs in a process of its own and imports nothing of llmprune, so that the process that unpickles foreign files has
+access to nothing else. Only tensors and plain types are unpickled.
 """
 
 import sys
@@ -11,18 +11,18 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-SHARD = "2GB"  # a shard is held in memory while it is written
+SHARD = "2GB"  # a shard is in memory while it is written
 
 
 def read(path: str) -> dict[str, Tensor]:
-    """The tensors of one file, mapped from it where its format allows.
+    """The tensors of one file, memory-mapped if the file's format allows it.
 
     Raises:
-        SystemExit: it holds something else, or is damaged.
+        SystemExit: the file contains other objects, or is damaged.
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # of as many kinds as there are things that a pickle may hold
+    except Exception as error:  # a pickle can raise any kind of error
         reason = str(error).strip().splitlines()
         sys.exit(f"{path} holds more than tensors, or is damaged ({reason[0] if reason else type(error).__name__})")
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
@@ -31,7 +31,7 @@ def read(path: str) -> dict[str, Tensor]:
 
 
 def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same, with copies of those that share memory, which safetensors can't hold."""
+    """The tensors, with copies of those that share memory, which safetensors can't store."""
     seen: set[int] = set()
     found = {}
     for name, tensor in tensors.items():

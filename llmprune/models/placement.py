@@ -1,4 +1,4 @@
-"""How a model is held: its number format, device and attention."""
+"""The placement of a model: number format, device and attention."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,13 @@ TRAINABLE: tuple[str, ...] = get_args(TrainableFormat)
 
 
 def dtype_for_inference(name: str, *, on_gpu: bool) -> torch.dtype:
-    """The format of the weights of a model that does not learn.
+    """The dtype of the weights of a model that does not learn.
 
     Args:
-        name: ``float32`` or ``bfloat16``; ``auto`` = bfloat16 where the device multiplies it fast: GPUs, and processors
-            with AVX512-BF16 or AMX. Others need many times as long for it as for float32.
-        on_gpu: whether a GPU holds it.
+        name: name of a dtype: ``float32`` or ``bfloat16``; ``auto`` = bfloat16 on devices with fast bfloat16 products:
+            GPUs, and processors with AVX512-BF16 or AMX. On other processors bfloat16 is many times slower than
+            float32.
+        on_gpu: whether the model is on a GPU.
     """
     if name != "auto":
         return DTYPES[name]
@@ -31,14 +32,16 @@ def dtype_for_inference(name: str, *, on_gpu: bool) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Placement:
-    """How to hold a model.
+    """Number format, device and attention to load a model with.
 
     Attributes:
-        dtype: of the weights: float32, bfloat16, float16; ``auto`` = as stored.
-        device: cpu or gpu; None = what is there.
-        device_map: ``auto`` spreads the model over all devices and the machine's memory; None = one device.
-        attention: ``sdpa``, ``eager`` or ``flash_attention_2``; None = sdpa where the architecture has it.
-        adapter: folder of a PEFT adapter to put on the model.
+        dtype: number format of the weights: float32, bfloat16, float16; ``auto`` = as stored.
+        device: cpu or gpu; None = gpu if there is one.
+        device_map: distribution of the model over devices: ``auto`` = over all devices and the machine's memory; None =
+            one device.
+        attention: implementation of attention: ``sdpa``, ``eager`` or ``flash_attention_2``; None = sdpa if the
+            architecture supports it.
+        adapter: folder of a PEFT adapter to add to the model; None = no adapter.
     """
 
     dtype: StoredFormat = "auto"
@@ -48,7 +51,7 @@ class Placement:
     adapter: str | None = None
 
     def check(self, dtypes: Sequence[str] = ("auto", *DTYPES)) -> None:
-        """Raise ``UserError`` for what is unknown or not there; ``dtypes`` are those that will do."""
+        """Raise ``UserError`` for values that are unknown or not available; ``dtypes`` are the valid formats."""
         check_settings(self)
         if self.dtype not in dtypes:
             raise UserError(f"dtype '{self.dtype}' is unknown; {nearest(self.dtype, dtypes)}")
@@ -59,15 +62,15 @@ class Placement:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether one GPU holds it, unless there is a device map."""
+        """Whether the model is on one GPU, unless there is a device map."""
         return self.device == "gpu" or (self.device is None and torch.cuda.is_available())
 
     @property
     def torch_device(self) -> torch.device:
-        """The one device, unless there is a device map."""
+        """The device of the model, unless there is a device map."""
         return torch.device("cuda" if self.on_gpu else "cpu")
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """Of the weights; None = as stored."""
+        """The dtype of the weights; None = as stored."""
         return DTYPES.get(self.dtype)

@@ -1,4 +1,4 @@
-"""Quantised models, whose weights are packed: told from plain ones by their config, their files or their tensors."""
+"""Quantised models with packed weights, recognised by their config, files or tensors."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json
 
 _PLAIN = {"F64", "F32", "F16", "BF16"}
-_FILES = {  # of tools that write a file of their own beside the config
+_FILES = {  # files that quantisation tools write beside the config
     "quantize_config.json": "GPTQ",
     "quant_config.json": "AWQ",
     "hf_quant_config.json": "ModelOpt",
 }
-_PACKED = (  # how the tensors of packed matrices are called
+_PACKED = (  # suffixes of the names of packed tensors
     ".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB", ".quant_map",
 )  # fmt: skip
 
 
 def refuse_quantised(model: ModelFolder) -> None:
-    """Raise ``UserError`` for what can be run but neither scored, cut nor trained."""
+    """Raise ``UserError`` for a model with packed weights, which can be run but neither scored, cut nor trained."""
     if (kind := quantised_as(model)) is not None:
         raise UserError(
             f"{model} is quantised ({kind}): prune the model that it was made from; packed weights can be neither "
@@ -30,7 +30,7 @@ def refuse_quantised(model: ModelFolder) -> None:
 
 
 def refuse_plain_as_quantised(model: ModelFolder) -> None:
-    """Raise ``UserError`` if a config says that weights are packed by bitsandbytes, and they are plain."""
+    """Raise ``UserError`` for plain weights whose config claims that bitsandbytes packed them."""
     described = _described(read_json(model.path / "config.json"))
     if described is None or _method(described) != "bitsandbytes" or not any(model.path.glob("*.safetensors")):
         return
@@ -42,7 +42,7 @@ def refuse_plain_as_quantised(model: ModelFolder) -> None:
 
 
 def quantised_as(model: ModelFolder) -> str | None:
-    """What the weights of a model are quantised by, as far as can be told; None if they are plain."""
+    """The method by which a model's weights are quantised, as far as it can be recognised; None if they are plain."""
     folder = model.path
     fields = read_json(folder / "config.json")
     if (described := _described(fields)) is not None:
@@ -58,7 +58,7 @@ def quantised_as(model: ModelFolder) -> str | None:
 
 
 def _described(fields: Any) -> dict[str, Any] | None:
-    """The part of a config that describes how weights are packed, of the model or of its text model."""
+    """The part of a model's or text model's config that describes packed weights; None if there is none."""
     if not isinstance(fields, dict):
         return None
     for config in (fields, fields.get("text_config")):

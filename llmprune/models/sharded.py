@@ -1,4 +1,4 @@
-"""Models whose parameters are spread over ranks (FSDP2)."""
+"""Models whose parameters are sharded over ranks (FSDP2)."""
 
 from collections.abc import Callable, Iterable
 
@@ -16,19 +16,19 @@ from llmprune.models.stored_weights import StoredWeights
 
 
 def mesh_of(parameters: Iterable[nn.Parameter]) -> DeviceMesh | None:
-    """The ranks over which a model's parameters are spread; None = every rank has all of them."""
+    """The device mesh of a model's sharded parameters; None = every rank has all parameters."""
     return next((p.device_mesh for p in parameters if isinstance(p, DTensor)), None)
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Spread a model over ranks, block by block."""
+    """Shard a model over ranks, block by block."""
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what forward passes have gathered: without a backward pass some of it would stay."""
+    """Free parameters gathered in forward passes; without a backward pass some of them would stay in memory."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -38,12 +38,13 @@ def reshard(model: nn.Module) -> None:
 def fill(
     model: PreTrainedModel, weights: StoredWeights, stored_name: Callable[[str], str | None] = lambda name: name
 ) -> None:
-    """Read the parameters of a sharded model, of each the rows of this rank.
+    """Read this rank's rows of the parameters of a sharded model.
 
     Args:
-        model: the sharded model.
-        weights: of the model that it was, before anything was added.
-        stored_name: what a parameter is called there; None = it was added and stays as it is.
+        model: sharded model.
+        weights: stored weights of the model, before any module was added.
+        stored_name: function from a parameter's name to its name in ``weights``; None = the parameter was added and
+            stays as it is.
     """
     for name, parameter in model.named_parameters():
         stored = stored_name(plain_name(name))

@@ -1,4 +1,4 @@
-"""Models where they lie: found, looked at, and their configs read."""
+"""Model folders and hub names: finding and inspecting models, and reading their configs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,29 +14,30 @@ from llmprune.utils.files import read_json
 from llmprune.utils.untrusted import inspect
 
 DEQUANTISE = "dequantise it first, with Transformers' from_pretrained(FOLDER, gguf_file=NAME) and save_pretrained"
-_LARGEST = 2**31  # of any size in a config
+_LARGEST = 2**31  # largest size in a config
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model's folder that was found and inspected; every function that takes a model's name takes it too.
+    """A model's folder that was found and inspected; functions with an argument ``model`` take it as well.
 
-    A job finds its model once, with ``find_folder``, and hands this around: nothing is fetched or inspected again.
+    A job finds its model once, with ``find_folder``, and passes this object on, so that nothing is fetched or inspected
+    again.
 
     Attributes:
-        name: of the model, as the user wrote it.
-        path: the folder on this machine.
+        name: name of the model, as the user wrote it.
+        path: path of the folder on this machine.
     """
 
     name: str
     path: Path
 
     def __fspath__(self) -> str:
-        """The folder, wherever a path is wanted."""
+        """The path of the folder, for functions that take a path."""
         return str(self.path)
 
     def __str__(self) -> str:
-        """The name, for messages."""
+        """The name of the model, for messages."""
         return self.name
 
 
@@ -44,7 +45,7 @@ Model = str | Path | ModelFolder
 
 
 def find_folder(model: Model) -> ModelFolder:
-    """The folder of a model, looked at once.
+    """The folder of a model, found and inspected once.
 
     Raises:
         UserError: see ``resolve_model``.
@@ -56,7 +57,7 @@ def resolve_model(model: Model) -> Path:
     """The local folder of a model: the folder itself, or the downloaded (or cached) snapshot of a hub name.
 
     Raises:
-        UserError: there is no such folder, no such model can be reached, or it is damaged (see ``Verification``).
+        UserError: the folder is missing, the hub has no such model, or the model is damaged (see ``Verification``).
     """
     if isinstance(model, ModelFolder):
         return model.path
@@ -75,7 +76,7 @@ def resolve_model(model: Model) -> Path:
 
 
 def _known(folder: Path) -> Path:
-    """Compare ``folder`` with its checksums if that was asked for, and let Transformers know llmprune's own types."""
+    """Inspect ``folder``, compare its checksums if requested, and register llmprune's own model types."""
     inspect(folder)
     VERIFICATION.look(folder)
     config = folder / "config.json"
@@ -89,26 +90,26 @@ def _known(folder: Path) -> Path:
 
 
 def has_replacement(model: Model) -> bool:
-    """Whether a folder holds a model in which a replacement module takes the place of blocks."""
+    """Whether a folder contains a model with a replacement module in the place of blocks."""
     config = Path(model) / "config.json"
     return config.is_file() and read_json(config).get("llmprune_replacement") is not None
 
 
 def read_config(model: Model) -> PretrainedConfig:
-    """The config of a model of any architecture that Transformers knows.
+    """The config of a model of any architecture in Transformers.
 
-    Code that a folder brings along is never run, and what refers to it is left out of the config.
+    Code in the folder is never run, and references to it are removed from the config.
 
     Raises:
-        UserError: it can't be read.
+        UserError: the config can't be read.
     """
     folder = resolve_model(model)
     fields = read_json(folder / "config.json")
     try:
         if any(type(value) is int and value > _LARGEST for value in fields.values()):
-            raise ValueError("a number is too large")  # some configs make lists of such lengths
+            raise ValueError("a number is too large")  # some configs create lists of this length
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # of as many kinds as there are things that a config may hold
+    except Exception as error:  # a config can raise any kind of error
         model_type = fields.get("model_type", "unknown") if isinstance(fields, dict) else "unknown"
         reason = first_line(error)
         raise UserError(f"{folder}/config.json (model type '{model_type}') can't be used: {reason}") from None
@@ -118,5 +119,5 @@ def read_config(model: Model) -> PretrainedConfig:
 
 
 def longest_input(config: PretrainedConfig) -> int | None:
-    """How many tokens a model with this config takes at most, if it says so."""
+    """The largest number of tokens that a model with this config takes; None = the config has no limit."""
     return getattr(config, "max_position_embeddings", None)

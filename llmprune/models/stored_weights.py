@@ -1,4 +1,4 @@
-"""The weights of a model as they are stored, read one tensor at a time."""
+"""The stored weights of a model, read one tensor at a time."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ class StoredWeights(Mapping[str, Tensor]):
         """Open the folder (or the snapshot of a hub name).
 
         Raises:
-            UserError: no safetensors there, or a file is damaged.
+            UserError: the folder has no safetensors, or a file is damaged.
         """
         folder = resolve_model(model)
         index = folder / "model.safetensors.index.json"
@@ -49,7 +49,7 @@ class StoredWeights(Mapping[str, Tensor]):
             raise UserError(f"{index} is no index of shards ({type(error).__name__}: {error})") from None
 
     def __getitem__(self, name: str) -> Tensor:
-        """Read one tensor. Its file is opened for it alone: a file that stays mapped would stay in memory."""
+        """Read one tensor and close its file, because a mapped file would stay in memory."""
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(name)
 
@@ -59,7 +59,7 @@ class StoredWeights(Mapping[str, Tensor]):
             return list(file.get_slice(name).get_shape())
 
     def dtypes(self) -> dict[str, str]:
-        """The dtype of every tensor, as safetensors spells it (``BF16``)."""
+        """The dtype of every tensor by name, in safetensors' spelling (``BF16``)."""
         found: dict[str, str] = {}
         for path in sorted(set(self._files.values())):
             with safe_open(path, framework="pt") as file:
@@ -67,11 +67,11 @@ class StoredWeights(Mapping[str, Tensor]):
         return found
 
     def size(self) -> int:
-        """The bytes of all files."""
+        """The size of all files in bytes."""
         return sum(path.stat().st_size for path in set(self._files.values()))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Read rows ``start`` to ``stop`` of one tensor."""
+        """Read rows ``start`` to ``stop - 1`` of one tensor."""
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_slice(name)[start:stop]
 
@@ -80,15 +80,15 @@ class StoredWeights(Mapping[str, Tensor]):
         return iter(self._files)
 
     def __len__(self) -> int:
-        """How many tensors there are."""
+        """The number of tensors."""
         return len(self._files)
 
 
 def parameter_names(weights: Mapping[str, Tensor], config: PretrainedConfig) -> list[str]:
-    """The sorted names of a model's own parameters: no buffers of older formats, and a tied output layer left out.
+    """The sorted names of a model's own parameters, without buffers of old formats and without a tied output layer.
 
     Raises:
-        UserError: there are blocks that the config does not have.
+        UserError: the weights have blocks that the config does not have.
     """
     family = family_of(config)
     layers, prefix = family.shape(config).layers, f"{family.blocks}."
@@ -105,9 +105,9 @@ def parameter_names(weights: Mapping[str, Tensor], config: PretrainedConfig) -> 
 
 
 def fingerprint(weights: Mapping[str, Tensor], config: PretrainedConfig) -> str:
-    """SHA-256 over a model's parameters: names, dtypes, shapes and bytes.
+    """SHA-256 over the names, dtypes, shapes and bytes of a model's parameters.
 
-    The same weights give the same hash whether they come from safetensors or from a checkpoint.
+    The same weights have the same hash, whether read from safetensors or from a checkpoint.
     """
     digest = hashlib.sha256()
     for name in parameter_names(weights, config):

@@ -1,4 +1,4 @@
-"""Losses over the vocabulary, some tokens at a time: the logits of a whole batch never exist."""
+"""Losses over the vocabulary, computed for some tokens at a time, so that a batch's logits never all exist together."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from llmprune.models.autocast import in_autocast
 from llmprune.models.families import family_of
 
-# How many logits exist at a time: few enough for a CPU's caches, enough to keep a GPU busy (256 MB in float32).
+# Number of logits at a time: few enough for a CPU's caches, enough to keep a GPU busy (256 MB in float32).
 CHUNKS = {"cpu": 2**20, "cuda": 2**26}
-LEAST = 128  # tokens at a time: each time the whole weight is gone through
+LEAST = 128  # fewest tokens at a time, as each chunk reads the whole weight
 
 Measure = Callable[[Tensor, slice], Sequence[Tensor]]
 """Losses of some tokens, [tokens] each, from their logits, float32 [tokens, vocabulary]; the slice says which."""
@@ -27,9 +27,9 @@ class Head:
     """The output layer of a model.
 
     Attributes:
-        weight: [vocabulary, hidden].
-        bias: [vocabulary], or None.
-        softcap: logits x become softcap · tanh(x / softcap); None = they stay.
+        weight: weight of the layer, [vocabulary, hidden].
+        bias: bias of the layer, [vocabulary]; None = no bias.
+        softcap: bound of the logits: x becomes softcap · tanh(x / softcap); None = no bound.
     """
 
     weight: Tensor
@@ -37,33 +37,33 @@ class Head:
     softcap: float | None = None
 
     def raw(self, states: Tensor) -> Tensor:
-        """The matrix product, [tokens, vocabulary] from [tokens, hidden]."""
+        """The layer's matrix product with its bias, [tokens, vocabulary] from [tokens, hidden]."""
         return F.linear(states, self.weight.to(states.dtype), None if self.bias is None else self.bias.to(states.dtype))
 
     def capped(self, raw: Tensor) -> Tensor:
-        """The logits, float32."""
+        """The logits from the matrix product, float32 [tokens, vocabulary]."""
         logits = raw.float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def logits(self, states: Tensor) -> Tensor:
-        """The logits of states before the output layer, float32 [tokens, vocabulary] from [tokens, hidden]."""
+        """The logits from the output layer's inputs, float32 [tokens, vocabulary] from [tokens, hidden]."""
         return self.capped(self.raw(states))
 
     def cast(self, dtype: torch.dtype) -> "Head":
-        """The layer with its weight in another dtype, made once for many tokens."""
+        """A copy of the layer with its weight in another dtype, for use with many chunks."""
         return replace(self, weight=self.weight.to(dtype))
 
     def chunks(self, tokens: int) -> list[slice]:
-        """Parts of so many tokens whose logits may exist at a time."""
+        """Slices of ``tokens`` tokens; the logits of one slice may exist at a time."""
         size = max(CHUNKS[self.weight.device.type] // self.weight.shape[0], LEAST)
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
 @contextmanager
 def without_head(model: PreTrainedModel) -> Iterator[None]:
-    """While open, ``model`` gives in place of its logits the states that its output layer would make them from.
+    """While open, ``model`` returns the inputs of its output layer in place of logits.
 
-    They are what its forward pass returns, so that a sharded model sees their gradient come back.
+    The states are the output of the forward pass, so that a sharded model receives their gradient in the backward pass.
     """
     layer, field = model.get_output_embeddings(), family_of(model.config).softcap
     softcap = None if field is None else getattr(model.config, field)
@@ -93,9 +93,9 @@ def token_measures(states: Tensor, head: Head, measure: Measure) -> list[Tensor]
     """Losses of every token, without gradients.
 
     Args:
-        states: before the output layer, [tokens, hidden].
-        head: the output layer.
-        measure: what is measured; at least one token.
+        states: inputs of the output layer, [tokens, hidden], at least one token.
+        head: output layer.
+        measure: function from logits to losses.
 
     Returns:
         Each loss, float32 [tokens].
@@ -107,25 +107,26 @@ def token_measures(states: Tensor, head: Head, measure: Measure) -> list[Tensor]
 
 
 def mean_loss(states: Tensor, head: Head, measure: Measure, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The weighted sum of the means of losses over tokens.
+    """The weighted sum of losses, each averaged over tokens.
 
-    Gradients are computed beside the losses, so that a chunk's logits are made once and then dropped; in the backward
-    pass they are there already. There can be one backward pass.
+    Gradients are computed together with the losses, so that a chunk's logits are computed once and then freed; the
+    backward pass only multiplies these gradients. Only one backward pass is possible.
 
     Args:
-        states: before the output layer, [tokens, hidden].
-        head: the output layer.
-        measure: gives as many losses as there are weights.
-        weights: of the losses.
+        states: inputs of the output layer, [tokens, hidden].
+        head: output layer.
+        measure: function from logits to losses, as many as there are weights.
+        weights: weights of the losses, [losses].
 
     Returns:
-        The sum, a number, and each mean without its weight and without gradients, [losses]. Without tokens both are 0.
+        The weighted sum, a scalar, and each mean without its weight and without gradients, [losses]. Without tokens
+        both are 0.
     """
     if not len(states):
         return states.sum() * 0.0, torch.zeros(len(weights), device=states.device)
     if not torch.is_grad_enabled():
         means = torch.stack([values.mean() for values in token_measures(states, head, measure)])
-        return (means * torch.tensor(weights, device=means.device)).sum(), means  # a product autocast would round
+        return (means * torch.tensor(weights, device=means.device)).sum(), means  # autocast would round a product
     total, means = _MeanLoss.apply(in_autocast(states), head.weight, head.bias, head.softcap, measure, tuple(weights))
     return total, means
 
@@ -177,7 +178,7 @@ class _MeanLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        found, ctx.gradients = ctx.gradients, None  # so that no second copy of the weight's gradient is made
+        found, ctx.gradients = ctx.gradients, None  # frees them: no second copy of the weight's gradient
         if found is None:
             raise RuntimeError("the loss over the vocabulary takes one backward pass only")
         return *(None if grad is None else grad.mul_(grads[0]) for grad in found), None, None, None

@@ -1,1 +1,1 @@
-"""The plan, which says what of a model stays, and the surgery that carries it out."""
+"""The plan, which describes what of a model stays, and the surgery that applies it."""

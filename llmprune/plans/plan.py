@@ -1,7 +1,7 @@
 """The plan: which units of a model stay and which factors are folded into its weights.
 
-Everything that decides writes a plan; surgery alone carries it out. On disk a plan is a JSON file with index lists,
-which a person can read and edit, and a safetensors file beside it with the factors::
+Every method of pruning writes a plan, and only surgery applies it. On disk a plan is a JSON file with index lists,
+which a person can read and edit, and a safetensors file next to it with the factors::
 
     plan.json         {"schema", "family", "model", "source", "hidden",
                        "blocks": [{"attention", "mlp", "heads", "channels", "merge", "experts"}, …], "replacement",
@@ -27,30 +27,30 @@ from llmprune.utils.files import read_json, save_tensors, temporary_for, write_j
 
 
 def tensors_beside(path: Path) -> Path:
-    """Where the tensors of the plan at ``path`` lie, if it has any."""
+    """The path of the tensors' file for the plan at ``path``; the file exists only if the plan has tensors."""
     return path.with_suffix(".safetensors")
 
 
-_KEYS = {  # of a plan file: what is not understood could change what is cut
+_KEYS = {  # known keys of a plan file: an unknown key could change what is cut
     "schema", "family", "model", "source", "hidden", "blocks", "factors", "replacement", "richer_heads",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class KeptBlock:
-    """One block of the cut model, and its units that stay (numbers in the source; None = all).
+    """One block of the pruned model with the units that stay (numbers in the source; None = all).
 
-    Attention and MLP may come from two blocks of the source, if everything between them goes: what one adds to the
-    residual stream is then what the other reads, as within a block.
+    Attention and MLP may be from two blocks of the source, if everything between them is removed: the residual stream
+    after the attention is then the input of the MLP, as within a block.
 
     Attributes:
-        attention: number in the source of the block whose attention this is.
-        mlp: number in the source of the block whose MLP this is.
-        heads: query heads, ascending; a key/value group stays if any of its query heads does.
-        channels: MLP channels, ascending.
-        merge: what the block's weights are made of, if not of its own alone: (number in the source, weight) of every
-            block that is part of the sum; the weights add up to one.
-        experts: of a mixture of experts, ascending.
+        attention: number in the source of the block whose attention is used.
+        mlp: number in the source of the block whose MLP is used.
+        heads: numbers of the query heads that stay, ascending; a key/value group stays if any of its query heads stays.
+        channels: numbers of the MLP channels that stay, ascending.
+        merge: blocks of the source whose weighted sum makes the block's weights: pairs of number in the source and
+            weight; the weights sum to one; None = no merge.
+        experts: numbers of the experts that stay, ascending, in a mixture of experts.
     """
 
     attention: int
@@ -62,7 +62,7 @@ class KeptBlock:
 
     @classmethod
     def whole(cls, index: int, **units: tuple[int, ...] | None) -> "KeptBlock":
-        """The source's block ``index``, with some of its heads, channels or experts."""
+        """The source's block ``index``, with the given heads, channels or experts (None = all)."""
         return cls(index, index, **units)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
@@ -71,24 +71,26 @@ class KeptBlock:
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays of a model.
+    """A plan: which parts of a model stay.
 
     Attributes:
         family: name of the model's family.
         model: SHA-256 of the weights that the plan was made for (``fingerprint``).
-        source: the model's shape.
-        blocks: the blocks that stay, in order.
-        hidden: the hidden dimensions that stay, ascending (None = all).
-        factors: what is multiplied into the kept weights, float32, each as long as what it multiplies: ``hidden``
-            [kept hidden], ``attention`` and ``mlp`` [kept blocks] (what the sub-layer adds to the residual stream; 0 =
-            it does nothing), ``heads.I`` [kept heads], ``channels.J`` [kept channels], where I and J are the source's
+        source: shape of the source model.
+        blocks: blocks that stay, in order.
+        hidden: numbers of the hidden dimensions that stay, ascending; None = all.
+        factors: factors that the kept weights are multiplied by, float32, each as long as its axis: ``hidden`` [kept
+            hidden], ``attention`` and ``mlp`` [kept blocks] (of the sub-layer's contribution to the residual stream; 0
+            = no contribution), ``heads.I`` [kept heads], ``channels.J`` [kept channels], where I and J are the source's
             numbers of the block's attention and MLP. Absent = one.
-        corrections: what the output matrices of a block's attention and MLP (``attention.I``, ``mlp.J``) know of the
-            inputs that go, float32: ``mean.…`` [gone inputs], their mean, which joins the bias; ``linear.…`` [gone
-            inputs, kept inputs], what they are as a sum of the kept ones, which joins the kept columns.
-        replacement: what takes the place of the blocks that go, in words; its weights are the run's, so such a plan is
-            a record and can't be applied. None = nothing.
-        richer_heads: what every attention gets as it is cut, beginning as the identity; None = nothing.
+        corrections: predictions of the removed inputs of the output matrices of a block's attention and MLP
+            (``attention.I``, ``mlp.J``), float32: ``mean.…`` [removed inputs], their mean, which is added to the bias;
+            ``linear.…`` [removed inputs, kept inputs], their coefficients as a sum of the kept inputs, which are added
+            to the kept columns.
+        replacement: description of the replacement module in the place of removed blocks; its weights are only in the
+            run, so such a plan is a record and can't be applied; None = no module.
+        richer_heads: settings of the richer heads that surgery adds to every attention, initialised as the identity;
+            None = none.
     """
 
     family: str
@@ -102,10 +104,10 @@ class Plan:
     richer_heads: RicherHeadsConfig | None = None
 
     def __post_init__(self) -> None:
-        """Check that the plan is a possible one, and uniform over blocks, as configs need it.
+        """Check that the plan is possible, and uniform over blocks, as configs require.
 
         Raises:
-            UserError: an index is out of range or twice, blocks differ in size, a factor does not fit.
+            UserError: an index is out of range or duplicate, blocks differ in size, or a factor does not fit.
         """
         source = self.source
         _check_order(self.blocks, source.layers)
@@ -157,11 +159,11 @@ class Plan:
         return tuple(range(self.source.intermediate)) if block.channels is None else block.channels
 
     def experts(self, block: KeptBlock) -> tuple[int, ...]:
-        """The experts of ``block`` that stay; empty where the model has none."""
+        """The experts of ``block`` that stay; empty if the model has no experts."""
         return tuple(range(self.source.experts or 0)) if block.experts is None else block.experts
 
     def inputs(self, block: KeptBlock, sublayer: str) -> tuple[list[int], list[int]]:
-        """The inputs of a sub-layer's output matrix that stay, and those that go."""
+        """The inputs of a sub-layer's output matrix that stay, and those that are removed."""
         size = self.source.head_dim if sublayer == "attention" else 1
         units, count = (
             (self.heads(block), self.source.heads)
@@ -181,7 +183,7 @@ class Plan:
 
     @property
     def shape(self) -> Shape:
-        """The shape of the cut model."""
+        """The shape of the pruned model."""
         first = self.blocks[0]
         return replace(
             self.source,
@@ -211,7 +213,7 @@ class Plan:
         return shapes
 
     def check_applicable(self) -> None:
-        """Raise ``UserError`` if the plan alone does not say what comes out."""
+        """Raise ``UserError`` if the plan alone does not define the pruned model."""
         if self.replacement is not None:
             raise UserError(
                 f"the plan puts a trained replacement module ({self.replacement}) in the place of blocks, and only the "
@@ -219,10 +221,10 @@ class Plan:
             )
 
     def save(self, path: Path | str) -> None:
-        """Write the plan to ``path`` (.json) and its factors beside it (.safetensors).
+        """Write the plan to ``path`` (.json) and its factors to a file next to it (.safetensors).
 
         Raises:
-            UserError: a factor or a correction holds what is no finite number.
+            UserError: a factor or a correction has a value that is not finite.
         """
         path = Path(path)
         self._check_finite(path)
@@ -254,7 +256,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: Path | str) -> "Plan":
-        """Read a plan.
+        """Read a plan from a file.
 
         Raises:
             UserError: a file is missing or damaged, or the plan is impossible.
@@ -309,7 +311,7 @@ def _indices(values: Any) -> tuple[int, ...] | None:
 
 
 def _check_order(blocks: tuple[KeptBlock, ...], layers: int) -> None:
-    """The source runs attention 0, MLP 0, attention 1, MLP 1, …: the cut model must keep that order."""
+    """Check that blocks have the source's order: attention 0, MLP 0, attention 1, MLP 1 and so on."""
     if not blocks:
         raise UserError("the plan keeps no blocks")
     if not all(isinstance(i, int) and 0 <= i < layers for block in blocks for i in (block.attention, block.mlp)):

@@ -1,6 +1,6 @@
-"""Carrying out a plan: the only place that changes shapes.
+"""Surgery applies a plan; only this module changes the shapes of weights.
 
-Surgery makes one named tensor at a time, so the same code cuts a model in memory and one that is streamed from disk
+Surgery computes one named tensor at a time, so the same code cuts a model in memory and a model that is read from disk
 shard by shard.
 """
 
@@ -21,7 +21,7 @@ class Surgery:
     """Cuts the tensors of one model by one plan.
 
     Attributes:
-        config: the cut model's config.
+        config: config of the pruned model.
     """
 
     def __init__(self, config: PretrainedConfig, plan: Plan) -> None:
@@ -47,7 +47,7 @@ class Surgery:
         if plan.richer_heads is not None:
             self.config = with_richer_heads(self.config, plan.richer_heads)
         self._tied = self.family.tied(config)
-        # (sub-layer, the source's block) → the block of the cut model.
+        # (sub-layer, the source's block) → the block of the pruned model.
         self._position = {
             (sublayer, number): position
             for position, block in enumerate(plan.blocks)
@@ -57,10 +57,10 @@ class Surgery:
         self._factor = self._factors()
 
     def new_name(self, name: str) -> str | None:
-        """The name of the parameter ``name`` in the cut model.
+        """The name of the parameter ``name`` in the pruned model.
 
-        None if it goes: its block is removed, or it is the output layer of a tied model, which is stored as the
-        embedding.
+        None if the parameter is removed: its block is removed, or it is the output layer of a tied model, which is
+        stored as the embedding.
         """
         parameter = self.family.locate(name)
         if self._tied and parameter.role is Role.OUTPUT:
@@ -79,7 +79,7 @@ class Surgery:
         return self._in_block(name, parameter.block, position)
 
     def added(self) -> dict[str, tuple[int, ...]]:
-        """The parameters that the cut model has beside those that come from the source, all zero: name → shape."""
+        """The shapes of the parameters, all zero, that the pruned model has in addition to the source's, by name."""
         if self.plan.richer_heads is None:
             return {}
         shape, shared = self.plan.shape, self.plan.richer_heads.shared
@@ -89,11 +89,12 @@ class Surgery:
         return {f"{place}.{name}": size for place in places for name, size in sizes.items()}
 
     def cut(self, name: str, weights: Mapping[str, Tensor]) -> Tensor:
-        """The parameter of the cut model that comes from the source's parameter ``name``, which must be one that stays.
+        """The parameter of the pruned model made from the source's parameter ``name``, which must be one that stays.
 
         Args:
-            name: in the source.
-            weights: the source's; only ``name`` is read, and what is merged into it or corrects it.
+            name: name of the parameter in the source.
+            weights: weights of the source, by name; only ``name`` and the parameters that are merged into it or correct
+                it are read.
 
         Returns:
             A tensor of the same dtype; factors, merges and corrections are computed in float32.
@@ -120,7 +121,7 @@ class Surgery:
         return tensor.to(dtype)
 
     def whole(self, name: str, weights: Mapping[str, Tensor]) -> Tensor:
-        """The source's parameter ``name`` with merges and corrections, and otherwise as it is; see ``cut``."""
+        """The source's parameter ``name`` with merges and corrections, but not cut; see ``cut``."""
         parameter = self.family.locate(name)
         tensor = self._merged(name, parameter, weights)
         if parameter.role not in OUTPUTS or parameter.expert is not None:
@@ -142,7 +143,7 @@ class Surgery:
         return tensor
 
     def cut_all(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the cut model, lazily: (new name, tensor)."""
+        """Every tensor of the pruned model as (new name, tensor), each computed when it is requested."""
         for name in weights:
             if (new := self.new_name(name)) is not None:
                 yield new, self.cut(name, weights)
@@ -152,7 +153,7 @@ class Surgery:
         return f"{self.family.blocks}.{other}.{name[len(prefix) :]}"
 
     def _merged(self, name: str, parameter: Parameter, weights: Mapping[str, Tensor]) -> Tensor:
-        """The tensor, or what its block's merge makes of it."""
+        """The tensor ``name``, or the weighted sum of its block's merge."""
         if parameter.block is None:
             return weights[name]
         assert parameter.sublayer is not None
@@ -167,7 +168,7 @@ class Surgery:
         return total.to(first.dtype)
 
     def _constant(self, parameter: Parameter) -> float:
-        """What makes up for a model that multiplies its embeddings by the root of its hidden size."""
+        """The factor that compensates the scaling of embeddings by the square root of the hidden size."""
         if not self.family.scaled_embedding:
             return 1.0
         ratio = math.sqrt(self.plan.source.hidden / self.plan.shape.hidden)
@@ -177,7 +178,7 @@ class Surgery:
 
     @staticmethod
     def _scope(parameter: Parameter, what: str | None) -> int | None:
-        """Hidden dimensions are the model's; all other units are their block's."""
+        """The block of a parameter's units; None for hidden dimensions, which belong to the whole model."""
         return None if what == "hidden" else parameter.block
 
     def _index(self, axis: Axis, parameter: Parameter) -> Tensor | None:
@@ -193,7 +194,7 @@ class Surgery:
         return torch.cat(rows)
 
     def _kept_units(self) -> dict[tuple[str, int | None], Iterable[int]]:
-        """Kept units by (dimension, block); absent = all."""
+        """The units that stay, by (dimension, block); absent = all."""
         plan = self.plan
         kept: dict[tuple[str, int | None], Iterable[int]] = {}
         if plan.hidden is not None:
@@ -209,7 +210,7 @@ class Surgery:
         return kept
 
     def _factors(self) -> dict[tuple[str | None, int | None], Tensor]:
-        """What multiplies the kept rows or columns, by (factor, block); absent = one."""
+        """The factors of the kept rows or columns, by (factor, block); absent = one."""
         plan = self.plan
         factors: dict[tuple[str | None, int | None], Tensor] = {}
         hidden = plan.factors.get("hidden")
@@ -229,5 +230,5 @@ class Surgery:
 
 
 def _rows(units: Iterable[int], size: int) -> Tensor:
-    """Row numbers of whole units: unit u owns rows u·size … (u+1)·size − 1."""
+    """The row numbers of whole units: unit u has the rows u·size … (u+1)·size − 1."""
     return (torch.tensor(list(units))[:, None] * size + torch.arange(size)).flatten()

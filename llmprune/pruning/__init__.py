@@ -1,1 +1,1 @@
-"""Deciding what of a model can go: scores, gates, replacement modules, budgets; each ends in a plan."""
+"""Methods that decide what to remove from a model: scores, gates, replacement modules, budgets; each makes a plan."""

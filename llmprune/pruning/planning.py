@@ -1,4 +1,4 @@
-"""From scores to a plan, and what the criteria would say side by side."""
+"""Plans from scores, and a comparison of the criteria's selections."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -52,17 +52,18 @@ def make_plan(
     trial: Trial | None = None,
     told: Callable[[PlanLosses], None] | None = None,
 ) -> Plan:
-    """The plan that follows from scores.
+    """The plan that is made from scores.
 
     Args:
-        scores: of the model.
-        config: how to select.
-        model: where the model lies now; None = where it lay when it was scored.
-        trial: of the model in memory, for the ways that look at it again; None = opened if need be.
-        told: is given the calibration losses of a plan with corrections.
+        scores: scores of the model.
+        config: settings of the plan.
+        model: folder or hub name of the model; None = the one recorded in the scores.
+        trial: calibration runs of the model in memory, for methods that run it again; None = the model is opened if
+            needed.
+        told: function that is called with the calibration losses of a plan with corrections; None = none.
 
     Raises:
-        UserError: the request is impossible, or (for ways that look at the model again) the model is another one.
+        UserError: the request is impossible, or (for methods that run the model again) the model is another one.
         RuinousPlanError: the plan's corrections make it worse than it is without them.
     """
     place = model or scores.model
@@ -86,18 +87,18 @@ def make_plan(
 def choose_plan(
     scores: Scores, config: PlanConfig, budget: BudgetConfig, *, model: str | None = None
 ) -> tuple[Plan, Choice]:
-    """The plan to the shape under a budget whose calibration loss is the lowest before recovery.
+    """The plan whose shape, among those under the budget, has the lowest calibration loss before recovery.
 
-    Without a criterion of blocks all of them stay, without one of units they keep their width.
+    Without a criterion of blocks, all blocks stay; without a criterion of units, blocks keep their width.
 
     Args:
-        scores: of the model, with its calibration samples.
-        config: how blocks and units are selected; without a shape.
-        budget: what the model may cost.
-        model: where it lies now; None = where it lay when it was scored.
+        scores: scores of the model, with its calibration samples.
+        config: settings that select blocks and units; without a shape.
+        budget: limits on the cost of the pruned model.
+        model: folder or hub name of the model; None = the one recorded in the scores.
 
     Returns:
-        The plan, corrected if the config asks for it, and how it was chosen.
+        The plan, corrected if the config requests it, and how it was chosen.
 
     Raises:
         UserError: the budget is impossible, or the model is another one.
@@ -117,14 +118,14 @@ def choose_plan(
 
 
 def _check_tokens(config: PlanConfig, sizes: ShapeSizes, scores: Scores) -> None:
-    """Refuse, before anything is searched, a correction for which the calibration samples may be too few."""
+    """Refuse a correction before the search, if the calibration samples may be too few for it."""
     shape = sizes.source
     inputs = max(shape.heads * shape.head_dim, 0 if shape.experts else shape.intermediate)
     check_tokens(inputs, config.correction, *calibration_size(scores.data))
 
 
 def check_choice(config: PlanConfig) -> None:
-    """Raise ``UserError`` for ways to select that leave a budget nothing to choose."""
+    """Raise ``UserError`` for settings with which a budget has nothing to choose."""
     if config.shape is not None or config.remove is not None or config.drop is not None:
         raise UserError("a budget decides what stays: leave out --shape, --remove and --drop")
     if config.method in ("list", "merge"):
@@ -145,15 +146,15 @@ def best_under(
     *,
     model: str | None = None,
 ) -> tuple[Plan, Choice]:
-    """``choose_plan`` with a model that is in memory and budgets whose costs may be known already.
+    """The result of ``choose_plan`` for a model in memory and limits whose costs may be known already.
 
     Args:
-        limits: that are kept to.
-        scores: of the model.
-        config: how blocks and units are selected.
-        trial: of the model.
-        budget: its multiple and tries.
-        model: where the model lies now; None = where it lay when it was scored.
+        limits: limits on the cost of the pruned model.
+        scores: scores of the model.
+        config: settings that select blocks and units.
+        trial: calibration runs of the model in memory.
+        budget: settings of the budget, of which ``multiple`` and ``tries`` are read.
+        model: folder or hub name of the model; None = the one recorded in the scores.
     """
     request = _request(scores, config, model or scores.model, trial.scored)
     sizes, blocks = ShapeSizes(load_model_config(model or scores.model)), _Blocks(request)
@@ -179,7 +180,7 @@ def _steps(request: Request, sizes: ShapeSizes, multiple: int | None) -> Steps:
 
 
 def default_device() -> torch.device:
-    """Where models are opened."""
+    """The device on which models are opened."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -197,7 +198,7 @@ def _least_layers(request: Request) -> int:
 
 
 class _Blocks:
-    """The blocks that stay, by how many: selected once for each number."""
+    """The blocks that stay, by their number; each number is selected once."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -211,22 +212,22 @@ class _Blocks:
 
 
 class _Opening(Exception):
-    """A rehearsal came as far as opening the model."""
+    """Raised in a rehearsal when the model would be opened."""
 
 
 def rehearse(
     config: PlanConfig, criteria: Sequence[str], model_config: PretrainedConfig, data: CalibrationConfig
 ) -> None:
-    """See, before scoring, whether a plan can follow from the scores; whatever looks at the model again is left out.
+    """Check before scoring that a plan can be made from the scores; steps that run the model again are left out.
 
     Args:
-        config: how to select.
-        criteria: those that will have scored.
-        model_config: the model's.
-        data: the calibration samples.
+        config: settings of the plan.
+        criteria: names of the criteria that will be computed.
+        model_config: config of the model.
+        data: settings of the calibration samples.
 
     Raises:
-        UserError: it can't.
+        UserError: no plan can be made from the scores.
     """
     check_correction(config.correction, model_config)
     family = family_of(model_config)
@@ -268,14 +269,14 @@ def _no_units(shape: Shape, experts_only: bool) -> dict[str, list[list[float]]]:
 
 
 def removed_blocks(plan: Plan) -> list[int]:
-    """The source's blocks of which nothing stays, not even merged into another."""
+    """The source's blocks of which no part stays and which are not merged into another block."""
     used = {number for block in plan.blocks for number in (block.attention, block.mlp)}
     used |= {number for block in plan.blocks for number, _ in block.merge or ()}
     return [number for number in range(plan.source.layers) if number not in used]
 
 
 def describe(plan: Plan) -> str:
-    """What a plan does to the blocks, in words."""
+    """A description of a plan's changes to the blocks."""
     parted = [str(block) for block in plan.blocks if block.attention != block.mlp]
     merged = [f"{block} = {_sum(block.merge)}" for block in plan.blocks if block.merge]
     notes = [f"{len(plan.blocks)} of {plan.source.layers} blocks stay"]
@@ -298,10 +299,10 @@ def _sum(merge: Sequence[tuple[int, float]]) -> str:
 
 
 def compare(scores: Scores, config: PlanConfig) -> dict[str, list[int]]:
-    """The blocks that would go by every criterion: of blocks the lowest, of spans the best span.
+    """The blocks that each criterion would remove: for blocks those with the lowest scores, for spans the best span.
 
     Raises:
-        UserError: as many blocks can't go.
+        UserError: this number of blocks can't be removed.
     """
     gone = {}
     for criteria, method in ((scores.blocks, "lowest"), (scores.spans, "span")):
@@ -315,7 +316,7 @@ def compare(scores: Scores, config: PlanConfig) -> dict[str, list[int]]:
 
 
 def comparison_table(gone: dict[str, list[int]], layers: int) -> str:
-    """A comparison as text: a row for each criterion, a column for each block, and how many agree."""
+    """A comparison as text: a row for each criterion, a column for each block, and the votes for each block."""
     votes = Counter(block for blocks in gone.values() for block in blocks)
     width = max(len(name) for name in (*gone, "votes"))
     cell = max(len(str(layers - 1)), len(str(len(gone)))) + 1
@@ -333,18 +334,18 @@ def _request(scores: Scores, config: PlanConfig, model: str, scored: ScoredModel
 
 
 def _parallel(scores: Scores, config: PlanConfig, model: str) -> bool:
-    """Whether attention and MLP of a block read the same input; only ways that part them need to know."""
+    """Whether attention and MLP of a block read the same input; computed only for methods that separate them."""
     if config.method not in ("list", "sublayers"):
-        return False  # the others keep blocks whole
+        return False  # the other methods keep blocks whole
     model_config = load_model_config(model)
     return family_of(model_config).is_parallel(model_config)
 
 
 def open_scored(scores: Scores, model: str) -> ScoredModel:
-    """The model that was scored, with its calibration samples.
+    """Open the model that was scored, with its calibration samples.
 
     Raises:
-        UserError: the model or its samples are others now, or too little memory is free.
+        UserError: the model or its samples have changed, or too little memory is free.
     """
     model_config = load_model_config(model)
     if (found := fingerprint(StoredWeights(model), model_config)) != scores.fingerprint:

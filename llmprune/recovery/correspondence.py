@@ -1,4 +1,4 @@
-"""Which block and which hidden dimensions of a teacher are a student's."""
+"""The correspondence between the blocks and hidden dimensions of a student and those of its teacher."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,15 @@ from llmprune.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Correspondence:
-    """How a student's states compare with its teacher's.
+    """How a student's hidden states are compared with its teacher's.
 
     Attributes:
-        blocks: student's block → the teacher's after which the residual stream should be the same.
-        hidden: the teacher's dimensions that the student has, in its order, int64 [hidden]; None = all.
-        factor: what they are multiplied by, because the student's weights are, [hidden]; None = nothing.
+        blocks: mapping from a student's block to the teacher's block after which the residual stream should be the
+            same.
+        hidden: numbers of the teacher's hidden dimensions that the student has, in the student's order, int64 [hidden];
+            None = all.
+        factor: factors of the teacher's states, because the student's weights contain these factors, [hidden]; None =
+            no factors.
     """
 
     blocks: dict[int, int]
@@ -26,23 +29,23 @@ class Correspondence:
     factor: Tensor | None = None
 
     def target(self, states: Tensor) -> Tensor:
-        """What a student's states should be, [..., hidden], from the teacher's, [..., teacher's hidden]."""
+        """The target of a student's states, [..., hidden], from the teacher's states, [..., teacher's hidden]."""
         if self.hidden is not None:
             states = states[..., self.hidden.to(states.device)]
         return states if self.factor is None else states * self.factor.to(states.device, states.dtype)
 
 
 def corresponding(student: Shape, teacher: Shape, plan: Plan | None, blocks: Sequence[int] | None) -> Correspondence:
-    """How a student compares with its teacher: by the plan that it was cut by, else with blocks spread evenly.
+    """The correspondence by the plan that the student was cut by; without a plan, blocks are spread evenly.
 
     Args:
-        student: its shape.
-        teacher: its shape.
-        plan: that led from the teacher to the student, if known.
-        blocks: of the student that are compared; None = all.
+        student: shape of the student.
+        teacher: shape of the teacher.
+        plan: plan by which the student was cut from the teacher; None = unknown.
+        blocks: numbers of the student's blocks that are compared; None = all.
 
     Raises:
-        UserError: the plan is another's, or hidden sizes differ and there is no plan.
+        UserError: the plan is of other models, or hidden sizes differ and there is no plan.
     """
     chosen = list(range(student.layers) if blocks is None else blocks)
     if wrong := [block for block in chosen if not 0 <= block < student.layers]:
@@ -61,6 +64,6 @@ def corresponding(student: Shape, teacher: Shape, plan: Plan | None, blocks: Seq
         )
     hidden = None if plan.hidden is None else torch.tensor(plan.hidden)
     factor = plan.factors.get("hidden")
-    # A block's states are what the next one that stays is given: of what went in between, it has to make up.
+    # A block's states are the inputs of the next block that stays; it also learns the removed blocks between them.
     given = [min(block.attention, block.mlp) for block in plan.blocks] + [teacher.layers]
     return Correspondence({block: given[block + 1] - 1 for block in chosen}, hidden, factor)

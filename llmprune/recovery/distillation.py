@@ -1,4 +1,4 @@
-"""Distillation: its settings, and learning from a teacher as the objective of a model (Minitron, arXiv:2407.14679)."""
+"""Distillation: its settings, and the objective of learning from a teacher (Minitron, arXiv:2407.14679)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,20 +28,22 @@ from llmprune.utils.settings import check_settings, limited
 
 @dataclass
 class DistillationConfig:
-    """A teacher, usually the model before it was pruned, whose predictions and states the model learns to give.
+    """A teacher, usually the model before pruning, whose predictions and hidden states the model learns.
 
     Attributes:
-        teacher: a Hugging Face folder or hub name with the same tokenizer; null = while gates train, the same model
-            with open gates; else predictions kept with the data (``python -m data_prep teach``).
-        objectives: weights of what is minimised: kl (forward, of predictions), lm (next-token loss), mse and cosine (of
-            the states after blocks; mse as a share of the teacher's mean square); none given = kl.
-        final_objectives: their weights at the end of the run, reached in a straight line; none given = the same.
-        temperature: divides the logits of both.
-        top_k: tell apart so many of the teacher's likeliest tokens; null = all, or as many as were kept.
-        plan: by which the model was cut out of the teacher: says which blocks and hidden dimensions are compared; null
-            = the one in the model's folder, if there is one.
-        blocks: of the model, whose states are compared; null = all.
-        dtype: of the teacher's weights: bfloat16 or float32; auto = bfloat16 on GPUs and on processors that have it.
+        teacher: Hugging Face folder or hub name of a model with the same tokenizer; null = while gates train, the same
+            model with open gates; otherwise the predictions stored with the data (``python -m data_prep teach``).
+        objectives: weights of the losses that are minimised: kl (forward, of predictions), lm (next-token loss), mse
+            and cosine (of the hidden states after blocks; mse as a share of the teacher's mean square); empty = kl.
+        final_objectives: weights of the losses at the end of the run, reached linearly; empty = the same as
+            ``objectives``.
+        temperature: divisor of the logits of both models.
+        top_k: number of the teacher's likeliest tokens that are compared; null = all, or as many as were stored.
+        plan: path of the plan that the model was cut by; it determines which blocks and hidden dimensions are compared;
+            null = the plan in the model's folder, if there is one.
+        blocks: numbers of the model's blocks whose hidden states are compared; null = all.
+        dtype: number format of the teacher's weights: bfloat16 or float32; auto = bfloat16 on GPUs and on processors
+            that support it.
     """
 
     teacher: str | None = None
@@ -54,7 +56,7 @@ class DistillationConfig:
     dtype: TeacherFormat = "auto"
 
     def check(self) -> None:
-        """Raise ``UserError`` for what is wrong whatever the models."""
+        """Raise ``UserError`` for settings that are wrong for any models."""
         check_settings(self, "distillation")
         for key, objectives in (("objectives", self.objectives), ("final_objectives", self.final_objectives)):
             for name in objectives:
@@ -71,26 +73,26 @@ class DistillationConfig:
 
     @property
     def names(self) -> set[str]:
-        """The objectives that count at some time."""
+        """The names of the objectives with a weight at any time of the run."""
         return {name for part in (self.first, self.last) for name, weight in part.items() if weight}
 
     @property
     def first(self) -> Mapping[str, float]:
-        """The weights at the beginning."""
+        """The weights of the objectives at the start of the run."""
         return self.objectives or {"kl": 1.0}
 
     @property
     def last(self) -> Mapping[str, float]:
-        """The weights at the end."""
+        """The weights of the objectives at the end of the run."""
         return self.final_objectives or self.first
 
     @property
     def compares_states(self) -> bool:
-        """Whether states after blocks are compared."""
+        """Whether hidden states after blocks are compared."""
         return bool(self.names & set(HIDDEN_OBJECTIVES))
 
     def weights(self, progress: float) -> dict[str, float]:
-        """The weights of all objectives at a share of the run."""
+        """The weights of all objectives after a share of the run, 0 to 1."""
         return {
             name: (1 - progress) * self.first.get(name, 0.0) + progress * self.last.get(name, 0.0)
             for name in sorted(self.names)
@@ -101,11 +103,11 @@ _OF_STATES = {"mse": relative_error, "cosine": cosine_distance}
 
 
 class Distilling:
-    """The objective (see ``llmprune.models.causal_lm.Objective``).
+    """The objective of distillation (see ``llmprune.models.causal_lm.Objective``).
 
     Attributes:
-        weights: of the objectives kl, lm, mse and cosine.
-        terms: the objectives of the last batch, each a number without its weight.
+        weights: weights of the objectives kl, lm, mse and cosine, by name.
+        terms: values of the objectives on the last batch by name, each a number not multiplied by its weight.
     """
 
     def __init__(
@@ -115,13 +117,13 @@ class Distilling:
         weights: Mapping[str, float],
         correspondence: Correspondence | None = None,
     ) -> None:
-        """Prepare.
+        """Store the student, the teacher and the weights.
 
         Args:
-            student: learns.
-            teacher: what from.
-            weights: of the objectives.
-            correspondence: of states, if they are compared.
+            student: model that learns.
+            teacher: source of the predictions and states to learn.
+            weights: weights of the objectives, by name.
+            correspondence: correspondence of the hidden states, if they are compared; None = they are not.
         """
         self._student, self._teacher, self._correspondence = student, teacher, correspondence
         self.weights = dict(weights)
@@ -150,9 +152,9 @@ class Distilling:
         return loss
 
     def final_states(self, batch: Batch) -> tuple[Tensor, Head]:
-        """The student's."""
+        """The student's final hidden states and its output layer."""
         return final_states(self._student.model, batch)
 
     def flops(self, batch: Batch) -> int:
-        """Operations of the student's step and of the teacher."""
+        """The floating-point operations of the student's step and of the teacher."""
         return self._student.own_flops(batch) + self._teacher.flops(batch)

@@ -1,4 +1,4 @@
-"""Matrices held in four bits (nf4 with double quantisation, QLoRA, arXiv:2305.14314), by bitsandbytes."""
+"""Matrices in four bits (nf4 with double quantisation, QLoRA, arXiv:2305.14314), by bitsandbytes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,17 +9,17 @@ from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from llmprune.models.families import Role, family_of
 
-NF4_ITEMSIZE = 0.52  # bytes of a number with its share of the scales
-MARK = "four_bits__"  # of the buffers that describe a packed matrix
+NF4_ITEMSIZE = 0.52  # bytes per number, with its share of the scales
+MARK = "four_bits__"  # prefix of the buffers that describe a packed matrix
 _DOT = "__dot__"
 
 
 def quantization(config: PretrainedConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How Transformers quantises a model: the blocks' matrices, but for routers.
+    """The quantisation settings of Transformers: all matrices of the blocks except routers.
 
     Args:
-        config: the model's.
-        dtype: in which products are computed.
+        config: config of the model.
+        dtype: dtype in which matrix products are computed.
     """
     family = family_of(config)
     routers = [name for name, role in family.block.items() if role is Role.ROUTER]
@@ -33,9 +33,10 @@ def quantization(config: PretrainedConfig, dtype: torch.dtype) -> BitsAndBytesCo
 
 
 def describe_packed(model: nn.Module) -> None:
-    """Let a model's state dict describe its packed matrices by buffers.
+    """Add buffers that describe packed matrices, so that a model's state dict contains the descriptions.
 
-    bitsandbytes adds entries that are neither parameters nor buffers: Composer can't save such, nor PyTorch load them.
+    bitsandbytes adds entries that are neither parameters nor buffers. Composer can't save such entries, nor can PyTorch
+    load them.
     """
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -54,8 +55,8 @@ def written_out(packed: Tensor, description: Mapping[str, Tensor]) -> Tensor:
     """A packed matrix as numbers again, in the dtype that it was quantised from.
 
     Args:
-        packed: the matrix.
-        description: its buffers, by name.
+        packed: packed matrix.
+        description: buffers that describe the packed matrix, by name.
     """
     from bitsandbytes.functional import QuantState, dequantize_4bit  # takes seconds
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685), on a base of four bits if wanted (QLoRA, arXiv:2305.14314)."""
+"""Low-rank adapters (LoRA, arXiv:2106.09685), optionally on a base model in four bits (QLoRA, arXiv:2305.14314)."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,21 +16,22 @@ from llmprune.utils.settings import limited
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftConfig
 
-BASE, A, B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # in names of parameters
+BASE, A, B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # parts of the names of parameters
 _ADAPTED = MATRICES - {Role.ROUTER}
 
 
 @dataclass
 class LoRAConfig:
-    """Adapters of low rank beside frozen matrices.
+    """Low-rank adapters added to frozen matrices.
 
     Attributes:
-        rank: of every adapter.
-        alpha: what an adapter adds is multiplied by alpha / rank.
+        rank: rank of every adapter.
+        alpha: scale of the adapters: an adapter's output is multiplied by alpha / rank.
         dropout: share of an adapter's inputs that is dropped in training.
-        targets: attention, mlp, or a matrix within a block by its name, such as self_attn.q_proj.
-        quantize: ``nf4`` holds the blocks' matrices in four bits (double quantisation, computing in model.dtype); null
-            = as they are.
+        targets: matrices with adapters: attention, mlp, or a matrix within a block by its name, such as
+            self_attn.q_proj.
+        quantize: number format of the blocks' frozen matrices: ``nf4`` = four bits (double quantisation, computing in
+            model.dtype); null = not quantised.
     """
 
     rank: int = limited(8, least=1)
@@ -40,7 +41,7 @@ class LoRAConfig:
     quantize: Literal["nf4"] | None = None
 
     def peft(self, config: PretrainedConfig, base: str | None = None) -> "PeftConfig":
-        """The settings as PEFT's, for a model of this config."""
+        """The settings in PEFT's form, for a model with the config ``config``."""
         from peft import LoraConfig as PeftConfig  # takes seconds
 
         return PeftConfig(
@@ -54,10 +55,10 @@ class LoRAConfig:
 
 
 def lora_targets(config: PretrainedConfig, targets: list[str]) -> list[str]:
-    """The matrices that get adapters, by their names within a block; those of experts by the last part.
+    """The names of the matrices that get adapters, within a block; for matrices of experts, the last part of the name.
 
     Raises:
-        UserError: there is no such target.
+        UserError: a target is unknown, or there is none.
     """
     family = family_of(config)
     matrices = {name: role for name, role in family.block.items() if role in _ADAPTED}
@@ -73,12 +74,12 @@ def lora_targets(config: PretrainedConfig, targets: list[str]) -> list[str]:
 
 
 def add_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> list[nn.Parameter]:
-    """Put adapters on a model; returns their parameters, float32. As they begin, the model computes as before.
+    """Add adapters to a model and return their parameters, float32; the model's outputs do not change at first.
 
     Args:
-        model: of a supported family.
-        config: the settings.
-        seed: of the random half of every adapter.
+        model: model of a supported family.
+        config: settings of the adapters.
+        seed: seed of the random half of every adapter.
 
     Raises:
         UserError: see ``lora_targets``.
@@ -96,15 +97,15 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> list[
 
 
 def base_name(name: str) -> str | None:
-    """What a parameter of a model with adapters is called without them; None = it is an adapter's."""
+    """A parameter's name in the model without adapters; None = the parameter is an adapter's."""
     return None if ".lora_" in name else name.replace(BASE, ".")
 
 
 class AdaptedWeights(Mapping[str, Tensor]):
-    """A model's weights with its adapters merged into them, each made when it is asked for.
+    """A model's weights with the adapters merged into them, each computed when it is read.
 
-    The base is taken as it was in training: a matrix of four bits is first written out in the dtype that it
-    was quantised from. A merged matrix has the dtype of its base.
+    The base has the values used in training: a matrix in four bits is first converted to the dtype that it was
+    quantised from. A merged matrix has the dtype of its base.
     """
 
     def __init__(self, stored: Mapping[str, Tensor], config: LoRAConfig) -> None:
@@ -135,12 +136,12 @@ class AdaptedWeights(Mapping[str, Tensor]):
         return iter(self._names)
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of the model's own parameters."""
         return len(self._names)
 
 
 def adapter_tensors(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters alone, under the names of PEFT's files."""
+    """The adapters only, under the names in PEFT's files."""
     return {
         f"base_model.model.{name.replace('.default.', '.')}": stored[name] for name in stored if name.endswith((A, B))
     }

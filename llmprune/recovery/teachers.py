@@ -1,4 +1,4 @@
-"""What a student learns from: another model, its own ungated self, or predictions kept with the data."""
+"""Teachers of a student: another model, the same model without gates, or predictions stored with the data."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -19,11 +19,11 @@ from llmprune.models.vocabulary import head_of, without_head
 
 @dataclass
 class States:
-    """What a model makes of a batch.
+    """The hidden states of a model for a batch.
 
     Attributes:
-        final: what its output layer is given, [batch · length, hidden].
-        after: block → the residual stream after it, [batch, length, hidden].
+        final: input of the output layer, [batch · length, hidden].
+        after: residual stream after a block, by the number of the block, [batch, length, hidden].
     """
 
     final: Tensor
@@ -31,7 +31,7 @@ class States:
 
 
 def states_of(model: PreTrainedModel, batch: Batch, blocks: Iterable[int]) -> States:
-    """Run a model but for its output layer, keeping the states after some blocks."""
+    """Run a model without its output layer, and keep the hidden states after the given blocks."""
     wanted, found = set(blocks), {}
 
     def visit(number: int, run: RunBlock, states: Tensor) -> Tensor:
@@ -46,29 +46,29 @@ def states_of(model: PreTrainedModel, batch: Batch, blocks: Iterable[int]) -> St
 
 
 class Teacher(Protocol):
-    """What a student learns from: it gives predictions and states."""
+    """A teacher of a student: the source of predictions and hidden states."""
 
     def lesson(self, batch: Batch, chosen: Tensor) -> tuple[Divergence, dict[int, Tensor]]:
-        """What it says of a batch.
+        """The teacher's predictions and hidden states for a batch.
 
         Args:
-            batch: see ``ComposerCausalLM``.
-            chosen: the places of the tokens that count, int64 [chosen] of [batch · length].
+            batch: batch of samples, see ``ComposerCausalLM``.
+            chosen: places of the tokens that count, int64 [chosen], as indices into [batch · length].
 
         Returns:
-            How far from its predictions those of the chosen tokens are, and its states after the blocks that it was
-            asked for, each [batch, length, hidden].
+            The divergence of the chosen tokens' predictions from the teacher's, as a function, and the teacher's hidden
+            states after its given blocks, each [batch, length, hidden].
         """
 
     def done(self) -> None:
-        """A lesson is over: free what was gathered for it."""
+        """Free the parameters that were gathered for a lesson."""
 
     def flops(self, batch: Batch) -> int:
-        """Floating-point operations that it takes."""
+        """The floating-point operations of the teacher for a batch."""
 
 
 class ModelTeacher:
-    """A model that does not learn itself."""
+    """A model as teacher; it does not learn itself."""
 
     def __init__(
         self,
@@ -79,14 +79,14 @@ class ModelTeacher:
         temperature: float = 1.0,
         alone: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
-        """Prepare.
+        """Store the model and the settings.
 
         Args:
-            model: the teacher.
-            blocks: after which it gives its states.
-            top_k: see ``forward_kl``.
-            temperature: see ``forward_kl``.
-            alone: opens a context in which the model, otherwise the student, computes as the teacher.
+            model: model that teaches.
+            blocks: numbers of the blocks after which hidden states are returned.
+            top_k: number of likeliest tokens that are compared, see ``forward_kl``.
+            temperature: divisor of the logits, see ``forward_kl``.
+            alone: function that opens a context in which the model, otherwise the student, computes as the teacher.
         """
         self.model, self._blocks, self._alone = model, set(blocks), alone
         self._top_k, self._temperature = top_k, temperature
@@ -105,7 +105,7 @@ class ModelTeacher:
         return divergence_from(found.final[chosen], head, self._top_k, self._temperature), found.after
 
     def done(self) -> None:
-        """See ``Teacher``; what the student itself has gathered it needs."""
+        """See ``Teacher``; gathered parameters that the student needs itself are not freed."""
         if self._alone is None:
             reshard(self.model)
 
@@ -116,10 +116,10 @@ class ModelTeacher:
 
 
 class KeptPredictions:
-    """The teacher's likeliest tokens and their log-probabilities, which come with every batch."""
+    """The teacher's likeliest tokens and their log-probabilities, which are part of every batch."""
 
     def __init__(self, *, top_k: int | None = None, temperature: float = 1.0) -> None:
-        """Prepare; see ``forward_kl`` for both."""
+        """Store both settings; see ``forward_kl``."""
         self._top_k, self._temperature = top_k, temperature
 
     def lesson(self, batch: Batch, chosen: Tensor) -> tuple[Divergence, dict[int, Tensor]]:

@@ -1,4 +1,4 @@
-"""Which weights train, and from when on."""
+"""The weights that train, and when each of them starts to train."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,19 +14,20 @@ UNITS = (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.DURATION)
 
 @dataclass
 class TrainableConfig:
-    """The weights that train; all others stay as they are, bit for bit.
+    """The weights that train; all other weights stay bit for bit as they are.
 
     Attributes:
-        parameters: output, final_norm, embedding, norms, block.N, last.K (the last so many blocks), all, or the name of
-            a parameter or module, such as model.layers.2.mlp, where * stands for anything between two dots.
-        later: others from a point of the run on, such as {0.5dur: [output, last.3]}.
+        parameters: names of what trains: output, final_norm, embedding, norms, block.N, last.K (the last K blocks),
+            all, or the name of a parameter or module, such as model.layers.2.mlp, where * matches anything between two
+            dots.
+        later: names of what trains from later points of the run on, such as {0.5dur: [output, last.3]}.
     """
 
     parameters: list[str] = field(default_factory=list)
     later: dict[str, list[str]] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise ``UserError`` for what is wrong whatever the model."""
+        """Raise ``UserError`` for settings that are wrong for any model."""
         if not self.parameters:
             raise UserError("trainable.parameters is empty: name what trains, such as [output, final_norm, last.3]")
         for point, parts in self.later.items():
@@ -46,11 +47,11 @@ class TrainableConfig:
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run.
+    """A part of a run in which the same parameters train.
 
     Attributes:
-        start: when it begins.
-        names: of the parameters that train in it.
+        start: time at which the phase begins.
+        names: names of the parameters that train in the phase.
     """
 
     start: Time[int]
@@ -58,10 +59,10 @@ class Phase:
 
 
 def phases(model: PreTrainedModel, parts: Sequence[str], later: Mapping[str, Sequence[str]]) -> list[Phase]:
-    """The phases of a run, in order.
+    """The phases of a run, in order of time.
 
     Raises:
-        UserError: there is no such part.
+        UserError: the model has no such part.
     """
     points = sorted((Time.from_timestring(point).value, point) for point in later)
     found = [Phase(Time(0, TimeUnit.BATCH), frozenset(parameter_names_of(model, parts)))]

@@ -48,11 +48,11 @@ for _family in (
 ):  # fmt: skip
     FAMILIES.register(_family.name)(_family)
 
-OWN = "llmprune_"  # begins llmprune's own model types; the modelling file, complete in itself, has it too
+OWN = "llmprune_"  # prefix of llmprune's own model types; also in the modelling file
 
 
 def richer_heads_of(config: PretrainedConfig) -> RicherHeadsConfig | None:
-    """How the heads of a model with this config are richer; None if they are as usual."""
+    """The settings of richer heads in a config; None if the model has none."""
     described = getattr(config, FIELD, None)
     if described is None:
         return None
@@ -73,7 +73,7 @@ def family_of(config: PretrainedConfig) -> Family:
     """The family of a Hugging Face config.
 
     Raises:
-        UserError: no family knows this architecture, or not this variant; the message names what is supported.
+        UserError: this architecture or variant is not supported; the message names those that are.
     """
     richer = richer_heads_of(config)
     model_type = config.model_type if richer is None else config.model_type.removeprefix(OWN)

@@ -1,8 +1,8 @@
-"""What llmprune needs to know of an architecture: the only place that knows any.
+"""Families: the only description of architectures in llmprune.
 
 A ``Family`` is one declarative entry. It names the modules of a Hugging Face causal LM and gives each a ``Role``;
-everything else (what an axis of a weight means, what a gate multiplies, what surgery cuts and folds) follows from the
-role through the table ``AXES``.
+everything else (the meaning of each axis of a weight, what a gate multiplies, what surgery cuts and folds) follows from
+the role through the table ``AXES``.
 """
 
 import copy
@@ -18,18 +18,18 @@ from llmprune.models.families.roles_and_axes import AXES, MATRICES, NORMS, SUBLA
 from llmprune.models.families.shapes import Shape
 from llmprune.utils.errors import UserError
 
-_NUMBER = r"\.(\d+)\."  # of an expert, within a block
+_NUMBER = r"\.(\d+)\."  # pattern of an expert's number in a name within a block
 
 
 class Parameter(NamedTuple):
-    """A parameter of a model, as its family sees it.
+    """A parameter of a model as its family describes it.
 
     Attributes:
-        role: of its module.
-        block: number of its block; None outside the blocks.
-        axes: of the tensor.
-        offset: what the model adds to the tensor before it uses it (norms that add one).
-        expert: number of its expert; None outside the experts.
+        role: role of the parameter's module.
+        block: number of the parameter's block; None outside the blocks.
+        axes: axes of the tensor.
+        offset: number that the model adds to the tensor before using it (for norms that add one).
+        expert: number of the parameter's expert; None outside the experts.
     """
 
     role: Role
@@ -46,15 +46,15 @@ class Parameter(NamedTuple):
 
 @dataclass(frozen=True)
 class Norm:
-    """How the family's norms are spelt.
+    """The form of the family's norms.
 
-    An RMS norm computes ``x / sqrt(mean(x²) + eps) · (offset + weight)``; one that is ``centred`` (LayerNorm) takes the
-    mean off first and adds a bias last.
+    An RMS norm computes ``x / sqrt(mean(x²) + eps) · (offset + weight)``; one that is ``centred`` (LayerNorm) subtracts
+    the mean first and adds a bias last.
 
     Attributes:
-        epsilon: the module's attribute that holds eps.
-        centred: whether it is a LayerNorm.
-        offset: what is added to the weight.
+        epsilon: name of the module's attribute that contains eps.
+        centred: whether the norm is a LayerNorm.
+        offset: number added to the weight.
     """
 
     epsilon: str
@@ -67,30 +67,33 @@ class Family:
     """One Hugging Face model family.
 
     Attributes:
-        name: the family's name on the command line and in plans.
-        description: one sentence for ``llmprune families``.
-        model_types: the ``model_type`` values of its configs.
-        outer: modules outside the blocks, by name.
-        blocks: name of the module list that holds the blocks.
-        block: modules inside a block, by name within it; ``*`` stands for the number of an expert.
-        norm: how its norms compute.
-        fields: the config's field for each field of ``Shape``; without ``head_dim`` the config can't hold a head size,
-            it is always hidden / heads.
-        per_block: config fields that list something for every block (of its attention).
-        aliases: further config fields that hold a field of ``Shape``.
-        requires: config fields that must have this value.
-        chosen_experts: the config's field with the number of experts that a token goes through.
-        parallel: the config's field that says whether attention and MLP of a block read the same input.
-        scaled_embedding: whether the model multiplies the embedding's output by the root of the hidden size.
-        softcap: the config's field with the bound that the logits keep, if they do.
-        whole_heads: whether hidden must be a multiple of heads, although the config names a head size: Transformers 5
-            refuses other configs of such models.
-        derived_head_size: whether this config takes hidden / heads for the head size though it has a field for it.
-        refused_gates: kinds of gates that the family can't have, each with the reason.
+        name: name of the family on the command line and in plans.
+        description: description of the family in one sentence, for ``llmprune families``.
+        model_types: values of ``model_type`` in the family's configs.
+        outer: roles of the modules outside the blocks, by name.
+        blocks: name of the module list that contains the blocks.
+        block: roles of the modules inside a block, by name within it; ``*`` replaces the number of an expert.
+        norm: form of the family's norms.
+        fields: names of config fields by field of ``Shape``; without ``head_dim`` the config has no field for the head
+            size, which is then always hidden / heads.
+        per_block: names of config fields that list a value for every block (for its attention).
+        aliases: names of further config fields with a value of ``Shape``, each with the field of ``Shape``.
+        requires: values that config fields must have, by name.
+        chosen_experts: name of the config field with the number of experts that a token passes through; None = no
+            experts.
+        parallel: name of the config field for whether attention and MLP of a block read the same input; None = they
+            never do.
+        scaled_embedding: whether the model multiplies the embedding's output by the square root of the hidden size.
+        softcap: name of the config field with the bound of the logits; None = no bound.
+        whole_heads: whether hidden must be a multiple of heads although the config has a field for the head size:
+            Transformers 5 refuses other configs of such models.
+        derived_head_size: function of a config: whether the head size is hidden / heads although the config has a field
+            for it.
+        refused_gates: reasons why the family can't have some kinds of gates, by kind.
         tuple_blocks: whether a block returns its output in a tuple.
-        document_masks: whether attention is kept to documents by a mask; otherwise Transformers makes it from positions
-            that begin anew.
-        buffers: names within a block that old checkpoints store and no model reads.
+        document_masks: whether a mask must restrict attention to documents; otherwise Transformers makes it from
+            positions that restart.
+        buffers: names within a block of tensors that old checkpoints contain and no model reads.
     """
 
     name: str
@@ -116,10 +119,10 @@ class Family:
     buffers: tuple[str, ...] = ()
 
     def check_config(self, config: PretrainedConfig) -> None:
-        """Check that ``config`` is of a variant that this entry describes.
+        """Check that ``config`` is a variant that this entry describes.
 
         Raises:
-            UserError: it is not.
+            UserError: the variant is not supported.
         """
         for name, wanted in self.requires.items():
             if (found := getattr(config, name, wanted)) != wanted:
@@ -133,10 +136,10 @@ class Family:
                 )
 
     def shape(self, config: PretrainedConfig) -> Shape:
-        """The shape that ``config`` describes (defaults of older configs filled in).
+        """The shape that ``config`` describes (fields missing in older configs get defaults).
 
         Raises:
-            UserError: no model can have it.
+            UserError: no model can have this shape.
         """
         values: dict[str, Any] = {name: getattr(config, field, None) for name, field in self.fields.items()}
         try:
@@ -163,10 +166,10 @@ class Family:
         return self.whole_heads and source.hidden % source.heads == 0
 
     def check_shape(self, config: PretrainedConfig, shape: Shape) -> None:
-        """Check that a config like this one can describe ``shape``.
+        """Check that a config of this model can describe ``shape``.
 
         Raises:
-            UserError: it can't; the message names shapes that would work.
+            UserError: the config can't describe it; the message names shapes that would work.
         """
         if self.chosen_experts and shape.experts and shape.experts < (chosen := getattr(config, self.chosen_experts)):
             raise UserError(
@@ -195,9 +198,9 @@ class Family:
         """A copy of ``config`` that describes ``shape``.
 
         Args:
-            config: the source's.
-            shape: the new one.
-            blocks: the source's number of every block's attention, [shape.layers].
+            config: config of the source model.
+            shape: shape of the new model.
+            blocks: number of the source block whose attention each new block has, [shape.layers].
 
         Raises:
             UserError: see ``check_shape``.
@@ -218,7 +221,7 @@ class Family:
         return self.parallel is not None and bool(getattr(config, self.parallel))
 
     def refused(self, config: PretrainedConfig) -> dict[str, str]:
-        """Kinds of gates that a model can't have, each with the reason."""
+        """The kinds of gates that a model can't have, each with the reason."""
         reasons = dict(self.refused_gates)
         if self.is_parallel(config):
             reason = "attention and MLP of a block read the same input, so neither can leave its block: use layer"
@@ -226,7 +229,7 @@ class Family:
         return reasons
 
     def notes(self) -> list[str]:
-        """What pruning a model of this family has to mind, in words."""
+        """Notes on the pruning of models of this family, as texts."""
         notes = [f"no {kind} gates: {reason}" for kind, reason in self.refused_gates.items()]
         if self.parallel is not None:
             notes.append(f"attention and mlp gates only with {self.parallel} = false")
@@ -236,9 +239,9 @@ class Family:
 
     @property
     def inputs(self) -> dict[str, tuple[str, str]]:
-        """The modules of a block that read units of a dimension: name → (dimension, sub-layer); not those of experts.
+        """The modules of a block that read a dimension's units, without experts: name → (dimension, sub-layer).
 
-        Each sub-layer has one that reads ``hidden`` and one that reads its heads (``query``) or ``channel``.
+        Each sub-layer has one module that reads ``hidden`` and one that reads its heads (``query``) or ``channel``.
         """
         found: dict[tuple[str, str], str] = {}
         for name, role in self.block.items():
@@ -250,24 +253,24 @@ class Family:
 
     @property
     def expert_modules(self) -> str | None:
-        """The name of a block's experts, with ``*`` for their number; None without experts."""
+        """The name of a block's experts, with ``*`` in place of their number; None without experts."""
         return next((name.partition("*")[0] + "*" for name in self.block if "*" in name), None)
 
     @property
     def ends_linearly(self) -> bool:
-        """Whether what an MLP adds to the residual stream is linear in its output matrix: no norm comes after."""
+        """Whether an MLP's contribution to the residual stream is linear in its output matrix: no norm follows."""
         return Role.MLP_OUT in self.block.values()
 
     def tied(self, config: PretrainedConfig) -> bool:
-        """Whether the output layer is the embedding."""
+        """Whether the output layer shares the embedding's weight."""
         return bool(config.tie_word_embeddings)
 
     def outer_name(self, role: Role) -> str:
-        """The name of the one module outside the blocks that has ``role``."""
+        """The name of the module outside the blocks that has ``role``."""
         return next(name for name, r in self.outer.items() if r is role)
 
     def modules(self, config: PretrainedConfig) -> Iterator[tuple[str, Role, int | None]]:
-        """Every module that holds prunable parameters: (name, role, block or None)."""
+        """Every module with prunable parameters: (name, role, block or None)."""
         for name, role in self.outer.items():
             yield name, role, None
         for block in range(self.shape(config).layers):
@@ -282,9 +285,10 @@ class Family:
                 yield name, role
 
     def matrices(self, config: PretrainedConfig) -> Counter[str]:
-        """How many matrices a block has by what is cut along their other axis than hidden.
+        """The number of a block's matrices by the dimension of the axis that is not hidden.
 
-        The keys are ``query``, ``key_value``, ``channel`` and ``expert``; matrices that hold several count for each.
+        The keys are ``query``, ``key_value``, ``channel`` and ``expert``; a matrix that contains several counts for
+        each.
         """
         count: Counter[str] = Counter()
         for _, role in self._in_block(config):
@@ -305,7 +309,7 @@ class Family:
         return name.split(".experts.")[0]
 
     def locate(self, name: str) -> Parameter:
-        """The role, block and axes of the parameter called ``name``.
+        """The role, block and axes of the parameter with the name ``name``.
 
         Raises:
             UserError: the family has no such parameter (a checkpoint of another architecture).
@@ -326,20 +330,20 @@ class Family:
         return Parameter(role, block, AXES[role], self.norm.offset if role in NORMS else 0.0, expert)
 
     def of_expert(self, name: str, expert: int) -> str:
-        """The name of the same parameter of another expert."""
+        """The name of a parameter of another expert, from that of one expert's parameter."""
         head = f"{self.blocks}."
         block, _, inner = name[len(head) :].partition(".")
         return f"{head}{block}.{re.sub(_NUMBER, f'.{expert}.', inner)}"
 
     def is_buffer(self, name: str) -> bool:
-        """Whether ``name`` is something that old checkpoints store and no model reads."""
+        """Whether ``name`` is a tensor that old checkpoints contain and no model reads."""
         return name.endswith(tuple(f".{buffer}" for buffer in self.buffers)) if self.buffers else False
 
     def scaled_axes(self, parameter: Parameter, tied: bool) -> tuple[str | None, ...]:
-        """The factor that is folded into each axis on export.
+        """The gate factor that is folded into each axis on export.
 
-        With tied embeddings the factor folded into the embedding already reaches the output layer, so the final norm
-        stays as it is.
+        With tied embeddings, the factor folded into the embedding is also in the output layer, so the final norm stays
+        as it is.
         """
         if tied and parameter.role is Role.FINAL_NORM:
             return tuple(None for _ in parameter.axes)

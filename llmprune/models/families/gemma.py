@@ -1,4 +1,4 @@
-"""Gemma: as Llama, but norms add one to their weight and the embedding is scaled by the root of the hidden size."""
+"""Gemma: like Llama, but norms add one to their weight and the embedding is scaled by the root of the hidden size."""
 
 from dataclasses import replace
 

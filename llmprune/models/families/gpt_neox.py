@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: attention and MLP side by side, LayerNorm, and each head's query, key and value together."""
+"""GPT-NeoX and Pythia: attention and MLP in parallel, LayerNorm, and each head's query, key and value in one matrix."""
 
 from llmprune.models.families.base import Family, Norm
 from llmprune.models.families.roles_and_axes import Role

@@ -1,4 +1,4 @@
-"""Llama and the families that share its layout: RMS norms, rotary positions, gated MLP, grouped queries."""
+"""Llama and families with its layout: RMS norms, rotary positions, gated MLP, grouped queries."""
 
 from dataclasses import replace
 
@@ -78,7 +78,7 @@ PHI3 = replace(
         "mlp.gate_up_proj": Role.MLP_GATE_UP,
         "mlp.down_proj": Role.MLP_OUT,
     },
-    derived_head_size=lambda config: config.rope_scaling is not None,  # its config checks their lengths so
+    derived_head_size=lambda config: config.rope_scaling is not None,  # its length is checked with hidden / heads
 )
 
 OLMO2 = replace(

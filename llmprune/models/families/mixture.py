@@ -1,4 +1,4 @@
-"""Mixtures of experts: as Llama, with many MLPs of which a router chooses some for every token."""
+"""Mixtures of experts: like Llama, with many MLPs, of which a router chooses some for every token."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""OPT: LayerNorm, learned positions, biases everywhere, and the head size always hidden / heads."""
+"""OPT: LayerNorm, learned positions, biases in all layers, and a head size that is always hidden / heads."""
 
 from llmprune.models.families.base import Family, Norm
 from llmprune.models.families.roles_and_axes import Role

@@ -1,4 +1,4 @@
-"""Families whose attention heads each pass a non-linear layer before they are joined (richer heads)."""
+"""Families of models with a non-linear layer on the output of each attention head (richer heads)."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -8,17 +8,17 @@ from llmprune.models.families.roles_and_axes import Role
 from llmprune.utils.errors import UserError
 from llmprune.utils.settings import check_settings
 
-FIELD = "llmprune_richer_heads"  # of the config
+FIELD = "llmprune_richer_heads"  # name of the config's field
 
 
 @dataclass
 class RicherHeadsConfig:
-    """How the output o of every attention head is made richer: act(W o + b), with W [head_dim, head_dim].
+    """A non-linear layer on the output o of every attention head: act(W o + b), with W [head_dim, head_dim].
 
     Attributes:
-        shared: one W for all heads of a block; else each has its own.
-        activation: silu, gelu, tanh or relu.
-        residual: o + act(W o + b) instead, which begins as o.
+        shared: use one W for all heads of a block; false = one W for each head.
+        activation: activation function act: silu, gelu, tanh or relu.
+        residual: compute o + act(W o + b) instead, which equals o before training.
     """
 
     shared: bool = True
@@ -26,7 +26,7 @@ class RicherHeadsConfig:
     residual: bool = False
 
     def check(self) -> None:
-        """Raise ``UserError`` for what can't be or can't learn."""
+        """Raise ``UserError`` for settings that are not possible or can't learn."""
         if not isinstance(self.shared, bool) or not isinstance(self.residual, bool):
             raise UserError("shared and residual of richer heads are true or false")
         check_settings(self, "richer_heads")
@@ -38,18 +38,18 @@ class RicherHeadsConfig:
 
 
 def attention_output(family: Family) -> str:
-    """The name, within a block, of the attention's output matrix."""
+    """The name of the attention's output matrix within a block."""
     outputs = (Role.ATTENTION_OUT, Role.ATTENTION_OUT_TO_NORM)
     return next(name for name, role in family.block.items() if role in outputs)
 
 
 def module_name(family: Family) -> str:
-    """The name, within a block, of the module that makes heads richer."""
+    """The name of the module of richer heads within a block."""
     return f"{attention_output(family).rpartition('.')[0]}.richer_heads"
 
 
 def richer_family(family: Family, *, shared: bool) -> Family:
-    """The family with a non-linear layer for its heads."""
+    """The family with a non-linear layer on the output of each head."""
     role = Role.SHARED_RICHER_HEADS if shared else Role.RICHER_HEADS
     return replace(
         family,

@@ -1,11 +1,11 @@
-"""What the modules of a Transformer do, and what that means for the axes of their weights."""
+"""Roles of a Transformer's modules, and the axes of their weights."""
 
 from enum import Enum
 from typing import NamedTuple
 
 
 class Role(Enum):
-    """What a module does for the residual stream."""
+    """The role of a module with respect to the residual stream."""
 
     EMBEDDING = "embedding"
     POSITIONS = "embedding of learned positions"
@@ -35,7 +35,7 @@ class Role(Enum):
 
 NORMS = frozenset(role for role in Role if role.name.endswith("_NORM") and not role.name.endswith("_TO_NORM"))
 EMBEDDINGS = frozenset({Role.EMBEDDING, Role.POSITIONS})
-OUTPUTS = frozenset(  # of sub-layers
+OUTPUTS = frozenset(  # output projections of sub-layers
     {Role.ATTENTION_OUT, Role.ATTENTION_OUT_TO_NORM, Role.MLP_OUT, Role.MLP_OUT_TO_NORM}
 )
 
@@ -76,11 +76,11 @@ class Axis(NamedTuple):
     """One axis of a parameter.
 
     Attributes:
-        dimensions: what is cut along it, one after the other: ``hidden``, ``query`` (query heads), ``key_value``
-            (key/value groups), ``channel``, ``expert``; empty = never cut.
-        factor: which gate factor multiplies it: ``hidden``, ``attention`` or ``mlp`` (hidden × layer × sub-layer),
-            ``query``, ``channel``, or None.
-        repeat: how many times its size in ``Shape.units`` each unit takes.
+        dimensions: dimensions that are cut along the axis, one after the other: ``hidden``, ``query`` (query heads),
+            ``key_value`` (key/value groups), ``channel``, ``expert``; empty = never cut.
+        factor: name of the gate factor that multiplies the axis: ``hidden``, ``attention`` or ``mlp`` (hidden × layer ×
+            sub-layer), ``query``, ``channel``, or None.
+        repeat: number of times that each unit takes its size in ``Shape.units``.
     """
 
     dimensions: tuple[str, ...] = ()
@@ -106,7 +106,7 @@ AXES: dict[Role, tuple[Axis, ...]] = {
     Role.SHARED_RICHER_HEADS: (Axis(), Axis()),
     Role.RICHER_HEADS: (Axis(("query",)), Axis()),
     Role.ATTENTION_OUT: (Axis(("hidden",), "attention"), Axis(("query",), "query")),
-    # The norm that follows takes its statistics over the kept dimensions: the others must be zero.
+    # The norm after it takes statistics over the kept dimensions, so the removed dimensions must be zero.
     Role.ATTENTION_OUT_TO_NORM: (_GATED_HIDDEN, Axis(("query",), "query")),
     Role.ATTENTION_POST_NORM: (Axis(("hidden",), "attention"),),
     Role.MLP_NORM: (_GATED_HIDDEN,),

@@ -6,16 +6,16 @@ from typing import Any
 
 from llmprune.utils.errors import UserError, nearest
 
-LARGEST = 2**20  # of a size in a file; no model comes near
-MOST = 2**26  # rows of the widest matrices of all blocks together
+LARGEST = 2**20  # largest size in a file; far more than any model has
+MOST = 2**26  # largest number of rows of all blocks' widest matrices together
 PRUNED = ("layers", "hidden", "heads", "kv_heads", "intermediate", "experts")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a decoder: what pruning changes, and the head size, which it keeps.
+    """The sizes of a decoder: those that pruning changes, and the head size, which stays the same.
 
-    ``experts`` is None where a block has one MLP.
+    ``experts`` is None if a block has a single MLP.
     """
 
     layers: int
@@ -28,11 +28,11 @@ class Shape:
 
     @property
     def heads_per_group(self) -> int:
-        """Query heads that share one key/value group."""
+        """The number of query heads that share one key/value group."""
         return self.heads // self.kv_heads
 
     def units(self, dimension: str) -> tuple[int, int]:
-        """How many units a dimension of a parameter (see ``Axis``) has, and how many rows or columns each takes."""
+        """The number of units of a parameter's dimension (see ``Axis``), and the rows or columns of each unit."""
         return {
             "hidden": (self.hidden, 1),
             "query": (self.heads, self.head_dim),
@@ -46,17 +46,17 @@ class Shape:
 
 
 def target_shape(source: Shape, target: Mapping[str, int | None]) -> Shape:
-    """The shape that ``target`` asks for; what it leaves out stays as in ``source``.
+    """The shape that ``target`` describes; sizes that it leaves out stay as in ``source``.
 
-    If heads are given and key/value heads are not, whole key/value groups go, so that the queries per group stay; the
-    same holds the other way round.
+    If heads are given and key/value heads are not, whole key/value groups are removed, so that the number of queries
+    per group stays; if only key/value heads are given, the same holds.
 
     Args:
         source: shape of the model to prune.
-        target: any of ``layers``, ``hidden``, ``heads``, ``kv_heads``, ``intermediate``, ``experts``.
+        target: sizes by name, any of ``layers``, ``hidden``, ``heads``, ``kv_heads``, ``intermediate``, ``experts``.
 
     Raises:
-        UserError: unknown, larger than the source, not positive, or heads that can't be grouped evenly.
+        UserError: a size is unknown, larger than the source's or not positive, or heads can't be grouped evenly.
     """
     given = {name: value for name, value in target.items() if value is not None}
     if not given:
@@ -97,9 +97,9 @@ def target_shape(source: Shape, target: Mapping[str, int | None]) -> Shape:
 
 
 def shapes_between(source: Shape, target: Shape, rounds: int) -> list[Shape]:
-    """The shapes after each of so many rounds, the last one ``target``: every size shrinks by the same share each time.
+    """The shapes after each of ``rounds`` rounds, ending in ``target``; every size shrinks by the same factor in each.
 
-    Query heads per group shrink in their own steps, so that every shape is a possible one.
+    The number of query heads per group shrinks by its own factor, so that every shape is possible.
     """
 
     def size(before: int, after: int, number: int) -> int:

@@ -1,1 +1,1 @@
-"""Shapes under a budget: what a shape costs, and which of those that fit keeps most."""
+"""Shapes under a budget: the costs of a shape, and the choice of the shape with the lowest loss."""

@@ -1,4 +1,4 @@
-"""The candidates of a search: every way to prune that its settings name."""
+"""The candidates of a search: every way of pruning that the settings name."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -10,28 +10,27 @@ from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.errors import UserError
 from llmprune.utils.settings import check_settings, limited
 
-_CORRECTED = {"heads", "kv_heads", "intermediate"}  # where there are output matrices to correct
+_CORRECTED = {"heads", "kv_heads", "intermediate"}  # dimensions whose removal leaves output matrices to correct
 GREEDY = "greedy"  # a way to select blocks that needs no criterion
-_SAMPLED = "block_influence"  # costs next to nothing, and lets the scores know their calibration samples
+_SAMPLED = "block_influence"  # very cheap, and records the calibration samples in the scores
 
 
 @dataclass
 class CandidatesConfig:
-    """Ways to prune, the budget that they have to keep to, and how many of them are recovered.
+    """Ways to prune, the budget that candidates must keep to, and how many of them are recovered.
 
-    What all candidates share is said by the job's section ``plan``.
+    The job's section ``plan`` contains the settings that all candidates share.
 
     Attributes:
-        criteria: of blocks (those with the lowest scores go) or of spans (the one most alike at both ends goes), or
-            ``greedy``.
-        remove: how many blocks go; 0 = none.
-        unit_criteria: of heads, channels and hidden dimensions.
-        shapes: sizes that come out, any of hidden, heads, kv_heads, intermediate, experts, and layers in place of
-            ``remove``; {} = the model's own.
-        under_budget: whether the shape that ``llmprune plan`` would choose under the budget is a candidate too, for
-            every pair of criteria.
-        budget: what a candidate may cost.
-        best: how many of the candidates are recovered, by their loss on the calibration samples.
+        criteria: criteria of blocks (the blocks with the lowest scores are removed), criteria of spans (the span with
+            the most similar ends is removed), or ``greedy``.
+        remove: numbers of blocks to remove, each for its own candidates; 0 = none.
+        unit_criteria: criteria of heads, channels and hidden dimensions.
+        shapes: sizes of the pruned model, any of hidden, heads, kv_heads, intermediate, experts, and layers in place of
+            ``remove``; {} = the source model's own.
+        under_budget: also try the shape that ``llmprune plan`` chooses under the budget, for every pair of criteria.
+        budget: limits on the cost of a candidate.
+        best: number of candidates that are recovered, those with the lowest losses on the calibration samples.
     """
 
     criteria: list[str] = field(default_factory=list)
@@ -43,18 +42,18 @@ class CandidatesConfig:
     best: int = limited(3, least=1)
 
     def scored(self, shared: PlanConfig) -> list[str]:
-        """The criteria whose scores are needed; ``shared`` is what all candidates share."""
+        """The criteria whose scores are needed; ``shared`` are the settings of all candidates."""
         named = [*self.criteria, *self.unit_criteria, *([shared.expert_criterion] if shared.expert_criterion else [])]
         return list(dict.fromkeys([name for name in named if name != GREEDY] + [_SAMPLED]))
 
     def candidates(self, shared: PlanConfig) -> list["Candidate"]:
-        """All of them, each once.
+        """All candidates, each once.
 
         Args:
-            shared: what all of them share.
+            shared: settings of the plan that all candidates share.
 
         Raises:
-            UserError: there is none, or a number is out of range.
+            UserError: there are no candidates, or a number is out of range.
         """
         check_settings(self, "search")
         shared.refuse("search", "method", "criterion", "remove", "drop", "shape", "unit_criterion")
@@ -73,7 +72,7 @@ class CandidatesConfig:
             for count in counts:
                 deep, wide = count != 0, bool(sizes)
                 if not deep and not wide:
-                    continue  # the model itself
+                    continue  # the unpruned model
                 for criterion in self._needed(deep, self.criteria, "criteria"):
                     for unit in self._needed(wide, self.unit_criteria, "unit_criteria"):
                         yield _candidate(shared, criterion, unit, count or None, dict(shape) or None)
@@ -97,12 +96,12 @@ class CandidatesConfig:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to prune.
+    """A way of pruning.
 
     Attributes:
-        words: what decides and what comes out.
-        config: how the plan is made.
-        under_budget: whether a budget picks the shape.
+        words: description: the criteria and the sizes of the pruned model.
+        config: settings of the candidate's plan.
+        under_budget: whether the shape is chosen under a budget.
     """
 
     words: str

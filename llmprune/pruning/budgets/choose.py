@@ -1,4 +1,4 @@
-"""The shape under a budget whose model keeps the lowest calibration loss, depth and width chosen together."""
+"""The choice of the shape under a budget with the lowest calibration loss, of depth and width together."""
 
 import logging
 import math
@@ -19,14 +19,14 @@ from llmprune.utils.errors import UserError
 
 LARGEST_MULTIPLE = 256
 SHARES = (1.0, 0.75, 0.5, 0.875, 0.625)
-SMALL_SHARES = (0.375, 0.25, 0.125, 0.0)  # where none of the others keeps to the budget; 0 = the smallest size
-CHECKS = 4  # times that a latency is measured on a built model, and the table mended
+SMALL_SHARES = (0.375, 0.25, 0.125, 0.0)  # used if none of the others keeps to the budget; 0 = the smallest size
+CHECKS = 4  # times that a latency is measured on a built model to correct the table
 
 log = logging.getLogger(__name__)
 
 
 class NoShapeError(UserError):
-    """Nothing that may go leads to the budget."""
+    """No removal that is allowed keeps to the budget."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,13 @@ class Choice:
     """A shape that keeps to the budget.
 
     Attributes:
-        plan: to it.
-        loss: on the calibration samples, before any recovery; nats per token.
-        costs: by budget, as predicted.
-        measured: share of the source's latency that a built model takes; None without such a budget, or without room.
-        tried: how many shapes were compared.
-        losses: of the plan as it is written; None = as long as it is only chosen.
+        plan: plan with the chosen shape.
+        loss: loss on the calibration samples before any recovery, in nats per token.
+        costs: predicted costs, by name of the budget.
+        measured: latency of a built model as a share of the source's; None = no budget of latency, or too little
+            memory.
+        tried: number of shapes that were compared.
+        losses: losses of the plan as it is written; None = the plan is not yet written.
     """
 
     plan: Plan
@@ -50,7 +51,7 @@ class Choice:
     losses: PlanLosses | None = None
 
     def facts(self) -> dict[str, Any]:
-        """What the choice rests on, for JSON."""
+        """The data of the choice, for JSON."""
         return {
             "shape": asdict(self.plan.shape),
             "loss": self.loss,
@@ -74,10 +75,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Steps:
-    """The sizes that a shape may have: by dimension, ascending.
+    """The sizes that a shape may have, by dimension, in ascending order.
 
-    ``inner``, MLP channels or experts, is solved for: as many as the budget has room for. With ``whole_heads``, the
-    number of query heads in a group, hidden is a multiple of all heads.
+    ``inner``, the MLP channels or experts, is not searched but computed: the largest number within the budget. With
+    ``whole_heads``, the number of query heads in a group, hidden is a multiple of all heads.
     """
 
     layers: Sequence[int]
@@ -90,14 +91,14 @@ class Steps:
 
     @classmethod
     def of(cls, sizes: ShapeSizes, multiple: int | None, least_layers: int, *, depth: bool, width: bool) -> "Steps":
-        """Those of a model.
+        """The possible sizes of a model's shape.
 
         Args:
-            sizes: its own.
-            multiple: of hidden dimensions and channels; None = by their size.
-            least_layers: how many blocks can't go.
-            depth: whether blocks go.
-            width: whether anything else does.
+            sizes: sizes of the source model.
+            multiple: number that hidden dimensions and channels are multiples of; None = chosen by their size.
+            least_layers: number of blocks that can't be removed.
+            depth: whether blocks are removed.
+            width: whether heads, channels, hidden dimensions or experts are removed.
         """
         source, family = sizes.source, sizes.family
         layers = range(least_layers if depth else source.layers, source.layers + 1)
@@ -127,12 +128,12 @@ class Steps:
         return cls(layers, hidden, groups, inners, inner, coupled, whole_heads)
 
     def fits(self, hidden: int, groups: int) -> bool:
-        """Whether places in ``hidden`` and ``groups`` go together."""
+        """Whether the sizes at the places ``hidden`` and ``groups`` can be combined."""
         return self.whole_heads is None or self.hidden[hidden] % (self.groups[groups] * self.whole_heads) == 0
 
 
 def _whole(size: int, heads: int, multiple: int | None) -> Iterator[int]:
-    """Hidden sizes that are multiples of the heads, and of a power of two that leaves eight of them or more."""
+    """Hidden sizes that are multiples of the heads, and of a power of two with at least eight such sizes."""
     step = multiple or _multiple(size, None)
     while multiple is None and step > 1 and math.lcm(step, heads) > size // 8:
         step //= 2
@@ -148,11 +149,11 @@ def _multiple(size: int, wanted: int | None) -> int:
     return power
 
 
-Point = tuple[int, int, int]  # places in Steps' layers, hidden and groups
+Point = tuple[int, int, int]  # indices into Steps' layers, hidden and groups
 
 
 class Chooser:
-    """Looks for the best shape: a few spread over depth and width, and then neighbours of the best."""
+    """A search for the best shape: first a few spread over depth and width, then neighbours of the best."""
 
     def __init__(
         self,
@@ -163,15 +164,15 @@ class Chooser:
         loss: Callable[[Plan], float],
         tries: int,
     ) -> None:
-        """Prepare.
+        """Store the sizes, the budgets and the functions.
 
         Args:
-            sizes: of the source.
-            steps: what a shape may be.
-            limits: the budgets.
-            plan_for: the plan to a shape.
-            loss: of what a plan leaves, on calibration samples.
-            tries: how many losses may be computed.
+            sizes: sizes of the source model.
+            steps: sizes that a shape may have.
+            limits: budgets that a shape must keep to.
+            plan_for: function from a shape to the plan with this shape.
+            loss: function from a plan to the loss of the pruned model on calibration samples.
+            tries: largest number of losses to compute.
         """
         self._source, self._steps, self._limits, self._tries = sizes.source, steps, limits, tries
         self._plan_for, self._loss = plan_for, loss
@@ -238,18 +239,18 @@ class Chooser:
         return shape
 
     def _spread(self, shares: Sequence[float]) -> Iterator[Point]:
-        """Points of every mix of depth and width, each at one of these shares of the source's."""
+        """Points of all combinations of depth and width, each at one of the given shares of the source's sizes."""
         lengths = len(self._steps.layers), len(self._steps.hidden), len(self._steps.groups)
         points = []
         places = sorted(product(range(len(shares)), repeat=2), key=lambda pair: (sum(pair), abs(pair[0] - pair[1])))
-        for of_layers, of_width in ((shares[i], shares[j]) for i, j in places):  # the first few cover both, too
+        for of_layers, of_width in ((shares[i], shares[j]) for i, j in places):  # even the first few vary both
             depth = round(self._source.layers * of_layers) - self._steps.layers[0]
             hidden, groups = (max(round(length * of_width) - 1, 0) for length in lengths[1:])
             points.append((min(max(depth, 0), lengths[0] - 1), hidden, groups))
         return (self._tied(point) for point in dict.fromkeys(points))
 
     def _tied(self, point: Point) -> Point:
-        """With a head size that follows from hidden and heads the groups are those of the hidden dimensions."""
+        """The point with groups that fit its hidden dimensions, if the head size is always hidden / heads."""
         layers, hidden, groups = point
         if self._steps.coupled:
             size = self._source.head_dim * self._source.heads_per_group
@@ -262,14 +263,14 @@ class Chooser:
         for axis in range(2 if self._steps.coupled else 3):
             for step in (-1, 1):
                 moved = [place + step * (number == axis) for number, place in enumerate(point)]
-                if axis == 1:  # to the next size that goes with the groups
+                if axis == 1:  # to the next size that fits the groups
                     while 0 <= moved[1] < lengths[1] and not self._steps.fits(moved[1], moved[2]):
                         moved[1] += step
                 if all(0 <= place < length for place, length in zip(moved, lengths, strict=True)):
                     yield self._tied((moved[0], moved[1], moved[2]))
 
     def _solved(self, point: Point) -> Shape | None:
-        """The largest shape at a point that keeps to every budget; None if none does."""
+        """The largest shape at a point that keeps to every budget; None if there is none."""
         steps = self._steps
         if not steps.fits(point[1], point[2]):
             return None

@@ -1,8 +1,9 @@
-"""How long a model of another shape takes for a token, from timings on this machine.
+"""The time per token of models of other shapes, from timings on this machine.
 
-The table holds the time of a block for pairs of sizes, (hidden, key/value groups) and (hidden, channels or experts):
-attention and MLP add up, so that a block of any three sizes is known from two pairs and what they share. Each timing is
-the difference of two models that differ in their number of blocks, so that what lies outside the blocks is known, too.
+The table contains the time of a block for pairs of sizes, (hidden, key/value groups) and (hidden, channels or experts).
+The times of attention and MLP add up, so that the time of a block of any three sizes follows from two pairs and their
+common part. Each timing is the difference of two models with different numbers of blocks, so that the time outside the
+blocks is known as well.
 """
 
 import statistics
@@ -20,35 +21,35 @@ from llmprune.models.source import longest_input
 from llmprune.pruning.budgets.shape_sizes import ShapeSizes, of_size, prunable_dimensions
 from llmprune.utils.errors import UserError
 
-FEW, MANY = 1, 5  # blocks of the two models
+FEW, MANY = 1, 5  # numbers of blocks of the two timed models
 STEPS, ROUNDS = 8, 5
 
 
 class LatencyTable:
-    """Seconds for a token of every sequence in a batch, after a cache of some length."""
+    """Seconds to compute one token of every sequence in a batch, after a cache of a given length."""
 
     def __init__(
         self, config: PretrainedConfig, *, batch: int, context: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """Prepare an empty table; it is filled as it is asked.
+        """Create an empty table; it is filled when times are requested.
 
         Args:
-            config: of the source model.
-            batch: sequences that go on together.
-            context: tokens before the one that is timed.
-            device: where.
-            dtype: of the weights.
+            config: config of the source model.
+            batch: number of sequences that are continued together.
+            context: number of tokens in the cache before the timed one.
+            device: device that runs the timed models.
+            dtype: dtype of the weights.
         """
         self._sizes = ShapeSizes(config)
         self.source = self._sizes.source
         limit = longest_input(config)
-        self._context = context if limit is None else min(context, limit - 1)  # one is for the token itself
+        self._context = context if limit is None else min(context, limit - 1)  # minus the timed token
         self._batch, self._device, self._dtype = batch, device, dtype
         self._timed: dict[tuple[int, int, int], tuple[float, float]] = {}
         _, self._groups, self._inner = prunable_dimensions(config)
 
     def seconds(self, shape: Shape) -> float:
-        """The time of a token in a model of ``shape``."""
+        """The time of one token in a model of ``shape``, in seconds."""
         hidden = shape.hidden
         full = hidden, self.source.kv_heads, self._of(self.source)
         groups, inner = shape.kv_heads, self._of(shape)
@@ -58,9 +59,9 @@ class LatencyTable:
         return outside + shape.layers * max(narrow_attention + narrow_inner - whole, 0.0)
 
     def measured(self, shape: Shape, reference: Shape) -> float | None:
-        """Seconds of a token in a model built with ``shape`` over those in one of ``reference``.
+        """The measured time of one token in a model of ``shape``, divided by that in a model of ``reference``.
 
-        None if there is no room for both.
+        None if there is not enough memory for both models.
         """
         if self._needed(shape) + self._needed(reference) > self._free():
             return None
@@ -75,7 +76,7 @@ class LatencyTable:
         return int(getattr(shape, self._inner))
 
     def _time(self, hidden: int, groups: int, inner: int) -> tuple[float, float]:
-        """Seconds outside the blocks, and of one block."""
+        """The seconds outside the blocks, and the seconds of one block."""
         key = hidden, groups, inner
         if key not in self._timed:
             shape = of_size(self.source, {"hidden": hidden, "kv_heads": groups, self._inner: inner})
@@ -93,7 +94,7 @@ class LatencyTable:
         return self._timed[key]
 
     def _needed(self, shape: Shape) -> float:
-        """Bytes of a model of ``shape``, of its cache and of what it is made from."""
+        """The bytes of a model of ``shape``, of its cache and of the tensors that the cache is filled from."""
         blocks = [block % self.source.layers for block in range(shape.layers)]
         cache = self._sizes.cache_bytes(
             shape, blocks, batch=self._batch, context=self._context, itemsize=self._dtype.itemsize
@@ -107,7 +108,7 @@ class LatencyTable:
     def _decoder(self, shape: Shape) -> "_Decoder":
         """A model of ``shape`` that computes one token after a full cache."""
         blocks = [block % self.source.layers for block in range(shape.layers)]
-        # A head size that follows from hidden and heads may not fit sizes that are timed one by one.
+        # A head size of hidden / heads may not fit sizes that are timed one by one.
         config = self._sizes.family.with_shape(self._sizes.config, _coupled(shape, self._sizes), blocks)
         model = _filled(config, self._dtype).to(self._device)  # type: ignore[arg-type]
         built = self._sizes.family.shape(config)
@@ -120,14 +121,14 @@ class LatencyTable:
 
 
 class _Decoder:
-    """A model and its cache."""
+    """A model with its key/value cache."""
 
     def __init__(self, model: PreTrainedModel, states: Tensor, layers: int) -> None:
         self._model, self._states, self._layers = model, states, layers
         self._token = torch.ones(len(states), 1, dtype=torch.int64, device=states.device)
 
     def fill(self) -> None:
-        """Let the cache hold so many tokens as the next one is to come after."""
+        """Fill the cache with the tokens before the timed one."""
         self._cache = DynamicCache(config=self._model.config)
         for block in range(self._layers):
             self._cache.update(self._states, self._states, block)
@@ -147,7 +148,7 @@ def _coupled(shape: Shape, sizes: ShapeSizes) -> Shape:
 
 
 def _filled(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model whose weights have values, though none worth anything: memory that was never written is not read."""
+    """A model with arbitrary weights; they are written because memory that was never written is not really read."""
     model = unfilled_model(config, dtype=dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -156,7 +157,7 @@ def _filled(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _seconds(decoder: _Decoder, device: torch.device) -> float:
-    """The median time of a token."""
+    """The median time of one token, in seconds."""
     times = []
     for _ in range(STEPS):
         decoder.fill()

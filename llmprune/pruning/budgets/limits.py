@@ -1,4 +1,4 @@
-"""Budgets: what a model may cost."""
+"""Budgets: limits on the cost of a model."""
 
 import math
 import re
@@ -19,27 +19,27 @@ from llmprune.utils.settings import check_settings
 _COUNTS = {"K": 10**3, "M": 10**6, "B": 10**9}
 _BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS: dict[str, dict[str, int]] = {"params": _COUNTS, "memory": _BYTES, "latency": {}}
-CONTEXT = 2048  # tokens, unless the settings or the model say otherwise
-TOLERANCE = 0.1  # by which a latency from the table may miss the built model's
+CONTEXT = 2048  # tokens, unless the settings or the model have another limit
+TOLERANCE = 0.1  # largest relative error of a latency from the table
 
 
 class Limit(Protocol):
     """One budget.
 
     Attributes:
-        name: params, memory or latency.
-        most: what a model may cost, in the unit of ``cost``.
+        name: name of the budget: params, memory or latency.
+        most: largest cost of a model, in the unit of ``cost``.
     """
 
     name: str
     most: float
 
     def cost(self, shape: Shape, blocks: Sequence[int]) -> float:
-        """What a model of ``shape`` costs, whose attentions are those of the source's ``blocks``."""
+        """The cost of a model of ``shape`` whose attentions are those of the source's ``blocks``."""
 
 
 class Parameters:
-    """A number of parameters."""
+    """A limit on the number of parameters."""
 
     name = "params"
 
@@ -48,12 +48,12 @@ class Parameters:
         self.most = _amount(amount, "params", sizes.parameters(sizes.source))
 
     def cost(self, shape: Shape, blocks: Sequence[int]) -> float:
-        """How many parameters a shape has."""
+        """The number of parameters of a shape."""
         return self._sizes.parameters(shape)
 
 
 class Memory:
-    """Bytes of weights and a full key/value cache."""
+    """A limit on the bytes of weights and a full key/value cache."""
 
     name = "memory"
 
@@ -62,7 +62,7 @@ class Memory:
         self.most = _amount(amount, "memory", self.cost(sizes.source, range(sizes.source.layers)))
 
     def cost(self, shape: Shape, blocks: Sequence[int]) -> float:
-        """How many bytes weights and cache of a shape take."""
+        """The bytes of weights and cache of a shape."""
         cache = self._sizes.cache_bytes(
             shape, blocks, batch=self._batch, context=self._context, itemsize=self._itemsize
         )
@@ -70,7 +70,7 @@ class Memory:
 
 
 class Latency:
-    """The time of a token, as a share of the source's."""
+    """A limit on the time of one token, as a share of the source's."""
 
     name = "latency"
 
@@ -82,29 +82,29 @@ class Latency:
         self._scale = 1.0
 
     def cost(self, shape: Shape, blocks: Sequence[int]) -> float:
-        """Share of the source's time."""
+        """The time of one token as a share of the source's."""
         if shape == self.table.source:
             return 1.0
         return self._scale * self.table.seconds(shape) / self.table.seconds(self.table.source)
 
     def agrees(self, shape: Shape, measured: float) -> bool:
-        """Whether the table is near enough to the share that a built model takes, and that share to the budget."""
+        """Whether the table's share is near a built model's measured share, and that share near the budget."""
         return abs(self.cost(shape, ()) / measured - 1) <= TOLERANCE and self.is_kept(measured)
 
     def is_kept(self, measured: float) -> bool:
-        """Whether the share that a built model takes is near enough to the budget."""
+        """Whether a built model's measured share is near enough to the budget."""
         return measured <= self.most * (1 + TOLERANCE / 2)
 
     def learn(self, shape: Shape, measured: float) -> None:
-        """Take a built model's share into account."""
+        """Scale the table to a built model's measured share."""
         self._scale *= measured / self.cost(shape, ())
 
 
 def costs_of(budget: BudgetConfig, sizes: ShapeSizes, device: torch.device) -> list[Limit]:
-    """Every cost that a budget may limit; the most is infinite where it does not.
+    """Every cost that a budget may limit; ``most`` is infinite if the budget has no such limit.
 
     Raises:
-        UserError: one is no number.
+        UserError: a budget is no number, or the context is too long.
     """
     check_settings(budget)
     longest = longest_input(sizes.config)
@@ -120,14 +120,14 @@ def costs_of(budget: BudgetConfig, sizes: ShapeSizes, device: torch.device) -> l
 
 
 def limits_of(costs: Sequence[Limit], source: Shape) -> list[Limit]:
-    """The costs that are limited.
+    """The costs with a limit.
 
     Args:
-        costs: see ``costs_of``.
-        source: the model's shape.
+        costs: costs with and without limits, see ``costs_of``.
+        source: shape of the source model.
 
     Raises:
-        UserError: none is, or nothing needs to go.
+        UserError: no cost has a limit, or nothing needs to be removed.
     """
     found = [cost for cost in costs if cost.most < math.inf]
     if not found:
@@ -139,7 +139,7 @@ def limits_of(costs: Sequence[Limit], source: Shape) -> list[Limit]:
 
 
 def _amount(text: str | None, name: str, whole: float) -> float:
-    """A share up to one of ``whole``, or a number with a unit; None = no limit."""
+    """The value of a text with a share of ``whole``, up to one, or a number with a unit; infinite for None."""
     if text is None:
         return math.inf
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)\s*", text)
@@ -156,7 +156,7 @@ def bytes_of(text: str, option: str) -> float:
     """A size such as ``80GB``, in bytes.
 
     Raises:
-        UserError: it is none.
+        UserError: the text is no size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
     if match is None or match[2].upper() not in _BYTES:

@@ -1,4 +1,4 @@
-"""What a plan costs before recovery: its calibration loss beside the source's and the uncorrected plan's."""
+"""The calibration loss of a plan before recovery, with the losses of the source and of the uncorrected plan."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,11 +9,11 @@ from llmprune.utils.errors import UserError
 
 
 class RuinousPlanError(UserError):
-    """A plan that costs more than it could."""
+    """A plan ruins the model, or loses more than it has to."""
 
 
 class HarmfulCorrectionError(RuinousPlanError):
-    """A plan that is better without its corrections."""
+    """A plan is better without its corrections."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class PlanLosses:
     """Calibration losses, nats per token.
 
     Attributes:
-        source: of the model as it is.
-        uncorrected: of the plan without its corrections; None = it has none.
-        plan: of the plan as it is written.
-        uniform: of a guess that takes all tokens for equally likely.
+        source: loss of the source model.
+        uncorrected: loss of the plan without its corrections; None = the plan has no corrections.
+        plan: loss of the plan as it is written.
+        uniform: loss of a uniform guess over the vocabulary.
     """
 
     source: float
@@ -34,7 +34,7 @@ class PlanLosses:
 
     @classmethod
     def of(cls, plan: Plan, trial: Trial) -> "PlanLosses":
-        """Compute them; ``trial`` holds the model that the plan is for."""
+        """Compute the losses; ``trial`` contains the model that the plan is for."""
         whole = replace(
             plan,
             blocks=tuple(KeptBlock.whole(number) for number in range(plan.source.layers)),
@@ -46,11 +46,11 @@ class PlanLosses:
         return cls(trial.loss(whole), uncorrected, trial.loss(plan), math.log(trial.scored.model.config.vocab_size))
 
     def refuse_ruinous(self) -> None:
-        """Refuse a plan that nobody can want.
+        """Refuse a plan that ruins the model or whose corrections harm it.
 
         Raises:
-            HarmfulCorrectionError: its corrections make it worse.
-            RuinousPlanError: it is worse than guessing though the source is not.
+            HarmfulCorrectionError: the plan's corrections make it worse.
+            RuinousPlanError: the plan is worse than guessing although the source is not.
         """
         if self.uncorrected is not None and not self.plan <= self.uncorrected:
             raise HarmfulCorrectionError(
@@ -64,7 +64,7 @@ class PlanLosses:
             )
 
     def facts(self) -> dict[str, float | None]:
-        """For JSON."""
+        """The losses by name, for JSON."""
         return {"loss": self.plan, "loss_uncorrected": self.uncorrected, "loss_source": self.source}
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The settings of budgets: what the model that a plan leaves may cost."""
+"""The settings of budgets: limits on the cost of the pruned model."""
 
 from dataclasses import dataclass
 
@@ -8,18 +8,21 @@ from llmprune.utils.settings import limited
 
 @dataclass
 class BudgetConfig:
-    """What the model that a plan leaves may cost; every budget that is given must be kept.
+    """Limits on the cost of the pruned model; the model must keep to every budget that is given.
 
     Attributes:
-        params: parameters: a share of the source's up to 1, or a number such as ``1.3B``.
-        memory: of weights and a full key/value cache, such as ``8GB``, or a share of the source's.
-        latency: of a token after a cache, measured here: a share of the source's.
-        context: tokens in the cache; null = 2048, or as many as the model takes.
-        batch: sequences in the cache.
-        dtype: of the weights and the cache: float32, bfloat16 or float16.
-        multiple: what hidden dimensions and channels must be multiples of; null = a sixteenth of the source's, as a
-            power of two that divides them, at most 256.
-        tries: how many shapes are tried on the calibration samples.
+        params: budget of parameters: a share of the source model's, up to 1, or a number such as ``1.3B``; null = no
+            limit.
+        memory: budget of memory for weights and a full key/value cache: a size such as ``8GB``, or a share of the
+            source model's; null = no limit.
+        latency: budget of the time to compute one token after a full cache, measured on this machine, as a share of the
+            source model's; null = no limit.
+        context: number of tokens in the key/value cache; null = 2048, or the model's longest input if that is shorter.
+        batch: number of sequences in the key/value cache.
+        dtype: number format of the weights and the cache: float32, bfloat16 or float16.
+        multiple: hidden dimensions and MLP channels are multiples of this number; null = a sixteenth of the source
+            model's, as a power of two that divides them, at most 256.
+        tries: number of shapes that are tried on the calibration samples.
     """
 
     params: str | None = None

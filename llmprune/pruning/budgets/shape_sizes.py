@@ -1,4 +1,4 @@
-"""How many parameters and bytes a model of another shape has, without building it."""
+"""The numbers of parameters and bytes of models of other shapes, without building them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,17 +12,17 @@ from llmprune.models.stored_weights import parameter_names
 
 
 class ShapeSizes:
-    """The sizes of models with one config but for their shape; exact for every family."""
+    """The sizes of models that have one config in all but the shape; exact for every family."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        """Look at a model of this config, without memory for its weights."""
+        """Read the parameters of a model of this config, without memory for its weights."""
         self.config, self.family = config, family_of(config)
         self.source = self.family.shape(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         located = {name: self.family.locate(name) for name in parameter_names(dict(model.named_parameters()), config)}
-        # One block is like another, one expert like another.
+        # All blocks have the same parameters, and so have all experts.
         self._parts: list[tuple[Parameter, tuple[int, ...]]] = [
             (parameter, shapes[name])
             for name, parameter in located.items()
@@ -45,14 +45,14 @@ class ShapeSizes:
         return sum(prod(shape.units(dimension)) * meaning.repeat for dimension in meaning.dimensions)
 
     def cache_bytes(self, shape: Shape, blocks: Sequence[int], *, batch: int, context: int, itemsize: int) -> int:
-        """The bytes of a full key/value cache; blocks with a sliding window keep one token less than it.
+        """The bytes of a full key/value cache; blocks with a sliding window store one token less than the window.
 
         Args:
-            shape: of the model.
-            blocks: the source's number of each of its blocks' attention, [shape.layers].
-            batch: sequences.
-            context: tokens of each.
-            itemsize: bytes of a number in it.
+            shape: shape of the model.
+            blocks: number of the source block whose attention each block has, [shape.layers].
+            batch: number of sequences.
+            context: number of tokens in each sequence.
+            itemsize: bytes of a number in the cache.
         """
         kinds = getattr(self.config, "layer_types", None)
         window = getattr(self.config, "sliding_window", None)
@@ -63,12 +63,12 @@ class ShapeSizes:
 
 
 def prunable_dimensions(config: PretrainedConfig) -> tuple[str, ...]:
-    """What of a model's shape can shrink, beside ``layers``: hidden, kv_heads, and intermediate or experts."""
+    """The sizes of a model's shape that can shrink, without ``layers``: hidden, kv_heads, intermediate or experts."""
     shape = family_of(config).shape(config)
     return ("hidden", "kv_heads", "intermediate" if shape.experts is None else "experts")
 
 
 def of_size(source: Shape, sizes: Mapping[str, int]) -> Shape:
-    """The shape with these sizes; query heads follow their groups."""
+    """The source's shape with other sizes; the number of query heads follows from that of the groups."""
     heads = sizes.get("kv_heads", source.kv_heads) * source.heads_per_group
     return replace(source, **{**sizes, "heads": heads})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The calibration loss of what a plan leaves of a model, without cutting it."""
+"""The calibration loss of pruned models, computed by the whole model with gates."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +17,14 @@ from llmprune.pruning.selection.methods import ScoredModel
 
 
 class Trial:
-    """A model that computes what plans leave of it, one after the other.
+    """A model that computes like the pruned models of plans, one after the other.
 
     Attributes:
-        scored: the model; between trials it computes as before.
+        scored: model in memory; between trials it computes as before.
     """
 
     def __init__(self, scored: ScoredModel) -> None:
-        """Let the model compute with gates."""
+        """Attach gates to the model."""
         self.scored = scored
         family = family_of(scored.model.config)
         self._slot = attach(scored.model, family, {"hidden", "attention", "mlp", "query", "channel"})
@@ -32,7 +32,7 @@ class Trial:
 
     @torch.no_grad()
     def loss(self, plan: Plan) -> float:
-        """The mean loss per token in nats on the calibration samples."""
+        """The mean loss per token, in nats, of a plan's model on the calibration samples."""
         model, tokens = self.scored.model, self.scored.tokens
         factors = factors_of(plan)
         on_device = {name: value.to(tokens.device) for name, value in factors.trainable().items()}
@@ -56,7 +56,7 @@ class Trial:
 
     @contextmanager
     def _corrected(self, plan: Plan) -> Iterator[None]:
-        """While open, output matrices and their biases are as the plan corrects them."""
+        """While open, output matrices and their biases have the plan's corrections."""
         before: dict[str, Tensor] = {}
         if plan.corrections:
             surgery = Surgery(self.scored.model.config, plan)

@@ -1,1 +1,1 @@
-"""Learned L0 gates: their mathematics, and how a model computes with them."""
+"""Learned L0 gates: their mathematics, and models that compute with them."""

@@ -1,19 +1,19 @@
-"""Noticing gates that collapse, do not move, or have come where they should."""
+"""Warnings about gates that collapse or do not change, and messages about gates that have reached their target."""
 
 import logging
 from collections.abc import Mapping
 
-STILL, GAP, MOVED = 50, 0.05, 1e-4  # batches between looks; distance from the target; movement that is none
-THERE = 0.005  # distance from the final target at which it counts as reached
+STILL, GAP, MOVED = 50, 0.05, 1e-4  # batches between checks; distance from target; smallest change
+THERE = 0.005  # largest distance at which the final target counts as reached
 
 log = logging.getLogger(__name__)
 
 
 class GateAlarms:
-    """Warns, once of each thing, when training the gates goes wrong; says once of each target that it is reached."""
+    """Warns once about each problem in the training of gates, and logs once that each target is reached."""
 
     def __init__(self) -> None:
-        """Nothing has been seen yet."""
+        """Start with no observations."""
         self._before: dict[str, float] = {}
         self._warned: set[tuple[str, str]] = set()
         self._reached: set[str] = set()
@@ -26,14 +26,15 @@ class GateAlarms:
         targets: Mapping[str, float],
         left: Mapping[str, float],
     ) -> None:
-        """Judge one batch.
+        """Check the gates after one batch.
 
         Args:
-            batch: its number.
-            warmup: how far the warm-up of the target has come (1 = ended).
-            expected: expected sparsity of every constraint.
-            targets: present target of every constraint.
-            left: kind → how many gates of its emptiest row (for a block's units: of a block) are expected to stay.
+            batch: number of the batch.
+            warmup: progress of the target's warm-up (1 = ended).
+            expected: expected sparsity of every constraint, by name.
+            targets: current target sparsity of every constraint, by name.
+            left: expected number of gates that stay in the emptiest row (for a block's units: in the emptiest block),
+                by kind.
         """
         if warmup < 1:
             for kind, count in left.items():

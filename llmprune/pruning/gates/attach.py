@@ -1,4 +1,4 @@
-"""Letting a model compute with gates, by swapping the classes of the modules that they touch."""
+"""Attaching gates to a model, by replacing the classes of the modules that they affect."""
 
 import dataclasses
 from collections.abc import Iterator, Set
@@ -17,13 +17,13 @@ from llmprune.pruning.gates.gated_linear import gated_linear
 
 @dataclass
 class GateSlot:
-    """Where the gated modules look up the current factors; shared by all of a model's modules."""
+    """The place where gated modules read the current factors; all gated modules of a model share it."""
 
     factors: Factors = dataclasses.field(default_factory=Factors)
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """While this lasts, no gate does anything."""
+        """While open, no gate has an effect."""
         factors, self.factors = self.factors, Factors()
         try:
             yield
@@ -33,16 +33,16 @@ class GateSlot:
 
 @dataclass(frozen=True)
 class _Binding:
-    """What one gated module needs to know: its slot, its block, its role's factors, and how its norm computes.
+    """The data that a gated module reads: its slot, its block, its role's factors and its norm's settings.
 
     Attributes:
-        slot: see ``GateSlot``.
-        block: its number; None outside the blocks.
-        rows: the factor along the first axis.
-        columns: the factor along the second.
-        dimension: what the statistics of a norm run over.
-        epsilon: of a norm.
-        offset: what a norm adds to its weight.
+        slot: place of the current factors, see ``GateSlot``.
+        block: number of the module's block; None outside the blocks.
+        rows: name of the factor along the first axis; None = no factor.
+        columns: name of the factor along the second axis; None = no factor.
+        dimension: dimension over which a norm's statistics are computed.
+        epsilon: number that a norm adds to the mean square or variance.
+        offset: number that a norm adds to its weight.
     """
 
     slot: GateSlot
@@ -71,7 +71,7 @@ class _GatedLinear(nn.Linear):
 
 
 class _GatedEmbedding(nn.Embedding):
-    """Gated at its output: gating the whole table would cost more than gating the rows that are looked up."""
+    """An embedding with gates on its output, because gating the rows that are read costs less than the whole table."""
 
     _gate: _Binding
 
@@ -82,10 +82,10 @@ class _GatedEmbedding(nn.Embedding):
 
 
 class _GatedRMSNorm(nn.Module):
-    """An RMS norm over what stays.
+    """An RMS norm over the kept dimensions.
 
-    A gated residual stream is zero wherever its gate is, so the sum of squares over all dimensions is the sum over the
-    kept ones, and only the divisor changes: no gather is needed.
+    A gated residual stream is zero wherever its gate is zero, so the sum of squares over all dimensions is the sum over
+    the kept ones. Only the divisor changes; no gather is needed.
     """
 
     _gate: _Binding
@@ -109,7 +109,7 @@ class _GatedRMSNorm(nn.Module):
 
 
 class _GatedLayerNorm(nn.Module):
-    """A LayerNorm over what stays: mean and variance of the kept dimensions."""
+    """A LayerNorm over the kept dimensions, with their mean and variance."""
 
     _gate: _Binding
     weight: Tensor
@@ -136,16 +136,16 @@ def attach(model: PreTrainedModel, family: Family, factors: Set[str]) -> GateSlo
     """Make ``model`` compute with gates; parameters, their names and the state dict stay as they are.
 
     Args:
-        model: the dense model, not yet sharded.
-        family: its family.
-        factors: names of the factors (fields of ``Factors``) that the gates have; modules that none of them touches
-            are left alone.
+        model: dense model, not yet sharded.
+        family: family of the model.
+        factors: names of the factors (fields of ``Factors``) that the gates have; modules without any of them do not
+            change.
 
     Returns:
-        The slot: set its ``factors`` before a forward pass. Until then the model computes as before.
+        The slot: set its ``factors`` before a forward pass. As long as they are not set, the model computes as before.
     """
     slot = GateSlot()
-    masked = {"hidden": "hidden", "query": "query", "key_value": "query"}  # dimension → the factor that cuts it
+    masked = {"hidden": "hidden", "query": "query", "key_value": "query"}  # dimension → name of its gates' factor
     for name, role, block in family.modules(model.config):
         axes = AXES[role]
         touched = [axis.factor if axis.factor in factors else None for axis in axes]

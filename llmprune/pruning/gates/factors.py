@@ -9,16 +9,16 @@ from torch import Tensor
 
 @dataclasses.dataclass
 class Factors:
-    """What the gates multiply, float32; None = nothing.
+    """The factors of a model's gates, float32; None = no factor.
 
     Attributes:
-        hidden: [hidden], on the embedding's output and every norm's weight.
-        attention: [blocks, hidden], on what every attention adds to the residual stream.
-        mlp: [blocks, hidden], on what every MLP adds to it.
-        query: [blocks, heads · head size], on the columns of the attention output.
-        channel: [blocks, intermediate], on the columns of the MLP output.
-        kept: by dimension (``hidden`` [hidden], ``query`` [blocks, heads · head size], ``key_value`` [blocks, groups ·
-            head size]), 1 where anything stays and 0 elsewhere: norms take their statistics over what stays.
+        hidden: factors of the embedding's output and of every norm's weight, [hidden].
+        attention: factors of every attention's contribution to the residual stream, [blocks, hidden].
+        mlp: factors of every MLP's contribution to the residual stream, [blocks, hidden].
+        query: factors of the columns of the attention output, [blocks, heads · head size].
+        channel: factors of the columns of the MLP output, [blocks, intermediate].
+        kept: masks by dimension (``hidden`` [hidden], ``query`` [blocks, heads · head size], ``key_value`` [blocks,
+            groups · head size]): 1 for places that stay, else 0; norms compute their statistics over places that stay.
     """
 
     hidden: Tensor | None = None
@@ -40,7 +40,7 @@ class Factors:
         kv_heads: int,
         head_dim: int,
     ) -> "Factors":
-        """The factors whose heads are ``heads`` [blocks, heads], and what norms have to know of them."""
+        """The factors from gates of heads, ``heads`` [blocks, heads], with the masks that norms need."""
         kept = {} if hidden is None else {"hidden": _nonzero(hidden)}
         query = None
         if heads is not None:
@@ -50,12 +50,12 @@ class Factors:
         return cls(hidden=hidden, attention=attention, mlp=mlp, query=query, channel=channel, kept=kept)
 
     def trainable(self) -> dict[str, Tensor]:
-        """The factors that gradients flow to, by name."""
+        """The factors that receive gradients, by name."""
         names = ("hidden", "attention", "mlp", "query", "channel")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def detached(self) -> "Factors":
-        """The same values as leaves that collect their own gradients."""
+        """A copy whose factors are leaves that collect their own gradients."""
         leaves: dict[str, Any] = {
             name: value.detach().contiguous().requires_grad_() for name, value in self.trainable().items()
         }

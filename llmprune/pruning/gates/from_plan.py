@@ -1,4 +1,4 @@
-"""A plan as gates: the whole model then computes what the cut one does."""
+"""Gates made from a plan, with which the whole model computes the same as the pruned model."""
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,10 @@ from llmprune.pruning.gates.factors import Factors
 
 
 def factors_of(plan: Plan) -> Factors:
-    """What multiplies a model's units so that it computes what the plan leaves of it: zero for what goes.
+    """The factors with which a model computes the same as the plan's pruned model: zero for removed units.
 
-    A plan's merges and corrections are no gates, they belong into the model's weights (``Surgery.whole``); nor are its
-    experts (``mask_experts``).
+    A plan's merges and corrections can't be gates; they change the model's weights (``Surgery.whole``). Its experts are
+    masked by ``mask_experts``.
     """
     source = plan.source
     hidden = None if plan.hidden is None else _spread(plan.hidden, plan.factors.get("hidden"), source.hidden)
@@ -51,7 +51,7 @@ def factors_of(plan: Plan) -> Factors:
 
 
 def mask_experts(model: PreTrainedModel, plan: Plan) -> list[RemovableHandle]:
-    """Keep a model's routers from choosing the experts that a plan removes; returns the hooks that do."""
+    """Prevent a model's routers from choosing the experts that a plan removes; returns the hooks that do this."""
     family = family_of(model.config)
     routers = [name for name, role in family.block.items() if role is Role.ROUTER]
     handles = []
@@ -70,7 +70,7 @@ def mask_experts(model: PreTrainedModel, plan: Plan) -> list[RemovableHandle]:
 
 
 def _spread(kept: list[int] | tuple[int, ...], values: Tensor | None, size: int) -> Tensor:
-    """Zeros, with ``values`` (or ones) in the places ``kept``."""
+    """A vector of zeros, with ``values`` (or ones) at the places in ``kept``."""
     spread = torch.zeros(size)
     spread[list(kept)] = torch.ones(len(kept)) if values is None else values.float()
     return spread

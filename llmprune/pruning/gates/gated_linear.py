@@ -10,15 +10,15 @@ from torch import Tensor
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     """X · (rows ⊗ columns ∘ weight)ᵀ + rows ∘ bias.
 
-    The scaled weight costs O(parameters) where gating activations costs O(tokens × width); it is never kept for the
-    backward pass, which scales anew, so memory stays that of the plain product.
+    Scaling the weight costs O(parameters), gating activations O(tokens × width). The scaled weight is not kept for the
+    backward pass, which computes it again, so that memory use is that of the plain product.
 
     Args:
-        x: [..., in].
-        weight: [out, in].
-        bias: [out] or None.
-        rows: float32 [out] or None.
-        columns: float32 [in] or None.
+        x: input, [..., in].
+        weight: weight matrix, [out, in].
+        bias: bias, [out]; None = no bias.
+        rows: factors of the rows, float32 [out]; None = no factors.
+        columns: factors of the columns, float32 [in]; None = no factors.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):

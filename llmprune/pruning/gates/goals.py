@@ -1,4 +1,4 @@
-"""What gates are to come to: a shape, or a size. A goal is arithmetic on probabilities; it has no state."""
+"""The goals of gates: a shape, or a size. A goal is arithmetic on probabilities and has no state."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -23,12 +23,12 @@ from llmprune.utils.errors import UserError
 
 
 class Goal(Protocol):
-    """What gates are to come to.
+    """A goal that gates should reach.
 
     Attributes:
-        kinds: the kinds of gates that lead there.
-        targets: target sparsity of every constraint.
-        rows: size of every constraint's multipliers (one for each row).
+        kinds: kinds of gates that the goal needs.
+        targets: target sparsity of every constraint, by name.
+        rows: shape of every constraint's multipliers (one for each row), by name.
     """
 
     kinds: tuple[str, ...]
@@ -36,30 +36,30 @@ class Goal(Protocol):
     rows: dict[str, tuple[int, ...]]
 
     def sparsity(self, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Expected sparsity of every constraint, of its rows' size, from each kind's probabilities to stay."""
+        """Expected sparsity of every constraint, one value per row, from each kind's keep probabilities."""
         ...
 
     def counts(self, keep: Mapping[str, Tensor]) -> list[dict[str, int]]:
-        """How many gates of every row may stay in the model that is cut, by kind; the best guess first."""
+        """The numbers of gates that may stay in every row of the pruned model, by kind; the best guess first."""
         ...
 
 
 class ShapeGoal:
-    """A target shape: every row of every kind has a constraint of its own, so each block reaches the shape."""
+    """A target shape: every row of every kind has its own constraint, so that each block reaches the shape."""
 
     def __init__(
         self, source: Shape, target: Shape, attention_layers: int | None = None, mlp_layers: int | None = None
     ) -> None:
-        """The gates that lead from ``source`` to ``target``: one kind for every dimension that shrinks.
+        """Create the goal of pruning ``source`` to ``target``, with one kind of gates for every dimension that shrinks.
 
         Args:
             source: shape of the model.
             target: shape to reach.
-            attention_layers: attention sub-layers that stay; None = those of all blocks that stay.
-            mlp_layers: MLP sub-layers that stay; None = those of all blocks that stay.
+            attention_layers: number of attention sub-layers that stay; None = those of all blocks that stay.
+            mlp_layers: number of MLP sub-layers that stay; None = those of all blocks that stay.
 
         Raises:
-            UserError: nothing shrinks, or these gates can't go together.
+            UserError: nothing shrinks, or these gates can't be combined.
         """
         self._sizes = gate_sizes(source)
         keep = {
@@ -88,14 +88,14 @@ class ShapeGoal:
         self._target = target
 
     def sparsity(self, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Expected share of zeros in every row of every kind; a sub-layer stays only if its block does."""
+        """Expected share of zeros in every row of every kind; a sub-layer stays only if its block stays."""
         alive = dict(keep)
         if LAYER in keep:
             alive |= {kind: keep[kind] * keep[LAYER] for kind in (ATTENTION, MLP) if kind in keep}
         return {kind: 1 - alive[kind].mean(-1) for kind in self.kinds}
 
     def counts(self, keep: Mapping[str, Tensor]) -> list[dict[str, int]]:
-        """The target's counts."""
+        """The counts of the target shape."""
         return [dict(self._keep)]
 
     def __str__(self) -> str:
@@ -107,7 +107,7 @@ SIZE = "size"
 
 
 class SizeGoal:
-    """A target sparsity of all attention and MLP parameters together: one constraint, blocks may differ."""
+    """A target sparsity of all attention and MLP parameters, with one constraint, so that blocks may differ."""
 
     def __init__(
         self,
@@ -120,19 +120,19 @@ class SizeGoal:
         coupled: bool = False,
         whole_heads: bool = False,
     ) -> None:
-        """A goal for gates of these kinds.
+        """Create the goal for these kinds of gates.
 
         Args:
             source: shape of the model.
-            matrices: how many matrices of each kind a block has (``Family.matrices``).
+            matrices: number of matrices of each kind in a block (``Family.matrices``).
             kinds: kinds of gates.
-            sparsity: share of the prunable size that is to go.
-            multiples: kind → what its count must be a multiple of in the model that is cut.
-            coupled: whether the config takes hidden / heads for the head size, so that both shrink together.
+            sparsity: share of the prunable parameters to remove.
+            multiples: numbers that the counts in the pruned model must be multiples of, by kind.
+            coupled: whether the config's head size is always hidden / heads, so that both shrink together.
             whole_heads: whether hidden must be a multiple of the heads.
 
         Raises:
-            UserError: these gates can't go together, do nothing in this model, or can't remove as much.
+            UserError: these gates can't be combined, have no effect in this model, or can't remove so much.
         """
         check_kinds(kinds)
         sizes = gate_sizes(source)
@@ -153,7 +153,7 @@ class SizeGoal:
         self._check_reachable(sparsity)
 
     def _check_reachable(self, sparsity: float) -> None:
-        """Refuse what is more than these gates can remove, one unit of each row staying."""
+        """Refuse a sparsity that these gates can't reach while one unit of each row stays."""
         sizes = gate_sizes(self._source)
         least = {kind: torch.ones(sizes[kind]) / sizes[kind][-1] for kind in self.kinds}
         limit = 1 - float(prunable_size(self._source, self._matrices, least)) / self._full
@@ -164,11 +164,11 @@ class SizeGoal:
             )
 
     def sparsity(self, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Expected share of the prunable parameters that go."""
+        """Expected share of the prunable parameters that are removed."""
         return {SIZE: 1 - prunable_size(self._source, self._matrices, keep) / self._full}
 
     def counts(self, keep: Mapping[str, Tensor]) -> list[dict[str, int]]:
-        """The uniform shapes of the target's size that follow from what the gates have learned."""
+        """The counts of the uniform shapes of the target size that are nearest to the learned gates."""
         return uniform_counts(
             self._source, self._matrices, keep, self.targets[SIZE], self._multiples, self._coupled, self._whole_heads
         )

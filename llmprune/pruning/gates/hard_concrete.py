@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 BETA = 2 / 3  # temperature
-LOWER, UPPER = -0.1, 1.1  # the interval that the concrete variable is stretched to, before it is clamped to [0, 1]
+LOWER, UPPER = -0.1, 1.1  # interval of the stretched concrete variable before it is clamped to [0, 1]
 EPSILON = 1e-6
 LOG_ALPHA_START = 5.0
 LOG_ALPHA_SPREAD = 0.01
 LOG_ALPHA_LIMIT = math.log(100)
-SOFT_SLOPE = 0.8  # of the gate used in evaluation
+SOFT_SLOPE = 0.8  # slope of the gate used in evaluation
 
 _ZERO_POINT = BETA * math.log(-LOWER / UPPER)
 
 
 def sample(log_alpha: Tensor, noise: Tensor) -> Tensor:
-    """One draw of the gates: z = clamp(1.2·s − 0.1, 0, 1), s = σ((logit u + log α) / β).
+    """A random sample of the gates: z = clamp(1.2·s − 0.1, 0, 1), s = σ((logit u + log α) / β).
 
     Args:
-        log_alpha: location parameters.
-        noise: u, uniform on (0, 1), of the same shape.
+        log_alpha: location parameters log α, of any shape.
+        noise: random numbers u, uniform on (0, 1), of the same shape.
     """
     concrete = torch.sigmoid((torch.logit(noise, eps=EPSILON) + log_alpha) / BETA)
     return (concrete * (UPPER - LOWER) + LOWER).clamp(0, 1)
@@ -40,11 +40,11 @@ def deterministic(log_alpha: Tensor, zeros: Tensor | int) -> Tensor:
     """The gates used in evaluation: σ(0.8 · log α / β), with the lowest set to zero.
 
     Args:
-        log_alpha: [..., n].
-        zeros: how many of the n gates are zero, for all rows alike or for each row [...].
+        log_alpha: location parameters log α, [..., n].
+        zeros: number of zeros among the n gates, one number for all rows or one for each row [...].
 
     Returns:
-        [..., n]; ties fall to the lower index.
+        The gates, [..., n]; among equal values, those with lower indices become zero first.
     """
     soft = torch.sigmoid(log_alpha * (SOFT_SLOPE / BETA))
     rank = log_alpha.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)

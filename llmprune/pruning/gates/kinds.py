@@ -1,4 +1,4 @@
-"""The kinds of gates: what each removes, how many there are, and which go together."""
+"""The kinds of gates: what each removes, how many gates it has, and which kinds can be combined."""
 
 from collections.abc import Collection
 
@@ -12,10 +12,10 @@ DEPTH = (LAYER, ATTENTION, MLP)
 
 
 def gate_sizes(source: Shape) -> dict[str, tuple[int, ...]]:
-    """The size of every kind's tensor; the last dimension is what is counted, the others are rows.
+    """The size of every kind's tensor; gates are counted along the last dimension, the others are rows.
 
     ``kv_group`` removes a key/value group with all its queries (in models without grouped queries: a head); ``head``
-    removes query heads within their group; ``layer`` a block; ``attention`` and ``mlp`` one of its sub-layers.
+    removes query heads within their group; ``layer`` a block; ``attention`` and ``mlp`` one of a block's sub-layers.
     """
     blocks = source.layers
     return {
@@ -33,7 +33,7 @@ def check_kinds(kinds: Collection[str]) -> None:
     """Check that these kinds of gates can be trained together.
 
     Raises:
-        UserError: they can't; the message says why.
+        UserError: they can't be trained together; the message contains the reason.
     """
     known = (*WIDTH, *DEPTH)
     for kind in kinds:

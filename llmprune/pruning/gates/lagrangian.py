@@ -1,4 +1,4 @@
-"""The constraint that leads the expected sparsity to its target (Sheared-LLaMA, arXiv:2310.06694, equation 3)."""
+"""The constraint that moves the expected sparsity to its target (Sheared-LLaMA, arXiv:2310.06694, equation 3)."""
 
 from torch import Tensor
 
@@ -6,13 +6,13 @@ from torch import Tensor
 def lagrangian(sparsity: Tensor, target: float, linear: Tensor, quadratic: Tensor) -> Tensor:
     """λ1 · (s − t) + λ2 · (s − t)², averaged over rows.
 
-    Gates minimise it, multipliers maximise it.
+    Gates minimise this term, multipliers maximise it.
 
     Args:
-        sparsity: expected share of zero gates of every row.
-        target: the share wanted.
-        linear: λ1 of every row.
-        quadratic: λ2 of every row.
+        sparsity: expected share s of zero gates of every row.
+        target: target share t of zero gates.
+        linear: multiplier λ1 of every row.
+        quadratic: multiplier λ2 of every row.
     """
     gap = sparsity - target
     return (linear * gap + quadratic * gap.square()).mean()

@@ -1,4 +1,4 @@
-"""The settings of pruning by gates, and the goal that they describe."""
+"""The settings of pruning by gates, and the goal made from them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,19 +17,21 @@ DEFAULT_GATES = [HIDDEN, KV_GROUP, INTERMEDIATE, LAYER]
 
 @dataclass
 class TargetShape:
-    """The shape to prune to; what is left out stays as it is.
+    """The shape to prune to; sizes that are not given stay as they are.
 
-    Heads without ``kv_heads`` remove whole key/value groups, and the other way round; both together can also remove
-    the same number of query heads within every group.
+    ``heads`` without ``kv_heads`` removes whole key/value groups, and so does ``kv_heads`` without ``heads``; both
+    together can also remove the same number of query heads within every group.
 
     Attributes:
-        layers: blocks.
-        attention_layers: attention sub-layers, in the blocks that stay; those that go are gated by themselves.
-        mlp_layers: MLP sub-layers, in the same way.
-        hidden: hidden dimensions.
-        heads: query heads.
-        kv_heads: key/value groups.
-        intermediate: MLP channels.
+        layers: number of blocks that stay; null = all.
+        attention_layers: number of attention sub-layers that stay, within the blocks that stay; removed ones have gates
+            of their own; null = all.
+        mlp_layers: number of MLP sub-layers that stay, within the blocks that stay; removed ones have gates of their
+            own; null = all.
+        hidden: number of hidden dimensions that stay; null = all.
+        heads: number of query heads that stay in every block; null = all, or as ``kv_heads`` requires.
+        kv_heads: number of key/value groups that stay in every block; null = all, or as ``heads`` requires.
+        intermediate: number of MLP channels that stay in every block; null = all.
     """
 
     layers: int | None = None
@@ -43,7 +45,7 @@ class TargetShape:
 
 @dataclass
 class Multiples:
-    """What the cut model's sizes must be multiples of (hardware likes 64 or 128); heads are always kept whole."""
+    """The numbers that sizes of the pruned model are multiples of (64 or 128 suit hardware); heads stay whole."""
 
     hidden: int = limited(1, least=1)
     intermediate: int = limited(1, least=1)
@@ -54,17 +56,18 @@ class L0PruningConfig:
     """Settings of ``L0Pruning``; the defaults are Sheared-LLaMA's.
 
     Attributes:
-        target: the shape to reach; either this or ``target_sparsity``.
-        target_sparsity: share of the attention and MLP parameters that is to go, wherever they are needed least.
-        gates: with ``target_sparsity``, the kinds of gates: hidden, kv_group, head, intermediate, and layer or
+        target: shape to prune to; give either this or ``target_sparsity``.
+        target_sparsity: share of the attention and MLP parameters to remove, from the places where they are least
+            needed.
+        gates: kinds of gates, only with ``target_sparsity``: hidden, kv_group, head, intermediate, and layer or
             attention and mlp; null = hidden, kv_group, intermediate and layer.
-        multiples: what the sizes of the cut model must be multiples of; a target shape is rounded down to them.
-        start_sparsity: where the target sparsity starts.
-        lagrangian_warmup: how long it takes to rise to the target (``640ba``, ``0.2dur``).
+        multiples: numbers that the sizes of the pruned model are multiples of; a target shape is rounded down to them.
+        start_sparsity: target sparsity at the start of the warm-up.
+        lagrangian_warmup: time in which the target sparsity rises to its final value, such as ``640ba`` or ``0.2dur``.
         gate_lr: learning rate of the gates (log α).
-        multiplier_lr: learning rate of the Lagrange multipliers, which ascend.
-        evaluate_at: ``expected`` evaluates with as many gates at zero as are expected by now; ``target`` with exactly
-            those of the model that would be cut now.
+        multiplier_lr: learning rate of the Lagrange multipliers, which are updated by gradient ascent.
+        evaluate_at: gates in evaluations: ``expected`` = as many at zero as expected now; ``target`` = exactly those of
+            the model that would be cut now.
     """
 
     target: TargetShape | None = None
@@ -79,11 +82,11 @@ class L0PruningConfig:
 
 
 def make_goal(model: PretrainedConfig, config: L0PruningConfig) -> Goal:
-    """What the gates of a model are to come to.
+    """The goal of pruning for a model: a shape or a sparsity.
 
     Args:
-        model: its config.
-        config: the settings.
+        model: config of the model.
+        config: settings of pruning by gates.
 
     Raises:
         UserError: the target is missing, given twice, not smaller, or not possible with these gates or this family.

@@ -1,4 +1,4 @@
-"""The uniform shape that a run has chosen at its end, kept beside its checkpoints."""
+"""The uniform shape chosen at the end of a run, in a file in the folder of its checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,14 +12,14 @@ _FILE = "shape.json"
 def save_shape(
     checkpoints: Path, batch: int, rivals: Sequence[Mapping[str, int]], losses: Sequence[float], best: int
 ) -> None:
-    """Write which shape was chosen, and what it was compared with.
+    """Write the chosen shape and the shapes that it was compared with.
 
     Args:
         checkpoints: folder of the checkpoints.
-        batch: of the checkpoint that the shape was chosen for.
-        rivals: how many gates of every row stay, by kind, for each shape.
-        losses: held-out loss of each under the gates.
-        best: place of the one that was chosen.
+        batch: number of batches before the checkpoint that the shape was chosen for.
+        rivals: number of gates of every row that stay, by kind, for each compared shape.
+        losses: held-out loss of each compared shape under the gates.
+        best: index of the chosen shape in ``rivals``.
     """
     compared = [{"counts": dict(counts), "loss": loss} for counts, loss in zip(rivals, losses, strict=True)]
     write_json(checkpoints / _FILE, {"schema": 1, "batch": batch, "counts": dict(rivals[best]), "compared": compared})
@@ -33,12 +33,12 @@ def is_chosen(checkpoints: Path, batch: int) -> bool:
 
 
 def chosen_shape(checkpoints: Path, batch: int, sizes: Mapping[str, Sequence[int]]) -> dict[str, int] | None:
-    """How many gates of every row stay, by kind, as it was chosen for a checkpoint; None if nothing was.
+    """The number of gates that stay in every row, by kind, as chosen for a checkpoint; None if nothing was chosen.
 
     Args:
         checkpoints: folder of the checkpoints.
-        batch: of the checkpoint.
-        sizes: of the gates, by kind.
+        batch: number of batches before the checkpoint.
+        sizes: sizes of the gates' tensors, by kind.
 
     Raises:
         UserError: the file is damaged or of other gates.

@@ -1,4 +1,4 @@
-"""The prunable size of a model: the matrices of its blocks, as expected under gates and as a plain count."""
+"""The prunable size of a model (its blocks' matrices), expected under gates or counted, and uniform shapes."""
 
 import itertools
 import math
@@ -11,19 +11,19 @@ from torch import Tensor
 from llmprune.models.families import Shape
 from llmprune.pruning.gates.kinds import ATTENTION, DEPTH, HEAD, HIDDEN, INTERMEDIATE, KV_GROUP, LAYER, MLP, gate_sizes
 
-RIVALS = 6  # uniform shapes that are compared at most
+RIVALS = 6  # largest number of uniform shapes that are compared
 
 
 def prunable_size(source: Shape, matrices: Mapping[str, int], keep: Mapping[str, Tensor]) -> Tensor:
     """The number of attention and MLP parameters that stay, [].
 
-    A matrix element stays with the product of the probabilities of every gate that touches it (gates are independent),
-    so the expectation over gates is the same formula as the count for one draw of them.
+    A matrix element stays with the product of the probabilities of all gates that affect it (gates are independent), so
+    the expectation over gates is the same formula as the count for one sample of the gates.
 
     Args:
         source: shape of the model.
-        matrices: how many matrices of each kind a block has (``Family.matrices``).
-        keep: probability to stay (or the gates themselves, 0 or 1) of every kind, of the kind's size; absent = 1.
+        matrices: number of matrices of each kind in a block (``Family.matrices``).
+        keep: keep probabilities (or the gates themselves, 0 or 1) by kind, of the kind's size; absent = 1.
     """
     sizes = gate_sizes(source)
     device = next(iter(keep.values())).device
@@ -45,24 +45,24 @@ def uniform_counts(
     coupled: bool = False,
     whole_heads: bool = False,
 ) -> list[dict[str, int]]:
-    """The uniform shapes of the size wanted that follow from what the gates have learned, the nearest first.
+    """The uniform shapes of the target size that are nearest to the learned gates, the best first.
 
-    Every kind gives in proportion to the share of it that is expected to be closed: from the learned counts the way
-    goes on, or back, along that direction until the size is met. So a kind whose gates are all open loses next to
-    nothing while another can give. Around that point counts are rounded to both sides, and MLP channels, or else hidden
-    dimensions, are chosen last to meet the size (to 1 % where that is possible).
+    Every kind is reduced in proportion to its expected share of closed gates: the counts move along the direction of
+    these shares until the size is reached. So a kind whose gates are all open loses almost nothing while another can be
+    reduced. Around that point counts are rounded to both sides, and MLP channels, or else hidden dimensions, are chosen
+    last to reach the size (to 1 % where that is possible).
 
     Args:
         source: shape of the model.
-        matrices: see ``prunable_size``.
-        keep: probability to stay of every kind of gate that there is.
-        sparsity: share of the prunable size that goes.
-        multiples: kind → what its count must be a multiple of; absent = 1.
+        matrices: number of matrices of each kind in a block, see ``prunable_size``.
+        keep: keep probabilities of every kind of gate that exists.
+        sparsity: share of the prunable size to remove.
+        multiples: numbers that the counts must be multiples of, by kind; absent = 1.
         coupled: whether hidden must be key/value groups × head size.
         whole_heads: whether hidden must be a multiple of the heads.
 
     Returns:
-        How many gates of every row stay, by kind, for each of at most ``RIVALS`` shapes.
+        The number of gates that stay in every row, by kind, for each of at most ``RIVALS`` shapes.
     """
     full = _full(source)
     wanted = (1 - sparsity) * _size(source, matrices, full)
@@ -86,11 +86,11 @@ def uniform_counts(
 
 @dataclass(frozen=True)
 class _Ties:
-    """What counts have to be.
+    """Conditions that the counts must satisfy.
 
     Attributes:
-        multiples: kind → what its count must be a multiple of; absent = 1.
-        hidden_per_group: hidden dimensions that come with each key/value group; None = the two are free.
+        multiples: numbers that the counts must be multiples of, by kind; absent = 1.
+        hidden_per_group: number of hidden dimensions for each key/value group; None = the two counts are independent.
         whole_heads: whether hidden must be a multiple of the heads.
     """
 
@@ -99,16 +99,16 @@ class _Ties:
     whole_heads: bool
 
     def fixes(self, kind: str) -> bool:
-        """Whether the count of a kind follows from the others."""
+        """Whether the count of a kind is determined by the other counts."""
         return kind == HIDDEN and self.hidden_per_group is not None
 
     def multiple(self, kind: str, counts: Mapping[str, int]) -> int:
-        """What the count of a kind must be a multiple of beside these of the others."""
+        """The number that the count of a kind must be a multiple of, given the other kinds' counts."""
         own = self.multiples.get(kind, 1)
         return math.lcm(own, counts[KV_GROUP] * counts[HEAD]) if kind == HIDDEN and self.whole_heads else own
 
     def groups(self, wanted: float, limit: int) -> list[int]:
-        """The numbers of key/value groups next to ``wanted`` with which hidden is what it has to be."""
+        """The two numbers of key/value groups nearest to ``wanted`` with which hidden is a valid multiple."""
         assert self.hidden_per_group is not None
         multiple = self.multiples.get(HIDDEN, 1)
         fitting = [n for n in range(1, limit + 1) if n * self.hidden_per_group % multiple == 0]
@@ -118,8 +118,8 @@ class _Ties:
 def _near(
     centre: Mapping[str, float], kinds: Sequence[str], full: Mapping[str, int], ties: _Ties
 ) -> Iterator[dict[str, int]]:
-    """The counts of ``kinds`` on all sides of ``centre``, in all combinations that ``ties`` allow."""
-    tried = [kind for kind in kinds if kind != HIDDEN]  # what hidden can be follows from these
+    """The counts of ``kinds`` around ``centre``, in all combinations that ``ties`` allow."""
+    tried = [kind for kind in kinds if kind != HIDDEN]  # these determine the possible counts of hidden
     candidates = [
         ties.groups(centre[kind], full[kind])
         if kind == KV_GROUP and ties.hidden_per_group is not None
@@ -138,27 +138,27 @@ def _near(
 
 
 def _full(source: Shape) -> dict[str, int]:
-    """How many gates of every kind a row has: the counts of the model as it is."""
+    """The number of gates in a row, by kind: the counts of the unpruned model."""
     return {kind: size[-1] for kind, size in gate_sizes(source).items()}
 
 
 def _at_size(
     source: Shape, matrices: Mapping[str, int], closed: Mapping[str, float], wanted: float
 ) -> dict[str, float]:
-    """The counts, not yet whole numbers, at which the size is ``wanted``, along the direction of ``closed``.
+    """The counts, not yet whole numbers, with the size ``wanted``, along the direction of ``closed``.
 
     Args:
         source: shape of the model.
-        matrices: see ``prunable_size``.
-        closed: share of every kind that is expected to be zero, in (0, 1).
-        wanted: the size.
+        matrices: number of matrices of each kind in a block, see ``prunable_size``.
+        closed: expected share of zero gates, by kind, in (0, 1).
+        wanted: prunable size to reach.
     """
     full = _full(source)
 
     def at(step: float) -> dict[str, float]:
         return {kind: max(full[kind] * (1 - step * share), 1.0) for kind, share in closed.items()}
 
-    low, high = 0.0, 1 / max(min(closed.values()), 1e-9)  # there everything is as small as it can be
+    low, high = 0.0, 1 / max(min(closed.values()), 1e-9)  # at ``high`` every count is at its minimum
     for _ in range(100):
         middle = (low + high) / 2
         if _size(source, matrices, {**full, **at(middle)}) > wanted:
@@ -169,7 +169,7 @@ def _at_size(
 
 
 def _size(source: Shape, matrices: Mapping[str, int], counts: Mapping[str, float]) -> float:
-    """The prunable size of a uniform shape, whose counts need not be whole numbers."""
+    """The prunable size of a uniform shape; its counts may be fractions."""
     head_dim, groups = source.head_dim, counts[KV_GROUP]
     queries = groups * counts[HEAD] * head_dim
     of_attention = matrices["query"] * queries + matrices["key_value"] * groups * head_dim
@@ -179,7 +179,7 @@ def _size(source: Shape, matrices: Mapping[str, int], counts: Mapping[str, float
 
 
 def _mean_count(kind: str, keep: Mapping[str, Tensor]) -> float:
-    """How many gates of a row are expected to stay, averaged over the blocks that are likely to stay."""
+    """The expected number of gates of a row that stay, averaged over the blocks that are likely to stay."""
     counts = keep[kind].sum(-1)
     if kind in DEPTH or counts.ndim == 0:
         return counts.item()
@@ -191,7 +191,7 @@ def _mean_count(kind: str, keep: Mapping[str, Tensor]) -> float:
 
 
 def _around(value: float, multiple: int, limit: int) -> list[int]:
-    """The multiples next to ``value`` on both sides, from one up to ``limit``."""
+    """The multiples nearest to ``value`` on both sides, between one and ``limit``."""
     near = math.floor(value / multiple) * multiple
     return sorted(n for n in {near, near + multiple} if 0 < n <= limit) or [limit]
 
@@ -199,7 +199,7 @@ def _around(value: float, multiple: int, limit: int) -> list[int]:
 def _solve(
     source: Shape, matrices: Mapping[str, int], counts: Mapping[str, int], kind: str, wanted: float, multiple: int
 ) -> int:
-    """The count of ``kind`` that brings the size nearest to ``wanted``: the size is linear in it."""
+    """The count of ``kind`` with the size nearest to ``wanted``; the size is linear in this count."""
     limit = counts[kind]
     zero, one = (_size(source, matrices, {**counts, kind: n}) for n in (0, 1))
     exact = (wanted - zero) / (one - zero)

@@ -1,1 +1,1 @@
-"""Replacement modules for spans of blocks, and how they learn."""
+"""Replacement modules for spans of blocks, and their training."""

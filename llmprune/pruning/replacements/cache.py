@@ -1,4 +1,4 @@
-"""States at both ends of a span on disk, for several epochs over them that run no block of the source."""
+"""A cache on disk of the hidden states at both ends of a span, for several epochs without the source's blocks."""
 
 import logging
 import shutil
@@ -20,27 +20,27 @@ log = logging.getLogger(__name__)
 BYTES = 2  # bfloat16
 _MARK = "states.json"
 _TOKENS = ("labels", "positions")
-_NONE = -1  # no positions
+_NONE = -1  # mark of a sample without positions
 _ENDS = ("before", "after")
 
 
 class StatesCache:
-    """Memory-mapped states of samples, in a folder: before and after, bfloat16, and labels and positions, int32.
+    """Memory-mapped states of samples in a folder: before and after, bfloat16, and labels and positions, int32.
 
     Attributes:
-        samples: how many there are.
-        size: bytes that they take.
+        samples: number of samples.
+        size: size of the files in bytes.
     """
 
     def __init__(self, folder: Path, samples: int, length: int, hidden: int, identity: Mapping[str, Any]) -> None:
-        """Name the place; nothing is written.
+        """Describe the cache; nothing is written.
 
         Args:
-            folder: of the files.
-            samples: how many.
-            length: tokens of each.
-            hidden: dimensions of a state.
-            identity: what the states depend on, as plain values.
+            folder: folder of the files.
+            samples: number of samples.
+            length: number of tokens in each sample.
+            hidden: number of hidden dimensions of a state.
+            identity: plain values that the states depend on, by name.
         """
         self._folder, self.samples = folder, samples
         self._shape = (samples, length, hidden)
@@ -49,15 +49,15 @@ class StatesCache:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all states are there."""
+        """Whether all states are written."""
         mark = self._folder / _MARK
         return mark.is_file() and bool(read_json(mark)["complete"])
 
     def check_room(self) -> None:
-        """See whether the states are there, or could be written.
+        """Check that the states are written, or can be written.
 
         Raises:
-            UserError: the folder holds something else, or the disk has no room for what is still to be written.
+            UserError: the folder contains something else, or the disk has too little space for the states.
         """
         mark = self._folder / _MARK
         if mark.is_file() and read_json(mark)["of"] != self._identity:
@@ -80,7 +80,7 @@ class StatesCache:
             )
 
     def create(self) -> None:
-        """Make the files, empty; one process of a machine does so."""
+        """Create the files, empty; one process of each machine does this."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._note(complete=False)
         for name in (*_ENDS, *_TOKENS):
@@ -99,7 +99,7 @@ class StatesCache:
     def write(self, places: list[int], before: Tensor, after: Tensor, labels: Tensor, positions: Tensor | None) -> None:
         """Store the states [n, length, hidden], labels and positions [n, length] of the samples at some places.
 
-        Without positions attention runs from the first token to the last.
+        Without positions, attention covers the whole sample.
         """
         for name, states in (("before", before), ("after", after)):
             self._map(name, "r+")[places] = states.to(torch.bfloat16).cpu().view(torch.int16).numpy()
@@ -111,7 +111,7 @@ class StatesCache:
         return np.memmap(self._folder / name, dtype, mode, shape=shape)
 
     def read(self, place: int) -> dict[str, Tensor]:
-        """One sample: ``before`` and ``after`` [length, hidden], and labels, which stand for its tokens, too."""
+        """One sample: ``before`` and ``after`` [length, hidden], and labels, which also serve as its input ids."""
         found = {name: torch.from_numpy(self._map(name, "r")[place].copy()).view(torch.bfloat16) for name in _ENDS}
         labels, positions = (torch.from_numpy(self._map(name, "r")[place].astype(np.int64)) for name in _TOKENS)
         found |= {"input_ids": labels.clamp(min=0), "labels": labels}
@@ -119,19 +119,19 @@ class StatesCache:
 
 
 class CachedStates(IterableDataset[dict[str, Tensor]]):
-    """The endless training stream over a cache, in a new order in every epoch.
+    """The endless training stream from a cache, in a new order in every epoch.
 
     Slot n is the same sample for any number of ranks and workers, as in ``llmprune.data.dataset.MixedDataset``.
     """
 
     def __init__(self, cache: StatesCache, *, global_batch_size: int, seed: int, rank: int, world_size: int) -> None:
-        """Read from ``cache``, which need not be filled before the first sample is asked for."""
+        """Read from ``cache``; it may be empty until the first sample is requested."""
         self._cache, self._batch, self._seed = cache, global_batch_size, seed
         self._rank, self._world_size = rank, world_size
         self._start = 0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Yield this rank's and this worker's samples, for ever."""
+        """Yield this rank's and this worker's samples endlessly."""
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         per_rank = self._batch // self._world_size
@@ -149,9 +149,9 @@ class CachedStates(IterableDataset[dict[str, Tensor]]):
         return int(self._order[within])
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Where the stream stands after ``num_samples`` samples over all ranks."""
+        """The position of the stream after ``num_samples`` samples over all ranks."""
         return {"slot": num_samples}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved place, on any number of ranks and workers."""
+        """Resume from a saved position, on any number of ranks and workers."""
         self._start = int(state["slot"])

@@ -1,4 +1,4 @@
-"""A replacement module that no config of its family can describe, on its way into a Hugging Face folder."""
+"""A replacement module that no config of its family can describe, prepared for export to a Hugging Face folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from llmprune.models.own_model_types import own_config
 
 @dataclass(frozen=True)
 class Network:
-    """A network between two blocks.
+    """A replacement network between two blocks.
 
     Attributes:
-        kind: its name in ``modeling_llmprune.NETWORKS``.
-        settings: what it is made with.
-        place: the number of the block after it, in the exported model.
-        tensors: by name.
+        kind: name of the network's class in ``modeling_llmprune.NETWORKS``.
+        settings: arguments that the network is created with.
+        place: number of the block after the network, in the exported model.
+        tensors: tensors of the network, by name.
     """
 
     kind: str
@@ -29,7 +29,7 @@ class Network:
     tensors: Mapping[str, Tensor]
 
     def config(self, plain: PretrainedConfig) -> PretrainedConfig:
-        """The config of a model with the network, from that of the model without."""
+        """The config of a model with the network, from the config of the model without it."""
         config = own_config(plain)
         config.llmprune_replacement = {
             "kind": self.kind,
@@ -40,6 +40,6 @@ class Network:
         return config
 
     def named(self, plain: PretrainedConfig) -> dict[str, Tensor]:
-        """Its tensors under the names that they have in the model."""
+        """The network's tensors by their names in the model."""
         prefix = f"{family_of(plain).blocks}.{host(self.place)}.replacement."
         return {prefix + name: tensor for name, tensor in self.tensors.items()}

@@ -1,4 +1,4 @@
-"""Replacement modules that are computed from states: what they are fitted on, and what they come to on other tokens."""
+"""Replacement modules computed from hidden states: the sums that they are fitted on, and their losses."""
 
 import logging
 import math
@@ -13,11 +13,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Map:
-    """What is added to the residual stream: xW + b of what a replacement module reads; None = nothing.
+    """An affine map whose output is added to the residual stream: xW + b of the module's input x; None = nothing.
 
     Attributes:
-        weight: W, float64 [hidden, hidden].
-        bias: b, float64 [hidden].
+        weight: matrix W, float64 [hidden, hidden].
+        bias: vector b, float64 [hidden].
     """
 
     weight: Tensor | None = None
@@ -26,15 +26,15 @@ class Map:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over tokens, float64, of the states X that a replacement module reads and of what Y it should add to them.
+    """Sums over tokens, float64, of a replacement module's input X and of the update Y that it should add.
 
     Attributes:
-        tokens: how many.
-        x: of X, [hidden].
-        y: of Y, [hidden].
-        xx: of XᵀX, [hidden, hidden].
-        xy: of XᵀY, [hidden, hidden].
-        yy: of ‖Y‖².
+        tokens: number of tokens.
+        x: sum of X, [hidden].
+        y: sum of Y, [hidden].
+        xx: sum of XᵀX, [hidden, hidden].
+        xy: sum of XᵀY, [hidden, hidden].
+        yy: sum of ‖Y‖², a number.
     """
 
     tokens: Tensor
@@ -46,12 +46,12 @@ class Sums:
 
     @classmethod
     def empty(cls, hidden: int, device: torch.device) -> "Sums":
-        """Sums over no tokens yet."""
+        """Sums over no tokens."""
         shapes: tuple[tuple[int, ...], ...] = ((), (hidden,), (hidden,), (hidden, hidden), (hidden, hidden), ())
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def add(self, read: Tensor, wanted: Tensor) -> None:
-        """Add states and what should be added to the stream, [tokens, hidden] both."""
+        """Add inputs and wanted updates of the residual stream, [tokens, hidden] both."""
         x, y = read.double(), wanted.double()  # float32 would lose half of its digits in the products
         self.tokens.add_(len(x))
         self.x.add_(x.sum(0))
@@ -61,7 +61,7 @@ class Sums:
         self.yy.add_(y.square().sum())
 
     def each(self) -> list[Tensor]:
-        """All of them."""
+        """All sums, in the order of the attributes."""
         return [self.tokens, self.x, self.y, self.xx, self.xy, self.yy]
 
     def error(self, tried: Map) -> float:
@@ -77,7 +77,7 @@ class Sums:
 
 
 def best_map(ways: Sequence[Map], tried: Sums) -> Map:
-    """The map with the least error on tokens that none was fitted on; an empty one if none is better than nothing."""
+    """The map with the lowest error on tokens that no map was fitted on; an empty map if none is better."""
     errors = [error if math.isfinite(error := tried.error(way)) else math.inf for way in (Map(), *ways)]
     place = errors.index(min(errors))
     share, chosen = errors[place] / errors[0] if errors[0] else 0.0, f"map {place}" if place else "nothing"
@@ -87,12 +87,12 @@ def best_map(ways: Sequence[Map], tried: Sums) -> Map:
 
 @dataclass(frozen=True)
 class FittedLosses:
-    """Losses, nats per token, on tokens that a replacement module was not fitted on.
+    """Losses, in nats per token, on tokens that a replacement module was not fitted on.
 
     Attributes:
-        source: of the whole model.
-        nothing: with nothing in the span's place.
-        fitted: with the replacement module.
+        source: loss of the whole source model.
+        nothing: loss of the model with no module in the span's place.
+        fitted: loss of the model with the replacement module.
     """
 
     source: float
@@ -101,7 +101,7 @@ class FittedLosses:
 
     @property
     def helps(self) -> bool:
-        """Whether the replacement module is better than nothing."""
+        """Whether the replacement module is better than no module."""
         return self.fitted < self.nothing
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The kinds of replacement modules: what can take the place of a span of blocks."""
+"""The kinds of replacement modules for a span of blocks."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -31,12 +31,12 @@ TAKEN = ("first", "last", "spread", "random")
 
 @dataclass(frozen=True)
 class Site:
-    """Where a replacement module is to stand.
+    """The place of a replacement module in a model.
 
     Attributes:
-        model: the source.
-        span: of its blocks, that is replaced.
-        seed: of random weights.
+        model: source model.
+        span: span of the source's blocks that is replaced.
+        seed: seed of random weights.
     """
 
     model: PreTrainedModel
@@ -45,12 +45,12 @@ class Site:
 
     @property
     def family(self) -> Family:
-        """The source's."""
+        """The family of the source model."""
         return family_of(self.model.config)
 
     @property
     def shape(self) -> Shape:
-        """The source's."""
+        """The shape of the source model."""
         return self.family.shape(self.model.config)
 
     @property
@@ -67,12 +67,13 @@ class Site:
 
 
 class ReplacementModule(nn.Module):
-    """A network in the place of a span; in a forward pass it is called at each of the span's blocks.
+    """A network in the place of a span; a forward pass calls it at each of the span's blocks.
 
     Attributes:
-        offsets: the blocks of the span that stay in the shortened model, with the replacement module's weights.
-        reads_update: whether it needs what the MLP before the span adds to the residual stream.
-        is_fitted: whether it is computed from states before any training.
+        offsets: numbers within the span of the blocks that stay in the shortened model, with the replacement module's
+            weights.
+        reads_update: whether the module reads what the MLP before the span adds to the residual stream.
+        is_fitted: whether the module is computed from hidden states before any training.
     """
 
     offsets: tuple[int, ...] = ()
@@ -81,46 +82,45 @@ class ReplacementModule(nn.Module):
 
     @property
     def network(self) -> nn.Module | None:
-        """What is exported with a modelling file; None = the result needs none."""
+        """The network that is exported with a modelling file; None = the result needs no such file."""
         return None
 
     def step(self, offset: int, run: RunBlock, states: Tensor, update: Tensor | None) -> Tensor:
-        """Take the place of one block.
+        """Compute in the place of one block.
 
         Args:
-            offset: its number within the span.
-            run: runs a block with this one's masks and positions.
-            states: the residual stream [batch, length, hidden], which the replacement module's earlier steps have
-                changed.
-            update: see ``reads_update``, [batch, length, hidden].
+            offset: number of the block within the span.
+            run: function that runs a block with this block's masks and positions.
+            states: residual stream after the module's earlier steps, [batch, length, hidden].
+            update: output of the MLP before the span, [batch, length, hidden]; None unless ``reads_update``.
         """
         return states
 
     def begin(self, blocks: nn.ModuleList) -> None:
-        """Take values from the span's blocks, once these have theirs."""
+        """Copy values from the span's blocks, after their weights are loaded."""
 
     def ways(self, sums: Sums, ridges: Sequence[float]) -> list[Map]:
-        """The maps that it may be, if it ``is_fitted``: one for each ridge, or one."""
+        """The possible maps of a module that ``is_fitted``: one for each ridge, or only one."""
         return []
 
     def take(self, chosen: Map) -> None:
-        """Become a map; an empty one adds nothing to the residual stream."""
+        """Set the module to a map; an empty map adds nothing to the residual stream."""
 
     def changes(self, family: Family, span: Span, weights: Mapping[str, Tensor]) -> "Changes":
-        """Weights of the source that become others on export, by Hugging Face name."""
+        """The source's weights that change on export, by Hugging Face name, as functions that compute them."""
         return {}
 
 
 @REPLACEMENTS.register("none")
 class NoReplacement(ReplacementModule):
-    """Nothing: the span is removed."""
+    """No module: the span is removed."""
 
     def __init__(self, site: Site, config: BlockReplacementConfig) -> None:
         super().__init__()
 
 
 class _Network(ReplacementModule):
-    """A network that reads one token's state at a time."""
+    """A network that processes each token's state separately."""
 
     def __init__(self, site: Site, config: BlockReplacementConfig) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class _Network(ReplacementModule):
         return self.net
 
     def make(self, site: Site, config: BlockReplacementConfig) -> nn.Module:
-        """Make the network for a site."""
+        """Create the network for a site."""
         raise NotImplementedError
 
     def forward(self, states: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class _Network(ReplacementModule):
 
 @REPLACEMENTS.register("mean")
 class MeanReplacement(_Network):
-    """What the span adds on average (mean ablation)."""
+    """The mean of the span's contribution to the residual stream (mean ablation)."""
 
     is_fitted = True
 
@@ -163,7 +163,7 @@ class MeanReplacement(_Network):
 
 @REPLACEMENTS.register("linear")
 class LinearReplacement(_Network):
-    """A linear map, from least squares on."""
+    """A linear map, initialised by least squares."""
 
     is_fitted = True
 
@@ -183,7 +183,7 @@ class LinearReplacement(_Network):
 
 @REPLACEMENTS.register("closed_form")
 class ClosedForm(ReplacementModule):
-    """A linear map of what the MLP before the span adds, folded into that MLP (ReplaceMe, arXiv:2505.02819)."""
+    """A linear map of the update by the MLP before the span, folded into that MLP (ReplaceMe, arXiv:2505.02819)."""
 
     reads_update = True
     is_fitted = True
@@ -199,7 +199,7 @@ class ClosedForm(ReplacementModule):
         self.update = nn.Parameter(torch.zeros(site.shape.hidden, site.shape.hidden))  # T − 1
 
     def forward(self, states: Tensor, update: Tensor) -> Tensor:
-        """The states after the span: [batch, length, hidden] from such states and updates."""
+        """The states after the span, [batch, length, hidden], from states and updates of this shape."""
         return states + (update.to(self.update.dtype) @ self.update).to(states.dtype)
 
     def step(self, offset: int, run: RunBlock, states: Tensor, update: Tensor | None) -> Tensor:
@@ -222,14 +222,14 @@ class ClosedForm(ReplacementModule):
 
     @torch.no_grad()
     def folded(self, name: str, weights: Mapping[str, Tensor]) -> Tensor:
-        """The MLP's output matrix [hidden, channels], or its bias [hidden], with the map in it."""
+        """The MLP's output matrix [hidden, channels], or its bias [hidden], multiplied by the map."""
         tensor, whole = weights[name], self.update.float() + torch.eye(len(self.update))
         return (whole.T @ tensor.float()).to(tensor.dtype)
 
 
 @REPLACEMENTS.register("ffn")
 class FFNReplacement(_Network):
-    """Norm, two matrices with a ReLU between, residual; d → 4d → d by default."""
+    """A norm and two matrices with a ReLU between them, with a residual connection; d → 4d → d by default."""
 
     def make(self, site: Site, config: BlockReplacementConfig) -> nn.Module:
         return FFN(site.shape.hidden, config.intermediate or 4 * site.shape.hidden, site.eps)
@@ -237,7 +237,7 @@ class FFNReplacement(_Network):
 
 @REPLACEMENTS.register("swiglu")
 class SwiGLUReplacement(_Network):
-    """Norm, gated MLP, residual; as many channels as the model's own MLPs by default."""
+    """A norm and a gated MLP with a residual connection; by default as many channels as the model's own MLPs."""
 
     def make(self, site: Site, config: BlockReplacementConfig) -> nn.Module:
         return SwiGLU(site.shape.hidden, config.intermediate or site.shape.intermediate, site.eps)
@@ -245,7 +245,7 @@ class SwiGLUReplacement(_Network):
 
 @REPLACEMENTS.register("blocks")
 class BlocksReplacement(ReplacementModule):
-    """Blocks like the model's own, which begin as some of the span's; the result is a plain model."""
+    """Blocks of the model's own kind, initialised from blocks of the span; the result is a plain model."""
 
     def __init__(self, site: Site, config: BlockReplacementConfig) -> None:
         super().__init__()
@@ -264,18 +264,18 @@ class BlocksReplacement(ReplacementModule):
         if not self._taken:
             with torch.random.fork_rng():
                 torch.manual_seed(site.seed)
-                self.blocks.apply(site.model._init_weights)  # as the architecture's own code does it
+                self.blocks.apply(site.model._init_weights)  # by the architecture's own code
                 for module in self.blocks.modules():
                     if isinstance(module, RicherHeads):
                         module.begin()
-        # What Composer shards and whose activations it checkpoints.
+        # Composer shards these modules and checkpoints their activations.
         self.fsdp_wrap_fn = self.activation_checkpointing_fn = self._is_block
 
     def _is_block(self, module: nn.Module) -> bool:
         return any(module is block for block in self.blocks)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Never called: blocks run where the model would run its own."""
+        """Never called: the blocks run in the place of the model's own blocks."""
         raise NotImplementedError
 
     def step(self, offset: int, run: RunBlock, states: Tensor, update: Tensor | None) -> Tensor:
@@ -296,10 +296,10 @@ class BlocksReplacement(ReplacementModule):
 
 
 def planned_replacement(model: PreTrainedModel, config: BlockReplacementConfig) -> tuple[Span, ReplacementModule]:
-    """The span and the replacement module that settings ask for, without memory.
+    """The span and the replacement module that the settings describe, without memory for weights.
 
-    Of a span that is yet to be found only the length is right. It is not at the first block, at which not every kind
-    can begin.
+    If the span is yet to be found, only its length is right. It then does not begin at the first block, because some
+    kinds can't be there.
     """
     span = given_span(config)
     if span is None:
@@ -315,7 +315,7 @@ def _local(parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _assign(parameter: Tensor, value: Tensor | None) -> None:
-    """Set a parameter, of which this rank may hold only a part; None = to zero."""
+    """Set a parameter, or this rank's shard of it; None = to zero."""
     if value is None:
         parameter.zero_()
         return

@@ -10,11 +10,11 @@ from llmprune.utils.settings import check_settings, limited
 
 @dataclass
 class StatesCacheConfig:
-    """States at both ends of the span, kept on disk, so that several epochs over them compute no block of the source.
+    """Hidden states at both ends of the span, kept on disk, so that later epochs compute no block of the source model.
 
     Attributes:
-        samples: of the training stream; after them it begins anew.
-        folder: where they are kept; null = in the run folder.
+        samples: number of samples of the training stream that are kept; training repeats them.
+        folder: folder that the states are written to; null = in the run folder.
     """
 
     samples: int = limited(1024, least=1)
@@ -23,26 +23,30 @@ class StatesCacheConfig:
 
 @dataclass
 class BlockReplacementConfig:
-    """A light network that takes the place of a span of blocks, and learns to do what they do.
+    """A small network that replaces a span of blocks and learns their output.
 
     Attributes:
-        plan: a plan.json whose removed blocks are the span; else ``start`` and ``length``.
-        start: the span's first block; null = of all spans of ``length`` the one whose ends are most alike (cosine).
-        length: blocks of the span.
-        score_samples: with ``start: null``, training samples that decide.
-        kind: the replacement module, a registered one: none, mean, linear, closed_form, ffn, swiglu or blocks.
-        blocks: with ``blocks``: how many.
-        take: with ``blocks``: which of the span they begin as: first, last or spread; or random.
-        intermediate: with ``ffn`` and ``swiglu``: channels; null = four times the hidden size, and the model's own.
-        objectives: weights of what is minimised: mse, cosine, lm, kl; none given = mse.
-        top_k: with ``kl``: tell apart so many of the source's likeliest tokens; null = all.
-        temperature: with ``kl``: divides the logits of both.
-        also: what trains beside the replacement module: output, final_norm, block.N after the span.
-        fit_samples: training samples that mean, linear and closed_form are computed from, before any training.
-        ridge: of those fits, over the mean square of what they read; null = the one that does best on the quarter of
-            the samples that they are not fitted on.
-        force: keep what was computed even if it is no better than nothing in the span's place.
-        cache: of the states, with ``mse`` and ``cosine`` alone.
+        plan: path of a plan.json whose removed blocks are the span; null = the span is given by ``start`` and
+            ``length``.
+        start: number of the span's first block; null = of all spans of ``length`` blocks, the one with the most similar
+            ends (cosine).
+        length: number of blocks in the span.
+        score_samples: number of training samples on which the span is chosen if ``start`` is null.
+        kind: name of a registered replacement module: none, mean, linear, closed_form, ffn, swiglu or blocks.
+        blocks: number of blocks in the replacement module of kind ``blocks``.
+        take: initial weights of the kind ``blocks``: the first, last or spread blocks of the span, or random.
+        intermediate: number of channels of the kinds ``ffn`` and ``swiglu``; null = four times the hidden size
+            (``ffn``), or the model's own (``swiglu``).
+        objectives: weights of the losses that are minimised: mse, cosine, lm, kl; empty = mse.
+        top_k: number of the source model's likeliest tokens that the objective ``kl`` compares; null = all.
+        temperature: divisor of the logits of both models in the objective ``kl``.
+        also: weights that train besides the replacement module: output, final_norm, block.N after the span.
+        fit_samples: number of training samples that mean, linear and closed_form are computed from, before any
+            training.
+        ridge: ridge of the fits of linear and closed_form, as a multiple of the mean square of their inputs; null = the
+            one with the lowest error on the quarter of the samples that is not fitted on.
+        force: keep the computed module even if it is no better than no module in the span's place.
+        cache: cache of hidden states, only with the objectives ``mse`` and ``cosine``; null = none.
     """
 
     plan: str | None = None
@@ -73,7 +77,7 @@ class BlockReplacementConfig:
         return self.kind != "none" or bool(self.also)
 
     def check(self) -> None:
-        """Raise ``UserError`` for what contradicts itself, whatever the model."""
+        """Raise ``UserError`` for settings that contradict each other, for any model."""
         check_settings(self, "block_replacement")
         if self.plan is None and self.length is None:
             raise UserError("block_replacement names no span: give plan, or length (and start)")

@@ -9,11 +9,11 @@ from llmprune.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Span:
-    """Neighbouring blocks.
+    """A span of neighbouring blocks.
 
     Attributes:
-        start: the first one's number.
-        length: how many there are.
+        start: number of the first block.
+        length: number of blocks.
     """
 
     start: int
@@ -21,18 +21,18 @@ class Span:
 
     @property
     def end(self) -> int:
-        """The number of the block after it."""
+        """The number of the first block after the span."""
         return self.start + self.length
 
     def __contains__(self, block: int) -> bool:
-        """Whether a block belongs to it."""
+        """Whether a block is in the span."""
         return self.start <= block < self.end
 
     def __str__(self) -> str:
         return f"block {self.start}" if self.length == 1 else f"blocks {self.start} to {self.end - 1}"
 
     def check_within(self, layers: int) -> None:
-        """Raise ``UserError`` unless it lies within a model of so many blocks, and leaves some."""
+        """Raise ``UserError`` unless the span is within a model of ``layers`` blocks and other blocks stay."""
         if self.length < 1 or self.start < 0 or self.end > layers:
             raise UserError(
                 f"a span of {self.length} blocks from block {self.start} on does not lie within the model's blocks, 0 "
@@ -42,7 +42,7 @@ class Span:
             raise UserError("the span is the whole model: something has to stay")
 
     def kept(self, layers: int, offsets: tuple[int, ...] = ()) -> tuple[KeptBlock, ...]:
-        """What stays of a model of so many blocks: all others, and of the span the blocks at ``offsets`` in it."""
+        """The blocks that stay of ``layers`` blocks: those outside the span, and those at ``offsets`` within it."""
         inside = {self.start + offset for offset in offsets}
         return tuple(KeptBlock.whole(block) for block in range(layers) if block not in self or block in inside)
 
@@ -51,7 +51,7 @@ def span_of(plan: Plan) -> Span:
     """The span that a plan removes.
 
     Raises:
-        UserError: it does something else, too.
+        UserError: the plan does not only remove one span.
     """
     removed = sorted(set(range(plan.source.layers)) - {block.attention for block in plan.blocks})
     if not removed:
@@ -63,10 +63,10 @@ def span_of(plan: Plan) -> Span:
 
 
 def given_span(settings: BlockReplacementConfig) -> Span | None:
-    """The span that the settings name; None = it is to be scored.
+    """The span in the settings; None = the span is to be found by scores.
 
     Raises:
-        UserError: the plan is another model's, or does something else than to remove a span.
+        UserError: the plan can't be read, or does not only remove one span.
     """
     if settings.plan is None:
         assert settings.length is not None

@@ -1,4 +1,4 @@
-"""Training of a replacement module: the source's prefix runs once and feeds both the span and the module."""
+"""Training of a replacement module; the blocks before the span run once for the source and the shortened model."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -31,14 +31,14 @@ from llmprune.pruning.replacements.span import Span
 
 @dataclass
 class Source:
-    """What the source model makes of a batch.
+    """The source model's states for a batch.
 
     Attributes:
-        before: the residual stream before the span, [batch, length, hidden].
-        after: after the span, alike; None if it was not asked for.
-        update: what the MLP before the span added to ``before``, alike; None if the replacement module does not read
-            it.
-        final: what the output layer is given, [batch · length, hidden]; None if it was not asked for.
+        before: residual stream before the span, [batch, length, hidden].
+        after: residual stream after the span, [batch, length, hidden]; None if it was not requested.
+        update: contribution to ``before`` of the MLP before the span, [batch, length, hidden]; None if the replacement
+            module does not read it.
+        final: input of the output layer, [batch · length, hidden]; None if it was not requested.
     """
 
     before: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -47,18 +47,18 @@ class Source:
     final: Tensor | None = None
 
     def shape_update(self) -> None:
-        """Give ``update`` the shape of ``before``: some architectures flatten tokens for their MLPs."""
+        """Reshape ``update`` to the shape of ``before``: some architectures flatten tokens for their MLPs."""
         if self.update is not None:
             self.update = self.update.view_as(self.before)
 
 
 @dataclass
 class Shortened:
-    """What the model with the replacement module makes of a batch.
+    """The states of the model with the replacement module for a batch.
 
     Attributes:
-        after: the residual stream after the replacement module, [batch, length, hidden].
-        final: what the output layer is given, [batch · length, hidden]; None if it was not asked for.
+        after: residual stream after the replacement module, [batch, length, hidden].
+        final: input of the output layer, [batch · length, hidden]; None if it was not requested.
     """
 
     after: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -69,10 +69,11 @@ class Streaming:
     """The objective of a replacement module (see ``llmprune.models.causal_lm.Objective``).
 
     The source's weights serve as the teacher and, outside the span, as the shortened model. No gradient reaches the
-    blocks before the span, so these run once for both. What comes after the span runs only for objectives that need it.
+    blocks before the span, so these run once for both. The blocks after the span run only for objectives that need
+    them.
 
     Attributes:
-        terms: the objectives of the last batch, each a number without its weight.
+        terms: values of the objectives on the last batch by name, each a number not multiplied by its weight.
     """
 
     def __init__(
@@ -85,15 +86,15 @@ class Streaming:
         top_k: int | None = None,
         temperature: float = 1.0,
     ) -> None:
-        """Prepare.
+        """Store the models and the objectives' weights.
 
         Args:
-            model: the source.
-            replacement: what learns.
-            span: of blocks of the source.
-            weights: of the objectives.
-            top_k: see ``forward_kl``.
-            temperature: see there.
+            model: source model.
+            replacement: replacement module that learns.
+            span: span of the source's blocks that is replaced.
+            weights: weights of the objectives, by name.
+            top_k: number of likeliest tokens that are compared, see ``forward_kl``.
+            temperature: divisor of the logits, see ``forward_kl``.
         """
         self.model, self.replacement, self.span = model, replacement, span
         self._top_k, self._temperature = top_k, temperature
@@ -103,7 +104,7 @@ class Streaming:
         self.terms: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch) -> tuple[Source, Shortened]:
-        """Run both, as far as the objectives need it."""
+        """Run the source and the shortened model, as far as the objectives need it."""
         source = self.source(batch, after=self._needs_after, final="kl" in self._weights)
         return source, self.shortened(batch, source, final=self._needs_final)
 
@@ -124,7 +125,7 @@ class Streaming:
         return total + self._of_predictions(source, shortened, labels, chosen) if self._needs_final else total
 
     def _of_predictions(self, source: Source, shortened: Shortened, labels: Tensor, chosen: Tensor) -> Tensor:
-        """The part of the loss that looks at predictions."""
+        """The part of the loss from the objectives of predictions (lm and kl)."""
         head, rows = head_of(self.model), places(chosen)
         assert shortened.final is not None
         divergence = None
@@ -136,13 +137,13 @@ class Streaming:
         return loss
 
     def final_states(self, batch: Batch) -> tuple[Tensor, Head]:
-        """The shortened model's, in one pass."""
+        """The final states of the shortened model, in one pass, and the output layer."""
         found = self.shortened(batch, None, final=True).final
         assert found is not None
         return found, head_of(self.model)
 
     def flops(self, batch: Batch) -> int:
-        """See ``replacement_flops``."""
+        """The floating-point operations of a training step, see ``replacement_flops``."""
         samples, length = batch["input_ids"].shape
         return samples * replacement_flops(
             self.model.config,
@@ -156,12 +157,12 @@ class Streaming:
 
     @torch.no_grad()
     def source(self, batch: Batch, *, after: bool, final: bool) -> Source:
-        """Run the source as far as needed.
+        """Run the source model as far as needed.
 
         Args:
-            batch: see ``ComposerCausalLM``.
+            batch: batch of samples, see ``ComposerCausalLM``.
             after: whether the states after the span are needed.
-            final: whether the states before its output layer are.
+            final: whether the inputs of the output layer are needed.
         """
         if "before" in batch:  # from a cache
             return Source(*(batch[end].to(self.model.dtype) for end in ("before", "after")))
@@ -186,9 +187,9 @@ class Streaming:
         """Run the model with the replacement module.
 
         Args:
-            batch: see ``ComposerCausalLM``.
-            source: what the source made of the same batch; None = run its prefix, too.
-            final: whether to go on after the replacement module.
+            batch: batch of samples, see ``ComposerCausalLM``.
+            source: states of the source for the same batch; None = run the blocks before the span as well.
+            final: whether to continue after the replacement module.
         """
         found, span, own, layers = Shortened(), self.span, source or Source(), len(blocks_of(self.model))
 
@@ -216,7 +217,7 @@ class Streaming:
 
     @contextmanager
     def _reading_update(self, found: Source) -> Iterator[None]:
-        """Note what the MLP before the span adds, if the replacement module reads it."""
+        """While open, the output of the MLP before the span is stored in ``found``, if the module reads it."""
         if not self.replacement.reads_update:
             yield
             return
@@ -246,12 +247,12 @@ def replacement_flops(
     """Floating-point operations of a training step on one sample, forward and backward.
 
     Args:
-        config: of the source.
-        span: of its blocks, that is replaced.
-        replacement: what learns.
-        objectives: names of those that count.
-        length: tokens of the sample.
-        also: multiply-accumulate operations of a token with the source's weights that learn, too.
+        config: config of the source model.
+        span: span of the source's blocks that is replaced.
+        replacement: replacement module that learns.
+        objectives: names of the objectives with a weight.
+        length: number of tokens in the sample.
+        also: multiply-accumulate operations of one token with those of the source's weights that learn.
         cached: whether the states at both ends of the span come from a cache.
     """
     layers = family_of(config).shape(config).layers
@@ -273,5 +274,5 @@ def _macs_of(replacement: ReplacementModule, config: PretrainedConfig, length: i
 
 
 def _least(states: Tensor) -> Tensor:
-    """As little as the output layer can be given, where its result is not used."""
+    """The smallest input of the output layer, used if its result is not needed."""
     return states[:1, :1]

@@ -1,1 +1,1 @@
-"""How much each block and each unit of a model matters, by every published criterion."""
+"""Scores of the importance of each block and each unit of a model, by all published criteria."""

@@ -1,4 +1,4 @@
-"""All criteria that llmprune brings along: importing this module registers them."""
+"""All criteria in llmprune; importing this module registers them."""
 
 from llmprune.pruning.scoring import baselines, hidden_states, removals, units, weights
 from llmprune.pruning.scoring.criterion import CRITERIA

@@ -1,4 +1,4 @@
-"""Criteria that look at nothing: the baselines."""
+"""Baseline criteria, which read neither weights nor samples."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from llmprune.pruning.scoring.criterion import CRITERIA, Criterion
 
 @CRITERIA.register("tail")
 class Tail(Criterion):
-    """The last blocks go first."""
+    """The last blocks are removed first."""
 
     def result(self) -> list[float]:
         return [float(self.job.layers - block) for block in range(self.job.layers)]

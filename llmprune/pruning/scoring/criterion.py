@@ -1,4 +1,4 @@
-"""What a criterion is: something that watches a model compute and ends with scores."""
+"""The base class of criteria: a criterion observes a model's computation and returns scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from llmprune.utils.registry import Registry
 
 
 class ScoreSection(StrEnum):
-    """The part of scores.json that a criterion writes to.
+    """The part of scores.json that contains a criterion's result.
 
-    ``blocks``: one number per block, higher = keep. ``subblocks``: the same for attention or MLP. ``spans``: by length
-    (as a string), one number for each start. ``pairs``: a matrix. ``units``: by unit (heads, kv_groups, channels,
-    hidden, experts), one number for each unit of each block, higher = keep.
+    ``blocks``: one number per block, higher = keep. ``subblocks``: one number per attention or MLP, higher = keep.
+    ``spans``: by length (as a string), one number for each start. ``pairs``: a matrix. ``units``: by unit (heads,
+    kv_groups, channels, hidden, experts), one number for each unit of each block, higher = keep.
     """
 
     BLOCKS = "blocks"
@@ -31,16 +31,16 @@ class ScoreSection(StrEnum):
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """What a criterion knows before it sees anything.
+    """The model's config and the settings that a criterion is created with.
 
     Attributes:
-        config: the model's.
-        device: where to keep sums.
-        row_reduction: see ``llmprune.pruning.scoring.weights``.
-        matrix_reduction: see there.
-        sequence_aggregation: of activations, over the tokens of a sample: mean or l2 (root mean square).
-        batch_aggregation: of them, over samples.
-        seed: of the random order.
+        config: config of the model.
+        device: device of the sums.
+        row_reduction: reduction over the rows of a matrix, see ``llmprune.pruning.scoring.weights``.
+        matrix_reduction: reduction over a block's matrices, see ``llmprune.pruning.scoring.weights``.
+        sequence_aggregation: aggregation of activations over the tokens of a sample: mean or l2 (root mean square).
+        batch_aggregation: aggregation of activations over samples: mean or l2 (root mean square).
+        seed: seed of the random order.
     """
 
     config: PretrainedConfig
@@ -53,7 +53,7 @@ class ScoringJob:
 
     @cached_property
     def shape(self) -> Shape:
-        """The model's."""
+        """The shape of the model."""
         return family_of(self.config).shape(self.config)
 
     @property
@@ -62,27 +62,27 @@ class ScoringJob:
         return self.shape.layers
 
     def locate(self, block: int, name: str) -> Parameter:
-        """What the family says of a block's parameter."""
+        """The family's description of a block's parameter."""
         family = family_of(self.config)
         return family.locate(f"{family.blocks}.{block}.{name}")
 
     def zeros(self, *size: int) -> Tensor:
-        """Sums to fill, float64 (float32 where the device has none)."""
+        """A tensor of zeros for sums, float64 (float32 on devices without float64)."""
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         return torch.zeros(*size, dtype=dtype, device=self.device)
 
 
 @dataclass(frozen=True)
 class BlockStep:
-    """One block's work on some calibration samples, [samples, length, hidden] each.
+    """The input and output of one block for some calibration samples, [samples, length, hidden] each.
 
     Attributes:
-        block: its number.
-        first: number of the first of these samples, among those of one forward pass.
-        before: the residual stream that it read.
-        after: that it left.
-        updates: what attention and MLP added, by sub-layer.
-        parallel: whether both read ``before``.
+        block: number of the block.
+        first: number of the first of these samples among those of one forward pass.
+        before: residual stream before the block.
+        after: residual stream after the block.
+        updates: contributions of attention and MLP to the residual stream, by sub-layer.
+        parallel: whether attention and MLP both read ``before``.
     """
 
     block: int
@@ -94,14 +94,14 @@ class BlockStep:
 
 
 class Criterion:
-    """A way to score. Subclasses take what they need; all sums are over samples or tokens, so that they add up over
-    batches and ranks in any order.
+    """A method of scoring. Subclasses override the methods that they need; all sums are over samples or tokens, so that
+    they can be added over batches and ranks in any order.
 
     Attributes:
-        section: where its result goes, under its registered name.
-        reads: what it needs: ``states``, ``updates``, ``activations``, ``weights``, ``gradients``, ``removals``, or
-            nothing.
-        needs_experts: whether it is one of mixtures of experts only.
+        section: part of scores.json for the result, under the criterion's registered name.
+        reads: kind of data that the criterion needs: ``states``, ``updates``, ``activations``, ``weights``,
+            ``gradients``, ``removals``, or None.
+        needs_experts: whether the criterion works only for mixtures of experts.
     """  # noqa: D205
 
     section: ClassVar[ScoreSection] = ScoreSection.BLOCKS
@@ -113,38 +113,39 @@ class Criterion:
         self.job = job
 
     def observe(self, step: BlockStep) -> None:
-        """Take in one block's work (``states``, ``updates``)."""
+        """Process the input and output of one block (``states``, ``updates``)."""
 
     def read(self, block: int, dimension: str, sublayer: str, values: Tensor) -> None:
-        """Take in what a sub-layer's matrices read (``activations``), [samples, length, size].
+        """Process the input of a sub-layer's matrices (``activations``), [samples, length, size].
 
         Args:
-            block: its number.
-            dimension: ``hidden`` for the sub-layer's input, ``query`` for the heads' output, ``channel`` for the MLP's.
-            sublayer: ``attention`` or ``mlp``.
-            values: what is read.
+            block: number of the block.
+            dimension: dimension of the input: ``hidden`` for the sub-layer's input, ``query`` for the heads' output,
+                ``channel`` for the MLP's channels.
+            sublayer: name of the sub-layer: ``attention`` or ``mlp``.
+            values: input of the matrices, [samples, length, size].
         """
 
     def expert(self, block: int, number: int, output: Tensor) -> None:
-        """Take in an expert's output for the tokens that it sees (``activations``), [tokens, hidden]."""
+        """Process an expert's output for the tokens that the router sends to it (``activations``), [tokens, hidden]."""
 
     def weigh(self, block: int, name: str, weight: Tensor) -> None:
-        """Take in a weight matrix or the weight of a norm (``weights``)."""
+        """Process a weight matrix or the weight of a norm (``weights``)."""
 
     def gradient(self, block: int, name: str, weight: Tensor, gradient: Tensor) -> None:
-        """Take in a weight and the gradient of one sample's mean loss (``gradients``)."""
+        """Process a weight and the gradient of one sample's mean loss (``gradients``)."""
 
     def losses(self, block: int | None, loss: Tensor, tokens: Tensor) -> None:
-        """Take in the summed losses (nats) and token counts of samples, [samples] each, with ``block`` removed
+        """Process the summed losses (nats) and token counts of samples, [samples] each, with ``block`` removed
         (``removals``); None = the whole model.
         """  # noqa: D205
 
     def sums(self) -> Sequence[Tensor]:
-        """What is to be added up over ranks, in place; the same tensors on every rank."""
+        """The tensors to add up over ranks, in place; every rank has the same list of tensors."""
         return ()
 
     def result(self) -> Any:
-        """The scores, as plain numbers."""
+        """The scores as plain numbers."""
         raise NotImplementedError
 
 

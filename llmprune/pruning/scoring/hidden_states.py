@@ -1,4 +1,4 @@
-"""Criteria on hidden states: how much a block, a sub-layer or a span changes the residual stream."""
+"""Criteria on hidden states: the change of the residual stream by a block, a sub-layer or a span."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ CKA_POSITIONS = 256
 
 
 def one_minus_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """1 − cos(a, b) along the last dimension, without the cancellation that hides small differences."""
+    """1 − cos(a, b) along the last dimension, without the cancellation that would hide small differences."""
     difference = F.normalize(a.float(), dim=-1) - F.normalize(b.float(), dim=-1)
     return difference.square().sum(-1) / 2
 
 
 class _MeanOfTokens(Criterion):
-    """Scores that are means over all tokens of something per block."""
+    """Criteria whose score is the mean over all tokens of one value per block."""
 
     reads = "states"
 
@@ -78,7 +78,7 @@ class MLPInfluence(_MeanOfTokens):
 
 
 class _Spans(Criterion):
-    """Something between the residual streams at every two places, by length of the span between them."""
+    """Criteria that compare the residual streams at every two places; scores are by length of the span between."""
 
     section, reads = ScoreSection.SPANS, "states"
 
@@ -89,7 +89,7 @@ class _Spans(Criterion):
         self._seen: dict[int, list[Tensor]] = {}
 
     def keep(self, states: Tensor) -> Tensor:
-        """What is kept of the states at one place: [n, hidden], normalised."""
+        """The normalised states at one place that are kept, [n, hidden]."""
         raise NotImplementedError
 
     def between(self, places: Tensor) -> Tensor:

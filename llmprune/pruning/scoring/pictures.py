@@ -1,4 +1,4 @@
-"""Pictures of scores: blocks by criteria, spans, and which blocks compute alike."""
+"""Pictures of scores: blocks by criteria, spans, and similarity of blocks."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,22 +14,22 @@ COLOURS = "viridis"
 
 
 def pictures_beside(out: Path | str) -> list[Path]:
-    """The pictures that may lie beside a scores file."""
+    """The paths of the pictures that belong to a scores file."""
     return [Path(out).with_suffix(suffix) for suffix in (".png", ".spans.png", ".cka.png")]
 
 
-@mpl.rc_context({"text.parse_math": False})  # a name with $ in it is no formula
+@mpl.rc_context({"text.parse_math": False})  # names may contain $, which would start a formula
 def draw_scores(scores: Scores, folder: Path | str, stem: str) -> list[Path]:
-    """Draw what the scores hold, as PNG files in ``folder``.
+    """Draw the scores as PNG files in ``folder``.
 
     Args:
-        scores: of a model.
-        folder: where to.
-        stem: the beginning of the files' names.
+        scores: scores of a model.
+        folder: folder that the files are written to.
+        stem: first part of the files' names.
 
     Returns:
-        The files: ``STEM.png`` (blocks × criteria), ``STEM.spans.png``, ``STEM.cka.png``, as far as there is something
-        to draw.
+        The paths of the files: ``STEM.png`` (blocks × criteria), ``STEM.spans.png``, ``STEM.cka.png``, if there are
+        scores to draw.
     """
     model = Path(scores.model).name
     rows = {**scores.blocks, **{f"{name} alone": values for name, values in scores.subblocks.items()}}
@@ -44,14 +44,14 @@ def draw_scores(scores: Scores, folder: Path | str, stem: str) -> list[Path]:
             figure.savefig(Path(folder) / name, dpi=150, bbox_inches="tight")
             drawn.append(Path(folder) / name)
         else:
-            (Path(folder) / name).unlink(missing_ok=True)  # of the scores that stood here before
+            (Path(folder) / name).unlink(missing_ok=True)  # a picture of earlier scores
     return drawn
 
 
 def heat_map(rows: Mapping[str, Sequence[float]], title: str) -> Figure:
-    """Blocks × criteria, each criterion's scores as ranks from 0 (goes first) to 1.
+    """A picture of blocks × criteria, each criterion's scores as ranks from 0 (removed first) to 1.
 
-    Ranks, because one block that is far above the others (often the first) would leave no contrast among the rest.
+    Ranks are used because one block far above the others (often the first) would leave no contrast among the rest.
     """
     names = list(rows)
     ranks = np.array([_ranks(rows[name]) for name in names])
@@ -75,7 +75,7 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def span_landscape(spans: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> Figure:
-    """Start × length of every span; the best start of each length is marked."""
+    """A picture of start × length of every span; the best start of each length is marked."""
     figure = Figure(figsize=(5.2 * len(spans), 4.4))
     for place, (name, lengths) in enumerate(spans.items(), 1):
         layers = len(lengths)
@@ -98,7 +98,7 @@ def span_landscape(spans: Mapping[str, Mapping[str, Sequence[float]]], title: st
 
 
 def similarity(pairs: Sequence[Sequence[float]], title: str) -> Figure:
-    """CKA of every two blocks' outputs."""
+    """A picture of the CKA of every two blocks' outputs."""
     figure = Figure(figsize=(5.2, 4.4))
     axes = figure.add_subplot()
     image = axes.imshow(np.array(pairs), origin="lower", cmap=COLOURS, vmin=0, vmax=1)

@@ -1,7 +1,7 @@
-"""The perplexity of every model that lacks one block, in one forward pass.
+"""The perplexities of all models without one block, computed in one forward pass.
 
-Every variant starts from the states that it shares with the whole model, and all variants go through a block together,
-so that N removals cost N(N + 1)/2 block evaluations and each block's weights are needed once per batch.
+Every variant starts from the states that it shares with the whole model, and all variants pass through a block
+together, so that N removals cost N(N + 1)/2 block evaluations and each block's weights are needed once per batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ class RemovalPerplexity(Criterion):
         self._losses, self._tokens = job.zeros(job.layers + 1), job.zeros(job.layers + 1)
 
     def losses(self, block: int | None, loss: Tensor, tokens: Tensor) -> None:
-        """Add samples; the whole model comes last."""
+        """Add the losses of samples; the whole model's sum is the last element."""
         place = self.job.layers if block is None else block
         self._losses[place] += loss.sum(dtype=self._losses.dtype)
         self._tokens[place] += tokens.sum()
@@ -48,29 +48,29 @@ class RemovalPerplexity(Criterion):
 
 
 class Removals:
-    """The states of all variants, which go through the model together."""
+    """The hidden states of all variants, which pass through the model together."""
 
     def __init__(self, batch_size: int) -> None:
-        """Nothing has been removed yet; at most ``batch_size`` samples go through a block at a time."""
+        """Start with no variants; at most ``batch_size`` samples pass through a block at a time."""
         self._batch_size = batch_size
         self._states: list[Tensor] = []
 
     def advance(self, run: RunBlock, before: Tensor) -> None:
-        """Take every variant through the next block, and start the one that skips it from ``before``."""
+        """Run the next block on every variant, and start the variant that skips this block from ``before``."""
         self._states = [in_batches(run, states, self._batch_size) for states in self._states]
         self._states.append(before)
 
     def finish(self, model: PreTrainedModel, forward: Forward, tokens: Tensor, whole: Tensor) -> list[Tensor]:
-        """The losses of all variants, and of the whole model last, once all blocks have been passed.
+        """The losses of all variants after the last block, and those of the whole model at the end.
 
         Args:
-            model: the model.
-            forward: its forward pass, from tokens to logits.
-            tokens: of the samples, [samples, length].
-            whole: the final states of the whole model.
+            model: model that is scored.
+            forward: forward pass of the model, from tokens to logits.
+            tokens: tokens of the samples, [samples, length].
+            whole: final states of the whole model.
 
         Returns:
-            For each the summed losses and token counts, [2, samples].
+            The summed losses and token counts for each variant, [2, samples].
         """
         ends = [*self._states, whole]
         self._states = []
@@ -78,9 +78,9 @@ class Removals:
 
 
 def final_losses(model: PreTrainedModel, forward: Forward, tokens: Tensor, states: Tensor, batch_size: int) -> Tensor:
-    """The loss sums and token counts of samples whose states after the last block are known, [2, samples].
+    """The loss sums and token counts of samples from their states after the last block, [2, samples].
 
-    Everything after the blocks is the model's own.
+    The model's own forward pass computes everything after the blocks.
     """
     found = []
     for start in range(0, len(tokens), batch_size):
@@ -93,7 +93,7 @@ def final_losses(model: PreTrainedModel, forward: Forward, tokens: Tensor, state
 
 
 def in_batches(run: RunBlock, states: Tensor, batch_size: int) -> Tensor:
-    """A block's output for any number of samples, so many at a time."""
+    """A block's output for any number of samples, ``batch_size`` at a time."""
     if len(states) <= batch_size:
         return run(states)
     return torch.cat([run(part) for part in states.split(batch_size)])

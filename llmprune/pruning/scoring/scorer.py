@@ -1,4 +1,4 @@
-"""Scoring by any number of criteria at once, from one forward pass per batch."""
+"""Scoring by any number of criteria at once, with one forward pass per batch."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -20,10 +20,11 @@ Loaded = Callable[[int], AbstractContextManager[None]]
 
 
 class Scorer:
-    """Watches a model compute on calibration samples and scores its blocks.
+    """A scorer that observes a model's computation on calibration samples and scores its blocks.
 
-    Memory does not grow with the number of samples, only with those of one batch: perplexity keeps one state per block
-    and sample of the batch, ``cosine`` another. The output of the last block is taken before the final norm.
+    Memory use does not grow with the number of samples, only with the samples of one batch: perplexity keeps one state
+    per block and sample of the batch, and so does ``cosine``. The output of the last block is taken before the final
+    norm.
     """
 
     def __init__(
@@ -36,15 +37,16 @@ class Scorer:
         forward: Forward | None = None,
         loaded: Loaded | None = None,
     ) -> None:
-        """Prepare to score.
+        """Create the criteria.
 
         Args:
-            model: a model of a supported family.
-            criteria: registered names.
-            job: what the criteria need to know.
-            batch_size: samples that go through a block at a time.
-            forward: the forward pass, from tokens to logits; default: the model's own.
-            loaded: for blocks that are not in memory: a context in which a block has its weights.
+            model: model of a supported family.
+            criteria: names of registered criteria.
+            job: settings that the criteria are created with.
+            batch_size: number of samples that pass through a block at a time.
+            forward: forward pass of the model, from tokens to logits; None = the model's own.
+            loaded: function from a block's number to a context in which an offloaded block has its weights; None = all
+                blocks are in memory.
 
         Raises:
             UserError: a criterion is unknown or impossible here.
@@ -71,17 +73,18 @@ class Scorer:
 
     @torch.no_grad()
     def update(self, tokens: Tensor) -> None:
-        """Take in calibration samples, int64 [samples, length], without padding."""
+        """Process calibration samples, int64 [samples, length], without padding."""
         with self.watching(tokens, need_logits=False):
             self._forward(tokens)
 
     @contextmanager
     def watching(self, tokens: Tensor, *, need_logits: bool = True) -> Iterator[None]:
-        """While open, the model's forward pass of ``tokens`` is watched; what is left to compute follows at the end.
+        """While open, the model's forward pass of ``tokens`` is observed; remaining computations run at the end.
 
         Args:
-            tokens: the samples of that forward pass.
-            need_logits: whether its result is used; if not, the output layer computes as little as it can.
+            tokens: tokens of the samples of that forward pass.
+            need_logits: whether the result of the forward pass is used; if not, the output layer computes as little as
+                possible.
         """
         last = self._job.layers - 1
 
@@ -107,10 +110,10 @@ class Scorer:
             self._gradients(tokens)
 
     def scores(self, add_up: Callable[[Tensor], object] = lambda sums: None) -> dict[str, dict[str, Any]]:
-        """All scores, by section and criterion.
+        """All scores by section and criterion.
 
         Args:
-            add_up: adds a tensor up over all ranks, in place.
+            add_up: function that adds a tensor up over all ranks, in place.
         """
         for number in range(self._job.layers):
             with self._loaded(number) if self._unweighed(number) else nullcontext():
@@ -123,14 +126,14 @@ class Scorer:
         return found
 
     def perplexity(self) -> float | None:
-        """The whole model's perplexity, after ``scores``, if it was measured."""
+        """The whole model's perplexity, available after ``scores``; None if it was not measured."""
         return next((c.whole() for c in self.criteria.values() if isinstance(c, RemovalPerplexity)), None)
 
     def _reading(self, *what: str) -> list[Criterion]:
         return [criterion for criterion in self.criteria.values() if criterion.reads in what]
 
     def _observe(self, number: int, run: RunBlock, states: Tensor) -> Tensor:
-        """Run a block on the samples, and show the criteria what it does."""
+        """Run a block on the samples, and pass its input and output to the criteria."""
         observers = self._reading("states", "updates")
         if not observers and not self._reading("activations"):
             return in_batches(run, states, self._batch_size)
@@ -153,7 +156,7 @@ class Scorer:
 
     @contextmanager
     def _recording(self, number: int, updates: dict[str, Tensor]) -> Iterator[None]:
-        """Keep what attention and MLP of a block add to the residual stream."""
+        """While open, ``updates`` receives the contributions of a block's attention and MLP to the residual stream."""
 
         def keep(name: str) -> Callable[..., None]:
             return lambda module, inputs, output: updates.__setitem__(name, hidden_states_in(output))
@@ -170,7 +173,7 @@ class Scorer:
 
     @contextmanager
     def _reading_units(self, number: int, samples: int) -> Iterator[None]:
-        """Show the criteria what the matrices of a block read, and what its experts give."""
+        """While open, the inputs of a block's matrices and the outputs of its experts are passed to the criteria."""
         block, criteria = self._blocks[number], self._reading("activations")
 
         def reading(dimension: str, sublayer: str) -> Callable[..., None]:
@@ -219,7 +222,7 @@ class Scorer:
         return {name: parameter for name, parameter in parameters if name.endswith(".weight")}
 
     def _gradients(self, tokens: Tensor) -> None:
-        """The gradients of every sample's mean loss; each is looked at and dropped as soon as it is there."""
+        """Compute the gradients of every sample's mean loss; each is passed to the criteria and freed immediately."""
         trained = {parameter: parameter.requires_grad for parameter in self._model.parameters()}
         hooks = []
         try:

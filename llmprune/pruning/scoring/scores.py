@@ -1,4 +1,4 @@
-"""scores.json: what scoring found, and for which model."""
+"""scores.json: the scores of a model, and which model they belong to."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -13,21 +13,22 @@ from llmprune.utils.files import read_json, write_json
 
 @dataclass(frozen=True)
 class Scores:
-    """Every criterion's scores of one model.
+    """The scores of one model by every criterion.
 
     Attributes:
-        model: folder or hub name.
-        family: its family's name.
-        fingerprint: SHA-256 over its weights.
-        source: its shape.
-        data: the calibration samples' settings; empty if none were needed.
-        settings: of the criteria: reductions, seed, dtype.
-        perplexity: of the whole model on the calibration samples, if measured.
-        blocks: criterion → one number per block, higher = keep.
-        subblocks: the same for the attention or the MLP alone.
-        spans: criterion → length → one number per start.
-        pairs: criterion → [blocks][blocks].
-        units: criterion → heads, kv_groups, channels, hidden or experts → [blocks][units], higher = keep.
+        model: folder or hub name of the model.
+        family: name of the model's family.
+        fingerprint: SHA-256 over the model's weights.
+        source: shape of the model.
+        data: settings of the calibration samples; empty if none were needed.
+        settings: settings of the criteria: reductions, seed, dtype.
+        perplexity: perplexity of the whole model on the calibration samples; None = not measured.
+        blocks: scores of blocks by criterion, one number per block, higher = keep.
+        subblocks: scores of attentions or MLPs by criterion, one number per block, higher = keep.
+        spans: scores of spans by criterion and length, one number per start.
+        pairs: scores of pairs of blocks by criterion, [blocks][blocks].
+        units: scores of units by criterion and unit (heads, kv_groups, channels, hidden or experts), [blocks][units],
+            higher = keep.
     """
 
     model: str
@@ -52,7 +53,7 @@ class Scores:
         """The scores of every block by a criterion.
 
         Raises:
-            UserError: it was not computed, or is none of blocks.
+            UserError: the criterion was not computed, or does not score blocks.
         """
         if criterion in self.spans:
             raise UserError(f"'{criterion}' scores spans: pass --span to remove one, or choose another criterion")
@@ -64,7 +65,7 @@ class Scores:
         """The scores of every span by a criterion.
 
         Raises:
-            UserError: it was not computed, or is none of spans.
+            UserError: the criterion was not computed, or does not score spans.
         """
         return self._one(self.spans, criterion, "spans")
 
@@ -72,7 +73,7 @@ class Scores:
         """The scores of every unit of every block by a criterion, by unit.
 
         Raises:
-            UserError: it was not computed, or is none of units.
+            UserError: the criterion was not computed, or does not score units.
         """
         return self._one(self.units, criterion, "units")
 
@@ -86,10 +87,10 @@ class Scores:
         return section[criterion]
 
     def check_finite(self) -> None:
-        """Check that what was computed are numbers.
+        """Check that all scores are finite.
 
         Raises:
-            UserError: a criterion gave none: the model does not compute.
+            UserError: a criterion has a score that is not finite: the model's computation fails.
         """
         for section in ("blocks", "subblocks", "spans", "pairs", "units"):
             for name, values in getattr(self, section).items():
@@ -100,7 +101,7 @@ class Scores:
                     )
 
     def as_dict(self) -> dict[str, Any]:
-        """What stands in scores.json."""
+        """The contents of scores.json."""
         return {"schema": 1, "num_blocks": self.layers, **asdict(self)}
 
     def save(self, path: Path | str) -> None:
@@ -109,7 +110,7 @@ class Scores:
 
     @classmethod
     def load(cls, path: Path | str) -> "Scores":
-        """Read scores.
+        """Read scores from a file.
 
         Raises:
             UserError: the file is missing, damaged or cut short, or of another version.

@@ -22,14 +22,16 @@ class LayerScoringConfig:
     """Settings of ``LayerScoring``.
 
     Attributes:
-        data: the calibration samples.
-        criteria: names of criteria; null = all (offloaded: all that need no gradients).
-        batch_size: samples that go through a block at a time.
-        row_reduction: of magnitudes and Taylor scores, over the rows of a matrix: sum, mean, max or prod.
-        matrix_reduction: of them, over a block's matrices.
-        sequence_aggregation: of the activations of units, over the tokens of a sample: mean or l2 (root mean square).
-        batch_aggregation: of them, over samples.
-        seed: of the criteria ``random`` and ``unit_random``.
+        data: calibration samples.
+        criteria: names of criteria; null = all (with offloading: all that need no gradients).
+        batch_size: number of samples that pass through a block at a time.
+        row_reduction: reduction of magnitudes and Taylor scores over the rows of a matrix: sum, mean, max or prod.
+        matrix_reduction: reduction of magnitudes and Taylor scores over the matrices of a block: sum, mean, max or
+            prod.
+        sequence_aggregation: aggregation of units' activations over the tokens of a sample: mean or l2 (root mean
+            square).
+        batch_aggregation: aggregation of units' activations over samples: mean or l2 (root mean square).
+        seed: seed of the criteria ``random`` and ``unit_random``.
     """
 
     data: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -42,14 +44,14 @@ class LayerScoringConfig:
     seed: int = limited(17, least=0)
 
     def names(self, model: "PretrainedConfig", *, gradients: bool = True) -> list[str]:
-        """The criteria asked for.
+        """The names of the criteria to compute.
 
         Args:
-            model: the config of what is scored.
-            gradients: whether "all" holds those that need gradients.
+            model: config of the model to score.
+            gradients: whether "all" includes criteria that need gradients.
 
         Raises:
-            UserError: one is unknown or not for this model, or a setting is unknown.
+            UserError: a criterion is unknown or not for this model, or a setting is unknown.
         """
         from llmprune.models.families import family_of
         from llmprune.pruning.scoring.all_criteria import CRITERIA
@@ -71,7 +73,7 @@ class LayerScoringConfig:
         return names
 
     def job(self, model: "PretrainedConfig", device: "torch.device") -> "ScoringJob":
-        """What the criteria know of ``model`` before they see anything."""
+        """The description of the job that criteria are made with."""
         from llmprune.pruning.scoring.criterion import ScoringJob
 
         return ScoringJob(

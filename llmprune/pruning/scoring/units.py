@@ -11,19 +11,20 @@ from llmprune.pruning.scoring.criterion import CRITERIA, Criterion, ScoreSection
 from llmprune.utils.errors import UserError, nearest
 
 AGGREGATIONS = ("mean", "l2")
-DIGITS = 8  # significant, that are kept of every score: a large model has millions of them
+DIGITS = 8  # significant digits kept of every score: a large model has millions of scores
 
 
 def unit_sums(parameter: Parameter, values: Tensor, shape: Shape) -> dict[str, Tensor]:
-    """What one parameter adds to each of the units that it belongs to.
+    """The sums of one parameter's values over each of the units that it belongs to.
 
     Args:
-        parameter: as its family sees it.
-        values: something that adds up, for each of its numbers.
-        shape: of the model.
+        parameter: parameter as its family describes it.
+        values: values to add up, one for each number of the parameter.
+        shape: shape of the model.
 
     Returns:
-        By dimension of ``Axis``, float32, one sum for each unit; an expert's channels are no units, it is one.
+        One sum for each unit, float32, by dimension of ``Axis``; an expert's channels are not units, the expert is one
+        unit.
     """
     found: dict[str, Tensor] = {}
     for number, axis in enumerate(parameter.axes):
@@ -42,7 +43,7 @@ def unit_sums(parameter: Parameter, values: Tensor, shape: Shape) -> dict[str, T
 
 
 class _Units(Criterion):
-    """Scores of units from sums; [blocks, units] for each dimension of ``Axis``."""
+    """Criteria that score units by sums, [blocks, units] for each dimension of ``Axis``."""
 
     section = ScoreSection.UNITS
     dimensions: ClassVar[tuple[str, ...]] = ("query", "key_value", "channel", "hidden", "expert")
@@ -60,7 +61,7 @@ class _Units(Criterion):
         return [self._sums[dimension] for dimension in sorted(self._sums)]
 
     def scored(self) -> Mapping[str, Tensor]:
-        """The scores of each dimension; ``key_value`` without the queries of the group."""
+        """The scores by dimension; those of ``key_value`` without the queries of the group."""
         return self._sums
 
     def result(self) -> dict[str, list[list[float]]]:
@@ -82,7 +83,7 @@ def _rounded(row: list[float]) -> list[float]:
 
 
 class _OfWeights(_Units):
-    """Sums over a unit's weights; biases are left out, as they are for blocks."""
+    """Criteria that sum over a unit's weights; biases are left out, as for blocks."""
 
     def sums(self) -> Sequence[Tensor]:
         return super().sums() if self.reads == "gradients" else ()  # every rank has all weights
@@ -123,12 +124,13 @@ class UnitTaylor(_OfWeights):
 
 
 class _OfActivations(_Units):
-    """Means over calibration tokens of what each unit gives.
+    """Criteria that average each unit's output over calibration tokens.
 
-    Heads are measured at what the attention's output matrix reads, channels at what the MLP's reads, hidden dimensions
-    at what both sub-layers read (after the norm, where there is one), experts at their output. A token's value becomes
-    a sample's and that a score by the aggregations chosen, mean or root mean square; experts, which see some tokens
-    only, always have the mean over all.
+    Heads are measured at the input of the attention's output matrix, channels at the input of the MLP's output matrix,
+    hidden dimensions at the input of both sub-layers (after the norm, if there is one), experts at their output. The
+    values of tokens are aggregated to a value of the sample, and those of samples to a score, by the chosen
+    aggregations, mean or root mean square; for experts, which process only some tokens, it is always the mean over all
+    tokens.
     """
 
     reads = "activations"
@@ -139,11 +141,11 @@ class _OfActivations(_Units):
         for name in (job.sequence_aggregation, job.batch_aggregation):
             if name not in AGGREGATIONS:
                 raise UserError(f"there is no aggregation '{name}'; {nearest(name, AGGREGATIONS)}")
-        self._of_mlp = job.zeros(job.layers, job.shape.hidden)  # hidden dimensions as the MLP reads them
+        self._of_mlp = job.zeros(job.layers, job.shape.hidden)  # hidden dimensions at the MLP's input
         self._samples, self._tokens = job.zeros(job.layers), job.zeros(job.layers)
 
     def magnitude(self, values: Tensor) -> Tensor:
-        """Of units, over the last dimension."""
+        """The magnitudes of units, computed over the last dimension."""
         raise NotImplementedError
 
     def read(self, block: int, dimension: str, sublayer: str, values: Tensor) -> None:
@@ -182,7 +184,7 @@ class _OfActivations(_Units):
 
 @CRITERIA.register("unit_activation_l2")
 class UnitActivationL2(_OfActivations):
-    """Mean L2 norm of what a unit gives (Minitron, arXiv:2407.14679, section 2.2)."""
+    """Mean L2 norm of a unit's output (Minitron, arXiv:2407.14679, section 2.2)."""
 
     def magnitude(self, values: Tensor) -> Tensor:
         return torch.linalg.vector_norm(values, 2, dim=-1, dtype=torch.float32)
@@ -190,7 +192,7 @@ class UnitActivationL2(_OfActivations):
 
 @CRITERIA.register("unit_activation_abs")
 class UnitActivationAbs(_OfActivations):
-    """Mean absolute value of what a unit gives; the same as the L2 norm where a unit is one number."""
+    """Mean absolute value of a unit's output; equal to the L2 norm if a unit is one number."""
 
     def magnitude(self, values: Tensor) -> Tensor:
         return torch.linalg.vector_norm(values, 1, dim=-1, dtype=torch.float32) / values.shape[-1]

@@ -1,6 +1,6 @@
-"""Criteria on weights alone and on weights with their gradients.
+"""Criteria on weights, with or without their gradients.
 
-They look at a block's matrices and the weights of its norms; biases are left out, as in the papers.
+These criteria read a block's matrices and the weights of its norms; biases are left out, as in the papers.
 """
 
 import math
@@ -13,7 +13,7 @@ from llmprune.pruning.scoring.criterion import CRITERIA, Criterion, ScoringJob
 
 
 def row_sums(weight: Tensor) -> Tensor:
-    """Sums along the rows of a matrix, [rows]; a vector's elements are rows themselves."""
+    """Sums along the rows of a matrix, [rows]; each element of a vector is a row."""
     return weight.flatten(1).sum(1, dtype=torch.float32) if weight.ndim > 1 else weight.float()
 
 
@@ -95,7 +95,7 @@ class TaylorSigned(Criterion):
         ]
 
 
-# From logarithms to the logarithm of what the name says.
+# Functions from logarithms to the logarithm of the sum, mean, max or product.
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda logs: logs.logsumexp(0),
     "mean": lambda logs: logs.logsumexp(0) - math.log(len(logs)),
@@ -106,12 +106,12 @@ _SMALLEST = 1e-300
 
 
 def reduce_block(rows: Sequence[Tensor], row_reduction: str, matrix_reduction: str) -> float:
-    """The score of a block.
+    """The score of a block from its matrices' row sums.
 
     Args:
-        rows: of every matrix, the sums along its rows (not negative), [rows].
-        row_reduction: over the rows of a matrix: sum, mean, max or prod.
-        matrix_reduction: over the block's matrices.
+        rows: sums along the rows (not negative) of every matrix, [rows].
+        row_reduction: reduction over the rows of a matrix: sum, mean, max or prod.
+        matrix_reduction: reduction over the block's matrices: sum, mean, max or prod.
     """
     matrices = [REDUCTIONS[row_reduction](sums.double().clamp(min=_SMALLEST).log()) for sums in rows]
     value = REDUCTIONS[matrix_reduction](torch.stack(matrices)).item()

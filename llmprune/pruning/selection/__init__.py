@@ -1,1 +1,1 @@
-"""From scores to what stays: which blocks, which units, and what can be made up for."""
+"""The selection of blocks and units that stay, from scores, and the correction of what remains."""

@@ -1,12 +1,13 @@
-"""What the output matrices of narrowed sub-layers can make up for in closed form.
+"""Corrections of the output matrices of narrowed sub-layers, in closed form.
 
-What a sub-layer adds to the residual stream is linear in what its output matrix W reads. Of inputs that go, a_g, the
-rest can stand in for a part: a_g ≈ L a_k + m, with L and m from calibration samples; W_g L joins the kept columns and
-W_g m the bias. With L by least squares this is the same as fitting the kept columns anew to the whole matrix's output.
+A sub-layer's contribution to the residual stream is linear in the input of its output matrix W. The kept inputs a_k
+predict a part of the removed inputs a_g: a_g ≈ L a_k + m, with L and m from calibration samples; W_g L is added to the
+kept columns and W_g m to the bias. With L by least squares this equals fitting the kept columns again to the whole
+matrix's output.
 
-A fit says nothing of tokens that it has not seen: each matrix is fitted on some of the calibration samples and tried on
-the others. The ridge is the one that does best there, and a matrix that does no better there than without a correction
-is left as it is.
+The error on the fitted tokens is no measure of quality, so each matrix is fitted on some of the calibration samples and
+tested on the others. The ridge is the one with the lowest error there, and a matrix whose error there is not lower than
+without a correction stays as it is.
 """
 
 import math
@@ -34,7 +35,7 @@ CORRECTIONS = ("none", "mean", "refit")
 
 @dataclass
 class _Read:
-    """Sums over tokens, float64, of what an output matrix reads: a, and a · kept aᵀ."""
+    """Sums over tokens, float64, of the inputs a of an output matrix: a, and a · kept aᵀ."""
 
     kept: Tensor
     gone: Tensor
@@ -51,15 +52,15 @@ class _Read:
 
 
 class _Tried:
-    """The squared errors of a matrix's output on samples that it was not fitted on, for every way to correct it."""
+    """The squared errors of a matrix's output on samples that it was not fitted on, for each possible correction."""
 
     def __init__(self, read: _Read, module: nn.Module, ways: Sequence[Mapping[str, Tensor]]) -> None:
-        """Prepare to try.
+        """Start with no samples.
 
         Args:
-            read: what was fitted.
-            module: the matrix.
-            ways: corrections, as plans hold them.
+            read: sums that the corrections were fitted on.
+            module: module with the output matrix.
+            ways: possible corrections, in the form of plans.
         """
         self._kept, self._gone = read.kept, read.gone
         self._weight = module.get_parameter("weight").float()[:, read.gone].T
@@ -78,13 +79,13 @@ class _Tried:
             self.errors[place] += (missed @ self._weight).double().square().sum()
 
     def best(self) -> Mapping[str, Tensor]:
-        """The correction with the least error; an empty one if none is better than nothing."""
+        """The correction with the lowest error; an empty one if none is better than no correction."""
         place = int(self.errors.nan_to_num(nan=torch.inf).argmin())
         return self._ways[place - 1] if place else {}
 
 
 def check_correction(kind: str, config: PretrainedConfig) -> None:
-    """Raise ``UserError`` if models of this config can't be corrected so."""
+    """Raise ``UserError`` if models of this config can't have this kind of correction."""
     if kind != "mean":
         return
     family = family_of(config)
@@ -98,7 +99,7 @@ def check_correction(kind: str, config: PretrainedConfig) -> None:
 
 
 def is_correctable(plan: Plan) -> bool:
-    """Whether a plan takes heads or channels."""
+    """Whether a plan removes heads or channels."""
     return any(plan.inputs(block, sublayer)[1] for block in plan.blocks for sublayer in ("attention", "mlp"))
 
 
@@ -107,14 +108,14 @@ def corrected(plan: Plan, kind: str, scored: "ScoredModel") -> Plan:
     """The plan with corrections of the output matrices of all attentions and MLPs that it narrows.
 
     Args:
-        plan: which units stay.
-        kind: ``mean`` folds the mean of what goes into the bias, for models that have one there; ``refit`` fits the
-            kept columns by least squares, and the bias where there is one.
-        scored: the model and its calibration samples; one forward pass, with a matrix of [inputs, kept
-            inputs] in float64 for one block at a time.
+        plan: plan with the units that stay.
+        kind: kind of correction: ``mean`` folds the mean of the removed inputs into the bias, for models that have one
+            there; ``refit`` fits the kept columns by least squares, and the bias if there is one.
+        scored: model and its calibration samples, for one forward pass, with a matrix of [inputs, kept inputs] in
+            float64 for one block at a time.
 
     Raises:
-        UserError: there are no biases for ``mean``, blocks are merged, or the samples are too few.
+        UserError: the model has no biases for ``mean``, blocks are merged, or the samples are too few.
     """
     model, samples = scored.model, scored.tokens
     check_samples(plan, kind, *samples.shape)
@@ -149,30 +150,30 @@ def corrected(plan: Plan, kind: str, scored: "ScoredModel") -> Plan:
             found.update({f"{name}.{sublayer}.{number}": tensor.float().cpu() for name, tensor in one.best().items()})
         return after[:1, :1] if number == len(blocks) - 1 else after
 
-    blocks = nn.ModuleList(blocks)  # as they are before they are visited
+    blocks = nn.ModuleList(blocks)  # the blocks themselves, without hooks
     with hooked_blocks(model, visit):
         model(input_ids=samples, use_cache=False)
     return replace(plan, corrections=found)
 
 
 def check_samples(plan: Plan, kind: str, samples: int, length: int) -> None:
-    """Refuse to fit on too few tokens.
+    """Refuse a fit on too few tokens.
 
     Args:
-        plan: which units stay.
-        kind: of the correction.
-        samples: for calibration.
-        length: tokens of each.
+        plan: plan with the units that stay.
+        kind: kind of the correction.
+        samples: number of calibration samples.
+        length: number of tokens in each sample.
 
     Raises:
-        UserError: there are too few; the message says how many would do.
+        UserError: there are too few tokens; the message contains a number that is enough.
     """
     inputs = [plan.inputs(block, sublayer) for block in plan.blocks for sublayer in ("attention", "mlp")]
     check_tokens(max((len(kept) for kept, gone in inputs if gone), default=0), kind, samples, length)
 
 
 def check_tokens(inputs: int, kind: str, samples: int, length: int) -> None:
-    """``check_samples`` for a number of inputs that stay."""
+    """Refuse a fit of ``inputs`` kept inputs on too few tokens, see ``check_samples``."""
     if kind == "none":
         return
     if samples < 2:
@@ -187,7 +188,7 @@ def check_tokens(inputs: int, kind: str, samples: int, length: int) -> None:
 
 @contextmanager
 def _reading(modules: Mapping[str, nn.Module], readers: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
-    """While open, ``readers`` are given what the modules of the same names read."""
+    """While open, ``readers`` are called with the inputs of the modules of the same names."""
     hooks = [
         modules[name].register_forward_pre_hook(lambda module, inputs, add=add: add(inputs[0]))
         for name, add in readers.items()
@@ -208,7 +209,7 @@ def _empty(plan: Plan, block: KeptBlock, sublayer: str, kind: str, device: torch
 
 
 def _ways(read: _Read, module: nn.Module, family: str) -> list[dict[str, Tensor]]:
-    """The corrections that a matrix may get, as plans hold them."""
+    """The possible corrections of a matrix, in the form of plans."""
     mean = read.total / read.tokens
     biased = getattr(module, "bias", None) is not None
     if read.products is None:

@@ -1,4 +1,4 @@
-"""Selections that look at the model again after every removal."""
+"""Selections that run the model again after every removal."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from llmprune.utils.errors import UserError
 
 @SELECTIONS.register("iterative")
 def iterative(request: Request) -> tuple[KeptBlock, ...]:
-    """The block with the lowest score goes and what is left is scored anew, until enough are gone."""
+    """The block with the lowest score is removed and the rest is scored again, until enough blocks are removed."""
     name = request.criterion
     if CRITERIA[name].section is not ScoreSection.BLOCKS:
         raise UserError(f"iterative selection needs a criterion of blocks; {name} is none")
@@ -46,11 +46,11 @@ def iterative(request: Request) -> tuple[KeptBlock, ...]:
 
 @SELECTIONS.register("greedy")
 def greedy(request: Request) -> tuple[KeptBlock, ...]:
-    """The block whose removal leaves the lowest perplexity goes, again and again (SLEB, arXiv:2402.09025).
+    """The block whose removal leaves the lowest perplexity is removed, again and again (SLEB, arXiv:2402.09025).
 
-    Every candidate starts from the states that it shares with the present model, and those of the winner are kept as
-    the next present model's: with N blocks, the first and last protected, removing K costs
-    N + Σ_k (N−k−2)(N−k−1)/2 block evaluations per batch, k from 0 to K − 1.
+    Every candidate starts from the states that it shares with the current model, and the states of the best candidate
+    become those of the next current model: with N blocks, the first and last protected, removing K costs N + Σ_k
+    (N−k−2)(N−k−1)/2 block evaluations per batch, k from 0 to K − 1.
     """
     no_criterion(request)
     removable, scored = request.removable(default=1), request.open()
@@ -72,12 +72,12 @@ def greedy(request: Request) -> tuple[KeptBlock, ...]:
 
 
 class _Trace:
-    """A model with some blocks removed: what every block that stays reads, and its loss.
+    """A model with some blocks removed: the input of every remaining block, and the loss.
 
     Attributes:
-        inputs: of every block, [samples, length, hidden], on the host.
-        live: the blocks that stay.
-        loss: mean next-token loss on the samples.
+        inputs: input of every remaining block, by its number, [samples, length, hidden], on the host.
+        live: numbers of the blocks that remain.
+        loss: mean next-token loss on the samples, in nats per token.
     """
 
     def __init__(self, live: Sequence[int], inputs: dict[int, Tensor]) -> None:
@@ -90,7 +90,7 @@ class _Trace:
         return trace
 
     def without(self, scored: ScoredModel, block: int) -> "_Trace":
-        """The same with one block less, computed from that block on."""
+        """The trace with one more block removed, computed from that block on."""
         live = [other for other in self.live if other != block]
         trace = _Trace(live, {number: states for number, states in self.inputs.items() if number < block})
         following = next((other for other in live if other > block), None)
@@ -99,7 +99,7 @@ class _Trace:
 
     @torch.no_grad()
     def _walk(self, scored: ScoredModel, start: int, states: Tensor | None = None) -> None:
-        """Compute from block ``start`` on, which reads ``states`` (None: what the embedding gives)."""
+        """Compute from block ``start`` on, whose input is ``states`` (None: the embedding's output)."""
         recorded: dict[int, list[Tensor]] = {number: [] for number in self.live if number >= start}
         loss, count = 0.0, 0
         for first in range(0, len(scored.tokens), scored.batch_size):
@@ -123,7 +123,7 @@ class _Trace:
 
 
 def _check_memory(request: Request, scored: ScoredModel) -> None:
-    """Refuse what can't fit: the states of three models (present, best, tried) at every block."""
+    """Refuse a selection without enough memory for the states of three models (current, best, tried) at every block."""
     size = next(scored.model.parameters()).element_size()
     needed = 3 * request.layers * scored.tokens.numel() * request.scores.source.hidden * size
     free = psutil.virtual_memory().available

@@ -18,10 +18,11 @@ Mixture = dict[int, float]
 
 @SELECTIONS.register("merge")
 def merge(request: Request) -> tuple[KeptBlock, ...]:
-    """Neighbouring blocks become one, θ + Σ (θ' − θ), as long as the final hidden states stay alike enough.
+    """Neighbouring blocks become one, θ + Σ (θ' − θ), while the final hidden states stay similar enough.
 
-    From the end towards the start, ``merge_size`` blocks at a time; a merge stays if the mean cosine of the states
-    before the final norm with the whole model's is at least ``threshold``. ``remove``, if given, is the most that go.
+    Merging proceeds from the end to the start, ``merge_size`` blocks at a time. A merge is kept if the mean cosine
+    between the states before the final norm and those of the whole model is at least ``threshold``. ``remove``, if
+    given, is the largest number of blocks to remove.
     """
     config = request.config
     no_criterion(request)
@@ -62,14 +63,14 @@ def merge(request: Request) -> tuple[KeptBlock, ...]:
 
 
 def _kept(block: int, mixture: Mixture) -> KeptBlock:
-    """A block of the merged model: it keeps its place, and with it its kind of attention, whatever it is made of."""
+    """A block of the merged model, with the place and the kind of attention of the source's block."""
     if mixture == {block: 1.0}:
         return KeptBlock.whole(block)
     return KeptBlock(block, block, merge=tuple(sorted(mixture.items())))
 
 
 def _mixture(parts: list[Mixture]) -> Mixture:
-    """What θ_1 + Σ (θ_k − θ_1) is made of, in blocks of the source."""
+    """The weights of the source's blocks in θ_1 + Σ (θ_k − θ_1)."""
     found: Mixture = {}
     for number, part in enumerate(parts):
         weight = 1.0 if number else 2.0 - len(parts)
@@ -80,7 +81,7 @@ def _mixture(parts: list[Mixture]) -> Mixture:
 
 @contextmanager
 def _merged_weights(scored: ScoredModel, members: list[int]) -> Iterator[Callable[[], None]]:
-    """The first of some blocks merged with the others; undone at the end unless the yielded function was called."""
+    """While open, the first block is merged with the others; undone at the end unless the function is called."""
     blocks = scored.model.get_submodule(family_of(scored.model.config).blocks)
     assert isinstance(blocks, nn.ModuleList)
     first, *others = (dict(blocks[member].named_parameters()) for member in members)
@@ -102,7 +103,7 @@ def _merged_weights(scored: ScoredModel, members: list[int]) -> Iterator[Callabl
 
 @torch.no_grad()
 def _final_states(scored: ScoredModel) -> Tensor:
-    """What the last block leaves, before the final norm: [samples, length, hidden], on the host."""
+    """The last block's output before the final norm, [samples, length, hidden], on the host."""
     found: list[Tensor] = []
     last = len(list(scored.model.get_submodule(family_of(scored.model.config).blocks).children())) - 1
 

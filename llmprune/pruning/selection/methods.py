@@ -1,4 +1,4 @@
-"""Which blocks go: plug-ins that turn scores into the blocks of a plan."""
+"""Methods that select the blocks of a plan from scores; other packages can register more."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +20,12 @@ from llmprune.utils.registry import Registry
 
 @dataclass(frozen=True)
 class ScoredModel:
-    """The model itself, for the ways that look at it again.
+    """The scored model in memory, for methods that run it again.
 
     Attributes:
-        model: in memory, in evaluation mode; merging changes its weights.
-        samples: its calibration samples, [samples, length]; None if it was scored without any.
-        batch_size: samples that go through a block at a time.
+        model: model in memory, in evaluation mode; merging changes its weights.
+        samples: calibration samples of the scores, [samples, length]; None = the scores needed none.
+        batch_size: number of samples that pass through a block at a time.
     """
 
     model: PreTrainedModel
@@ -37,7 +37,7 @@ class ScoredModel:
         """The calibration samples.
 
         Raises:
-            UserError: there are none.
+            UserError: the scores were computed without samples.
         """
         if self.samples is None:
             raise UserError("the scores were computed without calibration text: score again with --data")
@@ -46,12 +46,12 @@ class ScoredModel:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be selected.
+    """A request for a selection of blocks.
 
     Attributes:
-        scores: the model's.
-        config: how.
-        open: opens the model that was scored, with its calibration samples.
+        scores: scores of the model.
+        config: settings of the plan.
+        open: function that opens the scored model with its calibration samples.
         parallel: whether attention and MLP of a block read the same input.
     """
 
@@ -67,10 +67,10 @@ class Request:
 
     @cached_property
     def criterion(self) -> str:
-        """The criterion that decides.
+        """The name of the criterion whose scores are used.
 
         Raises:
-            UserError: none was named.
+            UserError: no criterion was named.
         """
         if self.config.criterion is None:
             known = ", ".join([*self.scores.blocks, *self.scores.spans])
@@ -81,10 +81,10 @@ class Request:
 
     @cached_property
     def remove(self) -> int:
-        """How many blocks go.
+        """The number of blocks to remove.
 
         Raises:
-            UserError: the number is missing or leaves nothing.
+            UserError: the number is missing, or no block would stay.
         """
         count = self.config.remove
         if count is None:
@@ -94,13 +94,13 @@ class Request:
         return count
 
     def removable(self, default: int = 0) -> list[int]:
-        """The blocks that are not protected.
+        """The numbers of the blocks that are not protected.
 
         Args:
-            default: how many are protected at each end if the user does not say.
+            default: number of protected blocks at each end if the settings have none.
 
         Raises:
-            UserError: the protected blocks leave too few, or too many are to go.
+            UserError: too few blocks are not protected, or too many are to be removed.
         """
         wanted = 1 if self.config.remove is None else self.remove
         ends = self.config.protect_first, self.config.protect_last
@@ -119,10 +119,10 @@ SELECTIONS: Registry[Selection] = Registry("selections", "way to select")
 
 
 def select(request: Request) -> Plan:
-    """The plan that a request asks for.
+    """The plan that a request describes.
 
     Raises:
-        UserError: it is impossible.
+        UserError: the request is impossible.
     """
     config, scores = request.config, request.scores
     config.check()
@@ -144,13 +144,13 @@ def select(request: Request) -> Plan:
 
 
 def calibration_size(data: Mapping[str, Any]) -> tuple[int, int]:
-    """How many calibration samples scores were computed with, and the tokens of each.
+    """The number of calibration samples of scores, and the number of tokens in each.
 
     Args:
-        data: of the scores.
+        data: settings of the calibration samples, from the scores.
 
     Raises:
-        UserError: they do not say, or there were none.
+        UserError: the numbers are missing, or there were no samples.
     """
     samples, length = data.get("samples"), data.get("length")
     if not isinstance(samples, int) or not isinstance(length, int):
@@ -159,7 +159,7 @@ def calibration_size(data: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def selected_blocks(request: Request) -> tuple[KeptBlock, ...]:
-    """The blocks that stay, whole."""
+    """The blocks that stay, unchanged."""
     config, layers = request.config, request.layers
     depth = config.of_depth(layers)
     if depth is not None:
@@ -170,20 +170,20 @@ def selected_blocks(request: Request) -> tuple[KeptBlock, ...]:
 
 
 def without(layers: int, removed: Sequence[int]) -> tuple[KeptBlock, ...]:
-    """All blocks but ``removed``."""
+    """All blocks except ``removed``."""
     return tuple(block for block in whole(layers) if block.attention not in removed)
 
 
 def lowest_blocks(scores: Sequence[float], removable: Sequence[int], count: int) -> list[int]:
-    """The removable blocks with the lowest scores; of equals the later ones."""
+    """The removable blocks with the lowest scores; among equal scores, the later blocks."""
     return sorted(sorted(removable, key=lambda block: (scores[block], -block))[:count])
 
 
 def no_criterion(request: Request) -> None:
-    """Refuse a criterion where the way to select has its own.
+    """Refuse a criterion if the method does not use one.
 
     Raises:
-        UserError: one was named.
+        UserError: a criterion was named.
     """
     if request.config.criterion is not None:
         raise UserError(f"'{request.config.method}' decides by itself: leave out the criterion")
@@ -191,14 +191,14 @@ def no_criterion(request: Request) -> None:
 
 @SELECTIONS.register("lowest")
 def lowest(request: Request) -> tuple[KeptBlock, ...]:
-    """The blocks with the lowest scores go."""
+    """The blocks with the lowest scores are removed."""
     scores = request.scores.of_blocks(request.criterion)
     return without(request.layers, lowest_blocks(scores, request.removable(), request.remove))
 
 
 @SELECTIONS.register("span")
 def span(request: Request) -> tuple[KeptBlock, ...]:
-    """One span of neighbouring blocks goes: the most alike at both ends, or the lowest in sum."""
+    """One span of neighbouring blocks is removed: that with the most similar ends, or the lowest sum of scores."""
     count, removable, scores = request.remove, request.removable(), request.scores
     starts = [block for block in removable if block + count - 1 in removable]
     if not starts:
@@ -216,7 +216,7 @@ def span(request: Request) -> tuple[KeptBlock, ...]:
 
 @SELECTIONS.register("list")
 def explicit(request: Request) -> tuple[KeptBlock, ...]:
-    """What the user lists goes: blocks, or an attention or MLP alone where the config can express the rest."""
+    """The listed blocks are removed, or single attentions and MLPs if a config can describe the rest."""
     listed = request.config.drop
     if not listed:
         raise UserError("list what goes with --drop: 3,7 or attention.3,mlp.2")
@@ -241,14 +241,14 @@ def explicit(request: Request) -> tuple[KeptBlock, ...]:
 
 
 def pair_sublayers(request: Request, gone: set[tuple[int, str]]) -> tuple[KeptBlock, ...]:
-    """The blocks that hold what stays, each an attention and the MLP after it.
+    """The blocks made of the sub-layers that stay, each an attention and the MLP after it.
 
     Args:
-        request: for the model's layout.
-        gone: the sub-layers that go: (block, ``attention`` or ``mlp``).
+        request: request, for the model's number of blocks and layout.
+        gone: sub-layers to remove: (block, ``attention`` or ``mlp``).
 
     Raises:
-        UserError: no config can express it.
+        UserError: no config can describe the result.
     """
     order = [(block, name) for block in range(request.layers) for name in ("attention", "mlp")]
     kept = [sublayer for sublayer in order if sublayer not in gone]
@@ -268,7 +268,7 @@ def pair_sublayers(request: Request, gone: set[tuple[int, str]]) -> tuple[KeptBl
 
 @SELECTIONS.register("sublayers")
 def sublayers(request: Request) -> tuple[KeptBlock, ...]:
-    """Pairs of neighbouring sub-layers go, across blocks too: those whose influences add up to the least."""
+    """The pairs of neighbouring sub-layers with the lowest sum of influences are removed, also across blocks."""
     no_criterion(request)
     if request.parallel:
         raise UserError(
@@ -289,8 +289,8 @@ def sublayers(request: Request) -> tuple[KeptBlock, ...]:
 def cheapest_pairs(costs: Sequence[float], count: int) -> list[int]:
     """The places of ``count`` pairs of neighbours that do not overlap and cost least together, by dynamic programming.
 
-    Removing pairs of neighbours one after the other may bring others together; a run of any even length is a row of
-    such pairs, so nothing is lost by looking at pairs that are neighbours from the start.
+    Removing one pair of neighbours after the other can make other places neighbours. A run of any even length is a row
+    of such pairs, so it is enough to consider pairs that are neighbours at the start.
     """
     infinity = float("inf")
     best = [[0.0] + [infinity] * count for _ in range(len(costs) + 1)]

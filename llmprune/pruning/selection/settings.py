@@ -1,4 +1,4 @@
-"""The settings of plans: which blocks and units go."""
+"""The settings of plans: which blocks and units are removed."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -9,24 +9,27 @@ from llmprune.utils.settings import check_settings, limited
 
 @dataclass
 class PlanConfig:
-    """How a plan follows from scores.
+    """How a plan is made from scores.
 
     Attributes:
-        method: a registered way to select blocks: lowest, span, list, sublayers, iterative, greedy or merge.
-        criterion: whose scores of blocks decide.
-        remove: how many blocks go.
-        shape: what comes out, any of layers, hidden, heads, kv_heads, intermediate and experts; the rest stays.
-        unit_criterion: whose scores of heads, channels and hidden dimensions decide.
-        expert_criterion: whose scores of experts decide; null = unit_criterion.
-        correction: of the output matrices of narrowed attentions and MLPs on the calibration samples: none, mean (what
-            goes is folded into biases) or refit (the columns that stay are fitted by least squares).
-        drop: with ``list``, what goes: numbers of blocks, or ``attention.N`` and ``mlp.N``.
-        protect_first: so many blocks at the start stay; null = none (greedy and merge: one).
-        protect_last: so many blocks at the end stay; null = none (greedy and merge: one).
-        threshold: with ``merge``, the mean cosine that the final hidden states must keep.
-        merge_size: with ``merge``, how many blocks become one at a time.
-        merge_step: with ``merge``, how many blocks to go back after a merge.
-        force: take a plan with corrections, or under a budget, even if its calibration loss says that it is ruined.
+        method: name of a registered selection of blocks: lowest, span, list, sublayers, iterative, greedy or merge.
+        criterion: name of the criterion whose scores select blocks; null = none.
+        remove: number of blocks to remove.
+        shape: sizes of the pruned model, any of layers, hidden, heads, kv_heads, intermediate and experts; sizes that
+            are not given stay as they are.
+        unit_criterion: name of the criterion whose scores select heads, channels and hidden dimensions; null = none.
+        expert_criterion: name of the criterion whose scores select experts; null = unit_criterion.
+        correction: correction of the output matrices of narrowed attentions and MLPs on the calibration samples: none,
+            mean (the mean of the removed inputs is folded into biases) or refit (the columns that stay are fitted by
+            least squares).
+        drop: list of what the method ``list`` removes: numbers of blocks, or ``attention.N`` and ``mlp.N``.
+        protect_first: number of blocks at the start of the model that must stay; null = none (greedy and merge: one).
+        protect_last: number of blocks at the end of the model that must stay; null = none (greedy and merge: one).
+        threshold: mean cosine that the final hidden states must keep after a merge, in [-1, 1] (method ``merge``).
+        merge_size: number of blocks that a merge makes into one (method ``merge``).
+        merge_step: number of blocks to move towards the start of the model after a merge (method ``merge``).
+        force: keep a plan with corrections, or under a budget, even if its calibration loss shows that the model is
+            ruined.
     """
 
     method: str = "lowest"
@@ -53,7 +56,7 @@ class PlanConfig:
             raise UserError("the shape says how many layers stay: leave out --remove and --drop")
 
     def of_depth(self, layers: int) -> "PlanConfig | None":
-        """How blocks are selected; None if all stay."""
+        """The settings that select blocks; None if all blocks stay."""
         if self.shape is None:
             return self
         if (kept := self.shape.get("layers")) is not None:
@@ -61,14 +64,14 @@ class PlanConfig:
         return None if self.remove is None and self.drop is None and self.method == "lowest" else self
 
     def refuse(self, section: str, *names: str) -> None:
-        """Refuse keys that the job decides itself.
+        """Refuse keys that the job sets itself.
 
         Args:
-            section: where the job's own keys are, for the message.
-            names: of the keys.
+            section: name of the section with the job's own keys, for the message.
+            names: names of the refused keys.
 
         Raises:
-            UserError: one of them is set.
+            UserError: one of the keys is set.
         """
         for name in names:
             if getattr(self, name) != getattr(PlanConfig, name, None):
@@ -77,13 +80,13 @@ class PlanConfig:
 
 @dataclass
 class PlansConfig(PlanConfig):
-    """How plans follow from scores: ``plan-N.json`` for every N in ``remove``, or ``plan.json``.
+    """How plans are made from scores: ``plan-N.json`` for every N in ``remove``, or ``plan.json``.
 
-    With several criteria each has its plans: ``plan-CRITERION-N.json``.
+    With several criteria, each criterion has its own plans: ``plan-CRITERION-N.json``.
 
     Attributes:
-        criterion: whose scores of blocks decide; a name, or several in a list.
-        remove: how many blocks go; a number, or several in a list.
+        criterion: name of the criterion whose scores select blocks, or a list of names; null = none.
+        remove: number of blocks to remove, or a list of numbers; null = none.
     """
 
     criterion: Any = None

@@ -1,4 +1,4 @@
-"""Which heads, channels, hidden dimensions and experts stay: those with the highest scores, as many in every block."""
+"""The selection of heads, channels, hidden dimensions and experts: the highest scores, as many in every block."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,20 +10,20 @@ from llmprune.utils.errors import UserError
 
 
 def narrowed(plan: Plan, target: Shape, scores: Scores, criterion: str | None, expert_criterion: str | None) -> Plan:
-    """A plan that also narrows the blocks which it keeps.
+    """A plan that also narrows the blocks that it keeps.
 
-    Key/value groups go whole or, where the target has fewer query heads per group, lose as many heads each. Hidden
-    dimensions are ranked by their scores summed over the blocks that stay.
+    Key/value groups are removed as a whole or, if the target has fewer query heads per group, each loses the same
+    number of heads. Hidden dimensions are ranked by their scores summed over the blocks that stay.
 
     Args:
-        plan: which blocks stay, whole.
-        target: the shape of what comes out; its layers are the plan's.
-        scores: the model's.
-        criterion: of units, whose scores decide.
-        expert_criterion: the same for experts.
+        plan: plan with the blocks that stay, unchanged.
+        target: shape of the pruned model; its number of blocks is the plan's.
+        scores: scores of the model.
+        criterion: name of the criterion whose scores select units; None = none.
+        expert_criterion: name of the criterion whose scores select experts; None = ``criterion``.
 
     Raises:
-        UserError: the scores have no such criterion, or none of these units.
+        UserError: the scores have no such criterion, or no scores of these units.
     """
     source = scores.source
     if expert_criterion is not None and source.experts is None:
@@ -63,12 +63,12 @@ def narrowed(plan: Plan, target: Shape, scores: Scores, criterion: str | None, e
 
 
 def highest(scores: Sequence[float], count: int) -> tuple[int, ...]:
-    """The places of the highest scores, ascending; of equals the earlier ones."""
+    """The places of the highest scores, ascending; among equal scores, the earlier places."""
     return tuple(sorted(sorted(range(len(scores)), key=lambda place: -scores[place])[:count]))
 
 
 def _heads(heads: Sequence[float], groups: Sequence[float], source: Shape, target: Shape) -> tuple[int, ...]:
-    """The query heads of one block that stay: the best of each of the best groups."""
+    """The query heads of one block that stay: the best heads of each of the best groups."""
     size = source.heads_per_group
     kept: list[int] = []
     for group in highest(groups, target.kv_heads):
@@ -78,5 +78,5 @@ def _heads(heads: Sequence[float], groups: Sequence[float], source: Shape, targe
 
 
 def whole(layers: int) -> tuple[KeptBlock, ...]:
-    """All blocks, as they are."""
+    """All blocks, unchanged."""
     return tuple(KeptBlock.whole(block) for block in range(layers))

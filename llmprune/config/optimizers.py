@@ -43,6 +43,7 @@ class SchedulerConfig:
     """The learning-rate schedule: ``cosine``, ``linear`` or ``constant``, after a linear warm-up.
 
     Attributes:
+        name: ``cosine``, ``linear``, ``constant`` or another registered schedule.
         warmup: duration of the warm-up, such as ``320ba`` or ``0.03dur``.
         final: last learning rate divided by the base learning rate (cosine and linear).
     """

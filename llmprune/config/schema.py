@@ -169,7 +169,15 @@ class CheckpointConfig:
 
 @dataclass
 class WandbConfig:
-    """Settings of Weights & Biases."""
+    """The settings of Weights & Biases; null = what its own environment variables say.
+
+    Attributes:
+        project: name of the project.
+        entity: user or team that the project belongs to.
+        group: group of the run.
+        tags: tags of the run.
+        offline: keep everything in the run folder, for ``wandb sync``.
+    """
 
     project: str | None = None
     entity: str | None = None
@@ -184,6 +192,7 @@ class LoggersConfig:
 
     Attributes:
         console: print metrics every ``console_interval``; otherwise a progress bar is shown.
+        console_interval: interval between two prints, such as ``10ba``.
         tensorboard: write event files to ``run.folder``/tensorboard.
         wandb: settings of Weights & Biases; null = off.
         others: other registered loggers by name, each with its arguments: ``{mlflow: {experiment_name: prune}}``.

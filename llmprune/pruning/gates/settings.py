@@ -45,7 +45,12 @@ class TargetShape:
 
 @dataclass
 class Multiples:
-    """The numbers that sizes of the pruned model are multiples of (64 or 128 suit hardware); heads stay whole."""
+    """The numbers that sizes of the pruned model are multiples of (64 or 128 suit hardware); heads stay whole.
+
+    Attributes:
+        hidden: the hidden size is a multiple of this number.
+        intermediate: the number of MLP channels is a multiple of this number.
+    """
 
     hidden: int = limited(1, least=1)
     intermediate: int = limited(1, least=1)

@@ -17,8 +17,7 @@ def main(arguments: list[str]) -> int:
 
     Returns:
         The exit code: 0 = done; 2 = a mistake of the user, printed as one line; 75 = asked to end (SIGTERM), and the
-            run
-        is saved; 130 or 143 = stopped (Ctrl-C; SIGTERM of a job that saves nothing before its end).
+        run is saved; 130 or 143 = stopped (Ctrl-C; SIGTERM of a job that saves nothing before its end).
     """
     if not arguments:
         print(f"usage: {USAGE}", file=sys.stderr)

@@ -28,7 +28,7 @@ if [ -x .venv/bin/python ] && [ "$(cat .venv/stamp 2>/dev/null)" = "$stamp" ]; t
   exit 0
 fi
 
-if [ -L .venv ] || { [ -e .venv ] && [ ! -e .venv/made-by-setup ]; }; then
+if [ -L .venv ] || { [ -e .venv ] && [ ! -e .venv/made-by-setup ] && [ ! -e .venv/stamp ]; }; then
   echo "error: .venv was not made by this script, which would replace it: rename or remove it" >&2
   exit 2
 fi

@@ -76,3 +76,10 @@ def test_an_environment_of_others_stays(checkout: Path, link: bool) -> None:
     error = run.communicate(timeout=60)[1]
     assert run.returncode == 2 and error.splitlines()[-1].startswith("error: .venv was not made by this script")
     assert [file.name for file in own.iterdir()] == ["package"]
+
+
+def test_an_environment_of_an_older_version_is_replaced(checkout: Path) -> None:
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv" / "stamp").write_text("old")
+    assert begin(checkout).wait(60) == 0
+    assert log(checkout) == ["made", "installed"]

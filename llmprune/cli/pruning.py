@@ -126,7 +126,7 @@ def verify(
 
 
 @app.command()
-@options_from_settings({"data.path": "data", "data.length": "seq_len"}, leave_out=("seed",))
+@options_from_settings({"data.path": "data", "data.length": "seq_len"}, leave_out=("seed", "data.seed"))
 def score(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub name.")],
     out: Annotated[str, typer.Option(help="File to write (.json); pictures are drawn beside it.")],
@@ -134,6 +134,7 @@ def score(
     names: Annotated[
         bool, typer.Option("--names", help="List the criteria.", is_eager=True, callback=_list_criteria)
     ] = False,
+    seed: Annotated[int, typer.Option(help="Of the samples and of the random order.")] = 17,
     dtype: Annotated[TrainableFormat, typer.Option(help="Of the weights in memory.")] = "float32",
     device: Annotated[Device | None, typer.Option(help="Default: what is there.")] = None,
     offload: Annotated[bool, typer.Option("--offload", help="Hold one block at a time, read from the files.")] = False,
@@ -152,7 +153,7 @@ def score(
     if (Path(out).parent / "config.json").exists():
         raise UserError(f"{Path(out).parent} is a model's folder: write the scores elsewhere")
     check_output(out, ".json", overwrite, pictures_beside(out))
-    config = replace(scoring, seed=scoring.data.seed)
+    config = replace(scoring, data=replace(scoring.data, seed=seed), seed=seed)
     files = save_scores(score_model(model, config, Placement(dtype, device), offload=offload), out)
     print(Path(out).read_text() if as_json else "\n".join(map(str, files)))
 
@@ -186,7 +187,7 @@ def plan(
     loaded = Scores.load(scores)
     if compare and budget is not None:
         raise UserError("--compare shows every criterion as it is: leave out the budget")
-    if compare and (out or config.method != "lowest" or config.criterion):
+    if compare and (out or settings.method != PlanConfig.method or config.criterion):
         raise UserError("--compare shows every criterion and writes nothing: leave out --out, --method and --criterion")
     if compare:
         gone = planning.compare(loaded, config)

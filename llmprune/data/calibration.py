@@ -50,6 +50,22 @@ def calibration_samples(config: CalibrationConfig, tokenizer: PreTrainedTokenize
     return samples
 
 
+def check_calibration(config: CalibrationConfig, longest: int | None) -> None:
+    """Check, before anything is read, that there is text, and that the model takes samples of this length.
+
+    Args:
+        config: settings of the samples.
+        longest: number of tokens that the model takes at most; None = any.
+
+    Raises:
+        UserError: the text does not exist, or the samples are too long.
+    """
+    if longest is not None and config.length > longest:
+        raise UserError(f"samples of {config.length} tokens are too long: the model takes {longest}")
+    if config.path is not None and not (Path(config.path) / "manifest.json").is_file():
+        find_inputs([Path(config.path)])
+
+
 def samples_fingerprint(samples: Tensor) -> str:
     """SHA-256 of the samples' tokens."""
     return hashlib.sha256(samples.contiguous().numpy().tobytes()).hexdigest()

@@ -73,7 +73,7 @@ def _weights(config: Config, sizes: JobSizes, shards: int) -> float:
     weights = sizes.parameters * itemsize / shards
     if block_itemsize is not None:
         weights = sizes.outside * itemsize + (sizes.parameters - sizes.outside) * block_itemsize
-    return weights + learning_bytes(config, sizes) if sizes.needs.added else weights
+    return weights + sizes.needs.added * FLOAT
 
 
 def _at_peak(

@@ -18,7 +18,7 @@ from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.schema import IterationConfig
 from llmprune.conversion.commands import apply
 from llmprune.jobs.score import save_scores
-from llmprune.jobs.stages import asked_to_end, begin, check_pruning_job, keep_result, recover, score_for
+from llmprune.jobs.stages import asked_to_end, begin, check_pruning_job, check_scoring, keep_result, recover, score_for
 from llmprune.models.families import Shape, family_of, shapes_between, target_shape
 from llmprune.models.loading import load_model_config
 from llmprune.pruning.budgets.plan_losses import HarmfulCorrectionError
@@ -37,7 +37,9 @@ def iterate(config: IterationConfig) -> None:
         UserError: a setting does not fit, or the folder contains something else.
     """
     source = check_pruning_job(config)
-    shapes = round_shapes(config, load_model_config(source))
+    model_config = load_model_config(source)
+    shapes = round_shapes(config, model_config)
+    check_scoring(config, model_config, _criteria(config.plan))
     share_cores()
     init_distributed(config.train.device)
     with TERMINATION.ending(asked_to_end), RunFolder(Path(config.run.folder)).claimed():

@@ -21,7 +21,7 @@ from llmprune.callbacks.layer_scoring import CALIBRATION, LayerScoring
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.job_files import save_config
 from llmprune.config.schema import ScoringConfig
-from llmprune.data.calibration import calibration_samples, samples_fingerprint
+from llmprune.data.calibration import calibration_samples, check_calibration, samples_fingerprint
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.enough_memory import check_memory
 from llmprune.models.families import family_of
@@ -125,9 +125,7 @@ def _samples(
 
     if all(CRITERIA[name].reads in (None, "weights") for name in names):
         return None
-    limit = longest_input(model_config)
-    if limit is not None and config.data.length > limit:
-        raise UserError(f"samples of {config.data.length} tokens are too long: the model takes {limit}")
+    check_calibration(config.data, longest_input(model_config))
     samples = calibration_samples(config.data, load_tokenizer(tokenizer))
     check_vocabulary(int(samples.max()), model_config, "the calibration text")
     return samples

@@ -30,7 +30,16 @@ from llmprune.data.prepared import PreparedData
 from llmprune.data.sources import clean_name
 from llmprune.evaluation.losses import Losses, evaluate_losses
 from llmprune.jobs.score import save_scores
-from llmprune.jobs.stages import asked_to_end, begin, check_pruning_job, keep_result, recover, recovery_of, score_for
+from llmprune.jobs.stages import (
+    asked_to_end,
+    begin,
+    check_pruning_job,
+    check_scoring,
+    keep_result,
+    recover,
+    recovery_of,
+    score_for,
+)
 from llmprune.models.families import Shape, shape_from
 from llmprune.models.loaded import open_model
 from llmprune.models.loading import load_model_config
@@ -108,6 +117,7 @@ def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
     """
     settings, data = config.search, config.layer_scoring.data
     names = settings.scored(config.plan)
+    check_scoring(config, model, names)
     sizes = ShapeSizes(model)
     for candidate in settings.candidates(config.plan):
         plan = candidate.config

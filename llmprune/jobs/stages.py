@@ -10,15 +10,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+from transformers import PretrainedConfig
+
 from llmprune.callbacks.preemption import Preempted
 from llmprune.config.job_files import load_recorded, save_config
 from llmprune.config.schema import Config, IterationConfig, SearchConfig
 from llmprune.config.section_registry import sections_of, with_sections
+from llmprune.config.yaml_files import read_yaml
 from llmprune.conversion.commands import convert
+from llmprune.data.calibration import check_calibration
 from llmprune.data.prepared import PreparedData
 from llmprune.jobs.score import score
 from llmprune.jobs.train import train
 from llmprune.models.placement import Placement
+from llmprune.models.source import longest_input
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.training.checks import check, inputs_of
@@ -54,12 +59,17 @@ def begin(config: ScoringJobConfig, kind: str) -> None:
     folder = Path(config.run.folder)
     known = folder / "config.yaml"
     refuse_deleting(folder)
-    before = load_recorded(known) if known.is_file() else None
+    try:
+        before = load_recorded(known) if known.is_file() else None
+    except UserError as error:  # a job of another version: its settings can't be compared
+        if not (config.run.overwrite and read_yaml(known).get("job") == config.job):
+            raise UserError(f"{error}: begin anew with run.overwrite=true, or choose another run.folder") from None
+        before = config
     if not is_empty(folder) and type(before) is not type(config):
         raise UserError(f"{folder} holds something that is no {kind}: choose another run.folder")
     if isinstance(before, Config) and not (config.run.overwrite or config.run.autoresume):
         raise UserError(f"{folder} holds a {kind}: pass run.autoresume=true to go on, or run.overwrite=true")
-    if isinstance(before, Config) and config.run.autoresume:
+    if isinstance(before, Config) and before is not config and config.run.autoresume:
         try:
             _refuse_other(folder, before, config)
             return
@@ -194,6 +204,22 @@ def scoring_of(config: ScoringJobConfig, criteria: Sequence[str]) -> LayerScorin
     own = config.layer_scoring
     names = list(dict.fromkeys([*criteria, *(own.criteria or ())]))
     return replace(own, data=replace(own.data, path=own.data.path or config.data.path), criteria=names)
+
+
+def check_scoring(config: ScoringJobConfig, model: PretrainedConfig, criteria: Sequence[str]) -> None:
+    """Check, before the folder is touched, that the model can be scored as the job says.
+
+    Args:
+        config: config of the job.
+        model: config of the model.
+        criteria: names of the criteria that decide.
+
+    Raises:
+        UserError: a criterion is unknown or not for this model, or the samples can't be had.
+    """
+    settings = scoring_of(config, criteria)
+    settings.names(model)
+    check_calibration(settings.data, longest_input(model))
 
 
 def score_for(config: ScoringJobConfig, model: str, criteria: Sequence[str]) -> Scores:

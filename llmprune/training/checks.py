@@ -47,10 +47,11 @@ def check(config: Config) -> Inputs:
         )
     source = None if config.model.path is None else find_folder(config.model.path)
     tokenizer_at = config.model.tokenizer or source or str(data.tokenizer)
-    tokenizer = load_tokenizer(tokenizer_at)
     if source is not None:
         model_config = load_model_config(source)
+        tokenizer = load_tokenizer(tokenizer_at)
     else:
+        tokenizer = load_tokenizer(tokenizer_at)
         model_config = config_from_fields(config.model.config or {}, tokenizer)
         if config.model.richer_heads is not None:
             config.model.richer_heads.check()

@@ -55,7 +55,11 @@ class _Kept(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line, or keep it until the job has changed its folder."""
-        line = f"{self.format(record)}\n"
+        try:
+            line = f"{self.format(record)}\n"
+        except Exception:  # a line that can't be made ends no job
+            self.handleError(record)
+            return
         own = os.getpid() == self._process  # otherwise a forked worker, which has a copy of the waiting lines
         if own:
             self._lines.append(line)

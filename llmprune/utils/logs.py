@@ -19,7 +19,10 @@ class _Shown(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
-        print(self.format(record), file=sys.stderr, flush=True)
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:  # a line that can\'t be shown ends no job
+            self.handleError(record)
 
 
 @contextmanager

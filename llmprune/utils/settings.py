@@ -107,6 +107,9 @@ def check_settings(settings: Any, key: str = "") -> None:
             check_settings(value, name)
             continue
         hint = hints_of(type(settings))[field.name]
+        if _is_word(hint):
+            check_word(value, hint, name)
+            continue
         for place, one in _leaves(value, name):
             check_word(one, hint, place)
             limits = field.metadata.get("range")
@@ -127,8 +130,17 @@ def check_word(value: Any, hint: Any, key: str) -> None:
         UserError: the word is not in the list.
     """
     words = words_of(hint)
-    if words and isinstance(value, str) and value not in words:
-        raise UserError(f"{key} '{value:.80}' is unknown; valid: {', '.join(words)}")
+    if not words or (value is None and type(None) in typing.get_args(hint)):
+        return
+    if (isinstance(value, str) or _is_word(hint)) and value not in words:
+        numbers = ["or a number"] if {int, float} & {*typing.get_args(hint)} else []
+        raise UserError(f"{key} '{value!s:.80}' is unknown; valid: {', '.join([*words, *numbers])}")
+
+
+def _is_word(hint: Any) -> bool:
+    """Return whether a type allows words of a ``Literal`` and nothing else but None."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return all(kind is type(None) or typing.get_origin(kind) is Literal for kind in kinds)
 
 
 def words_of(hint: Any) -> tuple[str, ...]:

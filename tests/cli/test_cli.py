@@ -38,6 +38,7 @@ def test_families_are_listed() -> None:
         ["measure", "model", "--nosuch"],
         ["measure", "model", "--repeats", "many"],
         ["score", "model", "--out", "x.json", "--device", "tpu"],
+        ["measure", "model", "--device", "tpu"],
         ["plan", "scores.json", "--correction", "fit"],
         ["plan", "scores.json", "--remove", "many"],
     ],

@@ -309,6 +309,39 @@ def test_nothing_is_looked_up_in_what_is_recorded(yaml: Path, tmp_path: Path) ->
     assert manifest.sections["l0_pruning"]["gates"] == ["${oc.env:WORD}"]
 
 
+FOUR = [f"plan-{criterion}-{count}.json" for criterion in ("tail", "taylor") for count in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("plan", "files"),
+    [
+        ("{criterion: tail, remove: 2}", ["plan-2.json"]),
+        ("{criterion: [tail, taylor], remove: [1, '2']}", FOUR),
+        ("{criterion: tail, remove: []}", []),
+        ("{shape: {hidden: 8}, unit_criterion: unit_taylor}", ["plan.json"]),
+        ("{method: merge, remove: 2, threshold: 0.5}", ["plan-2.json"]),
+    ],
+)  # fmt: skip
+def test_the_plans_of_a_scoring_job(plan: str, files: list[str], tmp_path: Path) -> None:
+    yaml = tmp_path / "score.yaml"
+    yaml.write_text(f"job: score\nrun: {{name: x}}\nmodel: {{path: y}}\nplan: {plan}\n")
+    job = load_job(yaml)
+    assert isinstance(job, ScoringConfig) and job.plan is not None and list(job.plan.each()) == files
+    assert all(type(each.remove) in (int, type(None)) for each in job.plan.each().values())
+
+
+@pytest.mark.parametrize(
+    "wrong", ["remove=true", "remove=[1,null]", "remove=[x]", "criterion=[]", "criterion=[tail,3]"]
+)
+def test_plans_that_are_none(wrong: str, tmp_path: Path) -> None:
+    yaml = tmp_path / "score.yaml"
+    yaml.write_text("job: score\nrun: {name: x}\nmodel: {path: y}\nplan: {criterion: tail, remove: 1}\n")
+    job = load_job(yaml, [f"plan.{wrong}"])
+    assert isinstance(job, ScoringConfig) and job.plan is not None
+    with pytest.raises(UserError, match="it must be a n"):
+        job.plan.each()
+
+
 def test_a_job_that_does_more_than_train_is_no_training_job(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,10 @@ def test_every_size_shrinks_by_the_same_share() -> None:
         (["model.path=null", "model.config={model_type: llama}"], "name it with model.path"),
         (["l0_pruning.target_sparsity=0.5"], "leave out l0_pruning"),
         (["iterate.round=3"], "unknown key 'iterate.round'"),
+        (["layer_scoring.criteria=[perplexty]"], "did you mean 'perplexity'"),
+        (["layer_scoring.data.path=nowhere.txt"], "nowhere.txt does not exist"),
+        (["layer_scoring.data.length=4096"], "the model takes 128"),
+        (["plan.remove=1"], "leave out plan.remove: iterate decides it"),
     ],
 )
 def test_mistakes(yaml: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -215,6 +220,20 @@ def test_data_that_were_moved_are_the_same_data(yaml: Path, once: Path, data: Pa
     iterate(job(yaml, f"run.folder={copy}", "run.autoresume=true", f"data.path={moved}"))
     expected, found = weights(once / "model"), weights(copy / "model")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_job_of_another_version_can_be_overwritten(yaml: Path, tmp_path: Path) -> None:
+    config = job(yaml, f"run.folder={tmp_path}/job")
+    stages.begin(config, "job of rounds")
+    known = tmp_path / "job" / "config.yaml"
+    known.write_text(known.read_text().replace("rounds: 2", "circles: 2"))
+    for change in ({}, {"autoresume": True}):
+        config.run = replace(config.run, **change)
+        with pytest.raises(UserError, match="unknown key 'iterate.circles'.*: begin anew with run.overwrite=true"):
+            stages.begin(config, "job of rounds")
+    config.run = replace(config.run, overwrite=True)
+    stages.begin(config, "job of rounds")
+    assert "rounds: 2" in known.read_text()
 
 
 @pytest.mark.parametrize("key", ["data.path", "layer_scoring.data.path", "model.path", "distillation.teacher"])

@@ -284,6 +284,8 @@ def test_the_front_is_that_of_a_naive_comparison() -> None:
         (["search.shapes=[{hidden: 64}]"], "must lie between 1 and the source's 32"),
         (["search.shapes=[{hiden: 16}]"], "a shape has no 'hiden'"),
         (["plan.correction=mean"], "has no biases"),
+        (["layer_scoring.criteria=[perplexty]"], "did you mean 'perplexity'"),
+        (["plan.merge_size=2"], "leave out plan.merge_size: search decides it"),
         (["search.criteria=[]", "search.unit_criteria=[]", "search.shapes=[]", "search.remove=[]"], "no candidates"),
         (["model.path=null", "model.config={model_type: llama}"], "name it with model.path"),
         (["l0_pruning.target_sparsity=0.5"], "leave out l0_pruning"),

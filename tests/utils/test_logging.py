@@ -140,3 +140,14 @@ def test_the_pace_of_preparing_data(caplog: pytest.LogCaptureFixture, monkeypatc
         "4.0 of 8.0 MB are read, at 1.50 MB/s",
         "8.0 of 8.0 MB are read, at 1.00 MB/s",
     ]
+
+
+def test_a_line_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def write(self, text: str) -> None:
+            raise OSError(28, "No space left on device")
+
+    with logs_shown():
+        monkeypatch.setattr(sys, "stderr", Full())
+        log.warning("no room")
+        monkeypatch.undo()

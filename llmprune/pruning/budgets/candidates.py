@@ -56,7 +56,18 @@ class CandidatesConfig:
             UserError: there are no candidates, or a number is out of range.
         """
         check_settings(self, "search")
-        shared.refuse("search", "method", "criterion", "remove", "drop", "shape", "unit_criterion")
+        own = (
+            "method",
+            "criterion",
+            "remove",
+            "drop",
+            "shape",
+            "unit_criterion",
+            "threshold",
+            "merge_size",
+            "merge_step",
+        )
+        shared.refuse("search", *own)
         found = {candidate.words: candidate for candidate in [*self._named(shared), *self._chosen(shared)]}
         if not found:
             raise UserError(

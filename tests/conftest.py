@@ -112,6 +112,16 @@ def s3(_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(scope="session")
+def builtin_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder."""
+    from llmprune.conversion.from_gguf import from_gguf
+
+    folder = tmp_path_factory.mktemp("builtin") / "model"
+    from_gguf(None, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def model_folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama with random weights, saved with the data's tokenizer."""
     from llmprune.models.loading import load_tokenizer

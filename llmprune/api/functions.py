@@ -25,7 +25,7 @@ def score(
     *,
     criteria: Sequence[str] | None = None,
     samples: int = 32,
-    seq_len: int = 128,
+    seq_len: int | None = None,
     bos: Literal["none", "first", "each"] = "none",
     text_field: str = "text",
     batch_size: int = 8,
@@ -46,7 +46,7 @@ def score(
             criteria of weights are possible.
         criteria: names, as ``llmprune score --names`` lists them; None = all that are possible.
         samples: how many calibration samples.
-        seq_len: tokens of each.
+        seq_len: tokens of each; None = 512, or fewer where the model or the prepared samples are shorter.
         bos: put a BOS before each sample, the first or none: ``each``, ``first``, ``none``.
         text_field: the field of a JSON record that holds the text.
         batch_size: samples that go through a block at a time.

@@ -5,11 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from composer.core import Time
 from composer.optim import (
     ComposerScheduler,
+    ConstantScheduler,
     ConstantWithWarmupScheduler,
+    CosineAnnealingScheduler,
     CosineAnnealingWithWarmupScheduler,
     DecoupledAdamW,
+    LinearScheduler,
     LinearWithWarmupScheduler,
 )
 from lion_pytorch import Lion
@@ -81,16 +85,25 @@ def _adamw(parameters: Any, config: OptimizerConfig) -> torch.optim.Optimizer:
 @SCHEDULERS.register("cosine")
 def _cosine(config: SchedulerConfig) -> ComposerScheduler:
     """Cosine decay: half a period of a cosine, after the warm-up."""
-    return CosineAnnealingWithWarmupScheduler(t_warmup=config.warmup, alpha_f=config.final)
+    if _warms_up(config):
+        return CosineAnnealingWithWarmupScheduler(t_warmup=config.warmup, alpha_f=config.final)
+    return CosineAnnealingScheduler(alpha_f=config.final)
 
 
 @SCHEDULERS.register("linear")
 def _linear(config: SchedulerConfig) -> ComposerScheduler:
     """Linear decay, after the warm-up."""
-    return LinearWithWarmupScheduler(t_warmup=config.warmup, alpha_f=config.final)
+    if _warms_up(config):
+        return LinearWithWarmupScheduler(t_warmup=config.warmup, alpha_f=config.final)
+    return LinearScheduler(alpha_f=config.final)
 
 
 @SCHEDULERS.register("constant")
 def _constant(config: SchedulerConfig) -> ComposerScheduler:
     """The base learning rate throughout, after the warm-up."""
-    return ConstantWithWarmupScheduler(t_warmup=config.warmup)
+    return ConstantWithWarmupScheduler(t_warmup=config.warmup) if _warms_up(config) else ConstantScheduler()
+
+
+def _warms_up(config: SchedulerConfig) -> bool:
+    """Return whether there is a warm-up: Composer's schedules with one warn of one that takes no time."""
+    return Time.from_timestring(config.warmup).value > 0

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from llmprune.utils.settings import check_settings
 
 log = logging.getLogger(__name__)
 
+LENGTH = 512  # tokens of a sample, unless the settings say otherwise
 BYTES_PER_TOKEN = 32  # more than any text has, except for long runs of spaces
 
 
@@ -35,11 +37,12 @@ def calibration_samples(config: CalibrationConfig, tokenizer: PreTrainedTokenize
     """
     if config.path is None:
         raise UserError("the criteria need calibration text: name it with --data (layer_scoring.data.path in a YAML)")
+    config = with_length(config, None)
     check_settings(config)
     bos = tokenizer.bos_token_id
     if config.bos != "none" and bos is None:
         raise UserError(f"this tokenizer has no BOS token: choose bos none instead of {config.bos}")
-    path = Path(config.path)
+    path = Path(str(config.path))
     read = _prepared if (path / "manifest.json").is_file() else _from_text
     samples = torch.tensor(list(read(config, tokenizer)), dtype=torch.int64)
     log.info("%d calibration samples of %d tokens are read from %s", *samples.shape, config.path)
@@ -48,6 +51,20 @@ def calibration_samples(config: CalibrationConfig, tokenizer: PreTrainedTokenize
     elif config.bos == "first":
         samples[0] = torch.cat([torch.tensor([bos]), samples[0, :-1]])
     return samples
+
+
+def with_length(config: CalibrationConfig, longest: int | None) -> CalibrationConfig:
+    """The settings with the length of the samples, if they do not have it: 512 tokens, where they can be as long.
+
+    Args:
+        config: settings of the samples.
+        longest: number of tokens that the model takes at most; None = any.
+    """
+    if config.length is not None:
+        return config
+    prepared = config.path is not None and (Path(config.path) / "manifest.json").is_file()
+    own = PreparedData(str(config.path)).manifest.sequence_length if prepared else None
+    return replace(config, length=min(filter(None, (LENGTH, longest, own))))
 
 
 def check_calibration(config: CalibrationConfig, longest: int | None) -> None:
@@ -60,7 +77,7 @@ def check_calibration(config: CalibrationConfig, longest: int | None) -> None:
     Raises:
         UserError: the text does not exist, or the samples are too long.
     """
-    if longest is not None and config.length > longest:
+    if longest is not None and config.length is not None and config.length > longest:
         raise UserError(f"samples of {config.length} tokens are too long: the model takes {longest}")
     if config.path is not None and not (Path(config.path) / "manifest.json").is_file():
         find_inputs([Path(config.path)])
@@ -72,7 +89,7 @@ def samples_fingerprint(samples: Tensor) -> str:
 
 
 def _prepared(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    assert config.path is not None
+    assert config.path is not None and config.length is not None
     data = PreparedData(config.path)
     manifest = data.manifest
     if tokenizer_fingerprint(tokenizer) != manifest.tokenizer:
@@ -91,7 +108,7 @@ def _prepared(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _from_text(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    assert config.path is not None
+    assert config.path is not None and config.length is not None
     own = config.length - (config.bos == "each")
     wanted = own * config.samples
     tokens = _tokens(config, tokenizer, wanted, BYTES_PER_TOKEN * wanted)
@@ -106,7 +123,7 @@ def _tokens(
     config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, wanted: int, text_bytes: int | None
 ) -> list[int]:
     """At least ``wanted`` tokens, if the text has enough; of a long text only the beginning is read and tokenised."""
-    assert config.path is not None
+    assert config.path is not None and config.length is not None
     tokens: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     inputs = find_inputs([Path(config.path)])

@@ -14,7 +14,8 @@ class CalibrationConfig:
         path: folder prepared by ``python -m data_prep tokenize`` (its training split is used), or text, Markdown or
             JSON lines (a file or a folder, plain, .gz or .zst).
         samples: number of samples.
-        length: number of tokens in each sample.
+        length: number of tokens of each sample; null = 512, or fewer where the model takes fewer or prepared samples
+            are shorter.
         bos: place of BOS tokens: before every sample (``each``), before the first sample (``first``) or nowhere
             (``none``); a BOS counts as one of the sample's tokens.
         text_field: name of the field of a JSON record that contains the text.
@@ -23,7 +24,7 @@ class CalibrationConfig:
 
     path: str | None = None
     samples: int = limited(32, least=1)
-    length: int = limited(128, least=8)
+    length: int | None = limited(None, least=8)
     bos: Literal["none", "first", "each"] = "none"
     text_field: str = "text"
     seed: int = limited(17, least=0)

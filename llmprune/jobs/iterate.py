@@ -18,7 +18,16 @@ from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.schema import IterationConfig
 from llmprune.conversion.commands import apply
 from llmprune.jobs.score import save_scores
-from llmprune.jobs.stages import asked_to_end, begin, check_pruning_job, check_scoring, keep_result, recover, score_for
+from llmprune.jobs.stages import (
+    asked_to_end,
+    begin,
+    calibration_of,
+    check_pruning_job,
+    check_scoring,
+    keep_result,
+    recover,
+    score_for,
+)
 from llmprune.models.families import Shape, family_of, shapes_between, target_shape
 from llmprune.models.loading import load_model_config
 from llmprune.pruning.budgets.plan_losses import HarmfulCorrectionError
@@ -91,7 +100,7 @@ def round_shapes(config: IterationConfig, model: PretrainedConfig) -> list[Shape
             _plan_of_round(plan, before, after),
             names,
             family.with_shape(model, before, range(before.layers)),
-            config.layer_scoring.data,
+            calibration_of(config),
         )
     return shapes
 

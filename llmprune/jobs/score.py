@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from llmprune.callbacks.layer_scoring import CALIBRATION, LayerScoring
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.job_files import save_config
 from llmprune.config.schema import ScoringConfig
-from llmprune.data.calibration import calibration_samples, check_calibration, samples_fingerprint
+from llmprune.data.calibration import calibration_samples, check_calibration, samples_fingerprint, with_length
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.enough_memory import check_memory
 from llmprune.models.families import family_of
@@ -69,6 +69,7 @@ def score(
     source = find_folder(model)
     model_config = load_model_config(source)
     names = config.names(model_config, gradients=not offload)
+    config = replace(config, data=with_length(config.data, longest_input(model_config)))
     family = family_of(model_config)
     shape = family.shape(model_config)
     tokens = _samples(tokenizer or source, model_config, config, names)

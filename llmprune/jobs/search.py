@@ -33,6 +33,7 @@ from llmprune.jobs.score import save_scores
 from llmprune.jobs.stages import (
     asked_to_end,
     begin,
+    calibration_of,
     check_pruning_job,
     check_scoring,
     keep_result,
@@ -115,7 +116,7 @@ def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
     Raises:
         UserError: a candidate is impossible, or there is no budget.
     """
-    settings, data = config.search, config.layer_scoring.data
+    settings, data = config.search, calibration_of(config)
     names = settings.scored(config.plan)
     check_scoring(config, model, names)
     sizes = ShapeSizes(model)

@@ -19,6 +19,7 @@ from llmprune.config.section_registry import sections_of, with_sections
 from llmprune.config.yaml_files import read_yaml
 from llmprune.conversion.commands import convert
 from llmprune.data.calibration import check_calibration
+from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.data.prepared import PreparedData
 from llmprune.jobs.score import score
 from llmprune.jobs.train import train
@@ -201,9 +202,14 @@ def scoring_of(config: ScoringJobConfig, criteria: Sequence[str]) -> LayerScorin
         config: config of the job.
         criteria: criteria that decide; ``layer_scoring.criteria`` may name more, whose scores are saved too.
     """
-    own = config.layer_scoring
-    names = list(dict.fromkeys([*criteria, *(own.criteria or ())]))
-    return replace(own, data=replace(own.data, path=own.data.path or config.data.path), criteria=names)
+    names = list(dict.fromkeys([*criteria, *(config.layer_scoring.criteria or ())]))
+    return replace(config.layer_scoring, data=calibration_of(config), criteria=names)
+
+
+def calibration_of(config: ScoringJobConfig) -> CalibrationConfig:
+    """The settings of the calibration samples: by default of the training data."""
+    own = config.layer_scoring.data
+    return replace(own, path=own.path or config.data.path)
 
 
 def check_scoring(config: ScoringJobConfig, model: PretrainedConfig, criteria: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from llmprune.utils.errors import UserError, first_line
 from llmprune.utils.files import read_json
 from llmprune.utils.untrusted import inspect
 
-DEQUANTISE = "dequantise it first, with Transformers' from_pretrained(FOLDER, gguf_file=NAME) and save_pretrained"
+DEQUANTISE = "dequantise it first: llmprune model --gguf FILE --out FOLDER"
 _LARGEST = 2**31  # largest size in a config
 
 

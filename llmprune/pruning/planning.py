@@ -8,12 +8,13 @@ from functools import cache
 import torch
 from transformers import PretrainedConfig
 
-from llmprune.data.calibration import calibration_samples, samples_fingerprint
+from llmprune.data.calibration import calibration_samples, samples_fingerprint, with_length
 from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.models.enough_memory import check_memory
 from llmprune.models.families import Shape, family_of
 from llmprune.models.loading import load_model, load_model_config, load_tokenizer
 from llmprune.models.placement import DTYPES
+from llmprune.models.source import longest_input
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.plans.surgery import Surgery
@@ -240,7 +241,7 @@ def rehearse(
         family=family.name,
         fingerprint="",
         source=shape,
-        data=asdict(data),
+        data=asdict(with_length(data, longest_input(model_config))),
         settings={},
         perplexity=None,
         blocks={name: [0.0] * shape.layers for name in of[ScoreSection.BLOCKS]},
@@ -316,8 +317,12 @@ def compare(scores: Scores, config: PlanConfig) -> dict[str, list[int]]:
 
 
 def comparison_table(gone: dict[str, list[int]], layers: int) -> str:
-    """A comparison as text: a row for each criterion, a column for each block, and the votes for each block."""
-    votes = Counter(block for blocks in gone.values() for block in blocks)
+    """A comparison as text: a row for each criterion, a column for each block, and the votes for each block.
+
+    ``tail`` and ``random``, which look at nothing, have no vote.
+    """
+    voting = [blocks for name, blocks in gone.items() if name not in CRITERIA or CRITERIA[name].reads is not None]
+    votes = Counter(block for blocks in voting for block in blocks)
     width = max(len(name) for name in (*gone, "votes"))
     cell = max(len(str(layers - 1)), len(str(len(gone)))) + 1
     lines = [" " * width + "".join(f"{block:{cell}}" for block in range(layers))]

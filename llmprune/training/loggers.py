@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
 
+from llmprune.callbacks.console_lines import ConsoleLines
 from llmprune.callbacks.metrics_file import MetricsFile
 from llmprune.callbacks.progress_bar import ProgressBar
 from llmprune.checkpoints.run_folder import RunFolder
@@ -21,8 +22,7 @@ def make_loggers(config: LoggersConfig, run: RunFolder, name: str) -> list[Logge
         UserError: a logger or one of its arguments is unknown.
     """
     loggers: list[LoggerDestination] = [MetricsFile(run.metrics)]
-    if not config.console:
-        loggers.append(ProgressBar())
+    loggers.append(ConsoleLines(config.console_interval) if config.console else ProgressBar())
     if config.tensorboard:
         loggers.append(TensorboardLogger(log_dir=str(run.path / "tensorboard"), flush_interval=100))
     if config.wandb is not None:

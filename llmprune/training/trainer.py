@@ -158,8 +158,7 @@ def _compose(
             callbacks=callbacks,
             loggers=make_loggers(config.loggers, run, config.run.name),
             progress_bar=False,
-            log_to_console=config.loggers.console,
-            console_log_interval=config.loggers.console_interval,
+            log_to_console=False,  # ``ConsoleLines`` prints less
             precision="fp32" if _own_autocast(config) else config.train.precision,
             device_train_microbatch_size=config.train.microbatch_size,
             parallelism_config=parallelism(config.sharding, config.train.activation_checkpointing),

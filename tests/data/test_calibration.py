@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmprune.data.calibration import calibration_samples
+from llmprune.data.calibration import calibration_samples, with_length
 from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.data.dataset import MixedDataset
 from llmprune.data.prepared import PreparedData
@@ -89,3 +89,12 @@ def test_samples_of_one_document_of_many_are_told(data: Path, tmp_path: Path, ca
     with pytest.raises(UserError, match="has text for"):
         calibration_samples(all_of_it, tokenizer)
     assert not caplog.text
+
+
+def test_the_length_follows_the_model_and_the_data(data: Path, tmp_path: Path) -> None:
+    text = CalibrationConfig(str(tmp_path / "text.txt"))
+    assert [with_length(text, longest).length for longest in (None, 128, 4096)] == [512, 128, 512]
+    prepared = CalibrationConfig(str(data), samples=2)
+    assert with_length(prepared, None).length == 32  # of the data's samples
+    assert with_length(CalibrationConfig(str(data), length=9), 8).length == 9
+    assert calibration_samples(prepared, load_tokenizer(data / "tokenizer")).shape == (2, 32)

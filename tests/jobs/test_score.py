@@ -219,6 +219,9 @@ def test_comparison(scores: Scores, tmp_path: Path, capsys: pytest.CaptureFixtur
     run("plan", str(tmp_path / "scores.json"), "--compare", "--remove", "2")
     table = capsys.readouterr().out.splitlines()
     assert len(table) == len(gone) + 2 and table[-1].split()[0] == "votes"
+    voting = [blocks for name, blocks in gone.items() if name not in ("tail", "random")]
+    votes = [sum(block in blocks for blocks in voting) for block in range(scores.layers)]
+    assert table[-1].split()[1:] == [str(count or ".") for count in votes]
 
 
 def test_choices_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,13 +88,8 @@ def score(
         fingerprint=fingerprint(StoredWeights(source), model_config),
         source=shape,
         data={} if tokens is None else asdict(config.data) | {"path": str(Path(config.data.path or "").resolve())},
-        settings={
-            "row_reduction": config.row_reduction,
-            "matrix_reduction": config.matrix_reduction,
-            "sequence_aggregation": config.sequence_aggregation,
-            "batch_aggregation": config.batch_aggregation,
-            "seed": config.seed,
-            "batch_size": config.batch_size,
+        settings=_recorded(config)
+        | {
             "dtype": placement.dtype,
             "tokenizer": None if tokenizer is None else _settled(tokenizer),
             "samples": None if tokens is None else samples_fingerprint(tokens),
@@ -104,6 +99,11 @@ def score(
     )
     scores.check_finite()
     return scores
+
+
+def _recorded(config: LayerScoringConfig) -> dict[str, Any]:
+    """The settings that decide scores, as scores.json keeps them."""
+    return {name: value for name, value in asdict(config).items() if name not in ("data", "criteria")}
 
 
 def save_scores(scores: Scores, out: Path | str) -> list[Path]:

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         if (code := stopped_by(error)) is None:
             raise
         if os.environ.get("RANK", "0") == "0":
-            print("error: stopped; what was complete before stays: run.autoresume=true goes on", file=sys.stderr)
+            print("error: stopped; what was complete before stays: run.autoresume=true resumes it", file=sys.stderr)
         return code
     except Exception as error:
         if (told := one_line(error)) is None:

@@ -208,7 +208,7 @@ def teach(
 
 @app.command()
 def describe(
-    data: Annotated[str, typer.Argument(help="A folder that `tokenize` made, or a URL where it lies.")],
+    data: Annotated[str, typer.Argument(help="A folder that `tokenize` made, or the URL of one.")],
     samples: Annotated[int, typer.Option(min=0, help="Samples of each domain and split to show as text.")] = 1,
     domain: Annotated[str | None, typer.Option(help="Show samples of this domain alone.")] = None,
     seed: Annotated[int, typer.Option(help="Of their choice.")] = 17,
@@ -223,7 +223,7 @@ def describe(
     special = " and ".join(name for name, used in (("BOS", manifest.bos), ("EOS", manifest.eos)) if used)
     print(f"{data}: samples of {manifest.sequence_length} tokens, vocabulary {manifest.vocab_size:,}")
     if manifest.conversations:
-        print("conversations; what stands in ⟦ ⟧ is not learned")
+        print("conversations; text in ⟦ ⟧ is not learned")
     else:
         print(f"every document has {special or 'neither BOS nor EOS'}")
     print("\n".join(table(manifest)))
@@ -244,7 +244,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as ended:
         if (code := stopped_by(ended)) is None:
             raise
-        _end("stopped; the same command goes on or begins anew", code)
+        _end("stopped; the same command continues or begins anew", code)
     except (UserError, OSError) as error:
         told = one_line(error)
         if told is None and isinstance(error, OSError):

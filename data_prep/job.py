@@ -127,7 +127,7 @@ def opened_job(out: Path | str, description: Mapping[str, Any], *, overwrite: bo
         try:
             if job.has_progress and read_json(job.folder / "job.json") != described:
                 raise UserError(
-                    f"{job.folder} is what is left of a job with other settings or inputs: go on with those, or "
+                    f"{job.folder} is what is left of a job with other settings or inputs: continue with those, or "
                     "delete it"
                 )
             write_json(job.folder / "job.json", described)
@@ -137,5 +137,5 @@ def opened_job(out: Path | str, description: Mapping[str, Any], *, overwrite: bo
             if not job.has_progress:
                 remove(job.folder)
             elif job.folder.exists():
-                print(f"{job.folder} keeps what is done: the same command goes on from there", file=sys.stderr)
+                print(f"{job.folder} keeps what is done: the same command continues from there", file=sys.stderr)
             raise

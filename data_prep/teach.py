@@ -166,7 +166,7 @@ def _open(out: Path, description: Mapping[str, Any]) -> Path:
         known = folder / "job.json"
         if known.is_file() and read_json(known) != json.loads(json.dumps(dict(description))):
             raise UserError(
-                f"{folder} is what is left of a job with other settings or data: go on with those, or delete it"
+                f"{folder} is what is left of a job with other settings or data: continue with those, or delete it"
             )
         write_json(known, dict(description))
     return folder

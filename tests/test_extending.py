@@ -81,7 +81,7 @@ def test_a_package_of_ones_own(installed: dict[str, str], model_folder: Path, da
     assert mistake[0] == 2 and "unknown key 'weight_noise.scal'; did you mean 'scale'" in mistake[1]
     alone = {**installed, "PYTHONPATH": installed["PYTHONPATH"].removeprefix(f"{tmp_path}{os.pathsep}")}
     ((code, told),) = carry_out(alone, ["convert", str(tmp_path / "run"), "--out", str(tmp_path / "other")])
-    assert code == 2 and "the section 'weight_noise', which no installed package knows" in told
+    assert code == 2 and "the section 'weight_noise', which no installed package has" in told
 
 
 KINDS = '''

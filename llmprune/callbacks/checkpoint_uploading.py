@@ -165,7 +165,7 @@ class CheckpointUploading(Callback):
             self._missing = None
         except UserError as error:
             self._missing = error
-            log.warning("%s; the run goes on, and its next checkpoint is tried again", error)
+            log.warning("%s; the run continues, and its next checkpoint is tried again", error)
         except OSError as error:
             self._missing = UserError(f"the checkpoint after batch {batch} can't be looked after: {error}")
             log.warning("%s", self._missing)

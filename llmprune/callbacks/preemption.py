@@ -14,7 +14,7 @@ class Preempted(BaseException):
 
     def __init__(self, kept: str) -> None:
         """Set the message; ``kept`` describes the results that are kept."""
-        super().__init__(f"asked to end: {kept}; run.autoresume=true goes on")
+        super().__init__(f"asked to end: {kept}; run.autoresume=true resumes it")
 
 
 class Preemption(Callback):

@@ -124,7 +124,7 @@ def judge(
         return None
     idle = round(max((report["idle"] for report in now.values()), default=0))
     begin = f"nothing has moved for {idle} s: "
-    goes_on = "; run.autoresume=true goes on from the last checkpoint"
+    goes_on = "; run.autoresume=true resumes from the last checkpoint"
     if silent:
         names = ", ".join(_name(rank, now.get(rank)) for rank in silent)
         return {"ranks": silent, "message": f"{begin}no word comes from {names}{goes_on}"}

@@ -122,7 +122,7 @@ class RunFolder:
             newer = [path for path in folder.by_age() if batch_of(path) > batch]
             if newer and batch < 0:
                 raise UserError(
-                    f"{store.url} has no checkpoint, and {newer[0]} lies on this machine alone, which does not share "
+                    f"{store.url} has no checkpoint, and {newer[0]} is only on this machine, which does not share "
                     "the folder with others: copy it to all of them, or pass run.overwrite=true to begin anew"
                 )
             for path in newer:
@@ -208,7 +208,7 @@ class RunFolder:
             checkpoints = CheckpointFolder(self.checkpoints)
             found = checkpoints.newest(contents=True, careful=not overwrite)
             if found is not None:
-                log.info("the run goes on from %s", found)
+                log.info("the run resumes from %s", found)
                 return found
             if not overwrite and not self.checkpoints.is_dir():  # every run has this folder from the start
                 raise UserError(f"{self.path} holds something that is no training run: choose another run.folder")
@@ -306,7 +306,7 @@ class Manifest:
             values = dict(read_json(path))
             for name, section in dict(values.get("sections", {})).items():
                 if name not in all_sections():
-                    raise UserError(f"{path} has the section '{name}', which no installed package knows")
+                    raise UserError(f"{path} has the section '{name}', which no installed package has")
                 values["sections"][name] = asdict(settings_from(all_sections()[name].settings, section))
             manifest = settings_from(cls, values)
         except (TypeError, ValueError, OmegaConfBaseException) as error:

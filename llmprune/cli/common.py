@@ -31,7 +31,7 @@ def sizes_in(text: str) -> dict[str, int]:
     for item in names_in(text) or ():
         name, _, size = item.partition("=")
         if name.strip() in sizes:
-            raise UserError(f"'{name.strip()}' stands twice in --shape")
+            raise UserError(f"'{name.strip()}' is given twice in --shape")
         if not size.strip().isdecimal():
             raise UserError(f"'{item}' is no size: write --shape layers=24,hidden=2048")
         sizes[name.strip()] = int(size)

@@ -41,7 +41,7 @@ def evaluate(
     segment: Annotated[int, typer.Option(help="Perplexity: tokens of a segment.")] = 128,
     stride: Annotated[int | None, typer.Option(help="Perplexity: tokens between segments; default: segment.")] = None,
     bos: Annotated[
-        str, typer.Option(help="Perplexity: where a BOS stands: none, once, each, or several.")
+        str, typer.Option(help="Perplexity: where a BOS is put: none, once, each, or several.")
     ] = "once,each",
     samples_per_domain: Annotated[int | None, typer.Option(help="Perplexity: of prepared data at most.")] = None,
     text_field: Annotated[str, typer.Option(help="Field of a JSON record that holds the text.")] = "text",

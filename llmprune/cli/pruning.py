@@ -166,7 +166,7 @@ def plan(
     budget: BudgetConfig | None = None,
     out: Annotated[str | None, typer.Option(help="Plan to write (.json).")] = None,
     span: Annotated[bool, typer.Option("--span", help="One span of neighbours goes (--method span).")] = False,
-    model: Annotated[str | None, typer.Option(help="Where the model lies, if it was moved since.")] = None,
+    model: Annotated[str | None, typer.Option(help="Where the model is, if it was moved since.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show what every criterion would drop.")] = False,
     methods: Annotated[
         bool, typer.Option("--methods", help="List the ways to select.", is_eager=True, callback=_list_methods)

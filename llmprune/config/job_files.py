@@ -254,7 +254,7 @@ def _merge(schema: Any, update: Any, source: str) -> Any:
         check_word(error.value, _hint_of(schema, key), f"{source}: {key}")
         raise UserError(f"{source}: {key}{': ' if key else ''}{first_line(error)}") from None
     except TypeError:  # omegaconf raises it for a list in place of a mapping
-        raise UserError(f"{source}: a list stands where names with values belong, such as {{name: value}}") from None
+        raise UserError(f"{source}: a list was given in place of names with values, such as {{name: value}}") from None
 
 
 def _fields_of(schema: Any, section: str) -> Iterator[str]:

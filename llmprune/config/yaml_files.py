@@ -58,7 +58,7 @@ def check_yaml(text: str) -> None:
     if depth > DEPTH + 1:
         raise ValueError(f"with its aliases it is nested more than {DEPTH} deep")
     if size > VALUES:
-        raise ValueError(f"it comes to more than {VALUES:,} values")
+        raise ValueError(f"it has more than {VALUES:,} values")
 
 
 def _extent(node: Any, known: dict[int, tuple[float, float]]) -> tuple[float, float]:

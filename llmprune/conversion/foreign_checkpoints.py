@@ -34,7 +34,7 @@ def what_it_is(path: Path) -> str:
         path: path of a checkpoint file, or of the folder of a sharded checkpoint.
     """
     names = set(_names(path))
-    then = "then `llmprune score`, `apply` and train.py go on from that folder"
+    then = "then use that folder with `llmprune score`, `apply` and train.py"
     if any(map(_SHEARED.search, names)) or any(map(_MASKS.search, names)):
         masks = "prune_and_save_model of its post_pruning_processing, then " if any(map(_MASKS.search, names)) else ""
         return (

@@ -89,7 +89,7 @@ class SplitReader:
         for info in filter(None, (raw, packed)):
             name = PurePosixPath(info.basename)
             if name.is_absolute() or ".." in name.parts:
-                raise ValueError(f"a shard lies outside, at {name}")
+                raise ValueError(f"a shard is outside, at {name}")
             if not 0 < info.bytes <= _LARGEST:
                 raise ValueError(f"{name} can't have {info.bytes} bytes")
         return ShardFile(f"{self._below}/{raw.basename}", raw, packed, shard.compression)

@@ -99,7 +99,7 @@ class DomainNames:
             if original != name:
                 both = f"would both be named '{cleaned}'"
                 if clean_name(original) != cleaned:
-                    both = "differ in upper and lower case alone, which some file systems don't tell apart"
+                    both = "differ in upper and lower case alone, which are the same name on some file systems"
                 raise UserError(f"the domains '{original}' and '{name}' {both}: rename one of them, or pass --domain")
             self._cleaned[name] = cleaned
         return self._cleaned[name]

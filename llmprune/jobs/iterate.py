@@ -140,7 +140,7 @@ def _prune(config: IterationConfig, model: str, shape: Shape, place: Path) -> No
             try:
                 plan = make_plan(scores, chosen)
             except HarmfulCorrectionError:
-                print(f"{place.name}: the correction makes the plan worse, so this round goes on without it")
+                print(f"{place.name}: the correction makes the plan worse, so this round continues without it")
                 plan = make_plan(scores, replace(chosen, correction="none"))
             plan.save(plan_file)
 

@@ -69,7 +69,7 @@ def begin(config: ScoringJobConfig, kind: str) -> None:
     if not is_empty(folder) and type(before) is not type(config):
         raise UserError(f"{folder} holds something that is no {kind}: choose another run.folder")
     if isinstance(before, Config) and not (config.run.overwrite or config.run.autoresume):
-        raise UserError(f"{folder} holds a {kind}: pass run.autoresume=true to go on, or run.overwrite=true")
+        raise UserError(f"{folder} holds a {kind}: pass run.autoresume=true to resume it, or run.overwrite=true")
     if isinstance(before, Config) and before is not config and config.run.autoresume:
         try:
             _refuse_other(folder, before, config)

@@ -58,7 +58,7 @@ class Placement:
         if self.adapter is not None and not (Path(self.adapter) / "adapter_config.json").is_file():
             raise UserError(f"{self.adapter} holds no adapter: it has no adapter_config.json")
         if self.device == "gpu" and not torch.cuda.is_available():
-            raise UserError("the device is gpu, but there is none")
+            raise UserError("the device is gpu, but this machine has no GPU")
 
     @property
     def on_gpu(self) -> bool:

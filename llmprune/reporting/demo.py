@@ -112,7 +112,7 @@ def build(models: Sequence[LoadedModel]) -> Any:
             yield shown
 
     with gr.Blocks(title="llmprune") as page:
-        gr.Markdown("# Models side by side\nEvery model goes on from the same prompt, one after the other.")
+        gr.Markdown("# Models side by side\nEvery model continues the same prompt, one after the other.")
         prompt = gr.Textbox(label="Prompt", lines=3, value=EXAMPLES[0], max_length=LONGEST)
         gr.Examples([[example] for example in EXAMPLES], prompt)
         with gr.Row():

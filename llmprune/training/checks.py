@@ -162,7 +162,7 @@ def _check_batch(batch: int, data: DataManifest) -> None:
 
 def _check_devices(config: Config) -> None:
     if config.train.device == "gpu" and not torch.cuda.is_available():
-        raise UserError("train.device is gpu, but there is none")
+        raise UserError("train.device is gpu, but this machine has no GPU")
     on_cpu = get_device(config.train.device).name == "cpu"
     for refused, where in (
         (config.sharding is not None, "with sharding"),
@@ -180,7 +180,7 @@ def _check_remote(config: Config) -> None:
     if remote is not None and "://" not in remote:
         place = Path(remote).resolve()
         if place == run or run in place.parents or place in run.parents:
-            raise UserError("checkpoint.remote and run.folder must not lie in each other: choose another place")
+            raise UserError("checkpoint.remote and run.folder must not be inside each other: choose another place")
 
 
 def data_contents(path: str | Path, data: DataManifest) -> dict[str, str]:

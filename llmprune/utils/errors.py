@@ -58,7 +58,7 @@ _PATHS = {
     errno.ELOOP: "its symbolic links lead in a circle",
     errno.ENAMETOOLONG: "the name is longer than the file system takes",
     errno.EILSEQ: "the file system takes no such characters in a name",
-    errno.ENOTDIR: "a file stands where a folder belongs",
+    errno.ENOTDIR: "there is a file in place of a folder",
     errno.EACCES: "permission denied",
     errno.EPERM: "the system does not permit it",
 }

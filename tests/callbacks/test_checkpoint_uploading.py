@@ -149,7 +149,7 @@ def test_a_store_that_fails_and_comes_back(
         UserError, match=r"no route to host; the newest checkpoint is in .* alone: run the same job with"
     ):
         run(config, tmp_path / "run", *settings)
-    assert caplog.text.count("the run goes on, and its next checkpoint is tried again") == 4
+    assert caplog.text.count("the run continues, and its next checkpoint is tried again") == 4
     fails = False
     run(config, tmp_path / "run", *settings)
     there = {path.name for path in (tmp_path / "elsewhere/checkpoints").glob("ba*")}
@@ -238,7 +238,7 @@ def test_a_machine_of_its_own_takes_what_all_can_have(config: Path, tmp_path: Pa
     assert (tmp_path / "run/checkpoints/unusable/ba8-rank0.pt").is_file()
     for path in (tmp_path / "elsewhere/checkpoints").glob("ba*"):
         path.unlink()
-    with pytest.raises(UserError, match=r"has no checkpoint, and .*ba6-rank0.pt lies on this machine alone"):
+    with pytest.raises(UserError, match=r"has no checkpoint, and .*ba6-rank0.pt is only on this machine"):
         folder.fetch(store, shared=False)
     assert folder.latest_checkpoint().name == "ba6-rank0.pt"  # type: ignore[union-attr]
 
@@ -257,7 +257,7 @@ def test_mistakes(config: Path, tmp_path: Path) -> None:
     settings = ["run.seed=4", f"checkpoint.remote={tmp_path}/elsewhere", "run.autoresume=true"]
     with pytest.raises(UserError, match="elsewhere holds checkpoints of another run than"):
         run(config, tmp_path / "other", *settings)
-    with pytest.raises(UserError, match="must not lie in each other"):
+    with pytest.raises(UserError, match="must not be inside each other"):
         run(config, tmp_path / "third", f"checkpoint.remote={tmp_path}/third/copies")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file: choose another folder"):

@@ -156,7 +156,7 @@ def test_a_schedule_has_the_weights_of_the_whole_run(yaml: Path) -> None:
         ("{letters: -1}", "non-negative"),
         ("{letters: 0}", "not all zero"),
         ("{letters: 1}", "two domains that are drawn from"),
-        ("[1]", "a list stands where names"),
+        ("[1]", "a list was given in place of names"),
     ],
 )
 def test_wrong_weights_are_blamed_on_themselves(yaml: Path, weights: str, message: str) -> None:

@@ -79,7 +79,7 @@ def test_it_ends_as_the_undisturbed_run(
     changes = KINDS[kind].replace("TEACHER", str(trained_folder))
     train(load_training_job(config, [f"run.folder={tmp_path}/once", changes]))
     settings = [f"run.folder={tmp_path}/asked", "run.autoresume=true", changes]
-    with pytest.raises(Preempted, match=f"saved after batch {ASKED + 1}; run.autoresume=true goes on"):
+    with pytest.raises(Preempted, match=f"saved after batch {ASKED + 1}; run.autoresume=true resumes it"):
         train(load_training_job(config, settings), [Asking()])
     assert Checkpoint.open(tmp_path / "asked").path.name == f"ba{ASKED + 1}-rank0.pt"
     TERMINATION.asked = False

@@ -104,7 +104,7 @@ def test_gates_far_from_their_target_are_told(
 ) -> None:
     train(load_training_job(pruned_run / "config.yaml", [f"run.folder={tmp_path}/run", "train.duration=2ba"]))
     convert(tmp_path / "run", tmp_path / "out")
-    assert "have not come to their target yet (expected sparsity: hidden 0.0" in caplog.text
+    assert "have not reached their target yet (expected sparsity: hidden 0.0" in caplog.text
 
 
 def test_the_card_shows_the_checkpoints_own_results(pruned_run: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from llmprune.conversion.commands import convert
 from llmprune.conversion.foreign_checkpoints import _MOST
 from llmprune.utils.errors import UserError
 
-HF = "then `llmprune score`, `apply` and train.py go on from that folder"
+HF = "then use that folder with `llmprune score`, `apply` and train.py"
 SHEARED = ["model.transformer.wte.weight", "model.transformer.blocks.0.attn.wq.weight"]
 MASKED = [*SHEARED, "model.l0_module.masks.head.z_loga", "model.l0_module.lambdas.lambda_1_head"]
 MPT = ["model.transformer.wte.weight", "model.transformer.blocks.0.attn.Wqkv.weight"]

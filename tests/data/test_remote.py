@@ -272,7 +272,7 @@ def test_an_index_may_not_name_files_elsewhere(shards: Path, tmp_path: Path) -> 
     copy = shutil.copytree(shards, tmp_path / "copy")
     index = copy / "letters" / "train" / "index.json"
     index.write_text(index.read_text().replace("shard.00000.mds", "../../../../secret"))
-    with pytest.raises(UserError, match=r"is damaged \(a shard lies outside"):
+    with pytest.raises(UserError, match=r"is damaged \(a shard is outside"):
         PreparedData(copy).reader("letters", "train")
 
 

@@ -145,7 +145,7 @@ def test_errors_of_paths_are_told(tmp_path: Path) -> None:
         (lambda: (tmp_path / "loop").read_text(), f"{tmp_path}/loop: its symbolic links lead in a circle"),
         (lambda: (tmp_path / "loop/x").resolve(), "its symbolic links lead in a circle"),
         (lambda: (tmp_path / ("x" * 300)).read_text(), "longer than the file system takes"),
-        (lambda: (tmp_path / "file/x").write_text(""), "a file stands where a folder belongs"),
+        (lambda: (tmp_path / "file/x").write_text(""), "there is a file in place of a folder"),
         (lambda: write_text(tmp_path / "x", NOT_UTF8), "holds what is not UTF-8"),
         (lambda: check_output(tmp_path / "loop/x.json", ".json", False), "can't write .*circle"),
     ):
@@ -248,7 +248,7 @@ def test_a_job_of_steps_that_is_asked_to_end_leaves_at_once(
     code, error = stopped(signal.SIGTERM, f"llmprune.{inside}", arguments, inputs)
     assert code == train.SAVED_AND_LEFT and "Traceback" not in error
     assert error.strip().splitlines()[-1] == (
-        "asked to end: the steps that are done are kept; run.autoresume=true goes on"
+        "asked to end: the steps that are done are kept; run.autoresume=true resumes it"
     )
 
 

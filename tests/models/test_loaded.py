@@ -71,7 +71,7 @@ def test_evaluate_with_an_adapter(trained_folder: Path, adapter: Path, corpus: P
         (Placement(dtype="float8"), "dtype 'float8' is unknown"),
         (Placement(device_map="autos"), "valid: auto, balanced, sequential"),
         (Placement(device="cuda"), "device 'cuda' is unknown; valid: cpu, gpu"),
-        (Placement(device="gpu"), "device is gpu, but there is none"),
+        (Placement(device="gpu"), "device is gpu, but this machine has no GPU"),
     ],
 )
 def test_mistakes(trained_folder: Path, placement: Placement, message: str) -> None:

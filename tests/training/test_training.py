@@ -214,7 +214,7 @@ def test_a_nan_loss_stops_and_keeps_the_last_checkpoint(yaml: Path, tmp_path: Pa
         ("train.global_batch_size=1000000000", r"is 1,000,000,000, but the data have 1?\d\d training samples in all"),
         ("data.shuffle_window=0", "must be positive"),
         ("data.eval_samples_per_domain=0", "it must be positive, or null"),
-        ("train.device=gpu", "there is none"),
+        ("train.device=gpu", "this machine has no GPU"),
         ("train.device=tpu", "did you mean|valid"),
         ("train.duration=2.5ba", "no duration"),
         ("train.eval_interval=-1ba", "zero or positive"),

@@ -99,7 +99,7 @@ def _warn_of_unfinished(gates: GateSet) -> None:
     if far:
         listed = ", ".join(f"{name} {now:.3f} of {target:.3f}" for name, (now, target) in far.items())
         log.warning(
-            "the gates have not come to their target yet (expected sparsity: %s): the cut model is worse than they "
+            "the gates have not reached their target yet (expected sparsity: %s): the cut model is worse than they "
             "could make it; train longer",
             listed,
         )

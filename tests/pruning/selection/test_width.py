@@ -247,7 +247,7 @@ def test_a_refit_has_a_constant_where_there_is_a_bias(data: Path, tmp_path: Path
         (["--shape", "hidden=32", "--unit-criterion", "unit_taylor"], "nothing would go"),
         (["--shape", "layers=5,hidden=24", "--drop", "3"], "leave out --remove and --drop"),
         (["--shape", "", "--unit-criterion", "unit_taylor"], "the shape is empty"),
-        (["--shape", "heads=4,heads=2", "--unit-criterion", "unit_taylor"], "'heads' stands twice"),
+        (["--shape", "heads=4,heads=2", "--unit-criterion", "unit_taylor"], "'heads' is given twice"),
         (["--shape", "hidden=64"], "must lie between 1 and the source's 32"),
         (["--shape", "experts=2"], "this model has none"),
         (["--shape", "heads=3", "--unit-criterion", "unit_taylor"], "is not a multiple of the source's 2"),

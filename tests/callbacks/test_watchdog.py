@@ -98,7 +98,7 @@ loggers: {{console: false}}
     printed = done.stdout + done.stderr
     assert done.returncode not in (0, 2), printed
     assert "error: nothing has moved for" in printed, printed
-    assert "wait for rank 1 (process " in printed and "of batch 2; run.autoresume=true resumes it" in printed
+    assert "wait for rank 1 (process " in printed and "of batch 2; run.autoresume=true resumes from the last" in printed
     assert "rank 1 stands here" in printed and "in sleep_for_ever" in printed
     assert time.monotonic() - start < 120
     assert (tmp_path / "run/checkpoints/ba2-rank0.pt").is_file()

@@ -1,6 +1,5 @@
 """The run's metrics on the console, one line at a time."""
 
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,7 +8,10 @@ from composer.core import State, Time, TimeUnit
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from llmprune.utils.logs import show
+
 HELD_OUT, RATE = "metrics/eval/", "throughput/tokens_per_sec"
+EVALUATED = (HELD_OUT, "tasks/", "perplexity/")  # metrics of evaluations
 
 
 class ConsoleLines(LoggerDestination):
@@ -72,10 +74,10 @@ class ConsoleLines(LoggerDestination):
         if (loss := named.get(f"{HELD_OUT}loss")) is not None:
             listed = f" ({', '.join(domains)})" if len(domains) > 1 else ""
             found.append(f"held-out loss {loss:.4f}{listed}, perplexity {named[f'{HELD_OUT}perplexity']:.4g}")
-        found += [f"{name} {value:.4g}" for name, value in named.items() if name.startswith(("tasks/", "perplexity/"))]
+        found += [f"{name} {value:.4g}" for name, value in named.items() if name.startswith(EVALUATED[1:])]
         if len(found) > 1:
             self._print("  ".join(found))
-        self._metrics = {name: value for name, value in named.items() if not name.startswith((HELD_OUT, "tasks/"))}
+        self._metrics = {name: value for name, value in named.items() if not name.startswith(EVALUATED)}
 
     def _count(self, state: State) -> int:
         """Return how many intervals are complete."""
@@ -92,7 +94,7 @@ class ConsoleLines(LoggerDestination):
 
     def _print(self, line: str) -> None:
         if self._active:
-            print(line, file=sys.stderr, flush=True)
+            show(line)
 
 
 def duration(seconds: float) -> str:

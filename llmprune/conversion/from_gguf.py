@@ -7,8 +7,9 @@ Transformers makes adds a BOS token and splits digits in another way than the mo
 
 import importlib.util
 import re
-from collections.abc import Mapping
-from contextlib import redirect_stderr
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from llmprune.models.enough_memory import refuse_too_large
 from llmprune.models.families import family_of
 from llmprune.models.finite import first_not_finite
 from llmprune.models.loading import count_parameters
@@ -104,8 +106,9 @@ def from_gguf(file: Path | str | None, out: Path | str, *, overwrite: bool = Fal
     path = builtin_file() if file is None else Path(file)
     refuse_replacing(out, [path])
     fields = _fields(path)
-    tokenizer = _tokenizer(path, fields)
-    model = _model(path)
+    with _alone(path) as alone:
+        tokenizer = _tokenizer(path, alone, fields)
+        model = _model(path, alone)
     with output_folder(out, overwrite) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -125,12 +128,30 @@ def _fields(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is no file")
     try:
-        return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+        reader = GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        numbers = sum(int(tensor.n_elements) for tensor in reader.tensors)
     except Exception as error:  # of many kinds: the file may hold anything
         raise UserError(f"{path} is no GGUF file, or damaged: {first_line(error)}") from None
+    remedy = "dequantised to float32 it needs a machine with more"
+    refuse_too_large(path, numbers * torch.float32.itemsize, on_gpu=False, remedy=remedy)
+    return fields
 
 
-def _model(path: Path) -> PreTrainedModel:
+@contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """Give a GGUF file a folder with nothing else in it.
+
+    Transformers would use what else is in the file's own folder: adapters, a generation config, or the Python code in
+    ``custom_generate``.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "model.gguf"
+        link.symlink_to(path.resolve())
+        yield link
+
+
+def _model(path: Path, alone: Path) -> PreTrainedModel:
     """Open the model of a GGUF file, with float32 weights.
 
     Raises:
@@ -139,7 +160,7 @@ def _model(path: Path) -> PreTrainedModel:
     try:
         with redirect_stderr(StringIO()):  # a progress bar
             model = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+                alone.parent, gguf_file=alone.name, dtype=torch.float32, trust_remote_code=False
             )
     except Exception as error:  # of as many kinds as there are things that the file may hold
         raise UserError(f"{path} can't be read as a model: {first_line(error)}") from None
@@ -156,19 +177,26 @@ def _model(path: Path) -> PreTrainedModel:
     return model
 
 
-def _tokenizer(path: Path, fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+def _tokenizer(path: Path, alone: Path, fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """Make the tokenizer of a GGUF file.
 
     Raises:
         UserError: its kind is not supported.
     """
     kind = fields.get("tokenizer.ggml.model")
-    if kind == "gpt2":
-        tokenizer: PreTrainedTokenizerBase = _byte_pairs(path, fields)
-    elif kind == "llama":  # SentencePiece, as Transformers makes it
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    else:
+    if kind not in ("gpt2", "llama"):
         raise UserError(f"{path} has a tokenizer of the kind '{kind}'; supported: gpt2 (byte pairs), llama")
+    tokenizer: PreTrainedTokenizerBase
+    try:
+        if kind == "gpt2":
+            tokenizer = _byte_pairs(path, fields)
+        else:  # SentencePiece, as Transformers makes it
+            tokenizer = AutoTokenizer.from_pretrained(alone.parent, gguf_file=alone.name, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds: lists of the file may be missing, or not fit each other
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{path} has no usable tokenizer ({reason})") from None
     tokenizer.chat_template = fields.get("tokenizer.chat_template")
     return tokenizer
 

@@ -24,6 +24,21 @@ def check_memory(model: Model, *, dtype: torch.dtype | None, on_gpu: bool, remed
     """
     weights = StoredWeights(model)
     needed = weights.size() if dtype is None else dtype.itemsize * sum(math.prod(weights.shape(n)) for n in weights)
+    refuse_too_large(model, needed, on_gpu=on_gpu, remedy=remedy)
+
+
+def refuse_too_large(model: object, needed: int, *, on_gpu: bool, remedy: str) -> None:
+    """Refuse weights that need more memory than is free.
+
+    Args:
+        model: name of the model, for the message.
+        needed: bytes of the weights in memory.
+        on_gpu: whether the weights are in the GPU's memory, not in the machine's.
+        remedy: advice if the model is too large, as the end of a sentence.
+
+    Raises:
+        UserError: less memory is free.
+    """
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     if needed > free:
         raise UserError(f"the model {model} takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: {remedy}")

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from llmprune.utils.errors import UserError, nearest
 
@@ -20,9 +20,17 @@ class _Shown(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
         try:
-            print(self.format(record), file=sys.stderr, flush=True)
-        except Exception:  # a line that can\'t be shown ends no job
+            line = self.format(record)
+        except Exception:  # a line that can't be made ends no job
             self.handleError(record)
+            return
+        show(line)
+
+
+def show(line: str) -> None:
+    """Print a line on standard error; a closed pipe or a full disk ends no job."""
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

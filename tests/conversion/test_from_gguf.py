@@ -4,6 +4,7 @@ import json
 import re
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from llmprune.conversion import from_gguf as module
 from llmprune.conversion.from_gguf import builtin_file, from_gguf
+from llmprune.models import enough_memory
 from llmprune.models.loading import load_model, load_tokenizer, new_model
 from llmprune.utils.errors import UserError
 from tests.conftest import tiny_config
@@ -51,8 +53,8 @@ def write(model: PreTrainedModel, words: list[str], file: Path, **changes: objec
     writer.add_bool("tokenizer.ggml.add_bos_token", bool(changes.pop("bos", False)))
     writer.add_array("tokenizer.ggml.tokens", words)
     writer.add_array("tokenizer.ggml.token_type", [3, 3] + [1] * (len(words) - 2))
-    writer.add_array("tokenizer.ggml.merges", ["a b", "ab c"])
-    writer.add_uint32("tokenizer.ggml.bos_token_id", 0)
+    writer.add_array("tokenizer.ggml.merges", changes.pop("merges", ["a b", "ab c"]))  # type: ignore[arg-type]
+    writer.add_uint32("tokenizer.ggml.bos_token_id", int(changes.pop("bos_id", 0)))  # type: ignore[call-overload]
     writer.add_uint32("tokenizer.ggml.eos_token_id", 1)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config.num_hidden_layers)
     for name, tensor in model.named_parameters():  # of tied ones, the first
@@ -138,6 +140,8 @@ def test_mistakes(words: list[str], tmp_path: Path) -> None:
         (cut, "is no GGUF file, or damaged"),
         (write(model, words, tmp_path / "pre.gguf", pre="smolm"), "splits text by 'smolm'; did you mean 'smollm'"),
         (write(model, words, tmp_path / "t5.gguf", tokenizer="t5"), "tokenizer of the kind 't5'"),
+        (write(model, words, tmp_path / "merges.gguf", merges=["ab"]), "has no usable tokenizer"),
+        (write(model, words, tmp_path / "bos.gguf", bos_id=9999), "has no usable tokenizer .IndexError"),
         (write(model, words, tmp_path / "nan.gguf", **broken), "are not finite: 'model.layers.0.input_layernorm"),
     ):
         with pytest.raises(UserError, match=message):
@@ -147,6 +151,25 @@ def test_mistakes(words: list[str], tmp_path: Path) -> None:
     (out / "own").touch()
     with pytest.raises(UserError, match="out"):
         from_gguf(file, out, overwrite=True)
+
+
+def test_what_lies_beside_the_file_is_not_used(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for name in ("config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text('{"peft_type": "LORA", "auto_map": {"AutoConfig": "evil.Config"}}')
+    model = model_of("llama")
+    from_gguf(write(model, words, tmp_path / "tiny.gguf"), tmp_path / "out" / "model")
+    assert not (tmp_path / "ran").exists()
+    loaded = load_model(tmp_path / "out" / "model")
+    assert loaded.config.hidden_size == 64 and not hasattr(loaded.config, "auto_map")
+
+
+def test_a_file_too_large(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(model_of("llama"), words, tmp_path / "tiny.gguf")
+    monkeypatch.setattr(enough_memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(UserError, match="0.0 GB are free: dequantised to float32 it needs a machine with more"):
+        from_gguf(file, tmp_path / "model")
 
 
 def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.pace import Pace
+from llmprune.callbacks.console_lines import ConsoleLines
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.pruning.gates.alarms import GateAlarms
 from llmprune.utils.errors import UserError
@@ -110,6 +111,8 @@ def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
     with logs_shown(), logged_in(place):
         (place / LOG).mkdir()
         log.info("lost")
+        log.info("lost as well")
+    assert [*(place / LOG).iterdir()] == []
 
 
 def test_who_imports_llmprune_decides_about_lines(tmp_path: Path) -> None:
@@ -143,11 +146,16 @@ def test_the_pace_of_preparing_data(caplog: pytest.LogCaptureFixture, monkeypatc
 
 
 def test_a_line_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
     class Full:
         def write(self, text: str) -> None:
+            tried.append(text)
             raise OSError(28, "No space left on device")
 
     with logs_shown():
         monkeypatch.setattr(sys, "stderr", Full())
         log.warning("no room")
+        ConsoleLines("1ba")._print("batch 1")
         monkeypatch.undo()
+    assert len(tried) == 2 and "no room" in tried[0] and tried[1] == "batch 1"

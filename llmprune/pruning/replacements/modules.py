@@ -26,7 +26,6 @@ REPLACEMENTS: "Registry[Callable[[Site, BlockReplacementConfig], ReplacementModu
 """Kinds of replacement modules by name."""
 
 Changes = Mapping[str, Callable[[], Tensor]]
-TAKEN = ("first", "last", "spread", "random")
 
 
 @dataclass(frozen=True)
@@ -252,8 +251,6 @@ class BlocksReplacement(ReplacementModule):
         length, count = site.span.length, config.blocks
         if count > length:
             raise UserError(f"{count} blocks can't replace {length}: choose block_replacement.blocks ≤ {length}")
-        if config.take not in TAKEN:
-            raise UserError(f"block_replacement.take is '{config.take}'; choose {', '.join(TAKEN)}")
         places = {
             "last": range(length - count, length),
             "spread": [round(place * (length - 1) / max(count - 1, 1)) for place in range(count)],

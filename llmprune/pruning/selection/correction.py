@@ -30,8 +30,6 @@ from llmprune.utils.errors import UserError
 if TYPE_CHECKING:
     from llmprune.pruning.selection.methods import ScoredModel
 
-CORRECTIONS = ("none", "mean", "refit")
-
 
 @dataclass
 class _Read:

@@ -39,8 +39,8 @@ from llmprune.data.reader import SplitReader
 from llmprune.models.causal_lm import final_states
 from llmprune.models.enough_memory import check_memory
 from llmprune.models.loading import load_model, load_model_config, load_tokenizer
+from llmprune.models.number_formats import dtype_for_inference
 from llmprune.models.objectives import likeliest
-from llmprune.models.placement import dtype_for_inference
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json, sha256_text, write_json
 from llmprune.utils.formats import TeacherFormat

@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmprune.api.functions import apply, convert, evaluate, measure, plan, report, score, train, verify
+    from llmprune.api.functions import apply, convert, evaluate, measure, plan, prune, report, score, train, verify
     from llmprune.config.job_files import load_job
     from llmprune.conversion.verify import Difference
     from llmprune.plans.plan import Plan
@@ -24,6 +24,7 @@ __version__ = "0.2.0"
 
 _FUNCTIONS = "llmprune.api.functions"
 _PUBLIC = {
+    "prune": _FUNCTIONS,
     "score": _FUNCTIONS,
     "plan": _FUNCTIONS,
     "apply": _FUNCTIONS,
@@ -42,7 +43,7 @@ _PUBLIC = {
 }
 __all__ = [
     "BudgetConfig", "Difference", "Plan", "Scores", "UserError", "__version__", "apply", "convert", "evaluate",
-    "load_job", "measure", "plan", "report", "score", "train", "verify",
+    "load_job", "measure", "plan", "prune", "report", "score", "train", "verify",
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # so that ``auto`` is float32, whatever the processor
 
 import pytest
 import torch

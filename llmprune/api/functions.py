@@ -11,12 +11,66 @@ if TYPE_CHECKING:
 
     from llmprune.config.schema import Config
     from llmprune.conversion.verify import Difference
+    from llmprune.jobs.prune.outcome import Outcome
     from llmprune.plans.plan import Plan
     from llmprune.pruning.budgets.settings import BudgetConfig
     from llmprune.pruning.scoring.scores import Scores
-    from llmprune.utils.formats import Device, StoredFormat, TrainableFormat
+    from llmprune.utils.formats import Device, InferenceFormat, TeacherFormat
 
 Place = str | Path
+
+
+def prune(
+    model: Place,
+    out: Place,
+    *,
+    params: float | str | None = None,
+    memory: str | None = None,
+    latency: float | str | None = None,
+    method: Literal["auto", "depth", "width", "both", "gates"] = "auto",
+    data: Place | None = None,
+    tokens: int | str | None = None,
+    minutes: float | None = None,
+    seq_len: int = 512,
+    tries: int = 48,
+    seed: int = 17,
+    overwrite: bool = False,
+) -> "Outcome":
+    """Make a model smaller, recover it and measure it; called again, what was stopped goes on.
+
+    >>> outcome = llmprune.prune("base", "three-quarters", params=0.75, data="data", tokens="4K", tries=4)
+    >>> outcome.models[-1].parameters < outcome.models[0].parameters
+    True
+
+    Args:
+        model: a Hugging Face folder or hub name.
+        out: the folder to write; ``out``/model is the smaller model, ``out``/report.html shows everything.
+        params: the budget of parameters: a share of the model's, or a number such as ``1.3B``.
+        memory: the budget of memory for weights and a full key/value cache, such as ``8GB``.
+        latency: the budget of the time of a token, as a share of the model's.
+        method: what is removed: blocks (depth), width, or both; auto = the best of the three; gates = learned gates.
+        data: text or prepared data to prune and recover with; ``self`` = text that the model writes; None = the
+            built-in corpus.
+        tokens: tokens of recovery, such as ``1M``.
+        minutes: minutes of recovery, if the tokens are not given; None = 30.
+        seq_len: tokens of a sample, unless the data are prepared already.
+        tries: shapes that are tried on the calibration samples.
+        seed: of the samples and of the order of the data.
+        overwrite: whether what llmprune made in ``out`` may be replaced if it was begun with other settings.
+
+    Returns:
+        Parameters, held-out perplexity and speed of the source, the pruned and the recovered model.
+
+    Raises:
+        UserError: something is impossible; as far as it can be known, before any work.
+    """
+    from llmprune.jobs.prune.job import prune as run
+    from llmprune.jobs.prune.settings import PruneConfig
+    from llmprune.pruning.budgets.settings import BudgetConfig
+
+    budget = BudgetConfig(_text(params), memory, _text(latency), tries=tries)
+    config = PruneConfig(budget, method, _text(data), _text(tokens), minutes, seq_len, seed=seed)
+    return run(str(model), out, config, overwrite=overwrite)
 
 
 def score(
@@ -30,7 +84,7 @@ def score(
     text_field: str = "text",
     batch_size: int = 8,
     seed: int = 17,
-    dtype: "TrainableFormat" = "float32",
+    dtype: "TeacherFormat" = "auto",
     device: "Device | None" = None,
     offload: bool = False,
 ) -> "Scores":
@@ -51,7 +105,7 @@ def score(
         text_field: the field of a JSON record that holds the text.
         batch_size: samples that go through a block at a time.
         seed: of the samples and of the random order.
-        dtype: of the weights in memory: float32 or bfloat16.
+        dtype: float32 or bfloat16; auto = weights in float32, and matrix products in bfloat16 where that is fast.
         device: cpu or gpu; None = what is there.
         offload: hold one block at a time, read from the files.
 
@@ -232,7 +286,7 @@ def evaluate(
     num_fewshot: int | None = None,
     limit: float | None = None,
     batch_size: int | str = 8,
-    dtype: "StoredFormat" = "auto",
+    dtype: "InferenceFormat" = "auto",
     device: "Device | None" = None,
 ) -> dict[str, Any]:
     """Measure perplexity and tasks of one or several models.
@@ -250,7 +304,7 @@ def evaluate(
         num_fewshot: examples in the prompt; None = the tasks' own.
         limit: questions of each task, or a share below 1; None = all.
         batch_size: samples per forward pass, or ``auto``.
-        dtype: of the weights: float32, bfloat16, float16; auto = as stored.
+        dtype: of the weights: float32, bfloat16, float16; auto = bfloat16 where it is fast, else float32.
         device: cpu or gpu; None = what is there.
 
     Returns:
@@ -283,7 +337,7 @@ def measure(
     warmups: int = 10,
     repeats: int = 20,
     seed: int = 17,
-    dtype: "StoredFormat" = "auto",
+    dtype: "InferenceFormat" = "auto",
     device: "Device | None" = None,
 ) -> dict[str, Any]:
     """Measure latency, throughput, memory and operations; several models run in turns.
@@ -300,7 +354,7 @@ def measure(
         warmups: runs before those that count.
         repeats: runs that count.
         seed: of the random prompts.
-        dtype: of the weights: float32, bfloat16, float16; auto = as stored.
+        dtype: of the weights: float32, bfloat16, float16; auto = bfloat16 where it is fast, else float32.
         device: cpu or gpu; None = what is there.
 
     Returns:
@@ -345,3 +399,7 @@ def report(runs: Place | Sequence[Place], out: Place, *, plots: Place | None = N
 
 def _listed(places: Place | Sequence[Place]) -> list[str]:
     return [str(place) for place in ([places] if isinstance(places, str | Path) else places)]
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)

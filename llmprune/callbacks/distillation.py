@@ -8,7 +8,7 @@ from composer.loggers import Logger
 from llmprune.callbacks.loss_terms import LossTerms
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.loading import empty_model, load_model
-from llmprune.models.placement import dtype_for_inference
+from llmprune.models.number_formats import dtype_for_inference
 from llmprune.models.sharded import fill, mesh_of, shard
 from llmprune.models.stored_weights import StoredWeights
 from llmprune.recovery.correspondence import Correspondence

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from llmprune.models.placement import Placement
 
 Models = Annotated[list[str], typer.Argument(metavar="MODEL…", help="Hugging Face folders or hub names.")]
-DTypeToRun = Annotated[formats.StoredFormat, typer.Option(help="Of the weights; auto = as stored.")]
+DTypeToRun = Annotated[
+    formats.InferenceFormat, typer.Option(help="Of the weights; auto = bfloat16 where it is fast, else float32.")
+]
 Device = Annotated[formats.Device | None, typer.Option(help="Default: what is there.")]
 DeviceMap = Annotated[
     Literal["auto", "balanced", "sequential"] | None,

@@ -12,7 +12,12 @@ from llmprune.pruning.budgets.settings import BudgetConfig
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.errors import UserError
-from llmprune.utils.formats import Device, Format, TrainableFormat
+from llmprune.utils.formats import Device, Format, TeacherFormat
+
+DTypeToScore = Annotated[
+    TeacherFormat,
+    typer.Option(help="Auto: weights in float32, and matrix products in bfloat16 where that is fast."),
+]
 
 
 def _list_criteria(wanted: bool) -> None:
@@ -135,7 +140,7 @@ def score(
         bool, typer.Option("--names", help="List the criteria.", is_eager=True, callback=_list_criteria)
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the samples and of the random order.")] = 17,
-    dtype: Annotated[TrainableFormat, typer.Option(help="Of the weights in memory.")] = "float32",
+    dtype: DTypeToScore = "auto",
     device: Annotated[Device | None, typer.Option(help="Default: what is there.")] = None,
     offload: Annotated[bool, typer.Option("--offload", help="Hold one block at a time, read from the files.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,

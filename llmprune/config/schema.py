@@ -16,7 +16,7 @@ from llmprune.models.families import RicherHeadsConfig
 from llmprune.pruning.budgets.candidates import CandidatesConfig
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.pruning.selection.settings import PlanConfig, PlansConfig
-from llmprune.utils.formats import Attention, Device, TrainableFormat
+from llmprune.utils.formats import Attention, Device, Precision, TeacherFormat, TrainableFormat
 from llmprune.utils.settings import limited
 
 S = TypeVar("S")
@@ -116,12 +116,13 @@ class TrainConfig:
 
     Attributes:
         duration: length of training: ``3200ba`` (batches) or ``400000000tok`` (tokens).
-        global_batch_size: number of samples per step, over all ranks.
+        global_batch_size: number of samples per step, over all ranks; null = as many as ``global_batch_tokens`` hold.
+        global_batch_tokens: number of tokens per step, over all ranks, unless ``global_batch_size`` is given.
         microbatch_size: number of samples per forward pass on one device; ``auto`` = the largest that fits (GPU only,
             neither sharded nor with gates).
         activation_checkpointing: keep only each block's input and compute its activations again in the backward pass.
-        precision: number format of computation: fp32, or amp_bf16 (weights in float32, matrix products in bfloat16;
-            fast on GPUs, and on CPUs with AVX512-BF16 or AMX).
+        precision: number format of computation: fp32, or amp_bf16 (weights in float32, matrix products in bfloat16);
+            auto = amp_bf16 where it is fast (GPUs, processors with AVX512-BF16 or AMX), else fp32.
         clip_norm: largest norm of the gradients of the model's parameters (not of the gates'); null = no clipping.
         loss_spike_factor: a batch is a loss spike if its loss is more than this many times the mean of the last 100;
             null = never.
@@ -136,10 +137,11 @@ class TrainConfig:
     """
 
     duration: str = MISSING
-    global_batch_size: int = limited(MISSING, least=1)
+    global_batch_size: int | None = limited(None, least=1)
+    global_batch_tokens: int = limited(32768, least=1)
     microbatch_size: int | Literal["auto"] = limited(1, least=1)
     activation_checkpointing: bool = False
-    precision: Literal["fp32", "amp_bf16"] = "fp32"
+    precision: Precision = "auto"
     clip_norm: float | None = limited(1.0, above=0)
     loss_spike_factor: float | None = limited(2.0, above=1)
     loss_spike: Literal["log", "skip"] = "log"
@@ -229,6 +231,12 @@ class Config:
     loggers: LoggersConfig = field(default_factory=LoggersConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def samples_per_step(self) -> int:
+        """The global batch, in samples, after ``llmprune.config.left_open.fill_in``."""
+        assert self.train.global_batch_size is not None
+        return self.train.global_batch_size
+
     def section(self, settings: type[S]) -> S | None:
         """The job's section whose settings are of the class ``settings``; ``None`` = the job does not have it."""
         return next((found for key in fields(self) if isinstance(found := getattr(self, key.name), settings)), None)
@@ -242,14 +250,15 @@ class ScoredModelConfig:
         path: Hugging Face folder or hub name of the model.
         tokenizer: folder or hub name of the tokenizer; null = that of ``path``.
         attention: implementation of attention: ``sdpa``, ``eager`` or ``flash_attention_2`` (GPU only).
-        dtype: number format of the weights in memory: float32 or bfloat16.
+        dtype: number format: float32 or bfloat16; auto = weights in float32, and matrix products in bfloat16 where that
+            is fast.
         device: cpu or gpu; null = gpu if there is one.
     """
 
     path: str = MISSING
     tokenizer: str | None = None
     attention: Attention = "sdpa"
-    dtype: TrainableFormat = "float32"
+    dtype: TeacherFormat = "auto"
     device: Device | None = None
 
 

@@ -12,15 +12,16 @@ from composer.core import Time, TimeUnit
 from composer.utils import dist, get_device
 from transformers import PretrainedConfig
 
+from llmprune.config.left_open import fill_in
 from llmprune.config.schema import Config
 from llmprune.config.static_checks import check_config
 from llmprune.data.prepared import PreparedData
 from llmprune.estimate.memory import memory_of, samples_of
 from llmprune.estimate.needs import FLOAT, JobSizes, checkpoint_bytes, products_of
 from llmprune.models.flops import macs, step_flops
-from llmprune.models.loading import config_from_fields, load_model_config, load_tokenizer
+from llmprune.models.loading import config_from_fields, count_parameters, load_model_config, load_tokenizer
+from llmprune.models.number_formats import DTYPES
 from llmprune.models.own_model_types import with_richer_heads
-from llmprune.models.placement import DTYPES
 from llmprune.utils.errors import UserError
 
 
@@ -154,14 +155,9 @@ def check_fits(config: Config, model: PretrainedConfig, length: int) -> None:
     Raises:
         UserError: by the estimate, the job needs more memory than a rank has.
     """
-    gc.collect()  # frees memory of an earlier job in this process
-    ranks, here = dist.get_world_size(), dist.get_local_world_size()
-    if get_device(config.train.device).name == "gpu":
-        torch.cuda.empty_cache()
-        free, device = torch.cuda.mem_get_info()[0], "cuda"
-    else:
-        free, device = psutil.virtual_memory().available / here, "cpu"
-    found = estimate(config, model, length, Cluster(ranks, free, here, device=device))
+    cluster = cluster_here(config)
+    free = cluster.memory
+    found = estimate(config, model, length, cluster)
     if found.fits or config.train.microbatch_size == "auto":
         return
     largest = sorted(found.memory.items(), key=lambda item: -item[1])[:3]
@@ -171,6 +167,16 @@ def check_fits(config: Config, model: PretrainedConfig, length: int) -> None:
         "take more ranks with sharding={}, a smaller train.microbatch_size, train.activation_checkpointing=true, or "
         "train.check_memory=false to start it all the same; `llmprune estimate` shows what helps"
     )
+
+
+def cluster_here(config: Config) -> Cluster:
+    """This job's ranks with the memory that is free now, as a cluster."""
+    gc.collect()  # frees memory of an earlier job in this process
+    ranks, here = dist.get_world_size(), dist.get_local_world_size()
+    if get_device(config.train.device).name == "gpu":
+        torch.cuda.empty_cache()
+        return Cluster(ranks, torch.cuda.mem_get_info()[0], here, device="cuda")
+    return Cluster(ranks, psutil.virtual_memory().available / here, here, device="cpu")
 
 
 def estimate(config: Config, model: PretrainedConfig, length: int, cluster: Cluster) -> Estimate:
@@ -187,20 +193,22 @@ def estimate(config: Config, model: PretrainedConfig, length: int, cluster: Clus
     """
     cluster.check()
     train, ranks = config.train, cluster.gpus
-    if train.global_batch_size < 1 or train.global_batch_size % ranks:
-        raise UserError(f"train.global_batch_size {train.global_batch_size} is no multiple of {ranks} ranks")
+    fill_in(config, parameters=count_parameters(model), length=length)
+    batch = config.samples_per_step
+    if batch % ranks:
+        raise UserError(f"train.global_batch_size {batch} is no multiple of {ranks} ranks")
     per_rank, micro = samples_of(config, ranks)
     sizes = JobSizes.of(config, model)
     memory = memory_of(config, model, sizes, length=length, ranks=ranks, device=cluster.device)
-    flops = _flops(config, model, length, sizes) * train.global_batch_size
+    flops = _flops(config, model, length, sizes) * batch
     compute = flops / (cluster.flops * cluster.utilisation * ranks)
     network = _network(config, cluster, sizes, math.ceil(per_rank / micro))
     step = max(compute, network)
-    tokens_of_batch = train.global_batch_size * length
+    tokens_of_batch = batch * length
     duration = Time.from_timestring(train.duration)
     steps = {
         TimeUnit.BATCH: duration.value,
-        TimeUnit.SAMPLE: duration.value / train.global_batch_size,
+        TimeUnit.SAMPLE: duration.value / batch,
         TimeUnit.TOKEN: duration.value / tokens_of_batch,
     }[duration.unit]
     hours = steps * step * ranks / 3600
@@ -240,7 +248,7 @@ def _network(config: Config, cluster: Cluster, sizes: JobSizes, microbatches: in
     ranks = cluster.gpus
     if ranks == 1:
         return 0.0
-    itemsize, products = DTYPES[config.model.dtype].itemsize, products_of(config).itemsize
+    itemsize, products = DTYPES[config.model.dtype].itemsize, products_of(config, cluster.device).itemsize
 
     def seconds(size: float, group: int, within: bool) -> float:
         return size * (group - 1) / group / (cluster.bandwidth_within if within else cluster.bandwidth)

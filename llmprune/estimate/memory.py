@@ -17,7 +17,7 @@ from llmprune.estimate.needs import (
     products_of,
 )
 from llmprune.models.families import family_of
-from llmprune.models.placement import DTYPES
+from llmprune.models.number_formats import DTYPES
 from llmprune.models.vocabulary import CHUNKS, LEAST
 
 FRAGMENTATION = 0.06  # memory that the allocator can't use, as a share of all allocated memory
@@ -98,12 +98,12 @@ def _at_peak(
         device: device type, "cuda" or "cpu".
     """
     per_rank, micro = samples_of(config, ranks)
-    autocast, adding = autocast_of(config), sizes.needs.added_to
+    autocast, adding = autocast_of(config, device), sizes.needs.added_to
     kept = kept_by(
         model,
         samples=micro,
         length=length,
-        dtype=products_of(config) if config.sharding is not None else DTYPES[config.model.dtype],  # FSDP2's dtype
+        dtype=DTYPES[config.model.dtype] if config.sharding is None else products_of(config, device),  # of FSDP2
         autocast=autocast,
         attention=config.model.attention,
         prepare=None if adding is None else lambda built: adding(built, device),
@@ -119,7 +119,7 @@ def _at_peak(
 
 def samples_of(config: Config, ranks: int) -> tuple[int, int]:
     """The number of samples of a batch on each rank, and the number of samples of a microbatch."""
-    per_rank = config.train.global_batch_size // ranks
+    per_rank = config.samples_per_step // ranks
     micro = config.train.microbatch_size
     return per_rank, 1 if micro == "auto" else min(int(micro), per_rank)
 
@@ -143,7 +143,7 @@ def _stages(
     config: Config, model: PretrainedConfig, sizes: JobSizes, kept: Kept, tokens: int, device: str
 ) -> list[_Stage]:
     """The moments at which a pass may have its peak: output layer, last blocks, first blocks, end of the pass."""
-    products, autocast, sharding = products_of(config).itemsize, autocast_of(config), config.sharding
+    products, autocast, sharding = products_of(config, device).itemsize, autocast_of(config, device), config.sharding
     checkpointed, teaching = config.train.activation_checkpointing, sizes.needs.teaching
     matrix = sizes.vocabulary * sizes.hidden
     of_output = matrix if sizes.output_trained else 0  # its gradient is computed with the losses, in float32
@@ -179,7 +179,7 @@ def _stages(
 
 def _logits(config: Config, model: PretrainedConfig, sizes: JobSizes, tokens: int, device: str) -> float:
     """Bytes of a chunk's logits, as computed and in float32, of their exponentials and gradient, and of the states'."""
-    products, use = products_of(config).itemsize, sizes.needs.logits
+    products, use = products_of(config, device).itemsize, sizes.needs.logits
     chunk = min(max(CHUNKS[device] // sizes.vocabulary, LEAST), tokens) * sizes.vocabulary
     softcap = family_of(model).softcap
     capped = 2 * FLOAT if softcap is not None and getattr(model, softcap) is not None else 0

@@ -11,7 +11,7 @@ from llmprune.config.schema import Config
 from llmprune.config.section_registry import sections_of
 from llmprune.models.families import Role, family_of
 from llmprune.models.flops import Learned, learned_of
-from llmprune.models.placement import DTYPES, dtype_for_inference
+from llmprune.models.number_formats import DTYPES, dtype_for_inference, precision_of
 
 FLOAT = 4  # bytes of a float32 number
 MOMENTS = {"decoupled_adamw": 2, "adamw": 2, "decoupled_lion": 1}  # optimizer states per learning parameter
@@ -151,15 +151,15 @@ def learning_bytes(config: Config, sizes: JobSizes) -> float:
     return sizes.trained * (FLOAT if sizes.needs.added else DTYPES[config.model.dtype].itemsize)
 
 
-def autocast_of(config: Config) -> torch.dtype | None:
-    """The dtype of matrix products under autocast; None = the weights' dtype is used."""
-    return torch.bfloat16 if config.train.precision == "amp_bf16" else None
+def autocast_of(config: Config, device: str) -> torch.dtype | None:
+    """The dtype of matrix products under autocast on a device ("cuda" or "cpu"); None = the weights' dtype is used."""
+    return torch.bfloat16 if precision_of(config.train.precision, on_gpu=device == "cuda") == "amp_bf16" else None
 
 
-def products_of(config: Config) -> torch.dtype:
+def products_of(config: Config, device: str) -> torch.dtype:
     """The dtype of matrix products; with sharding, FSDP2 gathers weights in the dtype of ``train.precision``."""
     stored = DTYPES[config.model.dtype] if config.sharding is None else torch.float32
-    return autocast_of(config) or stored
+    return autocast_of(config, device) or stored
 
 
 def checkpoint_bytes(config: Config, sizes: JobSizes) -> float:

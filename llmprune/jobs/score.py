@@ -1,5 +1,6 @@
 """The job that scores a model, by Composer's trainer or block by block from disk, and makes plans from the scores."""
 
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,13 +23,15 @@ from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.job_files import save_config
 from llmprune.config.schema import ScoringConfig
 from llmprune.data.calibration import calibration_samples, check_calibration, samples_fingerprint, with_length
+from llmprune.models.autocast import compute_in
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.enough_memory import check_memory
 from llmprune.models.families import family_of
 from llmprune.models.loaded import check_vocabulary
 from llmprune.models.loading import load_model, load_model_config, load_tokenizer
+from llmprune.models.number_formats import weights_and_products
 from llmprune.models.offloading import OffloadedModel
-from llmprune.models.placement import DTYPES, TRAINABLE, Placement
+from llmprune.models.placement import TRAINABLE, Placement
 from llmprune.models.source import Model, find_folder, longest_input
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.pruning.planning import make_plan, rehearse
@@ -40,13 +43,15 @@ from llmprune.utils.errors import UserError
 from llmprune.utils.outputs import clear, refuse_replacing
 from llmprune.utils.ranks import init_distributed, on_rank_zero, share_cores
 
-IN_FULL = Placement(dtype="float32")
+log = logging.getLogger(__name__)
+
+AUTO = Placement()
 
 
 def score(
     model: str,
     config: LayerScoringConfig,
-    placement: Placement = IN_FULL,
+    placement: Placement = AUTO,
     *,
     tokenizer: str | None = None,
     offload: bool = False,
@@ -56,7 +61,7 @@ def score(
     Args:
         model: folder or hub name of the model.
         config: criteria and calibration samples.
-        placement: device and dtype of the model: one device, float32 or bfloat16, no adapter.
+        placement: device and number format of the model: one device, no adapter; see ``weights_and_products``.
         tokenizer: folder or hub name of the tokenizer; None = the model's tokenizer.
         offload: keep only one block (and the next) in memory; without criteria that need gradients.
 
@@ -76,7 +81,7 @@ def score(
     if not offload:
         check_memory(
             source,
-            dtype=placement.torch_dtype,
+            dtype=weights_and_products(placement.dtype, on_gpu=placement.on_gpu)[0],
             on_gpu=placement.on_gpu,
             remedy="hold one block at a time with --offload, or take bfloat16",
         )
@@ -137,7 +142,9 @@ def _by_trainer(
 ) -> tuple[dict[str, dict[str, Any]], float | None]:
     """Score with the complete model in memory; every rank reads its share of the samples."""
     init_distributed(placement.device)
-    loaded = load_model(model, dtype=DTYPES[placement.dtype], attention=placement.attention)
+    weights, products = weights_and_products(placement.dtype, on_gpu=placement.on_gpu)
+    _log_formats(weights, products)
+    loaded = compute_in(load_model(model, dtype=weights, attention=placement.attention), products)
     callback = LayerScoring(config)
     ranks, rank = dist.get_world_size(), dist.get_global_rank()
     if tokens is not None and len(tokens) < ranks:
@@ -150,7 +157,7 @@ def _by_trainer(
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # standard output is for the command's result
         warnings.simplefilter("ignore")
         trainer = Trainer(
-            model=ComposerCausalLM(loaded),
+            model=ComposerCausalLM(loaded, products=products),
             device=placement.device,
             precision="fp32",
             eval_dataloader=Evaluator(label=CALIBRATION, dataloader=data),
@@ -167,7 +174,10 @@ def _offloaded(
 ) -> tuple[dict[str, dict[str, Any]], float | None]:
     """Score block by block: all samples pass through a block before the next block is read."""
     device = get_device(placement.device)._device
-    offloaded = OffloadedModel(model, dtype=DTYPES[placement.dtype], device=device, attention=placement.attention)
+    weights, products = weights_and_products(placement.dtype, on_gpu=device.type == "cuda")
+    _log_formats(weights, products)
+    offloaded = OffloadedModel(model, dtype=weights, device=device, attention=placement.attention)
+    compute_in(offloaded.model, products)
     job = config.job(offloaded.model.config, device)
     with tqdm(total=job.layers, desc="scoring", unit="block", disable=None) as progress:
 
@@ -181,6 +191,10 @@ def _offloaded(
         if tokens is not None:
             scorer.update(tokens.to(device))
         return scorer.scores(), scorer.perplexity()
+
+
+def _log_formats(weights: torch.dtype, products: torch.dtype | None) -> None:
+    log.info("weights in %s, matrix products in %s", weights, products or weights)
 
 
 def share(tokens: Tensor, rank: int, ranks: int, batch_size: int) -> list[Tensor]:

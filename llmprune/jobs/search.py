@@ -37,6 +37,7 @@ from llmprune.jobs.stages import (
     check_pruning_job,
     check_scoring,
     keep_result,
+    placement_of,
     recover,
     recovery_of,
     score_for,
@@ -44,7 +45,6 @@ from llmprune.jobs.stages import (
 from llmprune.models.families import Shape, shape_from
 from llmprune.models.loaded import open_model
 from llmprune.models.loading import load_model_config
-from llmprune.models.placement import Placement
 from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.choose import NoShapeError, Steps
 from llmprune.pruning.budgets.limits import Latency, Limit, costs_of, limits_of
@@ -304,9 +304,8 @@ class _Job:
 
     def _held_out(self, number: int, folder: str) -> Losses:
         data = self._config.data
-        placement = Placement(self._config.model.dtype, self._config.train.device)
         return evaluate_losses(
-            open_model(str(self.place(number) / folder), placement).model,
+            open_model(str(self.place(number) / folder), placement_of(self._config)).model,
             PreparedData(data.path, data.cache),
             samples_per_domain=data.eval_samples_per_domain,
             boundaries=data.document_boundaries,

@@ -109,11 +109,11 @@ def _refuse_other(folder: Path, before: Config, config: ScoringJobConfig) -> Non
 def _contents(config: ScoringJobConfig) -> dict[str, str]:
     """Hashes of the contents of everything that the job reads, by path; inputs without a hash are left out."""
     paths = dict.fromkeys([*inputs_of(config), config.data.path, *_calibration_text(config)])
-    found = {path: _content(path) for path in paths if path}
+    found = {path: content_of(path) for path in paths if path}
     return {path: content for path, content in found.items() if content is not None}
 
 
-def _content(path: str) -> str | None:
+def content_of(path: str) -> str | None:
     """The hash of a data set's manifest, of the checksums of a model of llmprune's, or of a file; None = unknown."""
     place = Path(path)
     if "://" in path or (place / "manifest.json").is_file():
@@ -228,9 +228,15 @@ def check_scoring(config: ScoringJobConfig, model: PretrainedConfig, criteria: S
     check_calibration(settings.data, longest_input(model))
 
 
+def placement_of(config: ScoringJobConfig) -> Placement:
+    """The device and the number format in which the job's models are scored and evaluated."""
+    whole = config.train.precision == "fp32" or config.model.dtype != "float32"
+    return Placement(config.model.dtype if whole else "auto", config.train.device)
+
+
 def score_for(config: ScoringJobConfig, model: str, criteria: Sequence[str]) -> Scores:
     """Score a model with the job's settings; ``criteria`` are the criteria that decide."""
-    placement = Placement(config.model.dtype, config.train.device, attention=config.model.attention)
+    placement = replace(placement_of(config), attention=config.model.attention)
     return score(model, scoring_of(config, criteria), placement, tokenizer=config.model.tokenizer)
 
 

@@ -2,14 +2,36 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 
 def products_in(dtype: torch.dtype | None, device: str) -> AbstractContextManager[None]:
     """While open, matrix products are computed in ``dtype``; None = no change."""
     return nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
+
+
+def compute_in(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Make every forward pass of a model compute its matrix products in ``dtype``; None = no change."""
+    if dtype is not None:
+        forward = model.forward
+
+        @wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with products_in(dtype, model.device.type):
+                return forward(*args, **kwargs)
+
+        model.forward = run
+    return model
+
+
+def in_full_precision(device: str) -> AbstractContextManager[None]:
+    """While open, autocast changes nothing: statistics within a forward pass are computed in their own dtypes."""
+    return torch.autocast(device, enabled=False)
 
 
 @contextmanager

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.models.enough_memory import check_memory
 from llmprune.models.loading import count_parameters, load_any_model, load_tokenizer
 from llmprune.models.placement import Placement
+from llmprune.models.quantised import quantised_as
 from llmprune.models.source import ModelFolder, find_folder, longest_input, read_config
 from llmprune.utils.errors import UserError
 
@@ -89,7 +91,7 @@ class ModelSource:
         placement = self.placement
         model = load_any_model(
             self.folder,
-            dtype=placement.torch_dtype or "auto",
+            dtype=self._dtype or "auto",
             attention=placement.attention,
             device_map=placement.device_map,
             adapter=placement.adapter,
@@ -98,10 +100,16 @@ class ModelSource:
             model.to(placement.torch_device)  # type: ignore[arg-type]
         return LoadedModel(self.name, self.folder.path, model, self.tokenizer)
 
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        """The dtype of the weights; None = as stored, for quantised weights."""
+        quantised = self.placement.dtype == "auto" and quantised_as(self.folder) is not None
+        return None if quantised else self.placement.torch_dtype
+
     def _check_memory(self) -> None:
         if self.placement.device_map is None:
             remedy = "spread it over all devices with --device-map auto, or take bfloat16"
-            check_memory(self.folder, dtype=self.placement.torch_dtype, on_gpu=self.placement.on_gpu, remedy=remedy)
+            check_memory(self.folder, dtype=self._dtype, on_gpu=self.placement.on_gpu, remedy=remedy)
 
 
 def check_vocabulary(largest: int, config: PretrainedConfig, what: str) -> None:

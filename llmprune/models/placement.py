@@ -7,27 +7,12 @@ from typing import Literal, get_args
 
 import torch
 
+from llmprune.models.number_formats import DTYPES, dtype_for_inference
 from llmprune.utils.errors import UserError, nearest
-from llmprune.utils.formats import Attention, Device, StoredFormat, TrainableFormat
+from llmprune.utils.formats import Attention, Device, InferenceFormat, TeacherFormat
 from llmprune.utils.settings import check_settings
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TRAINABLE: tuple[str, ...] = get_args(TrainableFormat)
-
-
-def dtype_for_inference(name: str, *, on_gpu: bool) -> torch.dtype:
-    """The dtype of the weights of a model that does not learn.
-
-    Args:
-        name: name of a dtype: ``float32`` or ``bfloat16``; ``auto`` = bfloat16 on devices with fast bfloat16 products:
-            GPUs, and processors with AVX512-BF16 or AMX. On other processors bfloat16 is many times slower than
-            float32.
-        on_gpu: whether the model is on a GPU.
-    """
-    if name != "auto":
-        return DTYPES[name]
-    fast = on_gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+TRAINABLE: tuple[str, ...] = get_args(TeacherFormat)
 
 
 @dataclass(frozen=True)
@@ -35,7 +20,8 @@ class Placement:
     """Number format, device and attention to load a model with.
 
     Attributes:
-        dtype: number format of the weights: float32, bfloat16, float16; ``auto`` = as stored.
+        dtype: number format of the weights: float32, bfloat16, float16; ``auto`` = bfloat16 where it is fast (GPUs,
+            processors with AVX512-BF16 or AMX), else float32; quantised weights stay as they are.
         device: cpu or gpu; None = gpu if there is one.
         device_map: distribution of the model over devices: ``auto`` = over all devices and the machine's memory; None =
             one device.
@@ -44,7 +30,7 @@ class Placement:
         adapter: folder of a PEFT adapter to add to the model; None = no adapter.
     """
 
-    dtype: StoredFormat = "auto"
+    dtype: InferenceFormat = "auto"
     device: Device | None = None
     device_map: Literal["auto", "balanced", "sequential"] | None = None
     attention: Attention | None = None
@@ -71,6 +57,6 @@ class Placement:
         return torch.device("cuda" if self.on_gpu else "cpu")
 
     @property
-    def torch_dtype(self) -> torch.dtype | None:
-        """The dtype of the weights; None = as stored."""
-        return DTYPES.get(self.dtype)
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return dtype_for_inference(self.dtype, on_gpu=self.on_gpu)

@@ -10,10 +10,11 @@ from transformers import PretrainedConfig
 
 from llmprune.data.calibration import calibration_samples, samples_fingerprint, with_length
 from llmprune.data.calibration_settings import CalibrationConfig
+from llmprune.models.autocast import compute_in
 from llmprune.models.enough_memory import check_memory
 from llmprune.models.families import Shape, family_of
 from llmprune.models.loading import load_model, load_model_config, load_tokenizer
-from llmprune.models.placement import DTYPES
+from llmprune.models.number_formats import weights_and_products
 from llmprune.models.source import longest_input
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans.plan import KeptBlock, Plan
@@ -360,7 +361,7 @@ def open_scored(scores: Scores, model: str) -> ScoredModel:
         )
     settings = scores.settings
     try:
-        dtype, tokenizer_at, batch_size = DTYPES[settings["dtype"]], settings["tokenizer"], int(settings["batch_size"])
+        dtype, tokenizer_at, batch_size = settings["dtype"], settings["tokenizer"], int(settings["batch_size"])
         data = CalibrationConfig(**scores.data)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -374,5 +375,6 @@ def open_scored(scores: Scores, model: str) -> ScoredModel:
             raise UserError(f"the text in {data.path} has changed since the scores were made: score again")
         samples = samples.to(device)
     remedy = "select by the scores alone (lowest, span, sublayers), or plan on a larger machine"
-    check_memory(model, dtype=dtype, on_gpu=device.type == "cuda", remedy=remedy)
-    return ScoredModel(load_model(model, dtype=dtype).to(device), samples, batch_size)
+    weights, products = weights_and_products(dtype, on_gpu=device.type == "cuda")
+    check_memory(model, dtype=weights, on_gpu=device.type == "cuda", remedy=remedy)
+    return ScoredModel(compute_in(load_model(model, dtype=weights).to(device), products), samples, batch_size)

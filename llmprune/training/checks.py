@@ -1,6 +1,7 @@
 """All checks of a run that are possible before weights are loaded or files are written."""
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from composer.core import Time
 from composer.utils import dist, get_device
 
 from llmprune.callbacks.registered import CALLBACKS
+from llmprune.config.left_open import fill_in
 from llmprune.config.schema import Config
 from llmprune.config.section_registry import sections_of
 from llmprune.config.sharding import check_sharding
 from llmprune.config.static_checks import check_config
 from llmprune.data.format import EVAL, TRAIN, DataManifest, tokenizer_fingerprint
 from llmprune.data.prepared import PreparedData
-from llmprune.models.loading import config_from_fields, load_model_config, load_tokenizer
+from llmprune.models.loading import config_from_fields, count_parameters, load_model_config, load_tokenizer
 from llmprune.models.own_model_types import with_richer_heads
 from llmprune.models.source import find_folder, longest_input
 from llmprune.training.loggers import LOGGERS
@@ -33,7 +35,6 @@ def check(config: Config) -> Inputs:
     """
     check_config(config)
     _check_packages(config)
-    _check_numbers(config)
     _check_devices(config)
     _check_remote(config)
     if config.model.verify:
@@ -70,8 +71,11 @@ def check(config: Config) -> Inputs:
     length = data.manifest.sequence_length
     if limit is not None and length > limit:
         raise UserError(f"the data's samples have {length} tokens, the model takes {limit}")
-    _check_batch(config.train.global_batch_size, data.manifest)
     inputs = Inputs(source, model_config, tokenizer, data, sections_of(config))
+    rate = math.prod(section.rate for section in inputs.sections)
+    fill_in(config, parameters=count_parameters(model_config), length=length, rate=rate)
+    _check_numbers(config)
+    _check_batch(config.samples_per_step, data.manifest)
     _check_together(inputs.sections)
     for section in inputs.sections:
         section.check_inputs(inputs)
@@ -138,7 +142,7 @@ def _check_packages(config: Config) -> None:
 
 def _check_numbers(config: Config) -> None:
     """Check numbers that depend on each other or on the ranks; ranges are declared in the schema."""
-    batch, ranks = config.train.global_batch_size, dist.get_world_size()
+    batch, ranks = config.samples_per_step, dist.get_world_size()
     partitions, keep = config.data.partitions, config.checkpoint.keep
     for key, value, good, wanted in (
         ("optimizer.betas", config.optimizer.betas, len(config.optimizer.betas) == 2, "be two numbers in [0, 1)"),

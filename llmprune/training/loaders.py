@@ -27,7 +27,7 @@ def make_stream(
         starting = first_weights(dynamic, sorted(data.manifest.domains))
     return MixedDataset(
         data,
-        global_batch_size=config.train.global_batch_size,
+        global_batch_size=config.samples_per_step,
         weights=config.data.weights if starting is None else starting,
         seed=config.run.seed,
         rank=dist.get_global_rank() if rank is None else rank,
@@ -52,7 +52,7 @@ def make_loaders(
     stream = make_stream(config, data)
     loader: DataLoader[Any] = DataLoader(
         stream if instead is None else instead,
-        batch_size=config.train.global_batch_size // dist.get_world_size(),
+        batch_size=config.samples_per_step // dist.get_world_size(),
         num_workers=config.data.workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.data.workers > 0,
@@ -73,7 +73,7 @@ def first_batches(config: Config, data: PreparedData, samples: int, *, of_machin
     """
     ranks = dist.get_local_world_size() if of_machine else dist.get_world_size()
     rank = dist.get_local_rank() if of_machine else dist.get_global_rank()
-    per_rank = config.train.global_batch_size // ranks
+    per_rank = config.samples_per_step // ranks
     stream = enumerate(islice(make_stream(config, data, rank=rank, world_size=ranks), -(-samples // ranks)))
     own = ({**one, "slot": number + (number // per_rank * (ranks - 1) + rank) * per_rank} for number, one in stream)
     size = 1 if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)

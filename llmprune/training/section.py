@@ -85,6 +85,7 @@ class Section(Generic[S]):
         prunes: whether the section makes the model smaller.
         chooses_weights: whether the section decides which of the model's weights train.
         mixes: whether the section decides the weights of the domains.
+        rate: factor of the learning rate that the model's size gives, for what the section trains.
         no_auto_microbatch: condition under which ``train.microbatch_size=auto`` can't be used, such as "while gates
             train"; None = it can always be used.
     """
@@ -97,6 +98,7 @@ class Section(Generic[S]):
     prunes: ClassVar[bool] = False
     chooses_weights: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    rate: ClassVar[float] = 1.0
     no_auto_microbatch: ClassVar[str | None] = None
 
     def __init__(self, own: S, config: Config) -> None:

@@ -38,7 +38,7 @@ from llmprune.models.batch_halving import Halving
 from llmprune.models.causal_lm import ComposerCausalLM, count_tokens
 from llmprune.models.families import family_of
 from llmprune.models.loading import empty_model, load_model, new_model
-from llmprune.models.placement import DTYPES
+from llmprune.models.number_formats import DTYPES, precision_of
 from llmprune.training.checks import check, data_contents, inputs_of, trains
 from llmprune.training.loaders import eval_loader, make_loaders
 from llmprune.training.loggers import make_loggers
@@ -119,7 +119,11 @@ def _begin(config: Config, inputs: Inputs) -> tuple[Build, Store | None]:
 
 def _own_autocast(config: Config) -> bool:
     """Whether the model itself casts products to bfloat16: Composer does so on GPUs only."""
-    return get_device(config.train.device).name == "cpu" and config.train.precision == "amp_bf16"
+    return get_device(config.train.device).name == "cpu" and _precision(config) == "amp_bf16"
+
+
+def _precision(config: Config) -> str:
+    return precision_of(config.train.precision, on_gpu=get_device(config.train.device).name == "gpu")
 
 
 def _compose(
@@ -132,7 +136,7 @@ def _compose(
 ) -> Trainer:
     """Make Composer's trainer."""
     config, inputs, run, resume = build.config, build.inputs, build.folder, build.resume
-    per_rank = config.train.global_batch_size // dist.get_world_size()
+    per_rank = config.samples_per_step // dist.get_world_size()
     eval_batch = per_rank if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
     algorithms: list[Algorithm] = []
     if config.train.clip_norm is not None:
@@ -159,7 +163,7 @@ def _compose(
             loggers=make_loggers(config.loggers, run, config.run.name),
             progress_bar=False,
             log_to_console=False,  # ``ConsoleLines`` prints less
-            precision="fp32" if _own_autocast(config) else config.train.precision,
+            precision="fp32" if _own_autocast(config) else _precision(config),
             device_train_microbatch_size=config.train.microbatch_size,
             parallelism_config=parallelism(config.sharding, config.train.activation_checkpointing),
             save_folder=str(run.checkpoints),

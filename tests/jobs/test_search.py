@@ -270,7 +270,7 @@ def test_the_front_is_that_of_a_naive_comparison() -> None:
     [
         (["search.budget={}"], "name a budget"),
         (["search.budget={params: 1.0}"], "nothing needs to go"),
-        (["search.budget={params: 12 apples}"], "is no amount"),
+        (["search.budget={params: 12 apples}"], "is no budget"),
         (["search.budget.parms=0.5"], "did you mean 'params'"),
         (["search.criteria=[perplexty]"], "did you mean 'perplexity'"),
         (["search.unit_criteria=[perplexity]"], "perplexity"),

@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from llmprune.cli import app
 from llmprune.models.loaded import LoadedModel, ModelSource, open_model
 from llmprune.models.loading import load_model
-from llmprune.models.placement import Placement, dtype_for_inference
+from llmprune.models.number_formats import dtype_for_inference, precision_of, weights_and_products
+from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
 
 
@@ -138,6 +139,22 @@ def test_results_stay_when_a_later_model_fails(
 def test_models_that_do_not_learn_are_in_bfloat16_where_it_is_fast(
     name: str, on_gpu: bool, processor: tuple[str, ...], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     for feature in ("avx512_bf16", "amx_tile"):
         monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda found=feature in processor: found)
     assert dtype_for_inference(name, on_gpu=on_gpu) is expected
+    fast = name == "auto" and expected is torch.bfloat16
+    if name == "auto":
+        assert weights_and_products(name, on_gpu=on_gpu) == (torch.float32, torch.bfloat16 if fast else None)
+        assert precision_of(name, on_gpu=on_gpu) == ("amp_bf16" if fast else "fp32")
+    else:
+        assert weights_and_products(name, on_gpu=on_gpu) == (expected, None)
+
+
+def test_a_processor_that_may_not_use_its_bfloat16_instructions_computes_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for limit, expected in (("AVX512_CORE", torch.float32), ("avx512_core_bf16", torch.bfloat16)):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        assert dtype_for_inference("auto", on_gpu=False) is expected

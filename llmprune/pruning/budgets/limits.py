@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from llmprune.models.families import Shape
-from llmprune.models.placement import DTYPES
+from llmprune.models.number_formats import DTYPES
 from llmprune.models.source import longest_input
 from llmprune.pruning.budgets.latency import LatencyTable
 from llmprune.pruning.budgets.settings import BudgetConfig
@@ -147,7 +147,7 @@ def _amount(text: str | None, name: str, whole: float) -> float:
     units = {"": 1, **_UNITS[name]}
     if match is None or unit not in units or float(match[1]) <= 0:
         examples = {"params": "0.5 or 1.3B", "memory": "8GB or 0.5", "latency": "0.6"}
-        raise UserError(f"--budget-{name} '{text}' is no amount: write {examples[name]}")
+        raise UserError(f"'{text}' is no budget of {name}: write {examples[name]}")
     number = float(match[1])
     return number * whole if not unit and number <= 1 else number * units[unit]
 

@@ -31,9 +31,15 @@ class Trial:
         self._whole = self._slot.factors
 
     @torch.no_grad()
-    def loss(self, plan: Plan) -> float:
-        """The mean loss per token, in nats, of a plan's model on the calibration samples."""
-        model, tokens = self.scored.model, self.scored.tokens
+    def loss(self, plan: Plan, samples: Tensor | None = None) -> float:
+        """The mean loss per token, in nats, of a plan's model.
+
+        Args:
+            plan: plan, which may have corrections.
+            samples: tokens, int64 [samples, length]; None = the calibration samples.
+        """
+        model = self.scored.model
+        tokens = self.scored.tokens if samples is None else samples.to(model.device)
         factors = factors_of(plan)
         on_device = {name: value.to(tokens.device) for name, value in factors.trainable().items()}
         kept = {name: value.to(tokens.device) for name, value in factors.kept.items()}
@@ -41,15 +47,15 @@ class Trial:
         hooks = mask_experts(model, plan)
         try:
             with self._corrected(plan):
-                return self._mean_loss()
+                return self._mean_loss(tokens)
         finally:
             self._slot.factors = self._whole
             for hook in hooks:
                 hook.remove()
 
-    def _mean_loss(self) -> float:
+    def _mean_loss(self, tokens: Tensor) -> float:
         total, count = 0.0, 0
-        for part in self.scored.tokens.split(self.scored.batch_size):
+        for part in tokens.split(self.scored.batch_size):
             losses, counts = token_losses(self.scored.model(input_ids=part, use_cache=False).logits, part)
             total, count = total + losses.double().sum().item(), count + int(counts.sum())
         return total / count

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmprune.models.autocast import in_full_precision
 from llmprune.models.block_hooks import RunBlock, hidden_states_in, hooked_blocks
 from llmprune.models.causal_lm import token_losses
 from llmprune.models.families import family_of
@@ -90,7 +91,8 @@ class Scorer:
 
         def visit(number: int, run: RunBlock, states: Tensor) -> Tensor:
             with self._loaded(number):
-                self._weigh(number)
+                with self._in_full():
+                    self._weigh(number)
                 after = self._observe(number, run, states)
                 if self._reading("removals"):
                     self._removals.advance(run, states)
@@ -129,6 +131,10 @@ class Scorer:
         """The whole model's perplexity, available after ``scores``; None if it was not measured."""
         return next((c.whole() for c in self.criteria.values() if isinstance(c, RemovalPerplexity)), None)
 
+    def _in_full(self) -> AbstractContextManager[None]:
+        """While open, autocast around the forward pass does not reach the criteria's sums."""
+        return in_full_precision(self._job.device.type)
+
     def _reading(self, *what: str) -> list[Criterion]:
         return [criterion for criterion in self.criteria.values() if criterion.reads in what]
 
@@ -149,8 +155,9 @@ class Scorer:
                     after = run(before)
                 shaped = {name: update.view_as(before) for name, update in updates.items()}
                 step = BlockStep(number, first, before, after, shaped, parallel)
-                for criterion in observers:
-                    criterion.observe(step)
+                with self._in_full():
+                    for criterion in observers:
+                        criterion.observe(step)
                 parts.append(after)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -179,15 +186,17 @@ class Scorer:
         def reading(dimension: str, sublayer: str) -> Callable[..., None]:
             def read(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 values = inputs[0].reshape(samples, -1, inputs[0].shape[-1])
-                for criterion in criteria:
-                    criterion.read(number, dimension, sublayer, values)
+                with self._in_full():
+                    for criterion in criteria:
+                        criterion.read(number, dimension, sublayer, values)
 
             return read
 
         def of_expert(expert: int) -> Callable[..., None]:
             def see(module: nn.Module, inputs: object, output: Tensor) -> None:
-                for criterion in criteria:
-                    criterion.expert(number, expert, output)
+                with self._in_full():
+                    for criterion in criteria:
+                        criterion.expert(number, expert, output)
 
             return see
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from llmprune.models.autocast import in_full_precision
 from llmprune.models.block_hooks import RunBlock, blocks_of, hooked_blocks
 from llmprune.models.families import family_of
 from llmprune.models.least_squares import LEAST, RIDGES, least_squares, samples_fitted, samples_for
@@ -188,7 +189,7 @@ def check_tokens(inputs: int, kind: str, samples: int, length: int) -> None:
 def _reading(modules: Mapping[str, nn.Module], readers: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
     """While open, ``readers`` are called with the inputs of the modules of the same names."""
     hooks = [
-        modules[name].register_forward_pre_hook(lambda module, inputs, add=add: add(inputs[0]))
+        modules[name].register_forward_pre_hook(lambda module, inputs, add=add: _in_full(add, inputs[0]))
         for name, add in readers.items()
     ]
     try:
@@ -196,6 +197,11 @@ def _reading(modules: Mapping[str, nn.Module], readers: Mapping[str, Callable[[T
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _in_full(add: Callable[[Tensor], None], values: Tensor) -> None:
+    with in_full_precision(values.device.type):
+        add(values)
 
 
 def _empty(plan: Plan, block: KeptBlock, sublayer: str, kind: str, device: torch.device) -> _Read:

@@ -41,6 +41,7 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
     """A small network that replaces a span of blocks."""
 
     name = "block_replacement"
+    rate = 4.0  # new weights beside frozen ones take larger steps (arXiv:2305.14314, 2403.19135)
     settings = BlockReplacementConfig
     fixed = (
         "start", "length", "kind", "blocks", "take", "intermediate", "objectives", "top_k", "temperature", "also",
@@ -66,10 +67,10 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
             raise UserError("the mix in block_replacement.cache can't change any more: take dynamic_loading=null")
         if own.also and config.model.dtype != "float32":
             raise UserError("what block_replacement.also names trains in the model's dtype: take model.dtype=float32")
-        if own.cache is not None and own.cache.samples % config.train.global_batch_size:
+        if own.cache is not None and own.cache.samples % config.samples_per_step:
             raise UserError(
                 f"block_replacement.cache.samples is {own.cache.samples}; it must be a multiple of the global batch, "
-                f"{config.train.global_batch_size}"
+                f"{config.samples_per_step}"
             )
         span = given_span(own)
         if span is None and config.sharding is not None:
@@ -127,7 +128,7 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
             return None
         return CachedStates(
             self._cache,
-            global_batch_size=self.config.train.global_batch_size,
+            global_batch_size=self.config.samples_per_step,
             seed=self.config.run.seed,
             rank=dist.get_global_rank(),
             world_size=dist.get_world_size(),

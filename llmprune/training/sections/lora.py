@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from llmprune.callbacks.low_rank_adaptation import LowRankAdaptation
 from llmprune.config.section_registry import SECTIONS
 from llmprune.estimate.needs import Needs
-from llmprune.models.placement import DTYPES
+from llmprune.models.number_formats import DTYPES
 from llmprune.recovery.four_bits import NF4_ITEMSIZE, quantization
 from llmprune.recovery.lora import AdaptedWeights, LoRAConfig, add_adapters, base_name, lora_targets
 from llmprune.training.section import Build, Inputs, Section
@@ -25,6 +25,7 @@ class LoRASection(Section[LoRAConfig]):
     """Low-rank adapters beside frozen matrices."""
 
     name = "lora"
+    rate = 4.0  # new weights beside frozen ones take larger steps (arXiv:2305.14314, 2403.19135)
     settings = LoRAConfig
     places = ()
     fixed = ("rank", "alpha", "dropout", "targets", "quantize")

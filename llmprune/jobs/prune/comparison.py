@@ -1,0 +1,107 @@
+"""The comparison of ways to prune: the plan with the lowest loss on samples that decided nothing."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmprune.data.dataset import EvalDataset
+from llmprune.data.prepared import PreparedData
+from llmprune.jobs.prune.recipe import ways_of
+from llmprune.models.loading import load_model_config
+from llmprune.plans.plan import Plan
+from llmprune.pruning.budgets.choose import NoShapeError
+from llmprune.pruning.budgets.limits import costs_of, limits_of
+from llmprune.pruning.budgets.plan_losses import RuinousPlanError
+from llmprune.pruning.budgets.settings import BudgetConfig
+from llmprune.pruning.budgets.shape_sizes import ShapeSizes
+from llmprune.pruning.budgets.trial import Trial
+from llmprune.pruning.planning import best_under, default_device, describe, open_scored
+from llmprune.pruning.scoring.scores import Scores
+from llmprune.pruning.selection.correction import corrected, is_correctable
+from llmprune.pruning.selection.methods import ScoredModel
+from llmprune.utils.errors import UserError
+from llmprune.utils.logs import show
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The plans that were compared.
+
+    Attributes:
+        plan: plan with the lowest held-out loss.
+        chosen: name of its way.
+        rows: facts of every plan, by the name of its way.
+    """
+
+    plan: Plan
+    chosen: str
+    rows: dict[str, dict[str, Any]]
+
+
+def compare_ways(scores: Scores, model: str, method: str, budget: BudgetConfig, held_out: Tensor) -> Comparison:
+    """Find the best plan of every way under the budget, and compare these plans on held-out samples.
+
+    A plan of less width is tried with refitted matrices too; it keeps them only if they lower the held-out loss.
+
+    Args:
+        scores: scores of the model, with its calibration samples.
+        model: folder or hub name of the model.
+        method: way of pruning, or ``auto``; see ``ways_of``.
+        budget: limits on the cost of the pruned model.
+        held_out: samples that neither scores nor plans have seen, int64 [samples, length].
+
+    Raises:
+        UserError: no way keeps to the budget.
+    """
+    sizes = ShapeSizes(load_model_config(model))
+    scored = open_scored(scores, model)
+    trial = Trial(scored)
+    plans: dict[str, tuple[float, Plan]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, way in ways_of(method).items():
+        limits = limits_of(costs_of(budget, sizes, default_device()), sizes.source)
+        try:
+            plan, choice = best_under(limits, scores, way.plan, trial, budget, model=model)
+        except (NoShapeError, RuinousPlanError) as error:
+            rows[name] = {"impossible": str(error)}
+            show(f"prune:   {name}: {error}")
+            continue
+        for words, one in ((name, plan), (f"{name} with refit", _refitted(plan, scored))):
+            if one is None:
+                continue
+            loss = trial.loss(one, held_out)
+            plans[words] = loss, one
+            rows[words] = {**choice.facts(), "held_out_loss": loss, "goes": describe(one)}
+            show(f"prune:   {words}: held-out loss {loss:.4f}; {describe(one)}")
+    if not plans:
+        raise UserError(f"no way keeps to the budget: {'; '.join(row['impossible'] for row in rows.values())}")
+    chosen = min(plans, key=lambda words: plans[words][0])
+    return Comparison(plans[chosen][1], chosen, rows)
+
+
+def held_out_samples(data: PreparedData, per_domain: int) -> Tensor:
+    """Evaluation samples of every domain, int64 [samples, length].
+
+    Raises:
+        UserError: the data have none.
+    """
+    dataset = EvalDataset(data, per_domain)
+    samples: Sequence[Tensor] = [dataset[place]["input_ids"] for place in range(len(dataset))]
+    whole = [sample for sample in samples if len(sample) == data.manifest.sequence_length]
+    if not whole:
+        raise UserError(f"{data.location} has no evaluation samples: prepare it with a larger --eval-fraction")
+    return torch.stack(whole)
+
+
+def _refitted(plan: Plan, scored: ScoredModel) -> Plan | None:
+    """The plan with its narrowed matrices fitted again; None if there are none, or too few samples for a fit."""
+    if not is_correctable(plan):
+        return None
+    try:
+        return corrected(plan, "refit", scored)
+    except UserError as error:
+        show(f"prune:   without refit: {error}")
+        return None

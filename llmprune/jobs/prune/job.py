@@ -1,0 +1,307 @@
+"""The whole way from a model to a smaller, recovered and measured one.
+
+Layout of the folder::
+
+prune.json                     the settings, and hashes of what is read
+text/ data/                    training text (built-in or self-written) and prepared data, unless they were given
+score.yaml scores/             the job that scores the source model
+plan.json candidates.json      what goes, and the ways that were compared
+gates.yaml gates/              the job that prunes by gates, with ``method: gates``, instead of the scores
+pruned/                        the smaller model
+recover.yaml recover/          the job that recovers it
+model/                         the result
+results.json speed.json        held-out losses and speed of source, pruned and recovered model
+continuations/ report.html     what the three write, and everything in pictures
+"""
+
+import dataclasses
+import gc
+from pathlib import Path
+from typing import Any
+
+from data_prep.builtin import build_corpus
+from data_prep.pack import prepare
+from data_prep.recipe import PackSettings
+from llmprune.checkpoints.run_folder import RunFolder
+from llmprune.config.job_files import load_job
+from llmprune.conversion.commands import apply, convert
+from llmprune.data.format import tokenizer_fingerprint
+from llmprune.data.prepared import PreparedData
+from llmprune.data.sources import Fields
+from llmprune.evaluation.continuations import (
+    GenerationConfig,
+    Prompt,
+    encode_prompts,
+    read_prompts,
+    save_continuations,
+    write_continuations,
+)
+from llmprune.evaluation.losses import evaluate_losses
+from llmprune.jobs.prune.comparison import compare_ways, held_out_samples
+from llmprune.jobs.prune.outcome import Outcome, losses_entry
+from llmprune.jobs.prune.recipe import (
+    GATING,
+    criteria_of,
+    learning_from,
+    scoring_job,
+    write_job,
+)
+from llmprune.jobs.prune.settings import MINUTES, SELF, PruneConfig
+from llmprune.jobs.prune.steps import Steps
+from llmprune.jobs.prune.training import Training
+from llmprune.jobs.score import run_scoring
+from llmprune.jobs.stages import asked_to_end, content_of
+from llmprune.measurement.measure import MeasureConfig, measure
+from llmprune.measurement.results import save
+from llmprune.models.loaded import ModelSource, find_model, open_model
+from llmprune.models.loading import load_model_config
+from llmprune.models.placement import Placement
+from llmprune.models.source import longest_input
+from llmprune.models.stored_weights import StoredWeights, fingerprint
+from llmprune.pruning.budgets.limits import costs_of, limits_of
+from llmprune.pruning.budgets.shape_sizes import ShapeSizes
+from llmprune.pruning.planning import default_device
+from llmprune.pruning.scoring.scores import Scores
+from llmprune.reporting.page import write_report
+from llmprune.utils.errors import UserError
+from llmprune.utils.files import read_json, write_json
+from llmprune.utils.logs import show
+from llmprune.utils.outputs import clear, is_empty, output_folder, refuse_deleting, refuse_replacing
+from llmprune.utils.processes import TERMINATION
+from llmprune.utils.ranks import init_distributed, on_rank_zero, share_cores
+from llmprune.utils.recorded_settings import leaves
+
+MEGABYTES = 8.0  # of the built-in corpus
+EVAL_FRACTION = 0.1
+HELD_OUT = 32  # evaluation samples per domain, at the end
+JUDGED = 16  # evaluation samples per domain that compare plans
+AUTO = Placement()
+SPEED = MeasureConfig((1, 8), output_tokens=(64,), warmups=2, repeats=7)
+PROMPTS = (
+    "The most important thing to know about the history of Rome is",
+    "To cook a simple soup for four people, you first",
+    "Plants need light and water because",
+)
+
+
+def prune(model: str, out: str | Path, config: PruneConfig, *, overwrite: bool = False) -> Outcome:
+    """Make a model smaller, recover it and measure it; a stopped command goes on when it is called again.
+
+    On several ranks (``composer -n 8 -m llmprune.cli prune …``) scoring and training are shared, the rest is done by
+    rank 0.
+
+    Args:
+        model: folder or hub name of the model.
+        out: folder to write.
+        config: settings.
+        overwrite: whether what llmprune made in ``out`` may be replaced if it was begun with other settings.
+
+    Raises:
+        UserError: a setting is impossible, or ``out`` holds something else.
+    """
+    job = _Prune(model, Path(out), config)
+    share_cores()
+    init_distributed(None)
+    with TERMINATION.ending(asked_to_end), RunFolder(Path(out)).claimed():
+        on_rank_zero(lambda: job.begin(overwrite))
+        return job.run()
+
+
+class _Prune:
+    """The settings of one call, checked, and its steps."""
+
+    def __init__(self, model: str, out: Path, config: PruneConfig) -> None:
+        config.check()
+        self._config, self._out, self._model = config, out, model
+        self._source: ModelSource = find_model(model, AUTO)
+        self._model_config = load_model_config(self._source.folder)
+        self._sizes = ShapeSizes(self._model_config)
+        limits_of(costs_of(config.budget, self._sizes, default_device()), self._sizes.source)
+        self._prepared = _prepared(config.data)
+        self._check_data()
+        self._prompts = [Prompt(text) for text in PROMPTS] if config.prompts is None else read_prompts(config.prompts)
+        encode_prompts(self._prompts, self._source.tokenizer, _GENERATION.max_new_tokens, self._model_config)
+
+    def _check_data(self) -> None:
+        given, limit = self._config.data, longest_input(self._model_config)
+        if self._prepared is not None:
+            if tokenizer_fingerprint(self._source.tokenizer) != self._prepared.manifest.tokenizer:
+                raise UserError(f"the tokenizer of {self._model} did not make the data in {given}: give its text")
+            length = self._prepared.manifest.sequence_length
+        else:
+            length = self._config.seq_len
+            if given not in (None, SELF) and not Path(str(given)).exists():
+                raise UserError(f"{given} does not exist")
+        if limit is not None and length > limit:
+            raise UserError(f"samples of {length} tokens are too long: {self._model} takes {limit}")
+
+    def begin(self, overwrite: bool) -> None:
+        """Make the folder, or check that it was begun with the same settings.
+
+        Raises:
+            UserError: the folder holds something else, or was begun with other settings.
+        """
+        out, known = self._out, self._out / "prune.json"
+        wanted = {
+            "schema": 1,
+            "model": fingerprint(StoredWeights(self._source.folder), self._model_config),
+            "settings": dataclasses.asdict(self._config),
+            "data": None if self._config.data in (None, SELF) else content_of(str(self._config.data)),
+        }
+        refuse_deleting(out)
+        before = read_json(known) if known.is_file() else None
+        if before == wanted:
+            return
+        if not is_empty(out) and not overwrite:
+            what = "something else" if before is None else f"a model pruned with {_difference(before, wanted)}"
+            raise UserError(f"{out} holds {what}: choose another --out, or pass --overwrite to begin anew")
+        refuse_replacing(out, [p for p in (self._model, self._config.data, self._config.prompts) if p])
+        clear(out)
+        write_json(known, wanted)
+
+    def run(self) -> Outcome:
+        """Do all steps that are not done yet."""
+        out, steps = self._out, Steps(self._out)
+        data = self._prepare(steps)
+        if self._config.method == "gates":
+            self._gate(steps, data)
+        else:
+            self._cut(steps, data)
+        self._recover(steps, data)
+        models = {self._model: "source", str(out / "pruned"): "pruned", str(out / "model"): "recovered"}
+        steps.alone("held-out losses", out / "results.json", lambda: self._evaluate(data, list(models)))
+        steps.alone("speed and memory", out / "speed.json", lambda: _measure(list(models), out / "speed.json"))
+        steps.alone("continuations", out / "continuations", lambda: self._continue(models))
+        steps.alone("report", out / "report.html", lambda: write_report([out], out / "report.html"))
+        return on_rank_zero(lambda: Outcome.of(out, models, steps.seconds))
+
+    def _prepare(self, steps: Steps) -> str:
+        """The prepared data: those that were given, or made here from text."""
+        if self._prepared is not None:
+            return str(self._config.data)
+        data, text = self._out / "data", self._out / "text"
+        inputs = [str(self._config.data)]
+        if self._config.data is None:
+            say = "no data were given: the built-in corpus, which is Python documentation and code, takes their place"
+            on_rank_zero(lambda: show(f"prune: {say}"))
+            steps.alone("built-in corpus", text, lambda: build_corpus(text, megabytes=MEGABYTES))
+            inputs = [str(text)]
+        settings = PackSettings(self._config.seq_len, eval_fraction=EVAL_FRACTION, seed=self._config.seed)
+        fields = Fields(self._config.text_field)
+        steps.alone("data", data, lambda: prepare(inputs, self._source.folder.path, data, settings, fields=fields))
+        return str(data)
+
+    def _cut(self, steps: Steps, data: str) -> None:
+        """Score the model, compare the ways, and cut by the best plan."""
+        out, names = self._out, criteria_of(self._config.method)
+        job = scoring_job(self._model, data, names, out / "scores", self._config.seed)
+        on_rank_zero(lambda: write_job(out / "score.yaml", job, "Scores the source model."))
+        scores = out / "scores" / "scores.json"
+        steps.together("scores", scores, lambda: run_scoring(load_job(out / "score.yaml")))  # type: ignore[arg-type]
+        steps.alone("plan", out / "plan.json", lambda: self._plan(Scores.load(scores), data))
+        steps.alone("cut", out / "pruned", lambda: apply(self._model, out / "plan.json", out / "pruned"))
+
+    def _plan(self, scores: Scores, data: str) -> None:
+        """Write the best plan under the budget, and what it was compared with."""
+        held_out = held_out_samples(PreparedData(data), JUDGED)
+        found = compare_ways(scores, self._model, self._config.method, self._config.budget, held_out)
+        write_json(self._out / "candidates.json", {"schema": 1, "candidates": found.rows, "chosen": found.chosen})
+        found.plan.save(self._out / "plan.json")
+
+    def _gate(self, steps: Steps, data: str) -> None:
+        """Train gates to the number of parameters, and cut by them."""
+        out = self._out
+        sections = {"l0_pruning": {"target_sparsity": self._sparsity()}, **learning_from(None)}
+        about = "Prunes by learned gates; the model with open gates is the teacher."
+        self._train(steps, "gates", about, self._model, data, sections, GATING, "prune")
+        steps.alone("cut", out / "pruned", lambda: convert(out / "gates", out / "pruned").save(out / "plan.json"))
+
+    def _sparsity(self) -> float:
+        """The share of the blocks' parameters whose removal leaves the wanted number of parameters."""
+        (limit,) = limits_of(costs_of(self._config.budget, self._sizes, default_device()), self._sizes.source)
+        source = self._sizes.source
+        whole = self._sizes.parameters(source)
+        blocks = whole - self._sizes.parameters(dataclasses.replace(source, layers=0))
+        if (share := (whole - limit.most) / blocks) >= 1:
+            raise UserError("the budget is smaller than what lies outside the blocks, which gates do not remove")
+        return round(share, 4)
+
+    def _recover(self, steps: Steps, data: str) -> None:
+        """Train the pruned model with the source as its teacher."""
+        out, share = self._out, 1 - GATING if self._config.method == "gates" else 1.0
+        about = "Recovers the pruned model, which learns from the source model and from the text."
+        self._train(steps, "recover", about, str(out / "pruned"), data, learning_from(self._model), share)
+        steps.alone("convert", out / "model", lambda: convert(out / "recover", out / "model"))
+
+    def _train(
+        self,
+        steps: Steps,
+        name: str,
+        about: str,
+        model: str,
+        data: str,
+        sections: dict[str, Any],
+        share: float,
+        kind: str = "train",
+    ) -> None:
+        """Run a job that trains, for a share of the tokens or minutes."""
+        length, tokens = PreparedData(data).manifest.sequence_length, self._config.wanted_tokens()
+        training = Training(name, about, model, data, length, self._config.seed, sections, kind)
+        training.run(
+            steps,
+            self._out,
+            tokens=None if tokens is None else share * tokens,
+            minutes=share * (self._config.minutes or MINUTES),
+        )
+
+    def _evaluate(self, data: str, models: list[str]) -> None:
+        prepared, found = PreparedData(data), {}
+        for model in models:
+            opened = open_model(model, AUTO)
+            losses = evaluate_losses(opened.model, prepared, samples_per_domain=HELD_OUT)
+            found[model] = {
+                "parameters": opened.parameters,
+                "perplexity": losses_entry(losses, prepared.manifest.sequence_length),
+            }
+            del opened
+            gc.collect()
+        write_json(self._out / "results.json", {"schema": 1, "models": found})
+
+    def _continue(self, models: dict[str, str]) -> None:
+        """Write the continuations of every model, a file each."""
+        with output_folder(self._out / "continuations") as folder:
+            for model, name in models.items():
+                opened = open_model(model, AUTO)
+                records = write_continuations(
+                    opened, self._prompts, dataclasses.replace(_GENERATION, seed=self._config.seed)
+                )
+                save_continuations(records, folder / f"{name}.jsonl")
+                del opened
+                gc.collect()
+
+
+_GENERATION = GenerationConfig(max_new_tokens=48)
+
+
+def _prepared(data: str | None) -> PreparedData | None:
+    """The prepared data that a path or URL names; None if it names text or nothing."""
+    if data is None or data == SELF:
+        return None
+    return PreparedData(data) if "://" in data or (Path(data) / "manifest.json").is_file() else None
+
+
+def _difference(before: Any, now: dict[str, Any]) -> str:
+    """The first setting in which a folder's record differs from the present settings."""
+    was = before if isinstance(before, dict) else {}
+    if was.get("model") != now["model"]:
+        return "another source model"
+    if was.get("data") != now["data"]:
+        return "other contents of its data"
+    old, new = (dict(leaves(one.get("settings", {}))) for one in (was, now))
+    changed = next((key for key in {*old, *new} if old.get(key) != new.get(key)), "other settings")
+    return f"{changed} = {old.get(changed)}"
+
+
+def _measure(models: list[str], out: Path) -> None:
+    found, watch = measure(models, SPEED, AUTO)
+    save(found, watch, out)

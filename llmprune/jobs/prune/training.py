@@ -1,0 +1,140 @@
+"""The steps that train: the YAML of each job, its memory and its length, and the run."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from composer import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from omegaconf import OmegaConf
+from transformers import PretrainedConfig
+
+from llmprune.config.job_files import load_training_job
+from llmprune.jobs.prune.recipe import fitted, training_job, write_job
+from llmprune.jobs.prune.steps import Steps
+from llmprune.jobs.train import train
+from llmprune.models.loading import load_model_config
+from llmprune.utils.files import temporary_for, write_json
+from llmprune.utils.logs import show
+from llmprune.utils.outputs import remove
+from llmprune.utils.processes import TERMINATION
+from llmprune.utils.ranks import on_rank_zero
+
+PACE = 4  # batches that are timed
+
+
+@dataclass(frozen=True)
+class Training:
+    """A job that trains a model in a folder of its own.
+
+    Attributes:
+        name: name of the run, of its folder and of its YAML.
+        about: first line of the YAML.
+        model: folder or hub name of the model that trains.
+        data: prepared data.
+        length: number of tokens of a sample.
+        seed: seed of the order of the data.
+        sections: sections of the YAML beside those of every training.
+        kind: kind of job.
+    """
+
+    name: str
+    about: str
+    model: str
+    data: str
+    length: int
+    seed: int
+    sections: Mapping[str, Any]
+    kind: str = "train"
+
+    def run(self, steps: Steps, out: Path, *, tokens: float | None, minutes: float) -> None:
+        """Write ``out``/NAME.yaml, and train in ``out``/NAME; on all ranks.
+
+        Args:
+            steps: steps of the command.
+            out: folder of the command.
+            tokens: number of tokens; None = as many as the minutes hold.
+            minutes: minutes of training, if ``tokens`` is None.
+        """
+        path, done = out / f"{self.name}.yaml", out / self.name / "done.json"
+        steps.together(f"{self.name}: length and memory", path, lambda: self._plan(out, path, tokens, minutes))
+
+        def work() -> None:
+            with TERMINATION.noted():  # the run saves a checkpoint and ends by itself
+                train(load_training_job(path))
+            on_rank_zero(lambda: write_json(done, {"schema": 1}))
+
+        steps.together(self.name, done, work)
+
+    def _plan(self, out: Path, path: Path, tokens: float | None, minutes: float) -> None:
+        """Write the YAML, for a length that the tokens or the minutes give."""
+        model = load_model_config(self.model)
+        if tokens is None:
+            pace = out / "pace.yaml"
+            self._write(pace, out / "pace", 1.0, model)
+            speed = self._speed(pace)
+            tokens = minutes * 60 * speed
+            for made in (out / "pace", pace):
+                on_rank_zero(lambda place=made: remove(place))  # type: ignore[misc]
+            line = f"prune:   {speed:,.0f} tokens/s, so {tokens:,.0f} tokens in {minutes:g} minutes"
+            on_rank_zero(lambda: show(line))
+        temporary, wanted = temporary_for(path), tokens
+        self._write(temporary, out / self.name, wanted, model, path)
+        on_rank_zero(lambda: temporary.rename(path) and None)
+
+    def _write(
+        self, path: Path, folder: Path, tokens: float, model: PretrainedConfig, final: Path | None = None
+    ) -> None:
+        """Write the YAML with the settings by which the job fits into memory; ``final`` is its later name."""
+
+        def write() -> None:
+            job = {
+                **training_job(
+                    self.model,
+                    self.data,
+                    folder,
+                    tokens=round(tokens),
+                    length=self.length,
+                    seed=self.seed,
+                    sections=self.sections,
+                ),
+                "job": self.kind,
+            }
+            write_job(path, job, self.about)
+            given = fitted(path, model, self.length)
+            changed = OmegaConf.merge(OmegaConf.create(job), OmegaConf.from_dotlist(given))
+            write_job(path, OmegaConf.to_container(changed), self.about, named=final)  # type: ignore[arg-type]
+
+        on_rank_zero(write)
+
+    def _speed(self, path: Path) -> float:
+        """The tokens per second of all ranks, in the batches after the first."""
+        micro, ranks = load_training_job(path).train.microbatch_size, dist.get_world_size()
+        samples = ranks * int(micro)
+        times = _Times()
+        given = [f"train.duration={PACE}ba", f"train.global_batch_size={samples}", "train.eval_interval=0ba"]
+        given += ["train.eval_first=false", "checkpoint.interval=1000ba", "run.autoresume=false", "run.overwrite=true"]
+        train(load_training_job(path, [*given, "loggers.console=false"]), [times])
+        seconds = statistics.median(times.seconds[1:])
+        return float(on_rank_zero(lambda: samples * self.length / seconds))
+
+
+class _Times(Callback):
+    """The seconds of every batch."""
+
+    def __init__(self) -> None:
+        """Start without batches."""
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Note the time."""
+        self._start = time.perf_counter()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Note the seconds since the start."""
+        self.seconds.append(time.perf_counter() - self._start)

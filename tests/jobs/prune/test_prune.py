@@ -1,0 +1,170 @@
+"""The whole way, on a tiny model: what it writes, that it goes on, and what it refuses."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llmprune.cli import app
+from llmprune.config.job_files import load_job
+from llmprune.evaluation.continuations import GenerationConfig
+from llmprune.jobs.prune import job
+from llmprune.jobs.prune.job import prune
+from llmprune.jobs.prune.outcome import Measured, Outcome
+from llmprune.jobs.prune.recipe import batch_tokens
+from llmprune.jobs.prune.settings import PruneConfig
+from llmprune.measurement.measure import MeasureConfig
+from llmprune.models.families import family_of
+from llmprune.models.loading import count_parameters, load_model_config
+from llmprune.plans.plan import Plan
+from llmprune.pruning.budgets.settings import BudgetConfig
+from llmprune.utils.errors import UserError
+
+SMALL = BudgetConfig(params="0.75", tries=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick() -> Iterator[None]:
+    """Speed and continuations of a few tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "SPEED", MeasureConfig((1,), output_tokens=(4,), warmups=0, repeats=2))
+        patch.setattr(job, "_GENERATION", GenerationConfig(max_new_tokens=4))
+        yield
+
+
+@pytest.fixture(scope="module")
+def pruned(trained_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """A tiny model pruned to three quarters."""
+    out = tmp_path_factory.mktemp("prune") / "out"
+    return out, prune(str(trained_folder), out, PruneConfig(SMALL, data=str(data), tokens="4K"))
+
+
+def test_the_result_is_a_smaller_model_with_everything_about_it(
+    pruned: tuple[Path, Outcome], trained_folder: Path
+) -> None:
+    out, outcome = pruned
+    source, model = (count_parameters(load_model_config(folder)) for folder in (trained_folder, out / "model"))
+    assert model <= 0.75 * source
+    assert [one.parameters for one in outcome.models] == [source, model, model]
+    rows = json.loads((out / "candidates.json").read_text())
+    losses = {name: row["held_out_loss"] for name, row in rows["candidates"].items() if "held_out_loss" in row}
+    assert {"depth", "width", "both"} <= {*rows["candidates"]}
+    assert losses[rows["chosen"]] == min(losses.values())
+    for name in ("report.html", "speed.json", "results.json", "continuations/recovered.jsonl"):
+        assert (out / name).exists(), name
+    text = str(outcome)
+    assert "nan" not in text.lower() and "None" not in text
+    assert "recovered" in text and str(out / "model") in text
+
+
+def test_the_yamls_are_jobs(pruned: tuple[Path, Outcome]) -> None:
+    out, _ = pruned
+    for name, kind in (("score", "score"), ("recover", "train")):
+        assert f"composer train.py {out}/{name}.yaml" in (out / f"{name}.yaml").read_text()
+        assert load_job(out / f"{name}.yaml").job == kind
+
+
+def test_a_finished_command_does_nothing_again(
+    pruned: tuple[Path, Outcome], trained_folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, outcome = pruned
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    again = prune(str(trained_folder), out, PruneConfig(SMALL, data=str(data), tokens="4K"))
+    assert again.models == outcome.models
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+    assert "…" not in capsys.readouterr().err
+
+
+def test_other_settings_are_refused(pruned: tuple[Path, Outcome], trained_folder: Path, data: Path) -> None:
+    out, _ = pruned
+    with pytest.raises(UserError, match="pruned with tokens = 4K"):
+        prune(str(trained_folder), out, PruneConfig(SMALL, data=str(data), tokens="5K"))
+    assert (out / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (PruneConfig(), "say how small"),
+        (PruneConfig(SMALL, tokens="1M", minutes=3), "give one"),
+        (PruneConfig(SMALL, tokens="much"), "is no number of tokens"),
+        (PruneConfig(SMALL, data="nowhere"), "nowhere does not exist"),
+        (PruneConfig(SMALL, seq_len=100_000), "are too long"),
+        (PruneConfig(BudgetConfig(latency="0.5"), method="gates"), "gates prune to a number of parameters"),
+        (PruneConfig(BudgetConfig(params="0.9K apples")), "is no budget"),
+    ],
+)
+def test_what_is_impossible_is_told_before_work(
+    config: PruneConfig, message: str, trained_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        prune(str(trained_folder), tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(trained_folder: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "diary.txt").write_text("mine")
+    with pytest.raises(UserError, match="did not make"):
+        prune(str(trained_folder), tmp_path, PruneConfig(SMALL, data=str(data), tokens="4K"), overwrite=True)
+    assert (tmp_path / "diary.txt").read_text() == "mine"
+
+
+def test_a_stopped_command_goes_on_from_text_by_gates_for_minutes(
+    trained_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PruneConfig(SMALL, method="gates", data=str(corpus), minutes=0.05, seq_len=32)
+    out = tmp_path / "out"
+
+    def stop(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "convert", stop)
+        with pytest.raises(RuntimeError, match="killed"):
+            prune(str(trained_folder), out, config)
+    gates = (out / "gates" / "metrics.jsonl").read_bytes()
+    outcome = prune(str(trained_folder), out, config)
+    assert (out / "gates" / "metrics.jsonl").read_bytes() == gates
+    assert outcome.models[-1].parameters <= 0.8 * outcome.models[0].parameters
+    config_of_result = load_model_config(out / "model")
+    assert Plan.load(out / "plan.json").shape == family_of(config_of_result).shape(config_of_result)
+    assert not (out / "pace").exists()
+
+
+def test_the_share_won_back_is_of_nats() -> None:
+    def measured(name: str, loss: float) -> Measured:
+        return Measured(name, 10, 40, 50, {"": math.exp(loss)}, {1: 10.0 / loss})
+
+    outcome = Outcome(
+        Path("out"), [measured("source", 2.0), measured("pruned", 4.0), measured("recovered", 2.5)], {}, {}
+    )
+    assert outcome.won_back == pytest.approx(0.75)
+    assert outcome.faster == {1: pytest.approx(0.8)}
+    assert "75%" in str(outcome)
+
+
+@pytest.mark.parametrize(("tokens", "batch"), [(1, 2048), (250_000, 2048), (1e6, 8192), (50e9, 2**20)])
+def test_a_batch_is_about_a_hundredth_of_the_tokens(tokens: float, batch: int) -> None:
+    assert batch_tokens(tokens) == batch
+
+
+def test_a_dry_run_tells_the_steps_and_does_nothing(
+    trained_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "prune",
+        str(trained_folder),
+        "--params",
+        "0.5",
+        "--out",
+        str(tmp_path / "out"),
+        "--tokens",
+        "1M",
+        "--dry-run",
+    ]
+    app(command, standalone_mode=False)
+    text = capsys.readouterr().out
+    assert "1,000,000 tokens in about 123 batches of 8,192" in text
+    assert not (tmp_path / "out").exists()

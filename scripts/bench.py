@@ -14,6 +14,7 @@ from benchmarks.distilling import distillation_step, vocabulary_loss
 from benchmarks.estimates import estimate_memory
 from benchmarks.heads import richer_block, richer_step
 from benchmarks.memory import apply_memory, convert_memory, offload_memory
+from benchmarks.precision import bf16_cpu
 from benchmarks.pruning import gated_step
 from benchmarks.ratios import Ratio
 from benchmarks.replacing import replacement_memory, replacement_step
@@ -23,6 +24,7 @@ from llmprune.utils.files import write_json
 
 BENCHMARKS: dict[str, Callable[[int], Ratio]] = {
     "gated_step": gated_step,
+    "bf16_cpu": bf16_cpu,
     "replacement_step": replacement_step,
     "replacement_memory": replacement_memory,
     "distillation_step": distillation_step,

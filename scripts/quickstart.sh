@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# From an empty machine to a pruned Hugging Face model: sets up .venv and runs the whole journey on a small default.
-#   bash scripts/quickstart.sh [--out runs/quickstart] [--seed 17]
+# From an empty machine to a smaller language model: sets up .venv, and prunes and recovers the built-in model.
+#   bash scripts/quickstart.sh [--out runs/quickstart] [--minutes 8] [--seed 17]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
-export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"  # nothing is fetched: the corpus and the models are made here
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"         # nothing is fetched: set-up brought the model
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # threads that wait leave the cores to other processes
 exec .venv/bin/python scripts/quickstart.py "$@"

@@ -1,4 +1,4 @@
-"""The quickstart's base pruned by every set of gates that may be trained together, to half its prunable parameters.
+"""The small base pruned by every set of gates that may be trained together, to half its prunable parameters.
 
 Each set is pruned, converted, evaluated, recovered on as many tokens as every other and evaluated again; where gates
 touch the attention only, half of the attention's parameters go. A second run goes on where the first was stopped. The
@@ -68,10 +68,10 @@ def study(gates: tuple[str, ...], base: Path, data: Path, out: Path, batches: in
     ]
     pruning = [f"run.folder={out}/prune", f"model.path={base}", f"l0_pruning.gates=[{','.join(gates)}]"]
     target = ["l0_pruning.target=null", f"l0_pruning.target_sparsity={sparsity:.4f}"]
-    train(load_training_job(ROOT / "yamls" / "prune.yaml", [*common, *pruning, *target]))
+    train(load_training_job(ROOT / "studies" / "small" / "prune.yaml", [*common, *pruning, *target]))
     plan = convert(out / "prune", out / "pruned", overwrite=True)
     recovery = [f"run.folder={out}/continue", f"model.path={out}/pruned"]
-    train(load_training_job(ROOT / "yamls" / "continue.yaml", [*common, *recovery]))
+    train(load_training_job(ROOT / "studies" / "small" / "continue.yaml", [*common, *recovery]))
     convert(out / "continue", out / "recovered", overwrite=True)
     prepared = PreparedData(data)
     models = {name: load_model(out / name) for name in ("pruned", "recovered")}
@@ -90,7 +90,7 @@ def study(gates: tuple[str, ...], base: Path, data: Path, out: Path, batches: in
 def main() -> int:
     """Run the study."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quickstart", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--small", type=Path, default=Path("runs/small"))
     parser.add_argument("--out", type=Path, default=Path("runs/study_gates"))
     parser.add_argument("--batches", type=int, default=150, help="of pruning, and again of recovery")
     arguments = parser.parse_args()
@@ -104,8 +104,8 @@ def main() -> int:
         if name not in found:
             work = arguments.out / "work"
             remove(work)
-            quickstart = arguments.quickstart
-            found[name] = study(gates, quickstart / "base", quickstart / "data", work, arguments.batches)
+            small = arguments.small
+            found[name] = study(gates, small / "base", small / "data", work, arguments.batches)
             write_json(results, found)
             print(f"{name}: {found[name]}", flush=True)
     rows = ["| gates | parameters | shape | pruned | recovered |", "|---|---|---|---|---|"]

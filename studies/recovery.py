@@ -1,4 +1,4 @@
-"""Every recovery at three numbers of tokens: the quickstart's base, pruned by depth and by width to the same size.
+"""Every recovery at three numbers of tokens: the small base, pruned by depth and by width to the same size.
 
 A second run goes on where the first was stopped. What comes out is OUT/table.md, OUT/gap.md (what of the gap between
 base and plain continued pretraining others close) and OUT/recovery.png.
@@ -98,10 +98,10 @@ def entries() -> Iterator[Entry]:
 class Study:
     """Prunes, recovers and measures."""
 
-    def __init__(self, quickstart: Path, out: Path) -> None:
+    def __init__(self, small: Path, out: Path) -> None:
         """Work in ``out``."""
-        self.base, self._data, self._out = quickstart / "base", quickstart / "data", out
-        self._references = quickstart / "references.json"
+        self.base, self._data, self._out = small / "base", small / "data", out
+        self._references = small / "references.json"
 
     def pruned(self, kind: str) -> Path:
         """The folder of a pruned model."""
@@ -173,7 +173,7 @@ class Study:
         from llmprune.jobs.train import train
 
         common = [f"run.folder={run}", f"data.path={self._data}", "loggers.console=false"]
-        trainer = train(load_training_job(ROOT / "yamls" / yaml, [*common, *overrides]))
+        trainer = train(load_training_job(ROOT / "studies" / "small" / yaml, [*common, *overrides]))
         return sum(p.numel() for p in trainer.state.model.parameters() if p.requires_grad)
 
 
@@ -247,14 +247,14 @@ def draw(found: Mapping[str, dict[str, Any]], base: float, path: Path) -> None:
 def main() -> int:
     """Run the study."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quickstart", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--small", type=Path, default=Path("runs/small"))
     parser.add_argument("--out", type=Path, default=Path("runs/study_recovery"))
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("composer").setLevel(logging.ERROR)
     arguments.out.mkdir(parents=True, exist_ok=True)
 
-    study = Study(arguments.quickstart, arguments.out)
+    study = Study(arguments.small, arguments.out)
     path = arguments.out / "results.json"
     found: dict[str, Any] = read_json(path) if path.exists() else {}
     for entry in entries():

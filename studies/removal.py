@@ -70,8 +70,8 @@ def study(model: Path, data: Path, counts: list[int], samples: int) -> dict[str,
 def main() -> int:
     """Run the study and print the table as Markdown, the best way first."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=Path("runs/quickstart/base"))
-    parser.add_argument("--data", type=Path, default=Path("runs/quickstart/data"))
+    parser.add_argument("--model", type=Path, default=Path("runs/small/base"))
+    parser.add_argument("--data", type=Path, default=Path("runs/small/data"))
     parser.add_argument("--remove", default="1,2,3", help="how many blocks go, separated by commas")
     parser.add_argument("--samples", type=int, default=64, help="calibration samples, from the training split")
     parser.add_argument("--out", type=Path, default=Path("runs/study_removal.json"))

@@ -1,4 +1,4 @@
-"""The quickstart's base without two of its blocks' parameters, by every replacement module and objective.
+"""The small base without two of its blocks' parameters, by every replacement module and objective.
 
 The span is longer the larger its replacement module is, so that all models have about the same size: two blocks go and
 nothing comes, or three and a network of one block's size, or four and two blocks. Each span is the one whose ends are
@@ -41,7 +41,7 @@ def studied(hidden: int, block: int) -> Iterator[tuple[str, str | None, list[str
         yield "two blocks", objective, ["kind=blocks", "blocks=2", "length=4"]
 
 
-def study(objective: str | None, settings: list[str], quickstart: Path, run: Path, batches: int) -> dict[str, Any]:
+def study(objective: str | None, settings: list[str], small: Path, run: Path, batches: int) -> dict[str, Any]:
     """Train one replacement module."""
     from llmprune.config.job_files import load_training_job
     from llmprune.conversion.commands import convert
@@ -51,15 +51,15 @@ def study(objective: str | None, settings: list[str], quickstart: Path, run: Pat
     remove(run)
     overrides = [
         f"run.folder={run}/run",
-        f"model.path={quickstart}/base",
-        f"data.path={quickstart}/data",
+        f"model.path={small}/base",
+        f"data.path={small}/data",
         f"train.duration={batches if objective else 0}ba",
         "data.eval_samples_per_domain=100",
         f"block_replacement.objectives={{{objective or 'mse'}: 1.0}}",
         *(f"block_replacement.{setting}" for setting in settings),
         "loggers.console=false",
     ]
-    train(load_training_job(ROOT / "yamls" / "replace.yaml", overrides))
+    train(load_training_job(ROOT / "studies" / "small" / "replace.yaml", overrides))
     convert(run / "run", run / "model", overwrite=True)
     evaluated = [line for line in read_metrics(run / "run" / "metrics.jsonl") if f"{PREFIX}loss" in line]
     best = min(evaluated, key=lambda line: line[f"{PREFIX}loss"])
@@ -80,7 +80,7 @@ def study(objective: str | None, settings: list[str], quickstart: Path, run: Pat
 def main() -> int:
     """Run the study."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quickstart", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--small", type=Path, default=Path("runs/small"))
     parser.add_argument("--out", type=Path, default=Path("runs/study_replacement"))
     parser.add_argument("--batches", type=int, default=300)
     arguments = parser.parse_args()
@@ -91,14 +91,14 @@ def main() -> int:
     from llmprune.models.block_hooks import blocks_of
     from llmprune.models.loading import load_model
 
-    base = load_model(arguments.quickstart / "base")
+    base = load_model(arguments.small / "base")
     block = sum(p.numel() for p in blocks_of(base)[0].parameters())
     results = arguments.out / "results.json"
     found: dict[str, Any] = read_json(results) if results.exists() else {}
     for kind, objective, settings in studied(base.config.hidden_size, block):
         name = f"{kind}, {objective}" if objective else kind
         if name not in found:
-            found[name] = study(objective, settings, arguments.quickstart, arguments.out / "work", arguments.batches)
+            found[name] = study(objective, settings, arguments.small, arguments.out / "work", arguments.batches)
             write_json(results, found)
             print(f"{name}: {found[name]}", flush=True)
     domains = [key for key in next(iter(found.values()))["after"] if "/" in key]

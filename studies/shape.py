@@ -43,7 +43,9 @@ def train(model: str, data: str, sparsity: float, batches: int, seed: int, folde
         "train.microbatch_size=1",
         "train.eval_interval=0ba",
     ]
-    subprocess.run([sys.executable, ROOT / "train.py", ROOT / "yamls" / "prune.yaml", *settings], check=True)
+    subprocess.run(
+        [sys.executable, ROOT / "train.py", ROOT / "studies" / "small" / "prune.yaml", *settings], check=True
+    )
 
 
 def measure(run: Path, text: str, work: Path) -> list[dict[str, Any]]:

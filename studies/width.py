@@ -1,4 +1,4 @@
-"""The quickstart's base at half of its parameters: learned gates, width in one shot, depth, and a budget's own choice.
+"""The small base at half of its parameters: learned gates, width in one shot, depth, and a budget's own choice.
 
 Every model is measured before any recovery and after recovery on the same tokens; learned gates see more while
 they prune. Plans that are the same model are trained once. A second run goes on where the first was stopped. What comes
@@ -79,10 +79,10 @@ def entries(scores: Scores) -> Iterator[Entry]:
 class Study:
     """Cuts, measures and recovers."""
 
-    def __init__(self, quickstart: Path, out: Path) -> None:
+    def __init__(self, small: Path, out: Path) -> None:
         """Work in ``out``/work."""
-        self._base, self._data, self._work = quickstart / "base", quickstart / "data", out / "work"
-        self._references = quickstart / "references.json"
+        self._base, self._data, self._work = small / "base", small / "data", out / "work"
+        self._references = small / "references.json"
 
     def scores(self, path: Path) -> Scores:
         """Every criterion's scores of the base."""
@@ -143,7 +143,7 @@ class Study:
         from llmprune.config.job_files import load_training_job
         from llmprune.jobs.train import train
 
-        train(load_training_job(ROOT / "yamls" / yaml, [*self._common(run, model), *overrides]))
+        train(load_training_job(ROOT / "studies" / "small" / yaml, [*self._common(run, model), *overrides]))
 
     def _rounds(self, entry: Entry) -> None:
         from llmprune.config.job_files import load_job
@@ -151,7 +151,7 @@ class Study:
         from llmprune.jobs.iterate import iterate
 
         job = load_job(
-            ROOT / "yamls" / "iterate.yaml",
+            ROOT / "studies" / "small" / "iterate.yaml",
             [
                 *self._common("rounds", self._base),
                 f"plan.shape={_braces(BOTH)}",
@@ -218,14 +218,14 @@ def draw(found: dict[str, dict[str, Any]], base: float, path: Path) -> None:
 def main() -> int:
     """Run the study."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quickstart", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--small", type=Path, default=Path("runs/small"))
     parser.add_argument("--out", type=Path, default=Path("runs/study_width"))
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("composer").setLevel(logging.ERROR)
     arguments.out.mkdir(parents=True, exist_ok=True)
 
-    study = Study(arguments.quickstart, arguments.out)
+    study = Study(arguments.small, arguments.out)
     scores = study.scores(arguments.out / "scores.json")
     path = arguments.out / "results.json"
     found: dict[str, Any] = read_json(path) if path.exists() else {}
@@ -242,7 +242,7 @@ def main() -> int:
         write_json(path, found)
         row = found[name]
         print(f"{name:50} {row['before']['loss']:8.4f} {row['after']['loss']:8.4f}  {row['shape']}", flush=True)
-    base = read_json(arguments.quickstart / "evaluation.json")["base_loss"]
+    base = read_json(arguments.small / "evaluation.json")["base_loss"]
     write_text(arguments.out / "table.md", table(found))
     draw(found, base, arguments.out / "width.png")
     return 0

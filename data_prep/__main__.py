@@ -3,15 +3,15 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from llmprune.data.sources import BadRecord, Fields
 from llmprune.utils.errors import UserError, check_surroundings, one_line
-from llmprune.utils.formats import TeacherFormat
+from llmprune.utils.formats import Device, TeacherFormat
 from llmprune.utils.logs import logs_shown
-from llmprune.utils.processes import end_on_signals, stopped_by
+from llmprune.utils.processes import end_on_signals, end_with_launcher, stopped_by
 
 if TYPE_CHECKING:
     from data_prep.pack import Summary
@@ -207,6 +207,52 @@ def teach(
 
 
 @app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of the model that writes.")],
+    out: Out,
+    tokens: Annotated[int, typer.Option(help="Tokens to write in all.")],
+    length: Annotated[int, typer.Option(help="Tokens of a text, at most.")] = 512,
+    first_token: Annotated[
+        Literal["random", "sampled"],
+        typer.Option(help="random: any token, then the three likeliest; or like the rest."),
+    ] = "random",
+    temperature: Annotated[float, typer.Option(help="Divides the logits.")] = 0.8,
+    temperature_start: Annotated[
+        float | None, typer.Option(help="Divides the logits of a text's first token; default: the temperature.")
+    ] = None,
+    fall: Annotated[int, typer.Option(help="Tokens from --temperature-start to --temperature.")] = 10,
+    batch_size: Annotated[int, typer.Option(help="Texts that are written at the same time.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 17,
+    dtype: Annotated[TeacherFormat, typer.Option(help="Of the weights; auto = bfloat16 where it is fast.")] = "auto",
+    device: Annotated[Device | None, typer.Option(help="cpu or gpu; default: gpu if there is one.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write text that a model makes up, as JSON lines for `tokenize`: training data for its pruned copy.
+
+    Processes with the same command share the work; stopped work resumes when the same command is called again.
+    """
+    from data_prep.sample import FACTS, SampleConfig
+    from data_prep.sample import sample as write
+    from llmprune.utils.files import read_json
+
+    config = SampleConfig(
+        tokens,
+        length,
+        first_token,
+        temperature,
+        temperature_start,
+        fall,
+        batch_size,
+        seed,
+        dtype,
+        device,
+    )
+    write(model, out, config, overwrite=overwrite)
+    counts = read_json(out / FACTS)["counts"]
+    print(f"{out}: {counts['texts']:,} texts, {counts['tokens']:,} tokens; {counts['repeating']:,} repeated themselves")
+
+
+@app.command()
 def describe(
     data: Annotated[str, typer.Argument(help="A folder that `tokenize` made, or the URL of one.")],
     samples: Annotated[int, typer.Option(min=0, help="Samples of each domain and split to show as text.")] = 1,
@@ -238,6 +284,7 @@ def main() -> None:
     """
     try:
         end_on_signals()
+        end_with_launcher()
         check_surroundings(sys.argv)
         with logs_shown():
             app()

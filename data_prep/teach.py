@@ -1,13 +1,10 @@
 """A teacher's predictions stored with the tokens of prepared data, so that training needs no teacher in memory.
 
-The work is divided into pieces; each becomes one shard. Processes with the same job share its pieces, on one machine or
-on several machines with a shared folder; a piece that a killed process had begun is done again.
+The work is divided into pieces, which processes share (see ``SharedJob``); each becomes one shard.
 """
 
 import dataclasses
-import json
 import logging
-import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -17,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch.utils.data import default_collate
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from data_prep.join import Row
 from data_prep.shards import ShardWriter
+from data_prep.shared_job import SharedJob
 from llmprune.data.format import (
     EVAL,
     TEACHER_LOGS,
@@ -42,15 +39,15 @@ from llmprune.models.loading import load_model, load_model_config, load_tokenize
 from llmprune.models.number_formats import dtype_for_inference
 from llmprune.models.objectives import likeliest
 from llmprune.utils.errors import UserError
-from llmprune.utils.files import read_json, sha256_text, write_json
+from llmprune.utils.files import sha256_text
 from llmprune.utils.formats import TeacherFormat
 from llmprune.utils.outputs import output_folder, refuse_existing
+from llmprune.utils.ranks import use_own_gpu
 from llmprune.utils.settings import check_settings, limited
 
 log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 1 << 27
-_WAIT = 2.0  # seconds between two checks of other processes' progress
 
 
 @dataclass
@@ -117,6 +114,7 @@ def teach(data: str, teacher: str, out: Path, config: TeachConfig, *, overwrite:
     if tokenizer_fingerprint(load_tokenizer(teacher)) != manifest.tokenizer:
         raise UserError(f"the tokenizer of {teacher} did not make the data in {data}: take another teacher")
     boundaries = manifest.conversations if config.boundaries is None else config.boundaries
+    use_own_gpu()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype_for_inference(config.dtype, on_gpu=device.type == "cuda")
     facts = {
@@ -131,53 +129,30 @@ def teach(data: str, teacher: str, out: Path, config: TeachConfig, *, overwrite:
     if not overwrite and (out / "manifest.json").is_file() and DataManifest.load(out).teacher == facts:
         return  # other processes have already finished the job
     refuse_existing(out, overwrite)
-    folder = _open(out, facts)
-    work = _Work(prepared, folder, config, boundaries, token_dtype(model_config.vocab_size))
-    if not work.is_done:
+    work = _Work(prepared, config, boundaries, token_dtype(model_config.vocab_size))
+    job = SharedJob(out, "teach", facts, [*work.pieces])
+    if not job.is_done:
         check_memory(teacher, dtype=dtype, on_gpu=device.type == "cuda", remedy="use a larger machine")
         model = load_model(teacher, dtype=dtype).to(device).eval()
         with tqdm(total=len(work.pieces), desc="pieces", disable=None) as progress:
-            while work.is_open and not work.is_done:  # until this or another process has completed the job
-                if not work.do_some(model, progress):
-                    time.sleep(_WAIT)  # other processes work on the last pieces
-    with FileLock(_lock(folder)):
-        if work.is_done:
-            _finish(prepared, work, facts, out, overwrite)
-            ended = folder.with_suffix(f".{secrets.token_hex(4)}")
-            folder.rename(ended)  # one rename, so that other processes see the folder complete or not at all
-            shutil.rmtree(ended)
-    _lock(folder).unlink(missing_ok=True)
 
+            def do(piece: str) -> dict[str, Any]:
+                shard = work.do(piece, job.folder, model)
+                progress.update()
+                return shard
 
-def _lock(folder: Path) -> Path:
-    """The lock beside the folder of the job; the output has another lock."""
-    return folder.with_name(f"{folder.name}.lock")
-
-
-def _open(out: Path, description: Mapping[str, Any]) -> Path:
-    """Make or open the folder of a job, beside its output."""
-    out = out.resolve()
-    folder = out.with_name(f".{out.name}.teach")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"can't write beside {out}: {error.strerror}") from None
-    with FileLock(_lock(folder)):
-        known = folder / "job.json"
-        if known.is_file() and read_json(known) != json.loads(json.dumps(dict(description))):
-            raise UserError(
-                f"{folder} is what is left of a job with other settings or data: continue with those, or delete it"
-            )
-        write_json(known, dict(description))
-    return folder
+            job.work(do)
+    with job.finishing() as mine:
+        if mine:
+            _finish(prepared, work, job, facts, out, overwrite)
 
 
 class _Work:
     """The pieces of a job, and their shards."""
 
-    def __init__(self, data: PreparedData, folder: Path, config: TeachConfig, boundaries: bool, ids: str) -> None:
+    def __init__(self, data: PreparedData, config: TeachConfig, boundaries: bool, ids: str) -> None:
         self._ids = ids  # dtype of token ids: a teacher's vocabulary may be larger than its tokenizer's
-        self._data, self._folder, self._config, self._boundaries = data, folder, config, boundaries
+        self._data, self._config, self._boundaries = data, config, boundaries
         manifest = data.manifest
         self._plain = columns(manifest.sequence_length, manifest.dtype, conversations=manifest.conversations)
         shape = f"{manifest.sequence_length},{config.top_k}"
@@ -187,7 +162,7 @@ class _Work:
             TEACHER_LOGS: f"ndarray:float32:{shape}",
         }
         self.splits = [(domain, split) for split in (TRAIN, EVAL) for domain in data.domains_with(split)]
-        self.pieces = [piece for split in self.splits for piece in self._pieces(*split)]
+        self.pieces = {piece.name: piece for split in self.splits for piece in self._pieces(*split)}
 
     def _pieces(self, domain: str, split: str) -> Iterator[_Piece]:
         samples = self._data.manifest.samples(domain, split)
@@ -196,46 +171,14 @@ class _Work:
         for number, start in enumerate(range(0, samples, each)):
             yield _Piece(domain, split, number, range(start, min(start + each, samples)))
 
-    def description(self, piece: _Piece) -> Path:
-        """The file that marks a piece as done and describes its shard."""
-        return self._folder / "done" / f"{piece.name}.json"
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the job's folder still exists."""
-        return (self._folder / "job.json").is_file()
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all pieces are done, so that they can be joined."""
-        return all(self.description(piece).is_file() for piece in self.pieces)
-
-    def do_some(self, model: PreTrainedModel, progress: "tqdm[Any]") -> bool:
-        """Do every piece that is neither done nor in work; returns whether there was one."""
-        found = False
-        for piece in self.pieces:
-            if self.description(piece).is_file() or not self.is_open:
-                continue
-            try:
-                with FileLock(self._folder / f"{piece.name.replace('/', '_')}.lock", timeout=0):
-                    if self.is_open and not self.description(piece).is_file():
-                        self._do(piece, model)
-                        found = True
-                        progress.update()
-            except Timeout:
-                continue
-            except FileNotFoundError:
-                if self.is_open:
-                    raise
-                return True  # another process has completed the job
-        return found
-
-    def _do(self, piece: _Piece, model: PreTrainedModel) -> None:
+    def do(self, name: str, folder: Path, model: PreTrainedModel) -> dict[str, Any]:
+        """Write a piece's shard to the folder of the job; returns the description of the shard."""
+        piece = self.pieces[name]
         reader = self._data.reader(piece.domain, piece.split, boundaries=self._boundaries)
         began = time.monotonic()
         places = [(shard, index) for shard, size in enumerate(reader.shard_sizes) for index in range(size)]
         own = [places[number] for number in piece.samples]
-        aside = self._folder / "work" / piece.name
+        aside = folder / "work" / name
         shutil.rmtree(aside, ignore_errors=True)
         taught = piece.split == TRAIN
         compression = self._data.manifest.compression
@@ -244,13 +187,11 @@ class _Work:
             writer.write(self._rows(reader, own[start : start + self._config.batch_size], model if taught else None))
         writer.finish()
         (shard,) = writer.shards
-        target = self.shards(piece)
+        target = _shards(folder, name)
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         aside.rename(target)
-        self.description(piece).parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.description(piece), shard)
-        alike = [other for other in self.pieces if (other.domain, other.split) == (piece.domain, piece.split)]
+        alike = [other for other in self.pieces.values() if (other.domain, other.split) == (piece.domain, piece.split)]
         rate = len(own) * self._data.manifest.sequence_length / max(time.monotonic() - began, 1e-9)
         log.info(
             "%s, %s: piece %d of %d is done, %.0f tokens/s",
@@ -260,10 +201,7 @@ class _Work:
             len(alike),
             rate,
         )
-
-    def shards(self, piece: _Piece) -> Path:
-        """The folder with a piece's shard."""
-        return self._folder / "shards" / piece.name
+        return shard
 
     def _rows(self, reader: SplitReader, places: list[tuple[int, int]], model: PreTrainedModel | None) -> list[Row]:
         rows: list[Row] = [dict(reader.row(*place)) for place in places]
@@ -288,16 +226,23 @@ def predictions(
     return tokens, logs
 
 
-def _finish(data: PreparedData, work: _Work, facts: Mapping[str, Any], out: Path, overwrite: bool) -> None:
+def _shards(folder: Path, piece: str) -> Path:
+    """The folder with a piece's shard."""
+    return folder / "shards" / piece
+
+
+def _finish(
+    data: PreparedData, work: _Work, job: SharedJob, facts: Mapping[str, Any], out: Path, overwrite: bool
+) -> None:
     """Join the pieces."""
     checksums: list[str] = []
     with output_folder(out, overwrite) as made:
         for domain, split in work.splits:
             writer = ShardWriter(made / domain / split, {})
-            for piece in work.pieces:
+            for name, piece in work.pieces.items():
                 if (piece.domain, piece.split) == (domain, split):
-                    shard = read_json(work.description(piece))
-                    writer.adopt(shard, work.shards(piece), move=False)
+                    shard = job.result(name)
+                    writer.adopt(shard, _shards(job.folder, name), move=False)
                     checksums += shard["raw_data"]["hashes"].values()
             writer.finish()
         shutil.copytree(data.tokenizer, made / "tokenizer")

@@ -24,13 +24,12 @@ from llmprune.evaluation.continuations import (
 from llmprune.evaluation.perplexity import (
     Perplexity,
     PerplexityConfig,
-    bos_of,
     check_streams,
     measure_perplexity,
     read_streams,
 )
 from llmprune.evaluation.tasks import Tasks, TasksConfig, language_model, save_samples
-from llmprune.models.loaded import LoadedModel, ModelSource, find_model
+from llmprune.models.loaded import LoadedModel, ModelSource, bos_of, find_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
 from llmprune.utils.outputs import mark, output_folder, refuse_existing, remove

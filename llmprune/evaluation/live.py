@@ -8,9 +8,10 @@ from composer.utils import dist
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.evaluation.perplexity import PerplexityConfig, bos_of, check_streams, measure_perplexity, read_streams
+from llmprune.evaluation.perplexity import PerplexityConfig, check_streams, measure_perplexity, read_streams
 from llmprune.evaluation.settings import LiveEvaluationConfig
 from llmprune.evaluation.tasks import EvaluatedModel, Tasks, TasksConfig, quiet
+from llmprune.models.loaded import bos_of
 from llmprune.utils.errors import UserError
 from llmprune.utils.settings import check_settings
 

@@ -221,8 +221,3 @@ def segments(tokens: Tensor, length: int, stride: int) -> Iterator[tuple[Tensor,
         reached = start + len(segment)
         if reached == len(tokens):
             return
-
-
-def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the token that begins a text: BOS, or EOS if a tokenizer has no BOS (as in lm-eval)."""
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -127,6 +127,11 @@ def check_vocabulary(largest: int, config: PretrainedConfig, what: str) -> None:
         )
 
 
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the token that begins a text: BOS, or EOS if a tokenizer has no BOS (as in lm-eval)."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 def find_model(name: str, placement: Placement) -> ModelSource:
     """Find a causal LM of any architecture, and check that it can be opened.
 

@@ -24,6 +24,12 @@ def share_cores() -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
 
+def use_own_gpu() -> None:
+    """Give every rank of this machine a GPU of its own, as long as there are enough."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(dist.get_local_rank() % torch.cuda.device_count())
+
+
 def init_distributed(device: str | None, patience: float = PATIENCE) -> None:
     """Connect the ranks of the job.
 

@@ -97,8 +97,8 @@ def test_several_processes_and_a_kill_write_the_same(
     script.write_text(f"""
 import sys
 from pathlib import Path
-from data_prep import teach
-teach._PIECE_BYTES, teach._WAIT = 3 * 32 * 64, 0.1
+from data_prep import shared_job, teach
+teach._PIECE_BYTES, shared_job.WAIT = 3 * 32 * 64, 0.1
 if __name__ == "__main__":
     config = teach.TeachConfig(7, 1.0, None, 1, "float32")
     teach.teach({str(data)!r}, {str(trained_folder)!r}, Path(sys.argv[1]), config)

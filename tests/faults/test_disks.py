@@ -98,17 +98,19 @@ PREPARATION = {
     "tokenizer": "tokenizer CORPUS --vocab-size 300 --out OUT",
     "corpus": "corpus --megabytes 0.1 --out OUT",
     "teach": "teach DATA --teacher MODEL --out OUT",
+    "sample": "sample MODEL --tokens 40 --length 20 --out OUT",
 }
 JOBS = ("train", "score job", "iterate", "search")
 # What stays on a full disk: whole scores, runs to go on with, the progress of data preparation.
 KEPT = {
     "score": {"out.json"},
     "teach": {".out.teach"},
+    "sample": {".out.sample"},
     **{name: {".out.partial"} for name in ("tokenize", "conversations", "merge")},
     **{name: {"out"} for name in JOBS},
 }
 # What fits into the small file system: all that these write is a few hundred bytes.
-SMALL = {"plan", "generate", "references", "evaluate", "measure"}
+SMALL = {"sample", "plan", "generate", "references", "evaluate", "measure"}
 
 
 def carry_out(name: str, things: dict[str, str], out: Path) -> None:

@@ -26,7 +26,8 @@ from data_prep.shared_job import SharedJob
 from llmprune.data.order import keyed_generator
 from llmprune.models.loaded import LoadedModel, ModelSource, bos_of, find_model
 from llmprune.models.loading import load_model_config
-from llmprune.models.placement import Placement, dtype_for_inference
+from llmprune.models.number_formats import dtype_for_inference
+from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json, write_json, write_text
 from llmprune.utils.formats import Device, TeacherFormat

@@ -22,6 +22,7 @@ from typing import Any
 from data_prep.builtin import build_corpus
 from data_prep.pack import prepare
 from data_prep.recipe import PackSettings
+from data_prep.sample import SampleConfig, sample
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.job_files import load_job
 from llmprune.conversion.commands import apply, convert
@@ -73,6 +74,7 @@ from llmprune.utils.recorded_settings import leaves
 
 MEGABYTES = 8.0  # of the built-in corpus
 EVAL_FRACTION = 0.1
+FEW_WRITTEN, MOST_WRITTEN = 250_000, 1_000_000  # tokens that the model writes; more recovery reads them again
 HELD_OUT = 32  # evaluation samples per domain, at the end
 JUDGED = 16  # evaluation samples per domain that compare plans
 AUTO = Placement()
@@ -186,10 +188,19 @@ class _Prune:
             on_rank_zero(lambda: show(f"prune: {say}"))
             steps.alone("built-in corpus", text, lambda: build_corpus(text, megabytes=MEGABYTES))
             inputs = [str(text)]
+        if self._config.data == SELF:
+            inputs = [str(text)]
+            written = text / SELF
+            steps.together("text that the model writes", written, lambda: self._write_text(written))
         settings = PackSettings(self._config.seq_len, eval_fraction=EVAL_FRACTION, seed=self._config.seed)
         fields = Fields(self._config.text_field)
         steps.alone("data", data, lambda: prepare(inputs, self._source.folder.path, data, settings, fields=fields))
         return str(data)
+
+    def _write_text(self, folder: Path) -> None:
+        """Let the source model write the training text; all ranks share the work."""
+        tokens = min(self._config.wanted_tokens() or FEW_WRITTEN, MOST_WRITTEN)
+        sample(self._model, folder, SampleConfig(tokens, self._config.seq_len, seed=self._config.seed))
 
     def _cut(self, steps: Steps, data: str) -> None:
         """Score the model, compare the ways, and cut by the best plan."""

@@ -111,11 +111,12 @@ def test_a_folder_of_something_else_is_left_alone(trained_folder: Path, data: Pa
     assert (tmp_path / "diary.txt").read_text() == "mine"
 
 
-def test_a_stopped_command_goes_on_from_text_by_gates_for_minutes(
-    trained_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stopped_command_goes_on_from_its_own_text_by_gates_for_minutes(
+    trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = PruneConfig(SMALL, method="gates", data=str(corpus), minutes=0.05, seq_len=32)
+    config = PruneConfig(SMALL, method="gates", data="self", minutes=0.05, seq_len=32)
     out = tmp_path / "out"
+    monkeypatch.setattr(job, "FEW_WRITTEN", 4000)
 
     def stop(*_: object) -> None:
         raise RuntimeError("killed")

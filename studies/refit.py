@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from llmprune.conversion.commands import apply
 from llmprune.data.calibration_settings import CalibrationConfig
-from llmprune.evaluation.perplexity import PerplexityConfig, measure_perplexity, read_streams
+from llmprune.evaluation.perplexity import Segmentation, measure_perplexity, read_streams
+from llmprune.evaluation.settings import PerplexityConfig
 from llmprune.jobs.score import score
 from llmprune.models.loading import load_model, load_tokenizer
 from llmprune.plans.plan import Plan
@@ -28,9 +29,9 @@ LENGTH = 512
 
 def perplexity(model: Path | str, text: str) -> float:
     """Of a text, in segments that know nothing of each other."""
-    config = PerplexityConfig(segment=LENGTH, bos=("none",))
-    (tokens,) = read_streams([text], load_tokenizer(str(model)), config).values()
-    return measure_perplexity(load_model(str(model)).eval(), tokens, config, "none", bos=None, batch_size=4).value
+    (tokens,) = read_streams([text], load_tokenizer(str(model)), PerplexityConfig()).values()
+    segments = Segmentation(LENGTH, LENGTH)
+    return measure_perplexity(load_model(str(model)).eval(), tokens, segments, "none", bos=None, batch_size=4).value
 
 
 def try_seed(model: str, data: CalibrationConfig, text: str, intermediate: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from llmprune.config.schema import Config
     from llmprune.conversion.verify import Difference
+    from llmprune.evaluation.settings import BosMode
     from llmprune.jobs.prune.outcome import Outcome
     from llmprune.plans.plan import Plan
     from llmprune.pruning.budgets.settings import BudgetConfig
@@ -280,12 +281,14 @@ def evaluate(
     models: Place | Sequence[Place],
     *,
     perplexity: Place | Sequence[Place] = (),
-    segment: int = 128,
-    bos: Sequence[str] = ("once", "each"),
+    segment: int | None = None,
+    bos: "Sequence[BosMode] | None" = None,
+    perplexity_tokens: int | None = None,
+    like: Literal["shortened"] | None = None,
     tasks: Sequence[str] = (),
     num_fewshot: int | None = None,
     limit: float | None = None,
-    batch_size: int | str = 8,
+    batch_size: int | Literal["auto"] = 8,
     dtype: "InferenceFormat" = "auto",
     device: "Device | None" = None,
 ) -> dict[str, Any]:
@@ -298,8 +301,12 @@ def evaluate(
     Args:
         models: Hugging Face folders or hub names.
         perplexity: text, Markdown, JSON lines or prepared data to measure perplexity on.
-        segment: tokens of a segment of it.
-        bos: where a BOS token is put: ``none``, ``once``, ``each``, or several of them.
+        segment: tokens of a segment of it; None = as many as all models take, at most 2,048.
+        bos: where a BOS token is put: ``none``, ``once``, ``each``, or several of them; None = what the tokenizer does
+            with a text, once or none.
+        perplexity_tokens: tokens at the start of each text that are measured; None = all.
+        like: ``shortened`` = as the code of Shortened LLaMA measures perplexity: lines are joined by blank lines, the
+            rest after the last whole segment is left out; segments of 128 tokens, BOS once and each, unless given.
         tasks: tasks of lm-eval, or suites.
         num_fewshot: examples in the prompt; None = the tasks' own.
         limit: questions of each task, or a share below 1; None = all.
@@ -313,15 +320,13 @@ def evaluate(
     Raises:
         UserError: something is impossible; as far as it can be known, before any model is opened.
     """
-    from llmprune.evaluation.evaluate import EvaluationConfig
     from llmprune.evaluation.evaluate import evaluate as evaluate_models
-    from llmprune.evaluation.perplexity import PerplexityConfig
-    from llmprune.evaluation.tasks import TasksConfig
+    from llmprune.evaluation.settings import EvaluationConfig, PerplexityConfig, TasksConfig
     from llmprune.models.placement import Placement
 
     config = EvaluationConfig(
         _listed(perplexity),
-        PerplexityConfig(segment, bos=tuple(bos)),
+        PerplexityConfig(segment, bos=bos, tokens=perplexity_tokens, like=like),
         TasksConfig(list(tasks), num_fewshot, limit),
         batch_size=batch_size,
     )

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from llmprune.cli.common import Json, app, command_line, names_in
+from llmprune.cli.common import Json, app, command_line
+from llmprune.cli.options_from_settings import options_from_settings
+from llmprune.evaluation.settings import EvaluationConfig, GenerationConfig
 from llmprune.utils import formats
 from llmprune.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from llmprune.evaluation.evaluate import EvaluationConfig
     from llmprune.models.placement import Placement
 
 Models = Annotated[list[str], typer.Argument(metavar="MODEL…", help="Hugging Face folders or hub names.")]
@@ -24,45 +25,22 @@ DeviceMap = Annotated[
 ]
 Attention = Annotated[formats.Attention | None, typer.Option(help="Default: sdpa where the architecture has it.")]
 Adapter = Annotated[str | None, typer.Option(help="Folder of a PEFT adapter to put on the model.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Continuations: tokens at most.")]
-Temperature = Annotated[float, typer.Option(help="Continuations: 0 = always the likeliest token.")]
-TopP = Annotated[float, typer.Option(help="Continuations: sample from the likeliest that make up so much.")]
-TopK = Annotated[int, typer.Option(help="Continuations: sample from so many of the likeliest; 0 = all.")]
-PerPrompt = Annotated[int, typer.Option(help="Continuations of each prompt.")]
-Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 Share = Annotated[
     float | None, typer.Option(help="Take this share of each text as its prompt, the rest as its reference.")
 ]
 
 
 @app.command()
+@options_from_settings(
+    {"perplexity.tokens": "perplexity_tokens", "tasks.names": "tasks"}, leave_out=("texts", "generation.batch_size")
+)
 def evaluate(
     models: Annotated[list[str] | None, typer.Argument(metavar="MODEL…", help="Folders or hub names.")] = None,
     out: Annotated[str | None, typer.Option(help="File to write (.json); logs of samples go beside it.")] = None,
     perplexity: Annotated[list[str] | None, typer.Option(help="Text or prepared data; may be repeated.")] = None,
-    segment: Annotated[int, typer.Option(help="Perplexity: tokens of a segment.")] = 128,
-    stride: Annotated[int | None, typer.Option(help="Perplexity: tokens between segments; default: segment.")] = None,
-    bos: Annotated[
-        str, typer.Option(help="Perplexity: where a BOS is put: none, once, each, or several.")
-    ] = "once,each",
-    samples_per_domain: Annotated[int | None, typer.Option(help="Perplexity: of prepared data at most.")] = None,
-    text_field: Annotated[str, typer.Option(help="Field of a JSON record that holds the text.")] = "text",
-    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval or suites, separated by commas.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Tasks: examples in the prompt.")] = None,
-    limit: Annotated[float | None, typer.Option(help="Tasks: questions of each, or a share below 1.")] = None,
-    include_path: Annotated[
-        str | None, typer.Option(help="Tasks: folder with task files of your own; Python code that they name is run.")
-    ] = None,
-    prompts: Annotated[str | None, typer.Option(help="Continuations: prompts with references.")] = None,
-    prompt_share: Share = None,
+    *,
+    config: EvaluationConfig,
     generated: Annotated[list[str] | None, typer.Option(help="Score what `llmprune generate` wrote.")] = None,
-    max_new_tokens: MaxNewTokens = 64,
-    temperature: Temperature = 0.6,
-    top_p: TopP = 0.9,
-    top_k: TopK = 0,
-    per_prompt: PerPrompt = 1,
-    seed: Seed = 17,
-    batch_size: Annotated[str, typer.Option(help="Samples per forward pass, or auto.")] = "8",
     adapter: Adapter = None,
     dtype: DTypeToRun = "auto",
     device: Device = None,
@@ -72,21 +50,11 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, tasks and continuations of one or several models."""
-    from llmprune.evaluation.continuations import GenerationConfig
-    from llmprune.evaluation.evaluate import EvaluationConfig
-    from llmprune.evaluation.perplexity import PerplexityConfig
-    from llmprune.evaluation.tasks import TasksConfig
+    from dataclasses import replace
+
     from llmprune.models.placement import Placement
 
-    config = EvaluationConfig(
-        perplexity or (),
-        PerplexityConfig(segment, stride, names_in(bos) or (), text_field, samples_per_domain),
-        TasksConfig(names_in(tasks) or (), num_fewshot, limit, include_path),
-        prompts,
-        prompt_share,
-        GenerationConfig(max_new_tokens, temperature, top_p, top_k, per_prompt, seed),
-        _batch_size(batch_size),
-    )
+    config = replace(config, texts=perplexity or ())
     placement = Placement(dtype, device, device_map, attention, adapter)
     _evaluate(models or [], generated or [], config, placement, out, overwrite=overwrite, as_json=as_json)
 
@@ -94,7 +62,7 @@ def evaluate(
 def _evaluate(
     models: list[str],
     generated: list[str],
-    config: "EvaluationConfig",
+    config: EvaluationConfig,
     placement: "Placement",
     out: str | None,
     *,
@@ -133,26 +101,14 @@ def _evaluate(
     print(to_json(results) if as_json else results_table(results))
 
 
-def _batch_size(text: str) -> int | str:
-    try:
-        return int(text)
-    except ValueError:
-        return text
-
-
 @app.command()
+@options_from_settings()
 def generate(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub name.")],
     prompts: Annotated[str, typer.Option(help="Text, a prompt a line, or JSON lines with prompt and reference.")],
     out: Annotated[str, typer.Option(help="JSON lines to write: prompt, output, reference.")],
+    config: GenerationConfig,
     prompt_share: Share = None,
-    max_new_tokens: MaxNewTokens = 64,
-    temperature: Temperature = 0.6,
-    top_p: TopP = 0.9,
-    top_k: TopK = 0,
-    per_prompt: PerPrompt = 1,
-    seed: Seed = 17,
-    batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
     adapter: Adapter = None,
     dtype: DTypeToRun = "auto",
     device: Device = None,
@@ -161,18 +117,12 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Generate continuations of prompts with a model."""
-    from llmprune.evaluation.continuations import (
-        GenerationConfig,
-        read_prompts,
-        save_continuations,
-        write_continuations,
-    )
+    from llmprune.evaluation.continuations import read_prompts, save_continuations, write_continuations
     from llmprune.models.loaded import open_model
     from llmprune.models.placement import Placement
     from llmprune.utils.outputs import check_output
 
     check_output(out, ".jsonl", overwrite)
-    config = GenerationConfig(max_new_tokens, temperature, top_p, top_k, per_prompt, seed, batch_size)
     config.check()
     read = read_prompts(prompts, prompt_share)
     records = write_continuations(

@@ -2,15 +2,16 @@
 
 import dataclasses
 import inspect
+import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Annotated, Any
 
 import typer
 
 from llmprune.cli.common import names_in, sizes_in
-from llmprune.utils.settings import dataclass_in, hints_of, meanings_of
+from llmprune.utils.settings import dataclass_in, hints_of, meanings_of, words_of
 
 Command = Callable[..., None]
 
@@ -87,11 +88,11 @@ def _options(cls: Any, names: Mapping[str, str], path: tuple[str, ...] = (), *, 
             continue
         name = names.get(".".join(own), field.name)
         kind, read = _read(hint)
-        default = None if field.default is dataclasses.MISSING else field.default
+        default = None if field.default in (dataclasses.MISSING, ()) else field.default
         text = meanings_of(cls).get(field.name, "")
         if optional and default is not None:
             default, text = None, f"{text.rstrip('.')}; default: {default}."
-        panel = cls.__name__.removesuffix("Config") if optional else None
+        panel = cls.__name__.removesuffix("Config") if optional or path else None
         option = typer.Option(f"--{name.replace('_', '-')}", help=_help(text), rich_help_panel=panel)
         yield _Option(
             name,
@@ -108,15 +109,23 @@ def _options(cls: Any, names: Mapping[str, str], path: tuple[str, ...] = (), *, 
 
 def _read(hint: Any) -> tuple[Any, Callable[[Any], Any]]:
     """The type that typer uses for a field of this type, and the function that makes the field's value from typer's."""
-    kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)]
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    kinds = [kind for kind in options if kind is not type(None)]
     origin = typing.get_origin(kinds[0])
-    if typing.get_origin(hint) is typing.Literal:
-        return hint, lambda value: value
-    if origin is list:
+    if int in kinds and words_of(hint):
+        return str, _number_or_word
+    if origin in (list, Sequence):
         return str, names_in
     if origin is dict:
         return str, lambda text: None if text is None else sizes_in(text)
     return kinds[0], lambda value: value
+
+
+def _number_or_word(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def _help(text: str) -> str:

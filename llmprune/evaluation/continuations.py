@@ -13,61 +13,13 @@ from rapidfuzz.distance import Levenshtein
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
+from llmprune.evaluation.settings import GenerationConfig
 from llmprune.models.loaded import LoadedModel, check_vocabulary
 from llmprune.models.source import longest_input
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import JSON_LIMIT, parse_json, read_bytes, write_text
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """Settings for the generation of continuations.
-
-    Attributes:
-        max_new_tokens: largest number of tokens of a continuation.
-        temperature: divisor of the logits before sampling; 0 = always the most probable token.
-        top_p: share of the probability; tokens are sampled from the smallest set of most probable tokens that has it.
-        top_k: number of most probable tokens that are sampled from; 0 = all.
-        per_prompt: number of continuations per prompt.
-        seed: seed of the sampling.
-        batch_size: number of prompts per forward pass.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.6
-    top_p: float = 0.9
-    top_k: int = 0
-    per_prompt: int = 1
-    seed: int = 17
-    batch_size: int = 8
-
-    def check(self) -> None:
-        """Raise ``UserError`` for values that are out of range."""
-        for name, good, wanted in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "be positive"),
-            ("temperature", self.temperature == 0 or self.temperature >= 0.01, "be 0 or at least 0.01"),
-            ("top_p", 0 < self.top_p <= 1, "lie in (0, 1]"),
-            ("top_k", self.top_k >= 0, "be zero or positive"),
-            ("per_prompt", self.per_prompt >= 1, "be positive"),
-            ("seed", 0 <= self.seed < 2**32, "lie between 0 and 2**32 - 1"),
-            ("batch_size", self.batch_size >= 1, "be positive"),
-        ):
-            if not good:
-                raise UserError(f"{name} is {getattr(self, name)}; it must {wanted}")
-        if self.per_prompt > 1 and self.temperature == 0:
-            raise UserError("several continuations of a prompt would all be the same: set a temperature above 0")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Generation settings for Transformers; see ``LoadedModel.generation``."""
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "num_return_sequences": self.per_prompt,
-            **(sampling if self.temperature else {"do_sample": False}),
-        }
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from llmprune.data.sources import clean_name
 from llmprune.evaluation.continuations import (
-    GenerationConfig,
     Prompt,
     continuation_scores,
     encode_prompts,
@@ -23,12 +22,14 @@ from llmprune.evaluation.continuations import (
 )
 from llmprune.evaluation.perplexity import (
     Perplexity,
-    PerplexityConfig,
+    Segmentation,
     check_streams,
     measure_perplexity,
     read_streams,
+    segmentations,
 )
-from llmprune.evaluation.tasks import Tasks, TasksConfig, language_model, save_samples
+from llmprune.evaluation.settings import BosMode, EvaluationConfig
+from llmprune.evaluation.tasks import Tasks, language_model, save_samples
 from llmprune.models.loaded import LoadedModel, ModelSource, bos_of, find_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
@@ -39,29 +40,6 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 LARGEST_BATCH = 64  # first batch size that ``auto`` tries
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Settings for the evaluation of models.
-
-    Attributes:
-        texts: files and folders for perplexity: text, Markdown, JSON lines or prepared data.
-        perplexity: settings of perplexity.
-        tasks: settings of tasks.
-        prompts: path of a file of prompts with references, for scoring continuations; None = no continuations.
-        prompt_share: share of each line that is the prompt; see ``read_prompts``.
-        generation: settings for the generation of continuations.
-        batch_size: number of samples per forward pass; ``auto`` = the largest number that fits into memory.
-    """
-
-    texts: Sequence[str] = ()
-    perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
-    tasks: TasksConfig = field(default_factory=TasksConfig)
-    prompts: str | None = None
-    prompt_share: float | None = None
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-    batch_size: int | str = 8
 
 
 def evaluate(
@@ -92,7 +70,9 @@ def evaluate(
     if not (config.texts or config.tasks.names or config.prompts):
         raise UserError("say what to evaluate: --perplexity FILE, --tasks NAMES, --prompts FILE or --generated FILE")
     _check(models, config)
-    work = [_prepare(find_model(name, placement), config) for name in models]
+    found = [find_model(name, placement) for name in models]
+    cuts = segmentations(config.perplexity, [(one.config, one.tokenizer) for one in found])
+    work = [_prepare(one, config, cut) for one, cut in zip(found, cuts, strict=True)]
     tasks = Tasks(config.tasks) if config.tasks.names else None
     logged = samples is not None and bool(config.tasks.names or config.prompts)
     if samples is not None:
@@ -102,7 +82,7 @@ def evaluate(
         samples.mkdir(parents=True)
         mark(samples)
     results: dict[str, Any] = {"schema": SCHEMA, "models": {}}
-    for each in tqdm(work, desc="models", disable=len(work) < 2):
+    for each in tqdm(work, desc="models", disable=None if len(work) > 1 else True):
         name = each.found.name
         with output_folder(samples / clean_name(name.strip("/"))) if samples and logged else nullcontext() as logs:
             results["models"][name] = _evaluate_model(each, config, tasks, logs)
@@ -113,26 +93,27 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Work:
-    """A model, and the texts and prompts for its evaluation."""
+    """A model, and the texts, their segments, and the prompts for its evaluation."""
 
     found: ModelSource
     streams: dict[str, Tensor]
+    segmentation: Segmentation
     prompts: list[Prompt]
 
 
-def _prepare(found: ModelSource, config: EvaluationConfig) -> _Work:
+def _prepare(found: ModelSource, config: EvaluationConfig, segmentation: Segmentation) -> _Work:
     """Read texts and prompts, and check that the model can read them."""
     try:
         streams = read_streams(config.texts, found.tokenizer, config.perplexity)
         if streams:
-            check_streams(streams, config.perplexity, found.config, bos_of(found.tokenizer))
+            check_streams(streams, segmentation, found.config, bos_of(found.tokenizer))
         prompts = [] if config.prompts is None else read_prompts(config.prompts, config.prompt_share)
         encode_prompts(prompts, found.tokenizer, config.generation.max_new_tokens, found.config)
     except UserError as error:
         raise UserError(f"{found.name}: {error}") from None
     if prompts and not any(prompt.reference for prompt in prompts):
         raise UserError(f"{config.prompts} has no references to score against: `llmprune generate` needs none")
-    return _Work(found, streams, prompts)
+    return _Work(found, streams, segmentation, prompts)
 
 
 def _evaluate_model(work: _Work, config: EvaluationConfig, tasks: Tasks | None, logs: Path | None) -> dict[str, Any]:
@@ -140,7 +121,7 @@ def _evaluate_model(work: _Work, config: EvaluationConfig, tasks: Tasks | None, 
     log.info("evaluating %s: %s parameters", work.found.name, f"{loaded.parameters:,}")
     found: dict[str, Any] = {"parameters": loaded.parameters}
     if work.streams:
-        found["perplexity"] = {name: _perplexity(loaded, tokens, config) for name, tokens in work.streams.items()}
+        found["perplexity"] = {name: _perplexity(loaded, name, work, config) for name in work.streams}
     if tasks is not None:
         ran = tasks.run(language_model(loaded.model, loaded.tokenizer, batch_size=config.batch_size))
         assert ran is not None  # there is one rank
@@ -158,22 +139,31 @@ def _evaluate_model(work: _Work, config: EvaluationConfig, tasks: Tasks | None, 
     return found
 
 
-def _perplexity(loaded: LoadedModel, tokens: Tensor, config: EvaluationConfig) -> dict[str, Any]:
-    """The perplexity of a stream in every mode."""
-    settings = config.perplexity
+def _perplexity(loaded: LoadedModel, name: str, work: _Work, config: EvaluationConfig) -> dict[str, Any]:
+    """The perplexity of the stream ``name`` in every mode, and the settings that it depends on."""
+    segmentation = work.segmentation
     entry: dict[str, Any] = {
-        "segment": settings.segment,
-        "stride": settings.stride or settings.segment,
+        "segment": segmentation.length,
+        "stride": segmentation.stride,
+        "perplexity_tokens": config.perplexity.tokens,
+        "like": config.perplexity.like,
         "tokens": {},
     }
-    for mode in settings.bos:
+    for mode in segmentation.bos:
 
-        def measure(batch_size: int, mode: str = mode) -> Perplexity:
-            bos = bos_of(loaded.tokenizer)
-            return measure_perplexity(loaded.model, tokens, settings, mode, bos=bos, batch_size=batch_size)
+        def measure(batch_size: int, mode: BosMode = mode) -> Perplexity:
+            return measure_perplexity(
+                loaded.model,
+                work.streams[name],
+                segmentation,
+                mode,
+                bos=bos_of(loaded.tokenizer),
+                batch_size=batch_size,
+                progress=f"perplexity of {name}, BOS {mode}",
+            )
 
         measured = _with_batch_size(config, measure)
-        log.info("perplexity %.4f of %s tokens, bos %s", measured.value, f"{measured.tokens:,}", mode)
+        log.info("%s: perplexity %.4f of %s tokens, BOS %s", name, measured.value, f"{measured.tokens:,}", mode)
         entry[f"bos_{mode}"] = measured.value
         entry["tokens"][f"bos_{mode}"] = measured.tokens
     return entry
@@ -197,10 +187,7 @@ def _check(models: Sequence[str], config: EvaluationConfig) -> None:
             raise UserError(f"the model {name} is named twice")
     if len({clean_name(name.strip("/")) for name in models}) < len(models):
         raise UserError("two models' logs would get the same name: evaluate them apart")
-    if config.batch_size != "auto" and (isinstance(config.batch_size, str) or config.batch_size < 1):
-        raise UserError(f"batch_size is {config.batch_size}; it must be a positive number or auto")
-    config.perplexity.check()
-    config.generation.check()
+    config.check()
     for path in config.texts:
         if not Path(path).exists():
             raise UserError(f"{path} does not exist")

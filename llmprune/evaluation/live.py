@@ -8,9 +8,9 @@ from composer.utils import dist
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.evaluation.perplexity import PerplexityConfig, check_streams, measure_perplexity, read_streams
-from llmprune.evaluation.settings import LiveEvaluationConfig
-from llmprune.evaluation.tasks import EvaluatedModel, Tasks, TasksConfig, quiet
+from llmprune.evaluation.perplexity import check_streams, measure_perplexity, read_streams, segmentations
+from llmprune.evaluation.settings import LiveEvaluationConfig, PerplexityConfig, TasksConfig
+from llmprune.evaluation.tasks import EvaluatedModel, Tasks, quiet
 from llmprune.models.loaded import bos_of
 from llmprune.utils.errors import UserError
 from llmprune.utils.settings import check_settings
@@ -64,12 +64,12 @@ class LiveEvaluation:
         if not (config.tasks or config.texts):
             raise UserError("evaluation names neither tasks nor texts")
         check_settings(config, "evaluation")
-        self._perplexity = PerplexityConfig(config.segment, bos=["none" if bos_of(tokenizer) is None else "each"])
-        self._perplexity.check()
+        perplexity = PerplexityConfig(config.segment)
+        (self._segmentation,) = segmentations(perplexity, [(model, tokenizer)])
         tasks = TasksConfig(config.tasks, config.num_fewshot, config.limit, config.include_path)
         self._tasks = Tasks(tasks, generate=False) if config.tasks else None
-        self._texts = read_streams(config.texts, tokenizer, self._perplexity)
-        check_streams(self._texts, self._perplexity, model, bos_of(tokenizer))
+        self._texts = read_streams(config.texts, tokenizer, perplexity)
+        check_streams(self._texts, self._segmentation, model, bos_of(tokenizer))
 
     def measure(self, model: PreTrainedModel, forward: Forward) -> dict[str, float]:
         """Measure metrics, by name: ``tasks/TASK/METRIC`` (on rank 0 only) and ``perplexity/TEXT``.
@@ -81,12 +81,13 @@ class LiveEvaluation:
         """
         found: dict[str, float] = {}
         size = self._config.batch_size
+        (mode,) = self._segmentation.bos
         for name, tokens in self._texts.items():
             measured = measure_perplexity(
                 model,
                 tokens,
-                self._perplexity,
-                self._perplexity.bos[0],
+                self._segmentation,
+                mode,
                 bos=bos_of(self._tokenizer),
                 batch_size=size,
                 forward=lambda inputs: forward({"input_ids": inputs}),

@@ -23,6 +23,7 @@ from lm_eval.utils import handle_non_serializable
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmprune.evaluation.settings import TasksConfig
 from llmprune.evaluation.suites import SUITES, expand
 from llmprune.models.loaded import check_vocabulary
 from llmprune.utils.errors import UserError, nearest
@@ -30,23 +31,6 @@ from llmprune.utils.errors import UserError, nearest
 _FUNCTION = re.compile(r"!function\s+(\S+)")  # reference to Python code in a task file
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TasksConfig:
-    """The tasks to run, and the number of questions and examples.
-
-    Attributes:
-        names: tasks of lm-eval, or suites: commonsense7, reassessing8, streamline7, sheared.
-        num_fewshot: number of examples in the prompt, instead of those of the suites and the tasks; None = theirs.
-        limit: largest number of questions per task, or a share if it is below 1; None = all.
-        include_path: folder with more task files (YAML); their data may be local, and functions that they name are run.
-    """
-
-    names: Sequence[str] = ()
-    num_fewshot: int | None = None
-    limit: float | None = None
-    include_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,12 +77,9 @@ class Tasks:
         Raises:
             UserError: a task is unknown, its data are not available, or it can't be run here.
         """
+        config.check()
         self.config = config
         self.runs = expand(config.names, config.num_fewshot)
-        if config.limit is not None and (config.limit <= 0 or (config.limit > 1 and config.limit % 1)):
-            raise UserError(f"limit is {config.limit}; it must be a positive whole number or a share below 1")
-        if config.num_fewshot is not None and config.num_fewshot < 0:
-            raise UserError(f"num_fewshot is {config.num_fewshot}; it must be zero or positive")
         if config.include_path is not None and not Path(config.include_path).is_dir():
             raise UserError(f"{config.include_path} is no folder with task files")
         with quiet(), _random_state_kept():

@@ -18,7 +18,7 @@ from llmprune.config.schema import Config, ScoringConfig
 from llmprune.config.section_registry import sections_of
 from llmprune.data.cache import check_file
 from llmprune.data.format import DataManifest
-from llmprune.evaluation.settings import LiveEvaluationConfig
+from llmprune.evaluation.settings import LiveEvaluationConfig, TasksConfig
 from llmprune.evaluation.suites import SUITES
 from llmprune.models.hub import fetch_model
 from llmprune.models.loading import load_tokenizer
@@ -124,7 +124,7 @@ def _check_model(folder: Path) -> None:
 
 
 def _load_task(need: Need) -> None:
-    from llmprune.evaluation.tasks import Tasks, TasksConfig  # lm-eval takes seconds to import
+    from llmprune.evaluation.tasks import Tasks  # lm-eval takes seconds to import
 
     Tasks(TasksConfig([need.name], include_path=need.include_path))
 

@@ -24,7 +24,7 @@ Batch = Mapping[str, Tensor]
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Next-token losses of a batch, float32.
+    """Next-token losses of a batch, float32; only one sample's logits exist in float32 at a time.
 
     Args:
         logits: logits, [batch, length, vocabulary].
@@ -34,9 +34,12 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         The sum of negative log-likelihoods (nats) and the number of predicted tokens of every sample, [batch] each.
     """
     targets = next_tokens(labels)
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view_as(targets)
+    losses = torch.stack(
+        [
+            F.cross_entropy(sample.float(), wanted, ignore_index=IGNORED, reduction="none")
+            for sample, wanted in zip(logits, targets, strict=True)
+        ]
+    )
     return losses.sum(1), (targets != IGNORED).sum(1)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmprune.evaluation.continuations import GenerationConfig, Prompt, write_continuations
+from llmprune.evaluation.continuations import Prompt, write_continuations
+from llmprune.evaluation.settings import GenerationConfig
 from llmprune.measurement.measure import weights_bytes
 from llmprune.measurement.monitor import peak_memory
 from llmprune.models.loaded import LoadedModel, open_model

@@ -157,9 +157,10 @@ class Study:
         """What is measured of one model by itself."""
         from llmprune.checkpoints.metrics import read_metrics
         from llmprune.data.prepared import PreparedData
-        from llmprune.evaluation.continuations import GenerationConfig, read_prompts, write_continuations
         from llmprune.evaluation.continuations import continuation_scores as scores
+        from llmprune.evaluation.continuations import read_prompts, write_continuations
         from llmprune.evaluation.losses import evaluate_losses
+        from llmprune.evaluation.settings import GenerationConfig
         from llmprune.models.loaded import open_model
         from llmprune.models.placement import Placement
 

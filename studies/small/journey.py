@@ -189,10 +189,8 @@ def evaluate(out: Path, data: Path) -> None:
 
 def measure(out: Path, data: Path) -> None:
     """Evaluate and measure the models, as ``llmprune evaluate`` and ``llmprune measure`` do."""
-    from llmprune.evaluation.continuations import GenerationConfig
-    from llmprune.evaluation.evaluate import EvaluationConfig
     from llmprune.evaluation.evaluate import evaluate as evaluate_models
-    from llmprune.evaluation.perplexity import PerplexityConfig
+    from llmprune.evaluation.settings import EvaluationConfig, GenerationConfig, PerplexityConfig
     from llmprune.measurement.measure import MeasureConfig
     from llmprune.measurement.measure import measure as measure_models
     from llmprune.measurement.results import save
@@ -203,15 +201,15 @@ def measure(out: Path, data: Path) -> None:
     write_prompts(data, prompts)
     config = EvaluationConfig(
         texts=[str(data)],
-        perplexity=PerplexityConfig(SEQUENCE_LENGTH, samples_per_domain=EVAL_SAMPLES_PER_DOMAIN),
+        perplexity=PerplexityConfig(SEQUENCE_LENGTH, bos=("once", "each"), samples_per_domain=EVAL_SAMPLES_PER_DOMAIN),
         prompts=str(prompts),
         generation=GenerationConfig(max_new_tokens=48),
     )
     results = evaluate_models(models, config, placement, out / "results.samples")
     quoted = shlex.join(models)
     results["command"] = (
-        f"llmprune evaluate {quoted} --perplexity {data} --samples-per-domain {EVAL_SAMPLES_PER_DOMAIN} --prompts "
-        f"{prompts} --max-new-tokens 48 --out ANOTHER.json"
+        f"llmprune evaluate {quoted} --perplexity {data} --segment {SEQUENCE_LENGTH} --bos once,each "
+        f"--samples-per-domain {EVAL_SAMPLES_PER_DOMAIN} --prompts {prompts} --max-new-tokens 48 --out ANOTHER.json"
     )
     write_json(out / "results.json", results)
     speed, watch = measure_models(models, MeasureConfig((1, 8), output_tokens=(64,), warmups=2, repeats=7), placement)

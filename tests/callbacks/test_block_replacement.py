@@ -17,7 +17,8 @@ from llmprune.conversion.commands import apply, convert
 from llmprune.conversion.replaced import read_replaced
 from llmprune.conversion.verify import compare_models, open_for_comparison
 from llmprune.data.prepared import PreparedData
-from llmprune.evaluation.perplexity import PerplexityConfig, measure_perplexity, read_streams
+from llmprune.evaluation.perplexity import Segmentation, measure_perplexity, read_streams
+from llmprune.evaluation.settings import PerplexityConfig
 from llmprune.jobs.train import train
 from llmprune.models.block_hooks import blocks_of
 from llmprune.models.loading import load_model, load_tokenizer
@@ -427,7 +428,6 @@ def test_texts_are_measured_on_the_shortened_model(config: Path, corpus: Path, t
     train(load_training_job(config, [f"run.folder={tmp_path}/run", "train.duration=4ba", live]))
     convert(tmp_path / "run", tmp_path / "out")
     model, tokenizer = load_model(tmp_path / "out").eval(), load_tokenizer(tmp_path / "out")
-    settings = PerplexityConfig(32, bos=["each"])
-    tokens = read_streams([str(text)], tokenizer, settings)["text"]
-    found = measure_perplexity(model, tokens, settings, "each", bos=tokenizer.bos_token_id, batch_size=4)
+    tokens = read_streams([str(text)], tokenizer, PerplexityConfig())["text"]
+    found = measure_perplexity(model, tokens, Segmentation(32, 32), "none", bos=None, batch_size=4)
     assert metrics(tmp_path / "run", "metrics/eval/perplexity/text")[-1] == pytest.approx(found.value, rel=1e-5)

@@ -10,11 +10,9 @@ import pytest
 from llmprune.checkpoints.metrics import read_metrics
 from llmprune.config.job_files import load_training_job
 from llmprune.conversion.commands import convert
-from llmprune.evaluation.evaluate import EvaluationConfig, evaluate
+from llmprune.evaluation.evaluate import evaluate
 from llmprune.evaluation.live import LiveEvaluation
-from llmprune.evaluation.perplexity import PerplexityConfig
-from llmprune.evaluation.settings import LiveEvaluationConfig
-from llmprune.evaluation.tasks import TasksConfig
+from llmprune.evaluation.settings import EvaluationConfig, LiveEvaluationConfig, PerplexityConfig, TasksConfig
 from llmprune.jobs.train import train
 from llmprune.models.loading import load_tokenizer
 from llmprune.models.placement import Placement
@@ -59,11 +57,11 @@ def test_live_is_exported_on_one_rank_and_on_two(config: Path) -> None:
     convert(folder / "one", folder / "cut")
     settings = EvaluationConfig(
         [str(folder / "text.txt")],
-        PerplexityConfig(32, bos=["each"]),
+        PerplexityConfig(32),
         TasksConfig(["counting"], include_path=str(folder / "tasks")),
     )
     found = evaluate([str(folder / "cut")], settings, Placement(device="cpu"))["models"][str(folder / "cut")]
-    assert live["perplexity/text"] == pytest.approx(found["perplexity"]["text"]["bos_each"], rel=1e-5)
+    assert live["perplexity/text"] == pytest.approx(found["perplexity"]["text"]["bos_none"], rel=1e-5)
     assert {metric: live[f"tasks/counting/{metric}"] for metric in ("acc", "acc_norm")} == {
         metric: found["tasks"]["counting"][metric] for metric in ("acc", "acc_norm")
     }

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from llmprune.cli import app, main
 from llmprune.data.calibration_settings import CalibrationConfig
+from llmprune.evaluation.settings import GenerationConfig, PerplexityConfig
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.settings import hints_of
@@ -65,8 +66,14 @@ def test_train_py_tells_mistakes_in_one_line(tmp_path: Path) -> None:
 
 
 def test_options_come_from_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    renamed = {"path": "data", "length": "seq-len"}
-    for command, cls in (("plan", PlanConfig), ("score", LayerScoringConfig), ("score", CalibrationConfig)):
+    renamed = {"path": "data", "length": "seq-len", "tokens": "perplexity-tokens"}
+    for command, cls in (
+        ("plan", PlanConfig),
+        ("score", LayerScoringConfig),
+        ("score", CalibrationConfig),
+        ("evaluate", PerplexityConfig),
+        ("generate", GenerationConfig),
+    ):
         app([command, "--help"], standalone_mode=False)
         shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
         for name in {*hints_of(cls)} - {"data"}:

@@ -10,7 +10,6 @@ import torch
 
 from llmprune.cli import app
 from llmprune.evaluation.continuations import (
-    GenerationConfig,
     Prompt,
     continuation_scores,
     read_continuations,
@@ -18,6 +17,7 @@ from llmprune.evaluation.continuations import (
     save_continuations,
     write_continuations,
 )
+from llmprune.evaluation.settings import GenerationConfig
 from llmprune.models.loaded import LoadedModel, open_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from llmprune.cli import app
+from llmprune.evaluation.settings import TasksConfig
 from llmprune.evaluation.stability import read_answers, stability
 from llmprune.evaluation.suites import SUITES, TaskRun, expand
-from llmprune.evaluation.tasks import Tasks, TasksConfig, language_model, task_manager
+from llmprune.evaluation.tasks import Tasks, language_model, task_manager
 from llmprune.models.loaded import open_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError

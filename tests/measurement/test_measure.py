@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from llmprune.cli import app
-from llmprune.evaluation.continuations import GenerationConfig, Prompt, write_continuations
+from llmprune.evaluation.continuations import Prompt, write_continuations
+from llmprune.evaluation.settings import GenerationConfig
 from llmprune.measurement import measure as module
 from llmprune.measurement.measure import MeasureConfig, Setting, _measure_setting, _runner, measure, spread
 from llmprune.measurement.monitor import UtilisationWatch, peak_memory

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page
 
-from llmprune.evaluation.continuations import GenerationConfig, Prompt, write_continuations
+from llmprune.evaluation.continuations import Prompt, write_continuations
+from llmprune.evaluation.settings import GenerationConfig
 from llmprune.models.loaded import open_model
 from llmprune.models.placement import Placement
 from llmprune.reporting.demo import answer, check_request, serve

@@ -22,10 +22,10 @@ KINDS: dict[str, Any] = {
         "models": {
             "a/base": {
                 "parameters": 2000000,
-                "perplexity": {"text": {"bos_once": 10.0}},
+                "perplexity": {"text": {"bos_none": 10.0}},
                 "tasks": {"arc": {"acc": 0.5}},
             },
-            "a/cut": {"parameters": 1000000, "perplexity": {"text": {"bos_once": 12.0}}},
+            "a/cut": {"parameters": 1000000, "perplexity": {"text": {"bos_none": 12.0}}},
         },
         "generated": {"g": {"continuations": {"g": {"bleu": 12.5}}}},
         "command": "llmprune evaluate a/base a/cut",

@@ -23,7 +23,7 @@ from llmprune.callbacks.loss_guard import LossGuard
 from llmprune.callbacks.low_rank_adaptation import LowRankAdaptation
 from llmprune.callbacks.partial_training import PartialTraining
 from llmprune.callbacks.preemption import Preemption
-from llmprune.evaluation.perplexity import PerplexityConfig, measure_perplexity
+from llmprune.evaluation.perplexity import Segmentation, measure_perplexity
 from llmprune.models.causal_lm import Batch, ComposerCausalLM
 from llmprune.models.families import Shape, family_of
 from llmprune.plans.plan import KeptBlock, Plan
@@ -233,7 +233,7 @@ def test_scoring(waits: Waits, experts: bool) -> None:
 @pytest.mark.parametrize("bos", ["none", "once"])
 def test_perplexity(waits: Waits, bos: str) -> None:
     model = random_model(tiny_config()).to(DEVICE)
-    tokens, settings = a_batch()["input_ids"].flatten(), PerplexityConfig(8, bos=[bos])
+    tokens, settings = a_batch()["input_ids"].flatten(), Segmentation(8, 8)
     waits.clear()
     found = measure_perplexity(model, tokens, settings, bos, bos=1, batch_size=4)
     assert waits.of() <= (4 if bos == "none" else 8), waits  # 4 for a batch; with the BOS a token makes another

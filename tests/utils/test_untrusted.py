@@ -13,9 +13,9 @@ from jinja2.exceptions import SecurityError
 from safetensors.torch import load_file, save_file
 
 from llmprune.data.calibration_settings import CalibrationConfig
-from llmprune.evaluation.continuations import GenerationConfig, read_prompts, write_continuations
-from llmprune.evaluation.evaluate import EvaluationConfig, evaluate
-from llmprune.evaluation.perplexity import PerplexityConfig
+from llmprune.evaluation.continuations import read_prompts, write_continuations
+from llmprune.evaluation.evaluate import evaluate
+from llmprune.evaluation.settings import EvaluationConfig, GenerationConfig, PerplexityConfig
 from llmprune.evaluation.tasks import language_model
 from llmprune.jobs.score import score
 from llmprune.models.loaded import open_model

@@ -30,7 +30,6 @@ from llmprune.data.format import tokenizer_fingerprint
 from llmprune.data.prepared import PreparedData
 from llmprune.data.sources import Fields
 from llmprune.evaluation.continuations import (
-    GenerationConfig,
     Prompt,
     encode_prompts,
     read_prompts,
@@ -38,8 +37,9 @@ from llmprune.evaluation.continuations import (
     write_continuations,
 )
 from llmprune.evaluation.losses import evaluate_losses
+from llmprune.evaluation.settings import GenerationConfig
 from llmprune.jobs.prune.comparison import compare_ways, held_out_samples
-from llmprune.jobs.prune.outcome import Outcome, losses_entry
+from llmprune.jobs.prune.outcome import FILES, Outcome, losses_entry
 from llmprune.jobs.prune.recipe import (
     GATING,
     criteria_of,
@@ -286,7 +286,7 @@ class _Prune:
                 records = write_continuations(
                     opened, self._prompts, dataclasses.replace(_GENERATION, seed=self._config.seed)
                 )
-                save_continuations(records, folder / f"{name}.jsonl")
+                save_continuations(records, folder / f"{FILES[name]}.jsonl")
                 del opened
                 gc.collect()
 

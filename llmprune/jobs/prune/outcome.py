@@ -10,6 +10,7 @@ from llmprune.evaluation.losses import Losses
 from llmprune.utils.files import read_json
 
 HELD_OUT_TEXT = "held-out text"
+FILES = {"source": "source", "pruned": "pruned", "recovered": "model"}  # of continuations, by the model's name
 
 
 def losses_entry(losses: Losses, length: int) -> dict[str, Any]:
@@ -79,7 +80,7 @@ class Outcome:
             )
         written: dict[str, dict[str, str]] = {}
         for name in models.values():
-            for record in read_continuations(folder / "continuations" / f"{name}.jsonl"):
+            for record in read_continuations(folder / "continuations" / f"{FILES[name]}.jsonl"):
                 written.setdefault(record["prompt"], {})[name] = record["output"]
         return cls(folder, measured, written, seconds)
 

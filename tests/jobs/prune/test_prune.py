@@ -9,7 +9,7 @@ import pytest
 
 from llmprune.cli import app
 from llmprune.config.job_files import load_job
-from llmprune.evaluation.continuations import GenerationConfig
+from llmprune.evaluation.settings import GenerationConfig
 from llmprune.jobs.prune import job
 from llmprune.jobs.prune.job import prune
 from llmprune.jobs.prune.outcome import Measured, Outcome
@@ -52,7 +52,7 @@ def test_the_result_is_a_smaller_model_with_everything_about_it(
     losses = {name: row["held_out_loss"] for name, row in rows["candidates"].items() if "held_out_loss" in row}
     assert {"depth", "width", "both"} <= {*rows["candidates"]}
     assert losses[rows["chosen"]] == min(losses.values())
-    for name in ("report.html", "speed.json", "results.json", "continuations/recovered.jsonl"):
+    for name in ("report.html", "speed.json", "results.json", "continuations/model.jsonl"):
         assert (out / name).exists(), name
     text = str(outcome)
     assert "nan" not in text.lower() and "None" not in text

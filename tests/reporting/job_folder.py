@@ -24,6 +24,7 @@ def make(folder: Path, model: Path, *, hub: str | None = None) -> Path:
     shape = family_of(config).shape(config)
     plan = Plan("llama", fingerprint(weights, config), shape, tuple(KeptBlock.whole(i) for i in (0, 2, 3)))
     plan.save(folder / "plan.json")
+    write(folder / "config.yaml", {"job": "prune"})
     if hub is None:
         shutil.copytree(model, folder / "source")
     for name in ("pruned", "model"):

@@ -377,13 +377,13 @@ def measure(
 
 
 def report(runs: Place | Sequence[Place], out: Place, *, plots: Place | None = None, overwrite: bool = False) -> Path:
-    """Write one self-contained page about runs: plans, curves, scores, quality, speed.
+    """Write one self-contained page that begins with what pruning gained and cost; then texts, plans, curves, scores.
 
     >>> llmprune.report(["recover", "smaller"], "report.html")
     PosixPath('report.html')
 
     Args:
-        runs: run folders, models, scores, results, speeds, or folders that hold several.
+        runs: run folders, models, plans, scores, results, speeds, continuations, or folders that hold several.
         out: the page to write (.html).
         plots: a folder for every figure as PNG and CSV; None = no files.
         overwrite: whether ``out`` and ``plots`` may be replaced.

@@ -12,13 +12,15 @@ from llmprune.cli.evaluating import Adapter, Attention, Device, DeviceMap, DType
 def report(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN…", help="Runs, models, scores, results, speeds, or folders that hold several."),
+        typer.Argument(
+            metavar="RUN…", help="Runs, models, plans, scores, results, speeds, continuations, or folders of them."
+        ),
     ],
     out: Annotated[str, typer.Option(help="Page to write (.html).")],
     plots: Annotated[str | None, typer.Option(help="Folder for every figure as PNG and CSV.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT and PLOTS if they exist.")] = False,
 ) -> None:
-    """Write one self-contained page about runs: plans, curves, scores, quality, speed."""
+    """Write one self-contained page: what pruning gained and cost, texts, plans, curves, scores."""
     from llmprune.reporting.page import write_report
     from llmprune.utils.outputs import check_output
 
@@ -39,7 +41,7 @@ def demo(
     device_map: DeviceMap = None,
     attention: Attention = None,
 ) -> None:
-    """Serve a web page on which models answer the same prompt side by side."""
+    """Serve a web page on which models answer the same prompt side by side, as a chat if all have a chat template."""
     from llmprune.models.placement import Placement
     from llmprune.reporting.demo import serve
 

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 from llmprune.evaluation.settings import GenerationConfig
 from llmprune.models.loaded import LoadedModel, check_vocabulary
 from llmprune.models.source import longest_input
-from llmprune.utils.errors import UserError
+from llmprune.utils.errors import UserError, first_line
 from llmprune.utils.files import JSON_LIMIT, parse_json, read_bytes, write_text
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -24,10 +24,17 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue, and its original continuation, if that is known."""
+    """A text to continue.
+
+    Attributes:
+        prompt: text.
+        reference: original continuation of the text; None = not known.
+        chat: whether the text is a user's message, which the model's chat template surrounds.
+    """
 
     prompt: str
     reference: str | None = None
+    chat: bool = False
 
 
 def read_prompts(path: Path | str, share: float | None = None) -> list[Prompt]:
@@ -95,10 +102,11 @@ def encode_prompts(
         model: Hugging Face config of the model that reads the prompts.
 
     Raises:
-        UserError: a prompt has no tokens, has tokens outside the model's vocabulary, or leaves no room for an output.
+        UserError: a prompt has no tokens, has tokens outside the model's vocabulary, leaves no room for an output, or
+            needs a chat template that the tokenizer does not have.
     """
     limit = longest_input(model)
-    encoded = [tokenizer(prompt.prompt)["input_ids"] for prompt in prompts]
+    encoded = [_tokens(prompt, tokenizer) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         check_vocabulary(max(ids, default=0), model, f"the prompt '{prompt.prompt[:40]}'")
         if not ids or (limit is not None and len(ids) + max_new_tokens > limit):
@@ -107,6 +115,19 @@ def encode_prompts(
                 f"between 1 and {limit} together"
             )
     return encoded
+
+
+def _tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if not prompt.chat:
+        return list(tokenizer(prompt.prompt)["input_ids"])
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template: give the prompt as plain text")
+    messages = [{"role": "user", "content": prompt.prompt}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program, which may end in any way
+        raise UserError(f"the tokenizer's chat template fails: {first_line(error)}") from None
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written them
 
 
 @torch.inference_mode()

@@ -13,9 +13,16 @@ from llmprune.measurement.measure import weights_bytes
 from llmprune.measurement.monitor import peak_memory
 from llmprune.models.loaded import LoadedModel, open_model
 from llmprune.models.placement import Placement
+from llmprune.reporting.names import short_names
 from llmprune.utils.errors import UserError
 
 EXAMPLES = ("The function returns", "Once upon a time", "def main(", "The capital of France is")
+QUESTIONS = (
+    "What is the capital of France?",
+    "Explain in one sentence what a prime number is.",
+    "Write a Python function that reverses a string.",
+    "Tell me a short story about a lighthouse.",
+)
 WAITING = "…"
 MOST = {"output tokens": 512, "batch": 64, "top k": 200, "top p": 1, "temperature": 2, "seed": 2**32 - 1}
 LONGEST = 20_000  # largest number of characters of a prompt
@@ -46,13 +53,13 @@ class Generated:
         )
 
 
-def answer(loaded: LoadedModel, prompt: str, config: GenerationConfig) -> Generated:
-    """Generate ``config.batch_size`` continuations of a prompt in one batch.
+def answer(loaded: LoadedModel, prompt: str, config: GenerationConfig, *, chat: bool = False) -> Generated:
+    """Generate ``config.batch_size`` continuations of a prompt in one batch; with ``chat``, answers to it.
 
     Raises:
-        UserError: the prompt is empty or too long.
+        UserError: the prompt is empty or too long, or the model has no chat template.
     """
-    prompts = [Prompt(prompt)] * config.batch_size
+    prompts = [Prompt(prompt, chat=chat)] * config.batch_size
     with peak_memory(loaded.model.device) as peak:
         start = time.perf_counter()
         records = write_continuations(loaded, prompts, config)
@@ -84,9 +91,18 @@ def build(models: Sequence[LoadedModel]) -> Any:
     import gradio as gr
 
     sizes = [loaded.parameters for loaded in models]
+    chats = all(loaded.tokenizer.chat_template for loaded in models)
+    examples = QUESTIONS if chats else EXAMPLES
 
     def run(
-        prompt: str, tokens: float, batch: float, seed: float, temperature: float, top_k: float, top_p: float
+        prompt: str,
+        tokens: float,
+        batch: float,
+        seed: float,
+        temperature: float,
+        top_k: float,
+        top_p: float,
+        chat: bool,
     ) -> Iterator[list[str]]:
         shown = [WAITING, ""] * len(models)
         yield shown
@@ -106,16 +122,24 @@ def build(models: Sequence[LoadedModel]) -> Any:
         )
         for number, loaded in enumerate(models):
             try:
-                found = answer(loaded, prompt, config)
+                found = answer(loaded, prompt, config, chat=chat)
             except UserError as error:
                 raise gr.Error(str(error)) from None
             shown[2 * number : 2 * number + 2] = ["\n\n———\n\n".join(found.texts), found.describe(sizes[number])]
             yield shown
 
     with gr.Blocks(title="llmprune") as page:
-        gr.Markdown("# Models side by side\nEvery model continues the same prompt, one after the other.")
-        prompt = gr.Textbox(label="Prompt", lines=3, value=EXAMPLES[0], max_length=LONGEST)
-        gr.Examples([[example] for example in EXAMPLES], prompt)
+        gr.Markdown("# Models side by side\nEvery model gets the same prompt, one after the other.")
+        prompt = gr.Textbox(label="Prompt", lines=3, value=examples[0], max_length=LONGEST)
+        chat = gr.Checkbox(
+            chats,
+            label="As a chat",
+            info="Each model answers in its own chat template."
+            if chats
+            else "Only for models that all have a chat template.",
+            interactive=chats,
+        )
+        gr.Examples([[example] for example in examples], prompt)
         with gr.Row():
             tokens = gr.Slider(1, MOST["output tokens"], 64, step=1, label="Output tokens")
             batch = gr.Slider(1, MOST["batch"], 1, step=1, label="Batch")
@@ -127,10 +151,10 @@ def build(models: Sequence[LoadedModel]) -> Any:
         button = gr.Button("Generate", variant="primary")
         outputs = []
         with gr.Row():
-            for loaded in models:
+            for label in short_names([loaded.name for loaded in models]):
                 with gr.Column(min_width=260):
-                    outputs += [gr.Textbox(label=loaded.name, lines=10), gr.Markdown()]
-        inputs = [prompt, tokens, batch, seed, temperature, top_k, top_p]
+                    outputs += [gr.Textbox(label=label, lines=10), gr.Markdown()]
+        inputs = [prompt, tokens, batch, seed, temperature, top_k, top_p, chat]
         button.click(run, inputs, outputs, api_name="generate", concurrency_limit=1)
         prompt.submit(run, inputs, outputs, api_name=False, concurrency_limit=1)
     return page

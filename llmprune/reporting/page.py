@@ -4,7 +4,7 @@ import datetime
 import itertools
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,20 +16,36 @@ from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.conversion.commands import last_evaluation
 from llmprune.data.sources import clean_name
 from llmprune.measurement.results import rows as speed_rows
-from llmprune.reporting.collect import Material, Model, ReportedRun, collect, short_names
+from llmprune.plans.plan import Plan
+from llmprune.reporting.collect import Material, ReportedRun, changes, collect
 from llmprune.reporting.figures import (
     Picture,
-    fastest,
     picture_of_plan,
     pictures_of_quality,
     pictures_of_run,
     pictures_of_scores,
 )
+from llmprune.reporting.headline import first_generation, headline
+from llmprune.reporting.names import short_names
+from llmprune.reporting.numbers import ABSENT, shown
 from llmprune.utils.files import write_text
 from llmprune.utils.outputs import output_folder, refuse_existing, refuse_replacing
 
 Table = tuple[str, Sequence[str], list[list[str]]]  # heading, column names, rows of cells
 SAMPLES = 3  # number of prompts whose continuations are shown
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and how models continue it.
+
+    Attributes:
+        prompt: text that the models were given.
+        answers: label and continuation of each model; the original continuation comes first, if it is known.
+    """
+
+    prompt: str
+    answers: Sequence[tuple[str, str]]
 
 
 @dataclass
@@ -40,23 +56,23 @@ class PageSection:
         title: heading of the section.
         warnings: sentences below the heading that are emphasised.
         notes: further sentences.
-        tables: tables, each with heading, column names and rows of cells.
+        samples: texts of models, side by side.
         pictures: figures.
-        texts: texts of models, each with model name, prompt and continuation.
+        tables: tables, each with heading, column names and rows of cells.
         commands: command lines to repeat the work.
     """
 
     title: str
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
-    texts: list[tuple[str, str, str]] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         """Whether the section has any content."""
-        return bool(self.warnings or self.notes or self.tables or self.pictures or self.texts or self.commands)
+        return bool(self.warnings or self.notes or self.samples or self.pictures or self.tables or self.commands)
 
 
 def write_report(
@@ -77,6 +93,7 @@ def write_report(
         refuse_existing(Path(plots), overwrite)
         refuse_replacing(plots, [*paths, out])
     material = collect(paths)
+    answer = headline(material)
     sections = [section for section in _sections(material) if section]
     if plots is not None:
         with output_folder(plots, overwrite) as folder:
@@ -86,7 +103,8 @@ def write_report(
     environment = Environment(loader=PackageLoader("llmprune.reporting"), autoescape=True, undefined=StrictUndefined)
     environment.tests["number"] = lambda cell: re.match(r"[\d.,]+(?= |$)", cell) is not None
     page = environment.get_template("page.html").render(
-        title=", ".join(Path(path).name for path in paths),
+        title=", ".join(Path(path).absolute().name for path in paths),
+        headline=answer,
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=version("llmprune"),
         sections=sections,
@@ -107,16 +125,14 @@ def _file_names(pictures: Sequence[Picture]) -> list[str]:
 
 def _sections(material: Material) -> list[PageSection]:
     sections = [
+        _samples(material),
         _quality(material),
-        _speed(material),
-        _models(material),
+        _plans(material),
         _training(material),
         _scores(material),
-        _samples(material),
-        _commands(material),
     ]
     left_out = [f"{path} is left out: {reason}" for path, reason in material.left_out.items()]
-    return [PageSection("Left out", warnings=left_out), *sections]
+    return [*sections, PageSection("Left out", warnings=left_out), _commands(material)]
 
 
 def _drawn(pictures: Iterable[Picture]) -> list[Picture]:
@@ -129,119 +145,131 @@ def _drawn(pictures: Iterable[Picture]) -> list[Picture]:
 
 def _quality(material: Material) -> PageSection:
     def measured(path: Path, speed: dict[str, Any]) -> Iterable[tuple[str, float]]:
-        return [(m, found) for m, entry in speed["models"].items() if (found := fastest(entry)) is not None]
+        found = [(model, first_generation(entry)) for model, entry in speed["models"].items()]
+        return [(model, float(entry["tokens_per_s"])) for model, entry in found if entry is not None]
 
     speeds = dict(material.made(material.speeds, measured))
-    names = short_names([path.with_suffix("") for path in material.results])
+    names = _labels([path.with_suffix("") for path in material.results])
 
     def pictures(path: Path, results: dict[str, Any]) -> list[Picture]:
-        return _drawn(pictures_of_quality(names[path.with_suffix("")], results, speeds))
+        return _drawn(pictures_of_quality(names[path.with_suffix("")], results, speeds, material.label))
 
-    def tables(path: Path, results: dict[str, Any]) -> list[Table]:
-        return _result_tables(str(path), {**results["models"], **results.get("generated", {})})
+    def table(path: Path, results: dict[str, Any]) -> list[Table]:
+        models = {material.label(name): entry for name, entry in results["models"].items()}
+        return [_result_table(str(path), {**models, **results.get("generated", {})})]
 
     return PageSection(
-        "Quality", pictures=material.made(material.results, pictures), tables=material.made(material.results, tables)
+        "Quality against size and speed",
+        pictures=material.made(material.results, pictures),
+        tables=[
+            *material.made(material.results, table),
+            *material.made(material.speeds, lambda path, speed: [_speed_table(path, speed, material)]),
+        ],
     )
 
 
+def _labels(paths: Sequence[Path]) -> dict[Path, str]:
+    return dict(zip(paths, short_names([str(path) for path in paths]), strict=True))
+
+
 def _scores(material: Material) -> PageSection:
-    names = short_names([path.parent if path.stem == "scores" else path.with_suffix("") for path in material.scores])
-    named = dict(zip(material.scores, names.values(), strict=True))
-    pictures = material.made(material.scores, lambda path, scores: _drawn(pictures_of_scores(named[path], scores)))
+    places = [path.absolute().parent if path.stem == "scores" else path.with_suffix("") for path in material.scores]
+    names = dict(zip(material.scores, short_names([str(place) for place in places]), strict=True))
+    pictures = material.made(material.scores, lambda path, scores: _drawn(pictures_of_scores(names[path], scores)))
     return PageSection("Scores", pictures=pictures)
 
 
-def _result_tables(place: str, models: dict[str, Any]) -> list[Table]:
-    """Tables of perplexity, tasks and continuations: measurements by model."""
-    tables: list[Table] = []
-    for heading, kind in (
-        ("Perplexity", "perplexity"),
-        ("Tasks", "tasks"),
-        ("Continuations, percent", "continuations"),
+def _result_table(heading: str, models: Mapping[str, Any]) -> Table:
+    """A table of sizes, perplexity, tasks and continuations: measurements by model."""
+    rows = []
+    sizes = [entry.get("parameters") for entry in models.values()]
+    if any(sizes):
+        rows.append(["parameters", *(shown(size) if size else ABSENT for size in sizes)])
+    for kind, words in (
+        ("perplexity", "perplexity of {}, {}"),
+        ("tasks", "{}, {}"),
+        ("continuations", "continuations of {}, {}, %"),
     ):
         measured = dict.fromkeys(
             (name, metric)
             for entry in models.values()
             for name, metrics in entry.get(kind, {}).items()
             for metric, value in metrics.items()
-            if isinstance(value, float) and "stderr" not in metric
+            if (isinstance(value, float) or value is None) and "stderr" not in metric
         )
-        if measured:
-            rows = [
-                [
-                    f"{name}, {_words(metric)}",
-                    *(_number(e.get(kind, {}).get(name, {}).get(metric)) for e in models.values()),
-                ]
-                for name, metric in measured
-            ]
-            tables.append((f"{heading} ({place})", ["", *_short(list(models))], rows))
-    return tables
+        for name, metric in measured:
+            cells = (_cell(entry.get(kind, {}).get(name, {}), metric) for entry in models.values())
+            rows.append([words.format(name, metric.replace("bos_", "BOS ").replace("_", " ")), *cells])
+    return heading, ["", *models], rows
 
 
-def _words(metric: str) -> str:
-    return metric.replace("bos_", "BOS ").replace("_", " ")
+def _cell(values: Mapping[str, Any], key: str) -> str:
+    return shown(values[key]) if key in values else ABSENT
 
 
-def _short(models: list[str]) -> list[str]:
-    """The last parts of models' names; the whole names if two last parts are equal."""
-    names = [Path(model).name for model in models]
-    return names if len(set(names)) == len(names) else models
-
-
-def _speed(material: Material) -> PageSection:
-    return PageSection("Speed and memory", tables=material.made(material.speeds, lambda *found: [_speed_table(*found)]))
-
-
-def _speed_table(path: Path, speed: dict[str, Any]) -> Table:
-    names = dict(zip(speed["models"], _short(list(speed["models"])), strict=True))
+def _speed_table(path: Path, speed: dict[str, Any], material: Material) -> Table:
     cells = []
     for row in speed_rows(speed):
         work = f"{row['kind']}, batch {row['batch']}, {row['prompt_tokens']} tokens"
         work += f" → {row['output_tokens']}" if "output_tokens" in row else ""
+        work += "" if row.get("cached", True) else ", uncached"
         latency = (
-            f"{row['latency_s_mean'] * 1e3:.1f} ± {row['latency_s_std'] * 1e3:.1f}"
+            f"{shown(row['latency_s_mean'] * 1e3)} ± {shown(row['latency_s_std'] * 1e3, 2)}"
             if "latency_s_mean" in row
             else "out of memory"
         )
         ratio = (
-            f"{row['speedup_p50']:.2f} ({row['speedup_p10']:.2f}–{row['speedup_p90']:.2f})"
+            f"{shown(row['speedup_p50'], 3)} ({shown(row['speedup_p10'], 3)}–{shown(row['speedup_p90'], 3)})"
             if "speedup_p50" in row
-            else ""
+            else ABSENT
         )
         memory = row.get("peak_memory_bytes")
         cells.append(
             [
-                names[row["model"]],
+                material.label(row["model"]),
                 work,
                 latency,
-                _number(row.get("tokens_per_s")),
+                _cell(row, "tokens_per_s"),
                 ratio,
-                f"{memory / 1e6:.0f}" if memory else "",
+                shown(memory / 1e6) if memory else ABSENT,
             ]
         )
     heads = ["model", "work", "latency, ms", "tokens/s", "times as fast as the first", "memory, MB"]
     return f"{path} ({speed['device']}, {speed['dtype']})", heads, cells
 
 
-def _models(material: Material) -> PageSection:
-    def pictures(path: Path, model: Model) -> list[Picture]:
-        return _drawn([picture_of_plan(model.plan, model.name)] if model.plan is not None and model.cut else [])
-
-    section = PageSection("Models", pictures=material.made({m.path: m for m in material.models}, pictures))
+def _plans(material: Material) -> PageSection:
+    """Draw every plan once: the models that were cut by it share a picture."""
+    drawn: dict[Any, tuple[Path, Plan, list[str]]] = {}
+    for model in material.models:
+        if model.plan is not None and model.cut:
+            drawn.setdefault(_what_stays(model.plan), (model.path, model.plan, []))[2].append(model.name)
+    for path, label in _labels([*material.plans]).items():
+        plan = material.plans[path]
+        if changes(plan):
+            drawn.setdefault(_what_stays(plan), (path, plan, [label]))
+    plans = {path: (plan, ", ".join(names)) for path, plan, names in drawn.values()}
+    section = PageSection(
+        "Models and plans", pictures=material.made(plans, lambda _, found: _drawn([picture_of_plan(*found)]))
+    )
     if material.models:
-        rows = [[model.name, f"{model.parameters:,}", _shape(model)] for model in material.models]
+        rows = [[model.name, f"{model.parameters:,}", _shape(model.plan)] for model in material.models]
         section.tables.append(("", ["model", "parameters", "shape (of the source)"], rows))
     return section
 
 
-def _shape(model: Model) -> str:
-    if model.plan is None:
-        return ""
-    now, source = vars(model.plan.shape), vars(model.plan.source)
+def _what_stays(plan: Plan) -> tuple[Any, ...]:
+    return plan.source, plan.blocks, plan.hidden
+
+
+def _shape(plan: Plan | None) -> str:
+    if plan is None:
+        return ABSENT
+    now, source = vars(plan.shape), vars(plan.source)
     return ", ".join(
-        f"{name.replace('_', ' ')} {now[name]}" + (f" ({source[name]})" if now[name] != source[name] else "")
+        f"{name.replace('_', ' ')} {now[name]:,}" + (f" ({source[name]:,})" if now[name] != source[name] else "")
         for name in now
+        if now[name] is not None
     )
 
 
@@ -266,25 +294,32 @@ def _unfinished(path: Path, run: ReportedRun) -> list[str]:
 
 def _training_row(path: Path, run: ReportedRun) -> list[list[str]]:
     found = last_evaluation(RunFolder(path).metrics, run.batches + 1)
-    return [[run.name, _kind(run), str(run.config["train"]["duration"]), _number(found.get("loss"))]]
+    return [[run.name, _kind(run), str(run.config["train"]["duration"]), _cell(found, "loss")]]
 
 
 def _kind(run: ReportedRun) -> str:
     if run.prunes:
         target = run.config["l0_pruning"].get("target") or {}
         goal = ", ".join(f"{name} {value}" for name, value in target.items() if value is not None)
-        return f"L0 pruning to {goal or run.config['l0_pruning'].get('target_sparsity')}"
+        if not goal and (share := run.config["l0_pruning"].get("target_sparsity")) is not None:
+            goal = f"a sparsity of {share}"
+        return f"L0 pruning to {goal}" if goal else "L0 pruning"
     return "pretraining" if run.config["model"].get("path") is None else f"continued from {run.config['model']['path']}"
 
 
 def _samples(material: Material) -> PageSection:
-    section = PageSection("Samples of text")
-    given = (r.get("prompt") for records in material.continuations.values() for r in records)
-    for prompt in [*dict.fromkeys(prompt for prompt in given if isinstance(prompt, str))][:SAMPLES]:
-        for model, records in material.continuations.items():
-            written = next((r["output"] for r in records if r.get("prompt") == prompt), None)
-            if written is not None:
-                section.texts.append((Path(model).name, prompt, written))
+    """Pair the continuations by prompt: the prompts that most models continued come first."""
+    by_prompt: dict[str, dict[str, dict[str, Any]]] = {}
+    for model, records in material.continuations.items():
+        for record in records:
+            if isinstance(prompt := record.get("prompt"), str):
+                by_prompt.setdefault(prompt, {}).setdefault(material.label(model), record)  # the first of several
+    section = PageSection("Text samples")
+    for prompt, found in sorted(by_prompt.items(), key=lambda item: -len(item[1]))[:SAMPLES]:
+        original = next((record["reference"] for record in found.values() if record.get("reference")), None)
+        answers = [] if original is None else [("the original", original.strip())]
+        answers += [(label, record["output"].strip() or "(nothing)") for label, record in found.items()]
+        section.samples.append(Sample(prompt, answers))
     return section
 
 
@@ -309,9 +344,3 @@ def _commands(material: Material) -> PageSection:
             "RUN the run that trained the gates, and what --out names must be new as well."
         )
     return section
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4f}"

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from llmprune.cli import app
 from llmprune.evaluation.continuations import (
     Prompt,
     continuation_scores,
+    encode_prompts,
     read_continuations,
     read_prompts,
     save_continuations,
@@ -41,6 +43,25 @@ def test_known_scores() -> None:
     assert found["rouge1"] == pytest.approx(200 / 3) and found["outputs"] == 1
     with pytest.raises(UserError, match="no references"):
         continuation_scores([{"output": "x", "reference": None}])
+
+
+def test_a_chat_is_what_the_template_writes(opened: LoadedModel) -> None:
+    tokenizer, config = copy.deepcopy(opened.tokenizer), opened.model.config
+    with pytest.raises(UserError, match="no chat template"):
+        encode_prompts([Prompt("one", chat=True)], tokenizer, 4, config)
+    start = tokenizer.bos_token or tokenizer.eos_token
+    special = [(start, tokenizer.convert_tokens_to_ids(start))]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{start} $A", special_tokens=special)
+    assert tokenizer.decode(tokenizer("one")["input_ids"]).startswith(start)
+    tokenizer.chat_template = (
+        f"{start}{{% for m in messages %}}{{{{ m.role }}}}: {{{{ m.content }}}} {{% endfor %}}"
+        "{% if add_generation_prompt %}answer: {% endif %}"
+    )
+    (ids,) = encode_prompts([Prompt("one two", chat=True)], tokenizer, 4, config)
+    assert tokenizer.decode(ids) == f"{start}user: one two answer: "  # nothing is put before or after it
+    tokenizer.chat_template = "{{ raise_exception('not this') }}"
+    with pytest.raises(UserError, match="chat template fails: not this"):
+        encode_prompts([Prompt("one", chat=True)], tokenizer, 4, config)
 
 
 def test_greedy_is_the_likeliest_token_whatever_the_batch(opened: LoadedModel) -> None:

@@ -11,7 +11,7 @@ from llmprune.evaluation.continuations import Prompt, write_continuations
 from llmprune.evaluation.settings import GenerationConfig
 from llmprune.models.loaded import open_model
 from llmprune.models.placement import Placement
-from llmprune.reporting.demo import answer, check_request, serve
+from llmprune.reporting.demo import answer, build, check_request, serve
 from llmprune.utils.errors import UserError
 from tests.harness.browser import chromium
 
@@ -47,9 +47,10 @@ def test_start_use_and_stop(trained_folder: Path, model_folder: Path) -> None:
             view.get_by_text("tokens/s").nth(1).wait_for(timeout=30_000)
             config = GenerationConfig(max_new_tokens=5, temperature=0, batch_size=1)
             for folder in (trained_folder, model_folder):
-                shown = view.get_by_label(str(folder)).input_value()
+                shown = view.get_by_label(folder.name, exact=True).input_value()
                 wanted = write_continuations(open_model(str(folder), HERE), [Prompt("3: one two")], config)
                 assert shown == wanted[0]["output"]
+            assert view.get_by_label("As a chat").is_disabled()  # the models have no template
             lines = view.get_by_text("tokens/s").all_text_contents()
             assert re.match(r"0\.\d M parameters · [\d.]+ s · [\d.]+ tokens/s · \d+ MB", lines[0])
             ask(view, "", {})
@@ -69,6 +70,25 @@ def test_a_batch_is_several_answers(trained_folder: Path) -> None:
     found = answer(opened, "3: one", GenerationConfig(max_new_tokens=6, temperature=1.0, batch_size=3))
     assert len(found.texts) == 3 and len(set(found.texts)) > 1
     assert 0 < found.tokens <= 3 * 6 + 3 and found.seconds > 0
+
+
+def test_chat_models_answer_in_their_template(trained_folder: Path, model_folder: Path) -> None:
+    import gradio as gr
+
+    models = [open_model(str(folder), HERE) for folder in (trained_folder, model_folder)]
+
+    def offered() -> tuple[bool, bool]:
+        (box,) = (block for block in build(models).blocks.values() if isinstance(block, gr.Checkbox))
+        return box.value, box.interactive
+
+    assert offered() == (False, False)
+    models[0].tokenizer.chat_template = "3: {{ messages[0].content }} two"
+    assert offered() == (False, False)  # the other model has none
+    models[1].tokenizer.chat_template = "{{ messages[0].content }}"
+    assert offered() == (True, True)
+    config = GenerationConfig(max_new_tokens=5, temperature=0, batch_size=1)
+    found = answer(models[0], "one", config, chat=True).texts
+    assert found == answer(models[0], "3: one two", config).texts != answer(models[0], "one", config).texts
 
 
 def test_mistakes(trained_folder: Path) -> None:

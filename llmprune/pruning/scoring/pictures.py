@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from llmprune.pruning.scoring.scores import Scores
 
 COLOURS = "viridis"
+LABELS = 16  # largest number of block numbers along an axis; more would overlap
 
 
 def pictures_beside(out: Path | str) -> list[Path]:
@@ -48,6 +49,16 @@ def draw_scores(scores: Scores, folder: Path | str, stem: str) -> list[Path]:
     return drawn
 
 
+def thinned(count: int) -> range:
+    """The positions on an axis of ``count`` blocks that get a label: at most ``LABELS``, at round distances.
+
+    >>> [*thinned(80)][:4]
+    [0, 5, 10, 15]
+    """
+    steps = (step * 10**power for power in range(8) for step in (1, 2, 5))
+    return range(0, count, next(step for step in steps if count <= LABELS * step))
+
+
 def heat_map(rows: Mapping[str, Sequence[float]], title: str) -> Figure:
     """A picture of blocks × criteria, each criterion's scores as ranks from 0 (removed first) to 1.
 
@@ -56,11 +67,11 @@ def heat_map(rows: Mapping[str, Sequence[float]], title: str) -> Figure:
     names = list(rows)
     ranks = np.array([_ranks(rows[name]) for name in names])
     blocks = ranks.shape[1]
-    figure = Figure(figsize=(max(5.0, 0.3 * blocks + 2.5), 0.35 * len(names) + 1.6))
+    figure = Figure(figsize=(5.2, 0.35 * len(names) + 1.6))
     axes = figure.add_subplot()
     image = axes.imshow(ranks, aspect="auto", cmap=COLOURS, vmin=0, vmax=1)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axes.set_xticks(range(0, blocks, 1 if blocks <= 40 else 5))
+    axes.set_xticks(thinned(blocks))
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel("block")
     axes.set_title(title, fontsize=10)
@@ -88,7 +99,8 @@ def span_landscape(spans: Mapping[str, Mapping[str, Sequence[float]]], title: st
         axes.plot(best, range(layers), "o", markersize=3, color="red", label="most alike")
         axes.set_xlabel("first block of the span")
         axes.set_ylabel("blocks in the span")
-        ticks = range(0, layers, max(layers // 8, 1))
+        axes.set_xticks(thinned(layers))
+        ticks = [length - 1 for length in thinned(layers + 1) if length]
         axes.set_yticks(ticks, [str(tick + 1) for tick in ticks])
         axes.set_title({"cosine": "mean cosine", "angular": "angle / π, last token"}.get(name, name), fontsize=10)
         axes.legend(fontsize=8)
@@ -102,6 +114,8 @@ def similarity(pairs: Sequence[Sequence[float]], title: str) -> Figure:
     figure = Figure(figsize=(5.2, 4.4))
     axes = figure.add_subplot()
     image = axes.imshow(np.array(pairs), origin="lower", cmap=COLOURS, vmin=0, vmax=1)
+    axes.set_xticks(thinned(len(pairs)))
+    axes.set_yticks(thinned(len(pairs)))
     axes.set_xlabel("output of block")
     axes.set_ylabel("output of block")
     axes.set_title(title, fontsize=10)

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch.utils.data import default_collate
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from data_prep.join import Row
@@ -45,6 +44,7 @@ from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json, sha256_text, write_json
 from llmprune.utils.formats import TeacherFormat
 from llmprune.utils.outputs import output_folder, refuse_existing
+from llmprune.utils.progress import Progress
 from llmprune.utils.settings import check_settings, limited
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def teach(data: str, teacher: str, out: Path, config: TeachConfig, *, overwrite:
     if not work.is_done:
         check_memory(teacher, dtype=dtype, on_gpu=device.type == "cuda", remedy="use a larger machine")
         model = load_model(teacher, dtype=dtype).to(device).eval()
-        with tqdm(total=len(work.pieces), desc="pieces", disable=None) as progress:
+        with work.progress() as progress:
             while work.is_open and not work.is_done:  # until this or another process has completed the job
                 if not work.do_some(model, progress):
                     time.sleep(_WAIT)  # other processes work on the last pieces
@@ -210,18 +210,28 @@ class _Work:
         """Whether all pieces are done, so that they can be joined."""
         return all(self.description(piece).is_file() for piece in self.pieces)
 
-    def do_some(self, model: PreTrainedModel, progress: "tqdm[Any]") -> bool:
+    def progress(self) -> Progress:
+        """The progress of the job: samples of all pieces, also of those that other processes do."""
+        self._counted = {piece.name for piece in self.pieces if self.description(piece).is_file()}
+        done = sum(len(piece.samples) for piece in self.pieces if piece.name in self._counted)
+        total = sum(len(piece.samples) for piece in self.pieces)
+        return Progress(desc="teaching", total=total, initial=done, unit="samples")
+
+    def do_some(self, model: PreTrainedModel, progress: Progress) -> bool:
         """Do every piece that is neither done nor in work; returns whether there was one."""
         found = False
         for piece in self.pieces:
+            if self.description(piece).is_file() and piece.name not in self._counted:
+                self._counted.add(piece.name)
+                progress.update(len(piece.samples))
             if self.description(piece).is_file() or not self.is_open:
                 continue
             try:
                 with FileLock(self._folder / f"{piece.name.replace('/', '_')}.lock", timeout=0):
                     if self.is_open and not self.description(piece).is_file():
-                        self._do(piece, model)
+                        self._counted.add(piece.name)
+                        self._do(piece, model, progress)
                         found = True
-                        progress.update()
             except Timeout:
                 continue
             except FileNotFoundError:
@@ -230,7 +240,7 @@ class _Work:
                 return True  # another process has completed the job
         return found
 
-    def _do(self, piece: _Piece, model: PreTrainedModel) -> None:
+    def _do(self, piece: _Piece, model: PreTrainedModel, progress: Progress) -> None:
         reader = self._data.reader(piece.domain, piece.split, boundaries=self._boundaries)
         began = time.monotonic()
         places = [(shard, index) for shard, size in enumerate(reader.shard_sizes) for index in range(size)]
@@ -241,7 +251,9 @@ class _Work:
         compression = self._data.manifest.compression
         writer = ShardWriter(aside, self._taught if taught else self._plain, compression)
         for start in range(0, len(own), self._config.batch_size):
-            writer.write(self._rows(reader, own[start : start + self._config.batch_size], model if taught else None))
+            batch = own[start : start + self._config.batch_size]
+            writer.write(self._rows(reader, batch, model if taught else None))
+            progress.update(len(batch))
         writer.finish()
         (shard,) = writer.shards
         target = self.shards(piece)

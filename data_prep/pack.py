@@ -1,5 +1,6 @@
 """Packing documents into MDS shards of samples with a fixed length."""
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -8,12 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from data_prep.encode import Tokens, encoded
 from data_prep.job import PackingJob, Progress, opened_job
-from data_prep.pace import Pace
 from data_prep.packer import Arrival, Layout, Packer
 from data_prep.reading import EARLY_STOP, Reading, part_of
 from data_prep.recipe import PackSettings, Recipe, load_fast_tokenizer, tokens_of
@@ -23,7 +22,10 @@ from llmprune.data.sources import BadRecord, DomainNames, Fields
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json
 from llmprune.utils.outputs import put_in_place, refuse_existing, refuse_replacing
+from llmprune.utils.progress import Progress as ProgressBar
 from llmprune.utils.untrusted import open_tokenizer
+
+log = logging.getLogger(__name__)
 
 _SAVE_SECONDS = 60.0  # seconds between two saves of a job's progress
 
@@ -73,7 +75,7 @@ def prepare(
         shard: pair (i, n): process only part i of n parts, which ``merge`` joins; None = everything.
         processes: number of tokenising processes; None = one per core, 1 = this process.
         overwrite: whether ``out`` may be replaced.
-        progress: whether to show a progress bar on standard error.
+        progress: whether to show the progress on standard error.
 
     Raises:
         UserError: inputs, tokenizer or settings are impossible; the output would replace inputs; there are too many bad
@@ -199,8 +201,8 @@ def _go_on(
     done = job.resume(packers)
     reading.names = DomainNames(done.names)
     reading.leave_out(held_out)
-    total = sum(source.size for source in reading.inputs)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+    total, read = (sum(source.size for source in part) for part in (reading.inputs, reading.inputs[: done.place[0]]))
+    with ProgressBar(desc="packing", total=total, initial=read, unit="B", disable=not progress) as bar:
         _pack(reading, tokens, packers, job, done, processes, bar)
     _check_bad(done.bad, done.documents, reading.settings.max_bad)
     return done
@@ -213,11 +215,10 @@ def _pack(
     job: PackingJob,
     done: Progress,
     processes: int,
-    bar: "tqdm[Any]",
+    bar: ProgressBar,
 ) -> None:
     """Pack all documents after those in ``done``, and save the progress regularly."""
     settings, saved = reading.settings, time.monotonic()
-    pace = Pace(bar.total, sum(source.size for source in reading.inputs[: done.place[0]]))
     with closing(encoded(tokens, reading.batches(done.place), processes)) as results:
         for batch, contents in results:
             done.bad += batch.bad
@@ -248,8 +249,8 @@ def _pack(
             if time.monotonic() - saved > _SAVE_SECONDS:
                 job.save(packers, done)
                 saved = time.monotonic()
-                pace.log(batch.position, packers.values())
-    pace.log(bar.total)
+                for domain, documents, samples in (one for packer in packers.values() for one in packer.progress()):
+                    log.info("%s: %s documents, %s samples so far", domain, f"{documents:,}", f"{samples:,}")
     bar.update((bar.total or bar.n) - bar.n)
 
 

@@ -19,7 +19,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_prep.shared_job import SharedJob
@@ -32,6 +31,7 @@ from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json, write_json, write_text
 from llmprune.utils.formats import Device, TeacherFormat
 from llmprune.utils.outputs import output_folder, refuse_existing
+from llmprune.utils.progress import Progress
 from llmprune.utils.ranks import share_cores, use_own_gpu
 from llmprune.utils.settings import check_settings, limited
 
@@ -122,7 +122,7 @@ def sample(model: str, out: Path, config: SampleConfig, *, overwrite: bool = Fal
         total, done = (
             sum(config.rows(parts.index(part)) for part in some) * config.length for some in (parts, job.done)
         )
-        with tqdm(total=total, initial=done, unit="tok", unit_scale=True, disable=None) as progress:
+        with Progress(desc="sampling", total=total, initial=done, unit="tokens") as progress:
 
             def do(part: str) -> dict[str, int]:
                 number = parts.index(part)

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import default_collate
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from data_prep.join import Row
@@ -42,6 +41,7 @@ from llmprune.utils.errors import UserError
 from llmprune.utils.files import sha256_text
 from llmprune.utils.formats import TeacherFormat
 from llmprune.utils.outputs import output_folder, refuse_existing
+from llmprune.utils.progress import Progress
 from llmprune.utils.ranks import use_own_gpu
 from llmprune.utils.settings import check_settings, limited
 
@@ -134,12 +134,11 @@ def teach(data: str, teacher: str, out: Path, config: TeachConfig, *, overwrite:
     if not job.is_done:
         check_memory(teacher, dtype=dtype, on_gpu=device.type == "cuda", remedy="use a larger machine")
         model = load_model(teacher, dtype=dtype).to(device).eval()
-        with tqdm(total=len(work.pieces), desc="pieces", disable=None) as progress:
+        total, done = (sum(len(work.pieces[name].samples) for name in some) for some in (work.pieces, job.done))
+        with Progress(desc="teaching", total=total, initial=done, unit="samples") as progress:
 
             def do(piece: str) -> dict[str, Any]:
-                shard = work.do(piece, job.folder, model)
-                progress.update()
-                return shard
+                return work.do(piece, job.folder, model, progress.update)
 
             job.work(do)
     with job.finishing() as mine:
@@ -171,7 +170,7 @@ class _Work:
         for number, start in enumerate(range(0, samples, each)):
             yield _Piece(domain, split, number, range(start, min(start + each, samples)))
 
-    def do(self, name: str, folder: Path, model: PreTrainedModel) -> dict[str, Any]:
+    def do(self, name: str, folder: Path, model: PreTrainedModel, told: Callable[[int], object]) -> dict[str, Any]:
         """Write a piece's shard to the folder of the job; returns the description of the shard."""
         piece = self.pieces[name]
         reader = self._data.reader(piece.domain, piece.split, boundaries=self._boundaries)
@@ -184,7 +183,9 @@ class _Work:
         compression = self._data.manifest.compression
         writer = ShardWriter(aside, self._taught if taught else self._plain, compression)
         for start in range(0, len(own), self._config.batch_size):
-            writer.write(self._rows(reader, own[start : start + self._config.batch_size], model if taught else None))
+            batch = own[start : start + self._config.batch_size]
+            writer.write(self._rows(reader, batch, model if taught else None))
+            told(len(batch))
         writer.finish()
         (shard,) = writer.shards
         target = _shards(folder, name)

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from llmprune.pruning.replacements.span import Span
 from llmprune.pruning.replacements.streaming import Streaming
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import save_tensors
+from llmprune.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -139,12 +141,15 @@ class BlockReplacement(Callback):
             print(f"the states of {cache.samples:,} samples are computed: {cache.size / 1e9:.2f} GB")
             cache.create()
         dist.barrier()
-        for batch in self._cached:
-            source = self.streaming.source(state.device.batch_to_device(batch), after=True, final=False)
-            assert source.after is not None
-            cache.write(
-                batch["slot"].tolist(), source.before, source.after, labels_of(batch), batch.get("position_ids")
-            )
+        own = cache.samples // dist.get_local_world_size()
+        with Progress(desc="caching states", total=own, unit="samples") as progress:
+            for batch in self._cached:
+                source = self.streaming.source(state.device.batch_to_device(batch), after=True, final=False)
+                assert source.after is not None
+                cache.write(
+                    batch["slot"].tolist(), source.before, source.after, labels_of(batch), batch.get("position_ids")
+                )
+                progress.update(len(batch["slot"]))
         reshard(state.model)
         dist.barrier()
         if dist.get_local_rank() == 0:
@@ -165,19 +170,24 @@ class BlockReplacement(Callback):
                 "a replacement module is computed on some samples and tried on others: raise "
                 "block_replacement.fit_samples until every rank has two of them"
             )
-        sums = self.sums(state, fitted)
-        if self.config.kind != "mean" and (tokens := int(sums.tokens)) < LEAST * len(sums.x):
-            enough = _enough(batches, LEAST * len(sums.x), tokens)
-            raise UserError(
-                f"{self.config.kind} fits {len(sums.x):,} hidden dimensions on {tokens:,} tokens; {LEAST} "
-                f"for each are needed: set block_replacement.fit_samples={enough}"
-            )
-        ridges = RIDGES if self.config.ridge is None else (self.config.ridge,)
-        chosen = best_map(self.replacement.ways(sums, ridges), self.sums(state, tried))
-        self.replacement.take(Map())
-        nothing = self._loss(state, tried)
-        self.replacement.take(chosen)
-        losses = FittedLosses(self._loss(state, tried, whole=True), nothing, self._loss(state, tried))
+        total = sum(len(batch["input_ids"]) for part in (fitted, *[tried] * 4) for batch in part)
+        with Progress(desc=f"computing {self.config.kind}", total=total, unit="samples") as progress:
+
+            def shown(part: Iterable[Batch]) -> Iterator[Batch]:
+                for batch in part:
+                    yield batch
+                    progress.update(len(batch["input_ids"]))
+
+            sums = self.sums(state, shown(fitted))
+            if self.config.kind != "mean" and (tokens := int(sums.tokens)) < LEAST * len(sums.x):
+                raise _too_few(self.config.kind, len(sums.x), tokens, _enough(batches, LEAST * len(sums.x), tokens))
+            ridges = RIDGES if self.config.ridge is None else (self.config.ridge,)
+            chosen = best_map(self.replacement.ways(sums, ridges), self.sums(state, shown(tried)))
+            self.replacement.take(Map())
+            nothing = self._loss(state, shown(tried))
+            self.replacement.take(chosen)
+            source = self._loss(state, shown(tried), whole=True)
+            losses = FittedLosses(source, nothing, self._loss(state, shown(tried)))
         if not losses.helps and not self.config.force:
             if self._alone:
                 raise UserError(
@@ -285,6 +295,40 @@ def _parted(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]
         {name: value[part] for name, value in batch.items()} for part in (slice(place), slice(place, None))
     )
     return [fitted], [tried] if place < samples else []
+
+
+def check_fit(config: BlockReplacementConfig, hidden: int, length: int, ranks: int, microbatch: int) -> None:
+    """Refuse a fit on too few tokens before any work; where not every token is learned, the fit itself may refuse more.
+
+    Args:
+        config: settings of the section.
+        hidden: number of hidden dimensions of the model.
+        length: number of tokens in each sample.
+        ranks: number of ranks.
+        microbatch: number of samples in each batch of a rank.
+
+    Raises:
+        UserError: there are too few tokens; the message contains a number of samples that is enough.
+    """
+    if config.kind == "mean" or not getattr(REPLACEMENTS[config.kind], "is_fitted", False):
+        return
+
+    def tokens(samples: int) -> int:
+        share = -(-samples // ranks)
+        batches = -(-share // microbatch)
+        fitted = samples_fitted(share) if batches == 1 else samples_fitted(batches) * microbatch
+        return fitted * ranks * (length - 1)  # no token follows the last one
+
+    if tokens(config.fit_samples) < LEAST * hidden:
+        enough = next(samples for samples in count(config.fit_samples) if tokens(samples) >= LEAST * hidden)
+        raise _too_few(config.kind, hidden, tokens(config.fit_samples), enough)
+
+
+def _too_few(kind: str, hidden: int, tokens: int, enough: int) -> UserError:
+    return UserError(
+        f"{kind} fits {hidden:,} hidden dimensions on {tokens:,} tokens, which must be {LEAST} for each at least: set "
+        f"block_replacement.fit_samples={enough}"
+    )
 
 
 def _enough(batches: Sequence[Batch], needed: int, tokens: int) -> int:

@@ -9,6 +9,7 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
 from llmprune.utils.logs import show
+from llmprune.utils.progress import duration
 
 HELD_OUT, RATE = "metrics/eval/", "throughput/tokens_per_sec"
 EVALUATED = (HELD_OUT, "tasks/", "perplexity/")  # metrics of evaluations
@@ -66,14 +67,14 @@ class ConsoleLines(LoggerDestination):
         self._evaluating += time.monotonic()
         named = self._metrics
         domains = [
-            f"{name.removeprefix(f'{HELD_OUT}loss/')} {value:.4f}"
+            f"{name.removeprefix(f'{HELD_OUT}loss/')} {_digits(value)}"
             for name, value in named.items()
             if name.startswith(f"{HELD_OUT}loss/")
         ]
         found = [f"batch {_place(state)}"]
         if (loss := named.get(f"{HELD_OUT}loss")) is not None:
             listed = f" ({', '.join(domains)})" if len(domains) > 1 else ""
-            found.append(f"held-out loss {loss:.4f}{listed}, perplexity {named[f'{HELD_OUT}perplexity']:.4g}")
+            found.append(f"held-out loss {_digits(loss)}{listed}, perplexity {named[f'{HELD_OUT}perplexity']:.4g}")
         found += [f"{name} {value:.4g}" for name, value in named.items() if name.startswith(EVALUATED[1:])]
         if len(found) > 1:
             self._print("  ".join(found))
@@ -97,17 +98,6 @@ class ConsoleLines(LoggerDestination):
             show(line)
 
 
-def duration(seconds: float) -> str:
-    """Return a duration in words.
-
-    >>> duration(8100.0), duration(200.0), duration(7.4)
-    ('2 h 15 min', '3 min', '7 s')
-    """
-    if seconds >= 3600:
-        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
-    return f"{round(seconds / 60)} min" if seconds >= 100 else f"{seconds:.0f} s"
-
-
 def _share(state: State) -> float:
     """Return the share of the run that is done."""
     done = state.get_elapsed_duration()
@@ -121,13 +111,18 @@ def _place(state: State) -> str:
     return f"{batch:,}/{whole.value:,}" if whole is not None and whole.unit == TimeUnit.BATCH else f"{batch:,}"
 
 
+def _digits(value: float) -> str:
+    """A loss with four decimals, or with three digits if it is small."""
+    return f"{value:.4f}" if abs(value) >= 0.1 or value == 0 else f"{value:.3g}"
+
+
 def _losses(metrics: Mapping[str, Any]) -> Iterator[str]:
     for name, value in metrics.items():
         if name == "loss/train/total":
-            yield f"loss {value:.4f}"
+            yield f"loss {_digits(value)}"
     for name, value in metrics.items():
         if name.startswith("loss/") and name != "loss/train/total":
-            yield f"{name.removeprefix('loss/').removeprefix('train/')} {value:.4f}"
+            yield f"{name.removeprefix('loss/').removeprefix('train/')} {_digits(value)}"
 
 
 def _rates(metrics: Mapping[str, Any]) -> Iterator[str]:

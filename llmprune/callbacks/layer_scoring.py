@@ -1,6 +1,6 @@
 """Scoring of blocks as a Composer callback."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,9 +23,14 @@ class LayerScoring(Callback):
     over ranks at the end, so any number of ranks gives the same scores.
     """
 
-    def __init__(self, config: LayerScoringConfig) -> None:
-        """Store the settings; the next calibration evaluation scores the model."""
-        self._config = config
+    def __init__(self, config: LayerScoringConfig, told: Callable[[int], object] = lambda passes: None) -> None:
+        """Store the settings; the next calibration evaluation scores the model.
+
+        Args:
+            config: criteria and their settings.
+            told: function that is called with the number of passes through blocks that were made, see ``Scorer``.
+        """
+        self._config, self._told = config, told
         self._scorer: Scorer | None = None
         self._watching = ExitStack()
         self.scores: Mapping[str, Mapping[str, Any]] = {}
@@ -45,6 +50,7 @@ class LayerScoring(Callback):
             config.names(model.model.config),
             config.job(model.model.config, next(model.parameters()).device),
             batch_size=config.batch_size,
+            told=self._told,
         )
 
     def eval_before_forward(self, state: State, logger: Logger) -> None:

@@ -6,7 +6,10 @@ and writes the compressed-tensors format, which Transformers and vLLM read.
 
 import logging
 import math
+import re
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from llmprune.utils.checksums import record
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import make_readable
 from llmprune.utils.outputs import output_folder, refuse_existing, refuse_replacing
+from llmprune.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -118,18 +122,43 @@ def _compress(loaded: PreTrainedModel, samples: Tensor, config: QuantizeConfig) 
         actorder="group" if config.activation_order else None,
         observer="minmax",
     )
-    oneshot(
-        model=loaded,
-        dataset=Dataset.from_dict({"input_ids": samples.tolist(), "attention_mask": torch.ones_like(samples).tolist()}),
-        recipe=GPTQModifier(
-            config_groups={"weights": QuantizationScheme(targets=["Linear"], weights=weights)},
-            ignore=[*output, "re:.*[.]gate$"],  # the output layer, and the routers of mixtures of experts
-            dampening_frac=DAMPENING,
-        ),
-        max_seq_length=samples.shape[1],
-        num_calibration_samples=len(samples),
-        pipeline="sequential",
-    )
+    with _progress_shown():
+        oneshot(
+            model=loaded,
+            dataset=Dataset.from_dict(
+                {"input_ids": samples.tolist(), "attention_mask": torch.ones_like(samples).tolist()}
+            ),
+            recipe=GPTQModifier(
+                config_groups={"weights": QuantizationScheme(targets=["Linear"], weights=weights)},
+                ignore=[*output, "re:.*[.]gate$"],  # the output layer, and the routers of mixtures of experts
+                dampening_frac=DAMPENING,
+            ),
+            max_seq_length=samples.shape[1],
+            num_calibration_samples=len(samples),
+            pipeline="sequential",
+        )
+
+
+@contextmanager
+def _progress_shown() -> Iterator[None]:
+    """Show one progress of all blocks in the place of llm-compressor's two bars for each block."""
+    from llmcompressor.pipelines.sequential import pipeline
+
+    progress = Progress(desc="quantising", unit="samples in blocks")
+
+    def counted(items: Sequence[int], desc: str) -> Iterator[int]:
+        if found := re.match(r"\(\d+/(\d+)\)", desc):  # "(3/31): Calibrating"
+            progress.total = 2 * int(found[1]) * len(items)
+        for item in items:
+            yield item
+            progress.update()
+
+    before, pipeline.tqdm = pipeline.tqdm, counted
+    try:
+        with progress:
+            yield
+    finally:
+        pipeline.tqdm = before
 
 
 def _save(loaded: PreTrainedModel, source: Path, folder: Path) -> None:

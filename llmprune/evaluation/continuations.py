@@ -18,6 +18,7 @@ from llmprune.models.loaded import LoadedModel, check_vocabulary
 from llmprune.models.source import longest_input
 from llmprune.utils.errors import UserError, first_line
 from llmprune.utils.files import JSON_LIMIT, parse_json, read_bytes, write_text
+from llmprune.utils.progress import Progress
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -151,18 +152,20 @@ def write_continuations(
     pad = generation["generation_config"].pad_token_id
     set_seed(config.seed)
     outputs: list[str] = []
-    for first in range(0, len(prompts), config.batch_size):
-        ids = encoded[first : first + config.batch_size]
-        longest = max(map(len, ids))
-        inputs = torch.tensor([[pad] * (longest - len(i)) + i for i in ids], device=model.device)
-        mask = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids], device=model.device)
-        try:
-            written = model.generate(input_ids=inputs, attention_mask=mask, **generation)
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            raise UserError(f"the logits of {loaded.name} are no numbers: its weights are broken") from None
-        outputs += tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+    with Progress(desc="generating", total=len(prompts) * config.per_prompt, unit="continuations") as progress:
+        for first in range(0, len(prompts), config.batch_size):
+            ids = encoded[first : first + config.batch_size]
+            longest = max(map(len, ids))
+            inputs = torch.tensor([[pad] * (longest - len(i)) + i for i in ids], device=model.device)
+            mask = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids], device=model.device)
+            try:
+                written = model.generate(input_ids=inputs, attention_mask=mask, **generation)
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):
+                    raise
+                raise UserError(f"the logits of {loaded.name} are no numbers: its weights are broken") from None
+            outputs += tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+            progress.update(len(written))
     repeated = [prompt for prompt in prompts for _ in range(config.per_prompt)]
     return [
         {"prompt": prompt.prompt, "output": output, "reference": prompt.reference}

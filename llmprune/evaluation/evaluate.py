@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from accelerate.utils import find_executable_batch_size
 from torch import Tensor
-from tqdm import tqdm
 
 from llmprune.data.sources import clean_name
 from llmprune.evaluation.continuations import (
@@ -34,6 +33,7 @@ from llmprune.models.loaded import LoadedModel, ModelSource, bos_of, find_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
 from llmprune.utils.outputs import mark, output_folder, refuse_existing, remove
+from llmprune.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def evaluate(
         samples.mkdir(parents=True)
         mark(samples)
     results: dict[str, Any] = {"schema": SCHEMA, "models": {}}
-    for each in tqdm(work, desc="models", disable=None if len(work) > 1 else True):
+    for each in Progress(work, desc="evaluation", unit="models", disable=len(work) < 2):
         name = each.found.name
         with output_folder(samples / clean_name(name.strip("/"))) if samples and logged else nullcontext() as logs:
             results["models"][name] = _evaluate_model(each, config, tasks, logs)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.models.causal_lm import labels_of, logits_of, token_losses
+from llmprune.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +50,13 @@ def evaluate_losses(
     sums = torch.zeros(len(dataset.domains), dtype=torch.float64)
     counts = torch.zeros(len(dataset.domains), dtype=torch.int64)
     model.eval()
-    for batch in DataLoader(dataset, batch_size=batch_size):
-        placed = {name: values.to(model.device) for name, values in batch.items()}
-        loss, number = token_losses(logits_of(model, placed), labels_of(placed))
-        sums.index_add_(0, batch["domain"], loss.double().cpu())
-        counts.index_add_(0, batch["domain"], number.cpu())
+    with Progress(desc="held-out losses", total=len(dataset), unit="samples") as progress:
+        for batch in DataLoader(dataset, batch_size=batch_size):
+            placed = {name: values.to(model.device) for name, values in batch.items()}
+            loss, number = token_losses(logits_of(model, placed), labels_of(placed))
+            sums.index_add_(0, batch["domain"], loss.double().cpu())
+            counts.index_add_(0, batch["domain"], number.cpu())
+            progress.update(len(batch["domain"]))
     domains = {dataset.domains[i]: (sums[i] / counts[i]).item() for i in dataset.domains_present}
     for i, name in zip(dataset.domains_present, domains, strict=True):
         log.info("%s: loss %.4f on %s tokens", name, domains[name], f"{int(counts[i]):,}")

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.data.dataset import EvalDataset
@@ -31,6 +30,7 @@ from llmprune.models.loaded import check_vocabulary
 from llmprune.models.objectives import IGNORED
 from llmprune.models.source import longest_input
 from llmprune.utils.errors import UserError
+from llmprune.utils.progress import Progress
 
 SHORTENED_SEGMENT = 128  # of Shortened LLaMA's eval_ppl.py, which measures both modes in SHORTENED_BOS
 SHORTENED_BOS: tuple[BosMode, ...] = ("once", "each")
@@ -254,7 +254,7 @@ def measure_perplexity(
         bos: id of the BOS token; None = there is none.
         batch_size: number of segments per forward pass.
         forward: function from tokens to logits; None = the model's own forward pass.
-        progress: title of a progress bar on a terminal; None = no bar.
+        progress: title under which progress is shown; None = it is not shown.
     """
     if mode == "once":
         tokens = torch.cat([torch.tensor([bos]), tokens])
@@ -262,7 +262,7 @@ def measure_perplexity(
     losses = torch.zeros((), dtype=torch.float64)
     count = 0
     total = sum(1 for _ in segments(tokens, segmentation))
-    with tqdm(total=total, desc=progress, unit="segment", disable=True if progress is None else None) as bar:
+    with Progress(desc=progress or "", total=total, unit="segments", disable=progress is None) as bar:
         for inputs, labels in batches(tokens, segmentation, bos if mode == "each" else None, batch_size):
             with torch.no_grad():
                 logits = run(inputs.to(model.device))

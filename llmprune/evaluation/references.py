@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from tqdm import tqdm
 
 from llmprune.data.format import tokenizer_fingerprint
 from llmprune.data.prepared import PreparedData
@@ -17,6 +16,7 @@ from llmprune.models.loaded import find_model
 from llmprune.models.loading import count_parameters
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
+from llmprune.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def references(
     if size is not None:  # this check needs no measurement
         _check_sizes([count_parameters(one.config) for one in found])
     measured: dict[str, dict[str, Any]] = {}
-    for one in tqdm(found, desc="models", disable=len(found) < 2):
+    for one in Progress(found, desc="references", unit="models", disable=len(found) < 2):
         loaded = one.open()
         log.info("measuring the losses of %s: %s parameters", one.name, f"{loaded.parameters:,}")
         losses = evaluate_losses(

@@ -17,6 +17,7 @@ from typing import Any
 import lm_eval
 import numpy as np
 import torch
+from lm_eval.models import huggingface
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager, get_task_dict
 from lm_eval.utils import handle_non_serializable
@@ -27,6 +28,7 @@ from llmprune.evaluation.settings import TasksConfig
 from llmprune.evaluation.suites import SUITES, expand
 from llmprune.models.loaded import check_vocabulary
 from llmprune.utils.errors import UserError, nearest
+from llmprune.utils.progress import Progress
 
 _FUNCTION = re.compile(r"!function\s+(\S+)")  # reference to Python code in a task file
 
@@ -136,7 +138,7 @@ class Tasks:
         """The results of lm-eval for some tasks; empty on all ranks except the first."""
         if not lm.rank:
             log.info("running %s at %s shots", ", ".join(tasks), "their own" if shots is None else shots)
-        with quiet(), _random_state_kept():
+        with quiet(), _random_state_kept(), _progress_shown():
             try:
                 return (
                     lm_eval.simple_evaluate(
@@ -259,6 +261,23 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
+
+
+@contextmanager
+def _progress_shown() -> Iterator[None]:
+    """Show the requests to the model as ``Progress``, in the place of lm-eval's bars."""
+
+    def requests(
+        items: Any = None, *, total: int | None = None, desc: str = "texts", disable: bool = False
+    ) -> Progress:
+        name = desc.removeprefix("Running ").removesuffix(" requests")
+        return Progress(items, desc=name, total=total, unit="requests", disable=disable)
+
+    before, huggingface.tqdm = huggingface.tqdm, requests
+    try:
+        yield
+    finally:
+        huggingface.tqdm = before
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from composer.core import DataSpec, Evaluator
 from composer.utils import dist, get_device
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from llmprune.callbacks.layer_scoring import CALIBRATION, LayerScoring
@@ -36,11 +35,12 @@ from llmprune.models.source import Model, find_folder, longest_input
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.pruning.planning import make_plan, rehearse
 from llmprune.pruning.scoring.pictures import draw_scores
-from llmprune.pruning.scoring.scorer import Scorer
+from llmprune.pruning.scoring.scorer import Scorer, block_passes
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.utils.errors import UserError
 from llmprune.utils.outputs import clear, refuse_replacing
+from llmprune.utils.progress import Progress
 from llmprune.utils.ranks import init_distributed, on_rank_zero, share_cores
 
 log = logging.getLogger(__name__)
@@ -134,6 +134,8 @@ def _samples(
     check_calibration(config.data, longest_input(model_config))
     samples = calibration_samples(config.data, load_tokenizer(tokenizer))
     check_vocabulary(int(samples.max()), model_config, "the calibration text")
+    for name in names:
+        CRITERIA[name].check_samples(*samples.shape)
     return samples
 
 
@@ -145,17 +147,22 @@ def _by_trainer(
     weights, products = weights_and_products(placement.dtype, on_gpu=placement.on_gpu)
     _log_formats(weights, products)
     loaded = compute_in(load_model(model, dtype=weights, attention=placement.attention), products)
-    callback = LayerScoring(config)
     ranks, rank = dist.get_world_size(), dist.get_global_rank()
     if tokens is not None and len(tokens) < ranks:
         raise UserError(f"{len(tokens)} calibration samples are too few for {ranks} ranks")
     if tokens is None:
         tokens = torch.zeros(ranks, 8, dtype=torch.int64)
     batches = share(tokens, rank, ranks, config.batch_size)
-    loader = DataLoader(_Share(batches, shown=rank == 0), batch_size=None)
+    loader = DataLoader(_Share(batches), batch_size=None)
     data = DataSpec(loader, split_batch=lambda batch, size: [batch])  # batches already have the final size
-    with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # standard output is for the command's result
+    progress = _progress(sum(map(len, batches)), names, family_of(loaded.config).shape(loaded.config).layers)
+    with (
+        progress,
+        warnings.catch_warnings(),
+        redirect_stdout(sys.stderr),
+    ):  # standard output is for the command's result
         warnings.simplefilter("ignore")
+        callback = LayerScoring(config, progress.update)
         trainer = Trainer(
             model=ComposerCausalLM(loaded, products=products),
             device=placement.device,
@@ -179,15 +186,15 @@ def _offloaded(
     offloaded = OffloadedModel(model, dtype=weights, device=device, attention=placement.attention)
     compute_in(offloaded.model, products)
     job = config.job(offloaded.model.config, device)
-    with tqdm(total=job.layers, desc="scoring", unit="block", disable=None) as progress:
-
-        @contextmanager
-        def loaded(number: int) -> Iterator[None]:
-            with offloaded.loaded(number):
-                yield
-            progress.update()
-
-        scorer = Scorer(offloaded.model, names, job, batch_size=config.batch_size, loaded=loaded)
+    with _progress(0 if tokens is None else len(tokens), names, job.layers) as progress:
+        scorer = Scorer(
+            offloaded.model,
+            names,
+            job,
+            batch_size=config.batch_size,
+            loaded=offloaded.loaded,
+            told=progress.update,
+        )
         if tokens is not None:
             scorer.update(tokens.to(device))
         return scorer.scores(), scorer.perplexity()
@@ -195,6 +202,11 @@ def _offloaded(
 
 def _log_formats(weights: torch.dtype, products: torch.dtype | None) -> None:
     log.info("weights in %s, matrix products in %s", weights, products or weights)
+
+
+def _progress(samples: int, names: list[str], layers: int) -> Progress:
+    """The progress of scoring some samples."""
+    return Progress(desc="scoring", total=samples * block_passes(names, layers), unit="block passes")
 
 
 def share(tokens: Tensor, rank: int, ranks: int, batch_size: int) -> list[Tensor]:
@@ -214,14 +226,14 @@ def share(tokens: Tensor, rank: int, ranks: int, batch_size: int) -> list[Tensor
 class _Share(IterableDataset[dict[str, Tensor]]):
     """The batches of one rank."""
 
-    def __init__(self, batches: list[Tensor], *, shown: bool) -> None:
-        self._batches, self._shown = batches, shown
+    def __init__(self, batches: list[Tensor]) -> None:
+        self._batches = batches
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for batch in tqdm(self._batches, desc="scoring", unit="batch", disable=None if self._shown else True):
+        for batch in self._batches:
             yield {"input_ids": batch}
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from composer.utils import dist
-from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from llmprune.checkpoints.run_folder import RunFolder
@@ -68,6 +67,7 @@ from llmprune.training.checks import check
 from llmprune.utils.errors import BrokenModelError, UserError
 from llmprune.utils.files import read_json, sha256_text, write_json, write_text
 from llmprune.utils.processes import TERMINATION
+from llmprune.utils.progress import Progress
 from llmprune.utils.ranks import init_distributed, on_rank_zero, share_cores
 
 Row = dict[str, Any]
@@ -178,7 +178,7 @@ class _Job:
         if remaining:
             scores = Scores.load(self._folder / "scores.json")
             trial = Trial(open_scored(scores, self._source))
-            for number in tqdm(remaining, desc="candidates", disable=None):
+            for number in Progress(remaining, desc="comparing", unit="candidates"):
                 self._rows.append(self._row(number, scores, trial))
                 self._save()
         possible = [row for row in self._rows if row.get("within") and row["same_as"] is None]

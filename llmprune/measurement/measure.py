@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from llmprune.measurement.monitor import UtilisationWatch, peak_memory
 from llmprune.models.flops import macs
 from llmprune.models.loaded import LoadedModel, find_model
 from llmprune.models.placement import Placement
 from llmprune.utils.errors import UserError
+from llmprune.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -120,10 +120,10 @@ def measure(
     loaded = [one.open() for one in found_models]
     found: dict[str, Any] = {one.name: size(one, max(config.prompt_tokens)) for one in loaded}
     watch = UtilisationWatch(loaded[0].model.device)
-    bar = tqdm(settings, desc="settings", disable=not progress)
-    with watch.running():
-        for setting in bar:
-            for name, entry in _measure_setting(loaded, setting, config, watch).items():
+    runs = len(settings) * len(loaded) * (1 + config.warmups + config.repeats)
+    with watch.running(), Progress(desc="measuring", total=runs, unit="runs", disable=not progress) as bar:
+        for setting in settings:
+            for name, entry in _measure_setting(loaded, setting, config, watch, bar.update).items():
                 found[name][setting.kind].append(setting.describe() | entry)
     for entry in found.values():
         peaks = [e["peak_memory_bytes"] for kind in ("generation", "prefill") for e in entry[kind] if "latency_s" in e]
@@ -168,9 +168,13 @@ def weights_bytes(loaded: LoadedModel) -> int:
 
 
 def _measure_setting(
-    loaded: Sequence[LoadedModel], setting: Setting, config: MeasureConfig, watch: UtilisationWatch
+    loaded: Sequence[LoadedModel],
+    setting: Setting,
+    config: MeasureConfig,
+    watch: UtilisationWatch,
+    told: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """Time one setting of every model, in turns."""
+    """Time one setting of every model, in turns; ``told`` is called for every run."""
     runs = {one.name: _runner(one, setting, config.seed) for one in loaded}
     entries: dict[str, dict[str, Any]] = {one.name: {} for one in loaded}
     times: dict[str, list[float]] = {one.name: [] for one in loaded}
@@ -184,8 +188,10 @@ def _measure_setting(
             if fits
             else {"out_of_memory": True}
         )
+        told()
     for number in range(config.warmups + config.repeats):
         for one in loaded:
+            told()
             if "out_of_memory" in entries[one.name]:
                 continue
             watch.doing = f"{setting.kind} {one.name} batch {setting.batch}"

@@ -18,6 +18,7 @@ from llmprune.pruning.replacements.span import Span
 from llmprune.pruning.scoring.criterion import ScoringJob
 from llmprune.pruning.scoring.scorer import Scorer
 from llmprune.utils.errors import UserError
+from llmprune.utils.progress import Progress
 from llmprune.utils.ranks import on_rank_zero
 
 
@@ -71,7 +72,7 @@ def most_alike(model: PreTrainedModel, batches: Iterable[Batch], length: int, de
     job = ScoringJob(model.config, next(model.parameters()).device)
     Span(0, length).check_within(job.layers)
     scorer = Scorer(model, ["cosine"], job, batch_size=1)
-    for batch in batches:
+    for batch in Progress(batches, desc="finding the span", unit="batches"):
         scorer.update(batch["input_ids"].to(job.device))
     cosines = scorer.scores(_add_up)["spans"]["cosine"][str(length)]
     return Span(max(range(len(cosines)), key=lambda start: cosines[start]), length)

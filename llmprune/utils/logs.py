@@ -13,6 +13,8 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 FORM = "%(asctime)s %(name)s: %(message)s"
 _LOGGERS = ("llmprune", "data_prep")
 
+log = logging.getLogger(__name__)
+
 
 class _Shown(logging.Handler):
     """Prints log lines to the current standard error."""
@@ -31,6 +33,13 @@ def show(line: str) -> None:
     """Print a line on standard error; a closed pipe or a full disk ends no job."""
     with suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
+
+
+def tell(line: str) -> None:
+    """Log a line at INFO; it is printed on standard error even where INFO is not shown."""
+    log.info("%s", line)
+    if not any(isinstance(h, _Shown) and h.level <= logging.INFO for h in logging.getLogger(_LOGGERS[0]).handlers):
+        show(line)
 
 
 @contextmanager

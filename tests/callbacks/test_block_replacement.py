@@ -1,6 +1,7 @@
 """Block replacement as a callback: its ranks, its state, what it keeps, what it refuses."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from composer.devices import DeviceCPU
 from safetensors import safe_open
 
+from llmprune.callbacks.block_replacement import _parted, check_fit
 from llmprune.config.job_files import load_training_job
 from llmprune.conversion.checkpoint import Checkpoint
 from llmprune.conversion.commands import apply, convert
@@ -25,7 +27,9 @@ from llmprune.models.loading import load_model, load_tokenizer
 from llmprune.models.stored_weights import StoredWeights
 from llmprune.plans.plan import Plan
 from llmprune.pruning.replacements.cache import CachedStates, StatesCache
+from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.pruning.scoring.hidden_states import one_minus_cosine
+from llmprune.training.checks import check
 from llmprune.training.loaders import first_batches
 from llmprune.training.replaced_span import most_alike
 from llmprune.training.trainer import build_trainer
@@ -193,6 +197,53 @@ def test_the_number_of_samples_that_is_named_will_do(
     named = str(told.value).rpartition(": set ")[2]
     assert int(named.rpartition("=")[2]) < 40
     train(load_training_job(config, [*settings, named, "run.overwrite=true"]))
+
+
+def test_a_fit_on_too_few_tokens_is_refused_before_the_model_is_opened(config: Path, tmp_path: Path) -> None:
+    """32 hidden dimensions need 64 tokens; a sample of 32 has 31 that predict; of two batches of two, one is fitted."""
+    settings = [f"run.folder={tmp_path}/run", "train.duration=0ba"]
+
+    def checked(kind: str, samples: int) -> None:
+        check(
+            load_training_job(
+                config, [*settings, f"block_replacement={{length: 2, start: 2, kind: {kind}, fit_samples: {samples}}}"]
+            )
+        )
+
+    for kind in ("linear", "closed_form"):
+        with pytest.raises(
+            UserError, match=r"32 hidden dimensions on 62 tokens, .* set block_replacement.fit_samples=5$"
+        ):
+            checked(kind, 3)
+        checked(kind, 5)
+    checked("mean", 2)
+
+
+@pytest.mark.parametrize("ranks, microbatch", [(1, 1), (1, 4), (2, 1), (3, 2)])
+def test_the_number_of_samples_for_a_fit(ranks: int, microbatch: int) -> None:
+    """Against the batches that the ranks would have."""
+
+    def fitted(samples: int) -> int:
+        total = 0
+        for _ in range(ranks):
+            own = [{"input_ids": torch.zeros(1)}] * math.ceil(samples / ranks)
+            batches = [{"input_ids": torch.zeros(len(own[i : i + microbatch]))} for i in range(0, len(own), microbatch)]
+            total += sum(len(batch["input_ids"]) for batch in _parted(batches)[0])
+        return total * 9
+
+    def told(samples: int) -> str | None:
+        try:
+            check_fit(BlockReplacementConfig(kind="linear", fit_samples=samples), 50, 10, ranks, microbatch)
+        except UserError as error:
+            return str(error)
+        return None
+
+    for samples in range(2, 30):
+        assert (told(samples) is None) == (fitted(samples) >= 100)
+        if (message := told(samples)) is not None:
+            named = int(message.rpartition("=")[2])
+            assert fitted(named) >= 100 > fitted(named - 1)
+            assert f"on {fitted(samples)} tokens" in message
 
 
 def test_computed_replacement_modules_are_least_squares(config: Path, tmp_path: Path) -> None:

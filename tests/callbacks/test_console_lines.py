@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmprune.callbacks.console_lines import duration
+from llmprune.callbacks.console_lines import _losses, _rates
 from llmprune.config.job_files import load_training_job
 from llmprune.training.trainer import build_trainer
 
@@ -63,7 +63,12 @@ def test_intervals_of_other_units(
     assert [line.split(" ")[1] for line in found] == batches
 
 
-def test_durations() -> None:
-    assert [duration(seconds) for seconds in (0.4, 99.4, 100, 3599, 3600, 9000)] == [
-        "0 s", "99 s", "2 min", "60 min", "1 h 0 min", "2 h 30 min",
-    ]  # fmt: skip
+def test_small_losses_keep_their_digits() -> None:
+    metrics = {
+        "loss/train/total": 3.21404,
+        "loss/train/mse": 1.2345e-05,
+        "loss/kl": 0.0,
+        "lr-DecoupledAdamW/group0": 3e-5,
+    }
+    assert list(_losses(metrics)) == ["loss 3.2140", "mse 1.23e-05", "kl 0.0000"]
+    assert list(_rates(metrics)) == ["lr 3.00e-05"]

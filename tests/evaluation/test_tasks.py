@@ -67,7 +67,10 @@ def test_equals_the_harness_itself(tasks: Path, trained_folder: Path, model_fold
     assert stability(own, after).overall == pytest.approx(stability(harness, after).overall, rel=1e-6)
 
 
-def test_shots_limits_and_random_state(tasks: Path, trained_folder: Path) -> None:
+def test_shots_limits_and_random_state(
+    tasks: Path, trained_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmprune.utils.progress.SECONDS", 1e-9)
     opened = open_model(str(trained_folder), Placement(device="cpu"))
     random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
@@ -76,6 +79,7 @@ def test_shots_limits_and_random_state(tasks: Path, trained_folder: Path) -> Non
     results = chosen.run(language_model(opened.model, opened.tokenizer, batch_size="auto"))
     assert results is not None and set(results.tasks) == {"counting@0", "counting@3"}
     assert [len(samples) for samples in results.samples.values()] == [4, 4]
+    assert capsys.readouterr().err.count("loglikelihood: 12 of 12 (100 %) requests, ") == 2  # three options each
     shown = [samples[0]["arguments"][0][0] for samples in results.samples.values()]
     assert len(shown[1].split()) > len(shown[0].split())  # three more questions with answers
     assert before[:2] == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.pace import Pace
 from llmprune.callbacks.console_lines import ConsoleLines
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.pruning.gates.alarms import GateAlarms
@@ -130,19 +129,6 @@ def test_a_target_is_reached_once_and_after_the_warm_up(caplog: pytest.LogCaptur
     for batch, warmup, sparsity in ((1, 0.5, 0.5), (2, 1.0, 0.49), (3, 1.0, 0.4975), (4, 1.0, 0.5)):
         alarms.look(batch, warmup, {"head": sparsity}, {"head": 0.5}, {"head": 4.0})
     assert caplog.messages == ["the expected sparsity of head has reached its target, 0.5000, at batch 3"]
-
-
-def test_the_pace_of_preparing_data(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    caplog.set_level(logging.INFO, "data_prep")
-    times = iter((100.0, 102.0, 106.0))
-    monkeypatch.setattr("data_prep.pace.time.monotonic", lambda: next(times))
-    pace = Pace(8_000_000, 1_000_000)
-    pace.log(4_000_000)
-    pace.log(8_000_000)
-    assert caplog.messages == [
-        "4.0 of 8.0 MB are read, at 1.50 MB/s",
-        "8.0 of 8.0 MB are read, at 1.00 MB/s",
-    ]
 
 
 def test_a_line_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

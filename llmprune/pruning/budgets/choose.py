@@ -8,14 +8,13 @@ from itertools import product
 from math import gcd
 from typing import Any
 
-from tqdm import tqdm
-
 from llmprune.models.families import Shape
 from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.limits import Latency, Limit
 from llmprune.pruning.budgets.plan_losses import PlanLosses
 from llmprune.pruning.budgets.shape_sizes import ShapeSizes, of_size, prunable_dimensions
 from llmprune.utils.errors import UserError
+from llmprune.utils.progress import Progress
 
 LARGEST_MULTIPLE = 256
 SHARES = (1.0, 0.75, 0.5, 0.875, 0.625)
@@ -206,7 +205,7 @@ class Chooser:
     def _best(self) -> Shape:
         tried: dict[Point, float] = {}
         began = len(self._losses)
-        with tqdm(total=self._tries, desc="shapes", disable=None) as progress:
+        with Progress(desc="choosing the shape", total=self._tries, unit="shapes") as progress:
 
             def attempt(point: Point) -> None:
                 shape = None if point in tried else self._solved(point)

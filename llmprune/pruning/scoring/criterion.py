@@ -112,6 +112,18 @@ class Criterion:
         """Start with empty sums."""
         self.job = job
 
+    @classmethod
+    def check_samples(cls, samples: int, length: int) -> None:
+        """Refuse, or warn of, calibration samples that are too few or too short, before any work.
+
+        Args:
+            samples: number of samples.
+            length: number of tokens in each sample.
+
+        Raises:
+            UserError: the criterion has no value on such samples.
+        """
+
     def observe(self, step: BlockStep) -> None:
         """Process the input and output of one block (``states``, ``updates``)."""
 

@@ -1,5 +1,6 @@
 """Criteria on hidden states: the change of the residual stream by a block, a sub-layer or a span."""
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -8,8 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmprune.pruning.scoring.criterion import CRITERIA, BlockStep, Criterion, ScoreSection, ScoringJob
+from llmprune.utils.errors import UserError
 
 CKA_POSITIONS = 256
+CKA_LEAST = 32  # tokens of a sample below which the choice of samples changes values by more than 0.1
+
+log = logging.getLogger(__name__)
 
 
 def one_minus_cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -141,9 +146,11 @@ class SpanAngle(_Spans):
 
 @CRITERIA.register("cka")
 class CKA(Criterion):
-    """Centred kernel alignment of every two blocks' outputs, unbiased and streaming (arXiv:2010.15327).
+    """Centred kernel alignment of every two blocks' outputs, standardised, unbiased and streaming (arXiv:2010.15327).
 
-    A linear kernel over at most 256 evenly spaced positions of each sample; HSIC is averaged over samples.
+    A linear kernel over at most 256 evenly spaced positions of each sample; HSIC is averaged over samples. The kernel
+    is of standardised states (see ``standardised``), because otherwise the massive activations of a few tokens and
+    hidden dimensions (arXiv:2402.17762) would decide alone.
     """
 
     section, reads = ScoreSection.PAIRS, "states"
@@ -153,15 +160,27 @@ class CKA(Criterion):
         self._hsic = job.zeros(job.layers, job.layers)
         self._seen: dict[int, list[Tensor]] = {}
 
+    @classmethod
+    def check_samples(cls, samples: int, length: int) -> None:
+        if length < 4:
+            raise UserError(f"cka needs samples of at least 4 tokens; these have {length}: raise --seq-len")
+        if length < CKA_LEAST:
+            log.warning(
+                "cka compares the tokens of a sample with each other; %d tokens are few for that: samples of "
+                "%d or more (--seq-len) give values that depend less on the samples",
+                length,
+                CKA_LEAST,
+            )
+
     def observe(self, step: BlockStep) -> None:
         length = step.after.shape[1]
         take = min(length, CKA_POSITIONS)
         positions = torch.arange(take, device=step.after.device) * length // take
-        states = step.after[:, positions].float()
+        states = standardised(step.after[:, positions].to(self._hsic.dtype))
         seen = self._seen.setdefault(step.first, [])
-        seen.append(centred_kernel(states @ states.transpose(1, 2)))
+        seen.append(centred_kernel(states @ states.transpose(1, 2)).float())
         if step.block == self.job.layers - 1:
-            for sample in torch.stack(self._seen.pop(step.first), dim=1).flatten(2):
+            for sample in torch.stack(self._seen.pop(step.first), dim=1).flatten(2).to(self._hsic.dtype):
                 self._hsic += (sample @ sample.T) / (take * (take - 3))
 
     def sums(self) -> Sequence[Tensor]:
@@ -170,6 +189,17 @@ class CKA(Criterion):
     def result(self) -> list[list[float]]:
         own = self._hsic.diagonal().clamp(min=0).sqrt()
         return (self._hsic / (own[:, None] * own)).tolist()
+
+
+def standardised(states: Tensor) -> Tensor:
+    """Scale states [samples, tokens, hidden]: every token to length 1, then every dimension to mean 0 and variance 1.
+
+    Mean and variance are of the tokens of each sample. A dimension that is the same for all tokens becomes 0.
+    """
+    states = F.normalize(states, dim=-1)
+    states = states - states.mean(1, keepdim=True)
+    least = 1000 * torch.finfo(states.dtype).eps  # below this, differences are rounding
+    return states / states.square().mean(1, keepdim=True).sqrt().clamp(min=least)
 
 
 def centred_kernel(kernel: Tensor) -> Tensor:

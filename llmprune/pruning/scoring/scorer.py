@@ -20,6 +20,13 @@ from llmprune.utils.errors import UserError
 Loaded = Callable[[int], AbstractContextManager[None]]
 
 
+def block_passes(criteria: Collection[str], layers: int) -> int:
+    """The passes through single blocks that scoring one sample takes; a backward pass counts as two."""
+    reads = {CRITERIA[name].reads for name in criteria}
+    whole = layers * (4 if "gradients" in reads else 1)
+    return whole + (layers * (layers - 1) // 2 if "removals" in reads else 0)
+
+
 class Scorer:
     """A scorer that observes a model's computation on calibration samples and scores its blocks.
 
@@ -37,6 +44,7 @@ class Scorer:
         batch_size: int,
         forward: Forward | None = None,
         loaded: Loaded | None = None,
+        told: Callable[[int], object] = lambda passes: None,
     ) -> None:
         """Create the criteria.
 
@@ -48,6 +56,8 @@ class Scorer:
             forward: forward pass of the model, from tokens to logits; None = the model's own.
             loaded: function from a block's number to a context in which an offloaded block has its weights; None = all
                 blocks are in memory.
+            told: function that is called with the number of passes that were made since its last call, see
+                ``block_passes``.
 
         Raises:
             UserError: a criterion is unknown or impossible here.
@@ -58,6 +68,7 @@ class Scorer:
         self._blocks = list(model.get_submodule(self._family.blocks).children())
         self._forward = forward or (lambda tokens: model(input_ids=tokens, use_cache=False).logits)
         self._loaded = loaded or (lambda number: nullcontext())
+        self._told = told
         self._weighed: set[int] = set()
         self._removals = Removals(batch_size)
         self._end: Tensor | None = None
@@ -96,6 +107,7 @@ class Scorer:
                 after = self._observe(number, run, states)
                 if self._reading("removals"):
                     self._removals.advance(run, states)
+            self._told(len(states) * (1 + number if self._reading("removals") else 1))
             self._end = after
             return after if need_logits or number < last else after[:1, :1]
 
@@ -244,6 +256,7 @@ class Scorer:
                 for sample in tokens.split(1):
                     loss, count = token_losses(self._forward(sample), sample)
                     (loss.sum() / count.sum()).backward()
+                    self._told(3 * self._job.layers)
         finally:
             for hook in hooks:
                 hook.remove()

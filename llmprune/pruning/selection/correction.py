@@ -27,6 +27,7 @@ from llmprune.models.least_squares import LEAST, RIDGES, least_squares, samples_
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.pruning.scoring.removals import in_batches
 from llmprune.utils.errors import UserError
+from llmprune.utils.progress import Progress
 
 if TYPE_CHECKING:
     from llmprune.pruning.selection.methods import ScoredModel
@@ -147,10 +148,12 @@ def corrected(plan: Plan, kind: str, scored: "ScoredModel") -> Plan:
             after = torch.cat([after, in_batches(run, states[fitted:], scored.batch_size)])
         for sublayer, one in tried.items():
             found.update({f"{name}.{sublayer}.{number}": tensor.float().cpu() for name, tensor in one.best().items()})
+        progress.update()
         return after[:1, :1] if number == len(blocks) - 1 else after
 
     blocks = nn.ModuleList(blocks)  # the blocks themselves, without hooks
-    with hooked_blocks(model, visit):
+    progress = Progress(desc=f"fitting the correction {kind}", total=len(blocks), unit="blocks")
+    with progress, hooked_blocks(model, visit):
         model(input_ids=samples, use_cache=False)
     return replace(plan, corrections=found)
 

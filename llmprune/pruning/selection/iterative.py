@@ -10,9 +10,10 @@ from llmprune.models.block_hooks import RunBlock, hooked_blocks, shortened
 from llmprune.models.causal_lm import token_losses
 from llmprune.plans.plan import KeptBlock
 from llmprune.pruning.scoring.criterion import CRITERIA, ScoreSection, ScoringJob
-from llmprune.pruning.scoring.scorer import Scorer
+from llmprune.pruning.scoring.scorer import Scorer, block_passes
 from llmprune.pruning.selection.methods import SELECTIONS, Request, ScoredModel, lowest_blocks, no_criterion, without
 from llmprune.utils.errors import UserError
+from llmprune.utils.progress import Progress
 
 
 @SELECTIONS.register("iterative")
@@ -24,6 +25,9 @@ def iterative(request: Request) -> tuple[KeptBlock, ...]:
     removable, scored = set(request.removable()), request.open()
     settings = request.scores.settings
     live = list(range(request.layers))
+    samples = 0 if scored.samples is None else len(scored.samples)
+    passes = samples * sum(block_passes([name], request.layers - gone) for gone in range(request.remove))
+    progress = Progress(desc="iterative", total=passes, unit="block passes")
     for _ in range(request.remove):
         with shortened(scored.model, live):
             job = ScoringJob(
@@ -33,7 +37,7 @@ def iterative(request: Request) -> tuple[KeptBlock, ...]:
                 settings["matrix_reduction"],
                 seed=settings["seed"],
             )
-            scorer = Scorer(scored.model, [name], job, batch_size=scored.batch_size)
+            scorer = Scorer(scored.model, [name], job, batch_size=scored.batch_size, told=progress.update)
             if scorer.reads_text:
                 for tokens in scored.tokens.split(scored.batch_size):
                     scorer.update(tokens)
@@ -41,6 +45,7 @@ def iterative(request: Request) -> tuple[KeptBlock, ...]:
         places = [place for place, block in enumerate(live) if block in removable]
         (gone,) = lowest_blocks(scores, places, 1)
         del live[gone]
+    progress.close()
     return tuple(KeptBlock.whole(block) for block in live)
 
 
@@ -57,17 +62,21 @@ def greedy(request: Request) -> tuple[KeptBlock, ...]:
     _check_memory(request, scored)
     present = _Trace.of_whole(scored, request.layers)
     gone: list[int] = []
+    tried = sum(len(removable) - number for number in range(request.remove))
+    progress = Progress(desc="greedy", total=tried, unit="candidates")
     for _ in range(request.remove):
         best: tuple[float, int, _Trace] | None = None
         for block in removable:
             if block in gone:
                 continue
             trace = present.without(scored, block)
+            progress.update()
             if best is None or trace.loss < best[0]:
                 best = trace.loss, block, trace
         assert best is not None
         gone.append(best[1])
         present = best[2]
+    progress.close()
     return without(request.layers, gone)
 
 

@@ -12,6 +12,7 @@ from llmprune.models.families import family_of
 from llmprune.plans.plan import KeptBlock
 from llmprune.pruning.selection.methods import SELECTIONS, Request, ScoredModel, no_criterion
 from llmprune.utils.errors import UserError
+from llmprune.utils.progress import Progress
 
 Mixture = dict[int, float]
 
@@ -40,6 +41,7 @@ def merge(request: Request) -> tuple[KeptBlock, ...]:
     live = list(range(request.layers))
     first, last = removable[0], removable[-1]
     place = len(live) - config.merge_size
+    progress = Progress(desc="merging", unit="merges tried")
     while place >= 0:
         members = [p for p in range(place, min(place + config.merge_size, len(live))) if first <= live[p] <= last]
         members = members[: most - (request.layers - len(live)) + 1]
@@ -53,10 +55,12 @@ def merge(request: Request) -> tuple[KeptBlock, ...]:
                 alike = _mean_cosine(_final_states(scored), reference)
             if accepted := alike >= config.threshold:
                 keep()
+        progress.update()
         if accepted:
             mixtures[live[place]] = merged
             live = rest
         place = min(place - (config.merge_step if accepted else 1), len(live) - config.merge_size)
+    progress.close()
     if len(live) == request.layers:
         raise UserError(f"no merge keeps a mean cosine of {config.threshold}: lower --threshold or --merge-size")
     return tuple(_kept(block, mixtures[block]) for block in live)

@@ -13,7 +13,7 @@ from composer.utils import dist, get_device
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from llmprune.callbacks.block_replacement import BlockReplacement
+from llmprune.callbacks.block_replacement import BlockReplacement, check_fit
 from llmprune.checkpoints.run_folder import Manifest
 from llmprune.config.section_registry import SECTIONS
 from llmprune.conversion.checkpoint import Checkpoint
@@ -72,6 +72,9 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
                 f"block_replacement.cache.samples is {own.cache.samples}; it must be a multiple of the global batch, "
                 f"{config.samples_per_step}"
             )
+        microbatch = 1 if config.train.microbatch_size == "auto" else int(config.train.microbatch_size)
+        hidden, length = family_of(model_config).shape(model_config).hidden, inputs.data.manifest.sequence_length
+        check_fit(own, hidden, length, dist.get_world_size(), microbatch)
         span = given_span(own)
         if span is None and config.sharding is not None:
             raise UserError(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmprune.pruning.scoring.criterion import ScoringJob
-from llmprune.pruning.scoring.scorer import Scorer
+from llmprune.pruning.scoring.all_criteria import CRITERIA
+from llmprune.pruning.scoring.criterion import BlockStep, ScoringJob
+from llmprune.pruning.scoring.scorer import Scorer, block_passes
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.utils.errors import UserError
 from tests.conftest import random_model, tiny_config
@@ -86,9 +87,58 @@ def naive_hsic(k: np.ndarray, m: np.ndarray) -> float:
     return (value - 2 / (n - 2) * (ones @ k @ m @ ones)) / (n * (n - 3))
 
 
+def naive_standardised(states: np.ndarray) -> np.ndarray:
+    rows = np.array([row / np.sqrt((row**2).sum()) for row in states])
+    return np.array([(column - column.mean()) / column.std() for column in rows.T]).T
+
+
+def cka_of(*places: Tensor) -> np.ndarray:
+    """The CKA of hand-made states, each [samples, tokens, hidden], as if they were the outputs of blocks."""
+    criterion = CRITERIA["cka"](ScoringJob(tiny_config(num_hidden_layers=len(places)), CPU))
+    for first in range(len(places[0])):
+        for block, states in enumerate(places):
+            part = states[first : first + 1]
+            criterion.observe(BlockStep(block, first, part, part, {}, parallel=False))
+    return np.array(criterion.result())
+
+
+def test_massive_activations_do_not_decide_cka() -> None:
+    """The first token is thousands of times as long as the others, along one dimension, as in trained models."""
+    draw = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(8, 128, 64, generator=draw) for _ in range(2))
+    plain = cka_of(one, other, one + 0.5 * other)
+    massive = [states.clone() for states in (one, other, one + 0.5 * other)]
+    for states, value in zip(massive, (3000.0, 5000.0, -2000.0), strict=True):
+        states[:, 0, 7] += value
+    found = cka_of(*massive)
+    assert abs(plain[0, 1]) < 0.05 and plain[0, 2] > 0.6
+    assert np.abs(found - plain).max() < 0.05
+
+
+def test_what_cka_is_invariant_to() -> None:
+    draw = torch.Generator().manual_seed(0)
+    states = torch.randn(4, 40, 16, generator=draw)
+    lengths, signs = 1 + 9 * torch.rand(4, 40, 1, generator=draw), torch.tensor([1.0, -1.0]).repeat(8)
+    turned, _ = torch.linalg.qr(torch.randn(16, 16, generator=draw))
+    found = cka_of(states, lengths * states, (signs * states)[..., torch.randperm(16, generator=draw)], states @ turned)
+    assert np.allclose(found, found.T) and np.allclose(np.diag(found), 1)
+    assert np.allclose(found[:3, :3], 1, atol=1e-6)
+    assert 0.5 < found[0, 3] < 0.9999  # scaling each dimension depends on the axes
+
+
+def test_samples_that_are_too_short_for_cka(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UserError, match="at least 4 tokens; these have 3: raise --seq-len"):
+        CRITERIA["cka"].check_samples(8, 3)
+    CRITERIA["cka"].check_samples(8, 31)
+    assert "31 tokens are few" in caplog.text
+    caplog.clear()
+    CRITERIA["cka"].check_samples(8, 32)
+    assert not caplog.text
+
+
 def test_cka(trained: PreTrainedModel, calibration: Tensor) -> None:
-    outputs = streams(trained, calibration)[1:]
-    kernels = [[(s @ s.T).numpy() for s in x] for x in outputs]
+    outputs = [[naive_standardised(sample.numpy()) for sample in x] for x in streams(trained, calibration)[1:]]
+    kernels = [[s @ s.T for s in x] for x in outputs]
     hsic = [[sum(naive_hsic(a, b) for a, b in zip(p, q, strict=True)) for q in kernels] for p in kernels]
     found = score(trained, calibration, "cka")["cka"]
     for i in range(6):
@@ -226,6 +276,16 @@ def test_block_evaluations_of_all_removals(trained: PreTrainedModel, calibration
     assert count == 6 * 7 // 2
     for hook in hooks:
         hook.remove()
+
+
+@pytest.mark.parametrize("names", [("perplexity", "cka"), ("block_influence",), ("taylor", "perplexity")])
+def test_the_passes_that_are_told(trained: PreTrainedModel, calibration: Tensor, names: tuple[str, ...]) -> None:
+    told: list[int] = []
+    scorer = Scorer(trained, names, ScoringJob(trained.config, CPU), batch_size=4, told=told.append)
+    for part in calibration.split(4):
+        scorer.update(part)
+    assert sum(told) == len(calibration) * block_passes(names, 6)
+    assert block_passes(("perplexity",), 6) == 6 * 7 // 2
 
 
 def test_unknown_criteria_are_named(trained: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from data_prep.builtin import build_corpus
 from data_prep.tokenizer import train_tokenizer
-from llmprune.jobs.prune import job
+from llmprune.jobs.prune import job, recipe
 from llmprune.measurement.measure import MeasureConfig
 from llmprune.models.loading import new_model
 from tests.harness.forked import carry_out, is_one_command
@@ -59,6 +59,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         new_model(config, seed=0).save_pretrained("runs/smollm2")
         tokenizer.save_pretrained("runs/smollm2")
         patch.setattr(job, "MEGABYTES", 1.0)
+        patch.setattr(recipe, "SAMPLES", 4)
+        patch.setattr(job, "HELD_OUT", 2)
         patch.setattr(job, "SPEED", MeasureConfig((1,), output_tokens=(2,), warmups=0, repeats=1))
         patch.setattr(sys, "argv", ["quickstart.py", "--minutes", "0.02"])
         runpy.run_path(str(ROOT / "scripts" / "quickstart.py"), {"__name__": "quickstart"})["main"]()

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from llmprune.config.left_open import learning_rate
-from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.data.prepared import PreparedData
-from llmprune.jobs.prune.recipe import BATCHES, batch_tokens, criteria_of, ways_of
+from llmprune.jobs.prune.recipe import BATCHES, SAMPLES, batch_tokens, criteria_of, ways_of
 from llmprune.jobs.prune.settings import MINUTES, SELF, PruneConfig
 from llmprune.models.families import family_of
 from llmprune.models.loading import count_parameters, load_model_config
@@ -72,7 +71,7 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
     whole = count_parameters(source)
     smaller = next((limit.most for limit in limits if limit.name == "params"), whole)
     rate = _speed(device) * UTILISATION
-    calibration = CalibrationConfig().samples * CALIBRATION_LENGTH
+    calibration = SAMPLES * CALIBRATION_LENGTH
     tokens = config.wanted_tokens()
     recovery = TRAINING * smaller + FORWARD * whole
     minutes = config.minutes or MINUTES

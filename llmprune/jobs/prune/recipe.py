@@ -20,6 +20,7 @@ from llmprune.utils.files import write_text
 BATCHES = 128  # batches of recovery that are aimed at
 SMALLEST_BATCH, LARGEST_BATCH = 2048, 2**20  # tokens
 EVALUATED = 16  # held-out samples per domain, while training
+SAMPLES = 32  # calibration samples
 MICROBATCHES = (8, 4, 2, 1)  # samples per forward pass, on a GPU; half of them on a CPU
 GATING = 0.3  # share of the tokens with which gates train
 
@@ -91,7 +92,7 @@ def scoring_job(model: str, data: str, criteria: list[str], folder: Path, seed: 
         "job": "score",
         "run": {"name": "scores", "folder": str(folder), "overwrite": True},
         "model": {"path": model},
-        "layer_scoring": {"data": {"path": data, "seed": seed}, "criteria": criteria, "seed": seed},
+        "layer_scoring": {"data": {"path": data, "samples": SAMPLES, "seed": seed}, "criteria": criteria, "seed": seed},
     }
 
 

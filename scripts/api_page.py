@@ -10,7 +10,7 @@ import llmprune
 from llmprune.api import functions
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("score", "plan", "apply", "train", "convert", "verify", "evaluate", "measure", "report")
+NAMES = ("prune", "score", "plan", "apply", "train", "convert", "verify", "evaluate", "measure", "report")
 BEGIN = """# Python
 
 ```python

@@ -39,7 +39,7 @@ def prune(
 ) -> "Outcome":
     """Make a model smaller, recover it and measure it; called again, what was stopped goes on.
 
-    >>> outcome = llmprune.prune("base", "three-quarters", params=0.75, data="data", tokens="4K", tries=4)
+    >>> outcome = llmprune.prune("base", "three-quarters", params=0.75, data="text", tokens="4K", seq_len=32, tries=4)
     >>> outcome.models[-1].parameters < outcome.models[0].parameters
     True
 

@@ -19,7 +19,7 @@ def test_it_runs(trained_folder: Path, data: Path, tmp_path: Path, monkeypatch: 
                 f"{name} = Path({str(place)!r})" if x.startswith(f"{name} = ") else x for x in lines
             )
     for cell in notebook.cells:
-        cell.source = cell.source.replace("BATCHES = 100", "BATCHES = 3").replace("LENGTH = 128", "LENGTH = 32")
+        cell.source = cell.source.replace("BATCHES = 20", "BATCHES = 3").replace("LENGTH = 512", "LENGTH = 32")
     monkeypatch.setenv("PYTHONPATH", str(DOCS.parent))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(DOCS)}}).execute()

@@ -16,6 +16,8 @@ continuations/ report.html     what the three write, and everything in pictures
 
 import dataclasses
 import gc
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +106,7 @@ def prune(model: str, out: str | Path, config: PruneConfig, *, overwrite: bool =
     job = _Prune(model, Path(out), config)
     share_cores()
     init_distributed(None)
-    with TERMINATION.ending(asked_to_end), RunFolder(Path(out)).claimed():
+    with TERMINATION.ending(asked_to_end), RunFolder(Path(out)).claimed(), redirect_stdout(sys.stderr):
         on_rank_zero(lambda: job.begin(overwrite))
         return job.run()
 

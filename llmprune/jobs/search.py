@@ -49,7 +49,7 @@ from llmprune.pruning.budgets.choose import NoShapeError, Steps
 from llmprune.pruning.budgets.limits import Latency, Limit, costs_of, limits_of
 from llmprune.pruning.budgets.plan_losses import RuinousPlanError
 from llmprune.pruning.budgets.shape_sizes import ShapeSizes
-from llmprune.pruning.budgets.trial import Trial
+from llmprune.pruning.budgets.trial import Trial, content_of
 from llmprune.pruning.planning import (
     best_under,
     check_choice,
@@ -65,7 +65,7 @@ from llmprune.pruning.scoring.scores import Scores
 from llmprune.reporting.search_table import picture, search_table
 from llmprune.training.checks import check
 from llmprune.utils.errors import BrokenModelError, UserError
-from llmprune.utils.files import read_json, sha256_text, write_json, write_text
+from llmprune.utils.files import read_json, write_json, write_text
 from llmprune.utils.processes import TERMINATION
 from llmprune.utils.progress import Progress
 from llmprune.utils.ranks import init_distributed, on_rank_zero, share_cores
@@ -223,7 +223,7 @@ class _Job:
         place = self.place(number)
         place.mkdir(parents=True, exist_ok=True)
         plan.save(place / "plan.json")
-        content, blocks = _content(plan), [block.attention for block in plan.blocks]
+        content, blocks = content_of(plan), [block.attention for block in plan.blocks]
         within = all(limit.cost(plan.shape, blocks) <= limit.most for limit in limits)
         costs = {cost.name: cost.cost(plan.shape, blocks) for cost in fresh if not isinstance(cost, Latency)}
         return {
@@ -337,9 +337,3 @@ class _Job:
 
 def _is_number(loss: float | None) -> bool:
     return loss is not None and math.isfinite(loss)
-
-
-def _content(plan: Plan) -> str:
-    """Hash of what a plan keeps and corrects; plans with the same result have the same hash."""
-    corrections = sorted((name, tensor.double().sum().item()) for name, tensor in plan.corrections.items())
-    return sha256_text(f"{plan.blocks} {plan.hidden} {corrections}")

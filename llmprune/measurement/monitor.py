@@ -45,7 +45,7 @@ class Peak:
 def peak_memory(device: torch.device) -> Iterator[Peak]:
     """While open, the memory is monitored; the figures are complete at the end."""
     on_gpu = device.type == "cuda"
-    _return_free_memory()
+    return_memory()
     peak, before = Peak(), resident_bytes()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -61,7 +61,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     peak.added = (torch.cuda.max_memory_allocated(device) - allocated) if on_gpu else peak.process - before
 
 
-def _return_free_memory() -> None:
+def return_memory() -> None:
     """Return freed memory to the system, so that the next allocation is visible (glibc keeps it otherwise)."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):

@@ -17,7 +17,7 @@ from llmprune.pruning.budgets.limits import costs_of, limits_of
 from llmprune.pruning.budgets.plan_losses import RuinousPlanError
 from llmprune.pruning.budgets.settings import BudgetConfig
 from llmprune.pruning.budgets.shape_sizes import ShapeSizes
-from llmprune.pruning.budgets.trial import Trial
+from llmprune.pruning.budgets.trial import Trial, content_of
 from llmprune.pruning.planning import best_under, default_device, describe, open_scored
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.selection.correction import corrected, is_correctable
@@ -61,6 +61,7 @@ def compare_ways(scores: Scores, model: str, method: str, budget: BudgetConfig, 
     trial = Trial(scored)
     plans: dict[str, tuple[float, Plan]] = {}
     rows: dict[str, dict[str, Any]] = {}
+    known: dict[str, str] = {}
     for name, way in ways_of(method).items():
         limits = limits_of(costs_of(budget, sizes, default_device()), sizes.source)
         try:
@@ -69,6 +70,12 @@ def compare_ways(scores: Scores, model: str, method: str, budget: BudgetConfig, 
             rows[name] = {"impossible": str(error)}
             show(f"prune:   {name}: {error}")
             continue
+        content = content_of(plan)
+        if content in known:
+            rows[name] = {"same_as": known[content]}
+            show(f"prune:   {name}: the same as {known[content]}")
+            continue
+        known[content] = name
         for words, one in ((name, plan), (f"{name} with refit", _refitted(plan, scored))):
             if one is None:
                 continue

@@ -7,6 +7,7 @@ from typing import Any
 
 from composer.utils import dist
 
+from llmprune.measurement.monitor import return_memory
 from llmprune.utils.files import read_json, write_json
 from llmprune.utils.logs import show
 from llmprune.utils.ranks import on_rank_zero
@@ -38,6 +39,7 @@ class Steps:
         self._show(f"{name} …")
         start = time.perf_counter()
         work()
+        return_memory()
         self.seconds[name] = round(time.perf_counter() - start, 1)
         on_rank_zero(lambda: write_json(self._known, self.seconds))
         self._show(f"{name}: {self.seconds[name]:,.0f} s, {result}")

@@ -14,6 +14,14 @@ from llmprune.plans.surgery import Surgery
 from llmprune.pruning.gates.attach import attach
 from llmprune.pruning.gates.from_plan import factors_of, mask_experts
 from llmprune.pruning.selection.methods import ScoredModel
+from llmprune.utils.files import sha256_text
+
+
+def content_of(plan: Plan) -> str:
+    """Hash of what a plan keeps, multiplies and corrects; plans with the same result have the same hash."""
+    tensors = {**plan.factors, **plan.corrections}
+    sums = sorted((name, tensor.double().sum().item()) for name, tensor in tensors.items())
+    return sha256_text(f"{plan.blocks} {plan.hidden} {sums}")
 
 
 class Trial:
@@ -26,20 +34,29 @@ class Trial:
     def __init__(self, scored: ScoredModel) -> None:
         """Attach gates to the model."""
         self.scored = scored
+        self._known: dict[str, float] = {}  # losses on the calibration samples
         family = family_of(scored.model.config)
         self._slot = attach(scored.model, family, {"hidden", "attention", "mlp", "query", "channel"})
         self._whole = self._slot.factors
 
-    @torch.no_grad()
     def loss(self, plan: Plan, samples: Tensor | None = None) -> float:
-        """The mean loss per token, in nats, of a plan's model.
+        """The mean loss per token, in nats, of a plan's model; that of equal plans is computed once.
 
         Args:
             plan: plan, which may have corrections.
             samples: tokens, int64 [samples, length]; None = the calibration samples.
         """
+        if samples is not None or plan.corrections:
+            return self._computed(plan, self.scored.tokens if samples is None else samples)
+        key = content_of(plan)
+        if key not in self._known:
+            self._known[key] = self._computed(plan, self.scored.tokens)
+        return self._known[key]
+
+    @torch.no_grad()
+    def _computed(self, plan: Plan, samples: Tensor) -> float:
         model = self.scored.model
-        tokens = self.scored.tokens if samples is None else samples.to(model.device)
+        tokens = samples.to(model.device)
         factors = factors_of(plan)
         on_device = {name: value.to(tokens.device) for name, value in factors.trainable().items()}
         kept = {name: value.to(tokens.device) for name, value in factors.kept.items()}

@@ -42,6 +42,7 @@ class ConsoleLines(LoggerDestination):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Start the clock."""
         self._clock, self._done = (time.monotonic(), _share(state)), self._count(state)
+        self._evaluating = 0.0
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Print a line at the end of an interval, and at the end of the run."""
@@ -79,6 +80,10 @@ class ConsoleLines(LoggerDestination):
         if len(found) > 1:
             self._print("  ".join(found))
         self._metrics = {name: value for name, value in named.items() if not name.startswith(EVALUATED)}
+
+    def eval_standalone_end(self, state: State, logger: Logger) -> None:
+        """Print a line with the results of an evaluation before training, or without training."""
+        self.eval_after_all(state, logger)
 
     def _count(self, state: State) -> int:
         """Return how many intervals are complete."""

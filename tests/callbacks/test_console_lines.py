@@ -12,7 +12,14 @@ from llmprune.config.job_files import load_training_job
 from llmprune.training.trainer import build_trainer
 
 
-def lines(model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], *overrides: str) -> list[str]:
+def lines(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    *overrides: str,
+    eval_first: bool = False,
+) -> list[str]:
     yaml = tmp_path / "job.yaml"
     yaml.write_text(f"""
 job: prune
@@ -27,6 +34,8 @@ loggers: {{console_interval: 2ba}}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*warmup duration is 0")
         trainer = build_trainer(load_training_job(yaml, overrides))
+        if eval_first:
+            trainer.eval()
         trainer.fit()
     trainer.close()
     return [line for line in capfd.readouterr().err.splitlines() if line.startswith("batch ")]
@@ -61,6 +70,14 @@ def test_intervals_of_other_units(
         model_folder, data, tmp_path, capfd, f"loggers.console_interval={interval}", "train.eval_interval=0ba"
     )
     assert [line.split(" ")[1] for line in found] == batches
+
+
+def test_an_evaluation_before_training_is_told_and_takes_no_part_in_the_time_left(
+    model_folder: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = lines(model_folder, data, tmp_path, capfd, eval_first=True)
+    assert found[0].startswith("batch 0/6  held-out loss ")
+    assert " left" in found[1] and " h " not in found[1]
 
 
 def test_small_losses_keep_their_digits() -> None:

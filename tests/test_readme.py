@@ -88,8 +88,11 @@ def test_every_command_of_the_pages_works(workplace: Path, tmp_path: Path) -> No
     for command in COMMANDS:
         shortened = re.sub(r"\b(hidden|intermediate|group-size)([=: ]+)(\d+)", _an_eighth, command)
         if re.match(r"composer|for node|llmprune search", command) and "score.yaml" not in command:
-            here = " train.duration=4ba train.global_batch_size=4 train.microbatch_size=4 train.eval_interval=2ba"
+            sizes = "train.duration=4ba train.global_batch_size=4 train.microbatch_size=4 train.eval_interval=4ba"
+            here = f" {sizes} data.eval_samples_per_domain=1"
             shortened = shortened.replace(".yaml", f".yaml{here}", 1)
+        if command.startswith("llmprune score") and "--samples" not in command:
+            shortened += " --samples 4"
         if "--correction" in command or "--budget" in command:
             shortened += " --force"  # the stand-in is not trained: what pruning does to it is chance
         program = command.split()[0]

@@ -23,7 +23,7 @@ from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.selection.correction import corrected, is_correctable
 from llmprune.pruning.selection.methods import ScoredModel
 from llmprune.utils.errors import UserError
-from llmprune.utils.logs import show
+from llmprune.utils.logs import tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +68,12 @@ def compare_ways(scores: Scores, model: str, method: str, budget: BudgetConfig, 
             plan, choice = best_under(limits, scores, way.plan, trial, budget, model=model)
         except (NoShapeError, RuinousPlanError) as error:
             rows[name] = {"impossible": str(error)}
-            show(f"prune:   {name}: {error}")
+            tell(f"prune:   {name}: {error}")
             continue
         content = content_of(plan)
         if content in known:
             rows[name] = {"same_as": known[content]}
-            show(f"prune:   {name}: the same as {known[content]}")
+            tell(f"prune:   {name}: the same as {known[content]}")
             continue
         known[content] = name
         for words, one in ((name, plan), (f"{name} with refit", _refitted(plan, scored))):
@@ -82,7 +82,7 @@ def compare_ways(scores: Scores, model: str, method: str, budget: BudgetConfig, 
             loss = trial.loss(one, held_out)
             plans[words] = loss, one
             rows[words] = {**choice.facts(), "held_out_loss": loss, "goes": describe(one)}
-            show(f"prune:   {words}: held-out loss {loss:.4f}; {describe(one)}")
+            tell(f"prune:   {words}: held-out loss {loss:.4f}; {describe(one)}")
     if not plans:
         raise UserError(f"no way keeps to the budget: {'; '.join(row['impossible'] for row in rows.values())}")
     chosen = min(plans, key=lambda words: plans[words][0])
@@ -110,5 +110,5 @@ def _refitted(plan: Plan, scored: ScoredModel) -> Plan | None:
     try:
         return corrected(plan, "refit", scored)
     except UserError as error:
-        show(f"prune:   without refit: {error}")
+        tell(f"prune:   without refit: {error}")
         return None

@@ -68,7 +68,7 @@ from llmprune.pruning.scoring.scores import Scores
 from llmprune.reporting.page import write_report
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json, write_json
-from llmprune.utils.logs import show
+from llmprune.utils.logs import tell
 from llmprune.utils.outputs import clear, is_empty, output_folder, refuse_deleting, refuse_replacing
 from llmprune.utils.processes import TERMINATION
 from llmprune.utils.ranks import init_distributed, on_rank_zero, share_cores
@@ -187,7 +187,7 @@ class _Prune:
         inputs = [str(self._config.data)]
         if self._config.data is None:
             say = "no data were given: the built-in corpus, which is Python documentation and code, takes their place"
-            on_rank_zero(lambda: show(f"prune: {say}"))
+            on_rank_zero(lambda: tell(f"prune: {say}"))
             steps.alone("built-in corpus", text, lambda: build_corpus(text, megabytes=MEGABYTES))
             inputs = [str(text)]
         if self._config.data == SELF:

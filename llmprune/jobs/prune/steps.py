@@ -9,7 +9,7 @@ from composer.utils import dist
 
 from llmprune.measurement.monitor import return_memory
 from llmprune.utils.files import read_json, write_json
-from llmprune.utils.logs import show
+from llmprune.utils.logs import tell
 from llmprune.utils.ranks import on_rank_zero
 
 
@@ -47,4 +47,4 @@ class Steps:
     @staticmethod
     def _show(line: str) -> None:
         if dist.get_global_rank() == 0:
-            show(f"prune: {line}")
+            tell(f"prune: {line}")

@@ -19,7 +19,7 @@ from llmprune.jobs.prune.steps import Steps
 from llmprune.jobs.train import train
 from llmprune.models.loading import load_model_config
 from llmprune.utils.files import temporary_for, write_json
-from llmprune.utils.logs import show
+from llmprune.utils.logs import tell
 from llmprune.utils.outputs import remove
 from llmprune.utils.processes import TERMINATION
 from llmprune.utils.ranks import on_rank_zero
@@ -81,7 +81,7 @@ class Training:
             for made in (out / "pace", pace):
                 on_rank_zero(lambda place=made: remove(place))  # type: ignore[misc]
             line = f"prune:   {speed:,.0f} tokens/s, so {tokens:,.0f} tokens in {minutes:g} minutes"
-            on_rank_zero(lambda: show(line))
+            on_rank_zero(lambda: tell(line))
         temporary, wanted = temporary_for(path), tokens
         self._write(temporary, out / self.name, wanted, model, path)
         on_rank_zero(lambda: temporary.rename(path) and None)

@@ -92,7 +92,7 @@ def test_the_mix_follows_the_losses_and_survives_a_kill(yaml: Path, tmp_path: Pa
 def test_the_picture_and_the_config_keep_what_was_done(yaml: Path, tmp_path: Path) -> None:
     train(load_training_job(yaml, ["train.duration=4ba"]))
     assert (tmp_path / "run/weights.png").stat().st_size > 5000
-    assert (tmp_path / "run/weights.csv").read_text().startswith("batch,domain,weight")
+    assert (tmp_path / "run/weights.csv").read_text().startswith("batch,tokens,domain,weight")
     assert "numbers: 9.0" in (tmp_path / "run/config.yaml").read_text()  # not the file, which may change
 
 

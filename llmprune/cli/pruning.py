@@ -16,7 +16,9 @@ from llmprune.utils.formats import Device, Format, TeacherFormat
 
 DTypeToScore = Annotated[
     TeacherFormat,
-    typer.Option(help="Auto: weights in float32, and matrix products in bfloat16 where that is fast."),
+    typer.Option(
+        help="Auto: weights in float32, and matrix products in bfloat16 where that is fast.", rich_help_panel="Device"
+    ),
 ]
 
 
@@ -141,8 +143,10 @@ def score(
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the samples and of the random order.")] = 17,
     dtype: DTypeToScore = "auto",
-    device: Annotated[Device | None, typer.Option(help="Default: what is there.")] = None,
-    offload: Annotated[bool, typer.Option("--offload", help="Hold one block at a time, read from the files.")] = False,
+    device: Annotated[Device | None, typer.Option(help="Default: what is there.", rich_help_panel="Device")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Hold one block at a time, read from files.", rich_help_panel="Device")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Json = False,
 ) -> None:

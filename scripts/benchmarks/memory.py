@@ -45,7 +45,7 @@ def _pruning_run(folder: Path, kind: str) -> int:
         f"data.path={folder}/data",
         "model.path=null",
         f"model.config={{{model}, intermediate_size: 2816}}",
-        "l0_pruning.target={layers: 18, hidden: 960, heads: 14, intermediate: 2560}",
+        "l0_pruning={target: {layers: 18, hidden: 960, heads: 14, intermediate: 2560}}",
         "train.duration=1ba",
         "train.global_batch_size=1",
         "train.microbatch_size=1",

@@ -41,6 +41,7 @@ CLUSTER = Cluster(1, 80e9)
 @pytest.fixture
 def config(data: Path, trained_folder: Path) -> Config:
     overrides = [f"model.path={trained_folder}", f"data.path={data}", "train.global_batch_size=64"]
+    overrides += ["train.precision=fp32", "train.duration=300ba"]
     return load_training_job(ROOT / "yamls" / "continue.yaml", overrides)
 
 
@@ -218,6 +219,7 @@ def test_seventy_billion_on_64_gpus(config: Config, tmp_path: Path) -> None:
 def test_the_command(data: Path, trained_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     yaml = str(ROOT / "yamls" / "continue.yaml")
     arguments = ["estimate", yaml, f"model.path={trained_folder}", f"data.path={data}", "--price", "2"]
+    arguments.append("train.global_batch_size=8")
     app([*arguments, "--gpus", "2"], standalone_mode=False)
     assert "fits" in (shown := capsys.readouterr().out) and "cost" in shown
     assert app([*arguments, "--gpu-memory", "1MB", "--json"], standalone_mode=False) == 1

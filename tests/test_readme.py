@@ -60,10 +60,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer.save_pretrained("runs/smollm2")
         patch.setattr(job, "MEGABYTES", 1.0)
         patch.setattr(recipe, "SAMPLES", 4)
-        patch.setattr(job, "HELD_OUT", 2)
+        patch.setattr(recipe, "EVALUATED", 1)
+        for name in ("HELD_OUT", "JUDGED"):
+            patch.setattr(job, name, 1)
         patch.setattr(job, "SPEED", MeasureConfig((1,), output_tokens=(2,), warmups=0, repeats=1))
         patch.setattr(sys, "argv", ["quickstart.py", "--minutes", "0.02"])
-        runpy.run_path(str(ROOT / "scripts" / "quickstart.py"), {"__name__": "quickstart"})["main"]()
+        main = runpy.run_path(str(ROOT / "scripts" / "quickstart.py"), {"__name__": "quickstart"})["main"]
+        main.__globals__["TRIES"] = 2
+        assert main() == 0
     return folder
 
 

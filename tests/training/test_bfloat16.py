@@ -125,5 +125,5 @@ def test_gated_is_cut_within_rounding(yaml: Path, tmp_path: Path) -> None:
 
 
 def test_half_precision_is_refused(yaml: Path) -> None:
-    with pytest.raises(UserError, match="train.precision 'amp_fp16' is unknown; valid: fp32, amp_bf16"):
+    with pytest.raises(UserError, match="train.precision 'amp_fp16' is unknown; valid: auto, fp32, amp_bf16"):
         build_trainer(load_training_job(yaml, ["train.precision=amp_fp16"]))

@@ -242,7 +242,6 @@ def test_a_nan_loss_stops_and_keeps_the_last_checkpoint(yaml: Path, tmp_path: Pa
         ("train.hang_timeout=1e8", r"lie in \(0, 10,000,000\], or null"),
         ("optimizer.weight_decay=inf", "a number of at most"),
         ("model={attention: flash_attention_2, dtype: bfloat16}", r"pip install -e '.\[gpu\]'"),
-        ("model.attention=flash_attention_2", "take train.precision=amp_bf16, or model.dtype=bfloat16"),
         ("loggers.wandb={project: x}", r"pip install -e '.\[wandb\]'"),
         ("model.dtype=float8", "valid: float32, bfloat16"),
     ],
@@ -253,6 +252,12 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=message) as error:
         train(load_training_job(yaml, [override]))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_flash_attention_in_full_precision_is_refused(yaml: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"take train.precision=amp_bf16, or model.dtype=bfloat16"):
+        train(load_training_job(yaml, ["model.attention=flash_attention_2", "train.precision=fp32"]))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("size", ["auto", "2"])

@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from transformers import LlamaConfig
 from data_prep.builtin import build_corpus
 from data_prep.tokenizer import train_tokenizer
 from llmprune.jobs.prune import job, recipe
+from llmprune.jobs.prune.settings import PruneConfig
 from llmprune.measurement.measure import MeasureConfig
 from llmprune.models.loading import new_model
 from tests.harness.forked import carry_out, is_one_command
 
 ROOT = Path(__file__).parents[1]
+LENGTH = 128  # tokens of a sample
 BIN = Path(sys.executable).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
@@ -66,7 +69,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(job, "SPEED", MeasureConfig((1,), output_tokens=(2,), warmups=0, repeats=1))
         patch.setattr(sys, "argv", ["quickstart.py", "--minutes", "0.02"])
         main = runpy.run_path(str(ROOT / "scripts" / "quickstart.py"), {"__name__": "quickstart"})["main"]
-        main.__globals__["TRIES"] = 2
+        main.__globals__ |= {"TRIES": 2, "PruneConfig": partial(PruneConfig, seq_len=LENGTH)}
         assert main() == 0
     return folder
 
@@ -95,6 +98,7 @@ def test_every_command_of_the_pages_works(workplace: Path, tmp_path: Path) -> No
             sizes = "train.duration=4ba train.global_batch_size=4 train.microbatch_size=4 train.eval_interval=4ba"
             here = f" {sizes} data.eval_samples_per_domain=1"
             shortened = shortened.replace(".yaml", f".yaml{here}", 1)
+        shortened = shortened.replace("--sequence-length 512", f"--sequence-length {LENGTH}")
         if command.startswith("llmprune score") and "--samples" not in command:
             shortened += " --samples 4"
         if "--correction" in command or "--budget" in command:

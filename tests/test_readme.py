@@ -69,7 +69,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(job, "SPEED", MeasureConfig((1,), output_tokens=(2,), warmups=0, repeats=1))
         patch.setattr(sys, "argv", ["quickstart.py", "--minutes", "0.02"])
         main = runpy.run_path(str(ROOT / "scripts" / "quickstart.py"), {"__name__": "quickstart"})["main"]
-        main.__globals__ |= {"TRIES": 2, "PruneConfig": partial(PruneConfig, seq_len=LENGTH)}
+        main.__globals__.update(TRIES=2, PruneConfig=partial(PruneConfig, seq_len=LENGTH))
         assert main() == 0
     return folder
 

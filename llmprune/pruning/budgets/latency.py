@@ -108,7 +108,7 @@ class LatencyTable:
     def _decoder(self, shape: Shape) -> "_Decoder":
         """A model of ``shape`` that computes one token after a full cache."""
         blocks = [block % self.source.layers for block in range(shape.layers)]
-        # A head size of hidden / heads may not fit sizes that are timed one by one.
+        # Sizes are timed one by one, so hidden may not be a multiple of the heads.
         config = self._sizes.family.with_shape(self._sizes.config, _coupled(shape, self._sizes), blocks)
         model = _filled(config, self._dtype).to(self._device)  # type: ignore[arg-type]
         built = self._sizes.family.shape(config)
@@ -141,6 +141,9 @@ class _Decoder:
 
 
 def _coupled(shape: Shape, sizes: ShapeSizes) -> Shape:
+    """The nearest shape that a config of the family can have."""
+    if sizes.family.keeps_whole_heads(sizes.config):
+        return replace(shape, hidden=max(shape.hidden // shape.heads, 1) * shape.heads)
     if not sizes.family.head_size_is_derived(sizes.config):
         return shape
     groups = shape.hidden // shape.head_dim // sizes.source.heads_per_group

@@ -32,7 +32,7 @@ def prune(
     data: Place | None = None,
     tokens: int | str | None = None,
     minutes: float | None = None,
-    seq_len: int = 512,
+    seq_len: int | None = None,
     tries: int = 48,
     seed: int = 17,
     overwrite: bool = False,
@@ -54,7 +54,7 @@ def prune(
             built-in corpus.
         tokens: tokens of recovery, such as ``1M``.
         minutes: minutes of recovery, if the tokens are not given; None = 30.
-        seq_len: tokens of a sample, unless the data are prepared already.
+        seq_len: tokens of a sample, unless the data are prepared already; None = 512, or as many as the model takes.
         tries: shapes that are tried on the calibration samples.
         seed: of the samples and of the order of the data.
         overwrite: whether what llmprune made in ``out`` may be replaced if it was begun with other settings.

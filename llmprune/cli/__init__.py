@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from llmprune.cli import downloading, evaluating, importing, measuring, pruning, showing, whole  # noqa: F401  # their commands
+from llmprune.cli import downloading, evaluating, importing, measuring, pruning, showing  # noqa: F401  # their commands
 from llmprune.cli.common import app
 from llmprune.utils.errors import check_surroundings, one_line
 from llmprune.utils.logs import logs_shown

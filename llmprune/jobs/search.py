@@ -49,7 +49,7 @@ from llmprune.pruning.budgets.choose import NoShapeError, Steps
 from llmprune.pruning.budgets.limits import Latency, Limit, costs_of, limits_of
 from llmprune.pruning.budgets.plan_losses import RuinousPlanError
 from llmprune.pruning.budgets.shape_sizes import ShapeSizes
-from llmprune.pruning.budgets.trial import Trial, content_of
+from llmprune.pruning.budgets.trial import Trial, plan_hash
 from llmprune.pruning.planning import (
     best_under,
     check_choice,
@@ -223,7 +223,7 @@ class _Job:
         place = self.place(number)
         place.mkdir(parents=True, exist_ok=True)
         plan.save(place / "plan.json")
-        content, blocks = content_of(plan), [block.attention for block in plan.blocks]
+        content, blocks = plan_hash(plan), [block.attention for block in plan.blocks]
         within = all(limit.cost(plan.shape, blocks) <= limit.most for limit in limits)
         costs = {cost.name: cost.cost(plan.shape, blocks) for cost in fresh if not isinstance(cost, Latency)}
         return {

@@ -15,10 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from llmprune.cli import app
 from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.jobs.score import save_scores, score, share
+from llmprune.models import number_formats
 from llmprune.models.loading import load_model_config, load_tokenizer
 from llmprune.models.placement import Placement
 from llmprune.plans.plan import Plan
 from llmprune.pruning.planning import make_plan, rehearse
+from llmprune.pruning.scoring.all_criteria import CRITERIA
+from llmprune.pruning.scoring.criterion import Criterion
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.pruning.selection.settings import PlanConfig
@@ -97,6 +100,38 @@ def test_offloaded_blocks_come_and_go(trained_folder: Path) -> None:
             assert [b.mlp.up_proj.weight.device.type for b in blocks].count("cpu") == 1
             assert blocks[number].mlp.up_proj.weight.device.type == "cpu"
     assert all(parameter.device.type == "meta" for parameter in blocks.parameters())
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_only_matrix_products_are_in_bfloat16(
+    scores: Scores, trained_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, offload: bool
+) -> None:
+    """The criteria's sums are computed in full precision, and the scores are near those in float32."""
+    called: set[str] = set()
+
+    def checked(cls: type[Criterion], name: str) -> None:
+        method = vars(cls)[name]
+
+        def call(*arguments: Any) -> Any:
+            called.add(name)
+            assert not torch.is_autocast_enabled("cpu"), f"{cls.__name__}.{name}"
+            return method(*arguments)
+
+        monkeypatch.setattr(cls, name, call)
+
+    classes = {base for name in CRITERIA for base in CRITERIA[name].__mro__ if issubclass(base, Criterion)}
+    methods = ("observe", "read", "weigh", "gradient", "losses")
+    for cls in classes - {Criterion}:
+        for name in methods:
+            if name in vars(cls):
+                checked(cls, name)
+    monkeypatch.setattr(number_formats, "bfloat16_is_fast", lambda *, on_gpu: True)
+    found = score(str(trained_folder), settings(data), Placement("auto", "cpu"), offload=offload)
+    assert called == set(methods) - ({"gradient"} if offload else set())
+    for name, values in found.as_dict()["blocks"].items():
+        exact = scores.as_dict()["blocks"][name]
+        assert values == pytest.approx(exact, rel=0.3, abs=0.05)
+        assert (values == exact) == (name in ("magnitude_l1", "magnitude_l2", "tail", "random")), name
 
 
 def test_two_ranks_give_the_same(scores: Scores, trained_folder: Path, data: Path, tmp_path: Path) -> None:

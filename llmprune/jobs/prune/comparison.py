@@ -17,7 +17,7 @@ from llmprune.pruning.budgets.limits import costs_of, limits_of
 from llmprune.pruning.budgets.plan_losses import RuinousPlanError
 from llmprune.pruning.budgets.settings import BudgetConfig
 from llmprune.pruning.budgets.shape_sizes import ShapeSizes
-from llmprune.pruning.budgets.trial import Trial, content_of
+from llmprune.pruning.budgets.trial import Trial, plan_hash
 from llmprune.pruning.planning import best_under, default_device, describe, open_scored
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.selection.correction import corrected, is_correctable
@@ -70,7 +70,7 @@ def compare_ways(scores: Scores, model: str, method: str, budget: BudgetConfig, 
             rows[name] = {"impossible": str(error)}
             tell(f"prune:   {name}: {error}")
             continue
-        content = content_of(plan)
+        content = plan_hash(plan)
         if content in known:
             rows[name] = {"same_as": known[content]}
             tell(f"prune:   {name}: the same as {known[content]}")

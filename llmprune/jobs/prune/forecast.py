@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from llmprune.config.left_open import learning_rate
+from llmprune.data.calibration import LENGTH
 from llmprune.data.prepared import PreparedData
-from llmprune.jobs.prune.recipe import BATCHES, SAMPLES, batch_tokens, criteria_of, ways_of
+from llmprune.jobs.prune.recipe import BATCHES, GATING, SAMPLES, batch_tokens, criteria_of, sample_length, ways_of
 from llmprune.jobs.prune.settings import MINUTES, SELF, PruneConfig
 from llmprune.models.families import family_of
 from llmprune.models.loading import count_parameters, load_model_config
@@ -19,7 +20,6 @@ from llmprune.pruning.budgets.shape_sizes import ShapeSizes
 from llmprune.pruning.planning import default_device
 
 UTILISATION = 0.4  # share of the speed of one large matrix product that a model reaches
-CALIBRATION_LENGTH = 512
 FORWARD, TRAINING = 2, 6  # operations for a parameter and a token
 
 
@@ -71,7 +71,7 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
     whole = count_parameters(source)
     smaller = next((limit.most for limit in limits if limit.name == "params"), whole)
     rate = _speed(device) * UTILISATION
-    calibration = SAMPLES * CALIBRATION_LENGTH
+    calibration = SAMPLES * min(LENGTH, sample_length(config, source))
     tokens = config.wanted_tokens()
     recovery = TRAINING * smaller + FORWARD * whole
     minutes = config.minutes or MINUTES
@@ -81,7 +81,7 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
     told = ", ".join(f"{limit.name} at most {limit.most:,.4g}" for limit in limits)
     steps = [_data(config, wanted, rate, whole)]
     if config.method == "gates":
-        steps.append(Step("gates", "gates train for 30% of the tokens below", None))
+        steps.append(Step("gates", f"gates train for {GATING:.0%} of the tokens or minutes", None))
     else:
         names, ways = criteria_of(config.method), ways_of(config.method)
         passes = TRAINING if "unit_taylor" in names else FORWARD

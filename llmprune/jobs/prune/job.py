@@ -27,8 +27,8 @@ from data_prep.recipe import PackSettings
 from data_prep.sample import SampleConfig, sample
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.job_files import load_job
-from llmprune.conversion.commands import apply, convert
-from llmprune.data.format import tokenizer_fingerprint
+from llmprune.conversion.commands import apply
+from llmprune.data.format import EVAL, tokenizer_fingerprint
 from llmprune.data.prepared import PreparedData
 from llmprune.data.sources import Fields
 from llmprune.evaluation.continuations import (
@@ -46,6 +46,7 @@ from llmprune.jobs.prune.recipe import (
     GATING,
     criteria_of,
     learning_from,
+    sample_length,
     scoring_job,
     write_job,
 )
@@ -61,6 +62,7 @@ from llmprune.models.loading import load_model_config
 from llmprune.models.placement import Placement
 from llmprune.models.source import longest_input
 from llmprune.models.stored_weights import StoredWeights, fingerprint
+from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.limits import costs_of, limits_of
 from llmprune.pruning.budgets.shape_sizes import ShapeSizes
 from llmprune.pruning.planning import default_device
@@ -111,6 +113,11 @@ def prune(model: str, out: str | Path, config: PruneConfig, *, overwrite: bool =
         return job.run()
 
 
+def check(model: str, out: str | Path, config: PruneConfig) -> None:
+    """Check everything that can be known before any work; see ``prune``."""
+    _Prune(model, Path(out), config)
+
+
 class _Prune:
     """The settings of one call, checked, and its steps."""
 
@@ -131,13 +138,20 @@ class _Prune:
         if self._prepared is not None:
             if tokenizer_fingerprint(self._source.tokenizer) != self._prepared.manifest.tokenizer:
                 raise UserError(f"the tokenizer of {self._model} did not make the data in {given}: give its text")
+            if not self._prepared.domains_with(EVAL):
+                raise UserError(f"{given} has no evaluation samples: prepare it with a larger --eval-fraction")
             length = self._prepared.manifest.sequence_length
         else:
-            length = self._config.seq_len
+            length = self._length
             if given not in (None, SELF) and not Path(str(given)).exists():
                 raise UserError(f"{given} does not exist")
         if limit is not None and length > limit:
             raise UserError(f"samples of {length} tokens are too long: {self._model} takes {limit}")
+
+    @property
+    def _length(self) -> int:
+        """The number of tokens of the samples that are made here."""
+        return sample_length(self._config, self._model_config)
 
     def begin(self, overwrite: bool) -> None:
         """Make the folder, or check that it was begun with the same settings.
@@ -194,7 +208,7 @@ class _Prune:
             inputs = [str(text)]
             written = text / SELF
             steps.together("text that the model writes", written, lambda: self._write_text(written))
-        settings = PackSettings(self._config.seq_len, eval_fraction=EVAL_FRACTION, seed=self._config.seed)
+        settings = PackSettings(self._length, eval_fraction=EVAL_FRACTION, seed=self._config.seed)
         fields = Fields(self._config.text_field)
         steps.alone("data", data, lambda: prepare(inputs, self._source.folder.path, data, settings, fields=fields))
         return str(data)
@@ -202,7 +216,7 @@ class _Prune:
     def _write_text(self, folder: Path) -> None:
         """Let the source model write the training text; all ranks share the work."""
         tokens = min(self._config.wanted_tokens() or FEW_WRITTEN, MOST_WRITTEN)
-        sample(self._model, folder, SampleConfig(tokens, self._config.seq_len, seed=self._config.seed))
+        sample(self._model, folder, SampleConfig(tokens, self._length, seed=self._config.seed))
 
     def _cut(self, steps: Steps, data: str) -> None:
         """Score the model, compare the ways, and cut by the best plan."""
@@ -226,8 +240,9 @@ class _Prune:
         out = self._out
         sections = {"l0_pruning": {"target_sparsity": self._sparsity()}, **learning_from(None)}
         about = "Prunes by learned gates; the model with open gates is the teacher."
-        self._train(steps, "gates", about, self._model, data, sections, GATING, "prune")
-        steps.alone("cut", out / "pruned", lambda: convert(out / "gates", out / "pruned").save(out / "plan.json"))
+        self._train(steps, "gates", about, self._model, data, sections, GATING, out / "pruned", "prune")
+        made = out / "pruned" / "llmprune" / "plan.json"
+        steps.alone("plan", out / "plan.json", lambda: Plan.load(made).save(out / "plan.json"))
 
     def _sparsity(self) -> float:
         """The share of the blocks' parameters whose removal leaves the wanted number of parameters."""
@@ -243,8 +258,8 @@ class _Prune:
         """Train the pruned model with the source as its teacher."""
         out, share = self._out, 1 - GATING if self._config.method == "gates" else 1.0
         about = "Recovers the pruned model, which learns from the source model and from the text."
-        self._train(steps, "recover", about, str(out / "pruned"), data, learning_from(self._model), share)
-        steps.alone("convert", out / "model", lambda: convert(out / "recover", out / "model"))
+        pruned, sections = str(out / "pruned"), learning_from(self._model)
+        self._train(steps, "recover", about, pruned, data, sections, share, out / "model")
 
     def _train(
         self,
@@ -255,11 +270,12 @@ class _Prune:
         data: str,
         sections: dict[str, Any],
         share: float,
+        result: Path,
         kind: str = "train",
     ) -> None:
         """Run a job that trains, for a share of the tokens or minutes."""
         length, tokens = PreparedData(data).manifest.sequence_length, self._config.wanted_tokens()
-        training = Training(name, about, model, data, length, self._config.seed, sections, kind)
+        training = Training(name, about, model, data, length, self._config.seed, sections, result, kind)
         training.run(
             steps,
             self._out,

@@ -32,7 +32,7 @@ class Measured:
         name: source, pruned or recovered.
         parameters: number of parameters.
         bytes: size of the weights in memory.
-        peak_memory: peak memory while it generates, in bytes.
+        peak_memory: peak memory while it generates, in bytes; None = it never had enough memory.
         perplexity: perplexity of held-out text, by domain; the key "" is all of it.
         tokens_per_s: generated tokens per second, by batch size.
     """
@@ -40,7 +40,7 @@ class Measured:
     name: str
     parameters: int
     bytes: int
-    peak_memory: int
+    peak_memory: int | None
     perplexity: dict[str, float]
     tokens_per_s: dict[int, float]
 
@@ -94,7 +94,8 @@ class Outcome:
     def faster(self) -> dict[int, float]:
         """How many times as fast as the source the recovered model generates, by batch size."""
         source, *_, recovered = self.models
-        return {batch: rate / source.tokens_per_s[batch] for batch, rate in recovered.tokens_per_s.items()}
+        common = [batch for batch in source.tokens_per_s if batch in recovered.tokens_per_s]
+        return {batch: recovered.tokens_per_s[batch] / source.tokens_per_s[batch] for batch in common}
 
     def facts(self) -> dict[str, Any]:
         """The outcome, for JSON."""
@@ -115,9 +116,9 @@ class Outcome:
                 one.name,
                 f"{one.parameters:,}",
                 f"{one.bytes / 1e6:,.0f}",
-                f"{one.peak_memory / 1e6:,.0f}",
+                "" if one.peak_memory is None else f"{one.peak_memory / 1e6:,.0f}",
                 *(f"{one.perplexity[name]:.2f}" for name in ("", *domains)),
-                *(f"{one.tokens_per_s[batch]:.1f}" for batch in batches),
+                *(f"{one.tokens_per_s[batch]:.1f}" if batch in one.tokens_per_s else "" for batch in batches),
             ]
             for one in self.models
         ]
@@ -128,8 +129,8 @@ class Outcome:
         won, faster = self.won_back, " and ".join(f"{ratio:.2f}" for ratio in self.faster.values())
         if won is not None:
             lines.append(f"\nRecovery won back {won:.0%} of the nats per token that the cut lost on held-out text.")
-        sizes = " and ".join(map(str, self.faster))
-        lines.append(f"The recovered model generates {faster} times as fast as the source (batch {sizes}).")
+        if sizes := " and ".join(map(str, self.faster)):
+            lines.append(f"The recovered model generates {faster} times as fast as the source (batch {sizes}).")
         for prompt, outputs in self.continuations.items():
             lines.append(f"\n{prompt} …")
             lines += [f"  {name}: {' '.join(text.split())}" for name, text in outputs.items()]

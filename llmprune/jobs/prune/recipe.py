@@ -12,7 +12,10 @@ from transformers import PretrainedConfig
 
 from llmprune.config.job_files import load_training_job
 from llmprune.config.schema import Config
+from llmprune.data.calibration import LENGTH
 from llmprune.estimate.job import cluster_here, estimate
+from llmprune.jobs.prune.settings import PruneConfig
+from llmprune.models.source import longest_input
 from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import write_text
@@ -69,6 +72,11 @@ def batch_tokens(tokens: float) -> int:
     """
     wanted = 2 ** round(math.log2(max(tokens / BATCHES, 1)))
     return min(max(wanted, SMALLEST_BATCH), LARGEST_BATCH)
+
+
+def sample_length(config: PruneConfig, model: PretrainedConfig) -> int:
+    """The number of tokens of the samples that are made from text."""
+    return config.seq_len or min(LENGTH, longest_input(model) or LENGTH)
 
 
 def write_job(path: Path, job: Mapping[str, Any], about: str, *, named: Path | None = None) -> None:

@@ -26,7 +26,8 @@ class PruneConfig:
             code.
         tokens: number of tokens of recovery, such as ``1M``; null = as many as ``minutes`` hold.
         minutes: minutes of recovery, by the speed of its first batches; null = 30, unless ``tokens`` is given.
-        seq_len: number of tokens of a sample, unless the data are prepared already.
+        seq_len: number of tokens of a sample, unless the data are prepared already; null = 512, or as many as the model
+            takes if these are fewer.
         text_field: name of the field of a JSON record that contains the text.
         prompts: file with prompts that every model continues: text, one a line, or JSON lines; null = three English
             sentences.
@@ -38,7 +39,7 @@ class PruneConfig:
     data: str | None = None
     tokens: str | None = None
     minutes: float | None = limited(None, above=0)
-    seq_len: int = limited(512, least=8)
+    seq_len: int | None = limited(None, least=8)
     text_field: str = "text"
     prompts: str | None = None
     seed: int = limited(17, least=0, most=2**32 - 1)

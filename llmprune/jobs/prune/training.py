@@ -14,11 +14,12 @@ from omegaconf import OmegaConf
 from transformers import PretrainedConfig
 
 from llmprune.config.job_files import load_training_job
+from llmprune.conversion.commands import convert
 from llmprune.jobs.prune.recipe import fitted, training_job, write_job
 from llmprune.jobs.prune.steps import Steps
 from llmprune.jobs.train import train
 from llmprune.models.loading import load_model_config
-from llmprune.utils.files import temporary_for, write_json
+from llmprune.utils.files import temporary_for
 from llmprune.utils.logs import tell
 from llmprune.utils.outputs import remove
 from llmprune.utils.processes import TERMINATION
@@ -39,6 +40,7 @@ class Training:
         length: number of tokens of a sample.
         seed: seed of the order of the data.
         sections: sections of the YAML beside those of every training.
+        result: folder of the model that comes out.
         kind: kind of job.
     """
 
@@ -49,10 +51,11 @@ class Training:
     length: int
     seed: int
     sections: Mapping[str, Any]
+    result: Path
     kind: str = "train"
 
     def run(self, steps: Steps, out: Path, *, tokens: float | None, minutes: float) -> None:
-        """Write ``out``/NAME.yaml, and train in ``out``/NAME; on all ranks.
+        """Write ``out``/NAME.yaml, train in ``out``/NAME, and convert the result; on all ranks.
 
         Args:
             steps: steps of the command.
@@ -60,15 +63,15 @@ class Training:
             tokens: number of tokens; None = as many as the minutes hold.
             minutes: minutes of training, if ``tokens`` is None.
         """
-        path, done = out / f"{self.name}.yaml", out / self.name / "done.json"
+        path, run = out / f"{self.name}.yaml", out / self.name
         steps.together(f"{self.name}: length and memory", path, lambda: self._plan(out, path, tokens, minutes))
 
         def work() -> None:
             with TERMINATION.noted():  # the run saves a checkpoint and ends by itself
-                train(load_training_job(path))
-            on_rank_zero(lambda: write_json(done, {"schema": 1}))
+                train(load_training_job(path))  # a complete run is not changed
+            on_rank_zero(lambda: convert(run, self.result) and None)
 
-        steps.together(self.name, done, work)
+        steps.together(self.name, self.result, work)
 
     def _plan(self, out: Path, path: Path, tokens: float | None, minutes: float) -> None:
         """Write the YAML, for a length that the tokens or the minutes give."""

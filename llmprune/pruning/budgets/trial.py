@@ -17,7 +17,7 @@ from llmprune.pruning.selection.methods import ScoredModel
 from llmprune.utils.files import sha256_text
 
 
-def content_of(plan: Plan) -> str:
+def plan_hash(plan: Plan) -> str:
     """Hash of what a plan keeps, multiplies and corrects; plans with the same result have the same hash."""
     tensors = {**plan.factors, **plan.corrections}
     sums = sorted((name, tensor.double().sum().item()) for name, tensor in tensors.items())
@@ -48,7 +48,7 @@ class Trial:
         """
         if samples is not None or plan.corrections:
             return self._computed(plan, self.scored.tokens if samples is None else samples)
-        key = content_of(plan)
+        key = plan_hash(plan)
         if key not in self._known:
             self._known[key] = self._computed(plan, self.scored.tokens)
         return self._known[key]

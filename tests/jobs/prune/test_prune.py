@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.pack import prepare
+from data_prep.recipe import PackSettings
 from llmprune.cli import app
 from llmprune.config.job_files import load_job
 from llmprune.evaluation.settings import GenerationConfig
-from llmprune.jobs.prune import job
+from llmprune.jobs.prune import job, training
 from llmprune.jobs.prune.job import prune
 from llmprune.jobs.prune.outcome import Measured, Outcome
 from llmprune.jobs.prune.recipe import batch_tokens
@@ -94,6 +96,7 @@ def test_other_settings_are_refused(pruned: tuple[Path, Outcome], trained_folder
         (PruneConfig(SMALL, seq_len=100_000), "are too long"),
         (PruneConfig(BudgetConfig(latency="0.5"), method="gates"), "gates prune to a number of parameters"),
         (PruneConfig(BudgetConfig(params="0.9K apples")), "is no budget"),
+        (PruneConfig(SMALL, prompts="nowhere.txt"), "nowhere.txt"),
     ],
 )
 def test_what_is_impossible_is_told_before_work(
@@ -122,12 +125,13 @@ def test_a_stopped_command_goes_on_from_its_own_text_by_gates_for_minutes(
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "convert", stop)
+        patch.setattr(training, "convert", stop)
         with pytest.raises(RuntimeError, match="killed"):
             prune(str(trained_folder), out, config)
-    gates = (out / "gates" / "metrics.jsonl").read_bytes()
+    trained = {path: path.stat().st_mtime_ns for path in (out / "gates" / "checkpoints").glob("ba*.pt")}
     outcome = prune(str(trained_folder), out, config)
-    assert (out / "gates" / "metrics.jsonl").read_bytes() == gates
+    assert trained == {path: path.stat().st_mtime_ns for path in (out / "gates" / "checkpoints").glob("ba*.pt")}
+    assert trained
     assert outcome.models[-1].parameters <= 0.8 * outcome.models[0].parameters
     config_of_result = load_model_config(out / "model")
     assert Plan.load(out / "plan.json").shape == family_of(config_of_result).shape(config_of_result)
@@ -168,4 +172,21 @@ def test_a_dry_run_tells_the_steps_and_does_nothing(
     app(command, standalone_mode=False)
     text = capsys.readouterr().out
     assert "1,000,000 tokens in about 123 batches of 8,192" in text
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        app([*command, "--dry-run", "--data", "nowhere"], standalone_mode=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_data_without_evaluation_samples_are_refused_before_work(
+    trained_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    prepare([corpus], trained_folder, tmp_path / "data", PackSettings(32, eval_fraction=0.0), processes=1)
+    with pytest.raises(UserError, match="has no evaluation samples"):
+        prune(str(trained_folder), tmp_path / "out", PruneConfig(SMALL, data=str(tmp_path / "data")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_did_not_fit_into_memory_has_empty_cells() -> None:
+    losses = {"source": 2.0, "pruned": 4.0, "recovered": 2.5}
+    models = [Measured(name, 10, 40, None, {"": math.exp(loss)}, {}) for name, loss in losses.items()]
+    assert "None" not in str(Outcome(Path("out"), models, {}, {}))

@@ -81,10 +81,12 @@ def test_a_trial_has_the_loss_of_the_cut_model(name: str, tokens: Tensor, data: 
         criterion = None if shape["layers"] == 4 else "block_influence"
         plan = make_plan(found, replace(BOTH, shape=shape, criterion=criterion, correction=correction, force=True))
         assert bool(plan.corrections) == (correction == "refit")
-        loss = trial.loss(plan)
+        loss, others = trial.loss(plan), tokens.flip(0, 1)
+        assert trial.loss(plan) == loss
         apply(tmp_path / "model", plan, tmp_path / "cut", overwrite=True)
         cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
         assert loss == pytest.approx(mean_loss(cut, tokens), rel=1e-5)
+        assert trial.loss(plan, others) == pytest.approx(mean_loss(cut, others), rel=1e-5)
     assert mean_loss(model, tokens) == pytest.approx(dense, rel=1e-6)  # as before
 
 
@@ -185,6 +187,15 @@ def test_a_token_of_every_family_can_be_timed(name: str) -> None:
             decoder.fill()
             logits = decoder.step()
         assert logits.shape == (2, 1, 300) and logits.isfinite().all()
+
+
+def test_sizes_are_timed_though_no_model_has_just_them() -> None:
+    """Half of 72 hidden dimensions with a group of heads fewer: a config needs a multiple of its heads."""
+    config = tiny_config(hidden_size=72, num_attention_heads=9, num_key_value_heads=3, head_dim=8)
+    table = LatencyTable(config, batch=1, context=9, device=torch.device("cpu"), dtype=torch.float32)
+    for hidden, groups in ((42, 3), (40, 2), (7, 1), (72, 3)):
+        outside, block = table._time(hidden, groups, 48)
+        assert outside >= 0 and block >= 0
 
 
 def test_timing_needs_room() -> None:

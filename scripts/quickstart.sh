@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"         # nothing is fetched: set-up brought the model
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # threads that wait leave the cores to other processes
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}" # threads that wait longer leave the cores to other processes
 exec .venv/bin/python scripts/quickstart.py "$@"

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from functools import cache
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from llmprune.data.calibration import calibration_samples, samples_fingerprint, with_length
@@ -44,6 +45,8 @@ from llmprune.pruning.selection.width import narrowed, whole
 from llmprune.utils.errors import UserError
 
 __all__ = ["SELECTIONS", "compare", "make_plan", "merging", "repeated"]
+
+COMPARED = 4096  # calibration tokens on which shapes are compared
 
 
 def make_plan(
@@ -166,7 +169,11 @@ def best_under(
         plan = Plan(scores.family, scores.fingerprint, scores.source, blocks.of(shape.layers))
         return narrowed(plan, shape, scores, config.unit_criterion, config.expert_criterion)
 
-    choice = Chooser(sizes, steps, limits, plan_for, trial.loss, budget.tries).choose()
+    def loss(plan: Plan) -> float:
+        return trial.loss(plan, few)
+
+    few = _some(trial.scored.tokens, COMPARED)
+    choice = Chooser(sizes, steps, limits, plan_for, loss, budget.tries).choose()
     plan = choice.plan
     if config.correction != "none" and is_correctable(plan):
         plan = corrected(plan, config.correction, trial.scored)
@@ -174,6 +181,12 @@ def best_under(
     if not config.force:
         losses.refuse_ruinous()
     return plan, replace(choice, plan=plan, losses=losses)
+
+
+def _some(samples: Tensor, tokens: int) -> Tensor:
+    """Samples at even intervals that hold as many tokens; all, if there are fewer."""
+    count = min(max(tokens // samples.shape[1], 1), len(samples))
+    return samples[torch.linspace(0, len(samples) - 1, count).round().long()]
 
 
 def _steps(request: Request, sizes: ShapeSizes, multiple: int | None) -> Steps:

@@ -79,10 +79,10 @@ from llmprune.utils.recorded_settings import leaves
 MEGABYTES = 8.0  # of the built-in corpus
 EVAL_FRACTION = 0.1
 FEW_WRITTEN, MOST_WRITTEN = 250_000, 1_000_000  # tokens that the model writes; more recovery reads them again
-HELD_OUT = 32  # evaluation samples per domain, at the end
-JUDGED = 16  # evaluation samples per domain that compare plans
+HELD_OUT = 16  # evaluation samples per domain, at the end
+JUDGED = 8  # evaluation samples per domain that compare plans
 AUTO = Placement()
-SPEED = MeasureConfig((1, 8), output_tokens=(64,), warmups=2, repeats=7)
+SPEED = MeasureConfig((1, 8), output_tokens=(32,), warmups=1, repeats=5)
 PROMPTS = (
     "The most important thing to know about the history of Rome is",
     "To cook a simple soup for four people, you first",

@@ -22,7 +22,7 @@ from llmprune.utils.files import write_text
 
 BATCHES = 128  # batches of recovery that are aimed at
 SMALLEST_BATCH, LARGEST_BATCH = 2048, 2**20  # tokens
-EVALUATED = 16  # held-out samples per domain, while training
+EVALUATED = 8  # held-out samples per domain, while training
 SAMPLES = 32  # calibration samples
 MICROBATCHES = (8, 4, 2, 1)  # samples per forward pass, on a GPU; half of them on a CPU
 GATING = 0.3  # share of the tokens with which gates train
@@ -131,7 +131,7 @@ def training_job(
         "train": {
             "duration": f"{batches}ba",
             "global_batch_size": samples,
-            "eval_interval": "0.5dur",
+            "eval_interval": "1dur",
             "eval_first": True,
         },
         "checkpoint": {"interval": "0.25dur", "keep": 1},

@@ -121,7 +121,7 @@ class Training:
         times = _Times()
         given = [f"train.duration={PACE}ba", f"train.global_batch_size={samples}", "train.eval_interval=0ba"]
         given += ["train.eval_first=false", "checkpoint.interval=1000ba", "run.autoresume=false", "run.overwrite=true"]
-        train(load_training_job(path, [*given, "loggers.console=false"]), [times])
+        train(load_training_job(path, [*given, f"loggers.console_interval={PACE}ba"]), [times])
         seconds = statistics.median(times.seconds[1:])
         return float(on_rank_zero(lambda: samples * self.length / seconds))
 

@@ -208,6 +208,7 @@ class Chooser:
         with Progress(desc="choosing the shape", total=self._tries, unit="shapes") as progress:
 
             def attempt(point: Point) -> None:
+                point = self._raised(point)
                 shape = None if point in tried else self._solved(point)
                 if shape is None:
                     return
@@ -267,6 +268,20 @@ class Chooser:
                         moved[1] += step
                 if all(0 <= place < length for place, length in zip(moved, lengths, strict=True)):
                     yield self._tied((moved[0], moved[1], moved[2]))
+
+    def _raised(self, point: Point) -> Point:
+        """The point with as many blocks as keep to every budget, if blocks of full width do; else the same point."""
+        low, hidden, groups = point
+        high = len(self._steps.layers)  # blocks of full width fit at low, if at all, and not at high
+        while self._has_full_width((low, hidden, groups)) and high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._has_full_width((middle, hidden, groups)) else (low, middle)
+        return low, hidden, groups
+
+    def _has_full_width(self, point: Point) -> bool:
+        """Whether every channel, or expert, may stay at a point."""
+        shape = self._solved(point)
+        return shape is not None and getattr(shape, self._steps.inner_name) == self._steps.inner[-1]
 
     def _solved(self, point: Point) -> Shape | None:
         """The largest shape at a point that keeps to every budget; None if there is none."""

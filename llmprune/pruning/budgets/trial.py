@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmprune.models.causal_lm import token_losses
+from llmprune.models.causal_lm import final_states, next_token_loss
 from llmprune.models.families import OUTPUTS, family_of
 from llmprune.plans.plan import Plan
 from llmprune.plans.surgery import Surgery
@@ -73,8 +73,9 @@ class Trial:
     def _mean_loss(self, tokens: Tensor) -> float:
         total, count = 0.0, 0
         for part in tokens.split(self.scored.batch_size):
-            losses, counts = token_losses(self.scored.model(input_ids=part, use_cache=False).logits, part)
-            total, count = total + losses.double().sum().item(), count + int(counts.sum())
+            predicted = part[:, 1:].numel()
+            loss = next_token_loss(*final_states(self.scored.model, {"input_ids": part}), part)
+            total, count = total + predicted * loss.item(), count + predicted
         return total / count
 
     @contextmanager

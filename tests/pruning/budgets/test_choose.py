@@ -147,12 +147,12 @@ def test_the_best_shape_is_found() -> None:
     )
     sizes = ShapeSizes(config)
     steps, known = Steps.of(sizes, 4, 1, depth=True, width=True), Known(sizes)
-    choice = Chooser(sizes, steps, [Parameters(sizes, "0.6")], known.plan, known.loss, 100).choose()
+    choice = Chooser(sizes, steps, [Parameters(sizes, "0.4")], known.plan, known.loss, 100).choose()
     shape = choice.plan.shape
     assert (shape.layers, shape.hidden, shape.kv_heads, choice.loss) == (7, 48, 6, 0)
     assert choice.tried == known.tried <= 100
     larger = replace(shape, intermediate=shape.intermediate + 4)
-    assert shape.intermediate == 160 or sizes.parameters(larger) > 0.6 * sizes.parameters(sizes.source)
+    assert shape.intermediate == 160 or sizes.parameters(larger) > 0.4 * sizes.parameters(sizes.source)
 
 
 class _Clock(LatencyTable):
@@ -243,7 +243,11 @@ def test_families(name: str, data: Path, tmp_path: Path) -> None:
 
 def test_depth_or_width_alone(scores: Scores) -> None:
     budget = BudgetConfig(params="0.7")
-    depth, _ = choose_plan(scores, replace(BOTH, unit_criterion=None), budget)
+    depth, of_depth = choose_plan(scores, replace(BOTH, unit_criterion=None), budget)
+    assert of_depth.tried == 1  # as many blocks as keep to the budget
+    sizes = ShapeSizes(load_model_config(scores.model))
+    more = replace(depth.shape, layers=depth.shape.layers + 1)
+    assert sizes.parameters(depth.shape) <= 0.7 * sizes.parameters(sizes.source) < sizes.parameters(more)
     width, _ = choose_plan(scores, replace(BOTH, criterion=None), budget)
     assert depth.shape == replace(scores.source, layers=depth.shape.layers) and depth.shape.layers < 6
     assert width.shape.layers == 6 and width.shape != scores.source

@@ -44,7 +44,8 @@ RESULTS = ROOT / "studies" / "ladder.json"
 LENGTH = 512  # tokens of a sample
 CALIBRATION = 32  # samples
 MEGABYTES = 8.0  # of the built-in corpus
-HELD_OUT = 16  # samples of each domain
+HELD_OUT = 8  # samples of each domain
+WIKITEXT = {512: 32_768, 2048: 16_384}  # tokens of WikiText-2, by the length of its segments
 TASKS = ("piqa_local", "arc_easy_local", "openbookqa_local")
 LIMIT = 3 * 3600  # seconds of a cell
 BLOCKS = {"0.9": 4, "0.75": 10, "0.5": 19}  # blocks of 30 that go, so that at most this share of all parameters stays
@@ -235,11 +236,11 @@ def make(cell: Cell, cells: dict[str, Cell], work: Work) -> dict[str, Any]:
     return dict(read_json(known))
 
 
-def perplexities(model: Path, work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
+def perplexities(model: Path, work: Work, wikitext: str) -> dict[str, Any]:
     """Perplexity of the start of WikiText-2, and held-out losses by domain."""
     found: dict[str, Any] = {}
-    for segment in (512, 2048):
-        config = EvaluationConfig([arguments.wikitext], PerplexityConfig(segment, tokens=arguments.tokens))
+    for segment, tokens in WIKITEXT.items():
+        config = EvaluationConfig([wikitext], PerplexityConfig(segment, tokens=tokens))
         (entry,) = evaluate([str(model)], config, Placement())["models"].values()
         (text,) = entry["perplexity"].values()
         found[f"wikitext_{segment}"] = text["bos_none"]
@@ -247,7 +248,7 @@ def perplexities(model: Path, work: Work, arguments: argparse.Namespace) -> dict
     losses = evaluate_losses(
         open_model(str(model), Placement()).model, PreparedData(work.data), samples_per_domain=HELD_OUT
     )
-    return {**found, "wikitext_tokens": arguments.tokens, "held_out": losses.loss, "domains": losses.domains}
+    return {**found, "held_out": losses.loss, "domains": losses.domains}
 
 
 def tasks(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -263,7 +264,7 @@ def do(cell: Cell, cells: dict[str, Cell], work: Work, arguments: argparse.Names
     facts = {**make(cell, cells, work), **known}
     model = work.cell(cell.name) / "model"
     if "wikitext_512" not in facts:
-        facts |= perplexities(model, work, arguments)
+        facts |= perplexities(model, work, arguments.wikitext)
     if arguments.tasks is not None and "tasks" not in facts:
         facts |= tasks(model, arguments)
     write_json(RESULTS, dict(sorted({**results(), cell.name: facts}.items())))
@@ -306,7 +307,6 @@ def main() -> None:
     parser.add_argument("cells", nargs="*", default=["*"], metavar="CELL", help="patterns of names")
     parser.add_argument("--out", type=Path, default=Path("runs/ladder"), help="folder of models and data")
     parser.add_argument("--wikitext", help="WikiText-2's test file")
-    parser.add_argument("--tokens", type=int, default=32768, help="of it")
     parser.add_argument("--tasks", help="folder with task files; none = no tasks")
     parser.add_argument("--questions", type=int, default=300, help="of each task")
     parser.add_argument("--table", action="store_true", help="print what is known")

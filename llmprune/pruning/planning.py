@@ -177,7 +177,7 @@ def best_under(
     plan = choice.plan
     if config.correction != "none" and is_correctable(plan):
         plan = corrected(plan, config.correction, trial.scored)
-    losses = PlanLosses.of(plan, trial)
+    losses = PlanLosses.of(plan, trial, None if plan.corrections else few)
     if not config.force:
         losses.refuse_ruinous()
     return plan, replace(choice, plan=plan, losses=losses)

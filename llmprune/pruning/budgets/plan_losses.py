@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.pruning.budgets.trial import Trial
 from llmprune.utils.errors import UserError
@@ -33,8 +35,14 @@ class PlanLosses:
     uniform: float
 
     @classmethod
-    def of(cls, plan: Plan, trial: Trial) -> "PlanLosses":
-        """Compute the losses; ``trial`` contains the model that the plan is for."""
+    def of(cls, plan: Plan, trial: Trial, samples: Tensor | None = None) -> "PlanLosses":
+        """Compute the losses.
+
+        Args:
+            plan: plan.
+            trial: calibration runs of the model that the plan is for.
+            samples: tokens, int64 [samples, length]; None = the calibration samples.
+        """
         whole = replace(
             plan,
             blocks=tuple(KeptBlock.whole(number) for number in range(plan.source.layers)),
@@ -42,8 +50,9 @@ class PlanLosses:
             factors={},
             corrections={},
         )
-        uncorrected = trial.loss(replace(plan, corrections={})) if plan.corrections else None
-        return cls(trial.loss(whole), uncorrected, trial.loss(plan), math.log(trial.scored.model.config.vocab_size))
+        uncorrected = trial.loss(replace(plan, corrections={}), samples) if plan.corrections else None
+        uniform = math.log(trial.scored.model.config.vocab_size)
+        return cls(trial.loss(whole, samples), uncorrected, trial.loss(plan, samples), uniform)
 
     def refuse_ruinous(self) -> None:
         """Refuse a plan that ruins the model or whose corrections harm it.

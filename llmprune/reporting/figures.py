@@ -1,6 +1,7 @@
 """The figures of the report, each with the numbers that it shows."""
 
 import io
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -135,7 +136,10 @@ def training_curve(run: ReportedRun) -> Picture:
     figure, axes = _axes(along.label, "nats per token")
     places, losses = [along.at(batch) for batch, _ in trained], [loss for _, loss in trained]
     axes.plot(places, losses, color="#8ab4d8", linewidth=0.6, alpha=0.7)
-    axes.plot(places, _smooth(losses), color="#2f7ed8", linewidth=1.6, label="training (running mean)")
+    parts = dict.fromkeys(name for line in run.metrics for name in line if re.fullmatch("distillation/[a-z]+", name))
+    words = " + ".join(part.partition("/")[2] for part in parts)  # a weighted sum, not the loss that is evaluated
+    label = f"training: {words} (running mean)" if words else "training (running mean)"
+    axes.plot(places, _smooth(losses), color="#2f7ed8", linewidth=1.6, label=label)
     if evaluated:
         places = [along.at(batch) for batch, _ in evaluated]
         axes.plot(places, [loss for _, loss in evaluated], "o-", color="#e07b39", markersize=4, label="evaluation")

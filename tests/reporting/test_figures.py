@@ -87,6 +87,18 @@ def test_curves_are_drawn_by_tokens_where_they_were_counted(counted: bool, tmp_p
     assert picture.rows[-1] == {**wanted, "evaluation_loss": 2.5}
 
 
+def test_a_weighted_sum_of_objectives_is_not_called_the_loss(tmp_path: Path) -> None:
+    job_folder.run(tmp_path / "run", "2031-05-06 07:08:09", batches=3)
+    metrics = tmp_path / "run/metrics.jsonl"
+    before = '"loss/train/total"'
+    metrics.write_text(
+        metrics.read_text().replace(before, f'"distillation/kl": 1, "distillation/weight/kl": 1, {before}')
+    )
+    (picture,) = pictures_of_run(collect([tmp_path / "run"]).runs[0])
+    words = [text.get_text() for text in picture.figure.axes[0].get_legend().get_texts()]
+    assert words == ["training: kl (running mean)", "evaluation"]
+
+
 def test_the_source_is_marked() -> None:
     sizes, quality = {"b": 70.0, "a": 50.0}, {"b": 3.3, "a": 4.0}
     axes = trade_off("billion parameters", "perplexity of x", sizes, quality, "b", {"b": "big (source)", "a": "a"}.get)  # type: ignore[arg-type]

@@ -33,6 +33,10 @@ def prune(
     tokens: int | str | None = None,
     minutes: float | None = None,
     seq_len: int | None = None,
+    text_field: str = "text",
+    prompts: Place | None = None,
+    context: int | None = None,
+    batch: int = 1,
     tries: int = 48,
     seed: int = 17,
     overwrite: bool = False,
@@ -55,7 +59,11 @@ def prune(
         tokens: tokens of recovery, such as ``1M``.
         minutes: minutes of recovery, if the tokens are not given; None = 30.
         seq_len: tokens of a sample, unless the data are prepared already; None = 512, or as many as the model takes.
-        tries: shapes that are tried on the calibration samples.
+        text_field: field of a JSON record that holds the text.
+        prompts: file with prompts that every model continues; None = three English sentences.
+        context: tokens in the cache, for ``memory`` and ``latency``; None = 2048, or the model's longest input.
+        batch: sequences in the cache, for ``memory`` and ``latency``.
+        tries: shapes that are tried on the calibration samples, for each way.
         seed: of the samples and of the order of the data.
         overwrite: whether what llmprune made in ``out`` may be replaced if it was begun with other settings.
 
@@ -69,8 +77,8 @@ def prune(
     from llmprune.jobs.prune.settings import PruneConfig
     from llmprune.pruning.budgets.settings import BudgetConfig
 
-    budget = BudgetConfig(_text(params), memory, _text(latency), tries=tries)
-    config = PruneConfig(budget, method, _text(data), _text(tokens), minutes, seq_len, seed=seed)
+    budget = BudgetConfig(_text(params), memory, _text(latency), context, batch, tries=tries)
+    config = PruneConfig(budget, method, _text(data), _text(tokens), minutes, seq_len, text_field, _text(prompts), seed)
     return run(str(model), out, config, overwrite=overwrite)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,6 +65,7 @@ def options_from_settings(
             ]
             groups[parameter.name] = cls, optional, options
             parameters += [option.parameter for option in options]
+        _name_options([option for *_, options in groups.values() for option in options])
 
         @wraps(command)
         def run(**values: Any) -> None:
@@ -93,7 +95,7 @@ def _options(cls: Any, names: Mapping[str, str], path: tuple[str, ...] = (), *, 
         if optional and default is not None:
             default, text = None, f"{text.rstrip('.')}; default: {default}."
         panel = cls.__name__.removesuffix("Config") if optional or path else None
-        option = typer.Option(f"--{name.replace('_', '-')}", help=_help(text), rich_help_panel=panel)
+        option = typer.Option(_flag(name), help=_help(text), rich_help_panel=panel, metavar=_metavar(hint))
         yield _Option(
             name,
             own,
@@ -121,6 +123,12 @@ def _read(hint: Any) -> tuple[Any, Callable[[Any], Any]]:
     return kinds[0], lambda value: value
 
 
+def _metavar(hint: Any) -> str | None:
+    """How the value of a field with several values is written; None = typer's own words."""
+    kinds = {typing.get_origin(kind) for kind in (hint, *typing.get_args(hint))}
+    return "<a,b,…>" if kinds & {list, Sequence} else "<name=size,…>" if dict in kinds else None
+
+
 def _number_or_word(text: str) -> int | str:
     try:
         return int(text)
@@ -128,10 +136,22 @@ def _number_or_word(text: str) -> int | str:
         return text
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _help(text: str) -> str:
     """A field's description as a sentence, with the terms of a command line."""
-    text = text.replace("``", "").replace("null = ", "default: ").replace(" null", " none")
+    text = text.replace("null = ", "default: ").replace(" null", " none")
     return f"{text[:1].upper()}{text[1:]}"
+
+
+def _name_options(options: Sequence[_Option]) -> None:
+    """In the help texts of a command's options, replace names of fields in double backquotes by their options."""
+    flags = {option.path[-1]: _flag(option.name) for option in options}
+    for option in options:
+        info = typing.get_args(option.parameter.annotation)[1]
+        info.help = re.sub("``(.*?)``", lambda match: flags.get(match[1], match[1]), info.help)
 
 
 def _settings(cls: Any, given: Mapping[tuple[str, ...], Any]) -> Any:

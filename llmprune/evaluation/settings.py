@@ -20,7 +20,7 @@ class PerplexityConfig:
         segment: number of tokens of a segment, without a BOS of its own; null = as many as all models take, at most
             2,048 (like shortened: 128). The last segment, which may be shorter, counts too (like shortened: it does
             not).
-        stride: number of tokens from the start of one segment to the start of the next; null = segment.
+        stride: number of tokens from the start of one segment to the start of the next; null = ``segment``.
         bos: where a BOS is put: ``once`` (before the text), ``each`` (before every segment, which then has one token
             more), ``none``, or several, each measured on its own; null = what the tokenizer does with a text, once or
             none (like shortened: once and each).

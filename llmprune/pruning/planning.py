@@ -31,7 +31,13 @@ from llmprune.pruning.scoring.criterion import ScoreSection
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.selection import iterative as repeated
 from llmprune.pruning.selection import merging
-from llmprune.pruning.selection.correction import check_correction, check_tokens, corrected, is_correctable
+from llmprune.pruning.selection.correction import (
+    check_correction,
+    check_tokens,
+    corrected,
+    is_correctable,
+    most_inputs,
+)
 from llmprune.pruning.selection.methods import (
     SELECTIONS,
     Request,
@@ -124,9 +130,7 @@ def choose_plan(
 
 def _check_tokens(config: PlanConfig, sizes: ShapeSizes, scores: Scores) -> None:
     """Refuse a correction before the search, if the calibration samples may be too few for it."""
-    shape = sizes.source
-    inputs = max(shape.heads * shape.head_dim, 0 if shape.experts else shape.intermediate)
-    check_tokens(inputs, config.correction, *calibration_size(scores.data))
+    check_tokens(most_inputs(sizes.source), config.correction, *calibration_size(scores.data))
 
 
 def check_choice(config: PlanConfig) -> None:

@@ -10,14 +10,23 @@ import torch
 from llmprune.config.left_open import learning_rate
 from llmprune.data.calibration import LENGTH
 from llmprune.data.prepared import PreparedData
-from llmprune.jobs.prune.recipe import BATCHES, GATING, SAMPLES, batch_tokens, criteria_of, sample_length, ways_of
+from llmprune.jobs.prune.recipe import (
+    BATCHES,
+    GATING,
+    batch_tokens,
+    calibration_samples,
+    criteria_of,
+    sample_length,
+    ways_of,
+    written_tokens,
+)
 from llmprune.jobs.prune.settings import MINUTES, SELF, PruneConfig
 from llmprune.models.families import family_of
 from llmprune.models.loading import count_parameters, load_model_config
 from llmprune.models.number_formats import dtype_for_inference
 from llmprune.pruning.budgets.limits import costs_of, limits_of
 from llmprune.pruning.budgets.shape_sizes import ShapeSizes
-from llmprune.pruning.planning import default_device
+from llmprune.pruning.planning import COMPARED, default_device
 
 UTILISATION = 0.4  # share of the speed of one large matrix product that a model reaches
 FORWARD, TRAINING = 2, 6  # operations for a parameter and a token
@@ -71,7 +80,7 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
     whole = count_parameters(source)
     smaller = next((limit.most for limit in limits if limit.name == "params"), whole)
     rate = _speed(device) * UTILISATION
-    calibration = SAMPLES * min(LENGTH, sample_length(config, source))
+    length = min(LENGTH, sample_length(config, source))
     tokens = config.wanted_tokens()
     recovery = TRAINING * smaller + FORWARD * whole
     minutes = config.minutes or MINUTES
@@ -79,11 +88,12 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
     batch = batch_tokens(wanted)
     blocks = family_of(source).shape(source).layers
     told = ", ".join(f"{limit.name} at most {limit.most:,.4g}" for limit in limits)
-    steps = [_data(config, wanted, rate, whole)]
+    steps = [_data(config, rate, whole)]
     if config.method == "gates":
         steps.append(Step("gates", f"gates train for {GATING:.0%} of the tokens or minutes", None))
     else:
         names, ways = criteria_of(config.method), ways_of(config.method)
+        calibration = calibration_samples(config.method, source, length) * length
         passes = TRAINING if "unit_taylor" in names else FORWARD
         steps += [
             Step(
@@ -94,7 +104,7 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
             Step(
                 "plan",
                 f"{', '.join(ways)}: up to {config.budget.tries} shapes each, {told}",
-                FORWARD * whole * calibration * config.budget.tries * len(ways) / rate,
+                FORWARD * whole * min(COMPARED, calibration) * config.budget.tries * len(ways) / rate,
             ),
         ]
     steps += [
@@ -109,11 +119,13 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
     return Forecast(steps)
 
 
-def _data(config: PruneConfig, wanted: float, rate: float, parameters: int) -> Step:
+def _data(config: PruneConfig, rate: float, parameters: int) -> Step:
     if config.data is None:
         return Step("data", "the built-in corpus: Python documentation and code", None)
     if config.data == SELF:
-        return Step("data", f"{wanted:,.0f} tokens that the model writes itself", wanted * FORWARD * parameters / rate)
+        written = written_tokens(config)
+        words = f"{written:,} tokens that the model writes itself"
+        return Step("data", words, written * FORWARD * parameters / rate)
     if "://" in config.data:
         return Step("data", PreparedData(config.data).location, None)
     return Step("data", config.data, None)

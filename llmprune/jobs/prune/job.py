@@ -28,7 +28,8 @@ from data_prep.sample import SampleConfig, sample
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.job_files import load_job
 from llmprune.conversion.commands import apply
-from llmprune.data.format import EVAL, tokenizer_fingerprint
+from llmprune.data.calibration import LENGTH
+from llmprune.data.format import EVAL, TRAIN, tokenizer_fingerprint
 from llmprune.data.prepared import PreparedData
 from llmprune.data.sources import Fields
 from llmprune.evaluation.continuations import (
@@ -44,11 +45,13 @@ from llmprune.jobs.prune.comparison import compare_ways, held_out_samples
 from llmprune.jobs.prune.outcome import FILES, Outcome, losses_entry
 from llmprune.jobs.prune.recipe import (
     GATING,
+    calibration_samples,
     criteria_of,
     learning_from,
     sample_length,
     scoring_job,
     write_job,
+    written_tokens,
 )
 from llmprune.jobs.prune.settings import MINUTES, SELF, PruneConfig
 from llmprune.jobs.prune.steps import Steps
@@ -78,7 +81,6 @@ from llmprune.utils.recorded_settings import leaves
 
 MEGABYTES = 8.0  # of the built-in corpus
 EVAL_FRACTION = 0.1
-FEW_WRITTEN, MOST_WRITTEN = 250_000, 1_000_000  # tokens that the model writes; more recovery reads them again
 HELD_OUT = 16  # evaluation samples per domain, at the end
 JUDGED = 8  # evaluation samples per domain that compare plans
 AUTO = Placement()
@@ -215,13 +217,17 @@ class _Prune:
 
     def _write_text(self, folder: Path) -> None:
         """Let the source model write the training text; all ranks share the work."""
-        tokens = min(self._config.wanted_tokens() or FEW_WRITTEN, MOST_WRITTEN)
-        sample(self._model, folder, SampleConfig(tokens, self._length, seed=self._config.seed))
+        config = SampleConfig(written_tokens(self._config), self._length, seed=self._config.seed)
+        sample(self._model, folder, config)
 
     def _cut(self, steps: Steps, data: str) -> None:
         """Score the model, compare the ways, and cut by the best plan."""
         out, names = self._out, criteria_of(self._config.method)
-        job = scoring_job(self._model, data, names, out / "scores", self._config.seed)
+        manifest = PreparedData(data).manifest
+        available = sum(manifest.samples(domain, TRAIN) for domain in manifest.domains)
+        length = min(LENGTH, manifest.sequence_length)
+        samples = calibration_samples(self._config.method, self._model_config, length, available)
+        job = scoring_job(self._model, data, names, out / "scores", samples=samples, seed=self._config.seed)
         on_rank_zero(lambda: write_job(out / "score.yaml", job, "Scores the source model."))
         scores = out / "scores" / "scores.json"
         steps.together("scores", scores, lambda: run_scoring(load_job(out / "score.yaml")))  # type: ignore[arg-type]

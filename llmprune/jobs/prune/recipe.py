@@ -15,7 +15,10 @@ from llmprune.config.schema import Config
 from llmprune.data.calibration import LENGTH
 from llmprune.estimate.job import cluster_here, estimate
 from llmprune.jobs.prune.settings import PruneConfig
+from llmprune.models.families import family_of
+from llmprune.models.least_squares import LEAST, samples_for
 from llmprune.models.source import longest_input
+from llmprune.pruning.selection.correction import most_inputs
 from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import write_text
@@ -23,8 +26,9 @@ from llmprune.utils.files import write_text
 BATCHES = 128  # batches of recovery that are aimed at
 SMALLEST_BATCH, LARGEST_BATCH = 2048, 2**20  # tokens
 EVALUATED = 8  # held-out samples per domain, while training
-SAMPLES = 32  # calibration samples
+SAMPLES = 32  # calibration samples, at least
 MICROBATCHES = (8, 4, 2, 1)  # samples per forward pass, on a GPU; half of them on a CPU
+FEW_WRITTEN, MOST_WRITTEN = 250_000, 1_000_000  # tokens that the model writes; more recovery reads them again
 GATING = 0.3  # share of the tokens with which gates train
 
 
@@ -79,6 +83,11 @@ def sample_length(config: PruneConfig, model: PretrainedConfig) -> int:
     return config.seq_len or min(LENGTH, longest_input(model) or LENGTH)
 
 
+def written_tokens(config: PruneConfig) -> int:
+    """The number of tokens that the model writes as its own training text."""
+    return min(config.wanted_tokens() or FEW_WRITTEN, MOST_WRITTEN)
+
+
 def write_job(path: Path, job: Mapping[str, Any], about: str, *, named: Path | None = None) -> None:
     """Write the YAML of a job, with a comment that says how to run it alone.
 
@@ -94,13 +103,29 @@ def write_job(path: Path, job: Mapping[str, Any], about: str, *, named: Path | N
     write_text(path, head + OmegaConf.to_yaml(OmegaConf.create(dict(job))))
 
 
-def scoring_job(model: str, data: str, criteria: list[str], folder: Path, seed: int) -> dict[str, Any]:
+def calibration_samples(method: str, model: PretrainedConfig, length: int, available: int | None = None) -> int:
+    """The number of calibration samples: with width, as many as ``refit`` needs.
+
+    Args:
+        method: way of pruning, or ``auto``.
+        model: config of the source model.
+        length: number of tokens of a sample.
+        available: number of samples that there are; None = enough.
+    """
+    wanted = SAMPLES
+    if any(way.unit_criterion for way in ways_of(method).values()):
+        inputs = most_inputs(family_of(model).shape(model))
+        wanted = max(wanted, samples_for(math.ceil(LEAST * inputs / length)))
+    return wanted if available is None else min(wanted, available)
+
+
+def scoring_job(model: str, data: str, criteria: list[str], folder: Path, *, samples: int, seed: int) -> dict[str, Any]:
     """The job that scores the source model."""
     return {
         "job": "score",
         "run": {"name": "scores", "folder": str(folder), "overwrite": True},
         "model": {"path": model},
-        "layer_scoring": {"data": {"path": data, "samples": SAMPLES, "seed": seed}, "criteria": criteria, "seed": seed},
+        "layer_scoring": {"data": {"path": data, "samples": samples, "seed": seed}, "criteria": criteria, "seed": seed},
     }
 
 

@@ -22,7 +22,7 @@ class BudgetConfig:
         dtype: number format of the weights and the cache: float32, bfloat16 or float16.
         multiple: hidden dimensions and MLP channels are multiples of this number; null = a sixteenth of the source
             model's, as a power of two that divides them, at most 256.
-        tries: number of shapes that are tried on the calibration samples.
+        tries: number of shapes that are tried on the calibration samples (of each way, if several are compared).
     """
 
     params: str | None = None

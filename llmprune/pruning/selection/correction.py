@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from llmprune.models.autocast import in_full_precision
 from llmprune.models.block_hooks import RunBlock, blocks_of, hooked_blocks
-from llmprune.models.families import family_of
+from llmprune.models.families import Shape, family_of
 from llmprune.models.least_squares import LEAST, RIDGES, least_squares, samples_fitted, samples_for
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.pruning.scoring.removals import in_batches
@@ -172,6 +172,11 @@ def check_samples(plan: Plan, kind: str, samples: int, length: int) -> None:
     """
     inputs = [plan.inputs(block, sublayer) for block in plan.blocks for sublayer in ("attention", "mlp")]
     check_tokens(max((len(kept) for kept, gone in inputs if gone), default=0), kind, samples, length)
+
+
+def most_inputs(shape: Shape) -> int:
+    """The largest number of inputs of a matrix that a correction may fit, in a model of this shape."""
+    return max(shape.heads * shape.head_dim, 0 if shape.experts else shape.intermediate)
 
 
 def check_tokens(inputs: int, kind: str, samples: int, length: int) -> None:

@@ -18,7 +18,7 @@ class PlanConfig:
         shape: sizes of the pruned model, any of layers, hidden, heads, kv_heads, intermediate and experts; sizes that
             are not given stay as they are.
         unit_criterion: name of the criterion whose scores select heads, channels and hidden dimensions; null = none.
-        expert_criterion: name of the criterion whose scores select experts; null = unit_criterion.
+        expert_criterion: name of the criterion whose scores select experts; null = ``unit_criterion``.
         correction: correction of the output matrices of narrowed attentions and MLPs on the calibration samples: none,
             mean (the mean of the removed inputs is folded into biases) or refit (the columns that stay are fitted by
             least squares).

@@ -12,17 +12,19 @@ from data_prep.recipe import PackSettings
 from llmprune.cli import app
 from llmprune.config.job_files import load_job
 from llmprune.evaluation.settings import GenerationConfig
-from llmprune.jobs.prune import job, training
+from llmprune.jobs.prune import job, recipe, training
 from llmprune.jobs.prune.job import prune
 from llmprune.jobs.prune.outcome import Measured, Outcome
-from llmprune.jobs.prune.recipe import batch_tokens
+from llmprune.jobs.prune.recipe import batch_tokens, calibration_samples
 from llmprune.jobs.prune.settings import PruneConfig
 from llmprune.measurement.measure import MeasureConfig
 from llmprune.models.families import family_of
 from llmprune.models.loading import count_parameters, load_model_config
 from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.settings import BudgetConfig
+from llmprune.pruning.selection.correction import check_tokens
 from llmprune.utils.errors import UserError
+from tests.conftest import tiny_config
 
 SMALL = BudgetConfig(params="0.75", tries=4)
 
@@ -119,7 +121,7 @@ def test_a_stopped_command_goes_on_from_its_own_text_by_gates_for_minutes(
 ) -> None:
     config = PruneConfig(SMALL, method="gates", data="self", minutes=0.05, seq_len=32)
     out = tmp_path / "out"
-    monkeypatch.setattr(job, "FEW_WRITTEN", 4000)
+    monkeypatch.setattr(recipe, "FEW_WRITTEN", 4000)
 
     def stop(*_: object) -> None:
         raise RuntimeError("killed")
@@ -175,6 +177,16 @@ def test_a_dry_run_tells_the_steps_and_does_nothing(
     with pytest.raises(UserError, match="nowhere does not exist"):
         app([*command, "--dry-run", "--data", "nowhere"], standalone_mode=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_wide_models_are_calibrated_on_as_much_as_their_widest_fit_needs() -> None:
+    small, wide = tiny_config(), tiny_config(intermediate_size=14_336)
+    assert calibration_samples("auto", small, 512) == calibration_samples("depth", wide, 512) == 32
+    samples = calibration_samples("width", wide, 512)
+    check_tokens(14_336, "refit", samples, 512)
+    with pytest.raises(UserError, match=f"--samples {samples}"):
+        check_tokens(14_336, "refit", samples - 1, 512)
+    assert calibration_samples("both", wide, 512, available=20) == 20
 
 
 def test_data_without_evaluation_samples_are_refused_before_work(

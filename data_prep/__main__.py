@@ -10,8 +10,8 @@ import typer
 from llmprune.data.sources import BadRecord, Fields
 from llmprune.utils.errors import UserError, check_surroundings, one_line
 from llmprune.utils.formats import Device, TeacherFormat
-from llmprune.utils.logs import logs_shown
-from llmprune.utils.processes import end_on_signals, end_with_launcher, stopped_by
+from llmprune.utils.processes import end_on_signals, end_with_launcher
+from llmprune.utils.programs import run_program
 
 if TYPE_CHECKING:
     from data_prep.pack import Summary
@@ -278,35 +278,23 @@ def describe(
 
 
 def main() -> None:
-    """Run the command; a mistake of the user is one line on standard error and exit code 2.
+    """Run the command, alone or as a rank that Composer's launcher started; see ``run_program``.
 
-    A command that is stopped (Ctrl-C, SIGTERM) ends with 130 or 143; its workers end and unfinished output is removed.
+    The workers of a command that is stopped end, and unfinished output is removed.
     """
+    end_with_launcher()
+    sys.exit(run_program(_run, "the same command continues or begins anew"))
+
+
+def _run() -> int:
+    end_on_signals()
+    check_surroundings(sys.argv)
     try:
-        end_on_signals()
-        end_with_launcher()
-        check_surroundings(sys.argv)
-        with logs_shown():
-            app()
-    except (KeyboardInterrupt, SystemExit) as ended:
-        if (code := stopped_by(ended)) is None:
-            raise
-        _end("stopped; the same command continues or begins anew", code)
-    except (UserError, OSError) as error:
-        told = one_line(error)
-        if told is None and isinstance(error, OSError):
-            told = f"{error.filename or 'the output'}: {error.strerror or error}"
-        _end(str(told), 2)
-    except Exception as error:
-        if (told := one_line(error)) is None:
-            raise
-        _end(told, 2)
-
-
-def _end(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.exit(code)
+        app()
+    except OSError as error:
+        told = one_line(error) or f"{error.filename or 'the output'}: {error.strerror or error}"
+        raise UserError(told) from None
+    return 0
 
 
 def _prepare(

@@ -112,11 +112,17 @@ def sample(model: str, out: Path, config: SampleConfig, *, overwrite: bool = Fal
     _check_length(source, config.length)
     facts = {"model": model, **asdict(config), "dtype": dtype}
     del facts["device"]  # a job may go on elsewhere
-    if not overwrite and (out / FACTS).is_file() and read_json(out / FACTS).get("settings") == facts:
-        return  # other processes have already finished the job
+
+    def finished() -> bool:
+        return not overwrite and (out / FACTS).is_file() and read_json(out / FACTS).get("settings") == facts
+
+    if finished():
+        return
     refuse_existing(out, overwrite)
     parts = [f"part-{number:05}" for number in range(config.files)]
-    job = SharedJob(out, "sample", facts, parts)
+    job = SharedJob(out, "sample", facts, parts, finished)
+    if job.finished:
+        return
     if not job.is_done:
         writer = TextWriter(source.open(), config)
         total, done = (

@@ -28,9 +28,20 @@ class SharedJob:
       done/PIECE.json   a piece that is done, with what its work returned
 
     The rest of the folder is for the work. Names of pieces may have slashes.
+
+    Attributes:
+        folder: the folder.
+        finished: whether other processes have finished the job, so that nothing is to be done.
     """
 
-    def __init__(self, out: Path, kind: str, description: Mapping[str, Any], pieces: Sequence[str]) -> None:
+    def __init__(
+        self,
+        out: Path,
+        kind: str,
+        description: Mapping[str, Any],
+        pieces: Sequence[str],
+        finished: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Make or open the folder of a job.
 
         Args:
@@ -38,6 +49,7 @@ class SharedJob:
             kind: ending of the folder's name, one for each kind of job.
             description: settings and inputs; only a job with the same ones is continued.
             pieces: names of all pieces.
+            finished: whether the output is complete already; then no folder is made.
 
         Raises:
             UserError: the folder can't be written, or it belongs to a job with another description.
@@ -47,17 +59,22 @@ class SharedJob:
         self._pieces = pieces
         self._lock = self.folder.with_name(f"{self.folder.name}.lock")  # the output has another lock
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._lock):
+                self.finished = finished()  # by a process that held the lock
+                if not self.finished:
+                    self._open(out, description)
         except OSError as error:
             raise UserError(f"can't write beside {out}: {error.strerror}") from None
-        with FileLock(self._lock):
-            known = self.folder / "job.json"
-            if known.is_file() and read_json(known) != json.loads(json.dumps(dict(description))):
-                raise UserError(
-                    f"{self.folder} is what is left of a job with other settings or data: continue with those, or "
-                    "delete it"
-                )
-            write_json(known, dict(description))
+
+    def _open(self, out: Path, description: Mapping[str, Any]) -> None:
+        self.folder.mkdir(exist_ok=True)
+        known = self.folder / "job.json"
+        if known.is_file() and read_json(known) != json.loads(json.dumps(dict(description))):
+            raise UserError(
+                f"{self.folder} is what is left of a job with other settings or data: continue with those, or delete it"
+            )
+        write_json(known, dict(description))
 
     @property
     def is_open(self) -> bool:

@@ -126,11 +126,17 @@ def teach(data: str, teacher: str, out: Path, config: TeachConfig, *, overwrite:
         "boundaries": boundaries,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    if not overwrite and (out / "manifest.json").is_file() and DataManifest.load(out).teacher == facts:
-        return  # other processes have already finished the job
+
+    def finished() -> bool:
+        return not overwrite and (out / "manifest.json").is_file() and DataManifest.load(out).teacher == facts
+
+    if finished():
+        return
     refuse_existing(out, overwrite)
     work = _Work(prepared, config, boundaries, token_dtype(model_config.vocab_size))
-    job = SharedJob(out, "teach", facts, [*work.pieces])
+    job = SharedJob(out, "teach", facts, [*work.pieces], finished)
+    if job.finished:
+        return
     if not job.is_done:
         check_memory(teacher, dtype=dtype, on_gpu=device.type == "cuda", remedy="use a larger machine")
         model = load_model(teacher, dtype=dtype).to(device).eval()

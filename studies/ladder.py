@@ -324,6 +324,7 @@ def main() -> None:
     else:
         if arguments.wikitext is None:
             parser.error("--wikitext is missing")
+        arguments.out.mkdir(parents=True, exist_ok=True)
         given = [word for word in sys.argv[1:] if word not in arguments.cells]
         for place, name in enumerate(missing := [name for name in names if not is_known(name, arguments)]):
             start = time.perf_counter()

@@ -6,15 +6,7 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from llmprune.utils.processes import Termination
-
-
-class Preempted(BaseException):
-    """The job was asked to end and can be resumed; not an error of the job, so no code should catch it as one."""
-
-    def __init__(self, kept: str) -> None:
-        """Set the message; ``kept`` describes the results that are kept."""
-        super().__init__(f"asked to end: {kept}; run.autoresume=true resumes it")
+from llmprune.utils.processes import Preempted, Termination
 
 
 class Preemption(Callback):

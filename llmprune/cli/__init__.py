@@ -6,35 +6,23 @@ import typer
 
 from llmprune.cli import downloading, evaluating, importing, measuring, pruning, showing  # noqa: F401  # their commands
 from llmprune.cli.common import app
-from llmprune.utils.errors import check_surroundings, one_line
-from llmprune.utils.logs import logs_shown
-from llmprune.utils.processes import end_on_signals, stopped_by
+from llmprune.utils.errors import UserError, check_surroundings
+from llmprune.utils.processes import end_on_signals, end_with_launcher
+from llmprune.utils.programs import run_program
 
 
 def main() -> None:
-    """Run the command; a mistake of the user is one line on standard error and exit code 2.
+    """Run the command, alone or as a rank that Composer's launcher started; see ``run_program``."""
+    end_with_launcher()
+    sys.exit(run_program(_run, "nothing unfinished is left"))
 
-    A command that is stopped (Ctrl-C, SIGTERM) leaves no incomplete output, and ends with 130 or 143.
-    """
+
+def _run() -> int:
+    end_on_signals()
+    check_surroundings(sys.argv)
     try:
-        end_on_signals()
-        check_surroundings(sys.argv)
-        with logs_shown():
-            sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        return app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
     except typer.TyperException as error:
-        _end(error.format_message(), 2)
-    except (typer.Abort, KeyboardInterrupt):
-        _end("stopped; nothing unfinished is left", 130)
-    except SystemExit as ended:
-        if (code := stopped_by(ended)) is None:
-            raise
-        _end("stopped; nothing unfinished is left", code)
-    except Exception as error:
-        if (told := one_line(error)) is None:
-            raise
-        _end(told, 2)
-
-
-def _end(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+        raise UserError(error.format_message()) from None
+    except typer.Abort:
+        raise KeyboardInterrupt from None

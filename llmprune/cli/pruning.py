@@ -62,9 +62,10 @@ def prune(
     from llmprune.jobs.prune.job import prune as prune_model
 
     if dry_run:
-        check(model, out, settings)
-        found = forecast(model, settings)
-        print(json.dumps(found.facts()) if as_json else found)
+        check(model, out, settings, overwrite=overwrite)
+        if dist.get_global_rank() == 0:
+            found = forecast(model, settings)
+            print(json.dumps(found.facts()) if as_json else found)
         return
     outcome = prune_model(model, out, settings, overwrite=overwrite)
     if dist.get_global_rank() == 0:

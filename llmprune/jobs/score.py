@@ -114,8 +114,10 @@ def _recorded(config: LayerScoringConfig) -> dict[str, Any]:
 def save_scores(scores: Scores, out: Path | str) -> list[Path]:
     """Write scores as JSON, and their pictures into the same folder; returns the paths of the files."""
     out = Path(out)
-    scores.save(out)
-    return [out, *draw_scores(scores, out.parent, out.stem)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pictures = draw_scores(scores, out.parent, out.stem)
+    scores.save(out)  # last: a job that was stopped before it scores again
+    return [out, *pictures]
 
 
 def _settled(model: str) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from llmprune.callbacks.preemption import Preempted
 from llmprune.config.job_files import load_recorded, save_config
 from llmprune.config.schema import Config, IterationConfig, SearchConfig
 from llmprune.config.section_registry import sections_of, with_sections
@@ -32,7 +31,7 @@ from llmprune.utils.checksums import CHECKSUMS, describe_file
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json, temporary_for, write_json
 from llmprune.utils.outputs import clear, is_empty, refuse_deleting, refuse_replacing, remove
-from llmprune.utils.processes import TERMINATION
+from llmprune.utils.processes import TERMINATION, Preempted
 from llmprune.utils.ranks import on_rank_zero
 from llmprune.utils.recorded_settings import as_typed, leaves
 

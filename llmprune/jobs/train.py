@@ -9,7 +9,6 @@ from composer import Callback, Trainer
 from composer.utils import dist
 from omegaconf import OmegaConf
 
-from llmprune.callbacks.preemption import Preempted
 from llmprune.checkpoints.checkpoint_folder import CheckpointFolder
 from llmprune.checkpoints.metrics import read_metrics
 from llmprune.checkpoints.run_folder import RunFolder
@@ -21,6 +20,7 @@ from llmprune.training.checks import trains
 from llmprune.training.section import Inputs
 from llmprune.training.trainer import build_trainer, checkpoint_uploading_of, prepare_job
 from llmprune.utils.errors import UserError
+from llmprune.utils.processes import Preempted
 from llmprune.utils.ranks import on_rank_zero
 
 

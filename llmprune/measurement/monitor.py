@@ -62,8 +62,10 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 
 def return_memory() -> None:
-    """Return freed memory to the system, so that the next allocation is visible (glibc keeps it otherwise)."""
+    """Return freed memory to the system or the GPU, so that others can use it, and the next allocation is visible."""
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -11,12 +11,12 @@ from llmprune.utils.files import write_json, write_text
 
 
 def save(results: dict[str, Any], watch: UtilisationWatch, out: Path) -> None:
-    """Write speed.json, the same results as CSV, and the device's utilisation (if it is reported)."""
-    write_json(out, results)
+    """Write the results as CSV, the device's utilisation (if it is reported), and speed.json."""
     as_table, utilisation = files_beside(out)
     write_text(as_table, as_csv(rows(results)))
     if watch.samples:
         write_text(utilisation, as_csv([vars(sample) for sample in watch.samples]))
+    write_json(out, results)  # last: a job that was stopped before it measures again
 
 
 def files_beside(out: Path) -> tuple[Path, Path]:

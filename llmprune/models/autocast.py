@@ -11,8 +11,13 @@ from transformers import PreTrainedModel
 
 
 def products_in(dtype: torch.dtype | None, device: str) -> AbstractContextManager[None]:
-    """While open, matrix products are computed in ``dtype``; None = no change."""
-    return nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
+    """While open, matrix products are computed in ``dtype``; None = no change.
+
+    Without gradients no copy of a weight is kept until the end: all of them take half as much memory as the model.
+    """
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(device, dtype=dtype, cache_enabled=torch.is_grad_enabled())
 
 
 def compute_in(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:

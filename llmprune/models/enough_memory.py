@@ -39,6 +39,8 @@ def refuse_too_large(model: object, needed: int, *, on_gpu: bool, remedy: str) -
     Raises:
         UserError: less memory is free.
     """
+    if on_gpu:
+        torch.cuda.empty_cache()  # what PyTorch keeps for itself counts as used
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     if needed > free:
         raise UserError(f"the model {model} takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: {remedy}")

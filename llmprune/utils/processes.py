@@ -11,6 +11,14 @@ from types import FrameType
 LEAVE = 600.0  # seconds that a rank may continue without its launcher to save, after a request to end
 
 
+class Preempted(BaseException):
+    """The job was asked to end and can be resumed; not an error of the job, so no code should catch it as one."""
+
+    def __init__(self, kept: str, again: str = "run.autoresume=true resumes it") -> None:
+        """Set the message; ``kept`` describes the results that are kept, ``again`` how the job is resumed."""
+        super().__init__(f"asked to end: {kept}; {again}")
+
+
 class Termination:
     """Whether this process was asked to end (SIGTERM).
 

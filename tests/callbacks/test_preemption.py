@@ -16,11 +16,10 @@ from composer import Callback
 from composer.core import State
 from composer.loggers import Logger
 
-from llmprune.callbacks.preemption import Preempted
 from llmprune.config.job_files import load_training_job
 from llmprune.conversion.checkpoint import Checkpoint
 from llmprune.jobs.train import train
-from llmprune.utils.processes import TERMINATION
+from llmprune.utils.processes import TERMINATION, Preempted
 
 ROOT = Path(__file__).parents[2]
 BATCHES, ASKED = 10, 4

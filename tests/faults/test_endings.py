@@ -24,6 +24,7 @@ from llmprune.utils.errors import UserError, check_surroundings, one_line
 from llmprune.utils.files import write_text
 from llmprune.utils.outputs import check_output
 from llmprune.utils.processes import Termination
+from llmprune.utils.programs import SAVED_AND_LEFT
 
 NOT_UTF8 = os.fsdecode(b"caf\xe9")
 
@@ -246,7 +247,7 @@ def test_a_job_of_steps_that_is_asked_to_end_leaves_at_once(
     )
     arguments = ["train.py", str(yaml), f"run.folder={tmp_path}/run"]
     code, error = stopped(signal.SIGTERM, f"llmprune.{inside}", arguments, inputs)
-    assert code == train.SAVED_AND_LEFT and "Traceback" not in error
+    assert code == SAVED_AND_LEFT and "Traceback" not in error
     assert error.strip().splitlines()[-1] == (
         "asked to end: the steps that are done are kept; run.autoresume=true resumes it"
     )

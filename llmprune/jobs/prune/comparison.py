@@ -1,19 +1,18 @@
 """The comparison of ways to prune: the plan with the lowest loss on samples that decided nothing."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch.utils.data import default_collate
 
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.jobs.prune.recipe import ways_of
+from llmprune.models.causal_lm import Batch
 from llmprune.models.loading import load_model_config
 from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.choose import NoShapeError
-from llmprune.pruning.budgets.limits import costs_of, limits_of
+from llmprune.pruning.budgets.limits import Latency, costs_of, limits_of
 from llmprune.pruning.budgets.plan_losses import RuinousPlanError
 from llmprune.pruning.budgets.settings import BudgetConfig
 from llmprune.pruning.budgets.shape_sizes import ShapeSizes
@@ -41,7 +40,7 @@ class Comparison:
     rows: dict[str, dict[str, Any]]
 
 
-def compare_ways(scores: Scores, model: str, method: str, budget: BudgetConfig, held_out: Tensor) -> Comparison:
+def compare_ways(scores: Scores, model: str, method: str, budget: BudgetConfig, held_out: Batch) -> Comparison:
     """Find the best plan of every way under the budget, and compare these plans on held-out samples.
 
     A plan of less width is tried with refitted matrices too; it keeps them only if they lower the held-out loss.
@@ -51,19 +50,21 @@ def compare_ways(scores: Scores, model: str, method: str, budget: BudgetConfig, 
         model: folder or hub name of the model.
         method: way of pruning, or ``auto``; see ``ways_of``.
         budget: limits on the cost of the pruned model.
-        held_out: samples that neither scores nor plans have seen, int64 [samples, length].
+        held_out: samples that neither scores nor plans have seen.
 
     Raises:
         UserError: no way keeps to the budget.
     """
     sizes = ShapeSizes(load_model_config(model))
+    costs = costs_of(budget, sizes, default_device())
     scored = open_scored(scores, model)
     trial = Trial(scored)
     plans: dict[str, tuple[float, Plan]] = {}
     rows: dict[str, dict[str, Any]] = {}
     known: dict[str, str] = {}
     for name, way in ways_of(method).items():
-        limits = limits_of(costs_of(budget, sizes, default_device()), sizes.source)
+        fresh = [Latency(cost.table, budget.latency) if isinstance(cost, Latency) else cost for cost in costs]
+        limits = limits_of(fresh, sizes.source)  # each way corrects its own table
         try:
             plan, choice = best_under(limits, scores, way.plan, trial, budget, model=model)
         except (NoShapeError, RuinousPlanError) as error:
@@ -89,18 +90,18 @@ def compare_ways(scores: Scores, model: str, method: str, budget: BudgetConfig, 
     return Comparison(plans[chosen][1], chosen, rows)
 
 
-def held_out_samples(data: PreparedData, per_domain: int) -> Tensor:
-    """Evaluation samples of every domain, int64 [samples, length].
+def held_out_samples(data: PreparedData, per_domain: int) -> Batch:
+    """Evaluation samples of every domain, in one batch: tokens and, of conversations, labels and positions.
 
     Raises:
         UserError: the data have none.
     """
     dataset = EvalDataset(data, per_domain)
-    samples: Sequence[Tensor] = [dataset[place]["input_ids"] for place in range(len(dataset))]
-    whole = [sample for sample in samples if len(sample) == data.manifest.sequence_length]
-    if not whole:
-        raise UserError(f"{data.location} has no evaluation samples: prepare it with a larger --eval-fraction")
-    return torch.stack(whole)
+    return {
+        name: values
+        for name, values in default_collate([dataset[place] for place in range(len(dataset))]).items()
+        if name != "domain"
+    }
 
 
 def _refitted(plan: Plan, scored: ScoredModel) -> Plan | None:

@@ -82,9 +82,10 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
     rate = _speed(device) * UTILISATION
     length = min(LENGTH, sample_length(config, source))
     tokens = config.wanted_tokens()
+    share = 1 - GATING if config.method == "gates" else 1.0
     recovery = TRAINING * smaller + FORWARD * whole
     minutes = config.minutes or MINUTES
-    wanted = minutes * 60 * rate / recovery if tokens is None else float(tokens)
+    wanted = share * (minutes * 60 * rate / recovery if tokens is None else float(tokens))
     batch = batch_tokens(wanted)
     blocks = family_of(source).shape(source).layers
     told = ", ".join(f"{limit.name} at most {limit.most:,.4g}" for limit in limits)

@@ -16,6 +16,7 @@ continuations/ report.html     what the three write, and everything in pictures
 
 import dataclasses
 import gc
+import math
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -45,6 +46,7 @@ from llmprune.jobs.prune.comparison import compare_ways, held_out_samples
 from llmprune.jobs.prune.outcome import FILES, Outcome, losses_entry
 from llmprune.jobs.prune.recipe import (
     GATING,
+    DataSize,
     calibration_samples,
     criteria_of,
     learning_from,
@@ -66,16 +68,16 @@ from llmprune.models.placement import Placement
 from llmprune.models.source import longest_input
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans.plan import Plan
-from llmprune.pruning.budgets.limits import costs_of, limits_of
-from llmprune.pruning.budgets.shape_sizes import ShapeSizes
+from llmprune.pruning.budgets.limits import Latency, costs_of, limits_of
+from llmprune.pruning.budgets.shape_sizes import ShapeSizes, of_size, prunable_dimensions
 from llmprune.pruning.planning import default_device
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.reporting.page import write_report
 from llmprune.utils.errors import UserError
-from llmprune.utils.files import read_json, write_json
+from llmprune.utils.files import read_json, sha256_text, write_json
 from llmprune.utils.logs import tell
 from llmprune.utils.outputs import clear, is_empty, output_folder, refuse_deleting, refuse_replacing
-from llmprune.utils.processes import TERMINATION
+from llmprune.utils.processes import TERMINATION, Preempted
 from llmprune.utils.ranks import init_distributed, on_rank_zero, share_cores
 from llmprune.utils.recorded_settings import leaves
 
@@ -110,14 +112,17 @@ def prune(model: str, out: str | Path, config: PruneConfig, *, overwrite: bool =
     job = _Prune(model, Path(out), config)
     share_cores()
     init_distributed(None)
-    with TERMINATION.ending(asked_to_end), RunFolder(Path(out)).claimed(), redirect_stdout(sys.stderr):
-        on_rank_zero(lambda: job.begin(overwrite))
-        return job.run()
+    try:
+        with TERMINATION.ending(asked_to_end), RunFolder(Path(out)).claimed(), redirect_stdout(sys.stderr):
+            on_rank_zero(lambda: job.begin(overwrite))
+            return job.run()
+    except Preempted:
+        raise Preempted("what is done is kept", "the same command goes on") from None
 
 
-def check(model: str, out: str | Path, config: PruneConfig) -> None:
+def check(model: str, out: str | Path, config: PruneConfig, *, overwrite: bool = False) -> None:
     """Check everything that can be known before any work; see ``prune``."""
-    _Prune(model, Path(out), config)
+    _Prune(model, Path(out), config).refuse_other(overwrite)
 
 
 class _Prune:
@@ -125,23 +130,46 @@ class _Prune:
 
     def __init__(self, model: str, out: Path, config: PruneConfig) -> None:
         config.check()
-        self._config, self._out, self._model = config, out, model
+        # Paths are settled here, so that it does not matter from where, and by which spelling, a job is continued.
+        self._shown, self._out, self._model = out, out.resolve(), _settled(model)
+        self._config = dataclasses.replace(
+            config,
+            data=config.data if config.data in (None, SELF) else _settled(config.data),
+            prompts=None if config.prompts is None else _settled(config.prompts),
+        )
         self._source: ModelSource = find_model(model, AUTO)
         self._model_config = load_model_config(self._source.folder)
         self._sizes = ShapeSizes(self._model_config)
-        limits_of(costs_of(config.budget, self._sizes, default_device()), self._sizes.source)
-        self._prepared = _prepared(config.data)
+        self._limits = limits_of(costs_of(config.budget, self._sizes, default_device()), self._sizes.source)
+        self._check_budget()
+        self._prepared = _prepared(self._config.data)
         self._check_data()
         self._prompts = [Prompt(text) for text in PROMPTS] if config.prompts is None else read_prompts(config.prompts)
         encode_prompts(self._prompts, self._source.tokenizer, _GENERATION.max_new_tokens, self._model_config)
 
+    def _check_budget(self) -> None:
+        """Refuse a budget that no model keeps to."""
+        source, (_, _, inner) = self._sizes.source, prunable_dimensions(self._model_config)
+        smallest = of_size(source, {"layers": 1, "hidden": 1, "kv_heads": 1, inner: 1})
+        for limit in self._limits:
+            if not isinstance(limit, Latency) and (least := limit.cost(smallest, [0])) > limit.most:
+                raise UserError(
+                    f"the budget of {limit.name} is {limit.most:,.0f}, and even the smallest model takes {least:,.0f}: "
+                    "write a share of the source's such as 0.75, or a number such as 1.3B (memory: 8GB)"
+                )
+        if self._config.method == "gates":
+            self._sparsity()
+
     def _check_data(self) -> None:
         given, limit = self._config.data, longest_input(self._model_config)
+        if given not in (None, SELF) and self._out.is_relative_to(str(given)):
+            raise UserError(f"{self._out} lies in the data: choose another --out, which is no part of what is read")
         if self._prepared is not None:
+            if "://" in str(given) and self._config.method != "gates":
+                raise UserError(f"scoring reads from disk: copy {given} to a folder, or take --method gates")
             if tokenizer_fingerprint(self._source.tokenizer) != self._prepared.manifest.tokenizer:
                 raise UserError(f"the tokenizer of {self._model} did not make the data in {given}: give its text")
-            if not self._prepared.domains_with(EVAL):
-                raise UserError(f"{given} has no evaluation samples: prepare it with a larger --eval-fraction")
+            _check_splits(self._prepared, "prepare it with a larger --eval-fraction")
             length = self._prepared.manifest.sequence_length
         else:
             length = self._length
@@ -161,23 +189,37 @@ class _Prune:
         Raises:
             UserError: the folder holds something else, or was begun with other settings.
         """
-        out, known = self._out, self._out / "prune.json"
-        wanted = {
-            "schema": 1,
-            "model": fingerprint(StoredWeights(self._source.folder), self._model_config),
-            "settings": dataclasses.asdict(self._config),
-            "data": None if self._config.data in (None, SELF) else content_of(str(self._config.data)),
-        }
+        if self.refuse_other(overwrite):
+            return
+        inputs = [self._model, self._config.data, self._config.prompts]
+        refuse_replacing(self._out, [path for path in inputs if path])
+        clear(self._out)
+        write_json(self._out / "prune.json", self._identity())
+
+    def refuse_other(self, overwrite: bool) -> bool:
+        """Refuse a folder that holds something else; returns whether it holds a part of this job."""
+        out, known, wanted = self._out, self._out / "prune.json", self._identity()
         refuse_deleting(out)
         before = read_json(known) if known.is_file() else None
         if before == wanted:
-            return
+            return True
         if not is_empty(out) and not overwrite:
             what = "something else" if before is None else f"a model pruned with {_difference(before, wanted)}"
             raise UserError(f"{out} holds {what}: choose another --out, or pass --overwrite to begin anew")
-        refuse_replacing(out, [p for p in (self._model, self._config.data, self._config.prompts) if p])
-        clear(out)
-        write_json(known, wanted)
+        return False
+
+    def _identity(self) -> dict[str, Any]:
+        """What distinguishes this job from others: settings, and hashes of what is read, as far as they are known."""
+        settings, inputs = dataclasses.asdict(self._config), {}
+        for name in ("data", "prompts"):
+            if (path := settings[name]) not in (None, SELF) and (content := _content(path)) is not None:
+                settings[name], inputs[name] = None, content
+        return {
+            "schema": 1,
+            "model": fingerprint(StoredWeights(self._source.folder), self._model_config),
+            "settings": settings,
+            "inputs": inputs,
+        }
 
     def run(self) -> Outcome:
         """Do all steps that are not done yet."""
@@ -193,7 +235,7 @@ class _Prune:
         steps.alone("speed and memory", out / "speed.json", lambda: _measure(list(models), out / "speed.json"))
         steps.alone("continuations", out / "continuations", lambda: self._continue(models))
         steps.alone("report", out / "report.html", lambda: write_report([out], out / "report.html"))
-        return on_rank_zero(lambda: Outcome.of(out, models, steps.seconds))
+        return on_rank_zero(lambda: Outcome.of(out, models, steps.seconds, self._shown))
 
     def _prepare(self, steps: Steps) -> str:
         """The prepared data: those that were given, or made here from text."""
@@ -213,6 +255,7 @@ class _Prune:
         settings = PackSettings(self._length, eval_fraction=EVAL_FRACTION, seed=self._config.seed)
         fields = Fields(self._config.text_field)
         steps.alone("data", data, lambda: prepare(inputs, self._source.folder.path, data, settings, fields=fields))
+        _check_splits(PreparedData(data), "give more text, in several files or records: one document is not divided")
         return str(data)
 
     def _write_text(self, folder: Path) -> None:
@@ -223,10 +266,9 @@ class _Prune:
     def _cut(self, steps: Steps, data: str) -> None:
         """Score the model, compare the ways, and cut by the best plan."""
         out, names = self._out, criteria_of(self._config.method)
-        manifest = PreparedData(data).manifest
-        available = sum(manifest.samples(domain, TRAIN) for domain in manifest.domains)
-        length = min(LENGTH, manifest.sequence_length)
-        samples = calibration_samples(self._config.method, self._model_config, length, available)
+        size = DataSize.of(PreparedData(data))
+        length = min(LENGTH, size.length)
+        samples = calibration_samples(self._config.method, self._model_config, length, size.samples)
         job = scoring_job(self._model, data, names, out / "scores", samples=samples, seed=self._config.seed)
         on_rank_zero(lambda: write_job(out / "score.yaml", job, "Scores the source model."))
         scores = out / "scores" / "scores.json"
@@ -252,7 +294,7 @@ class _Prune:
 
     def _sparsity(self) -> float:
         """The share of the blocks' parameters whose removal leaves the wanted number of parameters."""
-        (limit,) = limits_of(costs_of(self._config.budget, self._sizes, default_device()), self._sizes.source)
+        (limit,) = self._limits
         source = self._sizes.source
         whole = self._sizes.parameters(source)
         blocks = whole - self._sizes.parameters(dataclasses.replace(source, layers=0))
@@ -280,8 +322,8 @@ class _Prune:
         kind: str = "train",
     ) -> None:
         """Run a job that trains, for a share of the tokens or minutes."""
-        length, tokens = PreparedData(data).manifest.sequence_length, self._config.wanted_tokens()
-        training = Training(name, about, model, data, length, self._config.seed, sections, result, kind)
+        size, tokens = DataSize.of(PreparedData(data)), self._config.wanted_tokens()
+        training = Training(name, about, model, data, size, self._config.seed, sections, result, kind)
         training.run(
             steps,
             self._out,
@@ -294,6 +336,8 @@ class _Prune:
         for model in models:
             opened = open_model(model, AUTO)
             losses = evaluate_losses(opened.model, prepared, samples_per_domain=HELD_OUT)
+            if not math.isfinite(losses.loss):
+                raise UserError(f"the held-out loss of {model} is {losses.loss}: this model can't be measured")
             found[model] = {
                 "parameters": opened.parameters,
                 "perplexity": losses_entry(losses, prepared.manifest.sequence_length),
@@ -325,15 +369,35 @@ def _prepared(data: str | None) -> PreparedData | None:
     return PreparedData(data) if "://" in data or (Path(data) / "manifest.json").is_file() else None
 
 
+def _settled(place: str) -> str:
+    """The absolute path of a file or folder; what is none (a hub name, a URL) is returned unchanged."""
+    return str(Path(place).resolve()) if Path(place).exists() else place
+
+
+def _content(path: str) -> str | None:
+    """A hash of what lies at a path: see ``content_of``; of a folder of text, one of the files' names and sizes."""
+    if (content := content_of(path)) is not None or not Path(path).is_dir():
+        return content
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    return sha256_text("".join(f"{file.relative_to(path)} {file.stat().st_size}\n" for file in files))
+
+
+def _check_splits(data: PreparedData, remedy: str) -> None:
+    """Refuse data without training or evaluation samples."""
+    for split, words in ((TRAIN, "training"), (EVAL, "evaluation")):
+        if not data.domains_with(split):
+            raise UserError(f"{data.location} has no {words} samples: {remedy}")
+
+
 def _difference(before: Any, now: dict[str, Any]) -> str:
     """The first setting in which a folder's record differs from the present settings."""
     was = before if isinstance(before, dict) else {}
     if was.get("model") != now["model"]:
         return "another source model"
-    if was.get("data") != now["data"]:
-        return "other contents of its data"
+    if was.get("inputs") != now["inputs"]:
+        return "other contents of its data or prompts"
     old, new = (dict(leaves(one.get("settings", {}))) for one in (was, now))
-    changed = next((key for key in {*old, *new} if old.get(key) != new.get(key)), "other settings")
+    changed = next((key for key in sorted({*old, *new}) if old.get(key) != new.get(key)), "other settings")
     return f"{changed} = {old.get(changed)}"
 
 

@@ -62,8 +62,15 @@ class Outcome:
     seconds: dict[str, float]
 
     @classmethod
-    def of(cls, folder: Path, models: dict[str, str], seconds: dict[str, float]) -> "Outcome":
-        """Read the outcome from the files in a folder; ``models`` are the models' names by their paths."""
+    def of(cls, folder: Path, models: dict[str, str], seconds: dict[str, float], shown: Path) -> "Outcome":
+        """Read the outcome from its files.
+
+        Args:
+            folder: folder of the files.
+            models: names of the models, by their paths in the files.
+            seconds: seconds of each step.
+            shown: the folder as the user wrote it.
+        """
         results, speeds = (read_json(folder / f"{name}.json")["models"] for name in ("results", "speed"))
         measured = []
         for path, name in models.items():
@@ -82,7 +89,7 @@ class Outcome:
         for name in models.values():
             for record in read_continuations(folder / "continuations" / f"{FILES[name]}.jsonl"):
                 written.setdefault(record["prompt"], {})[name] = record["output"]
-        return cls(folder, measured, written, seconds)
+        return cls(shown, measured, written, seconds)
 
     @property
     def won_back(self) -> float | None:

@@ -13,6 +13,8 @@ from transformers import PretrainedConfig
 from llmprune.config.job_files import load_training_job
 from llmprune.config.schema import Config
 from llmprune.data.calibration import LENGTH
+from llmprune.data.format import TRAIN
+from llmprune.data.prepared import PreparedData
 from llmprune.estimate.job import cluster_here, estimate
 from llmprune.jobs.prune.settings import PruneConfig
 from llmprune.models.families import family_of
@@ -78,6 +80,37 @@ def batch_tokens(tokens: float) -> int:
     return min(max(wanted, SMALLEST_BATCH), LARGEST_BATCH)
 
 
+@dataclass(frozen=True)
+class DataSize:
+    """The size of training data.
+
+    Attributes:
+        length: number of tokens of a sample.
+        samples: number of samples.
+    """
+
+    length: int
+    samples: int
+
+    @classmethod
+    def of(cls, data: PreparedData) -> "DataSize":
+        """The size of the training splits of all domains."""
+        manifest = data.manifest
+        return cls(manifest.sequence_length, sum(manifest.samples(domain, TRAIN) for domain in manifest.domains))
+
+
+def batch_samples(tokens: float, size: DataSize) -> int:
+    """The samples of a batch: a multiple of the ranks, and not more than there are.
+
+    Args:
+        tokens: number of tokens of the whole training.
+        size: size of the training data.
+    """
+    ranks = dist.get_world_size()
+    wanted = -(-max(batch_tokens(tokens) // size.length, 1) // ranks) * ranks
+    return max(min(wanted, size.samples // ranks * ranks), ranks)
+
+
 def sample_length(config: PruneConfig, model: PretrainedConfig) -> int:
     """The number of tokens of the samples that are made from text."""
     return config.seq_len or min(LENGTH, longest_input(model) or LENGTH)
@@ -130,7 +163,7 @@ def scoring_job(model: str, data: str, criteria: list[str], folder: Path, *, sam
 
 
 def training_job(
-    model: str, data: str, folder: Path, *, tokens: int, length: int, seed: int, sections: Mapping[str, Any]
+    model: str, data: str, folder: Path, *, tokens: int, size: DataSize, seed: int, sections: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A job that trains for a number of tokens.
 
@@ -139,14 +172,12 @@ def training_job(
         data: prepared data.
         folder: folder of the run.
         tokens: number of tokens.
-        length: number of tokens of a sample.
+        size: size of the training data; a batch has no more samples.
         seed: seed of the order of the data.
         sections: further sections of the YAML.
     """
-    samples = max(batch_tokens(tokens) // length, 1)
-    ranks = dist.get_world_size()
-    samples = -(-samples // ranks) * ranks
-    batches = max(round(tokens / (samples * length)), 2)
+    samples = batch_samples(tokens, size)
+    batches = max(round(tokens / (samples * size.length)), 2)
     return {
         "job": "train",
         "run": {"name": folder.name, "folder": str(folder), "seed": seed, "autoresume": True},

@@ -34,7 +34,7 @@ class Steps:
             work: function that does the step.
         """
         if on_rank_zero(result.exists):
-            self._show(f"{name}: done before, {result}")
+            self._show(f"{name}: done before, {_near(result)}")
             return
         self._show(f"{name} …")
         start = time.perf_counter()
@@ -42,9 +42,14 @@ class Steps:
         return_memory()
         self.seconds[name] = round(time.perf_counter() - start, 1)
         on_rank_zero(lambda: write_json(self._known, self.seconds))
-        self._show(f"{name}: {self.seconds[name]:,.0f} s, {result}")
+        self._show(f"{name}: {self.seconds[name]:,.0f} s, {_near(result)}")
 
     @staticmethod
     def _show(line: str) -> None:
         if dist.get_global_rank() == 0:
             tell(f"prune: {line}")
+
+
+def _near(path: Path) -> Path:
+    """The path from the working directory on, if it is in it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

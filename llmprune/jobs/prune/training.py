@@ -2,11 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from composer import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
@@ -15,10 +17,20 @@ from transformers import PretrainedConfig
 
 from llmprune.config.job_files import load_training_job
 from llmprune.conversion.commands import convert
-from llmprune.jobs.prune.recipe import fitted, training_job, write_job
+from llmprune.jobs.prune.recipe import (
+    BATCHES,
+    MICROBATCHES,
+    DataSize,
+    batch_samples,
+    fitted,
+    training_job,
+    write_job,
+)
 from llmprune.jobs.prune.steps import Steps
 from llmprune.jobs.train import train
+from llmprune.measurement.monitor import return_memory
 from llmprune.models.loading import load_model_config
+from llmprune.models.stored_weights import StoredWeights
 from llmprune.utils.files import temporary_for
 from llmprune.utils.logs import tell
 from llmprune.utils.outputs import remove
@@ -26,6 +38,8 @@ from llmprune.utils.processes import TERMINATION
 from llmprune.utils.ranks import on_rank_zero
 
 PACE = 4  # batches that are timed
+PACED = BATCHES * MICROBATCHES[0]  # samples with which a job has batches large enough for every size of microbatch
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their names in safetensors
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,7 @@ class Training:
         about: first line of the YAML.
         model: folder or hub name of the model that trains.
         data: prepared data.
-        length: number of tokens of a sample.
+        size: size of the training data.
         seed: seed of the order of the data.
         sections: sections of the YAML beside those of every training.
         result: folder of the model that comes out.
@@ -48,7 +62,7 @@ class Training:
     about: str
     model: str
     data: str
-    length: int
+    size: DataSize
     seed: int
     sections: Mapping[str, Any]
     result: Path
@@ -69,7 +83,7 @@ class Training:
         def work() -> None:
             with TERMINATION.noted():  # the run saves a checkpoint and ends by itself
                 train(load_training_job(path))  # a complete run is not changed
-            on_rank_zero(lambda: convert(run, self.result) and None)
+            on_rank_zero(lambda: convert(run, self.result, dtype=weights_dtype(self.model)) and None)
 
         steps.together(self.name, self.result, work)
 
@@ -78,9 +92,10 @@ class Training:
         model = load_model_config(self.model)
         if tokens is None:
             pace = out / "pace.yaml"
-            self._write(pace, out / "pace", 1.0, model)
-            speed = self._speed(pace)
+            self._write(pace, out / "pace", PACED * dist.get_world_size() * self.size.length, model)
+            speed = self._speed(pace, minutes)
             tokens = minutes * 60 * speed
+            return_memory()
             for made in (out / "pace", pace):
                 on_rank_zero(lambda place=made: remove(place))  # type: ignore[misc]
             line = f"prune:   {speed:,.0f} tokens/s, so {tokens:,.0f} tokens in {minutes:g} minutes"
@@ -101,43 +116,73 @@ class Training:
                     self.data,
                     folder,
                     tokens=round(tokens),
-                    length=self.length,
+                    size=self.size,
                     seed=self.seed,
                     sections=self.sections,
                 ),
                 "job": self.kind,
             }
             write_job(path, job, self.about)
-            given = fitted(path, model, self.length)
+            given = fitted(path, model, self.size.length)
             changed = OmegaConf.merge(OmegaConf.create(job), OmegaConf.from_dotlist(given))
             write_job(path, OmegaConf.to_container(changed), self.about, named=final)  # type: ignore[arg-type]
 
         on_rank_zero(write)
 
-    def _speed(self, path: Path) -> float:
-        """The tokens per second of all ranks, in the batches after the first."""
-        micro, ranks = load_training_job(path).train.microbatch_size, dist.get_world_size()
-        samples = ranks * int(micro)
-        times = _Times()
+    def _speed(self, path: Path, minutes: float) -> float:
+        """The tokens per second of all ranks."""
+        samples = int(load_training_job(path).train.microbatch_size) * dist.get_world_size()
+        times = Times()
         given = [f"train.duration={PACE}ba", f"train.global_batch_size={samples}", "train.eval_interval=0ba"]
         given += ["train.eval_first=false", "checkpoint.interval=1000ba", "run.autoresume=false", "run.overwrite=true"]
         train(load_training_job(path, [*given, f"loggers.console_interval={PACE}ba"]), [times])
-        seconds = statistics.median(times.seconds[1:])
-        return float(on_rank_zero(lambda: samples * self.length / seconds))
+        return on_rank_zero(lambda: speed_of(times, samples, self.size, minutes))
 
 
-class _Times(Callback):
-    """The seconds of every batch."""
+def speed_of(times: "Times", samples: int, size: DataSize, minutes: float) -> float:
+    """The tokens per second with the batches of a training of some minutes.
 
-    def __init__(self) -> None:
-        """Start without batches."""
-        self.seconds: list[float] = []
+    Args:
+        times: seconds of batches of one microbatch; the first one, which takes longer, does not count.
+        samples: samples of these batches.
+        size: size of the training data.
+        minutes: minutes of the training.
+    """
+    step, work = (statistics.median(seconds[1:]) for seconds in (times.steps, times.microbatches))
+    speed = samples * size.length / step
+    for _ in range(3):  # the batch follows from the tokens, and the optimiser steps once for each batch
+        microbatches = max(batch_samples(60 * minutes * speed, size) / samples, 1)
+        speed = microbatches * samples * size.length / (microbatches * work + step - work)
+    return speed
+
+
+def weights_dtype(model: str) -> torch.dtype | None:
+    """The dtype of most of the weights that a model's files hold; None = another one than float ones."""
+    ((name, _),) = Counter(StoredWeights(model).dtypes().values()).most_common(1)
+    return _DTYPES.get(name)
+
+
+class Times(Callback):
+    """The seconds of batches of one microbatch.
+
+    Attributes:
+        steps: seconds of the batches.
+        microbatches: seconds of their forward and backward passes.
+    """
+
+    def __init__(self, steps: Sequence[float] = (), microbatches: Sequence[float] = ()) -> None:
+        """Start with the given seconds."""
+        self.steps, self.microbatches = [*steps], [*microbatches]
         self._start = 0.0
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Note the time."""
         self._start = time.perf_counter()
 
+    def after_backward(self, state: State, logger: Logger) -> None:
+        """Note the seconds of the forward and backward pass."""
+        self.microbatches.append(time.perf_counter() - self._start)
+
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Note the seconds since the start."""
-        self.seconds.append(time.perf_counter() - self._start)
+        """Note the seconds of the batch."""
+        self.steps.append(time.perf_counter() - self._start)

@@ -216,8 +216,8 @@ class Chooser:
                     if tried and len(self._losses) - began >= self._tries:
                         return
                     self._losses[shape] = self._loss(self._plan_for(shape))
+                    progress.update()
                 tried[point] = self._losses[shape]
-                progress.update()
 
             for point in self._spread(SHARES):
                 attempt(point)

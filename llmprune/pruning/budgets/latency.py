@@ -23,6 +23,7 @@ from llmprune.utils.errors import UserError
 
 FEW, MANY = 1, 5  # numbers of blocks of the two timed models
 STEPS, ROUNDS = 8, 5
+SHORTEST = 1e-9  # seconds; differences of the times of tiny models may be zero
 
 
 class LatencyTable:
@@ -56,7 +57,7 @@ class LatencyTable:
         outside, whole = self._time(*full)
         narrow_attention = self._time(hidden, groups, full[2])[1]
         narrow_inner = self._time(hidden, full[1], inner)[1]
-        return outside + shape.layers * max(narrow_attention + narrow_inner - whole, 0.0)
+        return max(outside + shape.layers * max(narrow_attention + narrow_inner - whole, 0.0), SHORTEST)
 
     def measured(self, shape: Shape, reference: Shape) -> float | None:
         """The measured time of one token in a model of ``shape``, divided by that in a model of ``reference``.

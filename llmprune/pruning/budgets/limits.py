@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from llmprune.models.families import Shape
-from llmprune.models.number_formats import DTYPES
+from llmprune.models.number_formats import DTYPES, dtype_for_inference
 from llmprune.models.source import longest_input
 from llmprune.pruning.budgets.latency import LatencyTable
 from llmprune.pruning.budgets.settings import BudgetConfig
@@ -111,7 +111,9 @@ def costs_of(budget: BudgetConfig, sizes: ShapeSizes, device: torch.device) -> l
     if budget.context is not None and longest is not None and budget.context > longest:
         raise UserError(f"a context of {budget.context} tokens is too long: the model takes {longest}")
     dtype, context = DTYPES[budget.dtype], budget.context or min(CONTEXT, longest or CONTEXT)
-    table = LatencyTable(sizes.config, batch=budget.batch, context=context, device=device, dtype=dtype)
+    auto = "auto" if budget.dtype == "bfloat16" else budget.dtype  # bfloat16 is not timed where it is slow
+    timed = dtype_for_inference(auto, on_gpu=device.type == "cuda")
+    table = LatencyTable(sizes.config, batch=budget.batch, context=context, device=device, dtype=timed)
     return [
         Parameters(sizes, budget.params),
         Memory(sizes, budget.memory, batch=budget.batch, context=context, itemsize=dtype.itemsize),

@@ -19,7 +19,8 @@ class BudgetConfig:
             source model's; null = no limit.
         context: number of tokens in the key/value cache; null = 2048, or the model's longest input if that is shorter.
         batch: number of sequences in the key/value cache.
-        dtype: number format of the weights and the cache: float32, bfloat16 or float16.
+        dtype: number format of the weights and the cache: float32, bfloat16 or float16; times are measured in float32
+            where bfloat16 is slow.
         multiple: hidden dimensions and MLP channels are multiples of this number; null = a sixteenth of the source
             model's, as a power of two that divides them, at most 256.
         tries: number of shapes that are tried on the calibration samples (of each way, if several are compared).

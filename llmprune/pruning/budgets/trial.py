@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmprune.models.causal_lm import final_states, next_token_loss
+from llmprune.models.causal_lm import Batch, labels_of, logits_of, token_losses
 from llmprune.models.families import OUTPUTS, family_of
 from llmprune.plans.plan import Plan
 from llmprune.plans.surgery import Surgery
@@ -39,43 +39,47 @@ class Trial:
         self._slot = attach(scored.model, family, {"hidden", "attention", "mlp", "query", "channel"})
         self._whole = self._slot.factors
 
-    def loss(self, plan: Plan, samples: Tensor | None = None) -> float:
+    def loss(self, plan: Plan, samples: Tensor | Batch | None = None) -> float:
         """The mean loss per token, in nats, of a plan's model; that of equal plans is computed once.
 
         Args:
             plan: plan, which may have corrections.
-            samples: tokens, int64 [samples, length]; None = the calibration samples.
+            samples: tokens, int64 [samples, length], or a batch that has labels or positions too; None = the
+                calibration samples.
         """
-        if samples is not None or plan.corrections:
-            return self._computed(plan, self.scored.tokens if samples is None else samples)
-        key = plan_hash(plan)
-        if key not in self._known:
-            self._known[key] = self._computed(plan, self.scored.tokens)
-        return self._known[key]
+        if samples is None:
+            samples, key = self.scored.tokens, "" if plan.corrections else plan_hash(plan)
+            if key in self._known:
+                return self._known[key]
+        else:
+            key = ""
+        loss = self._computed(plan, {"input_ids": samples} if isinstance(samples, Tensor) else samples)
+        if key:
+            self._known[key] = loss
+        return loss
 
     @torch.no_grad()
-    def _computed(self, plan: Plan, samples: Tensor) -> float:
-        model = self.scored.model
-        tokens = samples.to(model.device)
+    def _computed(self, plan: Plan, samples: Batch) -> float:
+        model, device = self.scored.model, self.scored.model.device
         factors = factors_of(plan)
-        on_device = {name: value.to(tokens.device) for name, value in factors.trainable().items()}
-        kept = {name: value.to(tokens.device) for name, value in factors.kept.items()}
+        on_device = {name: value.to(device) for name, value in factors.trainable().items()}
+        kept = {name: value.to(device) for name, value in factors.kept.items()}
         self._slot.factors = replace(factors, **on_device, kept=kept)  # type: ignore[arg-type]
         hooks = mask_experts(model, plan)
         try:
             with self._corrected(plan):
-                return self._mean_loss(tokens)
+                return self._mean_loss({name: values.to(device) for name, values in samples.items()})
         finally:
             self._slot.factors = self._whole
             for hook in hooks:
                 hook.remove()
 
-    def _mean_loss(self, tokens: Tensor) -> float:
-        total, count = 0.0, 0
-        for part in tokens.split(self.scored.batch_size):
-            predicted = part[:, 1:].numel()
-            loss = next_token_loss(*final_states(self.scored.model, {"input_ids": part}), part)
-            total, count = total + predicted * loss.item(), count + predicted
+    def _mean_loss(self, samples: Batch) -> float:
+        total, count, size = 0.0, 0, self.scored.batch_size
+        for first in range(0, len(samples["input_ids"]), size):
+            part = {name: values[first : first + size] for name, values in samples.items()}
+            losses, counts = token_losses(logits_of(self.scored.model, part), labels_of(part))
+            total, count = total + losses.double().sum().item(), count + int(counts.sum())
         return total / count
 
     @contextmanager

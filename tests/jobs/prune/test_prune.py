@@ -2,10 +2,13 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from data_prep.pack import prepare
 from data_prep.recipe import PackSettings
@@ -15,11 +18,12 @@ from llmprune.evaluation.settings import GenerationConfig
 from llmprune.jobs.prune import job, recipe, training
 from llmprune.jobs.prune.job import prune
 from llmprune.jobs.prune.outcome import Measured, Outcome
-from llmprune.jobs.prune.recipe import batch_tokens, calibration_samples
+from llmprune.jobs.prune.recipe import DataSize, batch_samples, batch_tokens, calibration_samples
 from llmprune.jobs.prune.settings import PruneConfig
 from llmprune.measurement.measure import MeasureConfig
 from llmprune.models.families import family_of
-from llmprune.models.loading import count_parameters, load_model_config
+from llmprune.models.loading import count_parameters, load_model_config, load_tokenizer
+from llmprune.models.stored_weights import StoredWeights
 from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.settings import BudgetConfig
 from llmprune.pruning.selection.correction import check_tokens
@@ -81,6 +85,16 @@ def test_a_finished_command_does_nothing_again(
     assert "…" not in capsys.readouterr().err
 
 
+def test_it_does_not_matter_how_a_path_is_written(
+    pruned: tuple[Path, Outcome], trained_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, outcome = pruned
+    monkeypatch.chdir(trained_folder)
+    model = f"../{trained_folder.name}/"
+    again = prune(model, out / ".." / out.name, PruneConfig(SMALL, data=os.path.relpath(data), tokens="4K"))
+    assert again.models == outcome.models
+
+
 def test_other_settings_are_refused(pruned: tuple[Path, Outcome], trained_folder: Path, data: Path) -> None:
     out, _ = pruned
     with pytest.raises(UserError, match="pruned with tokens = 4K"):
@@ -99,6 +113,9 @@ def test_other_settings_are_refused(pruned: tuple[Path, Outcome], trained_folder
         (PruneConfig(BudgetConfig(latency="0.5"), method="gates"), "gates prune to a number of parameters"),
         (PruneConfig(BudgetConfig(params="0.9K apples")), "is no budget"),
         (PruneConfig(SMALL, prompts="nowhere.txt"), "nowhere.txt"),
+        (PruneConfig(BudgetConfig(params="75")), "budget of params is 75, and even the smallest model takes"),
+        (PruneConfig(BudgetConfig(memory="8")), "budget of memory is 8, and even the smallest model takes"),
+        (PruneConfig(BudgetConfig(params="2K"), method="gates"), "gates do not remove"),
     ],
 )
 def test_what_is_impossible_is_told_before_work(
@@ -123,7 +140,7 @@ def test_a_stopped_command_goes_on_from_its_own_text_by_gates_for_minutes(
     out = tmp_path / "out"
     monkeypatch.setattr(recipe, "FEW_WRITTEN", 4000)
 
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
@@ -187,6 +204,36 @@ def test_wide_models_are_calibrated_on_as_much_as_their_widest_fit_needs() -> No
     with pytest.raises(UserError, match=f"--samples {samples}"):
         check_tokens(14_336, "refit", samples - 1, 512)
     assert calibration_samples("both", wide, 512, available=20) == 20
+
+
+def test_the_result_has_the_number_format_of_the_source(trained_folder: Path, data: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(trained_folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    load_tokenizer(trained_folder).save_pretrained(tmp_path / "half")
+    prune(str(tmp_path / "half"), tmp_path / "out", PruneConfig(SMALL, "depth", data=str(data), tokens="4K"))
+    assert {*StoredWeights(tmp_path / "out" / "model").dtypes().values()} == {"BF16"}
+
+
+def test_a_single_document_is_not_enough(trained_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("It was the best of times. " * 4000)
+    with pytest.raises(UserError, match="has no evaluation samples: give more text, in several files or records"):
+        prune(str(trained_folder), tmp_path / "out", PruneConfig(SMALL, data=str(tmp_path / "book.txt"), seq_len=32))
+    with pytest.raises(UserError, match="lies in the data"):
+        prune(str(trained_folder), corpus / "out", PruneConfig(SMALL, data=str(corpus)))
+
+
+def test_a_batch_has_no_more_samples_than_there_are() -> None:
+    assert batch_samples(200e6, DataSize(512, samples=440)) == 440
+    assert batch_samples(200e6, DataSize(512, samples=10_000)) == 2048
+    assert batch_samples(10, DataSize(512, samples=440)) == 4
+
+
+def test_the_seconds_of_a_batch_count_one_step_of_the_optimiser() -> None:
+    """Four batches of one microbatch of 2 samples: 1 s forward and backward, 0.5 s for the optimiser."""
+    times = training.Times([9.0, 1.5, 1.5, 1.5], [8.0, 1.0, 1.0, 1.0])
+    size = DataSize(512, samples=10_000)
+    small, large = (training.speed_of(times, 2, size, minutes) for minutes in (0.1, 1e4))
+    assert small == pytest.approx(2048 / 2.5)  # batches of 4 samples
+    assert large == pytest.approx(1024, rel=0.01)  # of many
 
 
 def test_data_without_evaluation_samples_are_refused_before_work(

@@ -16,6 +16,7 @@ from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.jobs.score import score
 from llmprune.models.families import Shape, family_of
 from llmprune.models.loading import load_model_config, load_tokenizer, new_model
+from llmprune.models.objectives import IGNORED
 from llmprune.models.placement import Placement
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.pruning.budgets.choose import Chooser, Steps
@@ -87,6 +88,10 @@ def test_a_trial_has_the_loss_of_the_cut_model(name: str, tokens: Tensor, data: 
         cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
         assert loss == pytest.approx(mean_loss(cut, tokens), rel=1e-5)
         assert trial.loss(plan, others) == pytest.approx(mean_loss(cut, others), rel=1e-5)
+        labels = torch.where(torch.arange(others.shape[1]) < others.shape[1] // 2, IGNORED, others)
+        answers = trial.loss(plan, {"input_ids": others, "labels": labels})
+        with torch.no_grad():
+            assert answers == pytest.approx(cut(input_ids=others, labels=labels).loss.item(), rel=1e-5)
     assert mean_loss(model, tokens) == pytest.approx(dense, rel=1e-6)  # as before
 
 

@@ -13,7 +13,7 @@ from llmprune.jobs.prune.settings import PruneConfig
 from llmprune.pruning.budgets.settings import BudgetConfig
 from llmprune.utils.programs import run_program
 
-PARAMS, MINUTES, TRIES = "0.75", 8.0, 8
+PARAMS, MINUTES, TRIES = "0.75", 8.0, 6
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from llmprune.config.job_files import load_training_job
 from llmprune.config.schema import Config
 from llmprune.data.calibration import LENGTH
-from llmprune.data.format import TRAIN
+from llmprune.data.format import EVAL, TRAIN
 from llmprune.data.prepared import PreparedData
 from llmprune.estimate.job import cluster_here, estimate
 from llmprune.jobs.prune.settings import PruneConfig
@@ -87,16 +87,22 @@ class DataSize:
     Attributes:
         length: number of tokens of a sample.
         samples: number of samples.
+        evaluated: number of held-out samples that an evaluation reads.
     """
 
     length: int
     samples: int
+    evaluated: int = 0
 
     @classmethod
     def of(cls, data: PreparedData) -> "DataSize":
-        """The size of the training splits of all domains."""
+        """The size of all domains."""
         manifest = data.manifest
-        return cls(manifest.sequence_length, sum(manifest.samples(domain, TRAIN) for domain in manifest.domains))
+        return cls(
+            manifest.sequence_length,
+            sum(manifest.samples(domain, TRAIN) for domain in manifest.domains),
+            sum(min(manifest.samples(domain, EVAL), EVALUATED) for domain in manifest.domains),
+        )
 
 
 def batch_samples(tokens: float, size: DataSize) -> int:

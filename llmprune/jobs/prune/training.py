@@ -39,6 +39,8 @@ from llmprune.utils.ranks import on_rank_zero
 
 PACE = 4  # batches that are timed
 PACED = BATCHES * MICROBATCHES[0]  # samples with which a job has batches large enough for every size of microbatch
+EVALUATIONS = 2  # of a training: before and after
+FORWARD_SHARE = 1 / 3  # of the time of a token in training that its evaluation takes
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their names in safetensors
 
 
@@ -94,7 +96,7 @@ class Training:
             pace = out / "pace.yaml"
             self._write(pace, out / "pace", PACED * dist.get_world_size() * self.size.length, model)
             speed = self._speed(pace, minutes)
-            tokens = minutes * 60 * speed
+            tokens = tokens_in(minutes, speed, self.size)
             return_memory()
             for made in (out / "pace", pace):
                 on_rank_zero(lambda place=made: remove(place))  # type: ignore[misc]
@@ -154,6 +156,18 @@ def speed_of(times: "Times", samples: int, size: DataSize, minutes: float) -> fl
         microbatches = max(batch_samples(60 * minutes * speed, size) / samples, 1)
         speed = microbatches * samples * size.length / (microbatches * work + step - work)
     return speed
+
+
+def tokens_in(minutes: float, speed: float, size: DataSize) -> float:
+    """The tokens that a training of some minutes reads, with its evaluations; they take half of the time at most.
+
+    Args:
+        minutes: minutes of the training and its evaluations.
+        speed: tokens per second of the training.
+        size: size of the data.
+    """
+    whole = 60 * minutes * speed
+    return whole - min(EVALUATIONS * size.evaluated * size.length * FORWARD_SHARE, whole / 2)
 
 
 def weights_dtype(model: str) -> torch.dtype | None:

@@ -43,19 +43,27 @@ def _quick() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def pruned(trained_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
-    """A tiny model pruned to three quarters."""
+def source(trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in bfloat16."""
+    folder = tmp_path_factory.mktemp("source") / "model"
+    AutoModelForCausalLM.from_pretrained(trained_folder, dtype=torch.bfloat16).save_pretrained(folder)
+    load_tokenizer(trained_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned(source: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """The model pruned to three quarters."""
     out = tmp_path_factory.mktemp("prune") / "out"
-    return out, prune(str(trained_folder), out, PruneConfig(SMALL, data=str(data), tokens="4K"))
+    return out, prune(str(source), out, PruneConfig(SMALL, data=str(data), tokens="4K"))
 
 
-def test_the_result_is_a_smaller_model_with_everything_about_it(
-    pruned: tuple[Path, Outcome], trained_folder: Path
-) -> None:
+def test_the_result_is_a_smaller_model_with_everything_about_it(pruned: tuple[Path, Outcome], source: Path) -> None:
     out, outcome = pruned
-    source, model = (count_parameters(load_model_config(folder)) for folder in (trained_folder, out / "model"))
-    assert model <= 0.75 * source
-    assert [one.parameters for one in outcome.models] == [source, model, model]
+    before, after = (count_parameters(load_model_config(folder)) for folder in (source, out / "model"))
+    assert after <= 0.75 * before
+    assert [one.parameters for one in outcome.models] == [before, after, after]
+    assert {*StoredWeights(out / "model").dtypes().values()} == {"BF16"}  # like the source
     rows = json.loads((out / "candidates.json").read_text())
     losses = {name: row["held_out_loss"] for name, row in rows["candidates"].items() if "held_out_loss" in row}
     assert {"depth", "width", "both"} <= {*rows["candidates"]}
@@ -75,30 +83,30 @@ def test_the_yamls_are_jobs(pruned: tuple[Path, Outcome]) -> None:
 
 
 def test_a_finished_command_does_nothing_again(
-    pruned: tuple[Path, Outcome], trained_folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
+    pruned: tuple[Path, Outcome], source: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, outcome = pruned
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    again = prune(str(trained_folder), out, PruneConfig(SMALL, data=str(data), tokens="4K"))
+    again = prune(str(source), out, PruneConfig(SMALL, data=str(data), tokens="4K"))
     assert again.models == outcome.models
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
     assert "…" not in capsys.readouterr().err
 
 
 def test_it_does_not_matter_how_a_path_is_written(
-    pruned: tuple[Path, Outcome], trained_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    pruned: tuple[Path, Outcome], source: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, outcome = pruned
-    monkeypatch.chdir(trained_folder)
-    model = f"../{trained_folder.name}/"
+    monkeypatch.chdir(source)
+    model = f"../{source.name}/"
     again = prune(model, out / ".." / out.name, PruneConfig(SMALL, data=os.path.relpath(data), tokens="4K"))
     assert again.models == outcome.models
 
 
-def test_other_settings_are_refused(pruned: tuple[Path, Outcome], trained_folder: Path, data: Path) -> None:
+def test_other_settings_are_refused(pruned: tuple[Path, Outcome], source: Path, data: Path) -> None:
     out, _ = pruned
     with pytest.raises(UserError, match="pruned with tokens = 4K"):
-        prune(str(trained_folder), out, PruneConfig(SMALL, data=str(data), tokens="5K"))
+        prune(str(source), out, PruneConfig(SMALL, data=str(data), tokens="5K"))
     assert (out / "model").exists()
 
 
@@ -206,13 +214,6 @@ def test_wide_models_are_calibrated_on_as_much_as_their_widest_fit_needs() -> No
     assert calibration_samples("both", wide, 512, available=20) == 20
 
 
-def test_the_result_has_the_number_format_of_the_source(trained_folder: Path, data: Path, tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_pretrained(trained_folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
-    load_tokenizer(trained_folder).save_pretrained(tmp_path / "half")
-    prune(str(tmp_path / "half"), tmp_path / "out", PruneConfig(SMALL, "depth", data=str(data), tokens="4K"))
-    assert {*StoredWeights(tmp_path / "out" / "model").dtypes().values()} == {"BF16"}
-
-
 def test_a_single_document_is_not_enough(trained_folder: Path, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("It was the best of times. " * 4000)
     with pytest.raises(UserError, match="has no evaluation samples: give more text, in several files or records"):
@@ -234,6 +235,12 @@ def test_the_seconds_of_a_batch_count_one_step_of_the_optimiser() -> None:
     small, large = (training.speed_of(times, 2, size, minutes) for minutes in (0.1, 1e4))
     assert small == pytest.approx(2048 / 2.5)  # batches of 4 samples
     assert large == pytest.approx(1024, rel=0.01)  # of many
+
+
+def test_minutes_include_the_evaluations() -> None:
+    assert training.tokens_in(8, 300, DataSize(512, samples=10_000)) == 144_000
+    assert training.tokens_in(8, 300, DataSize(512, 10_000, evaluated=30)) == 144_000 - 2 * 30 * 512 / 3
+    assert training.tokens_in(1, 10, DataSize(512, 10_000, evaluated=30)) == 300
 
 
 def test_data_without_evaluation_samples_are_refused_before_work(

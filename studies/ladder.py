@@ -188,7 +188,7 @@ RECOVERIES = {
     "text": ("continue",),
     "KL": ("continue", "distillation={{teacher: {source}}}"),
     "KL + 0.5 text": ("continue", "distillation={{teacher: {source}, objectives: {{kl: 1.0, lm: 0.5}}}}"),
-    "last three": ("continue", "trainable={{parameters: [output, final_norm, last.3]}}"),
+    "last three": ("continue", "trainable={{parameters: [final_norm, last.3]}}"),
     "LoRA": ("finetune",),
     "LoRA, KL + 0.5 text": ("finetune", "distillation={{teacher: {source}, objectives: {{kl: 1.0, lm: 0.5}}}}"),
 }

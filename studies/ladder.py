@@ -140,7 +140,7 @@ def trained(name: str, yaml: str, model: str | None, tokens: int, *overrides: st
             ],
         )
         llmprune.convert(out.parent / "run", out)
-        return tokens
+        return round(tokens / batch) * batch
 
     return Cell(name, make, model)
 

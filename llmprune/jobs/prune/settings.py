@@ -25,7 +25,8 @@ class PruneConfig:
             self = text that the model writes itself; null = the built-in corpus, which is Python documentation and
             code.
         tokens: number of tokens of recovery, such as ``1M``; null = as many as ``minutes`` hold.
-        minutes: minutes of recovery, by the speed of its first batches; null = 30, unless ``tokens`` is given.
+        minutes: minutes of recovery with its evaluations, by the speed of the first batches; null = 30, unless
+            ``tokens`` is given.
         seq_len: number of tokens of a sample, unless the data are prepared already; null = 512, or as many as the model
             takes if these are fewer.
         text_field: name of the field of a JSON record that contains the text.

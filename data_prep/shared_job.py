@@ -64,6 +64,8 @@ class SharedJob:
                 self.finished = finished()  # by a process that held the lock
                 if not self.finished:
                     self._open(out, description)
+            if self.finished:
+                self._lock.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"can't write beside {out}: {error.strerror}") from None
 

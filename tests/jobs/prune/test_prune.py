@@ -3,11 +3,16 @@
 import json
 import math
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from composer import Callback
+from composer.core import State
+from composer.loggers import Logger
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from data_prep.pack import prepare
@@ -20,6 +25,7 @@ from llmprune.jobs.prune.job import prune
 from llmprune.jobs.prune.outcome import Measured, Outcome
 from llmprune.jobs.prune.recipe import DataSize, batch_samples, batch_tokens, calibration_samples
 from llmprune.jobs.prune.settings import PruneConfig
+from llmprune.jobs.train import train
 from llmprune.measurement.measure import MeasureConfig
 from llmprune.models.families import family_of
 from llmprune.models.loading import count_parameters, load_model_config, load_tokenizer
@@ -28,6 +34,7 @@ from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.settings import BudgetConfig
 from llmprune.pruning.selection.correction import check_tokens
 from llmprune.utils.errors import UserError
+from llmprune.utils.processes import TERMINATION, Preempted
 from tests.conftest import tiny_config
 
 SMALL = BudgetConfig(params="0.75", tries=4)
@@ -163,6 +170,30 @@ def test_a_stopped_command_goes_on_from_its_own_text_by_gates_for_minutes(
     config_of_result = load_model_config(out / "model")
     assert Plan.load(out / "plan.json").shape == family_of(config_of_result).shape(config_of_result)
     assert not (out / "pace").exists()
+
+
+class _Asking(Callback):
+    """Somebody sends SIGTERM during the first batch."""
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_command_that_is_asked_to_end_comes_to_the_same(
+    pruned: tuple[Path, Outcome], source: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = PruneConfig(SMALL, data=str(data), tokens="4K"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train", lambda job: train(job, [_Asking()]))
+        with pytest.raises(Preempted, match="asked to end: what is done is kept; the same command goes on"):
+            prune(str(source), out, config)
+    TERMINATION.asked = False  # as in another process
+    assert [path.name for path in (out / "recover" / "checkpoints").glob("ba*.pt")] == ["ba1-rank0.pt"]
+    assert not (out / "model").exists()
+    prune(str(source), out, config)
+    before, after = (load_file(folder / "model" / "model.safetensors") for folder in (pruned[0], out))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def test_the_share_won_back_is_of_nats() -> None:

@@ -253,6 +253,20 @@ def sample(
 
 
 @app.command()
+def reencode(
+    data: Annotated[str, typer.Argument(help="A folder that `tokenize` made, or the URL of one.")],
+    tokenizer: Tokenizer,
+    out: Out,
+    processes: Processes = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Prepare data again for another tokenizer, such as that of a model with fewer tokens."""
+    from data_prep import reencode as job
+
+    _print_summary(job.reencode(data, tokenizer, out, processes=processes, overwrite=overwrite, progress=True))
+
+
+@app.command()
 def describe(
     data: Annotated[str, typer.Argument(help="A folder that `tokenize` made, or the URL of one.")],
     samples: Annotated[int, typer.Option(min=0, help="Samples of each domain and split to show as text.")] = 1,

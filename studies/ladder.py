@@ -27,6 +27,7 @@ import llmprune
 from data_prep.builtin import build_corpus
 from data_prep.pack import prepare
 from data_prep.recipe import PackSettings
+from data_prep.reencode import reencode
 from llmprune.conversion.from_gguf import from_gguf
 from llmprune.data.prepared import PreparedData
 from llmprune.evaluation.evaluate import evaluate
@@ -34,7 +35,11 @@ from llmprune.evaluation.losses import evaluate_losses
 from llmprune.evaluation.settings import EvaluationConfig, PerplexityConfig, TasksConfig
 from llmprune.jobs.prune.recipe import batch_tokens
 from llmprune.models.loaded import open_model
+from llmprune.models.loading import load_tokenizer
 from llmprune.models.placement import Placement
+from llmprune.models.retold import Spelling
+from llmprune.plans.plan import Plan
+from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.utils.files import read_json, write_json
 from llmprune.utils.outputs import remove
@@ -49,6 +54,7 @@ WIKITEXT = {512: 32_768, 2048: 16_384}  # tokens of WikiText-2, by the length of
 TASKS = ("piqa_local", "arc_easy_local", "openbookqa_local")
 LIMIT = 3 * 3600  # seconds of a cell
 BLOCKS = {"0.9": 4, "0.75": 10, "0.5": 19}  # blocks of 30 that go, so that at most this share of all parameters stays
+VOCABULARY = 24_576  # tokens of 49,152 that stay
 CHANNELS = {"0.9": 1272, "0.75": 832}  # channels of 1,536 that stay, likewise
 
 
@@ -82,8 +88,32 @@ class Work:
         path = self.folder / "scores" / "scores.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            llmprune.score(self.model, self.data, samples=CALIBRATION, seq_len=LENGTH).save(path)
+            criteria = [name for name in CRITERIA if not CRITERIA[name].needs_experts]
+            llmprune.score(self.model, self.data, criteria=criteria, samples=CALIBRATION, seq_len=LENGTH).save(path)
         return Scores.load(path)
+
+    def text(self, wikitext: str, tokens: int) -> tuple[Path, int]:
+        """A file with the text of WikiText-2's first tokens, and how many tokens of the source it has."""
+        path, tokenizer = self.folder / f"wikitext-{tokens}.txt", load_tokenizer(self.model)
+        if not path.exists():
+            whole = tokenizer(Path(wikitext).read_text(encoding="utf-8"), verbose=False)["input_ids"]
+            path.write_text(tokenizer.decode(whole[:tokens], clean_up_tokenization_spaces=False), encoding="utf-8")
+        return path, len(tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"])
+
+    def kept(self, name: str | None) -> tuple[int, ...] | None:
+        """The source's tokens that a cell's model kept; None = all, or there is no such cell."""
+        plan = None if name is None else self.cell(name) / "model" / "llmprune" / "plan.json"
+        return None if plan is None or not plan.exists() else Plan.load(plan).vocabulary
+
+    def data_of(self, name: str | None) -> Path:
+        """The prepared data in the tokens of a cell's model."""
+        kept = self.kept(name)
+        if name is None or kept is None:
+            return self.data
+        place = self.folder / f"data-{len(kept)}"
+        if not place.exists():
+            reencode(self.data, self.cell(name) / "model", place, processes=2)
+        return place
 
     def cell(self, name: str) -> Path:
         """The folder of a cell."""
@@ -125,7 +155,7 @@ def trained(name: str, yaml: str, model: str | None, tokens: int, *overrides: st
             ROOT / "yamls" / f"{yaml}.yaml",
             [
                 f"model.path={work.model if model is None else work.cell(model) / 'model'}",
-                f"data.path={work.data}",
+                f"data.path={work.data_of(model)}",
                 f"run.folder={out.parent / 'run'}",
                 "run.autoresume=true",
                 "scheduler.warmup=0.1dur",
@@ -150,7 +180,7 @@ def depth() -> Iterable[Cell]:
     for size, gone in BLOCKS.items():
         for criterion in (
             "block_influence", "relative_magnitude", "magnitude_l1", "magnitude_l2", "taylor", "taylor_signed",
-            "perplexity", "tail", "random",
+            "taylor_entropy", "perplexity", "tail", "random",
         ):  # fmt: skip
             yield cut(f"blocks/{size}/{criterion}", criterion=criterion, remove=gone)
         for criterion in ("block_influence", "magnitude_l1", "magnitude_l2", "taylor", "taylor_signed", "perplexity"):
@@ -166,11 +196,22 @@ def depth() -> Iterable[Cell]:
 def width() -> Iterable[Cell]:
     """Channels that go by every criterion, with refit and without."""
     for size, kept in CHANNELS.items():
-        for criterion in ("unit_taylor", "unit_activation_l2", "unit_magnitude_l2", "unit_random"):
+        for criterion in (
+            "unit_taylor", "unit_taylor_entropy", "unit_activation_l2", "unit_magnitude_l2", "unit_random",
+        ):  # fmt: skip
             shape = {"intermediate": kept}
             yield cut(f"channels/{size}/{criterion}", unit_criterion=criterion, shape=shape)
             refit = {"correction": "refit", "force": True}
             yield cut(f"channels/{size}/{criterion} refit", unit_criterion=criterion, shape=shape, **refit)
+
+
+def vocabulary() -> Iterable[Cell]:
+    """Half of the tokens go, and as many channels as the size wants beside them."""
+    shape = {"vocabulary": VOCABULARY}
+    yield cut("tokens/0.9/24576", shape=shape)
+    narrow = {"shape": {**shape, "intermediate": 1160}, "unit_criterion": "unit_taylor"}
+    yield cut("tokens/0.75/24576 and channels", **narrow)
+    yield cut("tokens/0.75/24576 and channels refit", correction="refit", force=True, **narrow)
 
 
 def replaced(tokens: int) -> Iterable[Cell]:
@@ -184,13 +225,24 @@ def replaced(tokens: int) -> Iterable[Cell]:
         yield trained(f"span/0.75/{kind}", "replace", None, 0, *fit)
 
 
+_BOTH = "distillation={{teacher: {source}, objectives: {{kl: 1.0, lm: 0.5}}}}"
 RECOVERIES = {
     "text": ("continue",),
     "KL": ("continue", "distillation={{teacher: {source}}}"),
-    "KL + 0.5 text": ("continue", "distillation={{teacher: {source}, objectives: {{kl: 1.0, lm: 0.5}}}}"),
+    "KL + 0.5 text": ("continue", _BOTH),
+    "KL + 0.5 text, lr 1e-4": ("continue", _BOTH, "optimizer.lr=1e-4"),
+    "KL + 0.5 text, lr 1e-3": ("continue", _BOTH, "optimizer.lr=1e-3"),
+    "states, then KL + 0.5 text": (
+        "continue",
+        "distillation={{teacher: {source}, objectives: {{mse: 1.0}}, final_objectives: {{kl: 1.0, lm: 0.5}}}}",
+    ),
+    "blocks alone, then KL + 0.5 text": (
+        "continue",
+        "distillation={{teacher: {source}, objectives: {{local: 1.0}}, final_objectives: {{kl: 1.0, lm: 0.5}}}}",
+    ),
     "last three": ("continue", "trainable={{parameters: [final_norm, last.3]}}"),
     "LoRA": ("finetune",),
-    "LoRA, KL + 0.5 text": ("finetune", "distillation={{teacher: {source}, objectives: {{kl: 1.0, lm: 0.5}}}}"),
+    "LoRA, KL + 0.5 text": ("finetune", _BOTH),
 }
 
 
@@ -204,13 +256,16 @@ def recovered(parents: Iterable[str], tokens: int) -> Iterable[Cell]:
 def ladder() -> dict[str, Cell]:
     """All cells, by name."""
     two = ("blocks/0.75/block_influence", "channels/0.75/unit_taylor refit")
+    yaml, *overrides = RECOVERIES["KL + 0.5 text"]
     cells = [
         Cell("source", lambda work, out: _link(work.model, out)),
         *depth(),
         *width(),
+        *vocabulary(),
         *replaced(50_000),
         *recovered(two, 50_000),
         *recovered(two, 250_000),
+        trained("recovered/0.1M/tokens/0.9/24576/KL + 0.5 text", yaml, "tokens/0.9/24576", 100_000, *overrides),
     ]
     return {cell.name: cell for cell in cells}
 
@@ -236,17 +291,24 @@ def make(cell: Cell, cells: dict[str, Cell], work: Work) -> dict[str, Any]:
     return dict(read_json(known))
 
 
-def perplexities(model: Path, work: Work, wikitext: str) -> dict[str, Any]:
-    """Perplexity of the start of WikiText-2, and held-out losses by domain."""
+def perplexities(model: Path, work: Work, wikitext: str, kept: tuple[int, ...] | None) -> dict[str, Any]:
+    """Perplexity of the start of WikiText-2, and held-out losses by domain; all per token of the source."""
     found: dict[str, Any] = {}
     for segment, tokens in WIKITEXT.items():
-        config = EvaluationConfig([wikitext], PerplexityConfig(segment, tokens=tokens))
-        (entry,) = evaluate([str(model)], config, Placement())["models"].values()
+        path, count = work.text(wikitext, tokens)
+        (entry,) = evaluate([str(model)], EvaluationConfig([str(path)], PerplexityConfig(segment)), Placement())[
+            "models"
+        ].values()
         (text,) = entry["perplexity"].values()
-        found[f"wikitext_{segment}"] = text["bos_none"]
+        bits = text["bits_per_byte"]["bos_none"] * path.stat().st_size
+        found[f"wikitext_{segment}"] = 2 ** (bits / count)
+        found[f"bits_per_byte_{segment}"] = text["bits_per_byte"]["bos_none"]
         found["parameters"] = entry["parameters"]
     losses = evaluate_losses(
-        open_model(str(model), Placement()).model, PreparedData(work.data), samples_per_domain=HELD_OUT
+        open_model(str(model), Placement()).model,
+        PreparedData(work.data),
+        samples_per_domain=HELD_OUT,
+        spelling=None if kept is None else Spelling.of(load_tokenizer(work.model), kept),
     )
     return {**found, "held_out": losses.loss, "domains": losses.domains}
 
@@ -264,7 +326,8 @@ def do(cell: Cell, cells: dict[str, Cell], work: Work, arguments: argparse.Names
     facts = {**make(cell, cells, work), **known}
     model = work.cell(cell.name) / "model"
     if "wikitext_512" not in facts:
-        facts |= perplexities(model, work, arguments.wikitext)
+        kept = work.kept(cell.name) or work.kept(cell.parent)
+        facts |= perplexities(model, work, arguments.wikitext, kept)
     if arguments.tasks is not None and "tasks" not in facts:
         facts |= tasks(model, arguments)
     write_json(RESULTS, dict(sorted({**results(), cell.name: facts}.items())))

@@ -282,7 +282,8 @@ def verify(a: Place, b: Place, *, plan: "Plan | Place | None" = None) -> "Differ
     from llmprune.plans.plan import Plan
 
     loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(str(plan))
-    return compare_models(open_for_comparison(str(a), loaded), open_for_comparison(str(b)))
+    kept = None if loaded is None else loaded.vocabulary
+    return compare_models(open_for_comparison(str(a), loaded), open_for_comparison(str(b)), vocabulary=kept)
 
 
 def evaluate(

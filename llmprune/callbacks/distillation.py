@@ -9,11 +9,13 @@ from llmprune.callbacks.loss_terms import LossTerms
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.loading import empty_model, load_model
 from llmprune.models.number_formats import dtype_for_inference
+from llmprune.models.objectives import LOCAL
 from llmprune.models.sharded import fill, mesh_of, shard
 from llmprune.models.stored_weights import StoredWeights
 from llmprune.recovery.correspondence import Correspondence
 from llmprune.recovery.distillation import DistillationConfig, Distilling
 from llmprune.recovery.teachers import KeptPredictions, ModelTeacher
+from llmprune.recovery.token_map import TokenMap
 from llmprune.utils.errors import UserError
 
 
@@ -27,8 +29,9 @@ class Distillation(Callback):
     def __init__(
         self,
         config: DistillationConfig,
-        *,
         correspondence: Correspondence | None = None,
+        tokens: TokenMap | None = None,
+        *,
         attention: str = "sdpa",
         kept: bool = False,
     ) -> None:
@@ -37,6 +40,7 @@ class Distillation(Callback):
         Args:
             config: settings of the section.
             correspondence: pairs of model states and teacher states that are compared; None = no states.
+            tokens: map of the model's tokens and the teacher's; None = both have the same vocabulary.
             attention: attention implementation of the teacher; see ``load_any_model``.
             kept: whether the data contain the teacher's predictions.
 
@@ -45,6 +49,7 @@ class Distillation(Callback):
         """
         config.check()
         self.config, self._correspondence, self._attention, self._kept = config, correspondence, attention, kept
+        self._tokens = tokens
         self._means = LossTerms("distillation")
         self.objective: Distilling
 
@@ -78,10 +83,11 @@ class Distillation(Callback):
             model.config.use_cache = False
         return ModelTeacher(
             model,
-            blocks=() if self._correspondence is None else self._correspondence.blocks.values(),
+            blocks=() if self._correspondence is None else self._correspondence.needed(local=LOCAL in config.names),
             top_k=config.top_k,
             temperature=config.temperature,
             alone=alone,
+            tokens=self._tokens,
         )
 
     def before_train_batch(self, state: State, logger: Logger) -> None:

@@ -148,8 +148,9 @@ def verify(
     from llmprune.plans.plan import Plan
     from llmprune.utils.files import to_json
 
-    source = open_for_comparison(a, None if plan is None else Plan.load(plan))
-    difference = compare_models(source, open_for_comparison(b))
+    loaded = None if plan is None else Plan.load(plan)
+    kept = None if loaded is None else loaded.vocabulary
+    difference = compare_models(open_for_comparison(a, loaded), open_for_comparison(b), vocabulary=kept)
     if as_json:
         print(to_json(asdict(difference)))
     elif not difference.is_finite:

@@ -14,6 +14,7 @@ from llmprune.models.companions import copy_companions, save_model_config
 from llmprune.models.families import family_of
 from llmprune.models.finite import is_finite
 from llmprune.models.own_model_types import needs_code, write_code
+from llmprune.models.smaller_tokenizer import write_companions
 from llmprune.models.stored_weights import parameter_names
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.plans.surgery import Surgery
@@ -82,7 +83,10 @@ def export(
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             write_json(folder / "model.safetensors.index.json", index)
         made.save_config(folder)
-        copy_companions(companions, folder)
+        if plan.vocabulary is None:
+            copy_companions(companions, folder)
+        else:
+            write_companions(plan.vocabulary, companions, folder)
         (folder / "llmprune").mkdir()
         plan.save(folder / "llmprune" / "plan.json")
         text = model_card(

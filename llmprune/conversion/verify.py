@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,13 +92,20 @@ def _follow(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 @torch.no_grad()
 def compare_models(
-    a: PreTrainedModel, b: PreTrainedModel, *, samples: int = 4, length: int = 128, seed: int = 0
+    a: PreTrainedModel,
+    b: PreTrainedModel,
+    *,
+    vocabulary: Sequence[int] | None = None,
+    samples: int = 4,
+    length: int = 128,
+    seed: int = 0,
 ) -> Difference:
     """Compare the logits of two models on the same random tokens.
 
     Args:
         a: first model.
-        b: second model; it must have the same vocabulary.
+        b: second model.
+        vocabulary: numbers in ``a`` of the tokens of ``b``; None = both have the same vocabulary.
         samples: number of sequences.
         length: number of tokens of each sequence.
         seed: seed of the random tokens.
@@ -105,17 +113,19 @@ def compare_models(
     Raises:
         UserError: the vocabularies differ.
     """
-    if a.config.vocab_size != b.config.vocab_size:
+    size = b.config.vocab_size
+    if (a.config.vocab_size if vocabulary is None else len(vocabulary)) != size:
         raise UserError(
             f"the vocabularies differ ({a.config.vocab_size} and {b.config.vocab_size}): these models can't be compared"
         )
     log.info("comparing the logits of %d random samples", samples)
     length = min(length, *(limit for one in (a, b) if (limit := longest_input(one.config)) is not None))
     generator = torch.Generator().manual_seed(seed)
+    of_a = torch.arange(size) if vocabulary is None else torch.tensor(vocabulary)
     difference, total, largest = 0.0, 0.0, 0.0
     for _ in range(samples):
-        tokens = torch.randint(a.config.vocab_size, (1, length), generator=generator)
-        x, y = a(input_ids=tokens).logits.double(), b(input_ids=tokens).logits.double()
+        tokens = torch.randint(size, (1, length), generator=generator)
+        x, y = a(input_ids=of_a[tokens]).logits[..., of_a].double(), b(input_ids=tokens).logits.double()
         gap = (x - y).abs()
         if not gap.isfinite().all():
             return Difference(math.nan, math.nan, math.nan)

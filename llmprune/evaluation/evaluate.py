@@ -148,6 +148,7 @@ def _perplexity(loaded: LoadedModel, name: str, work: _Work, config: EvaluationC
         "perplexity_tokens": config.perplexity.tokens,
         "like": config.perplexity.like,
         "tokens": {},
+        "bits_per_byte": {},
     }
     for mode in segmentation.bos:
 
@@ -166,6 +167,8 @@ def _perplexity(loaded: LoadedModel, name: str, work: _Work, config: EvaluationC
         log.info("%s: perplexity %.4f of %s tokens, BOS %s", name, measured.value, f"{measured.tokens:,}", mode)
         entry[f"bos_{mode}"] = measured.value
         entry["tokens"][f"bos_{mode}"] = measured.tokens
+        bits = measured.bits_per_byte(work.streams[name], loaded.tokenizer)
+        entry["bits_per_byte"][f"bos_{mode}"] = bits
     return entry
 
 
@@ -202,6 +205,7 @@ def results_table(results: dict[str, Any]) -> str:
         row: dict[str, float] = {}
         for name, entry in found.get("perplexity", {}).items():
             row |= {f"{name} ppl ({mode})": value for mode, value in entry.items() if mode.startswith("bos_")}
+            row |= {f"{name} bits/byte ({mode})": value for mode, value in entry.get("bits_per_byte", {}).items()}
         for task, metrics in found.get("tasks", {}).items():
             row |= {f"{task} {m}": v for m, v in metrics.items() if "stderr" not in m and m != "num_fewshot"}
         row |= {f"mean of {suite}": value for suite, value in found.get("averages", {}).items()}

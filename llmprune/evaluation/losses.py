@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.models.causal_lm import labels_of, logits_of, token_losses
+from llmprune.models.retold import Spelling
+from llmprune.models.source import longest_input
 from llmprune.utils.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -36,15 +38,18 @@ def evaluate_losses(
     samples_per_domain: int | None = None,
     batch_size: int = 8,
     boundaries: bool | None = None,
+    spelling: Spelling | None = None,
 ) -> Losses:
     """Measure the losses of ``model`` on the evaluation splits of ``data``.
 
     Args:
-        model: causal LM whose tokenizer made the data.
+        model: causal LM whose tokenizer made the data, or whose vocabulary was cut from that tokenizer's.
         data: prepared data.
         samples_per_domain: largest number of samples per domain; None = all.
         batch_size: number of samples per forward pass.
         boundaries: whether attention restarts at each document; None = only for conversations.
+        spelling: how a model with fewer tokens spells the data's; the losses are per token of the data all the same;
+            None = the model has the data's vocabulary.
     """
     dataset = EvalDataset(data, samples_per_domain, boundaries=boundaries)
     sums = torch.zeros(len(dataset.domains), dtype=torch.float64)
@@ -53,7 +58,12 @@ def evaluate_losses(
     with Progress(desc="held-out losses", total=len(dataset), unit="samples") as progress:
         for batch in DataLoader(dataset, batch_size=batch_size):
             placed = {name: values.to(model.device) for name, values in batch.items()}
-            loss, number = token_losses(logits_of(model, placed), labels_of(placed))
+            if spelling is None:
+                loss, number = token_losses(logits_of(model, placed), labels_of(placed))
+            else:
+                told, number = spelling.retold(placed, longest_input(model.config))
+                told = spelling.renumbered(told)
+                loss, _ = token_losses(logits_of(model, told), told["labels"])
             sums.index_add_(0, batch["domain"], loss.double().cpu())
             counts.index_add_(0, batch["domain"], number.cpu())
             progress.update(len(batch["domain"]))

@@ -53,6 +53,18 @@ class Perplexity:
         """The exponential of the mean loss."""
         return math.inf if self.loss > 700 else math.exp(self.loss)
 
+    def bits_per_byte(self, tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> float:
+        """The mean loss in bits per byte of the text, with which models of different tokenizers can be compared.
+
+        The few tokens without a prediction count as if they had the mean loss.
+
+        Args:
+            tokens: stream that was measured, int64 [tokens].
+            tokenizer: tokenizer of the stream.
+        """
+        text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.loss * len(tokens) / (math.log(2) * max(len(text.encode("utf-8")), 1))
+
 
 @dataclass(frozen=True)
 class Segmentation:

@@ -80,6 +80,7 @@ def round_shapes(config: IterationConfig, model: PretrainedConfig) -> list[Shape
     rounds, plan = config.iterate.rounds, config.plan
     check_settings(config)
     plan.refuse("iterate", "remove", "drop")
+    plan.refuse_vocabulary()
     family = family_of(model)
     source = family.shape(model)
     target = target_shape(source, plan.shape or {})

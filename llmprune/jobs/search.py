@@ -62,6 +62,7 @@ from llmprune.pruning.planning import (
 from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.criterion import ScoreSection
 from llmprune.pruning.scoring.scores import Scores
+from llmprune.pruning.selection.settings import OTHER_DATA
 from llmprune.reporting.search_table import picture, search_table
 from llmprune.training.checks import check
 from llmprune.utils.errors import BrokenModelError, UserError
@@ -117,11 +118,14 @@ def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
         UserError: a candidate is impossible, or there is no budget.
     """
     settings, data = config.search, calibration_of(config)
+    if settings.budget.vocabulary is not None:
+        raise UserError(OTHER_DATA)
     names = settings.scored(config.plan)
     check_scoring(config, model, names)
     sizes = ShapeSizes(model)
     for candidate in settings.candidates(config.plan):
         plan = candidate.config
+        plan.refuse_vocabulary()
         if candidate.under_budget:
             check_choice(plan)
             if plan.criterion is not None or plan.method != "lowest":

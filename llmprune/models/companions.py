@@ -10,13 +10,14 @@ from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json, write_json
 
 GENERATION = "generation_config.json"
-# Files that are copied as they are.
-COMPANIONS = (
-    GENERATION, "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json",
-    "chat_template*", "additional_chat_templates/*.jinja", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.codes",
-    "LICENSE*", "NOTICE*",
+# Files of tokenizers.
+_TOKENIZERS = (
+    "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "chat_template*",
+    "additional_chat_templates/*.jinja", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.codes",
 )  # fmt: skip
-_INPUTS = ["input_ids", "attention_mask"]  # inputs of every family that can be pruned
+# Files that are copied as they are.
+COMPANIONS = (GENERATION, *_TOKENIZERS, "LICENSE*", "NOTICE*")
+INPUTS = ["input_ids", "attention_mask"]  # inputs of every family that can be pruned
 
 
 def save_model_config(config: PretrainedConfig, folder: Path) -> None:
@@ -28,7 +29,7 @@ def save_model_config(config: PretrainedConfig, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path, *, tokenizer: bool = True) -> None:
     """Copy a model's companion files, and make its tokenizer return only inputs that the model takes.
 
     A generation config is copied instead of saved by Transformers: many models have one that Transformers reads but
@@ -37,8 +38,9 @@ def copy_companions(source: Path, folder: Path) -> None:
     Args:
         source: folder of the model.
         folder: folder that the files are copied to.
+        tokenizer: whether the tokenizer's files are copied.
     """
-    for pattern in COMPANIONS:
+    for pattern in COMPANIONS if tokenizer else [name for name in COMPANIONS if name not in _TOKENIZERS]:
         for file in sorted(source.glob(pattern)):
             if file.is_file():  # not folders or pipes with such names
                 target = folder / file.relative_to(source)
@@ -56,4 +58,4 @@ def name_inputs(folder: Path) -> None:
     if not isinstance(fields, dict):
         raise UserError(f"{place} holds no settings of a tokenizer")
     if "model_input_names" not in fields:
-        write_json(place, {**fields, "model_input_names": _INPUTS})
+        write_json(place, {**fields, "model_input_names": INPUTS})

@@ -17,6 +17,7 @@ OBJECTIVES = {
     "kl": "forward KL divergence from the teacher's (or source's) predictions",
 }
 HIDDEN_OBJECTIVES = ("mse", "cosine")
+LOCAL = "local"  # an objective of distillation alone: ``mse`` of every block by itself, given the teacher's states
 Divergence = Callable[[Tensor, slice], Tensor]
 """The KL divergence of logits [tokens, vocabulary] from a teacher's for a part of the tokens: nats, [tokens]."""
 
@@ -108,7 +109,13 @@ def kl_to_likeliest(logits: Tensor, tokens: Tensor, logs: Tensor, temperature: f
     return (kept + rest * (rest.log() - others)) * temperature**2
 
 
-def divergence_from(final: Tensor, head: Head, top_k: int | None, temperature: float) -> Divergence:
+def divergence_from(
+    final: Tensor,
+    head: Head,
+    top_k: int | None,
+    temperature: float,
+    translated: Callable[[Tensor], Tensor] = lambda logits: logits,
+) -> Divergence:
     """How far predictions are from those of a model that does not learn.
 
     Args:
@@ -116,13 +123,15 @@ def divergence_from(final: Tensor, head: Head, top_k: int | None, temperature: f
         head: its output layer.
         top_k: see ``forward_kl``.
         temperature: see ``forward_kl``.
+        translated: function that makes logits of the learning model's vocabulary from those of this one.
     """
     states = in_autocast(final)
     cast = head.cast(states.dtype)
 
     def divergence(logits: Tensor, part: slice) -> Tensor:
         with torch.no_grad():
-            wanted = cast.logits(states[part])
+            own = states[part]
+            wanted = torch.cat([translated(cast.logits(own[piece])) for piece in cast.chunks(len(own))])
         return forward_kl(logits, wanted, top_k, temperature)
 
     return divergence

@@ -3,7 +3,7 @@
 Every method of pruning writes a plan, and only surgery applies it. On disk a plan is a JSON file with index lists,
 which a person can read and edit, and a safetensors file next to it with the factors::
 
-    plan.json         {"schema", "family", "model", "source", "hidden",
+    plan.json         {"schema", "family", "model", "source", "hidden", "vocabulary",
                        "blocks": [{"attention", "mlp", "heads", "channels", "merge", "experts"}, …], "replacement",
                        "richer_heads"}
     plan.safetensors  "hidden", "attention", "mlp", "heads.I", "channels.J", and corrections: "mean.attention.I",
@@ -32,7 +32,7 @@ def tensors_beside(path: Path) -> Path:
 
 
 _KEYS = {  # known keys of a plan file: an unknown key could change what is cut
-    "schema", "family", "model", "source", "hidden", "blocks", "factors", "replacement", "richer_heads",
+    "schema", "family", "model", "source", "hidden", "vocabulary", "blocks", "factors", "replacement", "richer_heads",
 }  # fmt: skip
 
 
@@ -91,6 +91,8 @@ class Plan:
             run, so such a plan is a record and can't be applied; None = no module.
         richer_heads: settings of the richer heads that surgery adds to every attention, initialised as the identity;
             None = none.
+        vocabulary: numbers of the tokens that stay, ascending; the pruned model's token i is the source's token
+            ``vocabulary[i]``; None = all.
     """
 
     family: str
@@ -102,6 +104,7 @@ class Plan:
     corrections: Mapping[str, torch.Tensor] = field(default_factory=dict)
     replacement: str | None = None
     richer_heads: RicherHeadsConfig | None = None
+    vocabulary: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check that the plan is possible, and uniform over blocks, as configs require.
@@ -112,6 +115,7 @@ class Plan:
         source = self.source
         _check_order(self.blocks, source.layers)
         _check_indices("hidden", self.hidden, source.hidden)
+        _check_indices("vocabulary", self.vocabulary, source.vocabulary or 0)
         for block in self.blocks:
             _check_merge(block, source.layers)
             _check_indices(f"heads of block {block}", block.heads, source.heads)
@@ -193,6 +197,7 @@ class Plan:
             kv_heads=len(self.heads_by_group(first)),
             intermediate=len(self.channels(first)),
             experts=len(self.experts(first)) or None,
+            vocabulary=self.source.vocabulary if self.vocabulary is None else len(self.vocabulary),
         )
 
     def _factor_lengths(self) -> dict[str, int]:
@@ -242,6 +247,7 @@ class Plan:
             "model": self.model,
             "source": asdict(self.source),
             "hidden": self.hidden,
+            "vocabulary": self.vocabulary,
             "blocks": [asdict(block) for block in self.blocks],
             "factors": tensors_beside(path).name if self.factors or self.corrections else None,
             "replacement": self.replacement,
@@ -291,6 +297,7 @@ class Plan:
                 corrections=corrections,
                 replacement=values.get("replacement"),
                 richer_heads=None if (heads := values.get("richer_heads")) is None else RicherHeadsConfig(**heads),
+                vocabulary=_indices(values.get("vocabulary")),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{path} is not a plan ({type(error).__name__}: {error})") from None

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from llmprune.models.families import OUTPUTS, Axis, Family, Parameter, Role, family_of, module_name
 from llmprune.models.own_model_types import with_richer_heads
+from llmprune.models.smaller_tokenizer import renumbered
 from llmprune.plans.plan import Plan
 from llmprune.utils.errors import UserError
 
@@ -32,7 +33,7 @@ class Surgery:
         """
         self.family: Family = family_of(config)
         shape = self.family.shape(config)
-        if plan.family != self.family.name or plan.source != shape:
+        if plan.family != self.family.name or not plan.source.agrees(shape):
             raise UserError(
                 f"the plan is for a {plan.family} model with {plan.source}; this is a {self.family.name} "
                 f"model with {shape}"
@@ -44,6 +45,11 @@ class Surgery:
             )
         self.plan = plan
         self.config = self.family.with_shape(config, plan.shape, [block.attention for block in plan.blocks])
+        if plan.vocabulary is not None:
+            before = self.config.to_dict()
+            for name, value in renumbered(before, plan.vocabulary).items():
+                if value != before[name]:
+                    setattr(self.config, name, value)
         if plan.richer_heads is not None:
             self.config = with_richer_heads(self.config, plan.richer_heads)
         self._tied = self.family.tied(config)
@@ -178,7 +184,7 @@ class Surgery:
 
     @staticmethod
     def _scope(parameter: Parameter, what: str | None) -> int | None:
-        """The block of a parameter's units; None for hidden dimensions, which belong to the whole model."""
+        """The block of a parameter's units; None for units of the whole model: hidden dimensions and tokens."""
         return None if what == "hidden" else parameter.block
 
     def _index(self, axis: Axis, parameter: Parameter) -> Tensor | None:
@@ -199,6 +205,8 @@ class Surgery:
         kept: dict[tuple[str, int | None], Iterable[int]] = {}
         if plan.hidden is not None:
             kept["hidden", None] = plan.hidden
+        if plan.vocabulary is not None:
+            kept["token", None] = plan.vocabulary
         for block in plan.blocks:
             if block.heads is not None:
                 kept["query", block.attention] = block.heads

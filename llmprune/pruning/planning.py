@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cache
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from llmprune.data.calibration import calibration_samples, samples_fingerprint, 
 from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.models.autocast import compute_in
 from llmprune.models.enough_memory import check_memory
-from llmprune.models.families import Shape, family_of
+from llmprune.models.families import Shape, family_of, target_shape
 from llmprune.models.loading import load_model, load_model_config, load_tokenizer
 from llmprune.models.number_formats import weights_and_products
 from llmprune.models.source import longest_input
@@ -47,6 +48,7 @@ from llmprune.pruning.selection.methods import (
     selected_blocks,
 )
 from llmprune.pruning.selection.settings import PlanConfig
+from llmprune.pruning.selection.vocabulary import most_used
 from llmprune.pruning.selection.width import narrowed, whole
 from llmprune.utils.errors import UserError
 
@@ -83,7 +85,7 @@ def make_plan(
     def scored() -> ScoredModel:
         return open_scored(scores, place) if trial is None else trial.scored
 
-    plan = select(Request(scores, config, scored, _parallel(scores, config, place)))
+    plan = select(Request(scores, config, scored, _parallel(scores, config, place), _tokens(scores, place)))
     if config.shape is not None:
         Surgery(load_model_config(place), plan)
     if config.correction != "none":
@@ -162,22 +164,26 @@ def best_under(
         scores: scores of the model.
         config: settings that select blocks and units.
         trial: calibration runs of the model in memory.
-        budget: settings of the budget, of which ``multiple`` and ``tries`` are read.
+        budget: settings of the budget, of which ``vocabulary``, ``multiple`` and ``tries`` are read.
         model: folder or hub name of the model; None = the one recorded in the scores.
     """
     request = _request(scores, config, model or scores.model, trial.scored)
     sizes, blocks = ShapeSizes(load_model_config(model or scores.model)), _Blocks(request)
     steps = _steps(request, sizes, budget.multiple)
+    source = (
+        sizes.source if budget.vocabulary is None else target_shape(scores.source, {"vocabulary": budget.vocabulary})
+    )
+    kept = None if budget.vocabulary in (None, scores.source.vocabulary) else request.tokens(budget.vocabulary)
 
     def plan_for(shape: Shape) -> Plan:
-        plan = Plan(scores.family, scores.fingerprint, scores.source, blocks.of(shape.layers))
+        plan = Plan(scores.family, scores.fingerprint, scores.source, blocks.of(shape.layers), vocabulary=kept)
         return narrowed(plan, shape, scores, config.unit_criterion, config.expert_criterion)
 
     def loss(plan: Plan) -> float:
         return trial.loss(plan, few)
 
     few = _some(trial.scored.tokens, COMPARED)
-    choice = Chooser(sizes, steps, limits, plan_for, loss, budget.tries).choose()
+    choice = Chooser(source, steps, limits, plan_for, loss, budget.tries).choose()
     plan = choice.plan
     if config.correction != "none" and is_correctable(plan):
         plan = corrected(plan, config.correction, trial.scored)
@@ -268,11 +274,11 @@ def rehearse(
         units={name: _no_units(shape, kinds[name].needs_experts) for name in of[ScoreSection.UNITS]},
     )
 
-    def opening() -> ScoredModel:
+    def opening(*_: object) -> NoReturn:
         raise _Opening
 
     try:
-        plan = select(Request(scores, config, opening, family.is_parallel(model_config)))
+        plan = select(Request(scores, config, opening, family.is_parallel(model_config), opening))
         Surgery(model_config, plan)
     except _Opening:
         if config.method != "iterative" and all(kind.reads in (None, "weights") for kind in kinds.values()):
@@ -353,7 +359,19 @@ def comparison_table(gone: dict[str, list[int]], layers: int) -> str:
 
 
 def _request(scores: Scores, config: PlanConfig, model: str, scored: ScoredModel | None = None) -> Request:
-    return Request(scores, config, lambda: scored or open_scored(scores, model), _parallel(scores, config, model))
+    parallel = _parallel(scores, config, model)
+    return Request(scores, config, lambda: scored or open_scored(scores, model), parallel, _tokens(scores, model))
+
+
+def _tokens(scores: Scores, model: str) -> Callable[[int], tuple[int, ...]]:
+    """The function that selects tokens by their use in the scores' calibration text."""
+
+    def selected(count: int) -> tuple[int, ...]:
+        if scores.settings.get("tokenizer") is not None:
+            raise UserError("the scores were made with another tokenizer than the model's: score again without it")
+        return most_used(model, CalibrationConfig(**scores.data), count)
+
+    return selected
 
 
 def _parallel(scores: Scores, config: PlanConfig, model: str) -> bool:
@@ -385,13 +403,15 @@ def open_scored(scores: Scores, model: str) -> ScoredModel:
             f"the scores do not say how they were made ({type(error).__name__}: {error}): score again"
         ) from None
     device = default_device()
-    samples = None
+    samples = tokenizer = None
     if scores.data:
-        samples = calibration_samples(data, load_tokenizer(tokenizer_at or model))
+        tokenizer = load_tokenizer(tokenizer_at or model)
+        samples = calibration_samples(data, tokenizer)
         if samples_fingerprint(samples) != settings.get("samples"):
             raise UserError(f"the text in {data.path} has changed since the scores were made: score again")
         samples = samples.to(device)
     remedy = "select by the scores alone (lowest, span, sublayers), or plan on a larger machine"
     weights, products = weights_and_products(dtype, on_gpu=device.type == "cuda")
     check_memory(model, dtype=weights, on_gpu=device.type == "cuda", remedy=remedy)
-    return ScoredModel(compute_in(load_model(model, dtype=weights).to(device), products), samples, batch_size)
+    opened = compute_in(load_model(model, dtype=weights).to(device), products)
+    return ScoredModel(opened, samples, batch_size, tokenizer)

@@ -1,7 +1,7 @@
 """The correspondence between the blocks and hidden dimensions of a student and those of its teacher."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class Correspondence:
     Attributes:
         blocks: mapping from a student's block to the teacher's block after which the residual stream should be the
             same.
+        before: mapping from a student's block to the teacher's block after which the residual stream is the block's
+            input; -1 = the embeddings are.
         hidden: numbers of the teacher's hidden dimensions that the student has, in the student's order, int64 [hidden];
             None = all.
         factor: factors of the teacher's states, because the student's weights contain these factors, [hidden]; None =
@@ -25,8 +27,13 @@ class Correspondence:
     """
 
     blocks: dict[int, int]
+    before: dict[int, int] = field(default_factory=dict)
     hidden: Tensor | None = None
     factor: Tensor | None = None
+
+    def needed(self, *, local: bool) -> set[int]:
+        """The teacher's blocks after which its states are read; ``local`` = also those that are inputs of blocks."""
+        return {*self.blocks.values(), *(self.before.values() if local else ())}
 
     def target(self, states: Tensor) -> Tensor:
         """The target of a student's states, [..., hidden], from the teacher's states, [..., teacher's hidden]."""
@@ -56,8 +63,9 @@ def corresponding(student: Shape, teacher: Shape, plan: Plan | None, blocks: Seq
                 f"the model has {student.hidden} hidden dimensions, its teacher {teacher.hidden}: name the plan that "
                 "it was cut by (distillation.plan), or leave out the objectives mse and cosine"
             )
-        return Correspondence({block: -(-(block + 1) * teacher.layers // student.layers) - 1 for block in chosen})
-    if plan.source != teacher or plan.shape != student:
+        ends = [-(-(block + 1) * teacher.layers // student.layers) - 1 for block in range(student.layers)]
+        return _between([-1, *ends], chosen)
+    if not plan.source.agrees(teacher) or not plan.shape.agrees(student):
         raise UserError(
             f"the plan leads from {plan.source} to {plan.shape}, but the teacher has {teacher} and the model "
             f"{student}: name the plan that the model was cut by (distillation.plan)"
@@ -66,4 +74,12 @@ def corresponding(student: Shape, teacher: Shape, plan: Plan | None, blocks: Seq
     factor = plan.factors.get("hidden")
     # A block's states are the inputs of the next block that stays; it also learns the removed blocks between them.
     given = [min(block.attention, block.mlp) for block in plan.blocks] + [teacher.layers]
-    return Correspondence({block: given[block + 1] - 1 for block in chosen}, hidden, factor)
+    return _between([number - 1 for number in given], chosen, hidden, factor)
+
+
+def _between(
+    ends: Sequence[int], chosen: Sequence[int], hidden: Tensor | None = None, factor: Tensor | None = None
+) -> Correspondence:
+    """The correspondence of a student whose block i begins after the teacher's block ``ends[i]``."""
+    after = {block: ends[block + 1] for block in chosen}
+    return Correspondence(after, {block: ends[block] for block in chosen}, hidden, factor)

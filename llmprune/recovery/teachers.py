@@ -15,6 +15,7 @@ from llmprune.models.flops import macs
 from llmprune.models.objectives import Divergence, divergence_from, kl_to_likeliest
 from llmprune.models.sharded import reshard
 from llmprune.models.vocabulary import head_of, without_head
+from llmprune.recovery.token_map import TokenMap
 
 
 @dataclass
@@ -23,7 +24,7 @@ class States:
 
     Attributes:
         final: input of the output layer, [batch · length, hidden].
-        after: residual stream after a block, by the number of the block, [batch, length, hidden].
+        after: residual stream after a block, by the number of the block, [batch, length, hidden]; -1 = the embeddings.
     """
 
     final: Tensor
@@ -31,10 +32,12 @@ class States:
 
 
 def states_of(model: PreTrainedModel, batch: Batch, blocks: Iterable[int]) -> States:
-    """Run a model without its output layer, and keep the hidden states after the given blocks."""
+    """Run a model without its output layer, and keep the hidden states after the given blocks (-1: embeddings)."""
     wanted, found = set(blocks), {}
 
     def visit(number: int, run: RunBlock, states: Tensor) -> Tensor:
+        if number == 0 and -1 in wanted:
+            found[-1] = states
         out = run(states)
         if number in wanted:
             found[number] = out
@@ -63,6 +66,12 @@ class Teacher(Protocol):
     def done(self) -> None:
         """Free the parameters that were gathered for a lesson."""
 
+    def left_out(self) -> Tensor | None:
+        """The mean probability that the last lesson's predictions gave to tokens that the student can't write.
+
+        A scalar; None = both have the same vocabulary.
+        """
+
     def flops(self, batch: Batch) -> int:
         """The floating-point operations of the teacher for a batch."""
 
@@ -78,22 +87,28 @@ class ModelTeacher:
         top_k: int | None = None,
         temperature: float = 1.0,
         alone: Callable[[], AbstractContextManager[None]] | None = None,
+        tokens: TokenMap | None = None,
     ) -> None:
         """Store the model and the settings.
 
         Args:
             model: model that teaches.
-            blocks: numbers of the blocks after which hidden states are returned.
+            blocks: numbers of the blocks after which hidden states are returned; -1 = the embeddings.
             top_k: number of likeliest tokens that are compared, see ``forward_kl``.
             temperature: divisor of the logits, see ``forward_kl``.
             alone: function that opens a context in which the model, otherwise the student, computes as the teacher.
+            tokens: how the model reads the student's tokens; None = both have the same vocabulary.
         """
+        self._tokens, self._left_out = tokens, list[Tensor]()
         self.model, self._blocks, self._alone = model, set(blocks), alone
         self._top_k, self._temperature = top_k, temperature
 
     @torch.no_grad()
     def lesson(self, batch: Batch, chosen: Tensor) -> tuple[Divergence, dict[int, Tensor]]:
         """See ``Teacher``."""
+        tokens = None if self._tokens is None else self._tokens.to(batch["input_ids"].device)
+        if tokens is not None:
+            batch = {**batch, "input_ids": tokens.teachers[batch["input_ids"]]}
         if self._alone is None:
             found = states_of(self.model, batch, self._blocks)
         else:
@@ -101,8 +116,28 @@ class ModelTeacher:
             with self._alone():
                 found = states_of(self.model.eval(), batch, self._blocks)
             self.model.train(training)
-        head = head_of(self.model)
-        return divergence_from(found.final[chosen], head, self._top_k, self._temperature), found.after
+        settings = (self._top_k, self._temperature)
+        if tokens is None:
+            return divergence_from(found.final[chosen], head_of(self.model), *settings), found.after
+
+        self._left_out = []
+
+        def translated(logits: Tensor) -> Tensor:
+            shared, rest = tokens.predictions(logits, self._temperature)
+            self._left_out.append(rest)
+            return shared
+
+        return divergence_from(found.final[chosen], head_of(self.model), *settings, translated), found.after
+
+    def left_out(self) -> Tensor | None:
+        """See ``Teacher``."""
+        if self._tokens is None:
+            return None
+        return (
+            torch.cat(self._left_out).mean()
+            if self._left_out
+            else self._tokens.students.new_zeros((), dtype=torch.float)
+        )
 
     def done(self) -> None:
         """See ``Teacher``; gathered parameters that the student needs itself are not freed."""
@@ -133,6 +168,10 @@ class KeptPredictions:
 
     def done(self) -> None:
         """See ``Teacher``."""
+
+    def left_out(self) -> Tensor | None:
+        """None: predictions of the model's own tokens are kept."""
+        return None
 
     def flops(self, batch: Batch) -> int:
         """No operations: the predictions are read."""

@@ -39,7 +39,7 @@ def check_plan(plan: Plan, file: str, source: str | None, model_config: Pretrain
     Raises:
         UserError: the plan was made for another model.
     """
-    if plan.source != family_of(model_config).shape(model_config):
+    if not plan.source.agrees(family_of(model_config).shape(model_config)):
         raise UserError(f"{file} is for a model of another shape")
     if source is not None and plan.model != (found := source_fingerprint(source, model_config)):
         raise UserError(f"{file} was made for a model with the hash {plan.model}; {source} has {found}")

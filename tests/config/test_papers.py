@@ -177,7 +177,7 @@ def test_scoring_recipes(path: Path) -> None:
         assert file == f"plan-{settings.criterion}-{settings.remove}.json"
         count = settings.remove
         assert count is not None
-        request = Request(scores, settings, lambda: pytest.fail("no need to open a model"), parallel=False)
+        request = Request(scores, settings, lambda: pytest.fail("no need to open a model"), False, pytest.fail)
         plan = select(request)
         assert built(config, plan).config.num_hidden_layers == layers - count
         kept = {block.attention for block in plan.blocks}
@@ -249,7 +249,7 @@ def minitron(kind: str) -> Plan:
         for name, count in (("hidden", shape.hidden), ("channels", shape.intermediate))
     }
     scores = Scores("", "llama", "", shape, {}, {}, None, units={"unit_activation_l2": units})
-    return select(Request(scores, settings, lambda: pytest.fail("no need to open a model"), parallel=False))
+    return select(Request(scores, settings, lambda: pytest.fail("no need to open a model"), False, pytest.fail))
 
 
 # Published sizes of Vicuna (in billions) by the blocks that go, and the tokens (in billions) of continued pretraining.

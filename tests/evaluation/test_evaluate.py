@@ -42,7 +42,7 @@ def test_what_is_recorded_by_default(trained_folder: Path, short_folder: Path, t
     tokens = torch.tensor(load_tokenizer(trained_folder)(text.read_text())["input_ids"])
     for folder in (trained_folder, short_folder):
         entry = models[str(folder)]["perplexity"]["count"]
-        value = entry.pop("bos_none")
+        value, bits = entry.pop("bos_none"), entry.pop("bits_per_byte")["bos_none"]
         assert entry == {
             "segment": 48,
             "stride": 48,
@@ -58,6 +58,7 @@ def test_what_is_recorded_by_default(trained_folder: Path, short_folder: Path, t
             ]
         )
         assert value == pytest.approx(losses.mean().exp().item(), rel=1e-4)
+        assert bits == pytest.approx(math.log2(value) * len(tokens) / text.stat().st_size, rel=1e-4)
 
 
 def test_options(trained_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_the_rounds_end_in_the_shape(once: Path) -> None:
     shapes = [Plan.load(once / f"round-{number}" / "plan.json").shape for number in (1, 2)]
-    assert shapes[1] == Shape(layers=4, hidden=24, heads=4, kv_heads=2, head_dim=8, intermediate=24)
+    assert shapes[1] == Shape(4, hidden=24, heads=4, kv_heads=2, head_dim=8, intermediate=24, vocabulary=300)
     assert (shapes[0].layers, shapes[0].hidden, shapes[0].kv_heads, shapes[0].intermediate) == (5, 30, 3, 34)
     config = load_model_config(once / "model")
     assert family_of(config).shape(config) == shapes[1]
@@ -192,6 +192,7 @@ def test_every_size_shrinks_by_the_same_share() -> None:
         (["layer_scoring.criteria=[perplexty]"], "did you mean 'perplexity'"),
         (["layer_scoring.data.path=nowhere.txt"], "nowhere.txt does not exist"),
         (["layer_scoring.data.length=4096"], "the model takes 128"),
+        (["plan.shape={layers: 4, vocabulary: 280}"], "cut the vocabulary first"),
         (["plan.remove=1"], "leave out plan.remove: iterate decides it"),
     ],
 )

@@ -94,6 +94,53 @@ def test_loss_and_gradients_are_naive(name: str, tokens: torch.Tensor) -> None:
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+@pytest.mark.parametrize("name", ["llama-grouped-tied", "gemma2", "opt", "gpt_neox", "mixtral"])
+def test_blocks_alone_get_the_states_of_the_teacher(name: str, tokens: torch.Tensor) -> None:
+    student, teacher = (random_model(CONFIGS[name], seed=seed).eval() for seed in (0, 1))
+    teacher.requires_grad_(False)
+    naive = copy.deepcopy(student)
+    pairs = Correspondence({0: 1, 2: 3}, before={0: -1, 2: 1})
+    objective = Distilling(
+        ComposerCausalLM(student), ModelTeacher(teacher, blocks=pairs.needed(local=True)), {"local": 2.0}, pairs
+    )
+    loss = objective.loss({"input_ids": tokens})
+    loss.backward()
+
+    inputs: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, given: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
+        inputs.append(given[0] if given else named["hidden_states"])
+
+    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks_of(teacher)]
+    _, outputs = observed(teacher, tokens)
+    for hook in hooks:
+        hook.remove()
+
+    def replaced(states: torch.Tensor):  # type: ignore[no-untyped-def]
+        def exchange(module, given, named):  # type: ignore[no-untyped-def]
+            return ((states, *given[1:]), named) if given else (given, {**named, "hidden_states": states})
+
+        return exchange
+
+    blocks = list(blocks_of(naive))
+    for own, other in ((0, 0), (2, 2)):  # the input of the teacher's block 2 is what comes after its block 1
+        blocks[own].register_forward_pre_hook(replaced(inputs[other]), with_kwargs=True)
+    _, after = observed(naive, tokens)
+    errors = [
+        ((after[own] - outputs[other])[:, :-1].square().mean(-1) / outputs[other][:, :-1].square().mean(-1)).mean()
+        for own, other in pairs.blocks.items()
+    ]
+    total = 2.0 * torch.stack(errors).mean()
+    assert loss.item() == pytest.approx(total.item(), rel=1e-4)
+    assert objective.terms["local"].item() == pytest.approx(total.item() / 2, rel=1e-4)
+    grads = torch.autograd.grad(total, [*blocks[0].parameters(), *blocks[2].parameters()], allow_unused=True)
+    own = [*blocks_of(student)[0].parameters(), *blocks_of(student)[2].parameters()]  # type: ignore[index]
+    for parameter, expected in zip(own, grads, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-6)
+    assert all(parameter.grad is None for parameter in blocks_of(student)[1].parameters())  # type: ignore[index]
+
+
 def test_a_plan_says_what_corresponds() -> None:
     """The states after a block are those that the next kept one was given, in its dimensions and with its factors."""
     teacher = family_of(CONFIGS["llama-grouped-tied"]).shape(CONFIGS["llama-grouped-tied"])
@@ -104,6 +151,7 @@ def test_a_plan_says_what_corresponds() -> None:
     plan = Plan("llama", "", teacher, blocks, hidden, factors)
     found = corresponding(plan.shape, teacher, plan, None)
     assert found.blocks == {0: 2, 1: 3, 2: 5, 3: 7}
+    assert found.before == {0: -1, 1: 2, 2: 3, 3: 5}
     states = torch.arange(32.0).expand(2, 3, 32)
     assert found.target(states)[0, 0].tolist() == [1.0, 1.0, 5.0, 16.0]
     assert corresponding(plan.shape, teacher, plan, [3]).blocks == {3: 7}

@@ -8,6 +8,7 @@ score.yaml scores/             the job that scores the source model
 plan.json candidates.json      what goes, and the ways that were compared
 gates.yaml gates/              the job that prunes by gates, with ``method: gates``, instead of the scores
 pruned/                        the smaller model
+retold/                        the data for its tokens, if it has fewer
 recover.yaml recover/          the job that recovers it
 model/                         the result
 results.json speed.json        held-out losses and speed of source, pruned and recovered model
@@ -25,6 +26,7 @@ from typing import Any
 from data_prep.builtin import build_corpus
 from data_prep.pack import prepare
 from data_prep.recipe import PackSettings
+from data_prep.reencode import reencode
 from data_prep.sample import SampleConfig, sample
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.job_files import load_job
@@ -62,9 +64,11 @@ from llmprune.jobs.score import run_scoring
 from llmprune.jobs.stages import asked_to_end, content_of
 from llmprune.measurement.measure import MeasureConfig, measure
 from llmprune.measurement.results import save
+from llmprune.models.families import target_shape
 from llmprune.models.loaded import ModelSource, find_model, open_model
 from llmprune.models.loading import load_model_config
 from llmprune.models.placement import Placement
+from llmprune.models.retold import Spelling
 from llmprune.models.source import longest_input
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans.plan import Plan
@@ -150,6 +154,9 @@ class _Prune:
     def _check_budget(self) -> None:
         """Refuse a budget that no model keeps to."""
         source, (_, _, inner) = self._sizes.source, prunable_dimensions(self._model_config)
+        vocabulary = self._config.budget.vocabulary or source.vocabulary
+        if vocabulary is not None:
+            source = target_shape(source, {"vocabulary": vocabulary})
         smallest = of_size(source, {"layers": 1, "hidden": 1, "kv_heads": 1, inner: 1})
         for limit in self._limits:
             if not isinstance(limit, Latency) and (least := limit.cost(smallest, [0])) > limit.most:
@@ -170,6 +177,8 @@ class _Prune:
             if tokenizer_fingerprint(self._source.tokenizer) != self._prepared.manifest.tokenizer:
                 raise UserError(f"the tokenizer of {self._model} did not make the data in {given}: give its text")
             _check_splits(self._prepared, "prepare it with a larger --eval-fraction")
+            if self._fewer_tokens and self._prepared.manifest.conversations:
+                raise UserError(f"{given} holds conversations, which can't be encoded again: leave out --vocabulary")
             length = self._prepared.manifest.sequence_length
         else:
             length = self._length
@@ -177,6 +186,10 @@ class _Prune:
                 raise UserError(f"{given} does not exist")
         if limit is not None and length > limit:
             raise UserError(f"samples of {length} tokens are too long: {self._model} takes {limit}")
+
+    @property
+    def _fewer_tokens(self) -> bool:
+        return self._config.budget.vocabulary not in (None, self._sizes.source.vocabulary)
 
     @property
     def _length(self) -> int:
@@ -229,7 +242,7 @@ class _Prune:
             self._gate(steps, data)
         else:
             self._cut(steps, data)
-        self._recover(steps, data)
+        self._recover(steps, self._retold(steps, data))
         models = {self._model: "source", str(out / "pruned"): "pruned", str(out / "model"): "recovered"}
         steps.alone("held-out losses", out / "results.json", lambda: self._evaluate(data, list(models)))
         steps.alone("speed and memory", out / "speed.json", lambda: _measure(list(models), out / "speed.json"))
@@ -275,6 +288,14 @@ class _Prune:
         steps.together("scores", scores, lambda: run_scoring(load_job(out / "score.yaml")))  # type: ignore[arg-type]
         steps.alone("plan", out / "plan.json", lambda: self._plan(Scores.load(scores), data))
         steps.alone("cut", out / "pruned", lambda: apply(self._model, out / "plan.json", out / "pruned"))
+
+    def _retold(self, steps: Steps, data: str) -> str:
+        """The prepared data in the tokens of the pruned model."""
+        if not self._fewer_tokens:
+            return data
+        place = self._out / "retold"
+        steps.alone("data for fewer tokens", place, lambda: reencode(data, self._out / "pruned", place))
+        return str(place)
 
     def _plan(self, scores: Scores, data: str) -> None:
         """Write the best plan under the budget, and what it was compared with."""
@@ -332,10 +353,14 @@ class _Prune:
         )
 
     def _evaluate(self, data: str, models: list[str]) -> None:
-        prepared, found = PreparedData(data), {}
+        prepared, found, spelling = PreparedData(data), {}, None
         for model in models:
             opened = open_model(model, AUTO)
-            losses = evaluate_losses(opened.model, prepared, samples_per_domain=HELD_OUT)
+            if self._fewer_tokens and model != self._model:
+                kept = Plan.load(self._out / "plan.json").vocabulary
+                assert kept is not None
+                spelling = Spelling.of(self._source.tokenizer, kept)
+            losses = evaluate_losses(opened.model, prepared, samples_per_domain=HELD_OUT, spelling=spelling)
             if not math.isfinite(losses.loss):
                 raise UserError(f"the held-out loss of {model} is {losses.loss}: this model can't be measured")
             found[model] = {

@@ -53,6 +53,8 @@ class PruneConfig:
             raise UserError("say how small the model shall be: --params 0.75, --memory 8GB or --latency 0.7")
         if self.method == "gates" and (budget.params is None or budget.memory or budget.latency):
             raise UserError("learned gates prune to a number of parameters: give --params alone, or another --method")
+        if self.method == "gates" and budget.vocabulary is not None:
+            raise UserError("learned gates do not take tokens: leave out --vocabulary, or choose another --method")
         if self.tokens is not None and self.minutes is not None:
             raise UserError("--tokens and --minutes both say how long recovery takes: give one")
         self.wanted_tokens()

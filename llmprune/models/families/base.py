@@ -208,7 +208,8 @@ class Family:
         self.check_shape(config, shape)
         config = copy.deepcopy(config)
         for name, config_field in self.fields.items():
-            setattr(config, config_field, getattr(shape, name))
+            if name != "vocabulary" or shape.vocabulary is not None:
+                setattr(config, config_field, getattr(shape, name))
         for config_field, name in self.aliases.items():
             setattr(config, config_field, getattr(shape, name))
         for config_field in self.per_block:

@@ -24,6 +24,7 @@ GPT_NEOX = Family(
     norm=Norm(epsilon="eps", centred=True),
     fields={
         "layers": "num_hidden_layers",
+        "vocabulary": "vocab_size",
         "hidden": "hidden_size",
         "heads": "num_attention_heads",
         "intermediate": "intermediate_size",

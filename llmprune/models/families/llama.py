@@ -29,6 +29,7 @@ LLAMA = Family(
     norm=Norm(epsilon="variance_epsilon"),
     fields={
         "layers": "num_hidden_layers",
+        "vocabulary": "vocab_size",
         "hidden": "hidden_size",
         "heads": "num_attention_heads",
         "kv_heads": "num_key_value_heads",

@@ -27,6 +27,7 @@ OPT = Family(
     norm=Norm(epsilon="eps", centred=True),
     fields={
         "layers": "num_hidden_layers",
+        "vocabulary": "vocab_size",
         "hidden": "hidden_size",
         "heads": "num_attention_heads",
         "intermediate": "ffn_dim",

@@ -77,7 +77,7 @@ class Axis(NamedTuple):
 
     Attributes:
         dimensions: dimensions that are cut along the axis, one after the other: ``hidden``, ``query`` (query heads),
-            ``key_value`` (key/value groups), ``channel``, ``expert``; empty = never cut.
+            ``key_value`` (key/value groups), ``channel``, ``expert``, ``token``; empty = never cut.
         factor: name of the gate factor that multiplies the axis: ``hidden``, ``attention`` or ``mlp`` (hidden × layer ×
             sub-layer), ``query``, ``channel``, or None.
         repeat: number of times that each unit takes its size in ``Shape.units``.
@@ -93,7 +93,7 @@ _GATED_HIDDEN = Axis(("hidden",), "hidden")
 
 # The axes of each role's weight. A bias has the weight's first axis.
 AXES: dict[Role, tuple[Axis, ...]] = {
-    Role.EMBEDDING: (Axis(), _GATED_HIDDEN),
+    Role.EMBEDDING: (Axis(("token",)), _GATED_HIDDEN),
     Role.POSITIONS: (Axis(), _GATED_HIDDEN),
     Role.ATTENTION_NORM: (_GATED_HIDDEN,),
     Role.QUERY: (Axis(("query",)), _HIDDEN),
@@ -117,7 +117,7 @@ AXES: dict[Role, tuple[Axis, ...]] = {
     Role.MLP_OUT_TO_NORM: (_GATED_HIDDEN, Axis(("channel",), "channel")),
     Role.MLP_POST_NORM: (Axis(("hidden",), "mlp"),),
     Role.FINAL_NORM: (_GATED_HIDDEN,),
-    Role.OUTPUT: (Axis(), _HIDDEN),
+    Role.OUTPUT: (Axis(("token",)), _HIDDEN),
 }
 
 # The roles of a block's matrices between the residual stream and its heads, channels or experts.

@@ -8,14 +8,16 @@ from llmprune.utils.errors import UserError, nearest
 
 LARGEST = 2**20  # largest size in a file; far more than any model has
 MOST = 2**26  # largest number of rows of all blocks' widest matrices together
-PRUNED = ("layers", "hidden", "heads", "kv_heads", "intermediate", "experts")
+PRUNED = ("layers", "hidden", "heads", "kv_heads", "intermediate", "experts", "vocabulary")
+_OPTIONAL = ("experts", "vocabulary")
 
 
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a decoder: those that pruning changes, and the head size, which stays the same.
 
-    ``experts`` is None if a block has a single MLP.
+    ``experts`` is None if a block has a single MLP. ``vocabulary``, the number of rows of the embedding, is None if the
+    file that the shape is from does not say it.
     """
 
     layers: int
@@ -25,11 +27,18 @@ class Shape:
     head_dim: int
     intermediate: int
     experts: int | None = None
+    vocabulary: int | None = None
 
     @property
     def heads_per_group(self) -> int:
         """The number of query heads that share one key/value group."""
         return self.heads // self.kv_heads
+
+    def agrees(self, other: "Shape") -> bool:
+        """Whether two shapes are the same, as far as both record them: older files have no ``vocabulary``."""
+        if self.vocabulary is None or other.vocabulary is None:
+            return replace(self, vocabulary=None) == replace(other, vocabulary=None)
+        return self == other
 
     def units(self, dimension: str) -> tuple[int, int]:
         """The number of units of a parameter's dimension (see ``Axis``), and the rows or columns of each unit."""
@@ -39,6 +48,7 @@ class Shape:
             "key_value": (self.kv_heads, self.head_dim),
             "channel": (self.intermediate, 1),
             "expert": (self.experts or 1, 1),
+            "token": (self.vocabulary or 0, 1),
         }[dimension]
 
     def __str__(self) -> str:
@@ -53,7 +63,8 @@ def target_shape(source: Shape, target: Mapping[str, int | None]) -> Shape:
 
     Args:
         source: shape of the model to prune.
-        target: sizes by name, any of ``layers``, ``hidden``, ``heads``, ``kv_heads``, ``intermediate``, ``experts``.
+        target: sizes by name, any of ``layers``, ``hidden``, ``heads``, ``kv_heads``, ``intermediate``, ``experts``,
+            ``vocabulary``.
 
     Raises:
         UserError: a size is unknown, larger than the source's or not positive, or heads can't be grouped evenly.
@@ -66,7 +77,8 @@ def target_shape(source: Shape, target: Mapping[str, int | None]) -> Shape:
             raise UserError(f"a shape has no '{name}'; {nearest(name, PRUNED)}")
         limit = getattr(source, name)
         if limit is None:
-            raise UserError("target experts: this model has none")
+            known = "this model has none" if name == "experts" else "the scores do not record the source's: score again"
+            raise UserError(f"target {name}: {known}")
         if not isinstance(value, int) or value < 1 or value > limit:
             raise UserError(f"target {name} {value} must lie between 1 and the source's {limit}")
     per_group = source.heads_per_group
@@ -123,14 +135,17 @@ def shape_from(values: Mapping[str, int | None]) -> Shape:
         UserError: a field is missing, unknown, not a positive whole number, or beyond ``LARGEST``.
     """
     names = {field.name for field in fields(Shape)}
-    given: dict[str, Any] = {name: value for name, value in values.items() if (name, value) != ("experts", None)}
-    if set(given) | {"experts"} != names or not all(
+    given: dict[str, Any] = {
+        name: value for name, value in values.items() if value is not None or name not in _OPTIONAL
+    }
+    if set(given) | {*_OPTIONAL} != names or not all(
         isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in given.values()
     ):
         raise UserError(f"a shape needs positive whole numbers for {', '.join(sorted(names))}; got {dict(values)}")
     shape = Shape(**given)
     widest = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
-    if max(widest, shape.layers, shape.experts or 1) > LARGEST or shape.layers * widest > MOST:
+    largest = max(widest, shape.layers, shape.experts or 1, shape.vocabulary or 1)
+    if largest > LARGEST or shape.layers * widest > MOST:
         raise UserError(f"no model has a shape such as {str(shape)[:200]}: the file is damaged")
     if shape.heads % shape.kv_heads:
         raise UserError(f"a shape's heads must be a multiple of its kv_heads; got {shape.heads} and {shape.kv_heads}")

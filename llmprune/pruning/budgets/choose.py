@@ -156,7 +156,7 @@ class Chooser:
 
     def __init__(
         self,
-        sizes: ShapeSizes,
+        source: Shape,
         steps: Steps,
         limits: Sequence[Limit],
         plan_for: Callable[[Shape], Plan],
@@ -166,14 +166,14 @@ class Chooser:
         """Store the sizes, the budgets and the functions.
 
         Args:
-            sizes: sizes of the source model.
+            source: shape of the source model, with the number of tokens that stay.
             steps: sizes that a shape may have.
             limits: budgets that a shape must keep to.
             plan_for: function from a shape to the plan with this shape.
             loss: function from a plan to the loss of the pruned model on calibration samples.
             tries: largest number of losses to compute.
         """
-        self._source, self._steps, self._limits, self._tries = sizes.source, steps, limits, tries
+        self._source, self._steps, self._limits, self._tries = source, steps, limits, tries
         self._plan_for, self._loss = plan_for, loss
         self._losses: dict[Shape, float] = {}
         self._blocks: dict[int, list[int]] = {}

@@ -47,6 +47,7 @@ class PlanLosses:
             plan,
             blocks=tuple(KeptBlock.whole(number) for number in range(plan.source.layers)),
             hidden=None,
+            vocabulary=None,
             factors={},
             corrections={},
         )

@@ -21,6 +21,7 @@ class BudgetConfig:
         batch: number of sequences in the key/value cache.
         dtype: number format of the weights and the cache: float32, bfloat16 or float16; times are measured in float32
             where bfloat16 is slow.
+        vocabulary: number of tokens that stay, those that the calibration text uses most; null = all.
         multiple: hidden dimensions and MLP channels are multiples of this number; null = a sixteenth of the source
             model's, as a power of two that divides them, at most 256.
         tries: number of shapes that are tried on the calibration samples (of each way, if several are compared).
@@ -32,5 +33,6 @@ class BudgetConfig:
     context: int | None = limited(None, least=1)
     batch: int = limited(1, least=1)
     dtype: Format = "bfloat16"
+    vocabulary: int | None = limited(None, least=1)
     multiple: int | None = limited(None, least=1)
     tries: int = limited(48, least=1)

@@ -31,6 +31,7 @@ class ShapeSizes:
 
     def parameters(self, shape: Shape) -> int:
         """The number of parameters of a model of ``shape``; a tied output layer counts once."""
+        shape = replace(shape, vocabulary=shape.vocabulary or self.source.vocabulary)
         return sum(
             prod(self._axis(parameter, axis, size, shape) for axis, size in enumerate(sizes))
             * (1 if parameter.block is None else shape.layers)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from llmprune.models.causal_lm import Batch, labels_of, logits_of, token_losses
 from llmprune.models.families import OUTPUTS, family_of
+from llmprune.models.retold import Spelling
+from llmprune.models.source import longest_input
 from llmprune.plans.plan import Plan
 from llmprune.plans.surgery import Surgery
 from llmprune.pruning.gates.attach import attach
@@ -21,7 +23,7 @@ def plan_hash(plan: Plan) -> str:
     """Hash of what a plan keeps, multiplies and corrects; plans with the same result have the same hash."""
     tensors = {**plan.factors, **plan.corrections}
     sums = sorted((name, tensor.double().sum().item()) for name, tensor in tensors.items())
-    return sha256_text(f"{plan.blocks} {plan.hidden} {sums}")
+    return sha256_text(f"{plan.blocks} {plan.hidden} {plan.vocabulary} {sums}")
 
 
 class Trial:
@@ -35,12 +37,16 @@ class Trial:
         """Attach gates to the model."""
         self.scored = scored
         self._known: dict[str, float] = {}  # losses on the calibration samples
+        self._spelling: Spelling | None = None  # with the last plan's tokens
         family = family_of(scored.model.config)
         self._slot = attach(scored.model, family, {"hidden", "attention", "mlp", "query", "channel"})
         self._whole = self._slot.factors
 
     def loss(self, plan: Plan, samples: Tensor | Batch | None = None) -> float:
         """The mean loss per token, in nats, of a plan's model; that of equal plans is computed once.
+
+        The samples are retold with the tokens that a plan keeps. The tokens of the loss are the source's all the same,
+        so that plans with different vocabularies can be compared.
 
         Args:
             plan: plan, which may have corrections.
@@ -67,8 +73,9 @@ class Trial:
         self._slot.factors = replace(factors, **on_device, kept=kept)  # type: ignore[arg-type]
         hooks = mask_experts(model, plan)
         try:
+            batch = {name: values.to(device) for name, values in samples.items()}
             with self._corrected(plan):
-                return self._mean_loss({name: values.to(device) for name, values in samples.items()})
+                return self._mean_loss(batch) if plan.vocabulary is None else self._retold_loss(batch, plan.vocabulary)
         finally:
             self._slot.factors = self._whole
             for hook in hooks:
@@ -80,6 +87,23 @@ class Trial:
             part = {name: values[first : first + size] for name, values in samples.items()}
             losses, counts = token_losses(logits_of(self.scored.model, part), labels_of(part))
             total, count = total + losses.double().sum().item(), count + int(counts.sum())
+        return total / count
+
+    def _retold_loss(self, samples: Batch, kept: tuple[int, ...]) -> float:
+        """The loss with some tokens only, divided by the number of the samples' own tokens."""
+        assert self.scored.tokenizer is not None
+        config, size = self.scored.model.config, self.scored.batch_size
+        absent = torch.full((config.vocab_size,), -torch.inf, device=samples["input_ids"].device)
+        absent[list(kept)] = 0
+        if self._spelling is None or self._spelling.kept != kept:
+            self._spelling = Spelling.of(self.scored.tokenizer, kept)
+        total, count = 0.0, 0
+        for first in range(0, len(samples["input_ids"]), size):
+            part = {name: values[first : first + size] for name, values in samples.items()}
+            batch, told = self._spelling.retold(part, longest_input(config))
+            count += int(told.sum())
+            losses, _ = token_losses(logits_of(self.scored.model, batch).add_(absent), batch["labels"])
+            total += losses.double().sum().item()
         return total / count
 
     @contextmanager

@@ -57,7 +57,12 @@ def span_of(plan: Plan) -> Span:
     if not removed:
         raise UserError("the plan removes no block: there is nothing to replace")
     span = Span(removed[0], len(removed))
-    if plan.hidden is not None or plan.factors or plan.blocks != span.kept(plan.source.layers):
+    if (
+        plan.hidden is not None
+        or plan.vocabulary is not None
+        or plan.factors
+        or plan.blocks != span.kept(plan.source.layers)
+    ):
         raise UserError("the plan does more than to remove neighbouring blocks: make it with `--method span`")
     return span
 

@@ -93,6 +93,9 @@ class BlockStep:
     parallel: bool
 
 
+GRADIENTS = ("gradients", "entropy_gradients")
+
+
 class Criterion:
     """A method of scoring. Subclasses override the methods that they need; all sums are over samples or tokens, so that
     they can be added over batches and ranks in any order.
@@ -100,7 +103,7 @@ class Criterion:
     Attributes:
         section: part of scores.json for the result, under the criterion's registered name.
         reads: kind of data that the criterion needs: ``states``, ``updates``, ``activations``, ``weights``,
-            ``gradients``, ``removals``, or None.
+            ``gradients`` (of the loss), ``entropy_gradients`` (of the predictions' entropy), ``removals``, or None.
         needs_experts: whether the criterion works only for mixtures of experts.
     """  # noqa: D205
 
@@ -145,7 +148,14 @@ class Criterion:
         """Process a weight matrix or the weight of a norm (``weights``)."""
 
     def gradient(self, block: int, name: str, weight: Tensor, gradient: Tensor) -> None:
-        """Process a weight and the gradient of one sample's mean loss (``gradients``)."""
+        """Process a weight and its gradient (``gradients``, ``entropy_gradients``).
+
+        Args:
+            block: number of the block.
+            name: name of the weight within the block.
+            weight: the weight.
+            gradient: gradient of one sample's mean loss, or of the mean entropy of its predictions.
+        """
 
     def losses(self, block: int | None, loss: Tensor, tokens: Tensor) -> None:
         """Process the summed losses (nats) and token counts of samples, [samples] each, with ``block`` removed

@@ -13,7 +13,7 @@ from llmprune.models.block_hooks import RunBlock, hidden_states_in, hooked_block
 from llmprune.models.causal_lm import token_losses
 from llmprune.models.families import family_of
 from llmprune.pruning.scoring.all_criteria import CRITERIA
-from llmprune.pruning.scoring.criterion import BlockStep, Criterion, ScoreSection, ScoringJob
+from llmprune.pruning.scoring.criterion import GRADIENTS, BlockStep, Criterion, ScoreSection, ScoringJob
 from llmprune.pruning.scoring.removals import Forward, RemovalPerplexity, Removals, in_batches
 from llmprune.utils.errors import UserError
 
@@ -23,7 +23,8 @@ Loaded = Callable[[int], AbstractContextManager[None]]
 def block_passes(criteria: Collection[str], layers: int) -> int:
     """The passes through single blocks that scoring one sample takes; a backward pass counts as two."""
     reads = {CRITERIA[name].reads for name in criteria}
-    whole = layers * (4 if "gradients" in reads else 1)
+    backward = sum(kind in reads for kind in GRADIENTS)
+    whole = layers * (1 + bool(backward) + 2 * backward)
     return whole + (layers * (layers - 1) // 2 if "removals" in reads else 0)
 
 
@@ -72,16 +73,17 @@ class Scorer:
         self._weighed: set[int] = set()
         self._removals = Removals(batch_size)
         self._end: Tensor | None = None
+        self._differentiated = GRADIENTS[0]  # what the backward pass in progress is of
         if self._family.expert_modules is None and (of := [n for n, c in self.criteria.items() if c.needs_experts]):
             raise UserError(f"{', '.join(of)}: this model has no experts")
-        if loaded is not None and self._reading("gradients"):
-            names = ", ".join(name for name, c in self.criteria.items() if c.reads == "gradients")
+        if loaded is not None and self._reading(*GRADIENTS):
+            names = ", ".join(name for name, c in self.criteria.items() if c.reads in GRADIENTS)
             raise UserError(f"{names}: there are no gradients when blocks are offloaded; leave the criterion out")
 
     @property
     def reads_text(self) -> bool:
         """Whether any of the criteria needs calibration samples."""
-        return bool(self._reading("states", "updates", "activations", "removals", "gradients"))
+        return bool(self._reading("states", "updates", "activations", "removals", *GRADIENTS))
 
     @torch.no_grad()
     def update(self, tokens: Tensor) -> None:
@@ -120,7 +122,7 @@ class Scorer:
                 for criterion in self._reading("removals"):
                     criterion.losses(number if number <= last else None, loss, count)
         self._end = None
-        if self._reading("gradients"):
+        if self._reading(*GRADIENTS):
             self._gradients(tokens)
 
     def scores(self, add_up: Callable[[Tensor], object] = lambda sums: None) -> dict[str, dict[str, Any]]:
@@ -226,7 +228,7 @@ class Scorer:
                 hook.remove()
 
     def _unweighed(self, number: int) -> bool:
-        return number not in self._weighed and bool(self._reading("weights", "gradients"))
+        return number not in self._weighed and bool(self._reading("weights", *GRADIENTS))
 
     @torch.no_grad()
     def _weigh(self, number: int) -> None:
@@ -234,7 +236,7 @@ class Scorer:
             return
         self._weighed.add(number)
         for name, parameter in self._weights(number).items():
-            for criterion in self._reading("weights", "gradients"):
+            for criterion in self._reading("weights", *GRADIENTS):
                 criterion.weigh(number, name, parameter)
 
     def _weights(self, number: int) -> Mapping[str, nn.Parameter]:
@@ -243,8 +245,9 @@ class Scorer:
         return {name: parameter for name, parameter in parameters if name.endswith(".weight")}
 
     def _gradients(self, tokens: Tensor) -> None:
-        """Compute the gradients of every sample's mean loss; each is passed to the criteria and freed immediately."""
+        """Compute the gradients that criteria read, for every sample; each is passed to them and freed immediately."""
         trained = {parameter: parameter.requires_grad for parameter in self._model.parameters()}
+        kinds = [kind for kind in GRADIENTS if self._reading(kind)]
         hooks = []
         try:
             self._model.requires_grad_(False)
@@ -254,9 +257,12 @@ class Scorer:
                     hooks.append(parameter.register_post_accumulate_grad_hook(self._consume(number, name)))
             with torch.enable_grad():
                 for sample in tokens.split(1):
-                    loss, count = token_losses(self._forward(sample), sample)
-                    (loss.sum() / count.sum()).backward()
-                    self._told(3 * self._job.layers)
+                    logits = self._forward(sample)
+                    for self._differentiated in kinds:
+                        _of_logits(self._differentiated, logits, sample).backward(
+                            retain_graph=self._differentiated != kinds[-1]
+                        )
+                    self._told((1 + 2 * len(kinds)) * self._job.layers)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -267,8 +273,17 @@ class Scorer:
         @torch.no_grad()
         def consume(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            for criterion in self._reading("gradients"):
+            for criterion in self._reading(self._differentiated):
                 criterion.gradient(number, name, parameter, parameter.grad)
             parameter.grad = None
 
         return consume
+
+
+def _of_logits(kind: str, logits: Tensor, sample: Tensor) -> Tensor:
+    """What gradients of a kind are of, a scalar: the mean loss, or the mean entropy of the predictions (nats)."""
+    if kind == "gradients":
+        loss, count = token_losses(logits, sample)
+        return loss.sum() / count.sum()
+    logs = logits[:, :-1].float().log_softmax(-1)
+    return -(logs.exp() * logs).sum(-1).mean()

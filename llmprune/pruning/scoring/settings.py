@@ -23,7 +23,8 @@ class LayerScoringConfig:
 
     Attributes:
         data: calibration samples.
-        criteria: names of criteria; null = all (with offloading: all that need no gradients).
+        criteria: names of criteria; null = all that share their passes through the model: all but taylor_entropy and
+            unit_taylor_entropy (with offloading: all that need no gradients).
         batch_size: number of samples that pass through a block at a time.
         row_reduction: reduction of magnitudes and Taylor scores over the rows of a matrix: sum, mean, max or prod.
         matrix_reduction: reduction of magnitudes and Taylor scores over the matrices of a block: sum, mean, max or
@@ -55,6 +56,7 @@ class LayerScoringConfig:
         """
         from llmprune.models.families import family_of
         from llmprune.pruning.scoring.all_criteria import CRITERIA
+        from llmprune.pruning.scoring.criterion import GRADIENTS
 
         check_settings(self)
         experts = family_of(model).shape(model).experts is not None
@@ -62,7 +64,9 @@ class LayerScoringConfig:
         possible = [
             name
             for name, kind in kinds.items()
-            if (gradients or kind.reads != "gradients") and (experts or not kind.needs_experts)
+            if (gradients or kind.reads not in GRADIENTS)
+            and kind.reads != "entropy_gradients"
+            and (experts or not kind.needs_experts)
         ]
         names = possible if self.criteria is None else list(dict.fromkeys(self.criteria))
         if not names:

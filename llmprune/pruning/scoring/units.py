@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmprune.models.families import Parameter, Shape
-from llmprune.pruning.scoring.criterion import CRITERIA, Criterion, ScoreSection, ScoringJob
+from llmprune.pruning.scoring.criterion import CRITERIA, GRADIENTS, Criterion, ScoreSection, ScoringJob
 from llmprune.utils.errors import UserError, nearest
 
 AGGREGATIONS = ("mean", "l2")
@@ -86,7 +86,7 @@ class _OfWeights(_Units):
     """Criteria that sum over a unit's weights; biases are left out, as for blocks."""
 
     def sums(self) -> Sequence[Tensor]:
-        return super().sums() if self.reads == "gradients" else ()  # every rank has all weights
+        return super().sums() if self.reads in GRADIENTS else ()  # every rank has all weights
 
     def _add(self, block: int, name: str, values: Tensor) -> None:
         for dimension, sums in unit_sums(self.job.locate(block, name), values, self.job.shape).items():
@@ -121,6 +121,13 @@ class UnitTaylor(_OfWeights):
 
     def gradient(self, block: int, name: str, weight: Tensor, gradient: Tensor) -> None:
         self._add(block, name, (weight * gradient).abs())
+
+
+@CRITERIA.register("unit_taylor_entropy")
+class UnitTaylorEntropy(UnitTaylor):
+    """Sum of |W ∘ ∂H/∂W| over each unit, H the entropy of the predictions; no labels (HFPrune, arXiv:2603.08083)."""
+
+    reads = "entropy_gradients"
 
 
 class _OfActivations(_Units):

@@ -68,6 +68,13 @@ class Taylor(_FromRows):
         return [rows[name] for rows in self.rows for name in sorted(rows)]
 
 
+@CRITERIA.register("taylor_entropy")
+class TaylorEntropy(Taylor):
+    """Sum of |W ∘ ∂H/∂W|, H the mean entropy of a sample's predictions; no labels (HFPrune, arXiv:2603.08083)."""
+
+    reads = "entropy_gradients"
+
+
 @CRITERIA.register("taylor_signed")
 class TaylorSigned(Criterion):
     """Sum of |Σ W ∘ ∂L/∂W|, samples added up before the absolute value (arXiv:2305.11627, 2402.02834)."""

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.models.families import target_shape
 from llmprune.plans.plan import KeptBlock, Plan
@@ -26,11 +26,13 @@ class ScoredModel:
         model: model in memory, in evaluation mode; merging changes its weights.
         samples: calibration samples of the scores, [samples, length]; None = the scores needed none.
         batch_size: number of samples that pass through a block at a time.
+        tokenizer: tokenizer of the samples, for plans that take tokens; None = no such plans.
     """
 
     model: PreTrainedModel
     samples: Tensor | None
     batch_size: int
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
     def tokens(self) -> Tensor:
@@ -53,12 +55,14 @@ class Request:
         config: settings of the plan.
         open: function that opens the scored model with its calibration samples.
         parallel: whether attention and MLP of a block read the same input.
+        tokens: function that returns the tokens that stay, of a given number.
     """
 
     scores: Scores
     config: PlanConfig
     open: Callable[[], ScoredModel]
     parallel: bool
+    tokens: Callable[[int], tuple[int, ...]]
 
     @property
     def layers(self) -> int:
@@ -133,6 +137,8 @@ def select(request: Request) -> Plan:
         return plan
     target = target_shape(scores.source, {**config.shape, "layers": len(plan.blocks)})
     plan = narrowed(plan, target, scores, config.unit_criterion, config.expert_criterion)
+    if target.vocabulary is not None and target.vocabulary != scores.source.vocabulary:
+        plan = replace(plan, vocabulary=request.tokens(target.vocabulary))
     if plan.shape == scores.source:
         raise UserError("the shape is the model's own: nothing would go")
     if config.correction != "none":

@@ -6,6 +6,11 @@ from typing import Any, Literal
 from llmprune.utils.errors import UserError
 from llmprune.utils.settings import check_settings, limited
 
+OTHER_DATA = (
+    "with fewer tokens the data are encoded in another way: cut the vocabulary first (llmprune plan --shape "
+    "vocabulary=…, llmprune apply, python -m data_prep reencode), and prune what comes out"
+)
+
 
 @dataclass
 class PlanConfig:
@@ -15,8 +20,9 @@ class PlanConfig:
         method: name of a registered selection of blocks: lowest, span, list, sublayers, iterative, greedy or merge.
         criterion: name of the criterion whose scores select blocks; null = none.
         remove: number of blocks to remove.
-        shape: sizes of the pruned model, any of layers, hidden, heads, kv_heads, intermediate and experts; sizes that
-            are not given stay as they are.
+        shape: sizes of the pruned model, any of layers, hidden, heads, kv_heads, intermediate, experts and vocabulary;
+            sizes that are not given stay as they are. The tokens that stay are those that the calibration text uses
+            most.
         unit_criterion: name of the criterion whose scores select heads, channels and hidden dimensions; null = none.
         expert_criterion: name of the criterion whose scores select experts; null = ``unit_criterion``.
         correction: correction of the output matrices of narrowed attentions and MLPs on the calibration samples: none,
@@ -51,7 +57,9 @@ class PlanConfig:
         """Raise ``UserError`` for settings that contradict each other."""
         check_settings(self)
         if self.shape is not None and not self.shape:
-            raise UserError("the shape is empty: name layers, hidden, heads, kv_heads, intermediate or experts")
+            raise UserError(
+                "the shape is empty: name layers, hidden, heads, kv_heads, intermediate, experts or vocabulary"
+            )
         if self.shape is not None and "layers" in self.shape and (self.remove is not None or self.drop is not None):
             raise UserError("the shape says how many layers stay: leave out --remove and --drop")
 
@@ -62,6 +70,15 @@ class PlanConfig:
         if (kept := self.shape.get("layers")) is not None:
             return None if kept == layers else replace(self, remove=layers - kept)
         return None if self.remove is None and self.drop is None and self.method == "lowest" else self
+
+    def refuse_vocabulary(self) -> None:
+        """Refuse a smaller vocabulary in a job that also trains.
+
+        Raises:
+            UserError: the shape names a vocabulary: the data of the training would have the wrong tokens.
+        """
+        if "vocabulary" in (self.shape or {}):
+            raise UserError(OTHER_DATA)
 
     def refuse(self, section: str, *names: str) -> None:
         """Refuse keys that the job sets itself.

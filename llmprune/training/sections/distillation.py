@@ -15,11 +15,14 @@ from llmprune.data.format import DataManifest, tokenizer_fingerprint
 from llmprune.estimate.needs import Needs, Teaching
 from llmprune.models.families import family_of
 from llmprune.models.loading import load_model_config, load_tokenizer
+from llmprune.models.retold import Spelling
+from llmprune.models.smaller_tokenizer import Vocabulary
 from llmprune.plans.plan import Plan
 from llmprune.pruning.gates.settings import L0PruningConfig
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.recovery.correspondence import Correspondence, corresponding
 from llmprune.recovery.distillation import DistillationConfig
+from llmprune.recovery.token_map import TokenMap
 from llmprune.training.section import Build, Inputs, Section
 from llmprune.utils.errors import UserError
 
@@ -57,8 +60,9 @@ class DistillationSection(Section[DistillationConfig]):
     def check_inputs(self, inputs: Inputs) -> None:
         """Check that the teacher, or its kept predictions, fits the model and the data."""
         model, data = inputs.model_config, inputs.data.manifest
+        self._tokens = None
         if self.own.teacher is not None:
-            _check_teacher(self.own.teacher, model, data)
+            self._tokens = token_map_of(self.config, self.own, model, data)
         elif self.config.section(L0PruningConfig) is None:
             _check_kept(self.config, self.own, model, data)
         self._correspondence = correspondence_of(self.config, self.own, model)
@@ -74,7 +78,7 @@ class DistillationSection(Section[DistillationConfig]):
         """The callback ``Distillation``."""
         kept = self.own.teacher is None and self.config.section(L0PruningConfig) is None
         attention = self.config.model.attention
-        return [Distillation(self.own, correspondence=self._correspondence, attention=attention, kept=kept)]
+        return [Distillation(self.own, self._correspondence, self._tokens, attention=attention, kept=kept)]
 
     @classmethod
     def needs(cls, own: DistillationConfig, model: PreTrainedModel, before: Needs) -> Needs:
@@ -94,15 +98,34 @@ class DistillationSection(Section[DistillationConfig]):
         return replace(before, teaching=Teaching(teacher, parameters, outside, own.dtype, compared), logits="compared")
 
 
-def _check_teacher(name: str, model: PretrainedConfig, data: DataManifest) -> None:
-    teacher = load_model_config(name)
-    if tokenizer_fingerprint(load_tokenizer(name)) != data.tokenizer:
-        raise UserError(f"the tokenizer of the teacher {name} did not make the data: take another teacher")
-    if teacher.vocab_size != model.vocab_size:
+def token_map_of(
+    config: Config, settings: DistillationConfig, model: PretrainedConfig, data: DataManifest
+) -> TokenMap | None:
+    """The map between the tokens of the model and those of its teacher; None if both have the same vocabulary.
+
+    Args:
+        config: config of the run.
+        settings: settings of the run's ``distillation`` section, with a teacher.
+        model: Hugging Face config of the model that trains.
+        data: manifest of the data.
+
+    Raises:
+        UserError: the teacher has another tokenizer, and the model's was not cut from it.
+    """
+    assert settings.teacher is not None
+    teacher, tokenizer = load_model_config(settings.teacher), load_tokenizer(settings.teacher)
+    if tokenizer_fingerprint(tokenizer) == data.tokenizer:
+        same = teacher.vocab_size == model.vocab_size
+        return None if same else TokenMap.padded(model.vocab_size, teacher.vocab_size)
+    plan = _plan_of(config, settings)
+    vocabulary, kept = Vocabulary(tokenizer), None if plan is None else plan.vocabulary
+    fits = plan is not None and kept is not None and plan.source.vocabulary == teacher.vocab_size
+    if kept is None or not fits or tokenizer_fingerprint(vocabulary.cut(kept)) != data.tokenizer:
         raise UserError(
-            f"the teacher's vocabulary has {teacher.vocab_size} tokens, the model's {model.vocab_size}: take a teacher "
-            "with the model's"
+            f"the tokenizer of the teacher {settings.teacher} did not make the data: take another teacher, or name the "
+            "plan by which the model's vocabulary was cut from the teacher's (distillation.plan)"
         )
+    return TokenMap.spelt(Spelling(kept, vocabulary.pieces(kept)), teacher.vocab_size)
 
 
 def _check_kept(config: Config, settings: DistillationConfig, model: PretrainedConfig, data: DataManifest) -> None:
@@ -152,11 +175,16 @@ def correspondence_of(config: Config, settings: DistillationConfig, model: Pretr
             )
         return corresponding(student, student, None, settings.blocks)
     teacher = load_model_config(settings.teacher)
+    plan = _plan_of(config, settings)
+    if settings.plan is None and plan is not None and not plan.source.agrees(family_of(teacher).shape(teacher)):
+        plan = None  # the plan of a later step, which did not begin from this teacher
+    return corresponding(student, family_of(teacher).shape(teacher), plan, settings.blocks)
+
+
+def _plan_of(config: Config, settings: DistillationConfig) -> Plan | None:
+    """The plan that the settings name, or the one in the model's folder; None if there is none."""
     path = None if settings.plan is None else Path(settings.plan)
     if path is None and config.model.path is not None:
         beside = Path(config.model.path) / "llmprune" / "plan.json"
         path = beside if beside.is_file() else None
-    plan = None if path is None else Plan.load(path)
-    if settings.plan is None and plan is not None and plan.source != family_of(teacher).shape(teacher):
-        plan = None  # the plan of a later step, which did not begin from this teacher
-    return corresponding(student, family_of(teacher).shape(teacher), plan, settings.blocks)
+    return None if path is None else Plan.load(path)

@@ -19,6 +19,8 @@ from data_prep.pack import prepare
 from data_prep.recipe import PackSettings
 from llmprune.cli import app
 from llmprune.config.job_files import load_job
+from llmprune.data.dataset import EvalDataset
+from llmprune.data.prepared import PreparedData
 from llmprune.evaluation.settings import GenerationConfig
 from llmprune.jobs.prune import job, recipe, training
 from llmprune.jobs.prune.job import prune
@@ -28,7 +30,7 @@ from llmprune.jobs.prune.settings import PruneConfig
 from llmprune.jobs.train import train
 from llmprune.measurement.measure import MeasureConfig
 from llmprune.models.families import family_of
-from llmprune.models.loading import count_parameters, load_model_config, load_tokenizer
+from llmprune.models.loading import count_parameters, load_model, load_model_config, load_tokenizer
 from llmprune.models.stored_weights import StoredWeights
 from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.settings import BudgetConfig
@@ -170,6 +172,27 @@ def test_a_stopped_command_goes_on_from_its_own_text_by_gates_for_minutes(
     config_of_result = load_model_config(out / "model")
     assert Plan.load(out / "plan.json").shape == family_of(config_of_result).shape(config_of_result)
     assert not (out / "pace").exists()
+
+
+def test_with_fewer_tokens(source: Path, data: Path, tmp_path: Path) -> None:
+    budget = BudgetConfig(params="0.75", vocabulary=298, tries=4)
+    outcome = prune(str(source), tmp_path / "out", PruneConfig(budget, data=str(data), tokens="4K"))
+    assert load_model_config(tmp_path / "out" / "model").vocab_size == 298
+    assert len(load_tokenizer(tmp_path / "out" / "model")) == 298
+    assert outcome.models[-1].parameters <= 0.75 * outcome.models[0].parameters
+    # Perplexities are per token of the source's, so the recovered model's can be compared with the source's.
+    model, dataset = load_model(tmp_path / "out" / "model"), EvalDataset(PreparedData(data), job.HELD_OUT)
+    cut, whole = load_tokenizer(tmp_path / "out" / "model"), load_tokenizer(source)
+    known, split = cut.get_vocab(), cut.backend_tokenizer.model.tokenize
+    nats = tokens = 0.0
+    for place in range(len(dataset)):
+        sample = dataset[place]["input_ids"]
+        words = whole.convert_ids_to_tokens(sample.tolist())
+        spelt = [[known[word]] if word in known else [piece.id for piece in split(word)] for word in words]
+        flat = torch.tensor([[piece for group in spelt for piece in group]])
+        losses = -model(flat).logits[0, :-1].log_softmax(-1).gather(1, flat[0, 1:, None])
+        nats, tokens = nats + losses[len(spelt[0]) - 1 :].sum().item(), tokens + len(sample) - 1
+    assert outcome.models[-1].perplexity[""] == pytest.approx(math.exp(nats / tokens), rel=0.02)
 
 
 class _Asking(Callback):

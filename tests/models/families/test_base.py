@@ -15,7 +15,7 @@ from llmprune.pruning.gates.settings import L0PruningConfig, make_goal
 from llmprune.utils.errors import UserError
 from tests.conftest import tiny_config
 
-LLAMA_2_7B = Shape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, intermediate=11008)
+LLAMA_2_7B = Shape(32, hidden=4096, heads=32, kv_heads=32, head_dim=128, intermediate=11008, vocabulary=32000)
 GROUPED = Shape(layers=8, hidden=64, heads=8, kv_heads=4, head_dim=8, intermediate=96)
 
 
@@ -26,7 +26,7 @@ def test_shape_of_a_config_without_newer_fields() -> None:
 
 
 def test_with_shape_is_the_inverse_of_shape() -> None:
-    shape = Shape(3, 24, 4, 2, 8, 31)
+    shape = Shape(3, 24, 4, 2, 8, 31, vocabulary=200)
     assert LLAMA.shape(LLAMA.with_shape(tiny_config(), shape, [0, 1, 3])) == shape
 
 

@@ -13,6 +13,7 @@ from llmprune.models.causal_lm import logits_of
 from llmprune.models.families import RicherHeadsConfig, Role, family_of
 from llmprune.models.loading import new_model
 from llmprune.models.own_model_types import with_richer_heads
+from llmprune.models.smaller_tokenizer import token_ids
 from llmprune.models.stored_weights import fingerprint
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.plans.surgery import Surgery
@@ -197,6 +198,20 @@ def test_skipped_equals_removed(name: str, tokens: torch.Tensor) -> None:
         skipped = logits(model, tokens)
     assert relative(skipped, logits(smaller, tokens)) <= 1e-6
     assert torch.equal(logits(model, tokens), dense) and relative(dense, skipped) > 1e-3
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_token_keeps_its_logits_when_others_go(name: str, tokens: torch.Tensor) -> None:
+    model = random_model(CONFIGS[name])
+    family, named = family_of(model.config), token_ids(model.config.to_dict())
+    source = family.shape(model.config)
+    assert source.vocabulary == model.config.vocab_size
+    kept = tuple(sorted({*range(0, model.config.vocab_size, 3), *named}))
+    blocks = tuple(KeptBlock.whole(number) for number in range(source.layers))
+    smaller = cut(model, Plan(family.name, "", source, blocks, vocabulary=kept))
+    old, new = torch.tensor(kept), tokens % len(kept)
+    assert relative(logits(model, old[new])[..., old], logits(smaller, new)) <= 1e-6
+    assert {kept[number] for number in token_ids(smaller.config.to_dict())} == named
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

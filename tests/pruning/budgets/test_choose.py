@@ -152,7 +152,7 @@ def test_the_best_shape_is_found() -> None:
     )
     sizes = ShapeSizes(config)
     steps, known = Steps.of(sizes, 4, 1, depth=True, width=True), Known(sizes)
-    choice = Chooser(sizes, steps, [Parameters(sizes, "0.4")], known.plan, known.loss, 100).choose()
+    choice = Chooser(sizes.source, steps, [Parameters(sizes, "0.4")], known.plan, known.loss, 100).choose()
     shape = choice.plan.shape
     assert (shape.layers, shape.hidden, shape.kv_heads, choice.loss) == (7, 48, 6, 0)
     assert choice.tried == known.tried <= 100
@@ -178,7 +178,7 @@ def test_a_latency_is_mended_by_what_is_measured() -> None:
     sizes = ShapeSizes(config)
     steps, known = Steps.of(sizes, 4, 1, depth=True, width=True), Known(sizes)
     table = _Clock(config, batch=1, context=8, device=torch.device("cpu"), dtype=torch.float32)
-    choice = Chooser(sizes, steps, [Latency(table, "0.5")], known.plan, known.loss, 100).choose()
+    choice = Chooser(sizes.source, steps, [Latency(table, "0.5")], known.plan, known.loss, 100).choose()
     assert choice.measured is not None and choice.measured <= 0.525
     assert choice.costs["latency"] == pytest.approx(choice.measured, rel=0.1)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Categorical
 from transformers import PreTrainedModel
 
 from llmprune.pruning.scoring.all_criteria import CRITERIA
@@ -157,27 +158,31 @@ def test_perplexity_of_removals(trained: PreTrainedModel, calibration: Tensor) -
     trained.model.layers = nn.ModuleList(blocks)
 
 
-def gradients(model: PreTrainedModel, tokens: Tensor) -> list[dict[str, Tensor]]:
-    """W ∘ ∂L/∂W of every sample's mean loss, by parameter name."""
+def gradients(model: PreTrainedModel, tokens: Tensor, *, entropy: bool = False) -> list[dict[str, Tensor]]:
+    """W ∘ ∂L/∂W of every sample's mean loss, or of its predictions' mean entropy, by parameter name."""
     found = []
     for sample in tokens:
         model.zero_grad()
-        model(input_ids=sample[None], labels=sample[None]).loss.backward()
+        out = model(input_ids=sample[None], labels=sample[None])
+        (Categorical(logits=out.logits[0, :-1]).entropy().mean() if entropy else out.loss).backward()
         found.append({name: (p * p.grad).detach().double() for name, p in model.named_parameters()})
     model.zero_grad()
     return found
 
 
 def test_taylor(trained: PreTrainedModel, calibration: Tensor) -> None:
-    products = gradients(trained, calibration)
-    found = score(trained, calibration, "taylor", "taylor_signed")
+    products, of_entropy = gradients(trained, calibration), gradients(trained, calibration, entropy=True)
+    found = score(trained, calibration, "taylor", "taylor_entropy", "taylor_signed")
     for i in range(6):
         names = [name for name in products[0] if name.startswith(f"model.layers.{i}.")]
         absolute = sum(sample[name].abs().sum().item() for sample in products for name in names)
         signed = sum(torch.stack([sample[name] for sample in products]).sum(0).abs().sum().item() for name in names)
         assert found["taylor"][i] == pytest.approx(absolute, rel=1e-5)
         assert found["taylor_signed"][i] == pytest.approx(signed, rel=1e-5)
+        unlabelled = sum(sample[name].abs().sum().item() for sample in of_entropy for name in names)
+        assert found["taylor_entropy"][i] == pytest.approx(unlabelled, rel=1e-5)
         assert signed < absolute
+    assert score(trained, calibration, "taylor_entropy")["taylor_entropy"] == found["taylor_entropy"]
     assert all(parameter.grad is None and parameter.requires_grad for parameter in trained.parameters())
 
 

@@ -15,7 +15,14 @@ from tests.conftest import random_model
 from tests.models.families.test_conformance import CONFIGS
 from tests.pruning.scoring.test_criteria import CPU, gradients
 
-NAMES = ["unit_activation_l2", "unit_activation_abs", "unit_magnitude_l1", "unit_magnitude_l2", "unit_taylor"]
+NAMES = [
+    "unit_activation_l2",
+    "unit_activation_abs",
+    "unit_magnitude_l1",
+    "unit_magnitude_l2",
+    "unit_taylor",
+    "unit_taylor_entropy",
+]
 
 
 def units(model: PreTrainedModel, tokens: Tensor, *names: str, batch_size: int = 4, **settings: str) -> dict[str, Any]:
@@ -107,11 +114,12 @@ def of_weights(values: dict[str, Tensor], block: int, config: PretrainedConfig) 
 def test_weights_and_taylor(trained: PreTrainedModel, calibration: Tensor) -> None:
     found = units(trained, calibration)
     weights = {name: p.detach().double() for name, p in trained.named_parameters()}
-    products = gradients(trained, calibration)
+    products, of_entropy = gradients(trained, calibration), gradients(trained, calibration, entropy=True)
     naive = {
         "unit_magnitude_l1": {name: p.abs() for name, p in weights.items()},
         "unit_magnitude_l2": {name: p.square() for name, p in weights.items()},
         "unit_taylor": {name: sum(sample[name].abs() for sample in products) for name in weights},
+        "unit_taylor_entropy": {name: sum(sample[name].abs() for sample in of_entropy) for name in weights},
     }
     for criterion, values in naive.items():
         for block in range(6):

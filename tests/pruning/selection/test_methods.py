@@ -43,7 +43,7 @@ def scores_of(model: PreTrainedModel, **sections: object) -> Scores:
 def request(model: PreTrainedModel, tokens: Tensor, config: PlanConfig, **sections: object) -> Request:
     sections = sections or {"blocks": {"given": NUMBERS}}
     parallel = family_of(model.config).is_parallel(model.config)
-    return Request(scores_of(model, **sections), config, lambda: ScoredModel(model, tokens, 4), parallel)
+    return Request(scores_of(model, **sections), config, lambda: ScoredModel(model, tokens, 4), parallel, pytest.fail)
 
 
 def kept(model: PreTrainedModel, tokens: Tensor, config: PlanConfig, **sections: object) -> list[int]:

@@ -58,7 +58,7 @@ def test_what_stays_has_the_highest_scores(scores: Scores) -> None:
         criterion="block_influence",
         unit_criterion="unit_taylor",
     )
-    assert plan.shape == Shape(layers=4, hidden=24, heads=6, kv_heads=3, head_dim=8, intermediate=30)
+    assert plan.shape == Shape(4, hidden=24, heads=6, kv_heads=3, head_dim=8, intermediate=30, vocabulary=300)
     found = scores.of_units("unit_taylor")
     for block in plan.blocks:
         channels, groups = found["channels"][block.mlp], found["kv_groups"][block.attention]

@@ -54,6 +54,7 @@ WIKITEXT = {512: 32_768, 2048: 16_384}  # tokens of WikiText-2, by the length of
 TASKS = ("piqa_local", "arc_easy_local", "openbookqa_local")
 LIMIT = 3 * 3600  # seconds of a cell
 BLOCKS = {"0.9": 4, "0.75": 10, "0.5": 19}  # blocks of 30 that go, so that at most this share of all parameters stays
+TWO_STAGES = {"0.9": (26, 1344), "0.75": (22, 1024), "0.5": (14, 512)}  # attentions of 30, channels of 1,536
 VOCABULARY = 24_576  # tokens of 49,152 that stay
 CHANNELS = {"0.9": 1272, "0.75": 832}  # channels of 1,536 that stay, likewise
 
@@ -205,6 +206,14 @@ def width() -> Iterable[Cell]:
             yield cut(f"channels/{size}/{criterion} refit", unit_criterion=criterion, shape=shape, **refit)
 
 
+def two_stages() -> Iterable[Cell]:
+    """Channels by the norm of their outputs, then whole attentions by the loss, as in 2SSP."""
+    for size, (attentions, channels) in TWO_STAGES.items():
+        shape = {"intermediate": channels, "attention_layers": attentions}
+        for criterion in ("unit_activation_l2", "unit_taylor"):
+            yield cut(f"channels and attentions/{size}/{criterion}", unit_criterion=criterion, shape=shape)
+
+
 def vocabulary() -> Iterable[Cell]:
     """Half of the tokens go, and as many channels as the size wants beside them."""
     shape = {"vocabulary": VOCABULARY}
@@ -261,6 +270,7 @@ def ladder() -> dict[str, Cell]:
         Cell("source", lambda work, out: _link(work.model, out)),
         *depth(),
         *width(),
+        *two_stages(),
         *vocabulary(),
         *replaced(50_000),
         *recovered(two, 50_000),

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import (
 )
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from llmprune.models.families import family_of
+from llmprune.models.families import family_of, skipped_of
+from llmprune.models.own_model_types import with_skipped
 from llmprune.models.vocabulary import without_head
 
 _FEW = 64  # number of tokens of a sample if the forward pass must be real, because it depends on its values
@@ -69,9 +70,10 @@ def kept_by(
 
 
 def _short(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
-    family = family_of(config)
-    shape = family.shape(config)
-    short = family.with_shape(copy.deepcopy(config), replace(shape, layers=blocks), range(blocks))
+    whole = with_skipped(config, {}) if skipped_of(config) else copy.deepcopy(config)  # all blocks count as whole ones
+    family = family_of(whole)
+    shape = family.shape(whole)
+    short = family.with_shape(whole, replace(shape, layers=blocks), range(blocks))
     short.use_cache = False
     return short
 

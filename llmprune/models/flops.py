@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llmprune.models.families import EMBEDDINGS, Family, Role, family_of, richer_heads_of
+from llmprune.models.families import EMBEDDINGS, Family, Role, family_of, richer_heads_of, skipped_of
 from llmprune.models.parameters import plain_name
 from llmprune.utils.errors import UserError
 
@@ -84,6 +84,10 @@ def macs(
     family = family_of(config)
     shape = family.shape(config)
     layers = shape.layers if blocks is None else blocks
+    lacking = {
+        name: sum(number >= shape.layers - layers for number in numbers) for name, numbers in skipped_of(config).items()
+    }
+    attentions, mlps = layers - lacking.get("attention", 0), layers - lacking.get("mlp", 0)
     matrices = family.matrices(config)
     columns = matrices["query"] * shape.heads + matrices["key_value"] * shape.kv_heads
     richer = 0 if richer_heads_of(config) is None else shape.heads * shape.head_dim
@@ -92,9 +96,9 @@ def macs(
         channels = channels // shape.experts * getattr(config, family.chosen_experts)
         router = matrices["expert"] * shape.experts
     return Macs(
-        projections=tokens * layers * shape.head_dim * (shape.hidden * columns + richer),
-        attention=2 * tokens * (past + tokens) * layers * shape.heads * shape.head_dim,
-        mlp=tokens * layers * shape.hidden * (channels + router),
+        projections=tokens * attentions * shape.head_dim * (shape.hidden * columns + richer),
+        attention=2 * tokens * (past + tokens) * attentions * shape.heads * shape.head_dim,
+        mlp=tokens * mlps * shape.hidden * (channels + router),
         output=(tokens if logits is None else logits) * shape.hidden * config.vocab_size,
     )
 

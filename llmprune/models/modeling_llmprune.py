@@ -1,9 +1,10 @@
-"""Causal LMs of any Transformers architecture with richer heads or a replacement module, additions to the config.
+"""Causal LMs of any Transformers architecture with richer heads, a replacement module, or blocks without a sub-layer.
 
 This file imports nothing of llmprune. It is in the folder of such a model, which loads with ``trust_remote_code=True``
 wherever llmprune is not installed. With richer heads, the output of every attention head passes through a small
 non-linear layer before the heads are joined. A replacement module, in the place of removed blocks, reads the residual
-stream [batch, length, hidden] and adds to it. Both process each token separately, so neither needs a cache.
+stream [batch, length, hidden] and adds to it. Both process each token separately, so neither needs a cache. A block
+can lack its attention or its MLP, which then take no time and no memory.
 """
 
 from functools import cache
@@ -153,6 +154,26 @@ class RicherHeads(nn.Module):
         matrix.register_forward_pre_hook(self.before)
 
 
+class Nothing(nn.Module):
+    """A sub-layer that the model does not have: it adds zero to the residual stream.
+
+    Attributes:
+        pair: whether the result is a pair of zeros and None, as that of an attention.
+    """
+
+    def __init__(self, instead_of: nn.Module, pair: bool) -> None:
+        super().__init__()
+        for name, value in vars(instead_of).items():  # what a block reads of its sub-layers, such as is_sliding
+            if isinstance(value, bool | int | str) and not name.startswith("_"):
+                setattr(self, name, value)
+        self.pair = pair
+
+    def forward(self, *inputs: Tensor, hidden_states: Tensor | None = None, **others: Any) -> Any:
+        """Zeros like the hidden states, which are the first argument, or have its name."""
+        zeros = torch.zeros_like(inputs[0] if hidden_states is None else hidden_states)
+        return (zeros, None) if self.pair else zeros
+
+
 class _Following:
     """A hook before an attention's forward pass that moves its richer heads to its current output matrix."""
 
@@ -169,11 +190,57 @@ def host(place: int) -> int:
 
 
 def _attach(model: PreTrainedModel) -> None:
-    """Add the modules that the config describes to the model."""
+    """Add the modules that the config describes to the model, and take out what it lacks."""
+    if model.config.llmprune_skipped is not None:
+        _take_out(model, **model.config.llmprune_skipped)
     if model.config.llmprune_richer_heads is not None:
         _attach_heads(model, **model.config.llmprune_richer_heads)
     if model.config.llmprune_replacement is not None:
         _attach_replacement(model, model.config.llmprune_replacement)
+
+
+def _take_out(
+    model: PreTrainedModel,
+    blocks: str,
+    parts: dict[str, dict[str, list[str]]],
+    attention: tuple[int, ...] = (),
+    mlp: tuple[int, ...] = (),
+) -> None:
+    """Take sub-layers out of blocks.
+
+    Args:
+        model: model that has all sub-layers.
+        blocks: name of the model's list of blocks.
+        parts: for both sub-layers, the names within a block of the modules that are ``silent`` without the sub-layer,
+            and of those that are ``unused``.
+        attention: numbers of the blocks without attention.
+        mlp: numbers of the blocks without an MLP.
+    """
+    listed = list(model.get_submodule(blocks).children())
+    for name, numbers in (("attention", attention), ("mlp", mlp)):
+        for number in numbers:
+            for module in parts[name]["silent"]:
+                before = getattr(listed[number], module)
+                setattr(listed[number], module, Nothing(before, pair=name == "attention"))
+            for module in parts[name]["unused"]:
+                setattr(listed[number], module, nn.Identity())
+    if attention:
+        _renumber_caches(model, [getattr(block, parts["attention"]["silent"][0]) for block in listed])
+
+
+def _renumber_caches(model: PreTrainedModel, attentions: list[nn.Module]) -> None:
+    """Give the attentions that are left the first places in the cache, which tell how long the text is.
+
+    An attention with a sliding window needs a place for such attentions, so each kind has its own places.
+    """
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * len(attentions)
+    for kind in set(kinds):
+        places = [place for place, found in enumerate(kinds) if found == kind]
+        left = [attentions[place] for place in places if not isinstance(attentions[place], Nothing)]
+        for place, attention in zip(places, left, strict=False):
+            attention.layer_idx = place  # type: ignore[assignment]
+        if kind == kinds[0] and not left:
+            raise ValueError(f"no {kind} is left, which the first place in the cache is for")
 
 
 def _attach_heads(
@@ -238,6 +305,7 @@ def config_class(model_type: str) -> type[PretrainedConfig]:
         "model_type": PREFIX + model_type,
         "llmprune_richer_heads": None,
         "llmprune_replacement": None,
+        "llmprune_skipped": None,
         "_auto_class": "AutoConfig",  # this file is copied wherever such a model is saved
         "__module__": __name__,
     }

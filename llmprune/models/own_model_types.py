@@ -1,13 +1,23 @@
 """llmprune's own model types: Transformers configs with additions, and the modelling file that such models need."""
 
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from llmprune.models import modeling_llmprune
-from llmprune.models.families import OWN, RicherHeadsConfig, attention_output, family_of, richer_heads_of
+from llmprune.models.families import (
+    OWN,
+    SKIPPED,
+    RicherHeadsConfig,
+    attention_output,
+    family_of,
+    parts_of,
+    refuse_skipped,
+    richer_heads_of,
+)
 from llmprune.models.modeling_llmprune import config_class, register
 from llmprune.utils.errors import UserError
 
@@ -25,6 +35,15 @@ def own_config(plain: PretrainedConfig) -> PretrainedConfig:
         "AutoModelForCausalLM": f"{module}.model_of_{model_type}",
     }
     config.architectures = [f"model_of_{model_type}"]
+    return config
+
+
+def _plain_config(own: PretrainedConfig) -> PretrainedConfig:
+    """The config of the Transformers model type that an own one is based on, without additions."""
+    model_type = own.model_type.removeprefix(OWN)
+    left_out = {"model_type", "auto_map", "architectures", SKIPPED, "llmprune_richer_heads", "llmprune_replacement"}
+    config = CONFIG_MAPPING[model_type](**{n: v for n, v in own.to_dict().items() if n not in left_out})
+    config._attn_implementation = own._attn_implementation
     return config
 
 
@@ -46,6 +65,7 @@ def with_richer_heads(plain: PretrainedConfig, heads: RicherHeadsConfig) -> Pret
     """
     if richer_heads_of(plain) is not None:
         raise UserError("the heads of this model are richer already")
+    refuse_skipped(plain, "given richer heads")
     family = family_of(plain)
     config = own_config(plain)
     config.llmprune_richer_heads = {
@@ -53,4 +73,31 @@ def with_richer_heads(plain: PretrainedConfig, heads: RicherHeadsConfig) -> Pret
         "output": attention_output(family),
         **asdict(heads),
     }
+    return config
+
+
+def with_skipped(plain: PretrainedConfig, skipped: Mapping[str, Sequence[int]]) -> PretrainedConfig:
+    """The config of a model some of whose blocks lack a sub-layer.
+
+    Args:
+        plain: config of the model with all sub-layers; it may be of an own model type.
+        skipped: numbers of the blocks without the sub-layer, by sub-layer: ``attention``, ``mlp``.
+
+    Raises:
+        UserError: the MLPs are mixtures of experts, or no block keeps its attention.
+    """
+    if not any(skipped.values()):
+        return _plain_config(plain)
+    family = family_of(plain)
+    if skipped.get("mlp") and family.expert_modules is not None:
+        raise UserError("blocks without an MLP are not possible for mixtures of experts: take out experts, or blocks")
+    if len(skipped.get("attention", ())) >= family.shape(plain).layers:
+        raise UserError("a model without any attention does not see the tokens before: keep one at least")
+    config = own_config(plain)
+    parts = {name: asdict(parts_of(family, name)) for name in ("attention", "mlp")}
+    setattr(
+        config,
+        SKIPPED,
+        {"blocks": family.blocks, "parts": parts, **{name: sorted(numbers) for name, numbers in skipped.items()}},
+    )
     return config

@@ -5,7 +5,7 @@ which a person can read and edit, and a safetensors file next to it with the fac
 
     plan.json         {"schema", "family", "model", "source", "hidden", "vocabulary",
                        "blocks": [{"attention", "mlp", "heads", "channels", "merge", "experts"}, …], "replacement",
-                       "richer_heads"}
+                       "richer_heads", "skipped"}
     plan.safetensors  "hidden", "attention", "mlp", "heads.I", "channels.J", and corrections: "mean.attention.I",
                       "linear.mlp.J", …   (float32; each is optional)
 """
@@ -33,6 +33,7 @@ def tensors_beside(path: Path) -> Path:
 
 _KEYS = {  # known keys of a plan file: an unknown key could change what is cut
     "schema", "family", "model", "source", "hidden", "vocabulary", "blocks", "factors", "replacement", "richer_heads",
+    "skipped",
 }  # fmt: skip
 
 
@@ -93,6 +94,8 @@ class Plan:
             None = none.
         vocabulary: numbers of the tokens that stay, ascending; the pruned model's token i is the source's token
             ``vocabulary[i]``; None = all.
+        skipped: sub-layers that are removed from blocks that stay: pairs of ``attention`` or ``mlp`` and the source's
+            number of the block that it is from. Such a model needs a modelling file.
     """
 
     family: str
@@ -105,6 +108,7 @@ class Plan:
     replacement: str | None = None
     richer_heads: RicherHeadsConfig | None = None
     vocabulary: tuple[int, ...] | None = None
+    skipped: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the plan is possible, and uniform over blocks, as configs require.
@@ -116,6 +120,7 @@ class Plan:
         _check_order(self.blocks, source.layers)
         _check_indices("hidden", self.hidden, source.hidden)
         _check_indices("vocabulary", self.vocabulary, source.vocabulary or 0)
+        _check_skipped(self)
         for block in self.blocks:
             _check_merge(block, source.layers)
             _check_indices(f"heads of block {block}", block.heads, source.heads)
@@ -252,6 +257,7 @@ class Plan:
             "factors": tensors_beside(path).name if self.factors or self.corrections else None,
             "replacement": self.replacement,
             "richer_heads": None if self.richer_heads is None else asdict(self.richer_heads),
+            "skipped": [f"{sublayer}.{number}" for sublayer, number in self.skipped],
         }
         write_json(path, values)
 
@@ -298,6 +304,10 @@ class Plan:
                 replacement=values.get("replacement"),
                 richer_heads=None if (heads := values.get("richer_heads")) is None else RicherHeadsConfig(**heads),
                 vocabulary=_indices(values.get("vocabulary")),
+                skipped=tuple(
+                    (name, int(number))
+                    for name, _, number in (one.partition(".") for one in values.get("skipped") or ())
+                ),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{path} is not a plan ({type(error).__name__}: {error})") from None
@@ -326,6 +336,23 @@ def _check_order(blocks: tuple[KeptBlock, ...], layers: int) -> None:
     order = [position for block in blocks for position in (2 * block.attention, 2 * block.mlp + 1)]
     if any(b <= a for a, b in pairwise(order)):
         raise UserError("the plan's blocks must be ascending, each once")
+
+
+def _check_skipped(plan: Plan) -> None:
+    """Check that removed sub-layers are of blocks that stay, each once, and leave every block something."""
+    for sublayer, number in plan.skipped:
+        if sublayer not in ("attention", "mlp"):
+            raise UserError(f"the plan skips '{sublayer}.{number}', which is neither attention.N nor mlp.N")
+        if number not in [getattr(block, sublayer) for block in plan.blocks]:
+            raise UserError(f"the plan skips {sublayer}.{number}, of a block that does not stay")
+    if len(set(plan.skipped)) < len(plan.skipped):
+        raise UserError("the plan skips a sub-layer twice")
+    for block in plan.blocks:
+        of_block = {("attention", block.attention), ("mlp", block.mlp)}
+        if of_block <= set(plan.skipped):
+            raise UserError(f"the plan skips both parts of block {block}: remove the block")
+        if block.merge is not None and of_block & set(plan.skipped):
+            raise UserError(f"block {block} is a merge, and can't lose a part")
 
 
 def _check_merge(block: KeptBlock, layers: int) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from llmprune.models.families import OUTPUTS, Axis, Family, Parameter, Role, family_of, module_name
-from llmprune.models.own_model_types import with_richer_heads
+from llmprune.models.families import OUTPUTS, Axis, Family, Parameter, Role, family_of, module_name, skipped_of
+from llmprune.models.own_model_types import with_richer_heads, with_skipped
 from llmprune.models.smaller_tokenizer import renumbered
 from llmprune.plans.plan import Plan
 from llmprune.utils.errors import UserError
@@ -50,6 +50,9 @@ class Surgery:
             for name, value in renumbered(before, plan.vocabulary).items():
                 if value != before[name]:
                     setattr(self.config, name, value)
+        skipped = self._skipped(config)
+        if skipped or skipped_of(config):
+            self.config = with_skipped(self.config, skipped)
         if plan.richer_heads is not None:
             self.config = with_richer_heads(self.config, plan.richer_heads)
         self._tied = self.family.tied(config)
@@ -75,7 +78,7 @@ class Surgery:
             return name
         assert parameter.sublayer is not None
         position = self._position.get((parameter.sublayer, parameter.block))
-        if position is None:
+        if position is None or (parameter.sublayer, parameter.block) in self.plan.skipped:
             return None
         if parameter.expert is not None:
             kept = self.plan.experts(self.plan.blocks[position])
@@ -83,6 +86,16 @@ class Surgery:
                 return None
             name = self.family.of_expert(name, kept.index(parameter.expert))
         return self._in_block(name, parameter.block, position)
+
+    def _skipped(self, config: PretrainedConfig) -> dict[str, list[int]]:
+        """The blocks of the pruned model that lack a sub-layer, by sub-layer: the plan's, and those of the source."""
+        before = {(name, number) for name, numbers in skipped_of(config).items() for number in numbers}
+        gone = before | set(self.plan.skipped)
+        places = {
+            name: [place for place, block in enumerate(self.plan.blocks) if (name, getattr(block, name)) in gone]
+            for name in ("attention", "mlp")
+        }
+        return {name: found for name, found in places.items() if found}
 
     def added(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters, all zero, that the pruned model has in addition to the source's, by name."""

@@ -26,6 +26,7 @@ from llmprune.pruning.budgets.limits import Limit, costs_of, limits_of
 from llmprune.pruning.budgets.plan_losses import PlanLosses
 from llmprune.pruning.budgets.settings import BudgetConfig
 from llmprune.pruning.budgets.shape_sizes import ShapeSizes
+from llmprune.pruning.budgets.skipping import without_sublayers
 from llmprune.pruning.budgets.trial import Trial
 from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.criterion import ScoreSection
@@ -86,6 +87,9 @@ def make_plan(
         return open_scored(scores, place) if trial is None else trial.scored
 
     plan = select(Request(scores, config, scored, _parallel(scores, config, place), _tokens(scores, place)))
+    if config.sublayers:
+        trial = trial or Trial(scored())
+        plan = without_sublayers(plan, config.sublayers, trial, _some(trial.scored.tokens, COMPARED))
     if config.shape is not None:
         Surgery(load_model_config(place), plan)
     if config.correction != "none":
@@ -308,6 +312,9 @@ def describe(plan: Plan) -> str:
     notes += [f"gone: {', '.join(map(str, removed_blocks(plan)))}"] if removed_blocks(plan) else []
     notes += [f"attention/MLP of two blocks: {', '.join(parted)}"] if parted else []
     notes += [f"merged: {'; '.join(merged)}"] if merged else []
+    for sublayer in ("attention", "mlp"):
+        if numbers := sorted(number for name, number in plan.skipped if name == sublayer):
+            notes.append(f"without {sublayer}: {', '.join(map(str, numbers))}")
     if replace(plan.shape, layers=plan.source.layers) != plan.source:
         before, after = vars(plan.source), vars(plan.shape)
         narrower = [f"{n} {after[n]} of {before[n]}" for n in before if n != "layers" and before[n] != after[n]]

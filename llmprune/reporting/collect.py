@@ -99,7 +99,8 @@ class Model:
 
 def changes(plan: Plan) -> bool:
     """Whether a plan removes or merges anything."""
-    return plan.shape != plan.source or any(block.merge is not None for block in plan.blocks)
+    merged = any(block.merge is not None for block in plan.blocks)
+    return plan.shape != plan.source or merged or bool(plan.skipped)
 
 
 @dataclass

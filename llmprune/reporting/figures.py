@@ -376,6 +376,8 @@ def picture_of_plan(plan: Plan, name: str) -> Picture:
             merged[number] |= weight != 0 and number != block.attention
         heads[block.attention, list(plan.heads(block))] = 1
         channels[block.mlp, list(plan.channels(block))] = 1
+    for sublayer, number in plan.skipped:
+        (heads if sublayer == "attention" else channels)[number] = 0
     hidden = np.zeros((1, source.hidden))
     hidden[0, list(range(source.hidden)) if plan.hidden is None else list(plan.hidden)] = 1
 

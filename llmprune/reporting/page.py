@@ -259,7 +259,7 @@ def _plans(material: Material) -> PageSection:
 
 
 def _what_stays(plan: Plan) -> tuple[Any, ...]:
-    return plan.source, plan.blocks, plan.hidden, plan.vocabulary
+    return plan.source, plan.blocks, plan.hidden, plan.vocabulary, plan.skipped
 
 
 def _shape(plan: Plan | None) -> str:

@@ -13,6 +13,7 @@ from llmprune.models.families.opt import OPT
 from llmprune.models.families.richer import FIELD, RicherHeadsConfig, attention_output, module_name, richer_family
 from llmprune.models.families.roles_and_axes import AXES, EMBEDDINGS, MATRICES, NORMS, OUTPUTS, SUBLAYERS, Axis, Role
 from llmprune.models.families.shapes import PRUNED, Shape, shape_from, shapes_between, target_shape
+from llmprune.models.families.skipped import SKIPPED, Parts, parts_of, refuse_skipped, skipped_of
 from llmprune.utils.errors import UserError
 from llmprune.utils.registry import Registry
 
@@ -25,10 +26,12 @@ __all__ = [
     "OUTPUTS",
     "OWN",
     "PRUNED",
+    "SKIPPED",
     "SUBLAYERS",
     "Axis",
     "Family",
     "Parameter",
+    "Parts",
     "RicherHeadsConfig",
     "Role",
     "Shape",
@@ -36,9 +39,12 @@ __all__ = [
     "by_model_type",
     "family_of",
     "module_name",
+    "parts_of",
+    "refuse_skipped",
     "richer_heads_of",
     "shape_from",
     "shapes_between",
+    "skipped_of",
     "target_shape",
 ]
 
@@ -76,7 +82,8 @@ def family_of(config: PretrainedConfig) -> Family:
         UserError: this architecture or variant is not supported; the message names those that are.
     """
     richer = richer_heads_of(config)
-    model_type = config.model_type if richer is None else config.model_type.removeprefix(OWN)
+    plain = richer is None and not skipped_of(config)
+    model_type = config.model_type if plain else config.model_type.removeprefix(OWN)
     family = by_model_type().get(model_type)
     if family is not None:
         family.check_config(config)

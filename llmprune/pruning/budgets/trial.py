@@ -23,7 +23,7 @@ def plan_hash(plan: Plan) -> str:
     """Hash of what a plan keeps, multiplies and corrects; plans with the same result have the same hash."""
     tensors = {**plan.factors, **plan.corrections}
     sums = sorted((name, tensor.double().sum().item()) for name, tensor in tensors.items())
-    return sha256_text(f"{plan.blocks} {plan.hidden} {plan.vocabulary} {sums}")
+    return sha256_text(f"{plan.blocks} {plan.hidden} {plan.vocabulary} {plan.skipped} {sums}")
 
 
 class Trial:

@@ -24,8 +24,12 @@ def factors_of(plan: Plan) -> Factors:
         "attention": [block.attention for block in plan.blocks],
         "mlp": [block.mlp for block in plan.blocks],
     }
+    left = {
+        name: torch.tensor([0.0 if (name, number) in plan.skipped else 1.0 for number in blocks])
+        for name, blocks in numbers.items()
+    }
     added = {
-        name: _spread(blocks, plan.factors.get(name, ones), source.layers)[:, None] * residual
+        name: _spread(blocks, plan.factors.get(name, ones) * left[name], source.layers)[:, None] * residual
         for name, blocks in numbers.items()
     }
     heads = channels = None

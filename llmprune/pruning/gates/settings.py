@@ -6,7 +6,7 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
-from llmprune.models.families import family_of, target_shape
+from llmprune.models.families import family_of, refuse_skipped, target_shape
 from llmprune.pruning.gates.goals import Goal, ShapeGoal, SizeGoal
 from llmprune.pruning.gates.kinds import HIDDEN, INTERMEDIATE, KV_GROUP, LAYER
 from llmprune.utils.errors import UserError
@@ -96,6 +96,7 @@ def make_goal(model: PretrainedConfig, config: L0PruningConfig) -> Goal:
     Raises:
         UserError: the target is missing, given twice, not smaller, or not possible with these gates or this family.
     """
+    refuse_skipped(model, "gated")
     family = family_of(model)
     source = family.shape(model)
     wanted, multiples = vars(config.target or TargetShape()), vars(config.multiples)

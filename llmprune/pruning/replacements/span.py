@@ -60,6 +60,7 @@ def span_of(plan: Plan) -> Span:
     if (
         plan.hidden is not None
         or plan.vocabulary is not None
+        or plan.skipped
         or plan.factors
         or plan.blocks != span.kept(plan.source.layers)
     ):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from llmprune.models.autocast import in_full_precision
 from llmprune.models.block_hooks import RunBlock, hidden_states_in, hooked_blocks
 from llmprune.models.causal_lm import token_losses
-from llmprune.models.families import family_of
+from llmprune.models.families import family_of, refuse_skipped
 from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.criterion import GRADIENTS, BlockStep, Criterion, ScoreSection, ScoringJob
 from llmprune.pruning.scoring.removals import Forward, RemovalPerplexity, Removals, in_batches
@@ -65,6 +65,7 @@ class Scorer:
         """
         self.criteria: dict[str, Criterion] = {name: CRITERIA[name](job) for name in criteria}
         self._model, self._job, self._batch_size = model, job, batch_size
+        refuse_skipped(model.config, "scored")
         self._family = family_of(model.config)
         self._blocks = list(model.get_submodule(self._family.blocks).children())
         self._forward = forward or (lambda tokens: model(input_ids=tokens, use_cache=False).logits)

@@ -135,11 +135,11 @@ def select(request: Request) -> Plan:
     plan = Plan(scores.family, scores.fingerprint, scores.source, selected_blocks(request))
     if config.shape is None:
         return plan
-    target = target_shape(scores.source, {**config.shape, "layers": len(plan.blocks)})
+    target = target_shape(scores.source, {**config.sizes, "layers": len(plan.blocks)})
     plan = narrowed(plan, target, scores, config.unit_criterion, config.expert_criterion)
     if target.vocabulary is not None and target.vocabulary != scores.source.vocabulary:
         plan = replace(plan, vocabulary=request.tokens(target.vocabulary))
-    if plan.shape == scores.source:
+    if plan.shape == scores.source and not config.sublayers:
         raise UserError("the shape is the model's own: nothing would go")
     if config.correction != "none":
         if not is_correctable(plan):

@@ -22,7 +22,8 @@ class PlanConfig:
         remove: number of blocks to remove.
         shape: sizes of the pruned model, any of layers, hidden, heads, kv_heads, intermediate, experts and vocabulary;
             sizes that are not given stay as they are. The tokens that stay are those that the calibration text uses
-            most.
+            most. attention_layers and mlp_layers are the numbers of attentions and MLPs that stay; each time the one
+            goes without which the calibration loss is lowest. Blocks without one need a modelling file.
         unit_criterion: name of the criterion whose scores select heads, channels and hidden dimensions; null = none.
         expert_criterion: name of the criterion whose scores select experts; null = ``unit_criterion``.
         correction: correction of the output matrices of narrowed attentions and MLPs on the calibration samples: none,
@@ -70,6 +71,20 @@ class PlanConfig:
         if (kept := self.shape.get("layers")) is not None:
             return None if kept == layers else replace(self, remove=layers - kept)
         return None if self.remove is None and self.drop is None and self.method == "lowest" else self
+
+    @property
+    def sublayers(self) -> dict[str, int]:
+        """The numbers of attentions and MLPs that stay in the blocks that stay, as far as the shape names them."""
+        given = self.shape or {}
+        names = ("attention", "mlp")
+        return {name: given[f"{name}_layers"] for name in names if f"{name}_layers" in given}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the shape, without the numbers of sub-layers."""
+        return {
+            name: size for name, size in (self.shape or {}).items() if name not in ("attention_layers", "mlp_layers")
+        }
 
     def refuse_vocabulary(self) -> None:
         """Refuse a smaller vocabulary in a job that also trains.

@@ -20,7 +20,7 @@ from llmprune.conversion.checkpoint import Checkpoint
 from llmprune.conversion.replaced import Replaced, compute_with, read_replaced
 from llmprune.conversion.result import Result
 from llmprune.estimate.needs import Needs
-from llmprune.models.families import family_of
+from llmprune.models.families import family_of, refuse_skipped
 from llmprune.models.parameters import parameter_names_of
 from llmprune.plans.plan import Plan
 from llmprune.pruning.replacements.cache import CachedStates, StatesCache
@@ -63,6 +63,7 @@ class BlockReplacementSection(Section[BlockReplacementConfig]):
     def check_inputs(self, inputs: Inputs) -> None:
         """Check that the replacement module fits the model and the span."""
         own, config, model_config = self.own, self.config, inputs.model_config
+        refuse_skipped(model_config, "given a replacement module")
         if own.cache is not None and any(section.name == "dynamic_loading" for section in inputs.sections):
             raise UserError("the mix in block_replacement.cache can't change any more: take dynamic_loading=null")
         if own.also and config.model.dtype != "float32":

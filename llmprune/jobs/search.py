@@ -1,12 +1,14 @@
 """The job that searches for the best way to prune under a budget.
 
 All candidates are compared by the loss of the pruned model on calibration samples. The best are cut, recovered on the
-same tokens and compared again, because recovery changes the order (Minitron, arXiv:2407.14679, section 4). Layout of
-the folder::
+same tokens and compared again, because recovery changes the order (Minitron, arXiv:2407.14679, section 4). Short
+recoveries may come first, after each of which the better half goes on (as in DarwinLM, arXiv:2502.07780). Layout of the
+folder::
 
     scores.json                                              scores of every criterion, with pictures
     candidates.json                                          results of every candidate, updated during the job
     candidates/NN_NAME/plan.json pruned/ recover/ recovered/ one possible candidate; only the best have the last three
+    candidates/NN_NAME/rung-1/                               its first short recovery, while it runs
     plan.json model/                                         plan and model of the winner
     table.md search.png search.csv                           comparison of all candidates
 """
@@ -67,6 +69,7 @@ from llmprune.reporting.search_table import picture, search_table
 from llmprune.training.checks import check
 from llmprune.utils.errors import BrokenModelError, UserError
 from llmprune.utils.files import read_json, write_json, write_text
+from llmprune.utils.outputs import remove
 from llmprune.utils.processes import TERMINATION
 from llmprune.utils.progress import Progress
 from llmprune.utils.ranks import init_distributed, on_rank_zero, share_cores
@@ -99,6 +102,8 @@ def _search(config: SearchConfig, source: str) -> None:
     job = _Job(config, source, folder)
     best = on_rank_zero(job.compare)
     on_rank_zero(lambda: job.cut(best))
+    for rung, share in enumerate(config.search.rungs, start=1):
+        best = _better_half(config, job, best, rung, share)
     for turn, number in enumerate(best, start=1):
         if dist.get_global_rank() == 0:
             print(f"candidate {turn} of {len(best)}: {job.words(number)}", flush=True)
@@ -109,6 +114,34 @@ def _search(config: SearchConfig, source: str) -> None:
             failed = str(error)
         on_rank_zero(lambda number=number, failed=failed: job.measure(number, failed))  # type: ignore[misc]
     on_rank_zero(job.finish)
+
+
+def _better_half(config: SearchConfig, job: "_Job", numbers: list[int], rung: int, share: float) -> list[int]:
+    """The better half of candidates after a recovery for a share of the tokens."""
+    for number in numbers:
+        _try_shortly(config, job, number, rung, share)
+    return on_rank_zero(lambda: job.better_half(numbers, rung))
+
+
+def _try_shortly(config: SearchConfig, job: "_Job", number: int, rung: int, share: float) -> None:
+    """Recover a candidate for a share of the tokens, unless its loss after that is known."""
+    if on_rank_zero(lambda: job.knows(number, rung)):
+        return
+    if dist.get_global_rank() == 0:
+        print(f"rung {rung}: {job.words(number)}", flush=True)
+    place, failed = job.place(number) / f"rung-{rung}", None
+    try:
+        recover(
+            config,
+            place,
+            name=f"{job.run_name(number)}-rung-{rung}",
+            seed=config.run.seed,
+            pruned=job.place(number) / "pruned",
+            share=share,
+        )
+    except BrokenModelError as error:
+        failed = str(error)
+    on_rank_zero(lambda: job.note_rung(number, rung, failed))
 
 
 def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
@@ -285,6 +318,27 @@ class _Job:
                 apply(self._source, place / "plan.json", place / "pruned")
             if not (place / "recovered").exists():
                 check(recovery_of(self._config, place, name=self.run_name(number), seed=self._config.run.seed))
+
+    def knows(self, number: int, rung: int) -> bool:
+        """Whether a candidate's loss after a short recovery is known."""
+        return len(self._rows[number].get("rungs", ())) >= rung
+
+    def note_rung(self, number: int, rung: int, failed: str | None) -> None:
+        """Measure a candidate's held-out loss after a short recovery, and remove what that recovery made."""
+        place = f"rung-{rung}"
+        loss = math.inf if failed is not None else self._held_out(number, f"{place}/recovered").loss
+        self._rows[number].setdefault("rungs", []).append(loss if math.isfinite(loss) else None)
+        self._save()
+        remove(self.place(number) / place)
+
+    def better_half(self, numbers: Sequence[int], rung: int) -> list[int]:
+        """The half of the candidates, rounded up, with the lower losses after a short recovery."""
+        losses = {number: self._rows[number]["rungs"][rung - 1] for number in numbers}
+        ordered = sorted((number for number in numbers if losses[number] is not None), key=lambda n: losses[n])
+        if not ordered:
+            share = self._settings.rungs[rung - 1]
+            raise UserError(f"no candidate could be recovered, not even for the share {share} of train.duration")
+        return ordered[: -(-len(numbers) // 2)]
 
     def measure(self, number: int, failed: str | None) -> None:
         """Measure a candidate's latency and its held-out losses, cut and recovered, unless they are known already."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+from composer.core import Time
 from transformers import PretrainedConfig
 
 from llmprune.config.job_files import load_recorded, save_config
@@ -144,7 +145,9 @@ def asked_to_end() -> Preempted:
     return Preempted("the steps that are done are kept")
 
 
-def recover(config: Config, place: Path, *, name: str, seed: int) -> None:
+def recover(
+    config: Config, place: Path, *, name: str, seed: int, pruned: Path | None = None, share: float = 1.0
+) -> None:
     """Train ``place``/pruned by the job's sections, in ``place``/recover, and export it to ``place``/recovered.
 
     Args: see ``recovery_of``.
@@ -152,7 +155,7 @@ def recover(config: Config, place: Path, *, name: str, seed: int) -> None:
     if (place / "recovered").exists():
         return
     with TERMINATION.noted():  # the run saves a checkpoint and ends by itself
-        train(recovery_of(config, place, name=name, seed=seed))
+        train(recovery_of(config, place, name=name, seed=seed, pruned=pruned, share=share))
 
     def export() -> None:
         convert(place / "recover", place / "recovered")
@@ -160,7 +163,9 @@ def recover(config: Config, place: Path, *, name: str, seed: int) -> None:
     on_rank_zero(export)
 
 
-def recovery_of(config: Config, place: Path, *, name: str, seed: int) -> Config:
+def recovery_of(
+    config: Config, place: Path, *, name: str, seed: int, pruned: Path | None = None, share: float = 1.0
+) -> Config:
     """The config of the run that recovers ``place``/pruned.
 
     Args:
@@ -168,6 +173,8 @@ def recovery_of(config: Config, place: Path, *, name: str, seed: int) -> Config:
         place: folder of the step.
         name: name of the run.
         seed: seed of the order of the run's data.
+        pruned: folder of the model; None = ``place``/pruned.
+        share: share of ``train.duration`` that the run takes.
     """
     run = replace(config.run, name=name, folder=str(place / "recover"), seed=seed, autoresume=True, overwrite=False)
     schema = with_sections(Config)
@@ -175,7 +182,20 @@ def recovery_of(config: Config, place: Path, *, name: str, seed: int) -> Config:
     if config.checkpoint.remote is not None:  # every recovery is a separate run, with a separate remote folder
         within = place.relative_to(config.run.folder).as_posix()
         parts["checkpoint"] = replace(config.checkpoint, remote=f"{config.checkpoint.remote.rstrip('/')}/{within}")
-    return schema(**{**parts, "job": "train", "run": run, "model": replace(config.model, path=str(place / "pruned"))})
+    if share != 1:
+        parts["train"] = replace(config.train, duration=_shortened(config.train.duration, share))
+    model = replace(config.model, path=str(pruned or place / "pruned"))
+    return schema(**{**parts, "job": "train", "run": run, "model": model})
+
+
+def _shortened(duration: str, share: float) -> str:
+    """A share of a duration, one unit at least.
+
+    >>> _shortened("1000ba", 0.1), _shortened("3ba", 0.1)
+    ('100ba', '1ba')
+    """
+    whole = Time.from_timestring(duration)
+    return Time(max(round(whole.value * share), 1), whole.unit).to_timestring()
 
 
 def check_pruning_job(config: ScoringJobConfig) -> str:

@@ -159,6 +159,29 @@ def test_a_stopped_job_goes_on_where_it_was(
     search(job(yaml, *overrides, "run.autoresume=true"))  # nothing is left to do
 
 
+def test_after_a_short_recovery_the_better_half_goes_on(yaml: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    given = [f"run.folder={folder}", "search.best=3", "search.rungs=[0.25, 0.5]"]
+    search(job(yaml, *given))
+    rows = [row for row in rows_of(folder) if "rungs" in row]
+    by_calibration = sorted(
+        (row for row in rows_of(folder) if row.get("within") and row["same_as"] is None),
+        key=lambda row: row["calibration_loss"],
+    )
+    assert {row["number"] for row in rows} == {row["number"] for row in by_calibration[:3]}
+    assert sorted(len(row["rungs"]) for row in rows) == [1, 2, 2]
+    second = [row for row in rows if len(row["rungs"]) == 2]
+    (left,) = (row for row in rows if len(row["rungs"]) == 1)
+    assert all(row["rungs"][0] <= left["rungs"][0] for row in second)
+    winner = min(second, key=lambda row: row["rungs"][1])
+    assert [row["number"] for row in rows_of(folder) if "recovered" in row] == [winner["number"]]
+    assert winner["recovered"]["loss"] < winner["rungs"][0] < winner["cut"]["loss"]
+    assert not list(folder.glob("candidates/*/rung-*"))
+    before = rows_of(folder)
+    search(job(yaml, *given, "run.autoresume=true"))
+    assert rows_of(folder) == before
+
+
 def test_two_ranks(yaml: Path, once: Path, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "composer"), "-n", "2", "train.py", str(yaml)]
     done = subprocess.run(
@@ -281,6 +304,7 @@ def test_the_front_is_that_of_a_naive_comparison() -> None:
         (["trainable={parameters: [block.9]}"], "there is no part 'block.9'"),
         (["distillation={teacher: somewhere, plan: plan.json}"], "leave out distillation.plan"),
         (["data.path=s3://bucket/data"], "layer_scoring.data.path"),
+        (["search.rungs=[0.5, 0.2]"], "must be ascending"),
         (["search.remove=[6]"], "6 of 6 blocks can't be removed"),
         (["search.shapes=[{hidden: 64}]"], "must lie between 1 and the source's 32"),
         (["search.shapes=[{hiden: 16}]"], "a shape has no 'hiden'"),

@@ -31,6 +31,8 @@ class CandidatesConfig:
         under_budget: also try the shape that ``llmprune plan`` chooses under the budget, for every pair of criteria.
         budget: limits on the cost of a candidate.
         best: number of candidates that are recovered, those with the lowest losses on the calibration samples.
+        rungs: shares of ``train.duration``, ascending, of short recoveries before the whole one: after each, the half
+            of the candidates with the lower held-out losses goes on (successive halving); [] = none.
     """
 
     criteria: list[str] = field(default_factory=list)
@@ -40,6 +42,7 @@ class CandidatesConfig:
     under_budget: bool = True
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     best: int = limited(3, least=1)
+    rungs: list[float] = limited(make=list, above=0, below=1)
 
     def scored(self, shared: PlanConfig) -> list[str]:
         """The criteria whose scores are needed; ``shared`` are the settings of all candidates."""
@@ -56,6 +59,8 @@ class CandidatesConfig:
             UserError: there are no candidates, or a number is out of range.
         """
         check_settings(self, "search")
+        if self.rungs != sorted(set(self.rungs)):
+            raise UserError(f"search.rungs {self.rungs} must be ascending shares of train.duration")
         own = (
             "method",
             "criterion",

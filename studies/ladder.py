@@ -14,6 +14,7 @@ Cells that are there are not made again.
 
 import argparse
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -147,11 +148,12 @@ def cut(name: str, **settings: Any) -> Cell:
     return Cell(name, make)
 
 
-def trained(name: str, yaml: str, model: str | None, tokens: int, *overrides: str) -> Cell:
-    """A cell that a job of ``yamls`` trains for a number of tokens."""
+def trained(name: str, yaml: str, model: str | None, tokens: int, *overrides: str, rounds: int = 1) -> Cell:
+    """A cell that a job of ``yamls`` trains for a number of tokens, in one run or in rounds with as many tokens."""
 
     def make(work: Work, out: Path) -> int:
-        batch = batch_tokens(tokens)
+        batch = batch_tokens(tokens / rounds)
+        batches = round(tokens / rounds / batch)
         llmprune.train(
             ROOT / "yamls" / f"{yaml}.yaml",
             [
@@ -160,18 +162,21 @@ def trained(name: str, yaml: str, model: str | None, tokens: int, *overrides: st
                 f"run.folder={out.parent / 'run'}",
                 "run.autoresume=true",
                 "scheduler.warmup=0.1dur",
-                f"train.duration={round(tokens / batch)}ba",
+                f"train.duration={batches}ba",
                 f"train.global_batch_size={batch // LENGTH}",
                 f"train.global_batch_tokens={batch}",
                 "train.microbatch_size=4",
                 "train.eval_interval=1dur",
                 "checkpoint.interval=1dur",
                 "data.eval_samples_per_domain=1",
-                *(override.format(source=work.model) for override in overrides),
+                *(override.replace("SOURCE", str(work.model)) for override in overrides),
             ],
         )
-        llmprune.convert(out.parent / "run", out)
-        return round(tokens / batch) * batch
+        if rounds > 1:
+            shutil.copytree(out.parent / "run" / "model", out)
+        else:
+            llmprune.convert(out.parent / "run", out)
+        return rounds * batches * batch
 
     return Cell(name, make, model)
 
@@ -234,22 +239,39 @@ def replaced(tokens: int) -> Iterable[Cell]:
         yield trained(f"span/0.75/{kind}", "replace", None, 0, *fit)
 
 
-_BOTH = "distillation={{teacher: {source}, objectives: {{kl: 1.0, lm: 0.5}}}}"
+_BOTH = "distillation={teacher: SOURCE, objectives: {kl: 1.0, lm: 0.5}}"
+
+
+def gradual(tokens: int) -> Iterable[Cell]:
+    """Channels that go while the model trains: in three rounds with recovery between, or by learned gates."""
+    words, channels = f"{tokens / 1e6:g}M", CHANNELS["0.75"]
+    scored = (
+        "iterate.rounds=3", f"plan={{unit_criterion: unit_taylor, shape: {{intermediate: {channels}}}}}",
+        f"layer_scoring.data.samples={CALIBRATION}",
+    )  # fmt: skip
+    yield trained(f"rounds/0.75/{words}, KL + 0.5 text", "iterate", None, tokens, *scored, _BOTH, rounds=3)
+    for words_of, target in (
+        ("channels", f"l0_pruning={{target: {{intermediate: {channels}}}}}"),
+        ("size", "l0_pruning={target_sparsity: 0.316}"),
+    ):
+        yield trained(f"gates/0.75/{words_of} {words}", "prune", None, tokens, target, "distillation={}")
+
+
 RECOVERIES = {
     "text": ("continue",),
-    "KL": ("continue", "distillation={{teacher: {source}}}"),
+    "KL": ("continue", "distillation={teacher: SOURCE}"),
     "KL + 0.5 text": ("continue", _BOTH),
     "KL + 0.5 text, lr 1e-4": ("continue", _BOTH, "optimizer.lr=1e-4"),
     "KL + 0.5 text, lr 1e-3": ("continue", _BOTH, "optimizer.lr=1e-3"),
     "states, then KL + 0.5 text": (
         "continue",
-        "distillation={{teacher: {source}, objectives: {{mse: 1.0}}, final_objectives: {{kl: 1.0, lm: 0.5}}}}",
+        "distillation={teacher: SOURCE, objectives: {mse: 1.0}, final_objectives: {kl: 1.0, lm: 0.5}}",
     ),
     "blocks alone, then KL + 0.5 text": (
         "continue",
-        "distillation={{teacher: {source}, objectives: {{local: 1.0}}, final_objectives: {{kl: 1.0, lm: 0.5}}}}",
+        "distillation={teacher: SOURCE, objectives: {local: 1.0}, final_objectives: {kl: 1.0, lm: 0.5}}",
     ),
-    "last three": ("continue", "trainable={{parameters: [final_norm, last.3]}}"),
+    "last three": ("continue", "trainable={parameters: [final_norm, last.3]}"),
     "LoRA": ("finetune",),
     "LoRA, KL + 0.5 text": ("finetune", _BOTH),
 }
@@ -273,6 +295,7 @@ def ladder() -> dict[str, Cell]:
         *two_stages(),
         *vocabulary(),
         *replaced(50_000),
+        *gradual(50_000),
         *recovered(two, 50_000),
         *recovered(two, 250_000),
         trained("recovered/0.1M/tokens/0.9/24576/KL + 0.5 text", yaml, "tokens/0.9/24576", 100_000, *overrides),

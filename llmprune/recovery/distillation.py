@@ -142,22 +142,25 @@ class Distilling:
         """The weighted sum of the objectives, each a mean over the positions that predict a token."""
         labels = labels_of(batch)
         chosen = predicting(labels)
-        divergence, teachers = self._teacher.lesson(batch, places(chosen))
+        rows = places(chosen)  # once: on a GPU the host waits for it
+        divergence, teachers = self._teacher.lesson(batch, rows)
         self.terms = {}
         parts = []
         if self.weights.get(LOCAL):
             parts.append(self._alone(batch, teachers, chosen))
         if any(weight for name, weight in self.weights.items() if name != LOCAL):
-            parts.append(self._together(batch, teachers, chosen, divergence))
+            parts.append(self._together(batch, teachers, chosen, rows, divergence))
         self._teacher.done()
         if (left_out := self._teacher.left_out()) is not None:
             self.terms["left_out"] = left_out
         return torch.stack(parts).sum()
 
-    def _together(self, batch: Batch, teachers: Mapping[int, Tensor], chosen: Tensor, divergence: Divergence) -> Tensor:
+    def _together(
+        self, batch: Batch, teachers: Mapping[int, Tensor], chosen: Tensor, rows: Tensor, divergence: Divergence
+    ) -> Tensor:
         """The weighted sum of the objectives of a pass through the whole student."""
         pairs = {} if self._correspondence is None else self._correspondence.blocks
-        rows, targets = places(chosen), next_tokens(labels_of(batch)).flatten()
+        targets = next_tokens(labels_of(batch)).flatten()
         found = states_of(self._student.model, batch, pairs)
         head = head_of(self._student.model)
         loss, terms = loss_of_predictions(found.final[rows], head, targets[rows], divergence, self.weights)

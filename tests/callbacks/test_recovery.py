@@ -289,7 +289,7 @@ def test_microbatches_change_nothing(config: Path, trained_folder: Path, tmp_pat
         (["distillation={objectives: {kll: 1.0}}"], "no objective 'kll'"),
         (["distillation={objectives: {kl: 0.0}}"], "need a positive weight"),
         (["distillation={temperature: 0}"], "temperature is 0"),
-        (["distillation={teacher: TEACHER, blocks: [1]}"], "belongs to the objectives mse and cosine"),
+        (["distillation={teacher: TEACHER, blocks: [1]}"], "belongs to the objectives mse, cosine and local"),
         (["distillation={teacher: TEACHER, objectives: {mse: 1.0}, blocks: [9]}"], "names 9; the model has 4 blocks"),
         (["distillation={objectives: {mse: 1.0}}", "l0_pruning={target: {hidden: 16}}"], "gates of hidden dimensions"),
         (["distillation={teacher: TEACHER}", "block_replacement={length: 2}"], "leave out distillation"),

@@ -263,7 +263,7 @@ def test_choices_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     run("plan", "--methods")
     assert capsys.readouterr().out.startswith("lowest ")
     run("score", "--names")
-    assert len(capsys.readouterr().out.splitlines()) == 21
+    assert len(capsys.readouterr().out.splitlines()) == 23
 
 
 def test_families_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,7 +115,7 @@ class Vocabulary:
             new += more
         return frozenset(found)
 
-    def in_order(self, counts: Mapping[int, int], rows: int) -> list[int]:
+    def in_order(self, counts: Mapping[int, float], rows: int) -> list[int]:
         """All token ids, in the order in which they should stay: those that must, then by use.
 
         A use of a token counts for the tokens that it is made of too, so that these never come after it.

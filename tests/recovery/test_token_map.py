@@ -82,7 +82,7 @@ def test_a_student_with_fewer_tokens_learns(cut: Path, trained_folder: Path, tmp
         line for line in job(cut, tmp_path / "run", trained_folder, "{kl: 1.0, mse: 0.1}") if "distillation/kl" in line
     ]
     losses = [line["distillation/kl"] for line in found]
-    assert sum(losses[-3:]) < 0.85 * sum(losses[:3])
+    assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
     assert all(line["distillation/left_out"] == 0 for line in found)
 
 

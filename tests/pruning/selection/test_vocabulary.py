@@ -25,6 +25,7 @@ from llmprune.pruning.planning import choose_plan, make_plan, open_scored
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.pruning.selection.settings import PlanConfig
+from llmprune.pruning.selection.vocabulary import expected_uses
 from llmprune.utils.errors import UserError
 
 SIZE = 280  # of 300 tokens, of which 256 are bytes
@@ -56,6 +57,12 @@ def test_uses_are_counted_in_prepared_data_and_in_text(corpus: Path, data: Path)
     assert count_tokens(CalibrationConfig(str(corpus)), tokenizer).keys() == expected.keys() - {tokenizer.eos_token_id}
     with pytest.raises(UserError, match="score again with --data"):
         count_tokens(CalibrationConfig(), tokenizer)
+
+
+def test_text_in_general_counts_too() -> None:
+    assert expected_uses({3: 5}, 4, weight=0.0) == {0: 0, 1: 0, 2: 0, 3: 5}
+    found = expected_uses({3: 25}, 4, weight=1.0)  # 25 tokens, shared out as 1 : 1/2 : 1/3 : 1/4
+    assert found == pytest.approx({0: 12, 1: 6, 2: 4, 3: 28})
 
 
 def test_the_cut_model_computes_the_same_of_the_tokens_that_stay(

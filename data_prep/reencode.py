@@ -1,6 +1,7 @@
 """Prepared data for another tokenizer, such as that of a model with fewer tokens."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,16 +63,20 @@ def reencode(
         compression=manifest.compression,
     )
     held_out = [texts / EVAL] if (texts / EVAL).exists() else []
-    found = prepare(
-        [texts / TRAIN],
-        tokenizer,
-        out,
-        settings,
-        eval_inputs=held_out,
-        processes=processes,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    try:
+        found = prepare(
+            [texts / TRAIN],
+            tokenizer,
+            out,
+            settings,
+            eval_inputs=held_out,
+            processes=processes,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    except UserError:
+        shutil.rmtree(texts)
+        raise
     shutil.rmtree(texts)
     return found
 
@@ -91,6 +96,7 @@ def _write(prepared: PreparedData, texts: Path) -> None:
             with file.open("w", encoding="utf-8") as lines:
                 for text in _documents(prepared, domain, split, before):
                     lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            os.utime(file, (0, 0))  # written again, it is the same input for a job that was stopped
     write_json(texts / "done.json", contents)
 
 

@@ -278,12 +278,11 @@ def verify(a: Place, b: Place, *, plan: "Plan | Place | None" = None) -> "Differ
     Raises:
         UserError: a model can't be opened, or the vocabularies differ.
     """
-    from llmprune.conversion.verify import compare_models, open_for_comparison
+    from llmprune.conversion.verify import verify as compared
     from llmprune.plans.plan import Plan
 
     loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(str(plan))
-    kept = None if loaded is None else loaded.vocabulary
-    return compare_models(open_for_comparison(str(a), loaded), open_for_comparison(str(b)), vocabulary=kept)
+    return compared(str(a), str(b), loaded)
 
 
 def evaluate(

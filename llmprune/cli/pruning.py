@@ -144,13 +144,11 @@ def verify(
     """Compare the logits of two models on the same tokens, in float32; exit code 1 if any is not finite."""
     from dataclasses import asdict
 
-    from llmprune.conversion.verify import compare_models, open_for_comparison
+    from llmprune.conversion.verify import verify as compared
     from llmprune.plans.plan import Plan
     from llmprune.utils.files import to_json
 
-    loaded = None if plan is None else Plan.load(plan)
-    kept = None if loaded is None else loaded.vocabulary
-    difference = compare_models(open_for_comparison(a, loaded), open_for_comparison(b), vocabulary=kept)
+    difference = compared(a, b, None if plan is None else Plan.load(plan))
     if as_json:
         print(to_json(asdict(difference)))
     elif not difference.is_finite:

@@ -90,6 +90,21 @@ def _follow(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     return model
 
 
+def verify(a: Path | str, b: Path | str, plan: Plan | None = None) -> Difference:
+    """Open two models and compare their logits.
+
+    Args:
+        a: folder, hub name or checkpoint.
+        b: another one.
+        plan: plan whose removed parts are left out of ``a``; tokens that it removes are left out of the comparison.
+
+    Raises:
+        UserError: a model can't be read, the plan is for another one, or the vocabularies differ.
+    """
+    kept = None if plan is None else plan.vocabulary
+    return compare_models(open_for_comparison(a, plan), open_for_comparison(b), vocabulary=kept)
+
+
 @torch.no_grad()
 def compare_models(
     a: PreTrainedModel,

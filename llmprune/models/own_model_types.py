@@ -93,6 +93,9 @@ def with_skipped(plain: PretrainedConfig, skipped: Mapping[str, Sequence[int]]) 
         raise UserError("blocks without an MLP are not possible for mixtures of experts: take out experts, or blocks")
     if len(skipped.get("attention", ())) >= family.shape(plain).layers:
         raise UserError("a model without any attention does not see the tokens before: keep one at least")
+    kinds = getattr(plain, "layer_types", None) or []
+    if kinds and all(number in skipped.get("attention", ()) for number, kind in enumerate(kinds) if kind == kinds[0]):
+        raise UserError(f"no {kinds[0]} would stay, which the key/value cache begins with: keep one at least")
     config = own_config(plain)
     parts = {name: asdict(parts_of(family, name)) for name in ("attention", "mlp")}
     setattr(

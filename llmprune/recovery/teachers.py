@@ -106,7 +106,9 @@ class ModelTeacher:
     @torch.no_grad()
     def lesson(self, batch: Batch, chosen: Tensor) -> tuple[Divergence, dict[int, Tensor]]:
         """See ``Teacher``."""
-        tokens = None if self._tokens is None else self._tokens.to(batch["input_ids"].device)
+        if self._tokens is not None:
+            self._tokens = self._tokens.to(batch["input_ids"].device)
+        tokens = self._tokens
         if tokens is not None:
             batch = {**batch, "input_ids": tokens.teachers[batch["input_ids"]]}
         if self._alone is None:

@@ -41,6 +41,7 @@ from llmprune.pruning.selection.methods import ScoredModel
 from llmprune.recovery.correspondence import corresponding
 from llmprune.recovery.distillation import DistillationConfig
 from llmprune.recovery.lora import LoRAConfig
+from llmprune.recovery.token_map import TokenMap
 from llmprune.recovery.trainable import TrainableConfig
 from llmprune.training.replaced_span import most_alike
 from llmprune.utils.processes import TERMINATION
@@ -152,6 +153,8 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "other": {"teacher": "other", "objectives": {"kl": 1.0, "lm": 1.0}},
     "other-top-k": {"teacher": "other", "objectives": {"kl": 1.0}, "top_k": 8},
     "other-states": {"teacher": "other", "objectives": {"mse": 1.0, "cosine": 1.0}},
+    "other-alone": {"teacher": "other", "objectives": {"kl": 1.0, "local": 1.0}},
+    "other-vocabulary": {"teacher": "other", "objectives": {"kl": 1.0, "lm": 1.0}},
     "kept": {"objectives": {"kl": 1.0, "lm": 1.0}, "top_k": 2},
 }
 
@@ -161,16 +164,16 @@ def test_distillation(waits: Waits, name: str, monkeypatch: pytest.MonkeyPatch) 
     settings, gated = TEACHERS[name], name == "own"
     layers = 4 if gated else 3
     monkeypatch.setattr(distillation, "load_model", lambda *_, **__: random_model(tiny_config(), seed=1))
-    states = {"mse", "cosine"} & settings["objectives"].keys()
+    states = {"mse", "cosine", "local"} & settings["objectives"].keys()
     learned = corresponding(shape_of(layers), shape_of(4), None, None) if states else None
     kept = name == "kept"
-    callbacks: list[Callback] = [
-        distillation.Distillation(DistillationConfig(**settings), correspondence=learned, kept=kept)
-    ]
+    tokens = TokenMap.padded(300, 300) if name == "other-vocabulary" else None
+    callbacks: list[Callback] = [distillation.Distillation(DistillationConfig(**settings), learned, tokens, kept=kept)]
     if gated:
         config = L0PruningConfig(target=TargetShape(intermediate=32), lagrangian_warmup="4ba")
         callbacks.insert(0, L0Pruning(config, seed=1))
-    steps(Loop(wrapped(layers), callbacks, waits), 4, 2, teacher=kept)
+    passes = 3 if "local" in settings["objectives"] else 2  # each forward pass of Transformers waits once
+    steps(Loop(wrapped(layers), callbacks, waits), passes + 2, 2, teacher=kept)
 
 
 def test_adapters(waits: Waits) -> None:

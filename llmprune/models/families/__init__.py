@@ -13,7 +13,7 @@ from llmprune.models.families.opt import OPT
 from llmprune.models.families.richer import FIELD, RicherHeadsConfig, attention_output, module_name, richer_family
 from llmprune.models.families.roles_and_axes import AXES, EMBEDDINGS, MATRICES, NORMS, OUTPUTS, SUBLAYERS, Axis, Role
 from llmprune.models.families.shapes import PRUNED, Shape, shape_from, shapes_between, target_shape
-from llmprune.models.families.skipped import SKIPPED, Parts, parts_of, refuse_skipped, skipped_of
+from llmprune.models.families.skipped import SKIPPED, parts_of, refuse_skipped, skipped_of
 from llmprune.utils.errors import UserError
 from llmprune.utils.registry import Registry
 
@@ -31,7 +31,6 @@ __all__ = [
     "Axis",
     "Family",
     "Parameter",
-    "Parts",
     "RicherHeadsConfig",
     "Role",
     "Shape",

@@ -162,6 +162,13 @@ def test_what_is_not_possible_is_told(trained_folder: Path, data: Path, scores: 
     settings = LayerScoringConfig(CalibrationConfig(str(data), samples=2, length=24))
     with pytest.raises(UserError, match="but not scored"):
         score(str(tmp_path / "cut"), settings, Placement())
+    windowed = random_model(CONFIGS["gemma3"])
+    windowed.save_pretrained(tmp_path / "windows")
+    kinds = windowed.config.layer_types
+    first = tuple(("attention", number) for number, kind in enumerate(kinds) if kind == kinds[0])
+    if len(first) < len(kinds):
+        with pytest.raises(UserError, match="which the key/value cache begins with"):
+            apply(tmp_path / "windows", plan_for(tmp_path / "windows", first), tmp_path / "other")
     random_model(CONFIGS[MIXTURES[0]]).save_pretrained(tmp_path / "mixture")
     with pytest.raises(UserError, match="not possible for mixtures of experts"):
         apply(tmp_path / "mixture", plan_for(tmp_path / "mixture", (("mlp", 1),)), tmp_path / "other")

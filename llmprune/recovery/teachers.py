@@ -99,15 +99,14 @@ class ModelTeacher:
             alone: function that opens a context in which the model, otherwise the student, computes as the teacher.
             tokens: how the model reads the student's tokens; None = both have the same vocabulary.
         """
-        self._tokens, self._left_out = tokens, list[Tensor]()
+        self._tokens = None if tokens is None else tokens.to(model.device)  # once: a copy makes a GPU's host wait
+        self._left_out: list[Tensor] = []
         self.model, self._blocks, self._alone = model, set(blocks), alone
         self._top_k, self._temperature = top_k, temperature
 
     @torch.no_grad()
     def lesson(self, batch: Batch, chosen: Tensor) -> tuple[Divergence, dict[int, Tensor]]:
         """See ``Teacher``."""
-        if self._tokens is not None:
-            self._tokens = self._tokens.to(batch["input_ids"].device)
         tokens = self._tokens
         if tokens is not None:
             batch = {**batch, "input_ids": tokens.teachers[batch["input_ids"]]}

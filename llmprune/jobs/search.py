@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from composer.core import Time
 from composer.utils import dist
 from transformers import PretrainedConfig
 
@@ -42,6 +43,7 @@ from llmprune.jobs.stages import (
     recover,
     recovery_of,
     score_for,
+    shortened,
 )
 from llmprune.models.families import Shape, shape_from
 from llmprune.models.loaded import open_model
@@ -151,6 +153,7 @@ def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
         UserError: a candidate is impossible, or there is no budget.
     """
     settings, data = config.search, calibration_of(config)
+    _check_rungs(config)
     if settings.budget.vocabulary is not None:
         raise UserError(OTHER_DATA)
     names = settings.scored(config.plan)
@@ -174,6 +177,18 @@ def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
         else:
             rehearse(plan, names, model, data)
     limits_of(costs_of(settings.budget, sizes, default_device()), sizes.source)
+
+
+def _check_rungs(config: SearchConfig) -> None:
+    """Refuse a warm-up that fills a short recovery: its candidates would be compared as they were cut."""
+    warmup = Time.from_timestring(config.scheduler.warmup)
+    for share in config.search.rungs:
+        duration = Time.from_timestring(shortened(config.train.duration, share))
+        if warmup.unit is duration.unit and warmup.value >= duration.value:
+            raise UserError(
+                f"scheduler.warmup {config.scheduler.warmup} is as long as the recovery of search.rungs {share:g} "
+                f"({duration.to_timestring()}): write a share such as 0.03dur"
+            )
 
 
 def _check_units(name: str) -> None:

@@ -183,15 +183,15 @@ def recovery_of(
         within = place.relative_to(config.run.folder).as_posix()
         parts["checkpoint"] = replace(config.checkpoint, remote=f"{config.checkpoint.remote.rstrip('/')}/{within}")
     if share != 1:
-        parts["train"] = replace(config.train, duration=_shortened(config.train.duration, share))
+        parts["train"] = replace(config.train, duration=shortened(config.train.duration, share))
     model = replace(config.model, path=str(pruned or place / "pruned"))
     return schema(**{**parts, "job": "train", "run": run, "model": model})
 
 
-def _shortened(duration: str, share: float) -> str:
+def shortened(duration: str, share: float) -> str:
     """A share of a duration, one unit at least.
 
-    >>> _shortened("1000ba", 0.1), _shortened("3ba", 0.1)
+    >>> shortened("1000ba", 0.1), shortened("3ba", 0.1)
     ('100ba', '1ba')
     """
     whole = Time.from_timestring(duration)

@@ -161,7 +161,7 @@ def test_a_stopped_job_goes_on_where_it_was(
 
 def test_after_a_short_recovery_the_better_half_goes_on(yaml: Path, tmp_path: Path) -> None:
     folder = tmp_path / "job"
-    given = [f"run.folder={folder}", "search.best=3", "search.rungs=[0.25, 0.5]"]
+    given = [f"run.folder={folder}", "search.best=3", "search.rungs=[0.25, 0.5]", "scheduler.warmup=0ba"]
     search(job(yaml, *given))
     rows = [row for row in rows_of(folder) if "rungs" in row]
     by_calibration = sorted(
@@ -175,7 +175,7 @@ def test_after_a_short_recovery_the_better_half_goes_on(yaml: Path, tmp_path: Pa
     assert all(row["rungs"][0] <= left["rungs"][0] for row in second)
     winner = min(second, key=lambda row: row["rungs"][1])
     assert [row["number"] for row in rows_of(folder) if "recovered" in row] == [winner["number"]]
-    assert winner["recovered"]["loss"] < winner["rungs"][0] <= winner["cut"]["loss"]
+    assert winner["recovered"]["loss"] < winner["rungs"][0] < winner["cut"]["loss"]
     assert not list(folder.glob("candidates/*/rung-*"))
     before = rows_of(folder)
     search(job(yaml, *given, "run.autoresume=true"))
@@ -305,6 +305,7 @@ def test_the_front_is_that_of_a_naive_comparison() -> None:
         (["distillation={teacher: somewhere, plan: plan.json}"], "leave out distillation.plan"),
         (["data.path=s3://bucket/data"], "layer_scoring.data.path"),
         (["search.rungs=[0.5, 0.2]"], "must be ascending"),
+        (["search.rungs=[0.25]"], "scheduler.warmup 1ba is as long as the recovery of search.rungs 0.25"),
         (["search.remove=[6]"], "6 of 6 blocks can't be removed"),
         (["search.shapes=[{hidden: 64}]"], "must lie between 1 and the source's 32"),
         (["search.shapes=[{hiden: 16}]"], "a shape has no 'hiden'"),

@@ -153,7 +153,6 @@ def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
         UserError: a candidate is impossible, or there is no budget.
     """
     settings, data = config.search, calibration_of(config)
-    _check_rungs(config)
     if settings.budget.vocabulary is not None:
         raise UserError(OTHER_DATA)
     names = settings.scored(config.plan)
@@ -176,6 +175,7 @@ def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
                 Steps.of(sizes, settings.budget.multiple, 1, depth=False, width=True)
         else:
             rehearse(plan, names, model, data)
+    _check_rungs(config)
     limits_of(costs_of(settings.budget, sizes, default_device()), sizes.source)
 
 

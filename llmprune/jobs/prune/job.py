@@ -213,7 +213,7 @@ class _Prune:
         """Refuse a folder that holds something else; returns whether it holds a part of this job."""
         out, known, wanted = self._out, self._out / "prune.json", self._identity()
         refuse_deleting(out)
-        before = read_json(known) if known.is_file() else None
+        before = _record(known) if known.is_file() else None
         if before == wanted:
             return True
         if not is_empty(out) and not overwrite:
@@ -414,6 +414,18 @@ def _check_splits(data: PreparedData, remedy: str) -> None:
             raise UserError(f"{data.location} has no {words} samples: {remedy}")
 
 
+def _record(path: Path) -> Any:
+    """What a folder was begun with; settings that came later have their defaults."""
+    record = read_json(path)
+    if isinstance(record, dict) and isinstance(settings := record.get("settings"), dict):
+        defaults = dataclasses.asdict(PruneConfig())
+        budget = settings.get("budget")
+        record["settings"] = {**defaults, **settings}
+        if isinstance(budget, dict):
+            record["settings"]["budget"] = {**defaults["budget"], **budget}
+    return record
+
+
 def _difference(before: Any, now: dict[str, Any]) -> str:
     """The first setting in which a folder's record differs from the present settings."""
     was = before if isinstance(before, dict) else {}
@@ -422,8 +434,8 @@ def _difference(before: Any, now: dict[str, Any]) -> str:
     if was.get("inputs") != now["inputs"]:
         return "other contents of its data or prompts"
     old, new = (dict(leaves(one.get("settings", {}))) for one in (was, now))
-    changed = next((key for key in sorted({*old, *new}) if old.get(key) != new.get(key)), "other settings")
-    return f"{changed} = {old.get(changed)}"
+    changed = next((key for key in sorted({*old, *new}) if old.get(key) != new.get(key)), None)
+    return "other settings" if changed is None else f"{changed} = {old.get(changed)}"
 
 
 def _measure(models: list[str], out: Path) -> None:

@@ -36,6 +36,7 @@ from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.settings import BudgetConfig
 from llmprune.pruning.selection.correction import check_tokens
 from llmprune.utils.errors import UserError
+from llmprune.utils.files import read_json, write_json
 from llmprune.utils.processes import TERMINATION, Preempted
 from tests.conftest import tiny_config
 
@@ -109,6 +110,15 @@ def test_it_does_not_matter_how_a_path_is_written(
     monkeypatch.chdir(source)
     model = f"../{source.name}/"
     again = prune(model, out / ".." / out.name, PruneConfig(SMALL, data=os.path.relpath(data), tokens="4K"))
+    assert again.models == outcome.models
+
+
+def test_a_folder_from_before_a_setting_came_goes_on(pruned: tuple[Path, Outcome], source: Path, data: Path) -> None:
+    out, outcome = pruned
+    record = read_json(out / "prune.json")
+    del record["settings"]["prompts"], record["settings"]["budget"]["vocabulary"]
+    write_json(out / "prune.json", record)
+    again = prune(str(source), out, PruneConfig(SMALL, data=str(data), tokens="4K"))
     assert again.models == outcome.models
 
 

@@ -145,10 +145,12 @@ class Distilling:
         rows = places(chosen)  # once: on a GPU the host waits for it
         divergence, teachers = self._teacher.lesson(batch, rows)
         self.terms = {}
+        # An objective whose weight is 0 for the moment counts too: parameters without a gradient would begin later with
+        # their optimizer's moments, and data-parallel training, which gives each a gradient, would differ.
         parts = []
-        if self.weights.get(LOCAL):
+        if LOCAL in self.weights:
             parts.append(self._alone(batch, teachers, chosen))
-        if any(weight for name, weight in self.weights.items() if name != LOCAL):
+        if self.weights.keys() - {LOCAL}:
             parts.append(self._together(batch, teachers, chosen, rows, divergence))
         self._teacher.done()
         if (left_out := self._teacher.left_out()) is not None:

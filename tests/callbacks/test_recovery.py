@@ -65,7 +65,7 @@ def kinds(teacher: Path) -> dict[str, str]:
         "parts": "trainable={parameters: [final_norm, last.1], later: {3ba: [norms, block.0], 6ba: [all]}}",
         "lora": "lora={dropout: 0.0}",
         "teacher": f"distillation={{teacher: {teacher}, dtype: float32, temperature: 2.0, "
-        "objectives: {kl: 1.0, mse: 0.5, cosine: 0.1}, final_objectives: {lm: 1.0}}",
+        "objectives: {local: 1.0}, final_objectives: {kl: 1.0, mse: 0.5, cosine: 0.1, lm: 1.0}}",
         "both": f"lora={{dropout: 0.0}};distillation={{teacher: {teacher}, dtype: float32, top_k: 20}}",
     }
 

@@ -10,7 +10,7 @@ from composer.utils import dist
 from llmprune.data.order import keyed_generator
 from llmprune.models.causal_lm import ComposerCausalLM
 from llmprune.models.parameters import train_only
-from llmprune.recovery.lora import LoRAConfig, add_adapters
+from llmprune.recovery.lora import LoRAConfig, add_adapters, hold_frozen
 from llmprune.utils.settings import check_settings
 
 
@@ -21,20 +21,27 @@ class LowRankAdaptation(Callback):
     values.
     """
 
-    def __init__(self, config: LoRAConfig, *, seed: int) -> None:
+    def __init__(self, config: LoRAConfig, *, seed: int, frozen: torch.dtype | None = None) -> None:
         """Store the settings.
+
+        Args:
+            config: settings of the adapters.
+            seed: seed of the adapters and of dropout.
+            frozen: dtype in which the blocks' frozen matrices are held; None = as they are.
 
         Raises:
             UserError: a setting is out of range.
         """
         check_settings(config, "lora")
-        self.config, self._seed, self._microbatch = config, seed, 0
+        self.config, self._seed, self._frozen, self._microbatch = config, seed, frozen, 0
 
     def init(self, state: State, logger: Logger) -> None:
         """Add the adapters to the model, before it is sharded."""
         model = cast(ComposerCausalLM, state.model)
         adapters = add_adapters(model.model, self.config, self._seed)
         train_only(model, state.optimizers, adapters)
+        if self._frozen is not None:
+            hold_frozen(model.model, self._frozen)
         if state.fsdp_config is None:  # with sharding, the shards are moved later, adapters included
             state.device.module_to_device(model)
         logger.log_hyperparameters({"trainable/parameters": sum(parameter.numel() for parameter in adapters)})

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from composer.core import Time
 from transformers import PretrainedConfig
 
@@ -41,7 +42,7 @@ def memory_of(
     dtype, teaching, learning = DTYPES[config.model.dtype], sizes.needs.teaching, learning_bytes(config, sizes)
     shards = 1 if config.sharding is None else ranks // config.sharding.replicas
     moments = MOMENTS.get(config.optimizer.name, MOST_MOMENTS)
-    weights, gradients = _weights(config, sizes, shards), learning / shards
+    weights, gradients = _weights(config, sizes, shards, device), learning / shards
     working, gathered = _at_peak(config, model, sizes, gradients, length=length, ranks=ranks, device=device)
     found = {
         "weights": weights,
@@ -67,9 +68,17 @@ def memory_of(
     return found
 
 
-def _weights(config: Config, sizes: JobSizes, shards: int) -> float:
+def _held_as_multiplied(config: Config, sizes: JobSizes, device: str) -> torch.dtype | None:
+    """The dtype of matrix products if the blocks' matrices are held in it instead of ``model.dtype``."""
+    held = sizes.needs.frozen_as_multiplied and config.sharding is None
+    return autocast_of(config, device) if held else None
+
+
+def _weights(config: Config, sizes: JobSizes, shards: int, device: str) -> float:
     """Bytes of the weights of a rank, with the weights that sections add."""
     itemsize, block_itemsize = DTYPES[config.model.dtype].itemsize, sizes.needs.block_itemsize
+    if (held := _held_as_multiplied(config, sizes, device)) is not None:
+        block_itemsize = held.itemsize
     weights = sizes.parameters * itemsize / shards
     if block_itemsize is not None:
         weights = sizes.outside * itemsize + (sizes.parameters - sizes.outside) * block_itemsize
@@ -112,7 +121,7 @@ def _at_peak(
     stages = _stages(config, model, sizes, kept, micro * length, device)
     totals = [(stage.working - (0.0 if stage.late else away), stage.gathered) for stage in stages]
     working, gathered = max(totals, key=sum)
-    if autocast is not None and config.sharding is None:
+    if autocast is not None and config.sharding is None and _held_as_multiplied(config, sizes, device) is None:
         working += (sizes.parameters - sizes.outside) * autocast.itemsize  # cast weights, cached for a whole pass
     return working, gathered
 

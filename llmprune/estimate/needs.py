@@ -51,6 +51,8 @@ class Needs:
         gates: number of gate parameters and Lagrange multipliers.
         lowest: number of the first block that gradients pass through; None = the lowest block with a name in ``names``.
         block_itemsize: bytes of one weight of a block; None = as in ``model.dtype``.
+        frozen_as_multiplied: whether the blocks' matrices are held in the dtype of matrix products, unless they are
+            sharded.
         added_to: function that adds the sections' modules to a model, so that their activations are counted; its
             arguments are the model and the device type ("cuda" or "cpu").
         teaching: sizes of the teacher; None = no teacher.
@@ -65,6 +67,7 @@ class Needs:
     gates: int = 0
     lowest: int | None = None
     block_itemsize: float | None = None
+    frozen_as_multiplied: bool = False
     added_to: Callable[[PreTrainedModel, str], object] | None = None
     teaching: Teaching | None = None
     logits: Literal["learned", "compared", "evaluated"] = "learned"

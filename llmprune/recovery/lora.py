@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from llmprune.models.block_hooks import blocks_of
 from llmprune.models.families import MATRICES, SUBLAYERS, Role, family_of
 from llmprune.recovery.four_bits import MARK, describe_packed, written_out
 from llmprune.utils.errors import UserError, nearest
@@ -36,7 +37,7 @@ class LoRAConfig:
 
     rank: int = limited(8, least=1)
     alpha: float = limited(16.0, above=0)
-    dropout: float = limited(0.05, least=0, below=1)
+    dropout: float = limited(0.0, least=0, below=1)
     targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])
     quantize: Literal["nf4"] | None = None
 
@@ -96,6 +97,23 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> list[
     return [parameter for adapter in adapters for parameter in adapter.parameters()]
 
 
+def hold_frozen(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Hold the frozen matrices of a model's blocks, except routers, in the dtype of matrix products under autocast.
+
+    Every product stays bit for bit as it was, because autocast rounds the matrices in the same way. They take half of
+    float32's memory, and the rounded copies that autocast keeps until the backward pass are no longer made.
+
+    Args:
+        model: model with adapters, in which only these learn.
+        dtype: dtype of matrix products.
+    """
+    routers = tuple(name for name, role in family_of(model.config).block.items() if role is Role.ROUTER)
+    for block in blocks_of(model):
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad and name not in routers:
+                module.to(dtype)
+
+
 def base_name(name: str) -> str | None:
     """A parameter's name in the model without adapters; None = the parameter is an adapter's."""
     return None if ".lora_" in name else name.replace(BASE, ".")
@@ -105,7 +123,7 @@ class AdaptedWeights(Mapping[str, Tensor]):
     """A model's weights with the adapters merged into them, each computed when it is read.
 
     The base has the values used in training: a matrix in four bits is first converted to the dtype that it was
-    quantised from. A merged matrix has the dtype of its base.
+    quantised from. A merged matrix is float32.
     """
 
     def __init__(self, stored: Mapping[str, Tensor], config: LoRAConfig) -> None:
@@ -129,7 +147,7 @@ class AdaptedWeights(Mapping[str, Tensor]):
         if not inside:
             return base
         low, high = self._stored[before + A].float(), self._stored[before + B].float()
-        return (base.float() + self._scale * (high @ low)).to(base.dtype)
+        return base.float() + self._scale * (high @ low)
 
     def __iter__(self) -> Iterator[str]:
         """The names of the model's own parameters."""

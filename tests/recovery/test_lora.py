@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from llmprune.recovery.lora import AdaptedWeights, LoRAConfig, add_adapters, lora_targets
+from llmprune.models.parameters import train_only
+from llmprune.recovery.lora import AdaptedWeights, LoRAConfig, add_adapters, hold_frozen, lora_targets
 from llmprune.utils.errors import UserError
 from tests.conftest import random_model
 from tests.models.families.test_conformance import CONFIGS
@@ -56,6 +57,39 @@ def test_merged_is_adapted(name: str, tokens: torch.Tensor) -> None:
         found = plain(input_ids=tokens).logits
     assert (wanted - before).abs().max() > 1e-2 * before.abs().max()
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_frozen_matrices_in_the_dtype_of_the_products_change_nothing(name: str, tokens: torch.Tensor) -> None:
+    """Outputs and the adapters' gradients are the same bits, and the merged matrices those of the rounded base."""
+    settings = LoRAConfig(rank=3)
+    found, merged = [], []
+    for held in (False, True):
+        model = random_model(CONFIGS[name]).eval()
+        adapters = add_adapters(model, settings, seed=1)
+        train_only(model, [], adapters)
+        with torch.no_grad():
+            for place, parameter in enumerate(adapters):
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(place))
+        if held:
+            hold_frozen(model, torch.bfloat16)
+        else:  # by hand
+            rounded = {key: value.bfloat16().float() for key, value in random_model(CONFIGS[name]).named_parameters()}
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=tokens).logits
+        logits.square().mean().backward()
+        found.append([logits, *(parameter.grad for parameter in adapters)])
+        merged.append(AdaptedWeights(dict(model.state_dict()), settings))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)  # type: ignore[arg-type]
+    changed = 0
+    for key in merged[0]:
+        difference = merged[1][key].float() - merged[0][key]
+        if key in rounded and not torch.equal(merged[1][key], merged[0][key]):
+            changed += 1
+            exact = random_model(CONFIGS[name]).get_parameter(key)
+            torch.testing.assert_close(difference, rounded[key] - exact, rtol=0, atol=1e-6)
+    assert changed
 
 
 def test_the_seed_decides_how_adapters_begin() -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from composer import Callback
+from composer.utils import get_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.callbacks.low_rank_adaptation import LowRankAdaptation
 from llmprune.config.section_registry import SECTIONS
-from llmprune.estimate.needs import Needs
+from llmprune.estimate.needs import Needs, autocast_of
 from llmprune.models.number_formats import DTYPES
 from llmprune.recovery.four_bits import NF4_ITEMSIZE, quantization
 from llmprune.recovery.lora import AdaptedWeights, LoRAConfig, add_adapters, base_name, lora_targets
@@ -61,7 +62,11 @@ class LoRASection(Section[LoRAConfig]):
 
     def callbacks(self, build: Build) -> Iterable[Callback]:
         """The callback ``LowRankAdaptation``."""
-        return [LowRankAdaptation(self.own, seed=self.config.run.seed)]
+        config = self.config
+        products = autocast_of(config, "cuda" if get_device(config.train.device).name == "gpu" else "cpu")
+        as_loaded = config.sharding is not None or self.own.quantize is not None
+        frozen = None if as_loaded else products
+        return [LowRankAdaptation(self.own, seed=config.run.seed, frozen=frozen)]
 
     @classmethod
     def needs(cls, own: LoRAConfig, model: PreTrainedModel, before: Needs) -> Needs:
@@ -74,6 +79,7 @@ class LoRASection(Section[LoRAConfig]):
             added=added,
             lowest=0,
             block_itemsize=None if own.quantize is None else NF4_ITEMSIZE,
+            frozen_as_multiplied=own.quantize is None,
             added_to=lambda built, device: _adapt(built, own, device),
         )
 

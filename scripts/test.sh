@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 source .venv/bin/activate
 ruff format --check .
 ruff check .
-mypy llmprune data_prep train.py scripts/*.py studies/*.py studies/heads/*.py studies/small/*.py
+mypy llmprune data_prep train.py scripts/*.py studies/*.py studies/heads/*.py studies/small/*.py studies/ladder/*.py
 lint-imports
 if [ "${1:-}" = "--fast" ]; then
   shift

@@ -1,0 +1,71 @@
+"""What is known of the cells: the file that is kept, its table and its plot."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llmprune.utils.files import read_json, write_json
+
+RESULTS = Path(__file__).resolve().with_name("results.json")
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """What is known of the cells, by name."""
+    return read_json(RESULTS) if RESULTS.exists() else {}
+
+
+def keep(name: str, facts: dict[str, Any]) -> None:
+    """Keep what is known of a cell."""
+    write_json(RESULTS, dict(sorted({**results(), name: facts}.items())))
+
+
+def parent_of(name: str) -> str:
+    """The cell that a recovered one began with; of others, their own name."""
+    return name.split("/", 2)[2].rpartition("/")[0] if name.startswith("recovered/") else name
+
+
+def tokens_of(name: str, found: dict[str, dict[str, Any]]) -> int:
+    """The tokens that a model took from the source on: to score, to cut and to recover."""
+    before = found.get(parent_of(name), {}) if name.startswith("recovered/") else {}
+    return int(found[name]["tokens"]) + int(before.get("tokens", 0))
+
+
+def lost(name: str, found: dict[str, dict[str, Any]]) -> float:
+    """Nats per token of WikiText-2, in segments of 512, that a model lost."""
+    return math.log(found[name]["wikitext_512"]) - math.log(found["source"]["wikitext_512"])
+
+
+def table(names: Iterable[str]) -> str:
+    """A row for every cell that is known."""
+    found = results()
+    columns = (
+        "model",
+        "parameters, M",
+        "tokens",
+        "seconds",
+        "WikiText-2, 512",
+        "2,048",
+        "nats lost",
+        "won back",
+        "held-out loss",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name in names:
+        if facts := found.get(name):
+            parent = parent_of(name)
+            known = parent != name and parent in found
+            won = f"{1 - lost(name, found) / lost(parent, found):.0%}" if known else ""
+            cells = (
+                f"`{name}`",
+                f"{facts['parameters'] / 1e6:.1f}",
+                f"{tokens_of(name, found):,}",
+                f"{facts['seconds']:.0f}",
+                f"{facts['wikitext_512']:.1f}",
+                f"{facts['wikitext_2048']:.1f}",
+                f"{lost(name, found):.3f}",
+                won,
+                f"{facts['held_out']:.3f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

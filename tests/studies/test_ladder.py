@@ -1,0 +1,49 @@
+"""The ladder's cells and its table."""
+
+import math
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmprune.utils.files import write_json
+
+LADDER = Path(__file__).parents[2] / "studies" / "ladder"
+MODULES = ("cells", "measures", "results", "work")
+
+
+@pytest.fixture(autouse=True)
+def _found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The ladder's modules can be imported, in these tests only."""
+    monkeypatch.syspath_prepend(LADDER)
+    yield
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+def test_cells_are_made_of_cells() -> None:
+    cells: dict[str, Any] = runpy.run_path(str(LADDER / "cells.py"))["ladder"]()
+    parents = {cell.parent for cell in cells.values()} - {None}
+    assert parents
+    assert parents <= set(cells)
+    results = runpy.run_path(str(LADDER / "results.py"))
+    for name, cell in cells.items():
+        assert results["parent_of"](name) == (cell.parent or name)
+
+
+def test_the_table_counts_all_tokens_and_the_nats_won_back(tmp_path: Path) -> None:
+    found = runpy.run_path(str(LADDER / "results.py"))
+    facts = {"parameters": 99_000_000, "seconds": 1.0, "wikitext_2048": 20.0, "held_out": 3.0}
+    known = {
+        "source": {**facts, "tokens": 0, "wikitext_512": 20.0},
+        "blocks/0.75/taylor": {**facts, "tokens": 100, "wikitext_512": 20.0 * math.exp(2.0)},
+        "recovered/0.05M/blocks/0.75/taylor/KL": {**facts, "tokens": 50, "wikitext_512": 20.0 * math.exp(0.5)},
+    }
+    write_json(tmp_path / "results.json", known)
+    found["table"].__globals__["RESULTS"] = tmp_path / "results.json"
+    rows = found["table"](known).splitlines()[2:]
+    assert [row.split(" | ")[2] for row in rows] == ["0", "100", "150"]
+    assert [row.split(" | ")[6:8] for row in rows] == [["0.000", ""], ["2.000", ""], ["0.500", "75%"]]

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,14 @@ from llmprune.pruning.planning import COMPARED, default_device
 
 UTILISATION = 0.4  # share of the speed of one large matrix product that a model reaches
 FORWARD, TRAINING = 2, 6  # operations for a parameter and a token
+
+
+_SHAPES = 24  # that a search over width compares, about
+_AT_MOST: dict[str, Callable[[float], str]] = {
+    "params": lambda most: f"at most {most:,.0f} parameters",
+    "memory": lambda most: f"at most {most / 1e9:,.3g} GB of weights and cache",
+    "latency": lambda most: f"at most {most:.0%} of the source's time for a token",
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,12 @@ class Forecast:
         return "\n".join([*lines, f"{'in all, about':16}{_duration(total):>10}"])
 
 
+def _shapes(config: PruneConfig, ways: int) -> int:
+    """The number of shapes that are compared, about: with fewer blocks and the full width it is one."""
+    tried = min(config.budget.tries, _SHAPES)
+    return {"depth": 1, "auto": 1 + (ways - 1) * tried}.get(config.method, ways * tried)
+
+
 def forecast(model: str, config: PruneConfig) -> Forecast:
     """The steps that ``prune`` would do; only the model's config is read.
 
@@ -88,7 +103,9 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
     wanted = share * (minutes * 60 * rate / recovery if tokens is None else float(tokens))
     batch = batch_tokens(wanted)
     blocks = family_of(source).shape(source).layers
-    told = ", ".join(f"{limit.name} at most {limit.most:,.4g}" for limit in limits)
+    told = ", ".join(_AT_MOST[limit.name](limit.most) for limit in limits)
+    if config.budget.vocabulary is not None:
+        told += f", {config.budget.vocabulary:,} of {sizes.source.vocabulary or source.vocab_size:,} tokens stay"
     steps = [_data(config, rate, whole)]
     if config.method == "gates":
         steps.append(Step("gates", f"gates train for {GATING:.0%} of the tokens or minutes", None))
@@ -105,7 +122,7 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
             Step(
                 "plan",
                 f"{', '.join(ways)}: up to {config.budget.tries} shapes each, {told}",
-                FORWARD * whole * min(COMPARED, calibration) * config.budget.tries * len(ways) / rate,
+                FORWARD * whole * min(COMPARED, calibration) * _shapes(config, len(ways)) / rate,
             ),
         ]
     steps += [

@@ -18,7 +18,7 @@ from llmprune.reporting.collect import ReportedRun
 from llmprune.reporting.figures import draw_domain_weights
 from llmprune.training.checks import trains
 from llmprune.training.section import Inputs
-from llmprune.training.trainer import build_trainer, checkpoint_uploading_of, prepare_job
+from llmprune.training.trainer import build_trainer, checkpoint_uploading_of, no_needless_warnings, prepare_job
 from llmprune.utils.errors import UserError
 from llmprune.utils.processes import Preempted
 from llmprune.utils.ranks import on_rank_zero
@@ -53,7 +53,8 @@ def _train(config: Config, inputs: Inputs, callbacks: Sequence[Callback]) -> Tra
         finish(trainer)
     elif trainer.state.timestamp < trainer.state.max_duration:
         try:
-            trainer.fit()
+            with no_needless_warnings():
+                trainer.fit()
         except Preempted:
             trainer.close()
             raise

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +143,7 @@ def _compose(
         algorithms.append(GradientClipping("norm", clipping_threshold=config.train.clip_norm))
     if config.sharding is not None and get_device(config.train.device).name == "cpu":  # gloo sums, without averaging
         algorithms.append(AverageGradients())  # after a batch, Composer runs the algorithms in reverse order
-    with contextlib.nullcontext() if resume is None else safe_unpickling(resume), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Specifying the ProgressBarLogger")  # llmprune's progress bar has no state
+    with contextlib.nullcontext() if resume is None else safe_unpickling(resume), no_needless_warnings():
         return Trainer(
             model=model,
             run_name=config.run.name,
@@ -174,6 +173,19 @@ def _compose(
             save_overwrite=True,
             load_path=None if resume is None else str(resume),
         )
+
+
+@contextlib.contextmanager
+def no_needless_warnings() -> Iterator[None]:
+    """While open, Composer does not warn of what is meant so."""
+    with warnings.catch_warnings():
+        for meant in (
+            "Specifying the ProgressBarLogger",  # llmprune's progress bar has no state
+            "The warmup duration is 0",  # a share of a short run
+            "Cannot split tensor of length",  # a batch that is smaller than a microbatch
+        ):
+            warnings.filterwarnings("ignore", meant)
+        yield
 
 
 def checkpoint_uploading_of(trainer: Trainer) -> CheckpointUploading:

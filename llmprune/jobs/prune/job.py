@@ -58,7 +58,7 @@ from llmprune.jobs.prune.recipe import (
     written_tokens,
 )
 from llmprune.jobs.prune.settings import MINUTES, SELF, PruneConfig
-from llmprune.jobs.prune.steps import Steps
+from llmprune.jobs.prune.steps import STEPS, Steps
 from llmprune.jobs.prune.training import Training
 from llmprune.jobs.score import run_scoring
 from llmprune.jobs.stages import asked_to_end, content_of
@@ -216,9 +216,13 @@ class _Prune:
         before = _record(known) if known.is_file() else None
         if before == wanted:
             return True
-        if not is_empty(out) and not overwrite:
-            what = "something else" if before is None else f"a model pruned with {_difference(before, wanted)}"
-            raise UserError(f"{out} holds {what}: choose another --out, or pass --overwrite to begin anew")
+        if before is None and not is_empty(out):
+            raise UserError(f"{out} holds something else: choose another --out")
+        if before is not None and (out / STEPS).exists() and not overwrite:  # something is done that would be lost
+            raise UserError(
+                f"{out} was begun with {_difference(before, wanted)}: choose another --out, or pass --overwrite to "
+                "begin anew"
+            )
         return False
 
     def _identity(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from llmprune.utils.errors import UserError
 from llmprune.utils.settings import check_settings, limited
 
 SELF = "self"  # the data are text that the source model writes
+LEAST = 2048  # tokens of recovery: one batch
 MINUTES = 30.0  # of recovery, unless the tokens or the minutes are given
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -21,9 +22,9 @@ class PruneConfig:
         budget: limits on the cost of the smaller model.
         method: what is removed: blocks (depth), heads, channels and hidden dimensions (width), or both; auto =
             whichever of these three has the lowest loss before recovery; gates = what learned gates close.
-        data: text to prune and recover with: prepared data, or text, Markdown or JSON lines (a file or a folder);
-            self = text that the model writes itself; null = the built-in corpus, which is Python documentation and
-            code.
+        data: text to prune and recover with: prepared data, or text, Markdown, JSON lines or Parquet (a file or a
+            folder); self = text that the model writes itself; null = the built-in corpus, which is Python documentation
+            and code.
         tokens: number of tokens of recovery, such as ``1M``; null = as many as ``minutes`` hold.
         minutes: minutes of recovery with its evaluations, by the speed of the first batches; null = 30, unless
             ``tokens`` is given.
@@ -67,4 +68,8 @@ class PruneConfig:
         number = round(float(match[1]) * _COUNTS[match[2].upper()]) if match else 0
         if number < 1:
             raise UserError(f"--tokens '{self.tokens}' is no number of tokens: write 1M")
+        if number < LEAST:
+            raise UserError(
+                f"--tokens {self.tokens} is less than a batch of {LEAST:,}: write {self.tokens}M for millions"
+            )
         return number

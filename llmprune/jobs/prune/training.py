@@ -27,6 +27,7 @@ from llmprune.jobs.prune.recipe import (
     write_job,
 )
 from llmprune.jobs.prune.steps import Steps
+from llmprune.jobs.stages import asked_to_end
 from llmprune.jobs.train import train
 from llmprune.measurement.monitor import return_memory
 from llmprune.models.loading import load_model_config
@@ -85,6 +86,8 @@ class Training:
         def work() -> None:
             with TERMINATION.noted():  # the run saves a checkpoint and ends by itself
                 train(load_training_job(path))  # a complete run is not changed
+            if TERMINATION.asked:  # in the last batch: the run is complete and this command is not
+                raise asked_to_end()
             on_rank_zero(lambda: convert(run, self.result, dtype=weights_dtype(self.model)) and None)
 
         steps.together(self.name, self.result, work)

@@ -3,9 +3,11 @@
 The table contains the time of a block for pairs of sizes, (hidden, key/value groups) and (hidden, channels or experts).
 The times of attention and MLP add up, so that the time of a block of any three sizes follows from two pairs and their
 common part. Each timing is the difference of two models with different numbers of blocks, so that the time outside the
-blocks is known as well.
+blocks is known as well. The larger one has so many blocks that its weights come from memory, as those of the whole
+model do, and not from a processor's cache.
 """
 
+import math
 import statistics
 import time
 from dataclasses import replace
@@ -21,7 +23,8 @@ from llmprune.models.source import longest_input
 from llmprune.pruning.budgets.shape_sizes import ShapeSizes, of_size, prunable_dimensions
 from llmprune.utils.errors import UserError
 
-FEW, MANY = 1, 5  # numbers of blocks of the two timed models
+FEW, MANY = 1, 5  # numbers of blocks of the two timed models; MANY at least
+UNCACHED = 2**28  # bytes of weights that no processor's cache holds
 STEPS, ROUNDS = 8, 5
 SHORTEST = 1e-9  # seconds; differences of the times of tiny models may be zero
 
@@ -41,6 +44,7 @@ class LatencyTable:
             device: device that runs the timed models.
             dtype: dtype of the weights.
         """
+        _settle()
         self._sizes = ShapeSizes(config)
         self.source = self._sizes.source
         limit = longest_input(config)
@@ -81,18 +85,26 @@ class LatencyTable:
         key = hidden, groups, inner
         if key not in self._timed:
             shape = of_size(self.source, {"hidden": hidden, "kv_heads": groups, self._inner: inner})
-            needed = sum(self._needed(replace(shape, layers=layers)) for layers in (FEW, MANY))
+            most = self._many
+            needed = sum(self._needed(replace(shape, layers=layers)) for layers in (FEW, most))
             if needed > self._free():
                 raise UserError(
-                    f"timing {MANY} blocks of this model takes {needed / 1e9:.1f} GB and {self._free() / 1e9:.1f} GB "
+                    f"timing {most} blocks of this model takes {needed / 1e9:.1f} GB and {self._free() / 1e9:.1f} GB "
                     "are free: take a smaller --batch or --context"
                 )
-            few, many = (self._decoder(replace(shape, layers=layers)) for layers in (FEW, MANY))
+            few, many = (self._decoder(replace(shape, layers=layers)) for layers in (FEW, most))
             times = [(_seconds(few, self._device), _seconds(many, self._device)) for _ in range(ROUNDS)]
-            block = max(statistics.median((b - a) / (MANY - FEW) for a, b in times), 0.0)
+            block = max(statistics.median((b - a) / (most - FEW) for a, b in times), 0.0)
             outside = max(statistics.median(a for a, _ in times) - FEW * block, 0.0)
             self._timed[key] = outside, block
         return self._timed[key]
+
+    @property
+    def _many(self) -> int:
+        """The number of blocks of the larger timed model: as many as no cache holds, or all of the source's."""
+        one, two = (self._sizes.parameters(replace(self.source, layers=layers)) for layers in (1, 2))
+        enough = math.ceil(UNCACHED / ((two - one) * self._dtype.itemsize))
+        return max(MANY, min(enough, self.source.layers))
 
     def _needed(self, shape: Shape) -> float:
         """The bytes of a model of ``shape``, of its cache and of the tensors that the cache is filled from."""
@@ -139,6 +151,15 @@ class _Decoder:
         """The logits of one more token, [batch, 1, vocabulary]."""
         logits: Tensor = self._model(input_ids=self._token, past_key_values=self._cache, use_cache=True).logits
         return logits
+
+
+def _settle() -> None:
+    """Let glibc keep freed memory up to 32 MB, as it does by itself once a tensor of that size was freed.
+
+    Until then it gives large tensors back to the system after each step and clears them again in the next: the shapes
+    that are timed first would be several times slower than the others.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 def _coupled(shape: Shape, sizes: ShapeSizes) -> Shape:

@@ -20,6 +20,7 @@ _COUNTS = {"K": 10**3, "M": 10**6, "B": 10**9}
 _BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS: dict[str, dict[str, int]] = {"params": _COUNTS, "memory": _BYTES, "latency": {}}
 CONTEXT = 2048  # tokens, unless the settings or the model have another limit
+_FEWEST = 1000  # smaller numbers above 1 are meant otherwise
 TOLERANCE = 0.1  # largest relative error of a latency from the table
 
 
@@ -78,7 +79,7 @@ class Latency:
         self.table = table
         self.most = _amount(amount, "latency", 1.0)
         if 1 < self.most < math.inf:
-            raise UserError(f"--budget-latency {amount} is a share of the source's latency: it must be below 1")
+            raise UserError(f"a latency of {amount} is no share of the source's: write a number below 1, such as 0.7")
         self._scale = 1.0
 
     def cost(self, shape: Shape, blocks: Sequence[int]) -> float:
@@ -144,13 +145,18 @@ def _amount(text: str | None, name: str, whole: float) -> float:
     """The value of a text with a share of ``whole``, up to one, or a number with a unit; infinite for None."""
     if text is None:
         return math.inf
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*|%)\s*", text)
     unit = match[2].upper() if match else ""
-    units = {"": 1, **_UNITS[name]}
+    units = {"": 1, "%": 0.01 * whole, **_UNITS[name]}
     if match is None or unit not in units or float(match[1]) <= 0:
-        examples = {"params": "0.5 or 1.3B", "memory": "8GB or 0.5", "latency": "0.6"}
+        examples = {"params": "0.75 or 1.3B", "memory": "8GB or 0.75", "latency": "0.7"}
         raise UserError(f"'{text}' is no budget of {name}: write {examples[name]}")
     number = float(match[1])
+    if not unit and 1 < number < _FEWEST and name != "latency":
+        raise UserError(
+            f"'{text}' is no budget of {name}, because a share is at most 1: write 0.75, or a number with a unit "
+            "(params: 1.3B, memory: 8GB)"
+        )
     return number * whole if not unit and number <= 1 else number * units[unit]
 
 

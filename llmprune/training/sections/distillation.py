@@ -1,5 +1,6 @@
 """``distillation``: the model learns from a teacher."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from llmprune.recovery.distillation import DistillationConfig
 from llmprune.recovery.token_map import TokenMap
 from llmprune.training.section import Build, Inputs, Section
 from llmprune.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @SECTIONS.register("distillation")
@@ -178,6 +181,11 @@ def correspondence_of(config: Config, settings: DistillationConfig, model: Pretr
     plan = _plan_of(config, settings)
     if settings.plan is None and plan is not None and not plan.source.agrees(family_of(teacher).shape(teacher)):
         plan = None  # the plan of a later step, which did not begin from this teacher
+        log.warning(
+            "the plan in %s does not begin from the teacher: the blocks are compared with blocks of the teacher at "
+            "equal distances; name the plan of the cut with distillation.plan",
+            config.model.path,
+        )
     return corresponding(student, family_of(teacher).shape(teacher), plan, settings.blocks)
 
 

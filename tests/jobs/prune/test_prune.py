@@ -124,7 +124,7 @@ def test_a_folder_from_before_a_setting_came_goes_on(pruned: tuple[Path, Outcome
 
 def test_other_settings_are_refused(pruned: tuple[Path, Outcome], source: Path, data: Path) -> None:
     out, _ = pruned
-    with pytest.raises(UserError, match="pruned with tokens = 4K"):
+    with pytest.raises(UserError, match="begun with tokens = 4K"):
         prune(str(source), out, PruneConfig(SMALL, data=str(data), tokens="5K"))
     assert (out / "model").exists()
 
@@ -135,13 +135,14 @@ def test_other_settings_are_refused(pruned: tuple[Path, Outcome], source: Path, 
         (PruneConfig(), "say how small"),
         (PruneConfig(SMALL, tokens="1M", minutes=3), "give one"),
         (PruneConfig(SMALL, tokens="much"), "is no number of tokens"),
+        (PruneConfig(SMALL, tokens="1.5"), "less than a batch of 2,048: write 1.5M"),
         (PruneConfig(SMALL, data="nowhere"), "nowhere does not exist"),
         (PruneConfig(SMALL, seq_len=100_000), "are too long"),
         (PruneConfig(BudgetConfig(latency="0.5"), method="gates"), "gates prune to a number of parameters"),
         (PruneConfig(BudgetConfig(params="0.9K apples")), "is no budget"),
         (PruneConfig(SMALL, prompts="nowhere.txt"), "nowhere.txt"),
-        (PruneConfig(BudgetConfig(params="75")), "budget of params is 75, and even the smallest model takes"),
-        (PruneConfig(BudgetConfig(memory="8")), "budget of memory is 8, and even the smallest model takes"),
+        (PruneConfig(BudgetConfig(params="75")), "'75' is no budget of params, because a share is at most 1"),
+        (PruneConfig(BudgetConfig(memory="8")), "'8' is no budget of memory, because a share is at most 1"),
         (PruneConfig(BudgetConfig(params="2K"), method="gates"), "gates do not remove"),
     ],
 )
@@ -151,6 +152,18 @@ def test_what_is_impossible_is_told_before_work(
     with pytest.raises(UserError, match=message):
         prune(str(trained_folder), tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_failed_before_anything_was_done_is_begun_anew(source: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError):
+        prune(str(source), tmp_path / "out", PruneConfig(SMALL, data=str(tmp_path / "empty"), tokens="4K"))
+    config = PruneConfig(SMALL, data=str(data), tokens="4K")
+    job.check(str(source), tmp_path / "out", config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job._Prune, "run", lambda self: None)
+        prune(str(source), tmp_path / "out", config)
+    assert read_json(tmp_path / "out" / "prune.json")["inputs"]
 
 
 def test_a_folder_of_something_else_is_left_alone(trained_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -206,22 +219,27 @@ def test_with_fewer_tokens(source: Path, data: Path, tmp_path: Path) -> None:
 
 
 class _Asking(Callback):
-    """Somebody sends SIGTERM during the first batch."""
+    """Somebody sends SIGTERM during a batch."""
+
+    def __init__(self, batch: int) -> None:
+        self._batch = batch
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        if state.timestamp.batch.value == self._batch - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.parametrize("batch", [1, 2])  # of two
 def test_a_command_that_is_asked_to_end_comes_to_the_same(
-    pruned: tuple[Path, Outcome], source: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pruned: tuple[Path, Outcome], source: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
     config, out = PruneConfig(SMALL, data=str(data), tokens="4K"), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train", lambda job: train(job, [_Asking()]))
+        patch.setattr(training, "train", lambda job: train(job, [_Asking(batch)]))
         with pytest.raises(Preempted, match="asked to end: what is done is kept; the same command goes on"):
             prune(str(source), out, config)
     TERMINATION.asked = False  # as in another process
-    assert [path.name for path in (out / "recover" / "checkpoints").glob("ba*.pt")] == ["ba1-rank0.pt"]
+    assert [path.name for path in (out / "recover" / "checkpoints").glob("ba*.pt")][-1:] == [f"ba{batch}-rank0.pt"]
     assert not (out / "model").exists()
     prune(str(source), out, config)
     before, after = (load_file(folder / "model" / "model.safetensors") for folder in (pruned[0], out))

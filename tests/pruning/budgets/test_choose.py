@@ -280,13 +280,13 @@ def test_the_command(scores: Scores, tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--budget-params", "much"], "'much' is no budget of params: write 0.5 or 1.3B"),
+        (["--budget-params", "much"], "'much' is no budget of params: write 0.75 or 1.3B"),
         (["--budget-params", "1.0"], "keeps to the budget as it is"),
         (["--budget-params", "0.001"], "no shape keeps to the budget"),
-        (["--budget-params", "3GB"], "is no budget of params: write 0.5 or 1.3B"),
-        (["--budget-memory", "3B", "--context", "9"], "is no budget of memory: write 8GB or 0.5"),
+        (["--budget-params", "3GB"], "is no budget of params: write 0.75 or 1.3B"),
+        (["--budget-memory", "3B", "--context", "9"], "is no budget of memory: write 8GB or 0.75"),
         (["--budget-params", "0.5", "--correction", "mean"], "has no biases in"),
-        (["--budget-latency", "2"], "it must be below 1"),
+        (["--budget-latency", "2"], "write a number below 1"),
         (["--budget-memory", "1GB", "--context", "64"], "keeps to the budget as it is"),
         (["--budget-memory", "0.5", "--context", "2048"], "a context of 2048 tokens is too long: the model takes 128"),
         (["--context", "8"], "name a budget"),

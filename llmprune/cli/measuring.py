@@ -60,24 +60,24 @@ def measure(
 @app.command()
 def estimate(
     yaml: Annotated[str, typer.Argument(metavar="YAML", help="A job that trains.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE…]", help="Of the YAML.")] = None,
-    gpus: Annotated[int, typer.Option(help="In all.")] = 1,
-    gpu_memory: Annotated[str, typer.Option(help="Of each.")] = "80GB",
-    gpus_per_node: Annotated[int, typer.Option(help="Of them on a node.")] = 8,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE…]", help="Changes of the YAML.")] = None,
+    gpus: Annotated[int, typer.Option(help="Number of GPUs in all.")] = 1,
+    gpu_memory: Annotated[str, typer.Option(help="Memory of each GPU.")] = "80GB",
+    gpus_per_node: Annotated[int, typer.Option(help="Number of GPUs of a node.")] = 8,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of a sample; default: the data's.")] = None,
     tflops: Annotated[
         float | None,
-        typer.Option(help="Of a GPU at its best; default: an H100's, 989 with train.precision=amp_*, else 67."),
+        typer.Option(help="Speed of a GPU at its best; default: an H100's, 989 with train.precision=amp_*, else 67."),
     ] = None,
-    utilisation: Annotated[float, typer.Option(help="Share of them that is reached.")] = 0.4,
-    bandwidth: Annotated[str, typer.Option(help="Of a GPU to other nodes, per second.")] = "50GB",
+    utilisation: Annotated[float, typer.Option(help="Share of this speed that training reaches.")] = 0.4,
+    bandwidth: Annotated[str, typer.Option(help="Bytes per second between a GPU and other nodes.")] = "50GB",
     bandwidth_within: Annotated[str, typer.Option(help="The same within a node.")] = "400GB",
-    price: Annotated[float | None, typer.Option(help="Of a GPU for an hour.")] = None,
+    price: Annotated[float | None, typer.Option(help="Price of a GPU for an hour.")] = None,
     as_json: Json = False,
 ) -> None:
     """Estimate a job's memory per rank, time and cost. Nothing is loaded. Exit code 1: the job does not fit."""
     from llmprune.config.job_files import load_training_job
-    from llmprune.estimate.job import Cluster, estimate_job
+    from llmprune.estimate.job import HELP_WITH_MEMORY, Cluster, estimate_job
     from llmprune.pruning.budgets.limits import bytes_of
 
     config = load_training_job(yaml, overrides or ())
@@ -94,7 +94,13 @@ def estimate(
         price,
     )
     found = estimate_job(config, cluster, sequence_length)
-    print(json.dumps(found.as_dict()) if as_json else found)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        print(f"assumed: {gpus} GPUs with {gpu_memory} and {utilisation:.0%} of {tflops:g} TFLOPS each (see --help)\n")
+        print(found)
+        if not found.fits:
+            print(f"\ntake {HELP_WITH_MEMORY}")
     if not found.fits:
         raise typer.Exit(1)
 

@@ -20,6 +20,7 @@ from llmprune.models.loading import load_model_config
 from llmprune.models.source import find_folder
 from llmprune.models.stored_weights import StoredWeights, fingerprint
 from llmprune.plans.plan import Plan
+from llmprune.plans.recorded import earlier_cut
 from llmprune.recovery.lora import LoRAConfig, adapter_tensors
 from llmprune.utils.checksums import record
 from llmprune.utils.errors import UserError
@@ -67,6 +68,7 @@ def convert(
         out,
         companions=found.model_folder,
         source=manifest.source,
+        earlier=earlier_cut(Path(manifest.source), whole) if result.plan is whole else None,
         network=result.network,
         card=card,
         dtype=dtype,

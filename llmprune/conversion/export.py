@@ -17,6 +17,7 @@ from llmprune.models.own_model_types import needs_code, write_code
 from llmprune.models.smaller_tokenizer import write_companions
 from llmprune.models.stored_weights import parameter_names
 from llmprune.plans.plan import KeptBlock, Plan
+from llmprune.plans.recorded import APPLIED, EARLIER
 from llmprune.plans.surgery import Surgery
 from llmprune.pruning.replacements.custom_block import Network
 from llmprune.utils.checksums import record
@@ -42,6 +43,7 @@ def export(
     *,
     companions: Path,
     source: str,
+    earlier: Plan | None = None,
     network: Network | None = None,
     card: Mapping[str, object] | None = None,
     dtype: torch.dtype | None = None,
@@ -51,7 +53,7 @@ def export(
     """Cut ``weights`` by ``plan`` and write them as a Hugging Face folder.
 
     Memory never holds more than one output shard and one source tensor. The folder also gets a model card and, in
-    ``llmprune/``, the plan.
+    ``llmprune/``, the plan, and the earlier one.
 
     Args:
         weights: weights of the model by Hugging Face name.
@@ -60,6 +62,7 @@ def export(
         out: folder to write.
         companions: folder with the tokenizer and generation config.
         source: name of the source model, for the model card.
+        earlier: plan by which the source was cut from its own source, if ``plan`` removes nothing; None = not known.
         network: network that replaces blocks that the plan removes; the model then needs a modelling file.
         card: further facts for the model card: value by heading.
         dtype: dtype of the written weights; None = unchanged.
@@ -88,10 +91,12 @@ def export(
         else:
             write_companions(plan.vocabulary, companions, folder)
         (folder / "llmprune").mkdir()
-        plan.save(folder / "llmprune" / "plan.json")
-        text = model_card(
-            source, plan, made.parameters, made.plain.model_type, card or {}, needs_code=needs_code(made.config)
-        )
+        plan.save(folder / APPLIED)
+        if earlier is not None:
+            earlier.save(folder / EARLIER)
+        told = plan if earlier is None else earlier
+        code = needs_code(made.config)
+        text = model_card(source, told, made.parameters, made.plain.model_type, card or {}, needs_code=code)
         (folder / "README.md").write_text(text, encoding="utf-8")
         record(folder)
 

@@ -53,7 +53,7 @@ def model_card(
         f"model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})\n"
         f"tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust})\n```",
         "## Shape\n\n| | source | this model |\n|---|---|---|\n" + "\n".join(rows),
-        f"The plan is in `llmprune/plan.json`; it was made for weights with the SHA-256 `{plan.model}`.",
+        f"The plan is in `llmprune/`; it was made for weights with the SHA-256 `{plan.model}`.",
     ]
     for heading, value in facts.items():
         text = value if isinstance(value, str) else f"```json\n{json.dumps(value, indent=2)}\n```"

@@ -24,6 +24,8 @@ from llmprune.models.number_formats import DTYPES
 from llmprune.models.own_model_types import with_richer_heads
 from llmprune.utils.errors import UserError
 
+HELP_WITH_MEMORY = "more ranks with sharding={}, a smaller train.microbatch_size, train.activation_checkpointing=true"
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -108,7 +110,7 @@ class Estimate:
             f"{self.facts['parameters']:,.0f} parameters, {self.facts['trained']:,.0f} learn",
             f"a batch: {_duration(self.step_s)} ({_duration(self.compute_s)} computing, {_duration(self.network_s)} on "
             "the network, side by side)",
-            f"{self.steps:,.0f} batches, {self.tokens / 1e9:,.3g} B tokens: {_duration(self.steps * self.step_s)}, "
+            f"{self.steps:,.0f} batches, {self.tokens:,.0f} tokens: {_duration(self.steps * self.step_s)}, "
             f"{self.tokens / (self.steps * self.step_s):,.0f} tokens/s",
         ]
         size, number = self.facts["checkpoint_bytes"], self.facts["checkpoints"]
@@ -164,8 +166,8 @@ def check_fits(config: Config, model: PretrainedConfig, length: int) -> None:
     named = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in largest)
     raise UserError(
         f"the job takes about {found.total / 1e9:.2f} GB on every rank and {free / 1e9:.2f} GB are free ({named}): "
-        "take more ranks with sharding={}, a smaller train.microbatch_size, train.activation_checkpointing=true, or "
-        "train.check_memory=false to start it all the same; `llmprune estimate` shows what helps"
+        f"take {HELP_WITH_MEMORY}, or train.check_memory=false to start it all the same; `llmprune estimate` shows "
+        "what each of them takes"
     )
 
 

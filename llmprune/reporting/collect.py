@@ -17,6 +17,7 @@ from llmprune.models.loading import count_parameters
 from llmprune.models.source import read_config
 from llmprune.models.stored_weights import StoredWeights
 from llmprune.plans.plan import Plan
+from llmprune.plans.recorded import APPLIED
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.reporting.names import short_names
 from llmprune.utils.errors import UserError, first_line
@@ -298,7 +299,7 @@ def _add_folder(material: Material, path: Path) -> bool:
         material.runs.append(ReportedRun(path.name, path, config, read_metrics(folder.metrics)))
         return True
     if (path / "config.json").is_file():
-        plan = path / "llmprune" / "plan.json"
+        plan = path / APPLIED
         material.models.append(Model(path.name, path, Plan.load(plan) if plan.is_file() else None, _parameters(path)))
         return True
     return False

@@ -17,6 +17,7 @@ from llmprune.conversion.commands import last_evaluation
 from llmprune.data.sources import clean_name
 from llmprune.measurement.results import rows as speed_rows
 from llmprune.plans.plan import Plan
+from llmprune.plans.recorded import APPLIED
 from llmprune.reporting.collect import Material, ReportedRun, changes, collect
 from llmprune.reporting.figures import (
     Picture,
@@ -333,7 +334,7 @@ def _commands(material: Material) -> PageSection:
             trained = shlex.quote(str(pruning[0])) if len(pruning) == 1 else "RUN"
             section.commands.append(f"llmprune convert {trained} --out ANOTHER")
         elif model.cut:
-            plan = shlex.quote(str(model.path / "llmprune" / "plan.json"))
+            plan = shlex.quote(str(model.path / APPLIED))
             section.commands.append(f"llmprune apply SOURCE {plan} --out ANOTHER")
     for content in (*material.results.values(), *material.speeds.values()):
         if "command" in content:

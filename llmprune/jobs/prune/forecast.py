@@ -12,7 +12,6 @@ from llmprune.config.left_open import learning_rate
 from llmprune.data.calibration import LENGTH
 from llmprune.data.prepared import PreparedData
 from llmprune.jobs.prune.recipe import (
-    BATCHES,
     GATING,
     batch_tokens,
     calibration_samples,
@@ -69,7 +68,7 @@ class Forecast:
     def __str__(self) -> str:
         lines = [f"{step.name:16}{_duration(step.seconds):>10}   {step.about}" for step in self.steps]
         total = sum(step.seconds or 0.0 for step in self.steps)
-        return "\n".join([*lines, f"{'in all, about':16}{_duration(total):>10}"])
+        return "\n".join([*lines, f"{'without evaluation':16}{_duration(total):>8}"])
 
 
 def _shapes(config: PruneConfig, ways: int) -> int:
@@ -108,7 +107,8 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
         told += f", {config.budget.vocabulary:,} of {sizes.source.vocabulary or source.vocab_size:,} tokens stay"
     steps = [_data(config, rate, whole)]
     if config.method == "gates":
-        steps.append(Step("gates", f"gates train for {GATING:.0%} of the tokens or minutes", None))
+        gating = wanted * recovery / rate * GATING / share
+        steps.append(Step("gates", f"gates train for {GATING:.0%} of the tokens or minutes", gating))
     else:
         names, ways = criteria_of(config.method), ways_of(config.method)
         calibration = calibration_samples(config.method, source, length) * length
@@ -128,8 +128,7 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
     steps += [
         Step(
             "recovery",
-            f"{wanted:,.0f} tokens in about {max(math.ceil(wanted / batch), 1):,} batches of {batch:,} "
-            f"({BATCHES} are aimed at), learning rate {learning_rate(smaller):.2g}",
+            f"{wanted:,.0f} tokens in batches of {batch:,}, learning rate {learning_rate(smaller):.2g}",
             wanted * recovery / rate,
         ),
         Step("evaluation", "held-out losses, speed and continuations of three models, and the report", None),

@@ -35,6 +35,7 @@ class Measured:
         peak_memory: peak memory while it generates, in bytes; None = it never had enough memory.
         perplexity: perplexity of held-out text, by domain; the key "" is all of it.
         tokens_per_s: generated tokens per second, by batch size.
+        faster: how many times as fast as the source it generates, by batch size: the median over runs in turns.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Measured:
     peak_memory: int | None
     perplexity: dict[str, float]
     tokens_per_s: dict[int, float]
+    faster: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,18 @@ class Outcome:
                 text.removeprefix(HELD_OUT_TEXT).lstrip("/"): entry["bos_none"]
                 for text, entry in found["perplexity"].items()
             }
-            rates = {entry["batch"]: entry["tokens_per_s"] for entry in speed["generation"] if "tokens_per_s" in entry}
+            timed = [entry for entry in speed["generation"] if "tokens_per_s" in entry]
+            rates = {entry["batch"]: entry["tokens_per_s"] for entry in timed}
+            faster = {entry["batch"]: entry["speedup"]["p50"] for entry in timed if "speedup" in entry}
             measured.append(
                 Measured(
-                    name, found["parameters"], speed["weights_bytes"], speed["peak_memory_bytes"], perplexity, rates
+                    name,
+                    found["parameters"],
+                    speed["weights_bytes"],
+                    speed["peak_memory_bytes"],
+                    perplexity,
+                    rates,
+                    faster,
                 )
             )
         written: dict[str, dict[str, str]] = {}
@@ -100,9 +110,7 @@ class Outcome:
     @property
     def faster(self) -> dict[int, float]:
         """How many times as fast as the source the recovered model generates, by batch size."""
-        source, *_, recovered = self.models
-        common = [batch for batch in source.tokens_per_s if batch in recovered.tokens_per_s]
-        return {batch: recovered.tokens_per_s[batch] / source.tokens_per_s[batch] for batch in common}
+        return self.models[-1].faster
 
     def facts(self) -> dict[str, Any]:
         """The outcome, for JSON."""

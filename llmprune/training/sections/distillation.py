@@ -19,6 +19,7 @@ from llmprune.models.loading import load_model_config, load_tokenizer
 from llmprune.models.retold import Spelling
 from llmprune.models.smaller_tokenizer import Vocabulary
 from llmprune.plans.plan import Plan
+from llmprune.plans.recorded import recorded_plans
 from llmprune.pruning.gates.settings import L0PruningConfig
 from llmprune.pruning.replacements.settings import BlockReplacementConfig
 from llmprune.recovery.correspondence import Correspondence, corresponding
@@ -120,10 +121,10 @@ def token_map_of(
     if tokenizer_fingerprint(tokenizer) == data.tokenizer:
         same = teacher.vocab_size == model.vocab_size
         return None if same else TokenMap.padded(model.vocab_size, teacher.vocab_size)
-    plan = _plan_of(config, settings)
-    vocabulary, kept = Vocabulary(tokenizer), None if plan is None else plan.vocabulary
-    fits = plan is not None and kept is not None and plan.source.vocabulary == teacher.vocab_size
-    if kept is None or not fits or tokenizer_fingerprint(vocabulary.cut(kept)) != data.tokenizer:
+    vocabulary = Vocabulary(tokenizer)
+    cuts = (plan for plan in _plans_of(config, settings) if plan.source.vocabulary == teacher.vocab_size)
+    kept = next((plan.vocabulary for plan in cuts if plan.vocabulary is not None), None)
+    if kept is None or tokenizer_fingerprint(vocabulary.cut(kept)) != data.tokenizer:
         raise UserError(
             f"the tokenizer of the teacher {settings.teacher} did not make the data: take another teacher, or name the "
             "plan by which the model's vocabulary was cut from the teacher's (distillation.plan)"
@@ -178,21 +179,19 @@ def correspondence_of(config: Config, settings: DistillationConfig, model: Pretr
             )
         return corresponding(student, student, None, settings.blocks)
     teacher = load_model_config(settings.teacher)
-    plan = _plan_of(config, settings)
-    if settings.plan is None and plan is not None and not plan.source.agrees(family_of(teacher).shape(teacher)):
-        plan = None  # the plan of a later step, which did not begin from this teacher
+    shape, plans = family_of(teacher).shape(teacher), _plans_of(config, settings)
+    plan = next((one for one in plans if settings.plan is not None or one.source.agrees(shape)), None)
+    if plans and plan is None:
         log.warning(
             "the plan in %s does not begin from the teacher: the blocks are compared with blocks of the teacher at "
             "equal distances; name the plan of the cut with distillation.plan",
             config.model.path,
         )
-    return corresponding(student, family_of(teacher).shape(teacher), plan, settings.blocks)
+    return corresponding(student, shape, plan, settings.blocks)
 
 
-def _plan_of(config: Config, settings: DistillationConfig) -> Plan | None:
-    """The plan that the settings name, or the one in the model's folder; None if there is none."""
-    path = None if settings.plan is None else Path(settings.plan)
-    if path is None and config.model.path is not None:
-        beside = Path(config.model.path) / "llmprune" / "plan.json"
-        path = beside if beside.is_file() else None
-    return None if path is None else Plan.load(path)
+def _plans_of(config: Config, settings: DistillationConfig) -> list[Plan]:
+    """The plan that the settings name, or those in the model's folder."""
+    if settings.plan is not None:
+        return [Plan.load(Path(settings.plan))]
+    return [] if config.model.path is None else recorded_plans(Path(config.model.path))

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from data_prep.pack import prepare
 from data_prep.recipe import PackSettings
 from llmprune.cli import app
-from llmprune.config.job_files import load_job
+from llmprune.config.job_files import load_job, load_training_job
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.evaluation.settings import GenerationConfig
@@ -35,6 +35,8 @@ from llmprune.models.stored_weights import StoredWeights
 from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.settings import BudgetConfig
 from llmprune.pruning.selection.correction import check_tokens
+from llmprune.recovery.distillation import DistillationConfig
+from llmprune.training.sections.distillation import token_map_of
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json, write_json
 from llmprune.utils.processes import TERMINATION, Preempted
@@ -80,6 +82,11 @@ def test_the_result_is_a_smaller_model_with_everything_about_it(pruned: tuple[Pa
     assert losses[rows["chosen"]] == min(losses.values())
     for name in ("report.html", "speed.json", "results.json", "continuations/model.jsonl"):
         assert (out / name).exists(), name
+    cut, trained = (Plan.load(place) for place in (out / "plan.json", out / "model" / "llmprune" / "cut.json"))
+    assert (trained.blocks, trained.hidden, trained.model) == (cut.blocks, cut.hidden, cut.model)
+    assert f"| intermediate | {cut.source.intermediate} | {cut.shape.intermediate} |" in (
+        out / "model" / "README.md"
+    ).read_text(encoding="utf-8")
     text = str(outcome)
     assert "nan" not in text.lower() and "None" not in text
     assert "recovered" in text and str(out / "model") in text
@@ -203,6 +210,12 @@ def test_with_fewer_tokens(source: Path, data: Path, tmp_path: Path) -> None:
     assert load_model_config(tmp_path / "out" / "model").vocab_size == 298
     assert len(load_tokenizer(tmp_path / "out" / "model")) == 298
     assert outcome.models[-1].parameters <= 0.75 * outcome.models[0].parameters
+    # The recovered model can learn from the source further: its folder says which tokens stayed.
+    config = load_training_job(tmp_path / "out" / "recover.yaml", [f"model.path={tmp_path / 'out' / 'model'}"])
+    distillation = config.section(DistillationConfig)
+    assert distillation is not None
+    manifest = PreparedData(tmp_path / "out" / "retold").manifest
+    assert token_map_of(config, distillation, load_model_config(tmp_path / "out" / "model"), manifest) is not None
     # Perplexities are per token of the source's, so the recovered model's can be compared with the source's.
     model, dataset = load_model(tmp_path / "out" / "model"), EvalDataset(PreparedData(data), job.HELD_OUT)
     cut, whole = load_tokenizer(tmp_path / "out" / "model"), load_tokenizer(source)
@@ -249,7 +262,7 @@ def test_a_command_that_is_asked_to_end_comes_to_the_same(
 
 def test_the_share_won_back_is_of_nats() -> None:
     def measured(name: str, loss: float) -> Measured:
-        return Measured(name, 10, 40, 50, {"": math.exp(loss)}, {1: 10.0 / loss})
+        return Measured(name, 10, 40, 50, {"": math.exp(loss)}, {1: 10.0 / loss}, {1: 0.8})
 
     outcome = Outcome(
         Path("out"), [measured("source", 2.0), measured("pruned", 4.0), measured("recovered", 2.5)], {}, {}
@@ -280,7 +293,7 @@ def test_a_dry_run_tells_the_steps_and_does_nothing(
     ]
     app(command, standalone_mode=False)
     text = capsys.readouterr().out
-    assert "1,000,000 tokens in about 123 batches of 8,192" in text
+    assert "1,000,000 tokens in batches of 8,192" in text
     with pytest.raises(UserError, match="nowhere does not exist"):
         app([*command, "--dry-run", "--data", "nowhere"], standalone_mode=False)
     assert not (tmp_path / "out").exists()
@@ -336,5 +349,5 @@ def test_data_without_evaluation_samples_are_refused_before_work(
 
 def test_a_model_that_did_not_fit_into_memory_has_empty_cells() -> None:
     losses = {"source": 2.0, "pruned": 4.0, "recovered": 2.5}
-    models = [Measured(name, 10, 40, None, {"": math.exp(loss)}, {}) for name, loss in losses.items()]
+    models = [Measured(name, 10, 40, None, {"": math.exp(loss)}, {}, {}) for name, loss in losses.items()]
     assert "None" not in str(Outcome(Path("out"), models, {}, {}))

@@ -204,4 +204,4 @@ class CheckpointUploading(Callback):
             with suppress(OSError):  # the folder still has parts of other ranks
                 (self._checkpoints.path / f"ba{batch}").rmdir()
             if self._rank == 0:
-                log.info("the checkpoint after batch %d is deleted: there are %d newer ones", batch, self._keep)
+                log.info("the checkpoint after batch %d is deleted; the newest %d stay", batch, self._keep)

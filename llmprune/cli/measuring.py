@@ -97,7 +97,7 @@ def estimate(
     if as_json:
         print(json.dumps(found.as_dict()))
     else:
-        print(f"assumed: {gpus} GPUs with {gpu_memory} and {utilisation:.0%} of {tflops:g} TFLOPS each (see --help)\n")
+        print(f"assumed: {gpus} × a GPU of {gpu_memory}, {utilisation:.0%} of {tflops:g} TFLOPS (see --help)\n")
         print(found)
         if not found.fits:
             print(f"\ntake {HELP_WITH_MEMORY}")

@@ -22,7 +22,7 @@ def earlier_cut(source: Path, trained: Plan) -> Plan | None:
         trained: plan that keeps everything of the trained model.
 
     Returns:
-        None if nothing was removed, or the folder has become another model's or is gone.
+        None if nothing was removed, or the folder is gone or has a model of another shape.
     """
     plans = (plan for plan in recorded_plans(source) if plan.shape.agrees(trained.source))
     cut = next((plan for plan in plans if plan.shape != plan.source or plan.skipped), None)

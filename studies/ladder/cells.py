@@ -14,10 +14,10 @@ from llmprune.jobs.prune.recipe import batch_tokens
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = {"0.9": 4, "0.75": 10, "0.5": 19}  # blocks of 30 that go, so that at most this share of all parameters stays
 CHANNELS = {"0.9": 1272, "0.75": 832}  # channels of 1,536 that stay, likewise
-TWO_STAGES = {"0.9": (26, 1344), "0.75": (22, 1024), "0.5": (14, 512)}  # attentions of 30, channels of 1,536
+TWO_STAGES = {"0.9": (26, 1344), "0.75": (22, 1016), "0.5": (14, 504)}  # attentions of 30, channels of 1,536
 MIXED = {
     "0.75": {3: 1024, 5: 1152, 7: 1312},
-    "0.5": {9: 512, 13: 928, 16: 1248},
+    "0.5": {9: 512, 13: 800, 16: 1088},
 }  # channels that stay, by blocks that go
 VOCABULARY = 24_576  # tokens of 49,152 that stay
 

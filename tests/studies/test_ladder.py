@@ -34,6 +34,24 @@ def test_cells_are_made_of_cells() -> None:
         assert results["parent_of"](name) == (cell.parent or name)
 
 
+def test_cuts_keep_to_their_size() -> None:
+    """Parameters of SmolLM2-135M by hand: embedding and last norm, and of a block attention, norms and channels."""
+    cells = runpy.run_path(str(LADDER / "cells.py"))
+    attention, norms, channel, outside, whole = 884_736, 1_152, 3 * 576, 576 * (49_152 + 1), 134_515_008
+    sizes = []
+    for share, gone in cells["BLOCKS"].items():
+        sizes.append((share, outside + (30 - gone) * (attention + norms + 1_536 * channel)))
+    for share, channels in cells["CHANNELS"].items():
+        sizes.append((share, outside + 30 * (attention + norms + channels * channel)))
+    for share, mixes in cells["MIXED"].items():
+        for gone, channels in mixes.items():
+            sizes.append((share, outside + (30 - gone) * (attention + norms + channels * channel)))
+    for share, (attentions, channels) in cells["TWO_STAGES"].items():
+        sizes.append((share, outside + attentions * attention + 30 * (norms + channels * channel)))
+    for share, parameters in sizes:
+        assert 0.96 * float(share) <= parameters / whole <= float(share), (share, parameters)
+
+
 def test_the_table_counts_all_tokens_and_the_nats_won_back(tmp_path: Path) -> None:
     found = runpy.run_path(str(LADDER / "results.py"))
     facts = {"parameters": 99_000_000, "seconds": 1.0, "wikitext_2048": 20.0, "held_out": 3.0}

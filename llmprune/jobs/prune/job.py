@@ -58,7 +58,7 @@ from llmprune.jobs.prune.recipe import (
     written_tokens,
 )
 from llmprune.jobs.prune.settings import MINUTES, SELF, PruneConfig
-from llmprune.jobs.prune.steps import STEPS, Steps
+from llmprune.jobs.prune.steps import Steps
 from llmprune.jobs.prune.training import Training
 from llmprune.jobs.score import run_scoring
 from llmprune.jobs.stages import asked_to_end, content_of
@@ -80,7 +80,17 @@ from llmprune.reporting.page import write_report
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json, sha256_text, write_json
 from llmprune.utils.logs import tell
-from llmprune.utils.outputs import clear, is_empty, output_folder, refuse_deleting, refuse_replacing
+from llmprune.utils.outputs import (
+    LOCK,
+    LOG,
+    MARK,
+    clear,
+    is_empty,
+    output_folder,
+    refuse_deleting,
+    refuse_replacing,
+    remove,
+)
 from llmprune.utils.processes import TERMINATION, Preempted
 from llmprune.utils.ranks import init_distributed, on_rank_zero, share_cores
 from llmprune.utils.recorded_settings import leaves
@@ -218,7 +228,8 @@ class _Prune:
             return True
         if before is None and not is_empty(out):
             raise UserError(f"{out} holds something else: choose another --out")
-        if before is not None and (out / STEPS).exists() and not overwrite:  # something is done that would be lost
+        nothing = before is None or all(path.name in (MARK, LOG, LOCK, known.name) for path in out.iterdir())
+        if not nothing and not overwrite:
             raise UserError(
                 f"{out} was begun with {_difference(before, wanted)}: choose another --out, or pass --overwrite to "
                 "begin anew"
@@ -271,8 +282,17 @@ class _Prune:
             steps.together("text that the model writes", written, lambda: self._write_text(written))
         settings = PackSettings(self._length, eval_fraction=EVAL_FRACTION, seed=self._config.seed)
         fields = Fields(self._config.text_field)
-        steps.alone("data", data, lambda: prepare(inputs, self._source.folder.path, data, settings, fields=fields))
-        _check_splits(PreparedData(data), "give more text, in several files or records: one document is not divided")
+
+        def pack() -> None:
+            prepare(inputs, self._source.folder.path, data, settings, fields=fields)
+            try:
+                remedy = "give more text, in several files or records: one document is not divided"
+                _check_splits(PreparedData(data), remedy)
+            except UserError:
+                remove(data)  # so that nothing is lost when the command is called with other text
+                raise
+
+        steps.alone("data", data, pack)
         return str(data)
 
     def _write_text(self, folder: Path) -> None:

@@ -12,15 +12,13 @@ from llmprune.utils.files import read_json, write_json
 from llmprune.utils.logs import tell
 from llmprune.utils.ranks import on_rank_zero
 
-STEPS = "steps.json"  # the steps that are done, and the seconds that each took
-
 
 class Steps:
-    """The steps in a folder, with the seconds that each took."""
+    """The steps in a folder, with the seconds that each took, in ``steps.json``."""
 
     def __init__(self, folder: Path) -> None:
         """Read which steps are done; ``folder`` is claimed by this command."""
-        self._known = folder / STEPS
+        self._known = folder / "steps.json"
         self.seconds: dict[str, float] = read_json(self._known) if self._known.is_file() else {}
 
     def alone(self, name: str, result: Path, work: Callable[[], Any]) -> None:

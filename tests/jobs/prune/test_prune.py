@@ -163,14 +163,25 @@ def test_what_is_impossible_is_told_before_work(
 
 def test_what_failed_before_anything_was_done_is_begun_anew(source: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError):
-        prune(str(source), tmp_path / "out", PruneConfig(SMALL, data=str(tmp_path / "empty"), tokens="4K"))
+    (tmp_path / "one.txt").write_text("one document, which is not divided " * 200)
+    for name, what in (("empty", "no"), ("one.txt", "no evaluation samples")):
+        with pytest.raises(UserError, match=what):
+            prune(str(source), tmp_path / "out", PruneConfig(SMALL, data=str(tmp_path / name), tokens="4K"))
     config = PruneConfig(SMALL, data=str(data), tokens="4K")
     job.check(str(source), tmp_path / "out", config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job._Prune, "run", lambda self: None)
         prune(str(source), tmp_path / "out", config)
     assert read_json(tmp_path / "out" / "prune.json")["inputs"]
+
+
+def test_what_a_stopped_command_has_written_is_not_lost_by_another(source: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job._Prune, "run", lambda self: (self._out / "text").mkdir())
+        prune(str(source), tmp_path, PruneConfig(SMALL, data="self", tokens="4K"))
+    with pytest.raises(UserError, match="was begun with .*pass --overwrite to begin anew"):
+        prune(str(source), tmp_path, PruneConfig(SMALL, data=str(data), tokens="4K"))
+    assert (tmp_path / "text").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(trained_folder: Path, data: Path, tmp_path: Path) -> None:

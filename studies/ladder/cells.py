@@ -20,6 +20,10 @@ MIXED = {
     "0.5": {9: 512, 13: 800, 16: 1088},
 }  # channels that stay, by blocks that go
 VOCABULARY = 24_576  # tokens of 49,152 that stay
+FEWER_TOKENS = {
+    "0.75": {0: 1160, 3: 1344, 5: 1488},
+    "0.5": {6: 760, 9: 944, 13: 1288},
+}  # likewise, with so many tokens
 
 
 @dataclass(frozen=True)
@@ -48,19 +52,46 @@ def cut(name: str, **settings: Any) -> Cell:
     return Cell(name, make)
 
 
-def trained(
-    name: str, yaml: str, model: str | None, tokens: int, *overrides: str, rounds: int = 1, own_text: bool = False
-) -> Cell:
-    """A cell that a job of ``yamls`` trains for a number of tokens, in one run or in rounds with as many tokens."""
+@dataclass(frozen=True)
+class Training:
+    """How a cell trains.
+
+    Attributes:
+        yaml: job of ``yamls``.
+        overrides: its overrides; in them SOURCE stands for the source's folder, REFERENCES for its losses by domain.
+        batch: tokens of a batch; None = as ``llmprune prune`` takes them.
+        rounds: number of rounds, with as many tokens each; 1 = a plain run.
+        own_text: whether the source wrote the text.
+    """
+
+    yaml: str = "continue"
+    overrides: tuple[str, ...] = ()
+    batch: int | None = None
+    rounds: int = 1
+    own_text: bool = False
+
+    def given(self, work: Work) -> list[str]:
+        """The overrides with their places."""
+        found = []
+        for override in self.overrides:
+            if "REFERENCES" in override:
+                override = override.replace("REFERENCES", str(work.references))
+            found.append(override.replace("SOURCE", str(work.model)))
+        return found
+
+
+def trained(name: str, training: Training, model: str | None, tokens: int) -> Cell:
+    """A cell that trains for a number of tokens."""
 
     def make(work: Work, out: Path) -> int:
-        batch = batch_tokens(tokens / rounds)
-        batches = round(tokens / rounds / batch)
+        each = tokens / training.rounds
+        batch = training.batch or batch_tokens(each)
+        batches = round(each / batch)
         llmprune.train(
-            ROOT / "yamls" / f"{yaml}.yaml",
+            ROOT / "yamls" / f"{training.yaml}.yaml",
             [
                 f"model.path={work.model if model is None else work.cell(model) / 'model'}",
-                f"data.path={work.own_data if own_text else work.data_of(model)}",
+                f"data.path={work.own_data if training.own_text else work.data_of(model)}",
                 f"run.folder={out.parent / 'run'}",
                 "run.autoresume=true",
                 "scheduler.warmup=0.1dur",
@@ -71,14 +102,14 @@ def trained(
                 "train.eval_interval=1dur",
                 "checkpoint.interval=1dur",
                 "data.eval_samples_per_domain=1",
-                *(override.replace("SOURCE", str(work.model)) for override in overrides),
+                *training.given(work),
             ],
         )
-        if rounds > 1:
+        if training.rounds > 1:
             shutil.copytree(out.parent / "run" / "model", out)
         else:
             llmprune.convert(out.parent / "run", out)
-        return rounds * batches * batch
+        return training.rounds * batches * batch
 
     return Cell(name, make, model)
 
@@ -136,97 +167,128 @@ def two_stages() -> Iterable[Cell]:
 
 
 def vocabulary() -> Iterable[Cell]:
-    """Half of the tokens go, and as many channels as the size wants beside them."""
+    """Half of the tokens go, and as many blocks and channels as the size wants beside them."""
     shape = {"vocabulary": VOCABULARY}
-    yield cut("tokens/0.9/24576", shape=shape)
-    narrow = {"shape": {**shape, "intermediate": 1160}, "unit_criterion": "unit_taylor"}
-    yield cut("tokens/0.75/24576 and channels", **narrow)
-    yield cut("tokens/0.75/24576 and channels refit", correction="refit", force=True, **narrow)
+    yield cut(f"tokens/0.9/{VOCABULARY}", shape=shape)
+    refit = {"correction": "refit", "force": True}
+    for size, mixes in FEWER_TOKENS.items():
+        for blocks, channels in mixes.items():
+            name = f"tokens/{size}/{VOCABULARY}{f', {blocks} blocks' if blocks else ''} and channels"
+            narrow = {"shape": {**shape, "layers": 30 - blocks, "intermediate": channels}}
+            settings = {**narrow, "criterion": "block_influence", "unit_criterion": "unit_taylor"}
+            if not blocks:
+                yield cut(name, **settings)
+            yield cut(f"{name} refit", **settings, **refit)
 
 
-def replaced(tokens: int) -> Iterable[Cell]:
-    """Spans whose place one light network takes, so that as many parameters stay as without ten blocks."""
-    words = f"{tokens / 1e6:g}M"
+def replaced(size: str, tokens: int) -> Iterable[Cell]:
+    """Spans whose place one light network takes, so that as many parameters stay as without the blocks of the size."""
+    words, blocks = amount(tokens), BLOCKS[size]
     for objective in ("mse", "lm", "kl"):
-        settings = ("block_replacement.length=11", f"block_replacement.objectives={{{objective}: 1.0}}")
-        yield trained(f"span/0.75/block by {objective} {words}", "replace", None, tokens, *settings)
+        settings = (
+            f"block_replacement.length={blocks + 1}",
+            f"block_replacement.objectives={{{objective}: 1.0}}",
+        )
+        yield trained(f"span/{size}/block by {objective} {words}", Training("replace", settings), None, tokens)
+
+
+def fitted(size: str) -> Iterable[Cell]:
+    """Spans whose place a matrix takes, in closed form or as it begins, or nothing."""
     for kind in ("none", "closed_form", "linear"):
-        fit = ("block_replacement.length=10", f"block_replacement.kind={kind}", "block_replacement.force=true")
-        yield trained(f"span/0.75/{kind}", "replace", None, 0, *fit)
+        settings = (
+            f"block_replacement.length={BLOCKS[size]}",
+            f"block_replacement.kind={kind}",
+            "block_replacement.force=true",
+        )
+        yield trained(f"span/{size}/{kind}", Training("replace", settings), None, 0)
 
 
 _BOTH = "distillation={teacher: SOURCE, objectives: {kl: 1.0, lm: 0.5}}"
+_DYNAMIC = (
+    "dynamic_loading={references: REFERENCES}",
+    "train.eval_interval=0.1dur",
+    "data.eval_samples_per_domain=8",
+)
+GATED = {"0.75": "{intermediate: 832}", "0.5": "{layers: 17, intermediate: 800}"}  # shapes that gates are asked for
 
 
 def gradual(tokens: int) -> Iterable[Cell]:
     """Channels that go while the model trains: in three rounds with recovery between, or by learned gates."""
-    words, channels = f"{tokens / 1e6:g}M", CHANNELS["0.75"]
+    words, channels = amount(tokens), CHANNELS["0.75"]
     scored = (
         "iterate.rounds=3", f"plan={{unit_criterion: unit_taylor, shape: {{intermediate: {channels}}}}}",
-        f"layer_scoring.data.samples={CALIBRATION}",
+        f"layer_scoring.data.samples={CALIBRATION}", _BOTH,
     )  # fmt: skip
-    yield trained(f"rounds/0.75/{words}, KL + 0.5 text", "iterate", None, tokens, *scored, _BOTH, rounds=3)
+    yield trained(f"rounds/0.75/{words}, KL + 0.5 text", Training("iterate", scored, rounds=3), None, tokens)
     for words_of, target in (
-        ("channels", f"l0_pruning={{target: {{intermediate: {channels}}}}}"),
+        ("channels", f"l0_pruning={{target: {GATED['0.75']}}}"),
         ("size", "l0_pruning={target_sparsity: 0.316}"),
     ):
-        yield trained(f"gates/0.75/{words_of} {words}", "prune", None, tokens, target, "distillation={}")
-
-
-RECOVERIES = {
-    "text": ("continue",),
-    "KL": ("continue", "distillation={teacher: SOURCE}"),
-    "KL + 0.5 text": ("continue", _BOTH),
-    "KL + 0.5 text, lr 1e-4": ("continue", _BOTH, "optimizer.lr=1e-4"),
-    "KL + 0.5 text, lr 1e-3": ("continue", _BOTH, "optimizer.lr=1e-3"),
-    "states, then KL + 0.5 text": (
-        "continue",
-        "distillation={teacher: SOURCE, objectives: {mse: 1.0}, final_objectives: {kl: 1.0, lm: 0.5}}",
-    ),
-    "blocks alone, then KL + 0.5 text": (
-        "continue",
-        "distillation={teacher: SOURCE, objectives: {local: 1.0}, final_objectives: {kl: 1.0, lm: 0.5}}",
-    ),
-    "last three": ("continue", "trainable={parameters: [final_norm, last.3]}"),
-    "LoRA": ("finetune",),
-    "LoRA, KL + 0.5 text": ("finetune", _BOTH),
-}
+        gates = Training("prune", (target, "distillation={}"))
+        yield trained(f"gates/0.75/{words_of} {words}", gates, None, tokens)
 
 
 WAY = "KL + 0.5 text"  # the recovery in which cuts are compared
+RECOVERIES = {
+    "text": Training(),
+    "KL": Training(overrides=("distillation={teacher: SOURCE}",)),
+    WAY: Training(overrides=(_BOTH,)),
+    f"{WAY}, lr 1e-4": Training(overrides=(_BOTH, "optimizer.lr=1e-4")),
+    f"{WAY}, lr 6e-4": Training(overrides=(_BOTH, "optimizer.lr=6e-4")),
+    f"{WAY}, lr 1e-3": Training(overrides=(_BOTH, "optimizer.lr=1e-3")),
+    f"{WAY}, batch 512": Training(overrides=(_BOTH,), batch=512),
+    f"{WAY}, batch 1024": Training(overrides=(_BOTH,), batch=1024),
+    f"{WAY}, own text": Training(overrides=(_BOTH,), own_text=True),
+    f"{WAY}, dynamic mixing": Training(overrides=(_BOTH, *_DYNAMIC)),
+    f"states, then {WAY}": Training(
+        overrides=("distillation={teacher: SOURCE, objectives: {mse: 1.0}, final_objectives: {kl: 1.0, lm: 0.5}}",)
+    ),
+    f"blocks alone, then {WAY}": Training(
+        overrides=("distillation={teacher: SOURCE, objectives: {local: 1.0}, final_objectives: {kl: 1.0, lm: 0.5}}",)
+    ),
+    "last three": Training(overrides=("trainable={parameters: [output, final_norm, last.3]}",)),
+    "LoRA": Training("finetune"),
+    f"LoRA, {WAY}": Training("finetune", (_BOTH,)),
+    f"QLoRA, {WAY}": Training("finetune", (_BOTH, "lora.quantize=nf4")),
+}
 
 
-def compared(tokens: int) -> Iterable[Cell]:
-    """Cuts of every size, recovered alike."""
-    yaml, *overrides = RECOVERIES[WAY]
-    for parent in (
-        "blocks/0.9/block_influence", "channels/0.9/unit_taylor refit", "tokens/0.9/24576",
-        "blocks/0.75/perplexity+", "channels/0.75/unit_taylor", "blocks and channels/0.75/5 blocks",
-        "channels and attentions/0.75/unit_taylor", "tokens/0.75/24576 and channels refit",
-        "blocks/0.5/block_influence", "blocks and channels/0.5/9 blocks", "blocks and channels/0.5/13 blocks",
-    ):  # fmt: skip
-        yield trained(f"recovered/{tokens / 1e6:g}M/{parent}/{WAY}", yaml, parent, tokens, *overrides)
+def amount(tokens: int) -> str:
+    """A number of tokens in words: 50,000 are 0.05M."""
+    return f"{tokens / 1e6:g}M"
 
 
-def by_text(parents: Iterable[str], tokens: int) -> Iterable[Cell]:
-    """Recovery with text that the source wrote itself."""
-    yaml, *overrides = RECOVERIES[WAY]
-    for parent in parents:
-        name = f"recovered/{tokens / 1e6:g}M/{parent}/{WAY}, own text"
-        yield trained(name, yaml, parent, tokens, *overrides, own_text=True)
+def recovered(parent: str, ways: Iterable[str], tokens: int) -> Iterable[Cell]:
+    """A model, recovered in each of the ways."""
+    for way in ways:
+        yield trained(f"recovered/{amount(tokens)}/{parent}/{way}", RECOVERIES[way], parent, tokens)
 
 
-def recovered(parents: Iterable[str], tokens: int) -> Iterable[Cell]:
-    """Each of the models, recovered in every way."""
-    for parent in parents:
-        for way, (yaml, *overrides) in RECOVERIES.items():
-            yield trained(f"recovered/{tokens / 1e6:g}M/{parent}/{way}", yaml, parent, tokens, *overrides)
+BEST = ("blocks/0.75/block_influence", "channels/0.75/unit_taylor refit")  # recovered in every way
+COMPARED = (
+    "blocks/0.9/block_influence", "channels/0.9/unit_taylor refit", "tokens/0.9/24576",
+    "blocks/0.75/perplexity+", "channels/0.75/unit_taylor", "blocks and channels/0.75/5 blocks",
+    "channels and attentions/0.75/unit_taylor", "tokens/0.75/24576 and channels refit",
+    "tokens/0.75/24576, 3 blocks and channels refit",
+    "blocks/0.5/block_influence", "blocks and channels/0.5/9 blocks", "blocks and channels/0.5/13 blocks",
+    "tokens/0.5/24576, 9 blocks and channels refit",
+)  # fmt: skip
+
+
+def recipes(size: str) -> Iterable[Cell]:
+    """Published recipes with a quarter of a million tokens in all, at the learning rate of the model's size."""
+    yield from recovered(f"blocks/{size}/tail", ["last three"], 250_000)  # Reassessing Layer Pruning
+    for criterion in ("perplexity+", "taylor+"):  # Shortened LLaMA
+        yield from recovered(f"blocks/{size}/{criterion}", ["text", "LoRA"], 250_000)
+    yield from replaced(size, 250_000)  # LLM-Streamline
+    gates = f"gates/{size}/as published 0.075M"  # Sheared-LLaMA
+    settings = (f"l0_pruning={{target: {GATED[size]}, lagrangian_warmup: 0.2dur}}", *_DYNAMIC)
+    yield trained(gates, Training("prune", settings), None, 75_000)
+    yield trained(f"recovered/0.175M/{gates}/text, dynamic mixing", Training(overrides=_DYNAMIC), gates, 175_000)
 
 
 def ladder() -> dict[str, Cell]:
     """All cells, by name."""
-    two = ("blocks/0.75/block_influence", "channels/0.75/unit_taylor refit")
-    yaml, *overrides = RECOVERIES[WAY]
     cells = [
         Cell("source", lambda work, out: _link(work.model, out)),
         *depth(),
@@ -234,16 +296,16 @@ def ladder() -> dict[str, Cell]:
         *mixed(),
         *two_stages(),
         *vocabulary(),
-        *replaced(50_000),
+        *replaced("0.75", 50_000),
+        *fitted("0.75"),
         *gradual(50_000),
-        *recovered(two, 50_000),
-        *recovered(two, 250_000),
-        *compared(50_000),
-        *compared(250_000),
-        *by_text(two, 50_000),
-        *by_text(two, 250_000),
-        *(trained(f"recovered/1M/{parent}/{WAY}", yaml, parent, 1_000_000, *overrides) for parent in two),
-        trained(f"recovered/0.1M/tokens/0.9/24576/{WAY}", yaml, "tokens/0.9/24576", 100_000, *overrides),
+        *(cell for tokens in (50_000, 250_000) for parent in BEST for cell in recovered(parent, RECOVERIES, tokens)),
+        *(cell for tokens in (50_000, 250_000) for parent in COMPARED for cell in recovered(parent, [WAY], tokens)),
+        *recipes("0.75"),
+        *recipes("0.5"),
+        *(cell for parent in BEST for cell in recovered(parent, [WAY], 1_000_000)),
+        *recovered("tokens/0.75/24576 and channels refit", [WAY], 1_000_000),
+        *recovered("tokens/0.9/24576", [WAY], 100_000),
     ]
     return {cell.name: cell for cell in cells}
 

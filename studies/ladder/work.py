@@ -10,10 +10,14 @@ from data_prep.recipe import PackSettings
 from data_prep.reencode import reencode
 from data_prep.sample import SampleConfig, sample
 from llmprune.conversion.from_gguf import from_gguf
+from llmprune.data.prepared import PreparedData
+from llmprune.evaluation.references import references
 from llmprune.models.loading import load_tokenizer
+from llmprune.models.placement import Placement
 from llmprune.plans.plan import Plan
 from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.scores import Scores
+from llmprune.utils.files import write_json
 
 LENGTH = 512  # tokens of a sample
 CALIBRATION = 32  # samples
@@ -54,6 +58,14 @@ class Work:
             criteria = [name for name in CRITERIA if not CRITERIA[name].needs_experts]
             llmprune.score(self.model, self.data, criteria=criteria, samples=CALIBRATION, seq_len=LENGTH).save(path)
         return Scores.load(path)
+
+    @property
+    def references(self) -> Path:
+        """The source's losses by domain, for dynamic mixing."""
+        path = self.folder / "references.json"
+        if not path.exists():
+            write_json(path, references([str(self.model)], PreparedData(self.data), Placement(), samples_per_domain=8))
+        return path
 
     def text(self, wikitext: str, tokens: int) -> tuple[Path, int]:
         """A file with the text of WikiText-2's first tokens, and how many tokens of the source it has."""

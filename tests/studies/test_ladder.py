@@ -46,6 +46,10 @@ def test_cuts_keep_to_their_size() -> None:
     for share, mixes in cells["MIXED"].items():
         for gone, channels in mixes.items():
             sizes.append((share, outside + (30 - gone) * (attention + norms + channels * channel)))
+    for share, mixes in cells["FEWER_TOKENS"].items():
+        for gone, channels in mixes.items():
+            saved = 576 * (49_152 - cells["VOCABULARY"])
+            sizes.append((share, outside - saved + (30 - gone) * (attention + norms + channels * channel)))
     for share, (attentions, channels) in cells["TWO_STAGES"].items():
         sizes.append((share, outside + attentions * attention + 30 * (norms + channels * channel)))
     for share, parameters in sizes:

@@ -174,11 +174,11 @@ def vocabulary() -> Iterable[Cell]:
     for size, mixes in FEWER_TOKENS.items():
         for blocks, channels in mixes.items():
             name = f"tokens/{size}/{VOCABULARY}{f', {blocks} blocks' if blocks else ''} and channels"
-            narrow = {"shape": {**shape, "layers": 30 - blocks, "intermediate": channels}}
-            settings = {**narrow, "criterion": "block_influence", "unit_criterion": "unit_taylor"}
+            narrow = {"shape": {**shape, "intermediate": channels}, "unit_criterion": "unit_taylor"}
             if not blocks:
-                yield cut(name, **settings)
-            yield cut(f"{name} refit", **settings, **refit)
+                yield cut(name, **narrow)
+            fewer = {"criterion": "block_influence", "remove": blocks} if blocks else {}
+            yield cut(f"{name} refit", **narrow, **fewer, **refit)
 
 
 def replaced(size: str, tokens: int) -> Iterable[Cell]:

@@ -203,6 +203,20 @@ def test_sizes_are_timed_though_no_model_has_just_them() -> None:
         assert outside >= 0 and block >= 0
 
 
+def test_so_many_blocks_are_timed_that_no_cache_holds_them() -> None:
+    """A block of 20.16 M numbers has 80.6 MB in float32 and 40.3 in bfloat16: 3.3 and 6.7 of them have 2²⁸ bytes."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 320, "intermediate_size": 20_573}
+
+    def timed(layers: int, dtype: torch.dtype, **changed: int) -> int:
+        config = tiny_config(num_hidden_layers=layers, **{**sizes, **changed})
+        return LatencyTable(config, batch=1, context=8, device=torch.device("cpu"), dtype=dtype)._many
+
+    assert timed(30, torch.float32) == 5  # five at least
+    assert timed(30, torch.bfloat16) == 7
+    assert timed(6, torch.bfloat16) == 6  # a model has no more
+    assert timed(3, torch.bfloat16, intermediate_size=64) == 5
+
+
 def test_timing_needs_room() -> None:
     table = LatencyTable(tiny_config(), batch=2**30, context=100, device=torch.device("cpu"), dtype=torch.float32)
     assert table.measured(table.source, table.source) is None

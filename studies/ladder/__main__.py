@@ -2,7 +2,9 @@
 
     python studies/prose.py --out runs/ladder/text/prose
     python studies/ladder --wikitext WIKITEXT [--tasks FOLDER] [CELL…]        what is missing is made and measured
+    python studies/ladder --speeds [CELL…]                                    speeds of cuts, on a quiet machine
     python studies/ladder --table [CELL…]                                     the table of what is there
+    python studies/ladder --plot FILE [CELL…]                                 and its picture
 
 WIKITEXT is WikiText-2's test file, FOLDER has the lm-eval tasks piqa_local, arc_easy_local and openbookqa_local. CELL
 is a pattern such as ``'blocks/0.75/*'``; a model that is needed for others is made with them. Calibration and recovery
@@ -21,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cell, ladder
-from measures import perplexities, tasks
+from measures import perplexities, speeds, tasks
+from plot import picture
 from results import keep, results, table
 from work import Work
 
@@ -61,6 +64,15 @@ def do(cell: Cell, cells: dict[str, Cell], work: Work, arguments: argparse.Names
         remove(work.cell(cell.name))
 
 
+def timed(cells: list[Cell], known: dict[str, Cell], work: Work) -> None:
+    """Measure the speed of some cells in turns with the source, and keep it."""
+    for cell in cells:
+        make(cell, known, work)
+    models = [work.cell(cell.name) / "model" for cell in cells]
+    for cell, facts in zip(cells, speeds([work.model, *models]), strict=True):
+        keep(cell.name, {**results()[cell.name], **facts})
+
+
 def is_known(name: str, arguments: argparse.Namespace) -> bool:
     """Whether everything that is asked for was measured of a cell."""
     facts = results().get(name, {})
@@ -76,6 +88,8 @@ def main() -> None:
     parser.add_argument("--tasks", help="folder with task files; none = no tasks")
     parser.add_argument("--questions", type=int, default=300, help="of each task")
     parser.add_argument("--table", action="store_true", help="print what is known")
+    parser.add_argument("--plot", type=Path, help="draw what is known to this file")
+    parser.add_argument("--speeds", action="store_true", help="measure the speed of the named cuts")
     parser.add_argument("--list", action="store_true", help="print the names of the cells")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -85,6 +99,10 @@ def main() -> None:
         print("\n".join(names))
     elif arguments.table:
         print(table(names))
+    elif arguments.plot:
+        picture(names, arguments.plot)
+    elif arguments.speeds:
+        timed([cells[name] for name in names if name in results()], cells, work)
     elif arguments.one:
         do(cells[names[0]], cells, work, arguments)
     else:

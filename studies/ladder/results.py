@@ -1,4 +1,4 @@
-"""What is known of the cells: the file that is kept, its table and its plot."""
+"""What is known of the cells: the file that is kept, and its table."""
 
 import math
 from collections.abc import Iterable
@@ -36,6 +36,12 @@ def lost(name: str, found: dict[str, dict[str, Any]]) -> float:
     return math.log(found[name]["wikitext_512"]) - math.log(found["source"]["wikitext_512"])
 
 
+def speed_of(name: str, found: dict[str, dict[str, Any]], batch: int = 1) -> float | None:
+    """How many times as fast as the source a model generates; recovery changes nothing. None = not measured."""
+    facts = found[name] if "faster" in found[name] else found.get(parent_of(name), {})
+    return facts.get("faster", {}).get(str(batch))
+
+
 def table(names: Iterable[str]) -> str:
     """A row for every cell that is known."""
     found = results()
@@ -49,6 +55,8 @@ def table(names: Iterable[str]) -> str:
         "nats lost",
         "won back",
         "held-out loss",
+        "faster, batch 1",
+        "8",
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in names:
@@ -66,6 +74,7 @@ def table(names: Iterable[str]) -> str:
                 f"{lost(name, found):.3f}",
                 won,
                 f"{facts['held_out']:.3f}",
+                *("" if (speed := speed_of(name, found, batch)) is None else f"{speed:.2f}" for batch in (1, 8)),
             )
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

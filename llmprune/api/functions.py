@@ -99,7 +99,7 @@ def score(
 ) -> "Scores":
     """Score every block and every unit of a model by every criterion, in one pass.
 
-    >>> scores = llmprune.score("base", "text", criteria=["block_influence", "unit_taylor"], samples=8, seq_len=32)
+    >>> scores = llmprune.score("base", "text", criteria=["block_influence", "unit_activation_l2"], samples=8, seq_len=32)
     >>> len(scores.blocks["block_influence"])
     6
 
@@ -150,7 +150,7 @@ def plan(
     >>> by_depth = llmprune.plan(scores, "block_influence", remove=2)
     >>> by_depth.shape.layers
     4
-    >>> by_width = llmprune.plan(scores, unit_criterion="unit_taylor", shape={"intermediate": 32})
+    >>> by_width = llmprune.plan(scores, unit_criterion="unit_activation_l2", shape={"intermediate": 32})
     >>> by_width.shape.intermediate
     32
 

@@ -19,6 +19,10 @@ MIXED = {
     "0.75": {3: 1024, 5: 1152, 7: 1312},
     "0.5": {9: 512, 13: 800, 16: 1088},
 }  # channels that stay, by blocks that go
+CRITERIA_OF_UNITS = (
+    "unit_taylor", "unit_taylor_entropy", "unit_activation_l2", "unit_magnitude_l2", "unit_random",
+)  # fmt: skip
+UNITS = "unit_activation_l2"  # the criterion of channels beside other cuts
 VOCABULARY = 24_576  # tokens of 49,152 that stay
 FEWER_TOKENS = {
     "0.75": {0: 1120, 3: 1304, 5: 1448},
@@ -130,18 +134,20 @@ def depth() -> Iterable[Cell]:
         yield cut(f"blocks/{size}/pairs of sub-layers", method="sublayers", remove=gone)
         yield cut(f"blocks/{size}/iterative", criterion="block_influence", method="iterative", remove=gone)
         yield cut(f"blocks/{size}/greedy", method="greedy", remove=gone)
+        yield cut(f"blocks/{size}/merged", method="merge", remove=gone, threshold=0.4)
 
 
 def width() -> Iterable[Cell]:
-    """Channels that go by every criterion, with refit and without."""
+    """Channels that go by every criterion, with refit and without; heads and hidden dimensions for comparison."""
     for size, kept in CHANNELS.items():
-        for criterion in (
-            "unit_taylor", "unit_taylor_entropy", "unit_activation_l2", "unit_magnitude_l2", "unit_random",
-        ):  # fmt: skip
+        for criterion in CRITERIA_OF_UNITS:
             shape = {"intermediate": kept}
             yield cut(f"channels/{size}/{criterion}", unit_criterion=criterion, shape=shape)
             refit = {"correction": "refit", "force": True}
             yield cut(f"channels/{size}/{criterion} refit", unit_criterion=criterion, shape=shape, **refit)
+    for criterion in CRITERIA_OF_UNITS:
+        yield cut(f"heads/2 of 3 groups/{criterion}", unit_criterion=criterion, shape={"kv_heads": 2})
+        yield cut(f"hidden/504 of 576/{criterion}", unit_criterion=criterion, shape={"hidden": 504})
 
 
 def mixed() -> Iterable[Cell]:
@@ -151,7 +157,7 @@ def mixed() -> Iterable[Cell]:
             yield cut(
                 f"blocks and channels/{size}/{blocks} blocks",
                 criterion="block_influence",
-                unit_criterion="unit_taylor",
+                unit_criterion=UNITS,
                 shape={"layers": 30 - blocks, "intermediate": channels},
                 correction="refit",
                 force=True,
@@ -162,8 +168,7 @@ def two_stages() -> Iterable[Cell]:
     """Channels by the norm of their outputs, then whole attentions by the loss, as in 2SSP."""
     for size, (attentions, channels) in TWO_STAGES.items():
         shape = {"intermediate": channels, "attention_layers": attentions}
-        for criterion in ("unit_activation_l2", "unit_taylor"):
-            yield cut(f"channels and attentions/{size}/{criterion}", unit_criterion=criterion, shape=shape)
+        yield cut(f"channels and attentions/{size}/{UNITS}", unit_criterion=UNITS, shape=shape)
 
 
 def vocabulary() -> Iterable[Cell]:
@@ -174,7 +179,7 @@ def vocabulary() -> Iterable[Cell]:
     for size, mixes in FEWER_TOKENS.items():
         for blocks, channels in mixes.items():
             name = f"tokens/{size}/{VOCABULARY}{f', {blocks} blocks' if blocks else ''} and channels"
-            narrow = {"shape": {**shape, "intermediate": channels}, "unit_criterion": "unit_taylor"}
+            narrow = {"shape": {**shape, "intermediate": channels}, "unit_criterion": UNITS}
             if not blocks:
                 yield cut(name, **narrow)
             fewer = {"criterion": "block_influence", "remove": blocks} if blocks else {}
@@ -216,7 +221,7 @@ def gradual(tokens: int) -> Iterable[Cell]:
     """Channels that go while the model trains: in three rounds with recovery between, or by learned gates."""
     words, channels = amount(tokens), CHANNELS["0.75"]
     scored = (
-        "iterate.rounds=3", f"plan={{unit_criterion: unit_taylor, shape: {{intermediate: {channels}}}}}",
+        "iterate.rounds=3", f"plan={{unit_criterion: {UNITS}, shape: {{intermediate: {channels}}}}}",
         f"layer_scoring.data.samples={CALIBRATION}", _BOTH,
     )  # fmt: skip
     yield trained(f"rounds/0.75/{words}, KL + 0.5 text", Training("iterate", scored, rounds=3), None, tokens)
@@ -264,11 +269,13 @@ def recovered(parent: str, ways: Iterable[str], tokens: int) -> Iterable[Cell]:
         yield trained(f"recovered/{amount(tokens)}/{parent}/{way}", RECOVERIES[way], parent, tokens)
 
 
-BEST = ("blocks/0.75/block_influence", "channels/0.75/unit_taylor refit")  # recovered in every way
+BEST = ("blocks/0.75/block_influence", "channels/0.75/unit_activation_l2 refit")  # recovered in every way
 COMPARED = (
-    "blocks/0.9/block_influence", "channels/0.9/unit_taylor refit", "tokens/0.9/24576",
-    "blocks/0.75/perplexity+", "channels/0.75/unit_taylor", "blocks and channels/0.75/5 blocks",
-    "channels and attentions/0.75/unit_taylor", "tokens/0.75/24576 and channels refit",
+    "blocks/0.9/block_influence", "channels/0.9/unit_activation_l2 refit", "tokens/0.9/24576",
+    "blocks/0.75/perplexity+", "blocks/0.75/iterative", "channels/0.75/unit_activation_l2",
+    "channels/0.75/unit_taylor refit",
+    "blocks and channels/0.75/5 blocks",
+    "channels and attentions/0.75/unit_activation_l2", "tokens/0.75/24576 and channels refit",
     "tokens/0.75/24576, 3 blocks and channels refit",
     "blocks/0.5/block_influence", "blocks and channels/0.5/9 blocks", "blocks and channels/0.5/13 blocks",
     "tokens/0.5/24576, 9 blocks and channels refit",

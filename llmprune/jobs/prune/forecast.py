@@ -112,12 +112,11 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
     else:
         names, ways = criteria_of(config.method), ways_of(config.method)
         calibration = calibration_samples(config.method, source, length) * length
-        passes = TRAINING if "unit_taylor" in names else FORWARD
         steps += [
             Step(
                 "scores",
                 f"{', '.join(names)} on {calibration:,} tokens, {blocks} blocks",
-                (FORWARD + passes) * whole * calibration / rate,
+                FORWARD * whole * calibration / rate,
             ),
             Step(
                 "plan",

@@ -54,8 +54,8 @@ class Way:
 
 WAYS = {
     "depth": Way("block_influence", None),
-    "width": Way(None, "unit_taylor"),
-    "both": Way("block_influence", "unit_taylor"),
+    "width": Way(None, "unit_activation_l2"),
+    "both": Way("block_influence", "unit_activation_l2"),
 }
 
 

@@ -47,8 +47,8 @@ class ScoringJob:
     device: torch.device
     row_reduction: str = "sum"
     matrix_reduction: str = "sum"
-    sequence_aggregation: str = "mean"
-    batch_aggregation: str = "mean"
+    sequence_aggregation: str = "l2"
+    batch_aggregation: str = "l2"
     seed: int = 17
 
     @cached_property

@@ -40,8 +40,8 @@ class LayerScoringConfig:
     batch_size: int = limited(8, least=1)
     row_reduction: Reduction = "sum"
     matrix_reduction: Reduction = "sum"
-    sequence_aggregation: Aggregation = "mean"
-    batch_aggregation: Aggregation = "mean"
+    sequence_aggregation: Aggregation = "l2"
+    batch_aggregation: Aggregation = "l2"
     seed: int = limited(17, least=0)
 
     def names(self, model: "PretrainedConfig", *, gradients: bool = True) -> list[str]:

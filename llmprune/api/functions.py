@@ -99,7 +99,8 @@ def score(
 ) -> "Scores":
     """Score every block and every unit of a model by every criterion, in one pass.
 
-    >>> scores = llmprune.score("base", "text", criteria=["block_influence", "unit_activation_l2"], samples=8, seq_len=32)
+    >>> names = ["block_influence", "unit_activation_l2"]
+    >>> scores = llmprune.score("base", "text", criteria=names, samples=8, seq_len=32)
     >>> len(scores.blocks["block_influence"])
     6
 

@@ -1,6 +1,7 @@
 """Ways to prune and to recover the built-in model, side by side: the losses of each, measured alike.
 
     python studies/prose.py --out runs/ladder/text/prose
+    python studies/encyclopedia.py --out runs/ladder/text-encyclopedia/encyclopedia
     python studies/ladder --wikitext WIKITEXT [--tasks FOLDER] [CELL…]        what is missing is made and measured
     python studies/ladder --speeds [CELL…]                                    speeds of cuts, on a quiet machine
     python studies/ladder --table [CELL…]                                     the table of what is there
@@ -8,7 +9,7 @@
 
 WIKITEXT is WikiText-2's test file, FOLDER has the lm-eval tasks piqa_local, arc_easy_local and openbookqa_local. CELL
 is a pattern such as ``'blocks/0.75/*'``; a model that is needed for others is made with them. Calibration and recovery
-see the built-in corpus and, if it is there, prose; no WikiText.
+see the built-in corpus and, if it is there, prose; no WikiText. The encyclopedia is for some recoveries only.
 
 Each cell is a model. It is made in a process of its own, and what was measured of it is kept in
 studies/ladder/results.json. Cells that are there are not made again.

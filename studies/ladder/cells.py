@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from work import CALIBRATION, LENGTH, Work
+from work import CALIBRATION, LENGTH, OWN, Work
 
 import llmprune
 from llmprune.jobs.prune.recipe import batch_tokens
@@ -65,14 +65,14 @@ class Training:
         overrides: its overrides; in them SOURCE stands for the source's folder, REFERENCES for its losses by domain.
         batch: tokens of a batch; None = as ``llmprune prune`` takes them.
         rounds: number of rounds, with as many tokens each; 1 = a plain run.
-        own_text: whether the source wrote the text.
+        text: kind of text, see ``Work.data_from``; empty = the built-in corpus and prose.
     """
 
     yaml: str = "continue"
     overrides: tuple[str, ...] = ()
     batch: int | None = None
     rounds: int = 1
-    own_text: bool = False
+    text: str = ""
 
     def given(self, work: Work) -> list[str]:
         """The overrides with their places."""
@@ -95,7 +95,7 @@ def trained(name: str, training: Training, model: str | None, tokens: int) -> Ce
             ROOT / "yamls" / f"{training.yaml}.yaml",
             [
                 f"model.path={work.model if model is None else work.cell(model) / 'model'}",
-                f"data.path={work.own_data if training.own_text else work.data_of(model)}",
+                f"data.path={work.data_from(training.text) if training.text else work.data_of(model)}",
                 f"run.folder={out.parent / 'run'}",
                 "run.autoresume=true",
                 "scheduler.warmup=0.1dur",
@@ -243,7 +243,8 @@ RECOVERIES = {
     f"{WAY}, lr 1e-3": Training(overrides=(_BOTH, "optimizer.lr=1e-3")),
     f"{WAY}, batch 512": Training(overrides=(_BOTH,), batch=512),
     f"{WAY}, batch 1024": Training(overrides=(_BOTH,), batch=1024),
-    f"{WAY}, own text": Training(overrides=(_BOTH,), own_text=True),
+    f"{WAY}, own text": Training(overrides=(_BOTH,), text=OWN),
+    f"{WAY}, encyclopedia": Training(overrides=(_BOTH,), text="encyclopedia"),
     f"{WAY}, dynamic mixing": Training(overrides=(_BOTH, *_DYNAMIC)),
     f"states, then {WAY}": Training(
         overrides=("distillation={teacher: SOURCE, objectives: {mse: 1.0}, final_objectives: {kl: 1.0, lm: 0.5}}",)

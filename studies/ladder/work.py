@@ -22,7 +22,7 @@ from llmprune.utils.files import write_json
 LENGTH = 512  # tokens of a sample
 CALIBRATION = 32  # samples
 MEGABYTES = 8.0  # of the built-in corpus
-OWN_TOKENS = 250_000  # of the source's own text
+OWN, OWN_TOKENS = "own", 250_000  # the source's own text
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ class Work:
             path.write_text(tokenizer.decode(whole[:tokens], clean_up_tokenization_spaces=False), encoding="utf-8")
         return path, len(tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"])
 
-    @property
-    def own_data(self) -> Path:
-        """Prepared data that the source wrote itself: a quarter of a million tokens."""
-        data, text = self.folder / "data-own", self.folder / "text-own"
+    def data_from(self, name: str) -> Path:
+        """Prepared data of one kind of text alone: what the source wrote itself (``own``), or a folder text-NAME."""
+        data, text = self.folder / f"data-{name}", self.folder / f"text-{name}"
         if not data.exists():
-            sample(str(self.model), text / "own", SampleConfig(OWN_TOKENS, LENGTH))
+            if name == OWN and not text.exists():
+                sample(str(self.model), text / name, SampleConfig(OWN_TOKENS, LENGTH))
             prepare([str(text)], str(self.model), data, PackSettings(LENGTH, eval_fraction=0.05), processes=2)
         return data
 

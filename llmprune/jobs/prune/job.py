@@ -99,6 +99,7 @@ MEGABYTES = 8.0  # of the built-in corpus
 EVAL_FRACTION = 0.1
 HELD_OUT = 16  # evaluation samples per domain, at the end
 JUDGED = 8  # evaluation samples per domain that compare plans
+MANY_TOKENS = 0.1  # share of the parameters that belong to tokens, from which fewer tokens are suggested
 AUTO = Placement()
 SPEED = MeasureConfig((1, 8), output_tokens=(32,), warmups=1, repeats=5)
 PROMPTS = (
@@ -327,6 +328,20 @@ class _Prune:
         found = compare_ways(scores, self._model, self._config.method, self._config.budget, held_out)
         write_json(self._out / "candidates.json", {"schema": 1, "candidates": found.rows, "chosen": found.chosen})
         found.plan.save(self._out / "plan.json")
+        self._suggest_fewer_tokens()
+
+    def _suggest_fewer_tokens(self) -> None:
+        """Say that tokens may go too, if they are much of the model."""
+        source, given = self._sizes.source, self._config.budget
+        if source.vocabulary is None or given.vocabulary is not None or given.params is None:
+            return
+        whole = self._sizes.parameters(source)
+        share = 1 - self._sizes.parameters(target_shape(source, {"vocabulary": 1})) / whole
+        if share >= MANY_TOKENS:
+            tell(
+                f"prune:   {share:.0%} of the parameters belong to tokens; with --vocabulary {source.vocabulary // 2} "
+                "those go that your text uses least, and more of the rest stays (docs/vocabulary.md)"
+            )
 
     def _gate(self, steps: Steps, data: str) -> None:
         """Train gates to the number of parameters, and cut by them."""

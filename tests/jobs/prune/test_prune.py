@@ -242,6 +242,29 @@ def test_with_fewer_tokens(source: Path, data: Path, tmp_path: Path) -> None:
     assert outcome.models[-1].perplexity[""] == pytest.approx(math.exp(nats / tokens), rel=0.02)
 
 
+def test_fewer_tokens_are_suggested_where_they_are_much_of_the_model(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_model_config(source)
+    rows = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    share = rows / count_parameters(config)
+    assert share > job.MANY_TOKENS
+    for budget, hint in (
+        (
+            BudgetConfig(params="0.75"),
+            f"{share:.0%} of the parameters belong to tokens; with --vocabulary 150 those go",
+        ),
+        (BudgetConfig(params="0.75", vocabulary=290), ""),
+        (BudgetConfig(latency="0.75"), ""),
+    ):
+        job._Prune(str(source), tmp_path / "out", PruneConfig(budget))._suggest_fewer_tokens()
+        text = capsys.readouterr().err
+        assert hint in text and (hint or not text)
+    monkeypatch.setattr(job, "MANY_TOKENS", 1.01 * share)
+    job._Prune(str(source), tmp_path / "out", PruneConfig(BudgetConfig(params="0.75")))._suggest_fewer_tokens()
+    assert not capsys.readouterr().err
+
+
 class _Asking(Callback):
     """Somebody sends SIGTERM during a batch."""
 

@@ -219,7 +219,9 @@ def plan(
     from llmprune.plans.plan import tensors_beside
     from llmprune.pruning import planning
     from llmprune.pruning.budgets.plan_losses import PlanLosses
+    from llmprune.pruning.scoring.all_criteria import CRITERIA
     from llmprune.pruning.scoring.scores import Scores
+    from llmprune.utils.logs import tell
     from llmprune.utils.outputs import check_output, refuse_replacing
 
     config = _with_method(settings, span=span)
@@ -236,6 +238,9 @@ def plan(
         raise UserError("name the plan to write with --out")
     check_output(out, ".json", overwrite, [tensors_beside(Path(out))])
     refuse_replacing(out, [scores])
+    for criterion in filter(None, (config.criterion, config.unit_criterion)):
+        if criterion in CRITERIA and (caution := CRITERIA[criterion].caution):
+            tell(f"plan: {criterion}: {caution}")
     choice, losses = None, list[PlanLosses]()
     if budget is not None:
         made, choice = planning.choose_plan(loaded, config, budget, model=model)

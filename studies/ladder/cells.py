@@ -238,6 +238,7 @@ RECOVERIES = {
     "text": Training(),
     "KL": Training(overrides=("distillation={teacher: SOURCE}",)),
     WAY: Training(overrides=(_BOTH,)),
+    "KL of the 16 likeliest + 0.5 text": Training(overrides=(_BOTH, "distillation.top_k=16")),
     f"{WAY}, lr 1e-4": Training(overrides=(_BOTH, "optimizer.lr=1e-4")),
     f"{WAY}, lr 6e-4": Training(overrides=(_BOTH, "optimizer.lr=6e-4")),
     f"{WAY}, lr 1e-3": Training(overrides=(_BOTH, "optimizer.lr=1e-3")),

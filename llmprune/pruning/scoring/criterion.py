@@ -105,11 +105,13 @@ class Criterion:
         reads: kind of data that the criterion needs: ``states``, ``updates``, ``activations``, ``weights``,
             ``gradients`` (of the loss), ``entropy_gradients`` (of the predictions' entropy), ``removals``, or None.
         needs_experts: whether the criterion works only for mixtures of experts.
+        caution: what to know before a model is cut by it, as a sentence without a stop; empty = nothing.
     """  # noqa: D205
 
     section: ClassVar[ScoreSection] = ScoreSection.BLOCKS
     reads: ClassVar[str | None] = None
     needs_experts: ClassVar[bool] = False
+    caution: ClassVar[str] = ""
 
     def __init__(self, job: ScoringJob) -> None:
         """Start with empty sums."""

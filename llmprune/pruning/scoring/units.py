@@ -85,6 +85,11 @@ def _rounded(row: list[float]) -> list[float]:
 class _OfWeights(_Units):
     """Criteria that sum over a unit's weights; biases are left out, as for blocks."""
 
+    caution = (
+        "when it chose heads or hidden dimensions of a real model, the result was worse than with a random choice "
+        "(unit_activation_l2 is far better; docs/width.md, which criterion)"
+    )
+
     def sums(self) -> Sequence[Tensor]:
         return super().sums() if self.reads in GRADIENTS else ()  # every rank has all weights
 

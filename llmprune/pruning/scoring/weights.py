@@ -11,6 +11,11 @@ from torch import Tensor
 
 from llmprune.pruning.scoring.criterion import CRITERIA, Criterion, ScoringJob
 
+RUINOUS = (
+    "when it chose a third of a real model's blocks, perplexity rose from 26 to thousands and more (block_influence: "
+    "154; docs/scoring.md, which criterion)"
+)
+
 
 def row_sums(weight: Tensor) -> Tensor:
     """Sums along the rows of a matrix, [rows]; each element of a vector is a row."""
@@ -19,6 +24,8 @@ def row_sums(weight: Tensor) -> Tensor:
 
 class _FromRows(Criterion):
     """Scores from the row sums of every matrix of a block."""
+
+    caution = RUINOUS
 
     def __init__(self, job: ScoringJob) -> None:
         super().__init__(job)
@@ -80,6 +87,7 @@ class TaylorSigned(Criterion):
     """Sum of |Σ W ∘ ∂L/∂W|, samples added up before the absolute value (arXiv:2305.11627, 2402.02834)."""
 
     reads = "gradients"
+    caution = RUINOUS
 
     def __init__(self, job: ScoringJob) -> None:
         super().__init__(job)

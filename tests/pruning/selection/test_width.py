@@ -24,6 +24,7 @@ from llmprune.models.placement import Placement
 from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.plan_losses import PlanLosses
 from llmprune.pruning.planning import make_plan
+from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.scoring.settings import LayerScoringConfig
 from llmprune.pruning.selection.correction import check_tokens, corrected
@@ -207,7 +208,10 @@ def test_the_command(scores: Scores, trained_folder: Path, tmp_path: Path, capsy
     path, plan = str(tmp_path / "scores.json"), str(tmp_path / "plan.json")
     shape = ("--shape", "layers=5, intermediate=24", "--unit-criterion", "unit_taylor")
     run("plan", path, *shape, "--criterion", "taylor", "--correction", "refit", "--out", plan)
-    assert "5 of 6 blocks stay" in (printed := capsys.readouterr().out) and "intermediate 24 of 48" in printed
+    printed = capsys.readouterr()
+    assert "5 of 6 blocks stay" in printed.out and "intermediate 24 of 48" in printed.out
+    for criterion in ("taylor", "unit_taylor"):
+        assert f"plan: {criterion}: {CRITERIA[criterion].caution}\n" in printed.err
     run("apply", str(trained_folder), plan, "--out", str(tmp_path / "cut"))
     config = json.loads((tmp_path / "cut" / "config.json").read_text())
     assert (config["num_hidden_layers"], config["intermediate_size"]) == (5, 24)

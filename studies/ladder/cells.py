@@ -247,6 +247,9 @@ RECOVERIES = {
     f"{WAY}, own text": Training(overrides=(_BOTH,), text=OWN),
     f"{WAY}, encyclopedia": Training(overrides=(_BOTH,), text="encyclopedia"),
     f"{WAY}, dynamic mixing": Training(overrides=(_BOTH, *_DYNAMIC)),
+    f"{WAY} + states": Training(
+        overrides=("distillation={teacher: SOURCE, objectives: {kl: 1.0, lm: 0.5, mse: 1.0}}",)
+    ),
     f"states, then {WAY}": Training(
         overrides=("distillation={teacher: SOURCE, objectives: {mse: 1.0}, final_objectives: {kl: 1.0, lm: 0.5}}",)
     ),

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter
 from results import lost, parent_of, results, speed_of, tokens_of
 
 SHOWN = 2.5  # nats; cells that lost more are left out
 MOST_TOKENS = 600_000, 150_000  # a cell that took more than these tokens has a larger marker, one of less a smaller one
 SIZES = 60, 30, 14  # of markers, in square points
+NATS, TOKENS = (0.2, 0.3, 0.5, 0.7, 1, 1.5, 2), (2e4, 5e4, 1e5, 2e5, 5e5, 1e6)  # labels of the axes
 
 
 def picture(names: Sequence[str], path: Path) -> None:
@@ -22,13 +24,19 @@ def picture(names: Sequence[str], path: Path) -> None:
         ("tokens per second, times the source's (batch 1)", {c: speed_of(c, found) for c in cells}),
         ("tokens, for scores and recovery", {c: tokens_of(c, found) for c in cells}),
     )
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
-    for place, (title, values) in enumerate(panels):
-        axes = figure.add_subplot(1, 3, place + 1, xlabel=title, yscale="log")
-        axes.set_ylabel("nats per token lost (WikiText-2, segments of 512)" if not place else "")
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    row = figure.subplots(1, len(panels), sharey=True)
+    row[0].set(ylabel="nats per token lost (WikiText-2, segments of 512)", yscale="log")
+    row[0].yaxis.set_major_locator(FixedLocator(NATS))
+    row[0].yaxis.set_major_formatter("{x:g}")
+    row[0].yaxis.set_minor_formatter(NullFormatter())
+    row[-1].set_xscale("log")
+    row[-1].xaxis.set_major_locator(FixedLocator(TOKENS))
+    row[-1].xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g} M")
+    row[-1].xaxis.set_minor_formatter(NullFormatter())
+    for axes, (title, values) in zip(row, panels, strict=True):
+        axes.set_xlabel(title)
         axes.grid(alpha=0.3, which="both")
-        if values is panels[-1][1]:
-            axes.set_xscale("log")
         for number, kind in enumerate(kinds):
             for cell, x in values.items():
                 if x is None or parent_of(cell).split("/")[0] != kind:

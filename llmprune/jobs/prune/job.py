@@ -3,7 +3,7 @@
 Layout of the folder::
 
 prune.json                     the settings, and hashes of what is read
-text/ data/                    training text (built-in or self-written) and prepared data, unless they were given
+text/ data/                    training text (built-in, self-written, or a single file in parts) and prepared data
 score.yaml scores/             the job that scores the source model
 plan.json candidates.json      what goes, and the ways that were compared
 gates.yaml gates/              the job that prunes by gates, with ``method: gates``, instead of the scores
@@ -25,6 +25,7 @@ from typing import Any
 
 from data_prep.builtin import build_corpus
 from data_prep.pack import prepare
+from data_prep.parts import write_parts
 from data_prep.recipe import PackSettings
 from data_prep.reencode import reencode
 from data_prep.sample import SampleConfig, sample
@@ -34,6 +35,7 @@ from llmprune.conversion.commands import apply
 from llmprune.data.calibration import LENGTH
 from llmprune.data.format import EVAL, TRAIN, tokenizer_fingerprint
 from llmprune.data.prepared import PreparedData
+from llmprune.data.records import find_inputs
 from llmprune.data.sources import Fields
 from llmprune.evaluation.continuations import (
     Prompt,
@@ -281,13 +283,16 @@ class _Prune:
             inputs = [str(text)]
             written = text / SELF
             steps.together("text that the model writes", written, lambda: self._write_text(written))
+        elif self._config.data is not None and len(files := find_inputs(inputs)) == 1 and files[0].is_text:
+            steps.alone("the text in parts", text, lambda: write_parts(files[0], text))
+            inputs = [str(text)]
         settings = PackSettings(self._length, eval_fraction=EVAL_FRACTION, seed=self._config.seed)
         fields = Fields(self._config.text_field)
 
         def pack() -> None:
             prepare(inputs, self._source.folder.path, data, settings, fields=fields)
             try:
-                remedy = "give more text, in several files or records: one document is not divided"
+                remedy = "give more text, in several files or records"
                 _check_splits(PreparedData(data), remedy)
             except UserError:
                 remove(data)  # so that nothing is lost when the command is called with other text

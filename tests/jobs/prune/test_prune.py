@@ -27,6 +27,7 @@ from llmprune.jobs.prune.job import prune
 from llmprune.jobs.prune.outcome import Measured, Outcome
 from llmprune.jobs.prune.recipe import DataSize, batch_samples, batch_tokens, calibration_samples
 from llmprune.jobs.prune.settings import PruneConfig
+from llmprune.jobs.prune.steps import Steps
 from llmprune.jobs.train import train
 from llmprune.measurement.measure import MeasureConfig
 from llmprune.models.families import family_of
@@ -344,11 +345,20 @@ def test_wide_models_are_calibrated_on_as_much_as_their_widest_fit_needs() -> No
 
 
 def test_a_single_document_is_not_enough(trained_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "book.txt").write_text("It was the best of times. " * 4000)
+    (tmp_path / "book.jsonl").write_text(json.dumps({"text": "It was the best of times. " * 4000}))
     with pytest.raises(UserError, match="has no evaluation samples: give more text, in several files or records"):
-        prune(str(trained_folder), tmp_path / "out", PruneConfig(SMALL, data=str(tmp_path / "book.txt"), seq_len=32))
+        prune(str(trained_folder), tmp_path / "out", PruneConfig(SMALL, data=str(tmp_path / "book.jsonl"), seq_len=32))
     with pytest.raises(UserError, match="lies in the data"):
         prune(str(trained_folder), corpus / "out", PruneConfig(SMALL, data=str(corpus)))
+
+
+def test_a_single_file_of_text_is_divided(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("It was the best of times.\n\nIt was the worst of times.\n" * 2000)
+    made = job._Prune(str(source), tmp_path / "out", PruneConfig(SMALL, data=str(tmp_path / "book.txt"), seq_len=32))
+    data = PreparedData(made._prepare(Steps(tmp_path / "out")))
+    assert data.domains_with("train") == data.domains_with("eval") == ["text"]
+    splits = read_json(tmp_path / "out" / "data" / "manifest.json")["domains"]["text"].values()
+    assert sum(split["documents"] for split in splits) == 20
 
 
 def test_a_batch_has_no_more_samples_than_there_are() -> None:

@@ -3,7 +3,7 @@
 Layout of the folder::
 
 prune.json                     the settings, and hashes of what is read
-text/ data/                    training text (built-in, self-written, or a single file in parts) and prepared data
+text/ data/                    training text (built-in or self-written) and prepared data, unless they were given
 score.yaml scores/             the job that scores the source model
 plan.json candidates.json      what goes, and the ways that were compared
 gates.yaml gates/              the job that prunes by gates, with ``method: gates``, instead of the scores
@@ -283,23 +283,30 @@ class _Prune:
             inputs = [str(text)]
             written = text / SELF
             steps.together("text that the model writes", written, lambda: self._write_text(written))
-        elif self._config.data is not None and len(files := find_inputs(inputs)) == 1 and files[0].is_text:
-            steps.alone("the text in parts", text, lambda: write_parts(files[0], text))
-            inputs = [str(text)]
-        settings = PackSettings(self._length, eval_fraction=EVAL_FRACTION, seed=self._config.seed)
-        fields = Fields(self._config.text_field)
-
-        def pack() -> None:
-            prepare(inputs, self._source.folder.path, data, settings, fields=fields)
-            try:
-                remedy = "give more text, in several files or records"
-                _check_splits(PreparedData(data), remedy)
-            except UserError:
-                remove(data)  # so that nothing is lost when the command is called with other text
-                raise
-
-        steps.alone("data", data, pack)
+        steps.alone("data", data, lambda: self._pack(inputs, data))
         return str(data)
+
+    def _pack(self, inputs: list[str], data: Path) -> None:
+        """Prepare the data from text; a single file is divided into parts first."""
+        settings = PackSettings(self._length, eval_fraction=EVAL_FRACTION, seed=self._config.seed)
+        parts, files = self._out / "parts", find_inputs(inputs)
+        if divide := len(files) == 1 and files[0].is_text:
+            part = parts / Path(files[0].name).stem
+            if not part.exists():
+                write_parts(files[0], part)
+        prepare(
+            [str(parts)] if divide else inputs,
+            self._source.folder.path,
+            data,
+            settings,
+            fields=Fields(self._config.text_field),
+        )
+        remove(parts)
+        try:
+            _check_splits(PreparedData(data), "give more text, in several files or records")
+        except UserError:
+            remove(data)  # so that nothing is lost when the command is called with other text
+            raise
 
     def _write_text(self, folder: Path) -> None:
         """Let the source model write the training text; all ranks share the work."""

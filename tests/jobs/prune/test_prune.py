@@ -164,7 +164,7 @@ def test_what_is_impossible_is_told_before_work(
 
 def test_what_failed_before_anything_was_done_is_begun_anew(source: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "one.txt").write_text("one document, which is not divided " * 200)
+    (tmp_path / "one.txt").write_text("one short document " * 200)
     for name, what in (("empty", "no"), ("one.txt", "no evaluation samples")):
         with pytest.raises(UserError, match=what):
             prune(str(source), tmp_path / "out", PruneConfig(SMALL, data=str(tmp_path / name), tokens="4K"))
@@ -356,9 +356,10 @@ def test_a_single_file_of_text_is_divided(source: Path, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("It was the best of times.\n\nIt was the worst of times.\n" * 2000)
     made = job._Prune(str(source), tmp_path / "out", PruneConfig(SMALL, data=str(tmp_path / "book.txt"), seq_len=32))
     data = PreparedData(made._prepare(Steps(tmp_path / "out")))
-    assert data.domains_with("train") == data.domains_with("eval") == ["text"]
-    splits = read_json(tmp_path / "out" / "data" / "manifest.json")["domains"]["text"].values()
+    assert data.domains_with("train") == data.domains_with("eval") == ["book"]
+    splits = read_json(tmp_path / "out" / "data" / "manifest.json")["domains"]["book"].values()
     assert sum(split["documents"] for split in splits) == 20
+    assert not (tmp_path / "out" / "parts").exists()
 
 
 def test_a_batch_has_no_more_samples_than_there_are() -> None:

@@ -43,8 +43,10 @@ def speed_of(name: str, found: dict[str, dict[str, Any]], batch: int = 1) -> flo
 
 
 def table(names: Iterable[str]) -> str:
-    """A row for every cell that is known."""
+    """A row for every cell that is known; columns of speeds only if one is known."""
     found = results()
+    names = [name for name in names if name in found]
+    timed = (1, 8) if any(speed_of(name, found) for name in names) else ()
     columns = (
         "model",
         "parameters, M",
@@ -55,26 +57,25 @@ def table(names: Iterable[str]) -> str:
         "nats lost",
         "won back",
         "held-out loss",
-        "faster, batch 1",
-        "8",
+        *(f"times as fast, batch {batch}" for batch in timed),
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in names:
-        if facts := found.get(name):
-            parent = parent_of(name)
-            known = parent != name and parent in found
-            won = f"{1 - lost(name, found) / lost(parent, found):.0%}" if known else ""
-            cells = (
-                f"`{name}`",
-                f"{facts['parameters'] / 1e6:.1f}",
-                f"{tokens_of(name, found):,}",
-                f"{facts['seconds']:.0f}",
-                f"{facts['wikitext_512']:.1f}",
-                f"{facts['wikitext_2048']:.1f}",
-                f"{lost(name, found):.3f}",
-                won,
-                f"{facts['held_out']:.3f}",
-                *("" if (speed := speed_of(name, found, batch)) is None else f"{speed:.2f}" for batch in (1, 8)),
-            )
-            lines.append(f"| {' | '.join(cells)} |")
+        facts = found[name]
+        parent = parent_of(name)
+        known = parent != name and parent in found
+        won = f"{1 - lost(name, found) / lost(parent, found):.0%}" if known else ""
+        cells = (
+            f"`{name}`",
+            f"{facts['parameters'] / 1e6:.1f}",
+            f"{tokens_of(name, found):,}",
+            f"{facts['seconds']:.0f}",
+            f"{facts['wikitext_512']:.1f}",
+            f"{facts['wikitext_2048']:.1f}",
+            f"{lost(name, found):.3f}",
+            won,
+            f"{facts['held_out']:.3f}",
+            *("" if (speed := speed_of(name, found, batch)) is None else f"{speed:.2f}" for batch in timed),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -290,23 +290,17 @@ class _Prune:
         """Prepare the data from text; a single file is divided into parts first."""
         settings = PackSettings(self._length, eval_fraction=EVAL_FRACTION, seed=self._config.seed)
         parts, files = self._out / "parts", find_inputs(inputs)
-        if divide := len(files) == 1 and files[0].is_text:
-            part = parts / Path(files[0].name).stem
-            if not part.exists():
-                write_parts(files[0], part)
-        prepare(
-            [str(parts)] if divide else inputs,
-            self._source.folder.path,
-            data,
-            settings,
-            fields=Fields(self._config.text_field),
-        )
-        remove(parts)
+        divide, fields = len(files) == 1 and files[0].is_text, Fields(self._config.text_field)
         try:
+            if divide and not (part := parts / Path(files[0].name).stem).exists():
+                write_parts(files[0], part)
+            prepare([str(parts)] if divide else inputs, self._source.folder.path, data, settings, fields=fields)
             _check_splits(PreparedData(data), "give more text, in several files or records")
         except UserError:
-            remove(data)  # so that nothing is lost when the command is called with other text
+            for place in (parts, data):  # so that nothing is lost when the command is called with other text
+                remove(place)
             raise
+        remove(parts)
 
     def _write_text(self, folder: Path) -> None:
         """Let the source model write the training text; all ranks share the work."""

@@ -11,6 +11,10 @@ from llmprune.pruning.scoring.criterion import CRITERIA, GRADIENTS, Criterion, S
 from llmprune.utils.errors import UserError, nearest
 
 AGGREGATIONS = ("mean", "l2")
+NO_BETTER = (
+    "when it chose heads or hidden dimensions of a real model, the result was no better than with a random choice "
+    "(unit_activation_l2 was far better; docs/width.md, which criterion)"
+)
 DIGITS = 8  # significant digits kept of every score: a large model has millions of scores
 
 
@@ -85,11 +89,6 @@ def _rounded(row: list[float]) -> list[float]:
 class _OfWeights(_Units):
     """Criteria that sum over a unit's weights; biases are left out, as for blocks."""
 
-    caution = (
-        "when it chose heads or hidden dimensions of a real model, the result was worse than with a random choice "
-        "(unit_activation_l2 is far better; docs/width.md, which criterion)"
-    )
-
     def sums(self) -> Sequence[Tensor]:
         return super().sums() if self.reads in GRADIENTS else ()  # every rank has all weights
 
@@ -113,6 +112,7 @@ class UnitMagnitudeL2(_OfWeights):
     """Sum of W² over the rows and columns of each unit."""
 
     reads = "weights"
+    caution = NO_BETTER
 
     def weigh(self, block: int, name: str, weight: Tensor) -> None:
         self._add(block, name, weight.float().square())
@@ -123,6 +123,7 @@ class UnitTaylor(_OfWeights):
     """Sum of |W ∘ ∂L/∂W| over each unit, absolute values taken for every sample (LLM-Pruner, arXiv:2305.11627)."""
 
     reads = "gradients"
+    caution = NO_BETTER
 
     def gradient(self, block: int, name: str, weight: Tensor, gradient: Tensor) -> None:
         self._add(block, name, (weight * gradient).abs())

@@ -80,6 +80,7 @@ class TaylorEntropy(Taylor):
     """Sum of |W ∘ ∂H/∂W|, H the mean entropy of a sample's predictions; no labels (HFPrune, arXiv:2603.08083)."""
 
     reads = "entropy_gradients"
+    caution = ""  # not measured
 
 
 @CRITERIA.register("taylor_signed")

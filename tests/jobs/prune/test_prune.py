@@ -165,7 +165,8 @@ def test_what_is_impossible_is_told_before_work(
 def test_what_failed_before_anything_was_done_is_begun_anew(source: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "one.txt").write_text("one short document " * 200)
-    for name, what in (("empty", "no"), ("one.txt", "no evaluation samples")):
+    (tmp_path / "damaged.txt").write_bytes(b"\xff\xfe\xfa")
+    for name, what in (("empty", "no"), ("one.txt", "no evaluation samples"), ("damaged.txt", "damaged.txt:1: ")):
         with pytest.raises(UserError, match=what):
             prune(str(source), tmp_path / "out", PruneConfig(SMALL, data=str(tmp_path / name), tokens="4K"))
     config = PruneConfig(SMALL, data=str(data), tokens="4K")

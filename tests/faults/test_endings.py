@@ -44,7 +44,7 @@ def inputs(data: Path, corpus: Path, model_folder: Path, tmp_path_factory: pytes
     config = load_model_config(model_folder)
     plan = keep_everything(config, fingerprint(StoredWeights(model_folder), config))
     plan.save(folder / "plan.json")
-    scores = Scores("m", plan.family, plan.model, plan.source, {}, {}, None, {"taylor": [1.0, 2.0, 3.0, 4.0]})
+    scores = Scores("m", plan.family, plan.model, plan.source, {}, {}, None, {"block_influence": [1.0, 2.0, 3.0, 4.0]})
     scores.save(folder / "scores.json")
     (folder / "prompts.txt").write_text("one two\n")
     (folder / "results.json").write_text('{"schema": 1, "models": {"a": {}}}')
@@ -62,7 +62,7 @@ loggers: {{console: false}}
 
 # the command, and the suffix of its output
 COMMANDS: dict[str, tuple[str, str]] = {
-    "plan": ("llmprune plan scores.json --criterion taylor --remove 1 --out OUT", ".json"),
+    "plan": ("llmprune plan scores.json --criterion block_influence --remove 1 --out OUT", ".json"),
     "apply": ("llmprune apply model plan.json --out OUT", ""),
     "score": ("llmprune score model --criteria magnitude_l1 --out OUT", ".json"),
     "convert": ("llmprune convert nowhere --out OUT", ""),

@@ -22,6 +22,7 @@ MIXED = {
 CRITERIA_OF_UNITS = (
     "unit_taylor", "unit_taylor_entropy", "unit_activation_l2", "unit_magnitude_l2", "unit_random",
 )  # fmt: skip
+MORE = 4 * CALIBRATION  # samples, where calibration is compared
 UNITS = "unit_activation_l2"  # the criterion of channels beside other cuts
 VOCABULARY = 24_576  # tokens of 49,152 that stay
 FEWER_TOKENS = {
@@ -45,13 +46,13 @@ class Cell:
     parent: str | None = None
 
 
-def cut(name: str, **settings: Any) -> Cell:
+def cut(name: str, calibration: int = CALIBRATION, **settings: Any) -> Cell:
     """A cell that a plan from the scores cuts."""
 
     def make(work: Work, out: Path) -> int:
-        plan = llmprune.plan(work.scores, model=work.model, **settings)
+        plan = llmprune.plan(work.scores(calibration), model=work.model, **settings)
         llmprune.apply(work.model, plan, out)
-        return CALIBRATION * LENGTH
+        return calibration * LENGTH
 
     return Cell(name, make)
 
@@ -145,6 +146,8 @@ def width() -> Iterable[Cell]:
             yield cut(f"channels/{size}/{criterion}", unit_criterion=criterion, shape=shape)
             refit = {"correction": "refit", "force": True}
             yield cut(f"channels/{size}/{criterion} refit", unit_criterion=criterion, shape=shape, **refit)
+        more = {"calibration": MORE, "unit_criterion": UNITS, "shape": {"intermediate": kept}}
+        yield cut(f"channels/{size}/{UNITS} refit, more calibration", **more, **refit)
     for criterion in CRITERIA_OF_UNITS:
         yield cut(f"heads/2 of 3 groups/{criterion}", unit_criterion=criterion, shape={"kv_heads": 2})
         yield cut(f"hidden/504 of 576/{criterion}", unit_criterion=criterion, shape={"hidden": 504})
@@ -236,6 +239,7 @@ def gradual(tokens: int) -> Iterable[Cell]:
 WAY = "KL + 0.5 text"  # the recovery in which cuts are compared
 RECOVERIES = {
     "text": Training(),
+    "text, encyclopedia": Training(text="encyclopedia"),
     "KL": Training(overrides=("distillation={teacher: SOURCE}",)),
     WAY: Training(overrides=(_BOTH,)),
     "KL of the 16 likeliest + 0.5 text": Training(overrides=(_BOTH, "distillation.top_k=16")),
@@ -246,6 +250,9 @@ RECOVERIES = {
     f"{WAY}, batch 1024": Training(overrides=(_BOTH,), batch=1024),
     f"{WAY}, own text": Training(overrides=(_BOTH,), text=OWN),
     f"{WAY}, encyclopedia": Training(overrides=(_BOTH,), text="encyclopedia"),
+    f"{WAY}, batch 512, encyclopedia": Training(overrides=(_BOTH,), batch=512, text="encyclopedia"),
+    f"{WAY}, seed 1": Training(overrides=(_BOTH, "run.seed=1")),
+    f"{WAY}, seed 2": Training(overrides=(_BOTH, "run.seed=2")),
     f"{WAY}, dynamic mixing": Training(overrides=(_BOTH, *_DYNAMIC)),
     f"{WAY} + states": Training(
         overrides=("distillation={teacher: SOURCE, objectives: {kl: 1.0, lm: 0.5, mse: 1.0}}",)
@@ -278,7 +285,7 @@ BEST = ("blocks/0.75/block_influence", "channels/0.75/unit_activation_l2 refit")
 COMPARED = (
     "blocks/0.9/block_influence", "channels/0.9/unit_activation_l2 refit", "tokens/0.9/24576",
     "blocks/0.75/perplexity+", "blocks/0.75/iterative", "channels/0.75/unit_activation_l2",
-    "channels/0.75/unit_taylor refit",
+    "channels/0.75/unit_taylor refit", "channels/0.75/unit_activation_l2 refit, more calibration",
     "blocks and channels/0.75/5 blocks",
     "channels and attentions/0.75/unit_activation_l2", "tokens/0.75/24576 and channels refit",
     "tokens/0.75/24576, 3 blocks and channels refit",
@@ -291,7 +298,7 @@ def recipes(size: str) -> Iterable[Cell]:
     """Published recipes with a quarter of a million tokens in all, at the learning rate of the model's size."""
     yield from recovered(f"blocks/{size}/tail", ["last three"], 250_000)  # Reassessing Layer Pruning
     for criterion in ("perplexity+", "taylor+"):  # Shortened LLaMA
-        yield from recovered(f"blocks/{size}/{criterion}", ["text", "LoRA"], 250_000)
+        yield from recovered(f"blocks/{size}/{criterion}", ["text", "text, encyclopedia", "LoRA"], 250_000)
     yield from replaced(size, 250_000)  # LLM-Streamline
     gates = f"gates/{size}/as published 0.075M"  # Sheared-LLaMA
     settings = (f"l0_pruning={{target: {GATED[size]}, lagrangian_warmup: 0.2dur}}", *_DYNAMIC)

@@ -49,14 +49,15 @@ class Work:
             prepare(domains, str(self.model), data, PackSettings(LENGTH, eval_fraction=0.05), processes=2)
         return data
 
-    @property
-    def scores(self) -> Scores:
-        """The source's scores by every criterion."""
-        path = self.folder / "scores" / "scores.json"
+    def scores(self, samples: int) -> Scores:
+        """The source's scores: by every criterion from ``CALIBRATION`` samples, by the compared one from more."""
+        few = samples == CALIBRATION
+        path = self.folder / ("scores" if few else f"scores-{samples}") / "scores.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            criteria = [name for name in CRITERIA if not CRITERIA[name].needs_experts]
-            llmprune.score(self.model, self.data, criteria=criteria, samples=CALIBRATION, seq_len=LENGTH).save(path)
+            every = [name for name in CRITERIA if not CRITERIA[name].needs_experts]
+            criteria = every if few else ["block_influence", "unit_activation_l2"]
+            llmprune.score(self.model, self.data, criteria=criteria, samples=samples, seq_len=LENGTH).save(path)
         return Scores.load(path)
 
     @property

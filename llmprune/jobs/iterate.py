@@ -120,11 +120,12 @@ def _plan_of_round(plan: PlanConfig, before: Shape, after: Shape) -> PlanConfig:
     """The plan settings of one round; sizes that do not change are left out."""
     sizes = {name: size for name, size in asdict(after).items() if name != "head_dim" and size is not None}
     narrower = (after.heads, after.kv_heads, after.intermediate) != (before.heads, before.kv_heads, before.intermediate)
+    shallower = after.layers < before.layers
     return replace(
         plan,
-        criterion=None if after.layers == before.layers else plan.criterion,
+        criterion=plan.criterion if shallower else None,
         shape=sizes,
-        correction=plan.correction if narrower else "none",
+        correction=plan.correction if narrower or (shallower and plan.correction == "refit") else "none",
     )
 
 

@@ -7,7 +7,7 @@ which a person can read and edit, and a safetensors file next to it with the fac
                        "blocks": [{"attention", "mlp", "heads", "channels", "merge", "experts"}, …], "replacement",
                        "richer_heads", "skipped"}
     plan.safetensors  "hidden", "attention", "mlp", "heads.I", "channels.J", and corrections: "mean.attention.I",
-                      "linear.mlp.J", …   (float32; each is optional)
+                      "linear.mlp.J", "across.mlp.J", …   (float32; each is optional)
 """
 
 import math
@@ -87,7 +87,8 @@ class Plan:
         corrections: predictions of the removed inputs of the output matrices of a block's attention and MLP
             (``attention.I``, ``mlp.J``), float32: ``mean.…`` [removed inputs], their mean, which is added to the bias;
             ``linear.…`` [removed inputs, kept inputs], their coefficients as a sum of the kept inputs, which are added
-            to the kept columns.
+            to the kept columns. ``across.mlp.J`` [outputs, kept inputs] is added to the kept columns for what the
+            removed blocks after the MLP did.
         replacement: description of the replacement module in the place of removed blocks; its weights are only in the
             run, so such a plan is a record and can't be applied; None = no module.
         richer_heads: settings of the richer heads that surgery adds to every attention, initialised as the identity;
@@ -220,6 +221,7 @@ class Plan:
                 kept, gone = self.inputs(block, sublayer)
                 shapes[f"mean.{sublayer}.{number}"] = (len(gone),)
                 shapes[f"linear.{sublayer}.{number}"] = (len(gone), len(kept))
+            shapes[f"across.mlp.{block.mlp}"] = (self.source.hidden, len(self.inputs(block, "mlp")[0]))
         return shapes
 
     def check_applicable(self) -> None:
@@ -292,7 +294,7 @@ class Plan:
                 for block in values["blocks"]
             )
             tensors = _tensors(path.parent / Path(values["factors"]).name) if values["factors"] else {}
-            corrections = {name: t for name, t in tensors.items() if name.startswith(("mean.", "linear."))}
+            corrections = {name: t for name, t in tensors.items() if name.startswith(("mean.", "linear.", "across."))}
             plan = cls(
                 family=values["family"],
                 model=values["model"],

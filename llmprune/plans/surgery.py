@@ -148,12 +148,16 @@ class Surgery:
         assert parameter.sublayer is not None and parameter.block is not None
         block = self.plan.blocks[self._position[parameter.sublayer, parameter.block]]
         place = f"{parameter.sublayer}.{parameter.block}"
-        mean, linear = (self.plan.corrections.get(f"{kind}.{place}") for kind in ("mean", "linear"))
-        kept, gone = self.plan.inputs(block, parameter.sublayer) if mean is not None or linear is not None else ([], [])
-        if linear is not None and tensor.ndim == 2:
-            corrected = tensor.float()
-            index = torch.tensor(kept, device=tensor.device)
-            corrected = corrected.index_add(1, index, corrected[:, gone] @ linear.to(tensor.device))
+        mean, linear, across = (self.plan.corrections.get(f"{kind}.{place}") for kind in ("mean", "linear", "across"))
+        if mean is None and linear is None and across is None:
+            return tensor
+        kept, gone = self.plan.inputs(block, parameter.sublayer)
+        if tensor.ndim == 2:
+            corrected, index = tensor.float(), torch.tensor(kept, device=tensor.device)
+            if linear is not None:
+                corrected = corrected.index_add(1, index, corrected[:, gone] @ linear.to(tensor.device))
+            if across is not None:
+                corrected = corrected.index_add(1, index, across.to(tensor.device))
             return corrected.to(tensor.dtype)
         if mean is not None and tensor.ndim == 1:
             weight_name = name.removesuffix("bias") + "weight"

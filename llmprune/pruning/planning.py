@@ -123,6 +123,8 @@ def choose_plan(
     if budget.params is None and budget.memory is None and budget.latency is None:
         raise UserError("name a budget: --budget-params, --budget-memory or --budget-latency")
     check_choice(config)
+    if budget.depth_share is not None and not (_prunes_depth(config) and _width(config)):
+        raise UserError("--depth-share divides a saving between blocks and width: name the criteria of both")
     if not scores.data:
         raise UserError("the scores were computed without calibration text: score again with --data")
     model = model or scores.model
@@ -168,7 +170,7 @@ def best_under(
         scores: scores of the model.
         config: settings that select blocks and units.
         trial: calibration runs of the model in memory.
-        budget: settings of the budget, of which ``vocabulary``, ``multiple`` and ``tries`` are read.
+        budget: settings of the budget; its limits are not read.
         model: folder or hub name of the model; None = the one recorded in the scores.
     """
     request = _request(scores, config, model or scores.model, trial.scored)
@@ -187,9 +189,10 @@ def best_under(
         return trial.loss(plan, few)
 
     few = _some(trial.scored.tokens, COMPARED)
-    choice = Chooser(source, steps, limits, plan_for, loss, budget.tries).choose()
+    share = budget.depth_share if _prunes_depth(config) and _width(config) else None
+    choice = Chooser(source, steps, limits, plan_for, loss, budget.tries, share).choose()
     plan = choice.plan
-    if config.correction != "none" and is_correctable(plan):
+    if config.correction != "none" and is_correctable(plan, config.correction):
         plan = corrected(plan, config.correction, trial.scored)
     losses = PlanLosses.of(plan, trial, None if plan.corrections else few)
     if not config.force:
@@ -319,10 +322,12 @@ def describe(plan: Plan) -> str:
         before, after = vars(plan.source), vars(plan.shape)
         narrower = [f"{n} {after[n]} of {before[n]}" for n in before if n != "layers" and before[n] != after[n]]
         notes.append(", ".join(narrower))
-    if plan.corrections:
+    kinds = [name.split(".", 1) for name in plan.corrections]
+    if corrected := {place for kind, place in kinds if kind != "across"}:
         narrowed = [plan.inputs(block, sublayer)[1] for block in plan.blocks for sublayer in ("attention", "mlp")]
-        corrected = {name.partition(".")[2] for name in plan.corrections}
         notes.append(f"{len(corrected)} of {sum(map(bool, narrowed))} narrowed matrices corrected")
+    if across := sorted(int(place.split(".")[1]) for kind, place in kinds if kind == "across"):
+        notes.append(f"MLPs corrected for the blocks after them: {', '.join(map(str, across))}")
     return "; ".join(notes)
 
 

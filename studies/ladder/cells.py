@@ -16,12 +16,14 @@ BLOCKS = {"0.9": 4, "0.75": 10, "0.5": 19}  # blocks of 30 that go, so that at m
 CHANNELS = {"0.9": 1272, "0.75": 832}  # channels of 1,536 that stay, likewise
 TWO_STAGES = {"0.9": (26, 1344), "0.75": (22, 1016), "0.5": (14, 504)}  # attentions of 30, channels of 1,536
 MIXED = {
-    "0.75": {3: 1024, 5: 1152, 7: 1312},
-    "0.5": {9: 512, 13: 800, 16: 1088},
-}  # channels that stay, by blocks that go
+    "0.9": {2: 1400},
+    "0.75": {3: 984, 5: 1104, 7: 1240},
+    "0.5": {10: 608, 13: 800},
+}  # channels that stay, by blocks that go; as many parameters as with channels alone, at 0.5 as with blocks alone
 CRITERIA_OF_UNITS = (
     "unit_taylor", "unit_taylor_entropy", "unit_activation_l2", "unit_magnitude_l2", "unit_random",
 )  # fmt: skip
+REFIT: dict[str, Any] = {"correction": "refit", "force": True}
 MORE = 4 * CALIBRATION  # samples, where calibration is compared
 UNITS = "unit_activation_l2"  # the criterion of channels beside other cuts
 VOCABULARY = 24_576  # tokens of 49,152 that stay
@@ -130,6 +132,7 @@ def depth() -> Iterable[Cell]:
         for criterion in ("block_influence", "magnitude_l1", "magnitude_l2", "taylor", "taylor_signed", "perplexity"):
             protected = {"protect_first": 4, "protect_last": 2}
             yield cut(f"blocks/{size}/{criterion}+", criterion=criterion, remove=gone, **protected)
+        yield cut(f"blocks/{size}/block_influence refit", MORE, criterion="block_influence", remove=gone, **REFIT)
         for criterion in ("cosine", "angular"):
             yield cut(f"blocks/{size}/span by {criterion}", criterion=criterion, method="span", remove=gone)
         yield cut(f"blocks/{size}/pairs of sub-layers", method="sublayers", remove=gone)
@@ -142,29 +145,24 @@ def width() -> Iterable[Cell]:
     """Channels that go by every criterion, with refit and without; heads and hidden dimensions for comparison."""
     for size, kept in CHANNELS.items():
         for criterion in CRITERIA_OF_UNITS:
-            shape = {"intermediate": kept}
-            yield cut(f"channels/{size}/{criterion}", unit_criterion=criterion, shape=shape)
-            refit = {"correction": "refit", "force": True}
-            yield cut(f"channels/{size}/{criterion} refit", unit_criterion=criterion, shape=shape, **refit)
-        more = {"calibration": MORE, "unit_criterion": UNITS, "shape": {"intermediate": kept}}
-        yield cut(f"channels/{size}/{UNITS} refit, more calibration", **more, **refit)
+            narrow: dict[str, Any] = {"unit_criterion": criterion, "shape": {"intermediate": kept}}
+            yield cut(f"channels/{size}/{criterion}", **narrow)
+            yield cut(f"channels/{size}/{criterion} refit", **narrow, **REFIT)
+        for words, samples in (("more", MORE), ("most", 4 * MORE)):
+            name = f"channels/{size}/{UNITS} refit, {words} calibration"
+            yield cut(name, samples, unit_criterion=UNITS, shape={"intermediate": kept}, **REFIT)
     for criterion in CRITERIA_OF_UNITS:
         yield cut(f"heads/2 of 3 groups/{criterion}", unit_criterion=criterion, shape={"kv_heads": 2})
         yield cut(f"hidden/504 of 576/{criterion}", unit_criterion=criterion, shape={"hidden": 504})
 
 
 def mixed() -> Iterable[Cell]:
-    """Some blocks go by block influence, and as many channels as the size wants beside them, with refit."""
+    """Some blocks go by block influence, and as many channels as the size wants beside them; with more calibration."""
     for size, mixes in MIXED.items():
         for blocks, channels in mixes.items():
-            yield cut(
-                f"blocks and channels/{size}/{blocks} blocks",
-                criterion="block_influence",
-                unit_criterion=UNITS,
-                shape={"layers": 30 - blocks, "intermediate": channels},
-                correction="refit",
-                force=True,
-            )
+            shape = {"layers": 30 - blocks, "intermediate": channels}
+            criteria = {"criterion": "block_influence", "unit_criterion": UNITS}
+            yield cut(f"blocks and channels/{size}/{blocks} blocks", MORE, shape=shape, **criteria, **REFIT)
 
 
 def two_stages() -> Iterable[Cell]:
@@ -178,15 +176,15 @@ def vocabulary() -> Iterable[Cell]:
     """Half of the tokens go, and as many blocks and channels as the size wants beside them."""
     shape = {"vocabulary": VOCABULARY}
     yield cut(f"tokens/0.9/{VOCABULARY}", shape=shape)
-    refit = {"correction": "refit", "force": True}
     for size, mixes in FEWER_TOKENS.items():
         for blocks, channels in mixes.items():
             name = f"tokens/{size}/{VOCABULARY}{f', {blocks} blocks' if blocks else ''} and channels"
-            narrow = {"shape": {**shape, "intermediate": channels}, "unit_criterion": UNITS}
-            if not blocks:
-                yield cut(name, **narrow)
-            fewer = {"criterion": "block_influence", "remove": blocks} if blocks else {}
-            yield cut(f"{name} refit", **narrow, **fewer, **refit)
+            settings: dict[str, Any] = {"shape": {**shape, "intermediate": channels}, "unit_criterion": UNITS}
+            if blocks:
+                settings |= {"criterion": "block_influence", "remove": blocks}
+            else:
+                yield cut(name, **settings)
+            yield cut(f"{name} refit", MORE if blocks else CALIBRATION, **settings, **REFIT)
 
 
 def replaced(size: str, tokens: int) -> Iterable[Cell]:
@@ -282,14 +280,17 @@ def recovered(parent: str, ways: Iterable[str], tokens: int) -> Iterable[Cell]:
 
 
 BEST = ("blocks/0.75/block_influence", "channels/0.75/unit_activation_l2 refit")  # recovered in every way
+MIX = "blocks and channels/0.75/5 blocks"
 COMPARED = (
-    "blocks/0.9/block_influence", "channels/0.9/unit_activation_l2 refit", "tokens/0.9/24576",
-    "blocks/0.75/perplexity+", "blocks/0.75/iterative", "channels/0.75/unit_activation_l2",
+    "blocks/0.9/block_influence", "channels/0.9/unit_activation_l2 refit, more calibration",
+    "blocks and channels/0.9/2 blocks", "tokens/0.9/24576",
+    "blocks/0.75/block_influence refit", "blocks/0.75/perplexity+", "blocks/0.75/iterative", "channels/0.75/unit_activation_l2",
     "channels/0.75/unit_taylor refit", "channels/0.75/unit_activation_l2 refit, more calibration",
-    "blocks and channels/0.75/5 blocks",
+    "channels/0.75/unit_activation_l2 refit, most calibration",
+    "blocks and channels/0.75/3 blocks", "blocks and channels/0.75/5 blocks", "blocks and channels/0.75/7 blocks",
     "channels and attentions/0.75/unit_activation_l2", "tokens/0.75/24576 and channels refit",
     "tokens/0.75/24576, 3 blocks and channels refit",
-    "blocks/0.5/block_influence", "blocks and channels/0.5/9 blocks", "blocks and channels/0.5/13 blocks",
+    "blocks/0.5/block_influence", "blocks/0.5/block_influence refit", "blocks and channels/0.5/10 blocks", "blocks and channels/0.5/13 blocks",
     "tokens/0.5/24576, 9 blocks and channels refit",
 )  # fmt: skip
 
@@ -324,6 +325,8 @@ def ladder() -> dict[str, Cell]:
         *recipes("0.5"),
         *(cell for parent in BEST for cell in recovered(parent, [WAY], 1_000_000)),
         *recovered("tokens/0.75/24576 and channels refit", [WAY], 1_000_000),
+        *recovered(MIX, [f"{WAY}, encyclopedia", f"{WAY}, batch 512", f"{WAY}, batch 512, encyclopedia"], 250_000),
+        *recovered(MIX, [WAY, f"{WAY}, encyclopedia"], 1_000_000),
         *recovered("tokens/0.9/24576", [WAY], 100_000),
     ]
     return {cell.name: cell for cell in cells}

@@ -43,7 +43,7 @@ class Comparison:
 def compare_ways(scores: Scores, model: str, method: str, budget: BudgetConfig, held_out: Batch) -> Comparison:
     """Find the best plan of every way under the budget, and compare these plans on held-out samples.
 
-    A plan of less width is tried with refitted matrices too; it keeps them only if they lower the held-out loss.
+    A plan is tried with refitted matrices too; it keeps them only if they lower the held-out loss.
 
     Args:
         scores: scores of the model, with its calibration samples.
@@ -105,11 +105,12 @@ def held_out_samples(data: PreparedData, per_domain: int) -> Batch:
 
 
 def _refitted(plan: Plan, scored: ScoredModel) -> Plan | None:
-    """The plan with its narrowed matrices fitted again; None if there are none, or too few samples for a fit."""
-    if not is_correctable(plan):
+    """The plan with its matrices fitted again; None if there are none to fit, or too few samples for a fit."""
+    if not is_correctable(plan, "refit"):
         return None
     try:
-        return corrected(plan, "refit", scored)
+        found = corrected(plan, "refit", scored)
+        return found if found.corrections else None
     except UserError as error:
         tell(f"prune:   without refit: {error}")
         return None

@@ -28,7 +28,8 @@ from llmprune.utils.files import write_text
 BATCHES = 128  # batches of recovery that are aimed at
 SMALLEST_BATCH, LARGEST_BATCH = 2048, 2**20  # tokens
 EVALUATED = 8  # held-out samples per domain, while training
-SAMPLES = 32  # calibration samples, at least
+SAMPLES, MOST_SAMPLES = 32, 512  # calibration samples, at least, and at most unless ``refit`` needs more
+ENOUGH = 32  # calibration tokens for each input of a matrix that ``refit`` fits
 MICROBATCHES = (8, 4, 2, 1)  # samples per forward pass, on a GPU; half of them on a CPU
 FEW_WRITTEN, MOST_WRITTEN = 250_000, 1_000_000  # tokens that the model writes; more recovery reads them again
 GATING = 0.3  # share of the tokens with which gates train
@@ -143,7 +144,7 @@ def write_job(path: Path, job: Mapping[str, Any], about: str, *, named: Path | N
 
 
 def calibration_samples(method: str, model: PretrainedConfig, length: int, available: int | None = None) -> int:
-    """The number of calibration samples: with width, as many as ``refit`` needs.
+    """The number of calibration samples: with width, as many as make ``refit`` good.
 
     Args:
         method: way of pruning, or ``auto``.
@@ -154,7 +155,8 @@ def calibration_samples(method: str, model: PretrainedConfig, length: int, avail
     wanted = SAMPLES
     if any(way.unit_criterion for way in ways_of(method).values()):
         inputs = most_inputs(family_of(model).shape(model))
-        wanted = max(wanted, samples_for(math.ceil(LEAST * inputs / length)))
+        least, enough = (samples_for(math.ceil(tokens * inputs / length)) for tokens in (LEAST, ENOUGH))
+        wanted = max(wanted, least, min(enough, MOST_SAMPLES))
     return wanted if available is None else min(wanted, available)
 
 

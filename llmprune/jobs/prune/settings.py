@@ -54,6 +54,10 @@ class PruneConfig:
             raise UserError("say how small the model shall be: --params 0.75, --memory 8GB or --latency 0.7")
         if self.method == "gates" and (budget.params is None or budget.memory or budget.latency):
             raise UserError("learned gates prune to a number of parameters: give --params alone, or another --method")
+        if budget.depth_share is not None and self.method not in ("auto", "both"):
+            raise UserError(
+                "--depth-share divides a saving between blocks and width: leave it out, or take --method both"
+            )
         if self.method == "gates" and budget.vocabulary is not None:
             raise UserError("learned gates do not take tokens: leave out --vocabulary, or choose another --method")
         if self.tokens is not None and self.minutes is not None:

@@ -137,6 +137,7 @@ def _candidate(
     shared: PlanConfig, criterion: str | None, unit: str | None, remove: int | None, shape: dict[str, int] | None
 ) -> Candidate:
     narrows = unit is not None and (shape is None or bool(_CORRECTED & set(shape)))
+    deep = criterion is not None
     config = replace(
         shared,
         method=_method(criterion),
@@ -145,7 +146,7 @@ def _candidate(
         shape=shape,
         unit_criterion=unit,
         expert_criterion=shared.expert_criterion if unit is not None else None,
-        correction=shared.correction if narrows else "none",
+        correction=shared.correction if narrows or (shared.correction == "refit" and deep) else "none",
     )
     sizes = [f"{name} {size}" for name, size in (shape or {}).items()]
     gone = [] if remove is None else [f"without {remove} blocks"]

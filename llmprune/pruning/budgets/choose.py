@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import gcd
 from typing import Any
@@ -162,6 +162,7 @@ class Chooser:
         plan_for: Callable[[Shape], Plan],
         loss: Callable[[Plan], float],
         tries: int,
+        depth_share: float | None = None,
     ) -> None:
         """Store the sizes, the budgets and the functions.
 
@@ -172,8 +173,10 @@ class Chooser:
             plan_for: function from a shape to the plan with this shape.
             loss: function from a plan to the loss of the pruned model on calibration samples.
             tries: largest number of losses to compute.
+            depth_share: share of the blocks that would go alone, which goes; None = any number.
         """
         self._source, self._steps, self._limits, self._tries = source, steps, limits, tries
+        self._every, self._depth_share = steps.layers, depth_share
         self._plan_for, self._loss = plan_for, loss
         self._losses: dict[Shape, float] = {}
         self._blocks: dict[int, list[int]] = {}
@@ -186,6 +189,8 @@ class Chooser:
         """
         latency = next((limit for limit in self._limits if isinstance(limit, Latency)), None)
         for remaining in reversed(range(CHECKS)):
+            if self._depth_share is not None:
+                self._steps = replace(self._steps, layers=[self._shared_depth(self._depth_share)])
             shape = self._best()
             if latency is None:
                 return self._choice(shape, None)
@@ -197,6 +202,12 @@ class Chooser:
                 return self._choice(shape, measured)
             latency.learn(shape, measured)
         raise AssertionError("the last check returns")
+
+    def _shared_depth(self, share: float) -> int:
+        """The number of blocks that stay, if ``share`` of those go that would go without any loss of width."""
+        source, least = self._source.layers, self._every[0]
+        whole = (n for n in reversed(self._every) if self._fits(of_size(self._source, {"layers": n})))
+        return max(source - round(share * (source - next(whole, least))), least)
 
     def _choice(self, shape: Shape, measured: float | None) -> Choice:
         costs = {limit.name: self._cost(limit, shape) for limit in self._limits}

@@ -9,6 +9,8 @@ from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.pruning.budgets.trial import Trial
 from llmprune.utils.errors import UserError
 
+TIE = 1e-3  # nats; a smaller difference is none
+
 
 class RuinousPlanError(UserError):
     """A plan ruins the model, or loses more than it has to."""
@@ -62,7 +64,7 @@ class PlanLosses:
             HarmfulCorrectionError: the plan's corrections make it worse.
             RuinousPlanError: the plan is worse than guessing although the source is not.
         """
-        if self.uncorrected is not None and not self.plan <= self.uncorrected:
+        if self.uncorrected is not None and not self.plan <= self.uncorrected + TIE:
             raise HarmfulCorrectionError(
                 f"the correction makes the plan worse: calibration loss {self.plan:.4f}, without it "
                 f"{self.uncorrected:.4f}; leave it out, score more samples, or pass --force"

@@ -22,6 +22,8 @@ class BudgetConfig:
         dtype: number format of the weights and the cache: float32, bfloat16 or float16; times are measured in float32
             where bfloat16 is slow.
         vocabulary: number of tokens that stay, those that the calibration text uses most; null = all.
+        depth_share: how much of the saving whole blocks make, if width goes too: this share of the blocks that would go
+            alone; null = as much as has the lowest loss before recovery.
         multiple: hidden dimensions and MLP channels are multiples of this number; null = a sixteenth of the source
             model's, as a power of two that divides them, at most 256.
         tries: number of shapes that are tried on the calibration samples (of each way, if several are compared).
@@ -34,5 +36,6 @@ class BudgetConfig:
     batch: int = limited(1, least=1)
     dtype: Format = "bfloat16"
     vocabulary: int | None = limited(None, least=1)
+    depth_share: float | None = limited(None, least=0, most=1)
     multiple: int | None = limited(None, least=1)
     tries: int = limited(48, least=1)

@@ -1,9 +1,11 @@
-"""Corrections of the output matrices of narrowed sub-layers, in closed form.
+"""Corrections of output matrices, in closed form: of narrowed sub-layers, and of MLPs before removed blocks.
 
 A sub-layer's contribution to the residual stream is linear in the input of its output matrix W. The kept inputs a_k
 predict a part of the removed inputs a_g: a_g ≈ L a_k + m, with L and m from calibration samples; W_g L is added to the
 kept columns and W_g m to the bias. With L by least squares this equals fitting the kept columns again to the whole
 matrix's output.
+
+MLPs before removed blocks: ``gaps.py``.
 
 The error on the fitted tokens is no measure of quality, so each matrix is fitted on some of the calibration samples and
 tested on the others. The ridge is the one with the lowest error there, and a matrix whose error there is not lower than
@@ -11,8 +13,7 @@ without a correction stays as it is.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from llmprune.models.autocast import in_full_precision
 from llmprune.models.block_hooks import RunBlock, blocks_of, hooked_blocks
 from llmprune.models.families import Shape, family_of
 from llmprune.models.least_squares import LEAST, RIDGES, least_squares, samples_fitted, samples_for
+from llmprune.models.read_inputs import reading_inputs
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.pruning.scoring.removals import in_batches
+from llmprune.pruning.selection.gaps import Gap, gaps
 from llmprune.utils.errors import UserError
 from llmprune.utils.progress import Progress
 
@@ -98,19 +100,22 @@ def check_correction(kind: str, config: PretrainedConfig) -> None:
             )
 
 
-def is_correctable(plan: Plan) -> bool:
-    """Whether a plan removes heads or channels."""
-    return any(plan.inputs(block, sublayer)[1] for block in plan.blocks for sublayer in ("attention", "mlp"))
+def is_correctable(plan: Plan, kind: str) -> bool:
+    """Whether a plan removes heads or channels, or whole blocks, for which ``refit`` corrects the MLPs before them."""
+    narrower = any(plan.inputs(block, sublayer)[1] for block in plan.blocks for sublayer in ("attention", "mlp"))
+    return narrower or (kind == "refit" and len(plan.blocks) < plan.source.layers)
 
 
 @torch.no_grad()
 def corrected(plan: Plan, kind: str, scored: "ScoredModel") -> Plan:
     """The plan with corrections of the output matrices of all attentions and MLPs that it narrows.
 
+    By ``refit``, MLPs before removed blocks are corrected too.
+
     Args:
         plan: plan with the units that stay.
         kind: kind of correction: ``mean`` folds the mean of the removed inputs into the bias, for models that have one
-            there; ``refit`` fits the kept columns by least squares, and the bias if there is one.
+            there; ``refit`` fits the kept columns by least squares, and the bias of narrowed sub-layers.
         scored: model and its calibration samples, for one forward pass, with a matrix of [inputs, kept inputs] in
             float64 for one block at a time.
 
@@ -118,10 +123,11 @@ def corrected(plan: Plan, kind: str, scored: "ScoredModel") -> Plan:
         UserError: the model has no biases for ``mean``, blocks are merged, or the samples are too few.
     """
     model, samples = scored.model, scored.tokens
+    family = family_of(model.config)
     check_samples(plan, kind, *samples.shape)
     fitted = samples_fitted(len(samples))
-    family = family_of(model.config)
     blocks, numbers = blocks_of(model), {block.attention: block for block in plan.blocks}
+    of_mlp = {block.mlp: block for block in plan.blocks}
     outputs = {sublayer: name for name, (dimension, sublayer) in family.inputs.items() if dimension != "hidden"}
     narrowed = {
         (sublayer, number): block
@@ -132,6 +138,9 @@ def corrected(plan: Plan, kind: str, scored: "ScoredModel") -> Plan:
     if any(block.merge is not None for block in numbers.values()):
         raise UserError("merged blocks have no matrices of their own to correct: leave out the merge or the correction")
     found: dict[str, Tensor] = {}
+    ends = gaps(plan, family) if kind == "refit" else {}
+    check_tokens(max((len(plan.inputs(of_mlp[number], "mlp")[0]) for number in ends), default=0), kind, *samples.shape)
+    open_gaps: dict[int, tuple[int, Gap]] = {}  # the block before the gap, by the last of the removed blocks
 
     def visit(number: int, run: RunBlock, states: Tensor) -> Tensor:
         reads = {
@@ -140,14 +149,22 @@ def corrected(plan: Plan, kind: str, scored: "ScoredModel") -> Plan:
             if (sublayer, number) in narrowed
         }
         modules = {sublayer: blocks[number].get_submodule(outputs[sublayer]) for sublayer in reads}
-        with _reading(modules, {sublayer: read.add for sublayer, read in reads.items()}):
+        with reading_inputs(modules, {sublayer: read.add for sublayer, read in reads.items()}):
             after = in_batches(run, states[:fitted], scored.batch_size)
         ways = {name: _ways(read, modules[name], family.name) for name, read in reads.items()}
         tried = {name: _Tried(read, modules[name], ways[name]) for name, read in reads.items()}
-        with _reading(modules, {sublayer: one.add for sublayer, one in tried.items()}):
+        with reading_inputs(modules, {sublayer: one.add for sublayer, one in tried.items()}):
             after = torch.cat([after, in_batches(run, states[fitted:], scored.batch_size)])
         for sublayer, one in tried.items():
             found.update({f"{name}.{sublayer}.{number}": tensor.float().cpu() for name, tensor in one.best().items()})
+        if number in ends:
+            matrix = blocks[number].get_submodule(outputs["mlp"])
+            stay = torch.tensor(plan.inputs(of_mlp[number], "mlp")[0], device=states.device)
+            open_gaps[ends[number]] = number, Gap(matrix, stay, run, states)
+        if number in open_gaps:
+            place, gap = open_gaps.pop(number)
+            if (correction := gap.correction(after, fitted, scored.batch_size)) is not None:
+                found[f"across.mlp.{place}"] = correction.cpu()
         progress.update()
         return after[:1, :1] if number == len(blocks) - 1 else after
 
@@ -159,7 +176,7 @@ def corrected(plan: Plan, kind: str, scored: "ScoredModel") -> Plan:
 
 
 def check_samples(plan: Plan, kind: str, samples: int, length: int) -> None:
-    """Refuse a fit on too few tokens.
+    """Refuse a fit of narrowed sub-layers on too few tokens.
 
     Args:
         plan: plan with the units that stay.
@@ -191,25 +208,6 @@ def check_tokens(inputs: int, kind: str, samples: int, length: int) -> None:
             f"the correction refit fits {inputs:,} inputs on {tokens:,} calibration tokens, which must be {LEAST} for "
             f"each input at least: score again with --samples {enough} (of {length} tokens)"
         )
-
-
-@contextmanager
-def _reading(modules: Mapping[str, nn.Module], readers: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
-    """While open, ``readers`` are called with the inputs of the modules of the same names."""
-    hooks = [
-        modules[name].register_forward_pre_hook(lambda module, inputs, add=add: _in_full(add, inputs[0]))
-        for name, add in readers.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _in_full(add: Callable[[Tensor], None], values: Tensor) -> None:
-    with in_full_precision(values.device.type):
-        add(values)
 
 
 def _empty(plan: Plan, block: KeptBlock, sublayer: str, kind: str, device: torch.device) -> _Read:

@@ -130,22 +130,28 @@ def select(request: Request) -> Plan:
     """
     config, scores = request.config, request.scores
     config.check()
-    if config.shape is None and (config.unit_criterion or config.expert_criterion or config.correction != "none"):
-        raise UserError("a criterion of units and a correction go with a shape: name it with --shape")
+    if config.shape is None and (config.unit_criterion or config.expert_criterion):
+        raise UserError("a criterion of units goes with a shape: name it with --shape")
     plan = Plan(scores.family, scores.fingerprint, scores.source, selected_blocks(request))
-    if config.shape is None:
-        return plan
+    if config.shape is not None:
+        plan = _of_shape(plan, request)
+    if config.correction != "none":
+        if not is_correctable(plan, config.correction):
+            raise UserError("nothing to correct: the plan takes no heads, no channels and (for refit) no blocks")
+        check_samples(plan, config.correction, *calibration_size(scores.data))
+        plan = corrected(plan, config.correction, request.open())
+    return plan
+
+
+def _of_shape(plan: Plan, request: Request) -> Plan:
+    """The plan with the width and the tokens of the wanted shape."""
+    config, scores = request.config, request.scores
     target = target_shape(scores.source, {**config.sizes, "layers": len(plan.blocks)})
     plan = narrowed(plan, target, scores, config.unit_criterion, config.expert_criterion)
     if target.vocabulary is not None and target.vocabulary != scores.source.vocabulary:
         plan = replace(plan, vocabulary=request.tokens(target.vocabulary))
     if plan.shape == scores.source and not config.sublayers:
         raise UserError("the shape is the model's own: nothing would go")
-    if config.correction != "none":
-        if not is_correctable(plan):
-            raise UserError("nothing to correct: the plan takes no heads and no channels")
-        check_samples(plan, config.correction, *calibration_size(scores.data))
-        plan = corrected(plan, config.correction, request.open())
     return plan
 
 

@@ -26,9 +26,9 @@ class PlanConfig:
             goes without which the calibration loss is lowest. Blocks without one need a modelling file.
         unit_criterion: name of the criterion whose scores select heads, channels and hidden dimensions; null = none.
         expert_criterion: name of the criterion whose scores select experts; null = ``unit_criterion``.
-        correction: correction of the output matrices of narrowed attentions and MLPs on the calibration samples: none,
-            mean (the mean of the removed inputs is folded into biases) or refit (the columns that stay are fitted by
-            least squares).
+        correction: correction of output matrices on the calibration samples: none, mean (in narrowed attentions and
+            MLPs the mean of the removed inputs is folded into biases) or refit (there the columns that stay are fitted
+            by least squares, and so are MLPs before removed blocks, for what these blocks did).
         drop: list of what the method ``list`` removes: numbers of blocks, or ``attention.N`` and ``mlp.N``.
         protect_first: number of blocks at the start of the model that must stay; null = none (greedy and merge: one).
         protect_last: number of blocks at the end of the model that must stay; null = none (greedy and merge: one).

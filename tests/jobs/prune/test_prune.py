@@ -338,10 +338,12 @@ def test_a_dry_run_tells_the_steps_and_does_nothing(
 def test_wide_models_are_calibrated_on_as_much_as_their_widest_fit_needs() -> None:
     small, wide = tiny_config(), tiny_config(intermediate_size=14_336)
     assert calibration_samples("auto", small, 512) == calibration_samples("depth", wide, 512) == 32
-    samples = calibration_samples("width", wide, 512)
-    check_tokens(14_336, "refit", samples, 512)
+    assert calibration_samples("width", tiny_config(intermediate_size=1536), 512) == 128  # 32 tokens for an input
+    assert calibration_samples("width", wide, 512) == 512  # at most
+    samples = calibration_samples("width", wide, 64)  # unless fewer could not be fitted
+    check_tokens(14_336, "refit", samples, 64)
     with pytest.raises(UserError, match=f"--samples {samples}"):
-        check_tokens(14_336, "refit", samples - 1, 512)
+        check_tokens(14_336, "refit", samples - 1, 64)
     assert calibration_samples("both", wide, 512, available=20) == 20
 
 

@@ -160,6 +160,19 @@ def test_the_best_shape_is_found() -> None:
     assert shape.intermediate == 160 or sizes.parameters(larger) > 0.4 * sizes.parameters(sizes.source)
 
 
+@pytest.mark.parametrize(("share", "layers"), [(0, 12), (0.25, 10), (0.5, 8), (0.75, 6), (1, 4)])
+def test_whole_blocks_make_a_share_of_the_saving(share: float, layers: int) -> None:
+    """Of twelve blocks, eight must go if nothing else goes: 4 blocks are 0.36 of the parameters, and 5 are 0.44."""
+    sizes = ShapeSizes(tiny_config(num_hidden_layers=12, hidden_size=64, intermediate_size=160))
+    steps, known = Steps.of(sizes, 4, 1, depth=True, width=True), Known(sizes)
+    limits = [Parameters(sizes, "0.4")]
+    shape = Chooser(sizes.source, steps, limits, known.plan, known.loss, 100, share).choose().plan.shape
+    whole = sizes.parameters(sizes.source)
+    assert sizes.parameters(replace(sizes.source, layers=4)) <= 0.4 * whole
+    assert sizes.parameters(replace(sizes.source, layers=5)) > 0.4 * whole
+    assert shape.layers == layers and sizes.parameters(shape) <= 0.4 * whole
+
+
 class _Clock(LatencyTable):
     """A table that believes a block to take twice of what it takes beside everything else."""
 
@@ -310,6 +323,7 @@ def test_the_command(scores: Scores, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--budget-params", "0.5", "--remove", "2"], "leave out --shape, --remove and --drop"),
         (["--budget-params", "0.5", "--multiple", "64"], "no size of hidden up to the model's is a multiple of 64"),
         (["--budget-params", "0.5", "--tries", "0"], "tries is 0; it must be positive"),
+        (["--budget-params", "0.5", "--depth-share", "1.5"], "depth_share is 1.5"),
     ],
 )
 def test_mistakes(scores: Scores, tmp_path: Path, arguments: Sequence[str], message: str) -> None:

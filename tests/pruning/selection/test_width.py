@@ -259,7 +259,7 @@ def test_a_refit_has_a_constant_where_there_is_a_bias(data: Path, tmp_path: Path
         (["--shape", "hidden=24", "--unit-criterion", "unit_tailor"], "did you mean 'unit_taylor'"),
         (["--shape", "layers=4", "--remove", "2", "--criterion", "tail"], "leave out --remove"),
         (["--shape", "hidden=24", "--unit-criterion", "unit_taylor", "--criterion", "tail"], "no blocks go"),
-        (["--unit-criterion", "unit_taylor", "--remove", "1"], "go with a shape"),
+        (["--unit-criterion", "unit_taylor", "--remove", "1"], "goes with a shape"),
         (["--criterion", "unit_taylor", "--remove", "1"], "scores units, not blocks"),
         (["--shape", "hidden=24", "--unit-criterion", "unit_taylor", "--correction", "refit"], "nothing to correct"),
         (["--shape", "intermediate=24", "--unit-criterion", "unit_taylor", "--correction", "mean"], "no biases"),

@@ -37,6 +37,8 @@ def prune(
     prompts: Place | None = None,
     context: int | None = None,
     batch: int = 1,
+    vocabulary: int | None = None,
+    depth_share: float | None = None,
     tries: int = 48,
     seed: int = 17,
     overwrite: bool = False,
@@ -63,6 +65,9 @@ def prune(
         prompts: file with prompts that every model continues; None = three English sentences.
         context: tokens in the cache, for ``memory`` and ``latency``; None = 2048, or the model's longest input.
         batch: sequences in the cache, for ``memory`` and ``latency``.
+        vocabulary: tokens that stay, those that the text uses most; None = all.
+        depth_share: how much of the saving whole blocks make, if both go: this share of the blocks that would go alone;
+            None = as much as has the lowest loss before recovery.
         tries: shapes that are tried on the calibration samples, for each way.
         seed: of the samples and of the order of the data.
         overwrite: whether what llmprune made in ``out`` may be replaced if it was begun with other settings.
@@ -77,7 +82,16 @@ def prune(
     from llmprune.jobs.prune.settings import PruneConfig
     from llmprune.pruning.budgets.settings import BudgetConfig
 
-    budget = BudgetConfig(_text(params), memory, _text(latency), context, batch, tries=tries)
+    budget = BudgetConfig(
+        _text(params),
+        memory,
+        _text(latency),
+        context,
+        batch,
+        vocabulary=vocabulary,
+        depth_share=depth_share,
+        tries=tries,
+    )
     config = PruneConfig(budget, method, _text(data), _text(tokens), minutes, seq_len, text_field, _text(prompts), seed)
     return run(str(model), out, config, overwrite=overwrite)
 

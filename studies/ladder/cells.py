@@ -284,13 +284,15 @@ MIX = "blocks and channels/0.75/5 blocks"
 COMPARED = (
     "blocks/0.9/block_influence", "channels/0.9/unit_activation_l2 refit, more calibration",
     "blocks and channels/0.9/2 blocks", "tokens/0.9/24576",
-    "blocks/0.75/block_influence refit", "blocks/0.75/perplexity+", "blocks/0.75/iterative", "channels/0.75/unit_activation_l2",
-    "channels/0.75/unit_taylor refit", "channels/0.75/unit_activation_l2 refit, more calibration",
+    "blocks/0.75/block_influence refit", "blocks/0.75/perplexity+", "blocks/0.75/iterative",
+    "channels/0.75/unit_activation_l2", "channels/0.75/unit_taylor refit",
+    "channels/0.75/unit_activation_l2 refit, more calibration",
     "channels/0.75/unit_activation_l2 refit, most calibration",
     "blocks and channels/0.75/3 blocks", "blocks and channels/0.75/5 blocks", "blocks and channels/0.75/7 blocks",
     "channels and attentions/0.75/unit_activation_l2", "tokens/0.75/24576 and channels refit",
     "tokens/0.75/24576, 3 blocks and channels refit",
-    "blocks/0.5/block_influence", "blocks/0.5/block_influence refit", "blocks and channels/0.5/10 blocks", "blocks and channels/0.5/13 blocks",
+    "blocks/0.5/block_influence", "blocks/0.5/block_influence refit",
+    "blocks and channels/0.5/10 blocks", "blocks and channels/0.5/13 blocks",
     "tokens/0.5/24576, 9 blocks and channels refit",
 )  # fmt: skip
 

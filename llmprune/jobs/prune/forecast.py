@@ -111,7 +111,7 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
         steps.append(Step("gates", f"gates train for {GATING:.0%} of the tokens or minutes", gating))
     else:
         names, ways = criteria_of(config.method), ways_of(config.method)
-        calibration = calibration_samples(config.method, source, length) * length
+        calibration = calibration_samples(source, length) * length
         steps += [
             Step(
                 "scores",

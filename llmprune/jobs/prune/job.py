@@ -312,7 +312,7 @@ class _Prune:
         out, names = self._out, criteria_of(self._config.method)
         size = DataSize.of(PreparedData(data))
         length = min(LENGTH, size.length)
-        samples = calibration_samples(self._config.method, self._model_config, length, size.samples)
+        samples = calibration_samples(self._model_config, length, size.samples)
         job = scoring_job(self._model, data, names, out / "scores", samples=samples, seed=self._config.seed)
         on_rank_zero(lambda: write_job(out / "score.yaml", job, "Scores the source model."))
         scores = out / "scores" / "scores.json"

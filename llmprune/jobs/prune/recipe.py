@@ -143,20 +143,17 @@ def write_job(path: Path, job: Mapping[str, Any], about: str, *, named: Path | N
     write_text(path, head + OmegaConf.to_yaml(OmegaConf.create(dict(job))))
 
 
-def calibration_samples(method: str, model: PretrainedConfig, length: int, available: int | None = None) -> int:
-    """The number of calibration samples: with width, as many as make ``refit`` good.
+def calibration_samples(model: PretrainedConfig, length: int, available: int | None = None) -> int:
+    """The number of calibration samples: as many as make ``refit`` good.
 
     Args:
-        method: way of pruning, or ``auto``.
         model: config of the source model.
         length: number of tokens of a sample.
         available: number of samples that there are; None = enough.
     """
-    wanted = SAMPLES
-    if any(way.unit_criterion for way in ways_of(method).values()):
-        inputs = most_inputs(family_of(model).shape(model))
-        least, enough = (samples_for(math.ceil(tokens * inputs / length)) for tokens in (LEAST, ENOUGH))
-        wanted = max(wanted, least, min(enough, MOST_SAMPLES))
+    inputs = most_inputs(family_of(model).shape(model))
+    least, enough = (samples_for(math.ceil(tokens * inputs / length)) for tokens in (LEAST, ENOUGH))
+    wanted = max(SAMPLES, least, min(enough, MOST_SAMPLES))
     return wanted if available is None else min(wanted, available)
 
 

@@ -335,16 +335,16 @@ def test_a_dry_run_tells_the_steps_and_does_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_wide_models_are_calibrated_on_as_much_as_their_widest_fit_needs() -> None:
-    small, wide = tiny_config(), tiny_config(intermediate_size=14_336)
-    assert calibration_samples("auto", small, 512) == calibration_samples("depth", wide, 512) == 32
-    assert calibration_samples("width", tiny_config(intermediate_size=1536), 512) == 128  # 32 tokens for an input
-    assert calibration_samples("width", wide, 512) == 512  # at most
-    samples = calibration_samples("width", wide, 64)  # unless fewer could not be fitted
+def test_wide_models_are_calibrated_on_more() -> None:
+    wide = tiny_config(intermediate_size=14_336)
+    assert calibration_samples(tiny_config(), 512) == 32  # at least
+    assert calibration_samples(tiny_config(intermediate_size=1536), 512) == 128  # 32 tokens for an input
+    assert calibration_samples(wide, 512) == 512  # at most
+    samples = calibration_samples(wide, 64)  # unless fewer could not be fitted
     check_tokens(14_336, "refit", samples, 64)
     with pytest.raises(UserError, match=f"--samples {samples}"):
         check_tokens(14_336, "refit", samples - 1, 64)
-    assert calibration_samples("both", wide, 512, available=20) == 20
+    assert calibration_samples(wide, 512, available=20) == 20
 
 
 def test_a_single_document_is_not_enough(trained_folder: Path, corpus: Path, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@
     python studies/ladder --wikitext WIKITEXT [--tasks FOLDER] [CELL…]        what is missing is made and measured
     python studies/ladder --speeds [CELL…]                                    speeds of cuts, on a quiet machine
     python studies/ladder --table [CELL…]                                     the table of what is there
-    python studies/ladder --plot FILE [CELL…]                                 and its picture
+    python studies/ladder --page docs/ladder.md                               the tables of a page, made anew
+    python studies/ladder --plot FILE [CELL…]                                 a picture
 
 WIKITEXT is WikiText-2's test file, FOLDER has the lm-eval tasks piqa_local, arc_easy_local and openbookqa_local. CELL
 is a pattern such as ``'blocks/0.75/*'``; a model that is needed for others is made with them. Calibration and recovery
@@ -19,17 +20,16 @@ import argparse
 import subprocess
 import sys
 import time
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from cells import Cell, ladder
 from measures import perplexities, speeds, tasks
 from plot import picture
-from results import keep, results, table
+from results import chosen, keep, refreshed, results, table
 from work import CALIBRATION, Work
 
-from llmprune.utils.files import read_json, write_json
+from llmprune.utils.files import read_json, write_json, write_text
 from llmprune.utils.outputs import remove
 
 LIMIT = 3 * 3600  # seconds of a cell
@@ -89,17 +89,20 @@ def main() -> None:
     parser.add_argument("--tasks", help="folder with task files; none = no tasks")
     parser.add_argument("--questions", type=int, default=300, help="of each task")
     parser.add_argument("--table", action="store_true", help="print what is known")
+    parser.add_argument("--page", type=Path, help="make the tables of this Markdown file anew")
     parser.add_argument("--plot", type=Path, help="draw what is known to this file")
     parser.add_argument("--speeds", action="store_true", help="measure the speed of the named cuts")
     parser.add_argument("--list", action="store_true", help="print the names of the cells")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     cells, work = ladder(), Work(arguments.out)
-    names = [name for name in cells if any(fnmatch(name, pattern) for pattern in arguments.cells)]
+    names = chosen(cells, arguments.cells)
     if arguments.list:
         print("\n".join(names))
     elif arguments.table:
         print(table(names))
+    elif arguments.page:
+        write_text(arguments.page, refreshed(arguments.page.read_text(encoding="utf-8"), [*cells]))
     elif arguments.plot:
         picture(names, arguments.plot)
     elif arguments.speeds:

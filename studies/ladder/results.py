@@ -1,12 +1,17 @@
 """What is known of the cells: the file that is kept, and its table."""
 
 import math
-from collections.abc import Iterable
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from llmprune.utils.files import read_json, write_json
 
+TABLE = re.compile(r"(<!-- cells: (.+) -->\n\n)((?:\|.*\n)*)")  # a comment with patterns, and the table below it
+TASKS = {"piqa_local": "piqa", "arc_easy_local": "arc_easy", "openbookqa_local": "openbookqa"}
 RESULTS = Path(__file__).resolve().with_name("results.json")
 
 
@@ -42,10 +47,25 @@ def speed_of(name: str, found: dict[str, dict[str, Any]], batch: int = 1) -> flo
     return facts.get("faster", {}).get(str(batch))
 
 
+def chosen(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The names that match one of the patterns."""
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+
+
+def refreshed(page: str, names: Sequence[str]) -> str:
+    """A page whose tables are made anew: those below a comment such as ``<!-- cells: source 'blocks/0.9/*' -->``."""
+
+    def anew(found: re.Match[str]) -> str:
+        return f"{found[1]}{table(chosen(names, shlex.split(found[2])))}\n{'' if found[3] else chr(10)}"
+
+    return TABLE.sub(anew, page)
+
+
 def table(names: Iterable[str]) -> str:
-    """A row for every cell that is known; columns of speeds only if one is known."""
+    """A row for every cell that is known; columns of speeds and tasks only if one is known."""
     found = results()
     names = [name for name in names if name in found]
+    asked = TASKS if any("tasks" in found[name] for name in names) else {}
     timed = (1, 8) if any(speed_of(name, found) for name in names) else ()
     columns = (
         "model",
@@ -58,6 +78,7 @@ def table(names: Iterable[str]) -> str:
         "won back",
         "held-out loss",
         *(f"times as fast, batch {batch}" for batch in timed),
+        *asked.values(),
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in names:
@@ -76,6 +97,7 @@ def table(names: Iterable[str]) -> str:
             won,
             f"{facts['held_out']:.3f}",
             *("" if (speed := speed_of(name, found, batch)) is None else f"{speed:.2f}" for batch in timed),
+            *(f"{facts['tasks'][task]['acc_norm']:.2f}" if "tasks" in facts else "" for task in asked),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -69,3 +69,22 @@ def test_the_table_counts_all_tokens_and_the_nats_won_back(tmp_path: Path) -> No
     rows = found["table"](known).splitlines()[2:]
     assert [row.split(" | ")[2] for row in rows] == ["0", "100", "150"]
     assert [row.split(" | ")[6:8] for row in rows] == [["0.000", ""], ["2.000", ""], ["0.500", "75%"]]
+
+
+def test_the_tables_of_a_page_are_made_anew(tmp_path: Path) -> None:
+    found = runpy.run_path(str(LADDER / "results.py"))
+    facts = {"parameters": 99_000_000, "seconds": 1.0, "wikitext_512": 9.0, "wikitext_2048": 20.0, "held_out": 3.0}
+    write_json(tmp_path / "results.json", {name: {**facts, "tokens": 7} for name in ("source", "a b/1", "a b/2", "c")})
+    found["refreshed"].__globals__["RESULTS"] = tmp_path / "results.json"
+    page = "One.\n\n<!-- cells: source 'a b/*' -->\n\n| old |\n|---|\n\nTwo.\n\n<!-- cells: c -->\n\nThree.\n"
+    names = ["source", "a b/1", "a b/2", "c"]
+    new = found["refreshed"](page, names)
+    first, second = (found["table"](some) for some in (names[:3], ["c"]))
+    head, rest = "One.\n\n<!-- cells: source 'a b/*' -->\n\n", "\n\nTwo.\n\n<!-- cells: c -->\n\n"
+    assert new == f"{head}{first}{rest}{second}\n\nThree.\n" == found["refreshed"](new, names)
+
+
+def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
+    cells, results = (runpy.run_path(str(LADDER / f"{name}.py")) for name in ("cells", "results"))
+    page = (LADDER.parents[1] / "docs" / "ladder.md").read_text(encoding="utf-8")
+    assert "<!-- cells: " in page and results["refreshed"](page, [*cells["ladder"]()]) == page

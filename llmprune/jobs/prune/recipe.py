@@ -28,7 +28,7 @@ from llmprune.utils.files import write_text
 BATCHES = 128  # batches of recovery that are aimed at
 SMALLEST_BATCH, LARGEST_BATCH = 2048, 2**20  # tokens
 EVALUATED = 8  # held-out samples per domain, while training
-SAMPLES, MOST_SAMPLES = 32, 512  # calibration samples, at least, and at most unless ``refit`` needs more
+SAMPLES, MOST_SAMPLES = 32, 256  # calibration samples, at least, and at most unless ``refit`` needs more
 ENOUGH = 32  # calibration tokens for each input of a matrix that ``refit`` fits
 MICROBATCHES = (8, 4, 2, 1)  # samples per forward pass, on a GPU; half of them on a CPU
 FEW_WRITTEN, MOST_WRITTEN = 250_000, 1_000_000  # tokens that the model writes; more recovery reads them again

@@ -228,6 +228,8 @@ def plan(
     loaded = Scores.load(scores)
     if compare and budget is not None:
         raise UserError("--compare shows every criterion as it is: leave out the budget")
+    if compare and config.correction != "none":
+        raise UserError("--compare shows every criterion as it is: leave out --correction")
     if compare and (out or settings.method != PlanConfig.method or config.criterion):
         raise UserError("--compare shows every criterion and writes nothing: leave out --out, --method and --criterion")
     if compare:

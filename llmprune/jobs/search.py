@@ -28,6 +28,7 @@ from transformers import PretrainedConfig
 from llmprune.checkpoints.run_folder import RunFolder
 from llmprune.config.schema import SearchConfig
 from llmprune.conversion.commands import apply
+from llmprune.data.calibration import with_length
 from llmprune.data.prepared import PreparedData
 from llmprune.data.sources import clean_name
 from llmprune.evaluation.losses import Losses, evaluate_losses
@@ -48,6 +49,7 @@ from llmprune.jobs.stages import (
 from llmprune.models.families import Shape, shape_from
 from llmprune.models.loaded import open_model
 from llmprune.models.loading import load_model_config
+from llmprune.models.source import longest_input
 from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.choose import NoShapeError, Steps
 from llmprune.pruning.budgets.limits import Latency, Limit, costs_of, limits_of
@@ -66,6 +68,7 @@ from llmprune.pruning.planning import (
 from llmprune.pruning.scoring.all_criteria import CRITERIA
 from llmprune.pruning.scoring.criterion import ScoreSection
 from llmprune.pruning.scoring.scores import Scores
+from llmprune.pruning.selection.correction import check_tokens, most_inputs
 from llmprune.pruning.selection.settings import OTHER_DATA
 from llmprune.reporting.search_table import picture, search_table
 from llmprune.training.checks import check
@@ -163,6 +166,9 @@ def check_candidates(config: SearchConfig, model: PretrainedConfig) -> None:
         plan.refuse_vocabulary()
         if candidate.under_budget:
             check_choice(plan)
+            length = with_length(data, longest_input(model)).length
+            assert length is not None
+            check_tokens(most_inputs(sizes.source), plan.correction, data.samples, length)
             if plan.criterion is not None or plan.method != "lowest":
                 rehearse(
                     replace(plan, remove=1, unit_criterion=None, expert_criterion=None, correction="none"),

@@ -1,5 +1,6 @@
 """Plans from scores, and a comparison of the criteria's selections."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -35,6 +36,7 @@ from llmprune.pruning.selection import iterative as repeated
 from llmprune.pruning.selection import merging
 from llmprune.pruning.selection.correction import (
     check_correction,
+    check_samples,
     check_tokens,
     corrected,
     is_correctable,
@@ -54,6 +56,8 @@ from llmprune.pruning.selection.width import narrowed, whole
 from llmprune.utils.errors import UserError
 
 __all__ = ["SELECTIONS", "compare", "make_plan", "merging", "repeated"]
+
+log = logging.getLogger(__name__)
 
 COMPARED = 4096  # calibration tokens on which shapes are compared
 
@@ -92,13 +96,26 @@ def make_plan(
         plan = without_sublayers(plan, config.sublayers, trial, _some(trial.scored.tokens, COMPARED))
     if config.shape is not None:
         Surgery(load_model_config(place), plan)
-    if config.correction != "none":
+    if config.correction != "none" and _can_correct(plan, config.correction, scores, load_model_config(place)):
+        plan = corrected(plan, config.correction, scored())
         losses = PlanLosses.of(plan, trial or Trial(scored()))
         if told is not None:
             told(losses)
         if not config.force:
             losses.refuse_ruinous()
     return plan
+
+
+def _can_correct(plan: Plan, kind: str, scores: Scores, model: PretrainedConfig) -> bool:
+    """Whether there is something to correct; a plan that takes nothing of the kind is refused."""
+    family = family_of(model)
+    check_samples(plan, kind, family, *calibration_size(scores.data))
+    if is_correctable(plan, kind, family):
+        return True
+    if kind != "refit" or len(plan.blocks) == plan.source.layers:
+        raise UserError("nothing to correct: the plan takes no heads, no channels and (for refit) no blocks")
+    log.warning("the correction changes nothing: no removed block follows an MLP that can be corrected")
+    return False
 
 
 def choose_plan(
@@ -192,7 +209,7 @@ def best_under(
     share = budget.depth_share if _prunes_depth(config) and _width(config) else None
     choice = Chooser(source, steps, limits, plan_for, loss, budget.tries, share).choose()
     plan = choice.plan
-    if config.correction != "none" and is_correctable(plan, config.correction):
+    if config.correction != "none" and is_correctable(plan, config.correction, sizes.family):
         plan = corrected(plan, config.correction, trial.scored)
     losses = PlanLosses.of(plan, trial, None if plan.corrections else few)
     if not config.force:
@@ -275,7 +292,7 @@ def rehearse(
         data=asdict(with_length(data, longest_input(model_config))),
         settings={},
         perplexity=None,
-        blocks={name: [0.0] * shape.layers for name in of[ScoreSection.BLOCKS]},
+        blocks={name: [float(-block) for block in range(shape.layers)] for name in of[ScoreSection.BLOCKS]},
         subblocks={name: [0.0] * shape.layers for name in of[ScoreSection.SUBBLOCKS]},
         spans=dict.fromkeys(of[ScoreSection.SPANS], lengths),
         units={name: _no_units(shape, kinds[name].needs_experts) for name in of[ScoreSection.UNITS]},
@@ -287,6 +304,8 @@ def rehearse(
     try:
         plan = select(Request(scores, config, opening, family.is_parallel(model_config), opening))
         Surgery(model_config, plan)
+        if config.correction != "none":
+            check_samples(plan, config.correction, family, *calibration_size(scores.data))
     except _Opening:
         if config.method != "iterative" and all(kind.reads in (None, "weights") for kind in kinds.values()):
             raise UserError(f"'{config.method}' needs calibration text, which none of the criteria reads") from None

@@ -27,7 +27,7 @@ from cells import Cell, ladder
 from measures import perplexities, speeds, tasks
 from plot import picture
 from results import chosen, keep, refreshed, results, table
-from work import CALIBRATION, Work
+from work import Work
 
 from llmprune.utils.files import read_json, write_json, write_text
 from llmprune.utils.outputs import remove
@@ -44,7 +44,7 @@ def make(cell: Cell, cells: dict[str, Cell], work: Work) -> dict[str, Any]:
             make(cells[cell.parent], cells, work)
         remove(folder / "model")
         folder.mkdir(parents=True, exist_ok=True)
-        work.scores(CALIBRATION)  # not in the cell's time
+        work.scores(cell.calibration)  # not in the cell's time
         start = time.perf_counter()
         tokens = cell.make(work, folder / "model")
         write_json(known, {"tokens": tokens, "seconds": time.perf_counter() - start})

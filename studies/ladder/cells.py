@@ -41,11 +41,13 @@ class Cell:
         name: its name.
         make: makes it, as a Hugging Face folder, and returns how many tokens were read for it.
         parent: the cell that it begins with; None = the source.
+        calibration: number of samples of the scores that it needs.
     """
 
     name: str
     make: Callable[[Work, Path], int]
     parent: str | None = None
+    calibration: int = CALIBRATION
 
 
 def cut(name: str, calibration: int = CALIBRATION, **settings: Any) -> Cell:
@@ -56,7 +58,7 @@ def cut(name: str, calibration: int = CALIBRATION, **settings: Any) -> Cell:
         llmprune.apply(work.model, plan, out)
         return calibration * LENGTH
 
-    return Cell(name, make)
+    return Cell(name, make, calibration=calibration)
 
 
 @dataclass(frozen=True)

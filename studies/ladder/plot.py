@@ -19,7 +19,7 @@ def picture(names: Sequence[str], path: Path) -> None:
     source = found["source"]
     cells = [name for name in names if name in found and name != "source" and lost(name, found) < SHOWN]
     kinds = list(dict.fromkeys(parent_of(name).split("/")[0] for name in cells))
-    panels = (
+    panels: tuple[tuple[str, dict[str, float | None]], ...] = (
         ("parameters, share of the source's", {c: found[c]["parameters"] / source["parameters"] for c in cells}),
         ("tokens per second, times the source's (batch 1)", {c: speed_of(c, found) for c in cells}),
         ("tokens, for scores and recovery", {c: tokens_of(c, found) for c in cells}),

@@ -58,7 +58,7 @@ def test_cuts_keep_to_their_size() -> None:
 
 def test_the_table_counts_all_tokens_and_the_nats_won_back(tmp_path: Path) -> None:
     found = runpy.run_path(str(LADDER / "results.py"))
-    facts = {"parameters": 99_000_000, "seconds": 1.0, "wikitext_2048": 20.0, "held_out": 3.0}
+    facts = {"parameters": 99_000_000, "seconds": 1.0, "wikitext_2048": 20.0, "domains": {"code": 3.0, "packages": 9.0}}
     known = {
         "source": {**facts, "tokens": 0, "wikitext_512": 20.0},
         "blocks/0.75/taylor": {**facts, "tokens": 100, "wikitext_512": 20.0 * math.exp(2.0)},
@@ -68,12 +68,19 @@ def test_the_table_counts_all_tokens_and_the_nats_won_back(tmp_path: Path) -> No
     found["table"].__globals__["RESULTS"] = tmp_path / "results.json"
     rows = found["table"](known).splitlines()[2:]
     assert [row.split(" | ")[2] for row in rows] == ["0", "100", "150"]
+    assert {row.split(" | ")[8].rstrip(" |") for row in rows} == {"3.000"}
     assert [row.split(" | ")[6:8] for row in rows] == [["0.000", ""], ["2.000", ""], ["0.500", "75%"]]
 
 
 def test_the_tables_of_a_page_are_made_anew(tmp_path: Path) -> None:
     found = runpy.run_path(str(LADDER / "results.py"))
-    facts = {"parameters": 99_000_000, "seconds": 1.0, "wikitext_512": 9.0, "wikitext_2048": 20.0, "held_out": 3.0}
+    facts = {
+        "parameters": 99_000_000,
+        "seconds": 1.0,
+        "wikitext_512": 9.0,
+        "wikitext_2048": 20.0,
+        "domains": {"code": 3.0, "packages": 9.0},
+    }
     write_json(tmp_path / "results.json", {name: {**facts, "tokens": 7} for name in ("source", "a b/1", "a b/2", "c")})
     found["refreshed"].__globals__["RESULTS"] = tmp_path / "results.json"
     page = "One.\n\n<!-- cells: source 'a b/*' -->\n\n| old |\n|---|\n\nTwo.\n\n<!-- cells: c -->\n\nThree.\n"

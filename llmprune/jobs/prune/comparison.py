@@ -3,12 +3,14 @@
 import dataclasses
 from typing import Any
 
+import torch
 from torch.utils.data import default_collate
 
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.jobs.prune.recipe import ways_of
 from llmprune.models.causal_lm import Batch
+from llmprune.models.families import family_of
 from llmprune.models.loading import load_model_config
 from llmprune.plans.plan import Plan
 from llmprune.pruning.budgets.choose import NoShapeError
@@ -82,7 +84,8 @@ def compare_ways(scores: Scores, model: str, method: str, budget: BudgetConfig, 
                 continue
             loss = trial.loss(one, held_out)
             plans[words] = loss, one
-            rows[words] = {**choice.facts(), "held_out_loss": loss, "goes": describe(one)}
+            facts = {**choice.facts(), **({} if one is plan else {"loss": None})}  # of calibration: without refit
+            rows[words] = {**facts, "held_out_loss": loss, "goes": describe(one)}
             tell(f"prune:   {words}: held-out loss {loss:.4f}; {describe(one)}")
     if not plans:
         raise UserError(f"no way keeps to the budget: {'; '.join(row['impossible'] for row in rows.values())}")
@@ -106,11 +109,11 @@ def held_out_samples(data: PreparedData, per_domain: int) -> Batch:
 
 def _refitted(plan: Plan, scored: ScoredModel) -> Plan | None:
     """The plan with its matrices fitted again; None if there are none to fit, or too few samples for a fit."""
-    if not is_correctable(plan, "refit"):
+    if not is_correctable(plan, "refit", family_of(scored.model.config)):
         return None
     try:
         found = corrected(plan, "refit", scored)
         return found if found.corrections else None
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
         tell(f"prune:   without refit: {error}")
         return None

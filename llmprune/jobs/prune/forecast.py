@@ -32,6 +32,7 @@ UTILISATION = 0.4  # share of the speed of one large matrix product that a model
 FORWARD, TRAINING = 2, 6  # operations for a parameter and a token
 
 
+_REFIT = 2  # forward passes that a fit of matrices takes as long as, about
 _SHAPES = 24  # that a search over width compares, about
 _AT_MOST: dict[str, Callable[[float], str]] = {
     "params": lambda most: f"at most {most:,.0f} parameters",
@@ -121,7 +122,10 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
             Step(
                 "plan",
                 f"{', '.join(ways)}: up to {config.budget.tries} shapes each, {told}",
-                FORWARD * whole * min(COMPARED, calibration) * _shapes(config, len(ways)) / rate,
+                FORWARD
+                * whole
+                * (min(COMPARED, calibration) * _shapes(config, len(ways)) + _REFIT * calibration * len(ways))
+                / rate,
             ),
         ]
     steps += [

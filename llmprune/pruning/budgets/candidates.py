@@ -74,6 +74,8 @@ class CandidatesConfig:
         )
         shared.refuse("search", *own)
         found = {candidate.words: candidate for candidate in [*self._named(shared), *self._chosen(shared)]}
+        if self.budget.depth_share is not None and not (self.under_budget and self.criteria and self.unit_criteria):
+            raise UserError("search.budget.depth_share needs search.criteria, search.unit_criteria and under_budget")
         if not found:
             raise UserError(
                 "the search has no candidates: name search.criteria with search.remove, search.unit_criteria with "

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from llmprune.models.block_hooks import RunBlock, blocks_of, hooked_blocks
-from llmprune.models.families import Shape, family_of
+from llmprune.models.families import Family, Shape, family_of
 from llmprune.models.least_squares import LEAST, RIDGES, least_squares, samples_fitted, samples_for
 from llmprune.models.read_inputs import reading_inputs
 from llmprune.plans.plan import KeptBlock, Plan
@@ -100,10 +100,10 @@ def check_correction(kind: str, config: PretrainedConfig) -> None:
             )
 
 
-def is_correctable(plan: Plan, kind: str) -> bool:
-    """Whether a plan removes heads or channels, or whole blocks, for which ``refit`` corrects the MLPs before them."""
+def is_correctable(plan: Plan, kind: str, family: Family) -> bool:
+    """Whether a plan removes heads or channels or, for ``refit``, blocks after an MLP that can be corrected."""
     narrower = any(plan.inputs(block, sublayer)[1] for block in plan.blocks for sublayer in ("attention", "mlp"))
-    return narrower or (kind == "refit" and len(plan.blocks) < plan.source.layers)
+    return narrower or (kind == "refit" and bool(gaps(plan, family)))
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def corrected(plan: Plan, kind: str, scored: "ScoredModel") -> Plan:
     """
     model, samples = scored.model, scored.tokens
     family = family_of(model.config)
-    check_samples(plan, kind, *samples.shape)
+    check_samples(plan, kind, family, *samples.shape)
     fitted = samples_fitted(len(samples))
     blocks, numbers = blocks_of(model), {block.attention: block for block in plan.blocks}
     of_mlp = {block.mlp: block for block in plan.blocks}
@@ -139,7 +139,6 @@ def corrected(plan: Plan, kind: str, scored: "ScoredModel") -> Plan:
         raise UserError("merged blocks have no matrices of their own to correct: leave out the merge or the correction")
     found: dict[str, Tensor] = {}
     ends = gaps(plan, family) if kind == "refit" else {}
-    check_tokens(max((len(plan.inputs(of_mlp[number], "mlp")[0]) for number in ends), default=0), kind, *samples.shape)
     open_gaps: dict[int, tuple[int, Gap]] = {}  # the block before the gap, by the last of the removed blocks
 
     def visit(number: int, run: RunBlock, states: Tensor) -> Tensor:
@@ -175,20 +174,28 @@ def corrected(plan: Plan, kind: str, scored: "ScoredModel") -> Plan:
     return replace(plan, corrections=found)
 
 
-def check_samples(plan: Plan, kind: str, samples: int, length: int) -> None:
-    """Refuse a fit of narrowed sub-layers on too few tokens.
+def check_samples(plan: Plan, kind: str, family: Family, samples: int, length: int) -> None:
+    """Refuse a fit on too few tokens.
 
     Args:
         plan: plan with the units that stay.
         kind: kind of the correction.
+        family: family of the model.
         samples: number of calibration samples.
         length: number of tokens in each sample.
 
     Raises:
         UserError: there are too few tokens; the message contains a number that is enough.
     """
-    inputs = [plan.inputs(block, sublayer) for block in plan.blocks for sublayer in ("attention", "mlp")]
-    check_tokens(max((len(kept) for kept, gone in inputs if gone), default=0), kind, samples, length)
+    before = gaps(plan, family) if kind == "refit" else {}
+    inputs = [
+        len(kept)
+        for block in plan.blocks
+        for sublayer, number in (("attention", None), ("mlp", block.mlp))
+        for kept, gone in [plan.inputs(block, sublayer)]
+        if gone or number in before
+    ]
+    check_tokens(max(inputs, default=0), kind, samples, length)
 
 
 def most_inputs(shape: Shape) -> int:

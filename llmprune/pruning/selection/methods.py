@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmprune.models.families import target_shape
 from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.pruning.scoring.scores import Scores
-from llmprune.pruning.selection.correction import check_samples, corrected, is_correctable
 from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.pruning.selection.width import narrowed, whole
 from llmprune.utils.errors import UserError
@@ -123,7 +122,7 @@ SELECTIONS: Registry[Selection] = Registry("selections", "way to select")
 
 
 def select(request: Request) -> Plan:
-    """The plan that a request describes.
+    """The plan that a request describes, without corrections.
 
     Raises:
         UserError: the request is impossible.
@@ -135,11 +134,6 @@ def select(request: Request) -> Plan:
     plan = Plan(scores.family, scores.fingerprint, scores.source, selected_blocks(request))
     if config.shape is not None:
         plan = _of_shape(plan, request)
-    if config.correction != "none":
-        if not is_correctable(plan, config.correction):
-            raise UserError("nothing to correct: the plan takes no heads, no channels and (for refit) no blocks")
-        check_samples(plan, config.correction, *calibration_size(scores.data))
-        plan = corrected(plan, config.correction, request.open())
     return plan
 
 

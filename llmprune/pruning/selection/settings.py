@@ -63,6 +63,10 @@ class PlanConfig:
             )
         if self.shape is not None and "layers" in self.shape and (self.remove is not None or self.drop is not None):
             raise UserError("the shape says how many layers stay: leave out --remove and --drop")
+        if self.method == "merge" and self.correction != "none":
+            raise UserError(
+                "merged blocks have no matrices of their own to correct: leave out the merge or the correction"
+            )
 
     def of_depth(self, layers: int) -> "PlanConfig | None":
         """The settings that select blocks; None if all blocks stay."""

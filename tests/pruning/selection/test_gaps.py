@@ -14,7 +14,7 @@ from llmprune.conversion.verify import compare_models, open_for_comparison
 from llmprune.data.calibration import calibration_samples
 from llmprune.data.calibration_settings import CalibrationConfig
 from llmprune.jobs.score import score
-from llmprune.models.block_hooks import hidden_states_in
+from llmprune.models.block_hooks import blocks_of, hidden_states_in
 from llmprune.models.families import family_of
 from llmprune.models.least_squares import RIDGES
 from llmprune.models.loading import load_tokenizer
@@ -23,18 +23,21 @@ from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.pruning.planning import describe, make_plan
 from llmprune.pruning.scoring.scores import Scores
 from llmprune.pruning.scoring.settings import LayerScoringConfig
+from llmprune.pruning.selection.correction import corrected
 from llmprune.pruning.selection.gaps import gaps
+from llmprune.pruning.selection.methods import ScoredModel
 from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.errors import UserError
 from tests.conftest import random_model
 from tests.models.families.test_conformance import CONFIGS
 
 CPU = Placement("float32", "cpu")
+CRITERIA = ["unit_activation_l2", "tail"]
 SAMPLES = CalibrationConfig(samples=9, length=24)  # fitted on six
 
 
 def scored(folder: Path, data: Path) -> Scores:
-    return score(str(folder), LayerScoringConfig(replace(SAMPLES, path=str(data)), ["unit_activation_l2"]), CPU)
+    return score(str(folder), LayerScoringConfig(replace(SAMPLES, path=str(data)), CRITERIA), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -159,21 +162,58 @@ def test_families_without_such_an_mlp(name: str, data: Path, tmp_path: Path) -> 
     assert not without(scored(tmp_path / "model", data), 2).corrections
 
 
-@pytest.mark.parametrize("name", ["opt", "gpt_neox", "llama-grouped-tied", "gemma", "qwen2-sliding"])
+@pytest.mark.parametrize(
+    "name", ["opt", "gpt_neox", "gpt_neox-sequential", "llama-biases", "mistral", "gemma", "phi3", "qwen2-sliding"]
+)
 def test_families_with_one(name: str, data: Path, tmp_path: Path) -> None:
+    """What is fitted is a part of what block 2 added: the states are nearer to those after it."""
     model = random_model(CONFIGS[name])
     model.save_pretrained(tmp_path / "model")
     load_tokenizer(data / "tokenizer").save_pretrained(tmp_path / "model")
-    plan = without(scored(tmp_path / "model", data), 2)
+    found = scored(tmp_path / "model", data)
+    plan, tokens, errors = without(found, 2), tokens_of(found, tmp_path / "model"), []
     assert [*plan.corrections] == ["across.mlp.1"]
-    apply(tmp_path / "model", plan, tmp_path / "cut")
-    whole, cut = open_for_comparison(tmp_path / "model", plan), open_for_comparison(tmp_path / "cut")
-    assert compare_models(whole, cut).max_abs < 1e-4
+    (wanted,) = read(model, tokens, [blocks_of(model)[2]], [])
+    for name, one in (("plain", replace(plan, corrections={})), ("corrected", plan)):
+        apply(tmp_path / "model", one, tmp_path / name)
+        cut = open_for_comparison(tmp_path / name)
+        errors.append((read(cut, tokens, [blocks_of(cut)[1]], [])[0] - wanted).square().sum().item())
+    assert errors[1] < errors[0]
+    assert compare_models(open_for_comparison(tmp_path / "model", plan), cut).max_abs < 1e-4
 
 
-def test_nothing_to_correct(scores: Scores) -> None:
+def test_it_does_not_depend_on_the_batch(scores: Scores, trained_folder: Path) -> None:
+    model, tokens = AutoModelForCausalLM.from_pretrained(trained_folder), tokens_of(scores, trained_folder)
+    plan = replace(without(scores, 2, 3), corrections={})
+    (one,), (other,) = (
+        corrected(plan, "refit", ScoredModel(model, tokens, size)).corrections.values() for size in (2, 9)
+    )
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast(scores: Scores, trained_folder: Path) -> None:
+    """Products within the model are in bfloat16; the fit is not."""
+    model, tokens = AutoModelForCausalLM.from_pretrained(trained_folder), tokens_of(scores, trained_folder)
+    plan = without(scores, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = corrected(plan, "refit", ScoredModel(model, tokens, 9)).corrections.values()
+    (exact,) = plan.corrections.values()
+    assert found.dtype == torch.float32 and (found - exact).norm() < 0.1 * exact.norm()
+
+
+def test_sub_layers_go_first(scores: Scores) -> None:
+    """An MLP that goes itself takes nothing over."""
+    shape = {"layers": 4, "mlp_layers": 2}
+    settings = PlanConfig(shape=shape, criterion="tail", correction="refit", force=True)
+    plan = make_plan(scores, settings)
+    gone = {number for name, number in plan.skipped if name == "mlp"}
+    assert len(gone) == 2 and not {f"across.mlp.{number}" for number in gone} & set(plan.corrections)
+
+
+def test_nothing_to_correct(scores: Scores, caplog: pytest.LogCaptureFixture) -> None:
     plan = without(scores, 0)  # the first block: no MLP comes before it
     assert not plan.corrections and len(plan.blocks) == 5
+    assert "no removed block follows an MLP that can be corrected" in caplog.text
     with pytest.raises(UserError, match="nothing to correct: the plan takes no heads, no channels and"):
         make_plan(scores, PlanConfig(method="list", drop=["2"], correction="mean"))
 

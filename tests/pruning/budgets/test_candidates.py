@@ -3,6 +3,7 @@
 import pytest
 
 from llmprune.pruning.budgets.candidates import CandidatesConfig
+from llmprune.pruning.budgets.settings import BudgetConfig
 from llmprune.pruning.selection.settings import PlanConfig
 from llmprune.utils.errors import UserError
 
@@ -53,6 +54,7 @@ def test_scores_that_are_needed() -> None:
     [
         ({}, "the search has no candidates"),
         ({"criteria": ["perplexity"], "under_budget": False}, "the search has no candidates"),
+        ({"criteria": ["perplexity"], "budget": BudgetConfig("0.5", depth_share=0.5)}, "depth_share needs"),
         ({"remove": [2]}, "search.criteria is empty"),
         ({"shapes": [NARROW], "criteria": ["perplexity"]}, "search.unit_criteria is empty"),
         ({"criteria": ["perplexity"], "best": 0}, "search.best is 0"),

@@ -273,6 +273,18 @@ def test_families(name: str, data: Path, tmp_path: Path) -> None:
     assert choice.costs["params"] <= 0.7 * sizes.parameters(sizes.source)
 
 
+def test_a_share_of_depth(scores: Scores) -> None:
+    budget = BudgetConfig(params="0.6", multiple=2, tries=6)
+    alone, _ = choose_plan(scores, replace(BOTH, unit_criterion=None), budget)
+    gone = 6 - alone.shape.layers
+    for share in (0.5, 1.0):
+        plan, _ = choose_plan(scores, BOTH, replace(budget, depth_share=share))
+        assert plan.shape.layers == 6 - round(share * gone)
+    for criteria in (replace(BOTH, unit_criterion=None), replace(BOTH, criterion=None)):
+        with pytest.raises(UserError, match="--depth-share divides a saving between blocks and width"):
+            choose_plan(scores, criteria, replace(budget, depth_share=0.5))
+
+
 def test_depth_or_width_alone(scores: Scores) -> None:
     budget = BudgetConfig(params="0.7")
     depth, of_depth = choose_plan(scores, replace(BOTH, unit_criterion=None), budget)

@@ -263,6 +263,8 @@ def test_a_refit_has_a_constant_where_there_is_a_bias(data: Path, tmp_path: Path
         (["--criterion", "unit_taylor", "--remove", "1"], "scores units, not blocks"),
         (["--shape", "hidden=24", "--unit-criterion", "unit_taylor", "--correction", "refit"], "nothing to correct"),
         (["--shape", "intermediate=24", "--unit-criterion", "unit_taylor", "--correction", "mean"], "no biases"),
+        (["--method", "merge", "--correction", "refit"], "merged blocks have no matrices of their own to correct"),
+        (["--compare", "--remove", "2", "--correction", "refit"], "leave out --correction"),
     ],
 )
 def test_mistakes(scores: Scores, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -8,7 +8,7 @@ from torch.utils.data import default_collate
 
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData
-from llmprune.jobs.prune.recipe import ways_of
+from llmprune.jobs.prune.recipe import DEPTH_SHARE, ways_of
 from llmprune.models.causal_lm import Batch
 from llmprune.models.families import family_of
 from llmprune.models.loading import load_model_config
@@ -57,6 +57,8 @@ def compare_ways(scores: Scores, model: str, method: str, budget: BudgetConfig, 
     Raises:
         UserError: no way keeps to the budget.
     """
+    if budget.depth_share is None:
+        budget = dataclasses.replace(budget, depth_share=DEPTH_SHARE)
     sizes = ShapeSizes(load_model_config(model))
     costs = costs_of(budget, sizes, default_device())
     scored = open_scored(scores, model)

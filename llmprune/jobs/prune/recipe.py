@@ -32,6 +32,7 @@ SAMPLES, MOST_SAMPLES = 32, 256  # calibration samples, at least, and at most un
 ENOUGH = 32  # calibration tokens for each input of a matrix that ``refit`` fits
 MICROBATCHES = (8, 4, 2, 1)  # samples per forward pass, on a GPU; half of them on a CPU
 FEW_WRITTEN, MOST_WRITTEN = 250_000, 1_000_000  # tokens that the model writes; more recovery reads them again
+DEPTH_SHARE = 0.5  # of the blocks that would go alone, where width goes too
 GATING = 0.3  # share of the tokens with which gates train
 
 

@@ -20,7 +20,8 @@ class PruneConfig:
 
     Attributes:
         budget: limits on the cost of the smaller model.
-        method: what is removed: blocks (depth), heads, channels and hidden dimensions (width), or both; auto =
+        method: what is removed: blocks (depth), heads, channels and hidden dimensions (width), or both (half of the
+            blocks that would go alone, and width for the rest; ``budget.depth_share`` changes the half); auto =
             whichever of these three has the lowest loss before recovery; gates = what learned gates close.
         data: text to prune and recover with: prepared data, or text, Markdown, JSON lines or Parquet (a file or a
             folder); self = text that the model writes itself; null = the built-in corpus, which is Python documentation
@@ -54,10 +55,8 @@ class PruneConfig:
             raise UserError("say how small the model shall be: --params 0.75, --memory 8GB or --latency 0.7")
         if self.method == "gates" and (budget.params is None or budget.memory or budget.latency):
             raise UserError("learned gates prune to a number of parameters: give --params alone, or another --method")
-        if budget.depth_share is not None and self.method not in ("auto", "both"):
-            raise UserError(
-                "--depth-share divides a saving between blocks and width: leave it out, or take --method both"
-            )
+        if budget.depth_share is not None and self.method != "both":
+            raise UserError("--depth-share divides a saving between blocks and width: it goes with --method both")
         if self.method == "gates" and budget.vocabulary is not None:
             raise UserError("learned gates do not take tokens: leave out --vocabulary, or choose another --method")
         if self.tokens is not None and self.minutes is not None:

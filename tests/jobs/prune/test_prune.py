@@ -22,7 +22,7 @@ from llmprune.config.job_files import load_job, load_training_job
 from llmprune.data.dataset import EvalDataset
 from llmprune.data.prepared import PreparedData
 from llmprune.evaluation.settings import GenerationConfig
-from llmprune.jobs.prune import job, recipe, training
+from llmprune.jobs.prune import comparison, job, recipe, training
 from llmprune.jobs.prune.job import prune
 from llmprune.jobs.prune.outcome import Measured, Outcome
 from llmprune.jobs.prune.recipe import DataSize, batch_samples, batch_tokens, calibration_samples
@@ -33,15 +33,16 @@ from llmprune.measurement.measure import MeasureConfig
 from llmprune.models.families import family_of
 from llmprune.models.loading import count_parameters, load_model, load_model_config, load_tokenizer
 from llmprune.models.stored_weights import StoredWeights
-from llmprune.plans.plan import Plan
+from llmprune.plans.plan import KeptBlock, Plan
 from llmprune.pruning.budgets.settings import BudgetConfig
 from llmprune.pruning.selection.correction import check_tokens
+from llmprune.pruning.selection.methods import ScoredModel
 from llmprune.recovery.distillation import DistillationConfig
 from llmprune.training.sections.distillation import token_map_of
 from llmprune.utils.errors import UserError
 from llmprune.utils.files import read_json, write_json
 from llmprune.utils.processes import TERMINATION, Preempted
-from tests.conftest import tiny_config
+from tests.conftest import random_model, tiny_config
 
 SMALL = BudgetConfig(params="0.75", tries=4)
 
@@ -400,3 +401,15 @@ def test_a_model_that_did_not_fit_into_memory_has_empty_cells() -> None:
     losses = {"source": 2.0, "pruned": 4.0, "recovered": 2.5}
     models = [Measured(name, 10, 40, None, {"": math.exp(loss)}, {}, {}) for name, loss in losses.items()]
     assert "None" not in str(Outcome(Path("out"), models, {}, {}))
+
+
+def test_a_fit_without_memory_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fit(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = random_model(tiny_config())
+    monkeypatch.setattr(comparison, "corrected", fit)
+    shape = family_of(model.config).shape(model.config)
+    plan = Plan("llama", "", shape, tuple(KeptBlock.whole(block) for block in (0, 1, 3)))
+    assert comparison._refitted(plan, ScoredModel(model, None, 1)) is None
+    assert "without refit: CUDA out of memory" in capsys.readouterr().err
